@@ -1,0 +1,1 @@
+"""What serves a trained model: precompute, table format and stores, engine."""

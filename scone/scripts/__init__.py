@@ -1,0 +1,1 @@
+"""The documented entry points: parse, build, call, print."""

@@ -1,0 +1,1 @@
+"""Laws (property tests) and end-to-end tests; folders mirror the packages."""

@@ -1,0 +1,1 @@
+"""Tokenizers, counting, the f-gram vocabulary, the matcher."""

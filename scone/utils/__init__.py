@@ -1,0 +1,1 @@
+"""What two packages need and no library gives."""
