@@ -1,0 +1,267 @@
+"""From flags, YAML files and mappings to checked options, and back: defaults < file < flags."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scone.configs.flags import build_parser, flag_values
+from scone.configs.schema import SECTIONS, SconeOptions
+from scone.configs.values import convert, entries
+from scone.utils.command_line import did_you_mean, one_line
+from scone.utils.errors import SconeError
+from scone.utils.files import atomic_path
+
+FLAG = "flag"
+
+_TRUNK_SIZES = (
+    "model.hidden_size",
+    "model.num_hidden_layers",
+    "model.num_attention_heads",
+    "model.intermediate_size",
+    "model.hidden_act",
+    "model.hidden_dropout_prob",
+    "model.attention_probs_dropout_prob",
+    "model.max_position_embeddings",
+    "model.type_vocab_size",
+    "model.initializer_range",
+    "model.layer_norm_eps",
+)
+# What describes another option's value: a file's sizes are those of the file's own base model, and wikitext-103-v1 is
+# a configuration of wikitext. They go when a later layer replaces that value, unless that layer gives them too.
+_DESCRIBES = {"data.dataset_name": ("data.dataset_config_name",), "model.base_model_name": _TRUNK_SIZES}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Options from one place: ``source`` is FLAG, a file's name or other words for it; ``values`` by dotted name."""
+
+    source: str
+    values: Mapping[str, Any]
+
+
+def parse_options(
+    argv: Sequence[str] | None,
+    sections: Sequence[str],
+    description: str,
+    *,
+    examples: Sequence[str] = (),
+    program: str | None = None,
+    add_arguments: Callable[[argparse.ArgumentParser], object] | None = None,
+    defaults: Mapping[str, Any] | None = None,
+    config_flag: bool = True,
+) -> tuple[SconeOptions, argparse.Namespace]:
+    """Read the command line (``argv``; None: of this process): the options, and the script's own arguments.
+
+    ``sections`` names what the script exposes: whole sections ("data") or single options ("training.seed"), because two
+    sections have a ``batch_size``. ``add_arguments(parser)`` adds the script's own flags. ``defaults`` (dotted name →
+    value) replaces schema defaults. ``config_flag`` adds ``--config FILE``. Raises SconeError for bad input.
+    """
+    layers, extra = parse_layers(
+        argv,
+        sections,
+        description,
+        examples=examples,
+        program=program,
+        add_arguments=add_arguments,
+        defaults=defaults,
+        config_flag=config_flag,
+    )
+    options, notices = merge(layers, defaults)
+    print_notices(notices)
+    return options, extra
+
+
+def parse_layers(
+    argv: Sequence[str] | None,
+    sections: Sequence[str],
+    description: str,
+    *,
+    examples: Sequence[str] = (),
+    program: str | None = None,
+    add_arguments: Callable[[argparse.ArgumentParser], object] | None = None,
+    defaults: Mapping[str, Any] | None = None,
+    config_flag: bool = True,
+) -> tuple[list[Layer], argparse.Namespace]:
+    """As :func:`parse_options`, but unmerged: the file's layer, then the flags', for scripts that put one between."""
+    parser = build_parser(sections, description, examples, program, add_arguments, defaults, config_flag)
+    values, extra = flag_values(parser, sys.argv[1:] if argv is None else argv)
+    layers = [Layer(FLAG, values)]
+    if config_flag and extra.config is not None:
+        layers.insert(0, Layer(str(extra.config), flatten(load_yaml(extra.config), str(extra.config))))
+    return layers, extra
+
+
+def merge(layers: Sequence[Layer], defaults: Mapping[str, Any] | None = None) -> tuple[SconeOptions, list[str]]:
+    """Lay ``layers`` over the schema's defaults, later ones winning; returns the options and notices for the user.
+
+    Raises SconeError where options contradict each other.
+    """
+    sources = ["default", *(layer.source for layer in layers)]
+    values = {name: entry.default for name, entry in entries().items()} | dict(defaults or {})
+    setter = dict.fromkeys(values, 0)
+    notices: list[str] = []
+    for index, layer in enumerate(layers, start=1):
+        for name, value in layer.values.items():
+            stale = [
+                described
+                for described in _DESCRIBES.get(name, ())
+                if value != values[name]
+                and described not in layer.values
+                and setter[described] == setter[name]
+                and values[described] is not None
+            ]
+            if stale and setter[name] > 0:
+                dropped = ", ".join(f"{item.rsplit('.', 1)[1]} {values[item]}" for item in stale)
+                notices.append(
+                    f"{name} is {value} by {layer.source}: what {sources[setter[name]]} says of {values[name]} "
+                    f"is not used ({dropped}); give it again to use it"
+                )
+            values.update(dict.fromkeys(stale))
+            values[name], setter[name] = value, index
+    _check_together(values)
+    given = {name: sources[index] for name, index in setter.items() if index > 0}
+    return _build(values, given), notices
+
+
+def print_notices(notices: Sequence[str]) -> None:
+    """One line each on the error stream; of several processes of a run only the first speaks."""
+    if os.environ.get("RANK", "0") == "0":
+        for notice in notices:
+            print(f"notice: {notice}", file=sys.stderr)
+
+
+def load_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file, as it stands there. Raises SconeError (missing, damaged, not a mapping)."""
+    import yaml
+
+    try:
+        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SconeError(f"found no file {path}; expected a YAML file of options; check --config") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise SconeError(f"cannot read {path} as YAML: {one_line(str(error))}; mend the file") from error
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict):
+        raise SconeError(f"{path}: found {type(loaded).__name__}; expected sections: {', '.join(SECTIONS)}")
+    return loaded
+
+
+def load_options(path: str | Path) -> SconeOptions:
+    """The options in a YAML file over the defaults. Raises SconeError."""
+    options, notices = merge([Layer(str(path), flatten(load_yaml(path), str(path)))])
+    print_notices(notices)
+    return options
+
+
+def from_mapping(mapping: Mapping[str, Any], source: str = "") -> SconeOptions:
+    """Options from a nested mapping (section → option → value) over the defaults; the inverse of :func:`to_mapping`.
+
+    Values are converted by the option's type ("5e-5" → 5e-05). Raises SconeError for unknown names ("did you mean"),
+    wrong types, values out of bounds.
+    """
+    options, _ = merge([Layer(source or "mapping", flatten(mapping, source))])
+    return options
+
+
+def to_mapping(options: SconeOptions) -> dict[str, Any]:
+    """A nested plain mapping of all options: section → option → value."""
+    nested: dict[str, Any] = {}
+    for name in entries():
+        *groups, last = name.split(".")
+        target = nested
+        for group in groups:
+            target = target.setdefault(group, {})
+        target[last] = get_option(options, name)
+    return nested
+
+
+def get_option(options: SconeOptions, name: str) -> Any:
+    """The value of the option with a dotted name, such as "model.f_gram.hidden_size"."""
+    value: Any = options
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def save_options(options: SconeOptions, path: str | Path) -> None:
+    """Write all options as YAML, atomically; ``--config`` reads it. Raises OSError."""
+    import yaml
+
+    text = yaml.safe_dump(to_mapping(options), sort_keys=False, allow_unicode=True)
+    with atomic_path(path) as temporary:
+        temporary.write_text(
+            f"# Resolved options of a SCONE run; give this file to --config to repeat it.\n{text}", "utf-8"
+        )
+
+
+def flatten(mapping: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Dotted name → converted value of a nested mapping. Raises SconeError naming ``source``."""
+    prefix = f"{source}: " if source else ""
+    return {name: convert(entries()[name], value, f"{prefix}{name}") for name, value in _leaves(mapping, "", prefix)}
+
+
+def _leaves(mapping: Mapping[str, Any], group: str, prefix: str) -> Iterator[tuple[str, Any]]:
+    known = entries()
+    groups = {name.rsplit(".", 1)[0] for name in known}
+    for key, value in mapping.items():
+        name = f"{group}.{key}" if group else str(key)
+        if name in known:
+            yield name, value
+        elif name not in groups:
+            raise SconeError(f"{prefix}found the unknown {'option' if group else 'section'} {name}; {suggestion(name)}")
+        elif value is None:
+            continue  # a section whose options are all commented out
+        elif not isinstance(value, Mapping):
+            raise SconeError(f"{prefix}{name}: found {value!r}; expected a section of options; indent them below it")
+        else:
+            yield from _leaves(value, name, prefix)
+
+
+def suggestion(name: str) -> str:
+    """What to do about an unknown dotted name: the nearest known one, in this section or another."""
+    known = entries()
+    if "." not in name:
+        sections = "expected one of " + ", ".join(SECTIONS)
+        owners = [option for option in known if option.rsplit(".", 1)[1] == name]
+        hint = f"did you mean {' or '.join(owners)}?" if owners else did_you_mean(name, SECTIONS)
+        return f"{sections}; {hint}" if hint else sections
+    group, last = name.rsplit(".", 1)
+    elsewhere = [option for option in known if option.rsplit(".", 1)[1] == last]
+    if elsewhere:
+        return f"did you mean {' or '.join(elsewhere)}?"
+    same_group = [option for option in known if option.rsplit(".", 1)[0] == group]
+    return did_you_mean(name, same_group) or did_you_mean(name, known) or "see scone train --help for the options"
+
+
+def _build(values: Mapping[str, Any], given: Mapping[str, str]) -> SconeOptions:
+    options = SconeOptions(given=dict(given))
+    for name, value in values.items():
+        *groups, last = name.split(".")
+        setattr(get_option(options, ".".join(groups)), last, value)
+    return options
+
+
+def _check_together(values: Mapping[str, Any]) -> None:
+    """Refuse options that contradict each other, before any work is done."""
+    if values["training.fp16"] and values["training.bf16"]:
+        raise SconeError("found both fp16 and bf16; expected at most one of them; leave one out")
+    for group in ("model", "model.f_gram"):
+        width, heads = values[f"{group}.hidden_size"], values[f"{group}.num_attention_heads"]
+        if width is not None and heads is not None and width % heads:
+            raise SconeError(
+                f"{group}.hidden_size: found {width} with {heads} attention heads; expected a multiple of the heads; "
+                f"change {group}.hidden_size or {group}.num_attention_heads"
+            )
+    length, positions = values["data.max_length"], values["model.max_position_embeddings"]
+    if positions is not None and length > positions:
+        raise SconeError(
+            f"data.max_length: found {length}, longer than model.max_position_embeddings {positions}; "
+            "lower max_length or raise max_position_embeddings"
+        )

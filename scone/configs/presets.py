@@ -1,0 +1,176 @@
+"""Named configurations: the documented f-gram configurations, and the sizes of well-known trunks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+_F_GRAM_MODELS = {  # hidden size, layers, heads, intermediate size
+    "small": (384, 6, 6, 1536),
+    "medium": (768, 12, 12, 3072),
+    "large": (1024, 24, 16, 4096),
+}
+_VOCABULARIES = {  # f-grams, fewest occurrences
+    "100k": (100_000, 100),
+    "500k": (500_000, 50),
+    "1m": (1_000_000, 20),
+}
+
+
+def _f_gram_configuration(model: str, vocabulary: str) -> Mapping[str, Any]:
+    hidden_size, layers, heads, intermediate_size = _F_GRAM_MODELS[model]
+    max_f_grams, min_freq = _VOCABULARIES[vocabulary]
+    return MappingProxyType(
+        {
+            "data.max_n": 3,
+            "data.min_freq": min_freq,
+            "data.max_f_grams": max_f_grams,
+            "model.f_gram.hidden_size": hidden_size,
+            "model.f_gram.num_hidden_layers": layers,
+            "model.f_gram.num_attention_heads": heads,
+            "model.f_gram.intermediate_size": intermediate_size,
+        }
+    )
+
+
+F_GRAM_CONFIGURATIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {f"{model}-{size}": _f_gram_configuration(model, size) for model in _F_GRAM_MODELS for size in _VOCABULARIES}
+)
+"""Name ("small-100k") → dotted option name → value."""
+
+
+@dataclass(frozen=True)
+class TrunkConfiguration:
+    """An architecture by its ``model_type`` in transformers and the ``fields`` of its configuration."""
+
+    model_type: str
+    fields: Mapping[str, Any]
+
+
+def _gpt2(width: int, layers: int, heads: int) -> TrunkConfiguration:
+    return TrunkConfiguration("gpt2", {"n_embd": width, "n_layer": layers, "n_head": heads})
+
+
+def _bert(width: int, layers: int, heads: int) -> TrunkConfiguration:
+    return TrunkConfiguration(
+        "bert",
+        {
+            "hidden_size": width,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "intermediate_size": 4 * width,
+            "pad_token_id": 0,
+        },
+    )
+
+
+def _llama(
+    width: int, layers: int, heads: int, key_value_heads: int, intermediate: int, positions: int, **rest: Any
+) -> TrunkConfiguration:
+    return TrunkConfiguration("llama", _grouped(width, layers, heads, key_value_heads, intermediate, positions) | rest)
+
+
+def _qwen2(positions: int) -> TrunkConfiguration:
+    fields = _grouped(896, 24, 14, 2, 4864, positions)
+    return TrunkConfiguration(
+        "qwen2",
+        fields
+        | {
+            "vocab_size": 151936,
+            "rope_theta": 1_000_000.0,
+            "rms_norm_eps": 1e-6,
+            "tie_word_embeddings": True,
+            "bos_token_id": 151643,
+            "eos_token_id": 151643,
+        },
+    )
+
+
+def _grouped(
+    width: int, layers: int, heads: int, key_value_heads: int, intermediate: int, positions: int
+) -> dict[str, Any]:
+    return {
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": key_value_heads,
+        "intermediate_size": intermediate,
+        "max_position_embeddings": positions,
+    }
+
+
+def _smol(
+    width: int, layers: int, heads: int, key_value_heads: int, intermediate: int, first: bool
+) -> TrunkConfiguration:
+    return _llama(
+        width,
+        layers,
+        heads,
+        key_value_heads,
+        intermediate,
+        2048 if first else 8192,
+        vocab_size=49152,
+        rope_theta=10_000.0 if first else 100_000.0,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+
+
+_TINY_LLAMA = _llama(2048, 22, 32, 4, 5632, 2048, vocab_size=32000, rope_theta=10_000.0, rms_norm_eps=1e-5)
+_LLAMA_3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+_LLAMA_3_1B = _llama(
+    2048,
+    16,
+    32,
+    8,
+    8192,
+    131072,
+    vocab_size=128256,
+    head_dim=64,
+    rope_theta=500_000.0,
+    rope_scaling=_LLAMA_3_ROPE,
+    rms_norm_eps=1e-5,
+    tie_word_embeddings=True,
+    bos_token_id=128000,
+    eos_token_id=128001,
+)
+
+TRUNK_CONFIGURATIONS: Mapping[str, TrunkConfiguration] = MappingProxyType(
+    {
+        "openai-community/gpt2": _gpt2(768, 12, 12),
+        "openai-community/gpt2-medium": _gpt2(1024, 24, 16),
+        "openai-community/gpt2-large": _gpt2(1280, 36, 20),
+        "openai-community/gpt2-xl": _gpt2(1600, 48, 25),
+        "distilbert/distilgpt2": _gpt2(768, 6, 12),
+        "google-bert/bert-base-uncased": _bert(768, 12, 12),
+        "google-bert/bert-large-uncased": _bert(1024, 24, 16),
+        "TinyLlama/TinyLlama-1.1B-Chat-v1.0": _TINY_LLAMA,
+        "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T": _TINY_LLAMA,
+        "TinyLlama/TinyLlama_v1.1": _TINY_LLAMA,
+        "HuggingFaceTB/SmolLM-135M": _smol(576, 30, 9, 3, 1536, first=True),
+        "HuggingFaceTB/SmolLM-360M": _smol(960, 32, 15, 5, 2560, first=True),
+        "HuggingFaceTB/SmolLM2-135M": _smol(576, 30, 9, 3, 1536, first=False),
+        "HuggingFaceTB/SmolLM2-360M": _smol(960, 32, 15, 5, 2560, first=False),
+        "Qwen/Qwen2-0.5B": _qwen2(131072),
+        "Qwen/Qwen2.5-0.5B": _qwen2(32768),
+        "meta-llama/Llama-3.2-1B": _LLAMA_3_1B,
+    }
+)
+"""Hub name → architecture, for training from scratch where the hub cannot be reached."""
+
+
+def trunk_configuration(name: str) -> TrunkConfiguration | None:
+    """The built-in architecture of a hub name or its short form ("gpt2", "Qwen2-0.5B"); None when there is none."""
+    by_name = {full.lower(): trunk for full, trunk in TRUNK_CONFIGURATIONS.items()}
+    by_short_name = {full.split("/")[1]: trunk for full, trunk in by_name.items()}
+    return by_name.get(name.lower()) or by_short_name.get(name.lower())

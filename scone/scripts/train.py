@@ -1,0 +1,34 @@
+"""Train one model: `scone train`, `python -m scone.scripts.train`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from scone.configs.loading import parse_options
+from scone.utils.command_line import run_main
+
+EXAMPLES = (
+    "scone train --dataset_name wikitext --dataset_config_name wikitext-103-v1 --output_dir ./outputs/scone-model",
+    "scone train --config configs/base_config.yaml --learning_rate 1e-4",
+    "scone train --dataset_name my_texts/ --tokenizer train --vocab_size 8192 --max_n 4 --min_freq 20",
+    "scone train --config configs/base_config.yaml --resume_from_checkpoint",
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train as the flags say and print where the model is."""
+    options, _ = parse_options(
+        argv,
+        ("data", "model", "training"),
+        "Count f-grams on a corpus and train a language model whose input embeddings use them.",
+        examples=EXAMPLES,
+    )
+    from scone.training.run import train
+
+    print(f"final model: {train(options)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

@@ -1,0 +1,96 @@
+"""What every command does around its work: one-line errors, exit codes, suggestions for misspelt words."""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+
+from scone.utils.errors import SconeError
+
+EXIT_UNEXPECTED = 1
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 141
+
+_ADVICE = {
+    errno.ENOSPC: "free some disk space and run again",
+    errno.EDQUOT: "free some of the disk quota and run again",
+    errno.EACCES: "check the permissions, or choose another path",
+    errno.EPERM: "check the permissions, or choose another path",
+    errno.EROFS: "choose a path that can be written",
+    errno.ENOENT: "check the path",
+    errno.ENOTDIR: "check the path",
+    errno.EISDIR: "give a file, not a folder",
+}
+
+
+def run_main(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
+    """Run ``main(argv)`` and return the exit status; every failure becomes one line on the error stream.
+
+    0 success (or what ``main`` returns), 1 a defect, 2 a user's mistake or a file system error, 130 Ctrl-C,
+    141 the reader of our output went away. ``--debug`` anywhere in ``argv`` is taken out and shows tracebacks.
+    """
+    arguments, debug = _take_debug(sys.argv[1:] if argv is None else argv)
+    try:
+        status = int(main(arguments) or 0)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # Python flushes stdout once more at exit, which would complain again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
+    except KeyboardInterrupt:
+        _report("interrupted; what was finished is kept: run the same command again to resume", debug)
+        return EXIT_INTERRUPTED
+    except Exception as error:
+        line, status = describe_error(error)
+        _report(f"error: {line}", debug)
+        return status
+
+
+def describe_error(error: Exception) -> tuple[str, int]:
+    """One line for ``error``, and the exit status that goes with it."""
+    if isinstance(error, SconeError):
+        return one_line(str(error)), EXIT_USER_ERROR
+    if isinstance(error, OSError):
+        where = f": {error.filename}" if error.filename else ""
+        what = error.strerror or one_line(str(error)) or type(error).__name__
+        advice = _ADVICE.get(error.errno or 0, "run again with --debug for the traceback")
+        return f"{what}{where}; {advice}", EXIT_USER_ERROR
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return f"out of memory ({one_line(str(error))[:200]}); use a smaller batch size or model", EXIT_USER_ERROR
+    return (
+        f"unexpected {type(error).__name__}: {one_line(str(error))}; "
+        "run again with --debug for the traceback, and please report it",
+        EXIT_UNEXPECTED,
+    )
+
+
+def one_line(text: str) -> str:
+    """``text`` with every run of white space made one space."""
+    return " ".join(text.split())
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """ "did you mean X?" for the known word nearest to ``word``; "" when none is near."""
+    names = list(known)
+    by_lower = {name.lower(): name for name in names}
+    nearest = difflib.get_close_matches(word.lower(), list(by_lower), n=1, cutoff=0.6)
+    return f"did you mean {by_lower[nearest[0]]}?" if nearest else ""
+
+
+def _take_debug(argv: Sequence[str]) -> tuple[list[str], bool]:
+    """``argv`` without ``--debug`` (up to a ``--``), and whether it was there."""
+    end = argv.index("--") if "--" in argv else len(argv)
+    kept = [word for word in argv[:end] if word != "--debug"]
+    return [*kept, *argv[end:]], len(kept) < end
+
+
+def _report(line: str, debug: bool) -> None:
+    if debug:
+        traceback.print_exc()
+    print(line, file=sys.stderr)
