@@ -1,0 +1,130 @@
+"""Load a model ready for inference: SCONE with or without its embedding table, or any plain causal language model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from scone.inference.quantization import QuantizationReport, quantize_trunk
+from scone.utils.errors import SconeError
+from scone.utils.files import read_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from scone.inference.embedding_table import EmbeddingTable
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready for inference, the table it reads from (None: no f-grams, or they are embedded live), and what
+    was quantised.
+    """
+
+    model: PreTrainedModel
+    table: EmbeddingTable | None
+    quantization: QuantizationReport | None
+
+
+def choose_device(device: str | torch.device | None) -> torch.device:
+    """The named device, or the accelerator where there is one, or the CPU. Raises SconeError when it is not there."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise SconeError(
+            f"found device {str(device)!r}, which does not work here ({reason}); use --device cpu"
+        ) from error
+    return chosen
+
+
+def device_of(model: torch.nn.Module) -> torch.device:
+    """Where the model's first parameter lives."""
+    return next(model.parameters()).device
+
+
+def position_limit(model: PreTrainedModel) -> int | None:
+    """How many positions the model can read, None where its configuration states no limit."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return int(limit) if limit else None
+
+
+def is_scone_folder(folder: Path) -> bool:
+    """Whether a model folder's config.json says that it is one of ours. Raises SconeError when it is not a model
+    folder.
+    """
+    config_path = folder / "config.json"
+    if not config_path.is_file():
+        raise SconeError(
+            f"found no config.json in {folder}; expected a model folder such as OUTPUT_DIR/final_model; "
+            "check --model_path"
+        )
+    config = read_json(config_path)
+    return isinstance(config, dict) and config.get("model_type") == "scone"
+
+
+def load_model(
+    model_path: str | Path,
+    table_path: str | Path | None = None,
+    placement: str = "ram",
+    device: str | torch.device | None = None,
+    quantization: str | None = None,
+) -> LoadedModel:
+    """Load a SCONE model or any plain causal language model, by local folder or hub name, ready for inference.
+
+    With ``table_path`` the f-gram model's weights are not read: input embeddings come from the table, placed as
+    ``placement`` says (see `EmbeddingTable.open`). Without it they are computed live. ``quantization`` is that of the
+    trunk.
+
+    Raises SconeError: no such folder or hub model, not a model, a table for a plain model or of another model, unknown
+    device or quantisation.
+    """
+    where = choose_device(device)
+    folder = Path(model_path)
+    table: EmbeddingTable | None = None
+    if folder.is_dir() and is_scone_folder(folder):
+        from scone.models.language_model import SconeForCausalLM
+
+        if table_path is not None:
+            from scone.inference.embedding_table import EmbeddingTable
+
+            table = EmbeddingTable.open(table_path, placement=placement, device=str(where))
+        model: Any = SconeForCausalLM.from_pretrained(folder, table=table)
+    elif table_path is not None:
+        raise SconeError(
+            f"found the table {table_path} given for {model_path}, a model without f-grams; "
+            "leave --embedding_cache_path out"
+        )
+    else:
+        model = _load_plain(model_path)
+    model = model.to(where).eval().requires_grad_(False)
+    report = None if quantization is None else quantize_trunk(model, quantization)
+    return LoadedModel(model, table, report)
+
+
+def _load_plain(model_path: str | Path) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    if Path(model_path).is_file():
+        raise SconeError(f"found the file {model_path}; expected a model folder such as OUTPUT_DIR/final_model")
+    if not Path(model_path).is_dir() and (
+        str(model_path).startswith((".", "/", "~")) or str(model_path).count("/") > 1
+    ):
+        raise SconeError(
+            f"found no folder {model_path}; expected a model folder such as OUTPUT_DIR/final_model; train one first"
+        )
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model_path)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise SconeError(
+            f"cannot load a causal language model from {model_path}: {reason}; "
+            "give a model folder, or a hub name within reach"
+        ) from error
+    return model

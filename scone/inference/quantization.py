@@ -1,0 +1,170 @@
+"""Fewer bytes for the trunk's linear layers: fp16, int8, int4; the embedding table has row types of its own."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from dataclasses import dataclass
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from scone.utils.errors import SconeError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+QUANTIZATIONS = ("fp16", "int8", "int4")
+
+
+@dataclass(frozen=True)
+class QuantizationReport:
+    """Bytes of the model's parameters and buffers before and after, and how the layers compute now."""
+
+    quantization: str
+    num_layers: int
+    bytes_before: int
+    bytes_after: int
+    computes_in: str
+
+    def __str__(self) -> str:
+        from scone.utils.text import human_bytes
+
+        return (
+            f"{self.quantization}: {self.num_layers} linear layers, model {human_bytes(self.bytes_before)} → "
+            f"{human_bytes(self.bytes_after)}, computes in {self.computes_in}"
+        )
+
+
+class HalfStorageLinear(nn.Module):
+    """A linear layer whose weight is stored in fp16 and widened to the input's type when used.
+
+    For CPUs without fp16 arithmetic, where fp16 matrix products are many times slower than fp32 ones.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        """``weight`` [out, in], ``bias`` [out] or None."""
+        super().__init__()
+        self.weight = nn.Parameter(weight.half(), requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[…, in] → […, out]."""
+        return nn.functional.linear(x, self.weight.to(x.dtype), self.bias)
+
+
+def quantize_trunk(model: PreTrainedModel, quantization: str) -> QuantizationReport:
+    """Quantise the linear layers of ``model``'s trunk in place (GPT-2's ``Conv1D`` included); ``model`` is for
+    inference then.
+
+    ``int8`` and ``int4`` (NF4) use bitsandbytes; token embeddings and the output head keep their type, as is usual.
+    ``fp16`` converts the whole trunk where the device computes in fp16, and otherwise (older CPUs) stores the linear
+    layers in fp16 and computes in fp32. An f-gram model that runs live is left alone. On CPUs int8 and int4 save
+    memory, not time.
+
+    Raises SconeError: unknown quantisation, bitsandbytes missing.
+    """
+    if quantization not in QUANTIZATIONS:
+        raise SconeError(f"found quantization {quantization!r}; expected one of {', '.join(QUANTIZATIONS)}")
+    trunk: PreTrainedModel = getattr(model, "trunk", model)
+    device = next(trunk.parameters()).device
+    bytes_before = model_bytes(model)
+    layers = _linear_layers(trunk)
+    model.requires_grad_(False)
+    if quantization == "fp16" and computes_in_fp16(device):
+        trunk.half()
+        computes_in = "fp16"
+    elif quantization == "fp16":
+        for name, (weight, bias) in layers.items():
+            _replace(trunk, name, HalfStorageLinear(weight, bias))
+        computes_in = "fp32 (this processor has no fp16 arithmetic)"
+    else:
+        bitsandbytes = _import_bitsandbytes(quantization)
+        compute_type = torch.float16 if device.type == "cuda" else torch.float32
+        for name, (weight, bias) in layers.items():
+            build = _int8_linear if quantization == "int8" else _int4_linear
+            _replace(trunk, name, build(bitsandbytes, weight, bias, compute_type).to(device))
+        computes_in = "int8" if quantization == "int8" else str(compute_type).removeprefix("torch.")
+    return QuantizationReport(quantization, len(layers), bytes_before, model_bytes(model), computes_in)
+
+
+def computes_in_fp16(device: torch.device) -> bool:
+    """Whether fp16 matrix products are native there: accelerators, and CPUs that oneDNN says have fp16 arithmetic."""
+    return device.type != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+
+
+def model_bytes(model: nn.Module) -> int:
+    """Bytes of parameters and buffers, shared ones once, and the scales that quantised parameters carry."""
+    tensors = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
+    for holder in [*tensors.values(), *model.modules()]:
+        tensors |= {id(scale): scale for scale in _scales(holder)}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def _scales(holder: Tensor | nn.Module) -> list[Tensor]:
+    """The constants that bitsandbytes keeps beside a quantised parameter, or in its layer once that has been used."""
+    found = [getattr(holder, "SCB", None), getattr(getattr(holder, "state", None), "SCB", None)]
+    quant_state = getattr(holder, "quant_state", None)
+    found += [getattr(quant_state, "absmax", None), getattr(quant_state, "code", None)]
+    return [constant for constant in found if isinstance(constant, Tensor)]
+
+
+def _linear_layers(trunk: PreTrainedModel) -> dict[str, tuple[Tensor, Tensor | None]]:
+    """Weight [out, in] and bias of each linear layer by its name, the output head left out (tied to the embeddings,
+    often).
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    head = trunk.get_output_embeddings()
+    found: dict[str, tuple[Tensor, Tensor | None]] = {}
+    for name, layer in trunk.named_modules():
+        if layer is head:
+            continue
+        if isinstance(layer, Conv1D):
+            found[name] = (layer.weight.detach().T.contiguous(), layer.bias.detach())
+        elif isinstance(layer, nn.Linear):
+            found[name] = (layer.weight.detach(), None if layer.bias is None else layer.bias.detach())
+    return found
+
+
+def _int8_linear(bitsandbytes: ModuleType, weight: Tensor, bias: Tensor | None, compute_type: torch.dtype) -> nn.Module:
+    out_features, in_features = weight.shape
+    layer: nn.Module = bitsandbytes.nn.Linear8bitLt(
+        in_features, out_features, bias=bias is not None, has_fp16_weights=False, threshold=6.0
+    )
+    layer.weight = bitsandbytes.nn.Int8Params(weight.cpu().clone(), requires_grad=False, has_fp16_weights=False)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.to(compute_type), requires_grad=False)
+    return layer
+
+
+def _int4_linear(bitsandbytes: ModuleType, weight: Tensor, bias: Tensor | None, compute_type: torch.dtype) -> nn.Module:
+    out_features, in_features = weight.shape
+    layer: nn.Module = bitsandbytes.nn.Linear4bit(
+        in_features, out_features, bias=bias is not None, compute_dtype=compute_type, quant_type="nf4"
+    )
+    layer.weight = bitsandbytes.nn.Params4bit(weight.cpu().clone(), requires_grad=False, quant_type="nf4")
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.clone(), requires_grad=False)
+    return layer
+
+
+def _replace(root: nn.Module, name: str, layer: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(root.get_submodule(parent), child, layer.eval())
+
+
+def _import_bitsandbytes(quantization: str) -> ModuleType:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # deprecations inside bitsandbytes and torch, nothing a user can act on
+            import bitsandbytes
+    except ImportError as error:
+        raise SconeError(
+            f'found no bitsandbytes, which {quantization} needs; install it with: pip install "scone[quantization]"'
+        ) from error
+    # It logs once a process that an optional kernel download is not installed; the built-in kernels do the same job.
+    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
+    return bitsandbytes

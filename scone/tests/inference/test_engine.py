@@ -1,0 +1,146 @@
+"""Generating text: batches equal single prompts, and what cannot be continued is refused in one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from scone.inference.engine import GenerationOptions, SconeInferenceEngine
+from scone.inference.loading import LoadedModel, choose_device, load_model
+from scone.utils.errors import SconeError
+
+WORDS = ["<|endoftext|>", *"the a cat dog sat ran on under mat hill and then it slept . ,".split()]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="."))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
+
+
+def tiny_model(positions: int = 64) -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=len(WORDS), n_embd=32, n_layer=2, n_head=2, n_positions=positions, bos_token_id=0, eos_token_id=0,
+        initializer_range=0.3,
+    )  # fmt: skip
+    return GPT2LMHeadModel(config).eval()
+
+
+@pytest.fixture(scope="module")
+def engine(tokenizer: PreTrainedTokenizerFast) -> SconeInferenceEngine:
+    return SconeInferenceEngine(LoadedModel(tiny_model(), None, None), tokenizer)
+
+
+PROMPTS = ["the cat", "a dog ran under the hill and then", "it"]
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+@pytest.mark.parametrize("positions", [64, 20])
+def test_batched_generation_equals_one_prompt_at_a_time(
+    tokenizer: PreTrainedTokenizerFast, num_beams: int, positions: int
+) -> None:
+    """With 20 positions the padded batch would not fit, though every prompt does."""
+    engine = SconeInferenceEngine(LoadedModel(tiny_model(positions), None, None), tokenizer)
+    options = GenerationOptions(max_length=20, num_beams=num_beams)
+    together, stats = engine.generate(PROMPTS, options)
+    for generation in together:
+        alone, _ = engine.generate(generation.prompt, options)
+        if num_beams == 1:
+            assert alone == [generation]
+        assert generation.texts[0].startswith(generation.prompt)
+        assert generation.num_prompt_tokens < len(generation.token_ids[0]) <= 20
+    assert stats.num_prompt_tokens == 2 + 8 + 1
+    assert stats.num_new_tokens == sum(len(g.token_ids[0]) for g in together) - stats.num_prompt_tokens
+    assert stats.model_bytes > 0
+    assert "tokens/s" in str(stats)
+
+
+def test_sampling_is_repeatable_and_leaves_the_global_generator_alone(engine: SconeInferenceEngine) -> None:
+    options = GenerationOptions(max_length=16, do_sample=True, temperature=0.7, top_p=0.9, num_return_sequences=3)
+    state = torch.get_rng_state()
+    first, _ = engine.generate("the cat", options)
+    assert torch.equal(state, torch.get_rng_state())
+    again, _ = engine.generate("the cat", options)
+    other, _ = engine.generate("the cat", GenerationOptions(**{**vars(options), "seed": 7}))
+    assert first == again != other
+    assert len(first[0].texts) == 3
+
+
+def test_min_length_holds_for_every_prompt(engine: SconeInferenceEngine) -> None:
+    generations, _ = engine.generate(PROMPTS, GenerationOptions(max_length=30, min_length=25))
+    assert all(len(generation.token_ids[0]) >= 25 for generation in generations)
+
+
+def test_max_new_tokens_wins_over_max_length(engine: SconeInferenceEngine) -> None:
+    generations, _ = engine.generate("the cat", GenerationOptions(max_length=3, max_new_tokens=5, min_length=7))
+    assert len(generations[0].token_ids[0]) == 7
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ([], {}, "found no prompt"),
+        ("", {}, "found an empty prompt"),
+        ("  ", {}, "turns into no tokens"),
+        ("the cat sat", {"max_length": 3}, "a prompt of 3 tokens with --max_length 3"),
+        ("the cat sat", {"max_length": 65}, "the model has 64 positions"),
+        ("the cat sat", {"max_new_tokens": 62}, "the model has 64 positions"),
+    ],
+)
+def test_prompts_that_cannot_be_continued_are_refused(
+    engine: SconeInferenceEngine, prompts: str | list[str], options: dict[str, int], message: str
+) -> None:
+    with pytest.raises(SconeError, match=message):
+        engine.generate(prompts, GenerationOptions(**options))
+
+
+def test_tokens_outside_the_vocabulary_are_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    config = GPT2Config(vocab_size=3, n_embd=8, n_layer=1, n_head=1, n_positions=32, bos_token_id=0, eos_token_id=0)
+    engine = SconeInferenceEngine(LoadedModel(GPT2LMHeadModel(config).eval(), None, None), tokenizer)
+    with pytest.raises(SconeError, match="found token 4 in the prompt; the model's vocabulary has 3 tokens"):
+        engine.generate("the dog", GenerationOptions(max_length=10))
+
+
+def test_plain_model_folder_loads_and_generates(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    tiny_model().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    engine = SconeInferenceEngine.from_pretrained(tmp_path, device="cpu", quantization="fp16")
+    assert engine.loaded.quantization is not None
+    generations, _ = engine.generate("the cat", GenerationOptions(max_length=10))
+    assert len(generations[0].texts) == 1
+
+
+def test_what_is_not_a_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SconeError, match="found no folder"):
+        load_model(tmp_path / "missing")
+    with pytest.raises(SconeError, match="found no config.json"):
+        load_model(tmp_path)
+    (tmp_path / "config.json").write_text("{broken")
+    with pytest.raises(SconeError, match="as JSON"):
+        load_model(tmp_path)
+    with pytest.raises(SconeError, match="found the file"):
+        load_model(tmp_path / "config.json")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "nothing"}))
+    with pytest.raises(SconeError, match="cannot load a causal language model"):
+        load_model(tmp_path)
+    with pytest.raises(SconeError, match="cannot load a causal language model from no-such-model"):
+        load_model("no-such-model")
+
+
+def test_table_for_a_plain_model_is_refused(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path)
+    with pytest.raises(SconeError, match="a model without f-grams"):
+        load_model(tmp_path, table_path=tmp_path / "embeddings.cache")
+
+
+def test_unknown_devices_are_refused() -> None:
+    for device in ("warp", "cuda:99"):
+        with pytest.raises(SconeError, match="use --device cpu"):
+            choose_device(device)
