@@ -1,0 +1,275 @@
+"""What every benchmark shares: options, machine and commit, medians of interleaved runs, the table and the JSON.
+
+A benchmark is a script ``bench_NAME.py`` that makes one ``Report``, adds records to it and calls ``finish``:
+
+    report = Report.from_arguments("counting", __doc__)
+    times = interleaved({"ours": run_ours, "polars": run_polars}, repeats=3)
+    report.add("speed_vs_polars", "tokens/s", ours=..., peer=..., peer_name="polars", target=3.0)
+    report.finish()
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY))
+
+from scone.utils.files import write_json  # noqa: E402
+
+_LIBRARIES = (
+    *("torch", "transformers", "tokenizers", "datasets", "numpy", "numba", "bitsandbytes", "torchao"),
+    *("polars", "duckdb", "pyspark", "pyarrow", "lmdb"),
+)
+
+
+@dataclass
+class Record:
+    """One measured number. ``ratio`` is what ``target`` speaks of; ``met`` is None where there is no target."""
+
+    metric: str
+    unit: str
+    ours: float | None
+    peer: float | None = None
+    peer_name: str | None = None
+    bound: float | None = None
+    ratio: float | None = None
+    target: float | None = None
+    met: bool | None = None
+
+
+@dataclass
+class Report:
+    """All records of one run of one benchmark, with what they were measured on."""
+
+    benchmark: str
+    quick: bool = False
+    json_path: Path | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    records: list[Record] = field(default_factory=list)
+
+    @classmethod
+    def from_arguments(
+        cls,
+        benchmark: str,
+        description: str | None,
+        argv: Sequence[str] | None = None,
+        add_options: Callable[[argparse.ArgumentParser], None] | None = None,
+    ) -> Report:
+        """Parse ``--quick`` and ``--json FILE``, and whatever ``add_options`` adds (its values land in ``config``)."""
+        parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+        parser.add_argument("--quick", action="store_true", help="the same ratios at a smaller size, within 5 minutes")
+        parser.add_argument("--json", type=Path, metavar="FILE", help="also write the records as JSON to FILE")
+        if add_options:
+            add_options(parser)
+        options = vars(parser.parse_args(argv))
+        report = cls(benchmark, options.pop("quick"), options.pop("json"))
+        report.config = {"quick": report.quick} | options
+        return report
+
+    def add(
+        self,
+        metric: str,
+        unit: str,
+        ours: float | None,
+        *,
+        peer: float | None = None,
+        peer_name: str | None = None,
+        bound: float | None = None,
+        ratio: float | Literal["ours/peer", "peer/ours", "ours"] | None = "ours/peer",
+        target: float | None = None,
+        better: Literal["higher", "lower"] = "higher",
+    ) -> Record:
+        """Add a record and print it. ``ratio`` is a number or says how it comes from ``ours`` and ``peer``.
+
+        ``bound`` is what the hardware allows, in the unit of ``ours``; ``better`` says on which side of ``target``
+        the ratio must lie.
+        """
+        if isinstance(ratio, str):
+            ratio = _ratio(ratio, ours, peer)
+        met = None if target is None or ratio is None else (ratio >= target if better == "higher" else ratio <= target)
+        record = Record(metric, unit, ours, peer, peer_name, bound, ratio, target, met)
+        self.records.append(record)
+        print("  ".join(_cells(record)), flush=True)
+        return record
+
+    def finish(self) -> None:
+        """Print the table; write the JSON where one was asked for."""
+        head = ("metric", "unit", "bound", "peer", "", "ours", "ratio", "target", "met")
+        rows = [head, *map(_cells, self.records)]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+        print()
+        for row in rows:
+            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        if self.json_path:
+            write_json(self.json_path, self.to_json())
+            print(f"\nwritten to {self.json_path}")
+
+    def to_json(self) -> dict[str, Any]:
+        """The form that ``BENCHMARKS`` fixes: benchmark, machine, commit, config, records."""
+        return {
+            "benchmark": self.benchmark,
+            "machine": machine(),
+            "commit": commit(),
+            "config": json.loads(json.dumps(self.config, default=str)),
+            "records": [asdict(record) for record in self.records],
+        }
+
+
+def _ratio(rule: str, ours: float | None, peer: float | None) -> float | None:
+    if ours is None or (peer is None and rule != "ours"):
+        return None
+    if rule == "ours":
+        return ours
+    assert peer is not None
+    above, below = (ours, peer) if rule == "ours/peer" else (peer, ours)
+    return above / below if below else None
+
+
+def _cells(record: Record) -> tuple[str, ...]:
+    met = {None: "", True: "met", False: "MISSED"}[record.met]
+    numbers = (record.bound, record.peer)
+    return (
+        record.metric,
+        record.unit,
+        *map(_number, numbers),
+        record.peer_name or "",
+        _number(record.ours),
+        _number(record.ratio),
+        _number(record.target),
+        met,
+    )
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return ""
+    if value == 0 or not math.isfinite(value):
+        return str(value)
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def machine() -> dict[str, Any]:
+    """The processor, cores, memory, accelerators and library versions that the numbers belong to."""
+    versions = {}
+    for name in _LIBRARIES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "accelerators": _accelerators(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "libraries": versions,
+    }
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _accelerators() -> list[str]:
+    if "torch" not in sys.modules:  # a benchmark that never imported torch used no accelerator
+        return []
+    import torch
+
+    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+
+
+def commit() -> str:
+    """The commit of the working tree, with ``-dirty`` when tracked files differ from it; "unknown" outside git."""
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            cwd=REPOSITORY,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return found.stdout.strip()
+
+
+def interleaved(runs: dict[str, Callable[[], object]], repeats: int, warmup: int = 1) -> dict[str, float]:
+    """Median wall seconds of each run, taken in turn (a, b, a, b, …) so that a drifting machine drifts for all.
+
+    The first ``warmup`` rounds are not counted.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(warmup + repeats):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            if turn >= warmup:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def in_child(script: Path, arguments: Sequence[str], timeout_seconds: float | None = None) -> dict[str, Any]:
+    """Run ``python script arguments`` in a process of its own and return the JSON object on its last output line.
+
+    For measurements that need a clean process: peak memory, start-up, libraries that do not give threads back.
+    Raises RuntimeError with the end of its error output when it fails.
+    """
+    done = subprocess.run(
+        [sys.executable, str(script), *arguments], capture_output=True, text=True, timeout=timeout_seconds, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(f"{script.name} {' '.join(arguments)} exited with {done.returncode}: {done.stderr[-2000:]}")
+    return json.loads(done.stdout.strip().split("\n")[-1])
+
+
+class PeakMemory:
+    """Peak resident bytes of this process inside a ``with`` block, above what it held at its start (Linux).
+
+    with PeakMemory() as peak: work()
+    print(peak.growth_bytes)
+    """
+
+    growth_bytes: int = 0
+
+    def __enter__(self) -> PeakMemory:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets the peak (VmHWM) to the present
+        self._start = _resident("VmRSS")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.growth_bytes = _resident("VmHWM") - self._start
+
+
+def _resident(field_name: str) -> int:
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith(field_name):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field_name}")
+
+
+def shared_data(*parts: str) -> Path | None:
+    """The path of shared benchmark data (folder ``SCONE_SHARED`` or ``../shared``, then ``data/…``); None if absent."""
+    root = Path(os.environ.get("SCONE_SHARED", REPOSITORY.parent / "shared"))
+    path = root.joinpath("data", *parts)
+    return path if path.exists() else None
