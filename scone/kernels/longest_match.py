@@ -1,0 +1,191 @@
+"""Longest f-gram ending at each position: level by level for batches, along suffix links for one step.
+
+Because the vocabulary is closed under prefix and suffix, an f-gram of n + 1 tokens can end at position i only where an
+f-gram of n tokens ends at i and another at i − 1. So level n + 1 probes the index with (node of length n at i − 1, token
+i) at exactly those positions. The probes of a level do not depend on each other: first all first slots are fetched, then
+all keys, so that the processor waits for many cache lines at once instead of for one after another.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from scone.kernels.child_index import NO_F_GRAM, find_child, fingerprint_bits, hash_key, home_slot
+
+BLOCK = 1024
+"""Positions that are matched together: enough independent probes, while the scratch arrays stay in the first cache."""
+
+FRESH = -1
+"""The state of a sequence that nothing reaches into."""
+
+
+@njit(cache=True)
+def _fetch_first_slots(slots, node, token, candidates, num_candidates, first, home, hashes):
+    for k in range(num_candidates):
+        i = candidates[k]
+        hashed = hash_key(node[i - 1], token[i])
+        slot = home_slot(hashed, len(slots))
+        hashes[k] = hashed
+        home[k] = slot
+        first[k] = slots[slot]
+
+
+@njit(cache=True)
+def _find_likely_ranks(slots, size, bits, max_probes, candidates, num_candidates, first, home, hashes, likely, rank):
+    """Follow each probe sequence to the first slot with the right fingerprint; keep the candidates that have one."""
+    low_mask = np.uint32((np.uint64(1) << np.uint64(bits)) - np.uint64(1))
+    kept = 0
+    for k in range(num_candidates):
+        wanted = fingerprint_bits(hashes[k], bits)
+        value = first[k]
+        slot = home[k]
+        probes = 1
+        while value != 0 and (value & ~low_mask) != wanted and probes < max_probes:
+            slot += 1
+            if slot == len(slots):
+                slot = 0
+            value = slots[slot]
+            probes += 1
+        found = np.int64(value & low_mask) - 1
+        likely[kept] = candidates[k]
+        rank[kept] = found
+        kept += (value & ~low_mask) == wanted and 0 <= found < size
+    return kept
+
+
+@njit(cache=True)
+def _match_block(keys, slots, bits, max_probes, vocab_size, longest, token, node, level, m, scratch):
+    """Raise ``node`` [m] from tokens (level 1; level 0 where nothing may match) to the longest matches."""
+    candidates, matched, likely, home, rank, hashes, first = scratch
+    num_candidates = 0
+    for i in range(1, m):
+        candidates[num_candidates] = i
+        num_candidates += level[i - 1] == 1 and level[i] == 1
+    for length in range(2, longest + 1):
+        if num_candidates == 0:
+            return
+        _fetch_first_slots(slots, node, token, candidates, num_candidates, first, home, hashes)
+        num_likely = _find_likely_ranks(
+            slots, len(keys), bits, max_probes, candidates, num_candidates, first, home, hashes, likely, rank
+        )
+        # `node[i - 1]` must still be the node one level down when position i is confirmed: hence from right to left.
+        num_matched = 0
+        for k in range(num_likely - 1, -1, -1):
+            i = likely[k]
+            found = rank[k]
+            if np.int64(keys[found, 0]) != node[i - 1] or np.int64(keys[found, 1]) != token[i]:
+                found = find_child(keys, slots, bits, max_probes, node[i - 1], token[i])
+                if found == NO_F_GRAM:
+                    continue
+            node[i] = vocab_size + found
+            level[i] = length
+            matched[num_matched] = i
+            num_matched += 1
+        num_candidates = 0
+        for k in range(num_matched - 1, -1, -1):
+            i = matched[k]
+            candidates[num_candidates] = i
+            num_candidates += level[i - 1] == length
+        # A match at level `length` whose left neighbour has none stays as it is: it can grow no further.
+
+
+@njit(cache=True, nogil=True)
+def match_positions(
+    keys, slots, bits, max_probes, vocab_size, longest, tokens, mask, row_length, start, stop, contexts, nodes
+):
+    """Match the flat positions ``start`` … ``stop`` of a batch of rows, reading up to N − 1 tokens to their left.
+
+    Args:
+        keys, slots, bits, max_probes: the index, as in `child_index.find_child`.
+        longest: N, the length of the longest f-gram.
+        tokens: int64 [B · T], row after row.
+        mask: bool [B · T], False where nothing may match or cross; or [0] for no mask.
+        row_length: T.
+        contexts: int64 [B, N − 1], tokens before each row, right-aligned, -1 where there are none; or [0, 0].
+        nodes: int64 [B · T]; ``nodes[start:stop]`` is filled.
+
+    Returns:
+        The first flat position with a token outside 0 … V − 1, or -1.
+
+    Slow equal: `reference_matching.longest_matches`, row by row.
+    """
+    room = BLOCK + 2 * longest + 2
+    token = np.empty(room, np.int64)
+    node = np.empty(room, np.int64)
+    level = np.empty(room, np.int16)
+    target = np.empty(room, np.int64)
+    scratch = (
+        np.empty(room, np.int64),
+        np.empty(room, np.int64),
+        np.empty(room, np.int64),
+        np.empty(room, np.int64),
+        np.empty(room, np.int64),
+        np.empty(room, np.uint64),
+        np.empty(room, np.uint32),
+    )
+    has_mask = len(mask) > 0
+    position = start
+    while position < stop:
+        # A block is a run of rows or parts of rows, each with a break (level 0) and its left context before it.
+        m = 0
+        while position < stop and m < BLOCK:
+            row = position // row_length
+            row_start = row * row_length
+            token[m] = node[m] = level[m] = 0
+            target[m] = -1
+            m += 1
+            context_start = position - (longest - 1)
+            if context_start < row_start and len(contexts) > 0:
+                for k in range(position - row_start, longest - 1):
+                    if contexts[row, k] >= 0:
+                        token[m] = node[m] = contexts[row, k]
+                        level[m] = 1
+                        target[m] = -1
+                        m += 1
+            end = min(row_start + row_length, stop, position + max(1, BLOCK - m))
+            for p in range(max(context_start, row_start), end):
+                value = tokens[p]
+                if value < 0 or value >= vocab_size:
+                    return p
+                token[m] = node[m] = value
+                level[m] = 1 if not has_mask or mask[p] else 0
+                target[m] = p if p >= position else -1
+                m += 1
+            position = end
+        _match_block(keys, slots, bits, max_probes, vocab_size, longest, token, node, level, m, scratch)
+        for k in range(m):
+            if target[k] >= 0:
+                nodes[target[k]] = node[k]
+    return np.int64(-1)
+
+
+@njit(cache=True, nogil=True)
+def match_step(keys, suffixes, slots, bits, max_probes, vocab_size, states, tokens, mask, nodes):
+    """One token for each sequence: follow (state, token), else fall back to the suffix of the state and try again.
+
+    Args:
+        suffixes: unsigned [S]; states, tokens: int64 [B], a state is the node of the position before or -1.
+        mask: bool [B] or [0]; nodes: int64 [B], filled.
+
+    Returns:
+        The first sequence with a token outside 0 … V − 1 or a state outside -1 … V + S − 1, or -1.
+
+    Slow equal: `reference_matching.longest_matches` over the whole sequence.
+    """
+    for b in range(len(tokens)):
+        token = tokens[b]
+        state = states[b]
+        if token < 0 or token >= vocab_size or state < FRESH or state >= vocab_size + len(keys):
+            return b
+        nodes[b] = token
+        if len(mask) > 0 and not mask[b]:
+            continue
+        # A state of length N has no children; its suffix is the first that can have some. At most N fallbacks.
+        while state != FRESH:
+            rank = find_child(keys, slots, bits, max_probes, state, token)
+            if rank != NO_F_GRAM:
+                nodes[b] = vocab_size + rank
+                break
+            state = FRESH if state < vocab_size else np.int64(suffixes[state - vocab_size])
+    return np.int64(-1)

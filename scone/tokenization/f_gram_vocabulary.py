@@ -1,0 +1,475 @@
+"""The f-gram vocabulary: S ranked f-grams as the nodes of one trie, in arrays that a file holds and maps."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from scone.kernels import child_index
+from scone.tokenization import f_gram_file
+from scone.utils.errors import SconeError
+from scone.utils.files import fingerprint_of
+
+MAX_VOCAB_SIZE = 2**32 - 1
+MAX_F_GRAM_LENGTH = 255
+
+_FAULTS = {
+    child_index.BAD_TOKEN: "has a token outside 0 … V − 1",
+    child_index.SEPARATOR_INSIDE: "contains a separator",
+    child_index.PREFIX_MISSING: "has a prefix that is not an f-gram of lower rank",
+    child_index.SUFFIX_MISSING: "has a suffix that is not an f-gram of lower rank",
+    child_index.DUPLICATE: "occurs at a lower rank already",
+    child_index.WRONG_ORDER: "is out of order (count descending, length ascending, tokens ascending)",
+    child_index.TOO_LONG: "is longer than max_n",
+}
+
+
+@dataclass(frozen=True)
+class ChildIndex:
+    """What `child_index.find_child` needs beside the keys: the slots, and how they are read."""
+
+    slots: np.ndarray
+    rank_bits: int
+    max_probes: int
+
+    @classmethod
+    def build(cls, keys: np.ndarray) -> ChildIndex:
+        """Index ``keys`` [S, 2] (about 0.1 µs an f-gram)."""
+        bits = child_index.rank_bits(len(keys))
+        slots = np.zeros(child_index.num_slots(len(keys)), np.uint32)
+        max_probes = int(child_index.build_child_index(keys, slots, bits))
+        return cls(_frozen(slots), bits, max_probes)
+
+
+class FGramVocabulary:
+    """S f-grams ranked by (count descending, length ascending, tokens lexicographic).
+
+    Single tokens are nodes 0 … V − 1, the f-gram of rank r is node V + r. The vocabulary is closed: prefix and suffix of
+    every f-gram are tokens or f-grams of lower rank, so its first S′ f-grams are a vocabulary too (`truncated`).
+    All arrays are read-only. Make one by `from_links`, `from_ranked`, `from_counts` or `load`.
+
+    Attributes:
+        vocab_size: V, at most 2³² − 1.
+        max_n: N, the limit that was counted with, 1 … 255 (no f-gram is longer; perhaps all are shorter).
+        separator_ids: tokens that no f-gram contains, ascending.
+        tokenizer_fingerprint: of the tokenizer that made the tokens; "" when unknown.
+        keys: [S, 2] prefix node and last token, side by side because look-ups compare both.
+        suffixes: [S] node of the f-gram without its first token.
+        lengths: uint8 [S], tokens of the f-gram, 2 … N.
+        counts: uint64 [S], occurrences in the counted corpus.
+
+    Nodes are uint32 when V + S ≤ 2³², else uint64.
+    """
+
+    def __init__(
+        self,
+        *,
+        keys: np.ndarray,
+        suffixes: np.ndarray,
+        lengths: np.ndarray,
+        counts: np.ndarray,
+        vocab_size: int,
+        max_n: int,
+        separator_ids: Sequence[int] = (),
+        tokenizer_fingerprint: str = "",
+        index: ChildIndex | None = None,
+        fingerprint: str | None = None,
+        path: Path | None = None,
+    ) -> None:
+        """For the classmethods, which make sure that the arrays belong together; takes them as they are."""
+        self.vocab_size = int(vocab_size)
+        self.max_n = int(max_n)
+        self.separator_ids = tuple(sorted(int(separator) for separator in separator_ids))
+        self.tokenizer_fingerprint = tokenizer_fingerprint
+        self.keys = _frozen(keys)
+        self.suffixes = _frozen(suffixes)
+        self.lengths = _frozen(lengths)
+        self.counts = _frozen(counts)
+        self.path = path
+        self._index = index
+        self._fingerprint = fingerprint
+
+    # Making one
+
+    @classmethod
+    def from_links(
+        cls,
+        prefixes: np.ndarray,
+        last_tokens: np.ndarray,
+        counts: np.ndarray,
+        *,
+        vocab_size: int,
+        max_n: int,
+        separator_ids: Sequence[int] = (),
+        tokenizer_fingerprint: str = "",
+    ) -> FGramVocabulary:
+        """From the prefix node and last token of every f-gram, in rank order; derives and checks all else.
+
+        Args:
+            prefixes: integers [S], nodes; last_tokens: integers [S]; counts: integers [S].
+
+        Raises:
+            ValueError: when the ranking is not strict, not closed, or an f-gram is not allowed; names the rank.
+        """
+        _check_limits(vocab_size, max_n, separator_ids)
+        size = len(last_tokens)
+        keys = np.empty((size, 2), _node_dtype(vocab_size, size))
+        keys[:, 0] = prefixes
+        keys[:, 1] = last_tokens
+        return cls._from_keys(keys, counts, vocab_size, max_n, separator_ids, tokenizer_fingerprint)
+
+    @classmethod
+    def from_ranked(
+        cls,
+        f_grams: np.ndarray | Sequence[Sequence[int]],
+        counts: np.ndarray | Sequence[int],
+        *,
+        vocab_size: int,
+        max_n: int | None = None,
+        lengths: np.ndarray | None = None,
+        separator_ids: Sequence[int] = (),
+        tokenizer_fingerprint: str = "",
+    ) -> FGramVocabulary:
+        """From the tokens of every f-gram, in rank order.
+
+        Args:
+            f_grams: sequence of S token sequences; or integers [S, N], the f-gram of rank r in its first
+                ``lengths[r]`` columns (``lengths`` omitted: all N).
+            counts: integers [S].
+            max_n: default the longest f-gram.
+
+        Raises:
+            ValueError: as `from_links`.
+        """
+        if isinstance(f_grams, np.ndarray) and f_grams.ndim == 2:
+            tokens = f_grams.astype(np.int64, copy=False)
+            lengths = np.full(len(tokens), tokens.shape[1]) if lengths is None else lengths
+        else:
+            lengths = np.array([len(gram) for gram in f_grams], np.int64)
+            tokens = np.zeros((len(lengths), lengths.max(initial=0)), np.int64)
+            for row, gram in zip(tokens, f_grams, strict=True):
+                row[: len(gram)] = gram
+        if len(lengths) and (lengths.min() < 2 or lengths.max() > tokens.shape[1]):
+            raise ValueError(f"f-gram lengths are {lengths.min()} … {lengths.max()}; expected 2 … {tokens.shape[1]}")
+        max_n = max(1, int(lengths.max(initial=1))) if max_n is None else max_n
+        _check_limits(vocab_size, max_n, separator_ids)
+        keys = np.empty((len(tokens), 2), _node_dtype(vocab_size, len(tokens)))
+        scratch = np.zeros(child_index.num_slots(len(tokens)), np.uint32)
+        outcome, rank = child_index.keys_of_token_matrix(
+            tokens, lengths.astype(np.int64), vocab_size, keys, scratch, child_index.rank_bits(len(tokens))
+        )
+        if outcome != child_index.VALID:
+            raise ValueError(f"the f-gram of rank {rank} {_FAULTS[outcome]}")
+        del scratch
+        return cls._from_keys(keys, np.asarray(counts), vocab_size, max_n, separator_ids, tokenizer_fingerprint)
+
+    @classmethod
+    def from_counts(
+        cls,
+        counts: Mapping[tuple[int, ...], int],
+        *,
+        vocab_size: int,
+        max_n: int | None = None,
+        max_f_grams: int | None = None,
+        min_freq: int = 1,
+        separator_ids: Sequence[int] = (),
+        tokenizer_fingerprint: str = "",
+    ) -> FGramVocabulary:
+        """Rank ``counts`` (tokens → occurrences) and keep the first ``max_f_grams`` of count ≥ ``min_freq``.
+
+        N-grams shorter than 2 or longer than ``max_n``, and those with a separator, are left out.
+
+        Raises:
+            ValueError: as `from_links`; such counts are not those of a corpus.
+        """
+        separators = set(separator_ids)
+        limit = MAX_F_GRAM_LENGTH if max_n is None else max_n
+        kept = [
+            (-count, len(gram), gram)
+            for gram, count in counts.items()
+            if count >= min_freq and 2 <= len(gram) <= limit and not separators.intersection(gram)
+        ]
+        kept = sorted(kept)[:max_f_grams]
+        return cls.from_ranked(
+            [gram for _, _, gram in kept],
+            np.array([-negative for negative, _, _ in kept], np.uint64),
+            vocab_size=vocab_size,
+            max_n=max_n,
+            separator_ids=separator_ids,
+            tokenizer_fingerprint=tokenizer_fingerprint,
+        )
+
+    @classmethod
+    def _from_keys(
+        cls,
+        keys: np.ndarray,
+        counts: np.ndarray,
+        vocab_size: int,
+        max_n: int,
+        separator_ids: Sequence[int],
+        tokenizer_fingerprint: str,
+    ) -> FGramVocabulary:
+        counts = np.asarray(counts).astype(np.uint64)
+        if len(counts) != len(keys):
+            raise ValueError(f"{len(counts)} counts for {len(keys)} f-grams")
+        suffixes, lengths, index = _linked(keys, counts, vocab_size, max_n, separator_ids)
+        return cls(
+            keys=keys,
+            suffixes=suffixes,
+            lengths=lengths,
+            counts=counts,
+            vocab_size=vocab_size,
+            max_n=max_n,
+            separator_ids=separator_ids,
+            tokenizer_fingerprint=tokenizer_fingerprint,
+            index=index,
+        )
+
+    def truncated(self, num_f_grams: int) -> FGramVocabulary:
+        """The vocabulary of the first ``num_f_grams`` f-grams (all, when it has fewer). Shares the arrays."""
+        size = min(int(num_f_grams), self.num_f_grams)
+        if size < 0:
+            raise ValueError(f"cannot keep {num_f_grams} f-grams")
+        if size == self.num_f_grams:
+            return self
+        dtype = _node_dtype(self.vocab_size, size)
+        return FGramVocabulary(
+            keys=self.keys[:size].astype(dtype, copy=False),
+            suffixes=self.suffixes[:size].astype(dtype, copy=False),
+            lengths=self.lengths[:size],
+            counts=self.counts[:size],
+            vocab_size=self.vocab_size,
+            max_n=self.max_n,
+            separator_ids=self.separator_ids,
+            tokenizer_fingerprint=self.tokenizer_fingerprint,
+        )
+
+    # Asking it
+
+    @property
+    def num_f_grams(self) -> int:
+        """S."""
+        return len(self.keys)
+
+    @property
+    def num_nodes(self) -> int:
+        """V + S."""
+        return self.vocab_size + self.num_f_grams
+
+    @property
+    def prefixes(self) -> np.ndarray:
+        """[S] node of the f-gram without its last token."""
+        return self.keys[:, 0]
+
+    @property
+    def last_tokens(self) -> np.ndarray:
+        """[S]."""
+        return self.keys[:, 1]
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest f-gram, at least 1."""
+        return int(self.lengths.max(initial=1))
+
+    @property
+    def index(self) -> ChildIndex:
+        """The look-up structure; built at first use where the vocabulary did not bring it."""
+        if self._index is None:
+            self._index = ChildIndex.build(self.keys)
+        return self._index
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex SHA-256 of ranking, V and separators: equal for vocabularies that match alike and rank alike."""
+        if self._fingerprint is None:
+            self._fingerprint = self._computed_fingerprint()
+        return self._fingerprint
+
+    def _computed_fingerprint(self) -> str:
+        return fingerprint_of(json.dumps([self.vocab_size, self.separator_ids]), self.keys.reshape(-1))
+
+    def __repr__(self) -> str:
+        return (
+            f"FGramVocabulary({self.num_f_grams} f-grams of up to {self.longest} tokens over {self.vocab_size} tokens)"
+        )
+
+    def tokens(self, node: int) -> tuple[int, ...]:
+        """The tokens of ``node``, one for a token's own node. Raises ValueError for a number that is no node."""
+        self._check_node(node)
+        reversed_tokens = []
+        while node >= self.vocab_size:
+            prefix, last_token = self.keys[node - self.vocab_size]
+            reversed_tokens.append(int(last_token))
+            node = int(prefix)
+        return (int(node), *reversed(reversed_tokens))
+
+    def token_matrix(self, ranks: np.ndarray, padding: int = -1) -> np.ndarray:
+        """Tokens of many f-grams, int64 [n, N′] with ``padding`` at the right; N′ is the longest f-gram (at least 1)."""
+        ranks = np.ascontiguousarray(ranks, np.int64)
+        if len(ranks) and (ranks.min() < 0 or ranks.max() >= self.num_f_grams):
+            raise ValueError(f"ranks are {ranks.min()} … {ranks.max()}; expected 0 … {self.num_f_grams - 1}")
+        tokens = np.full((len(ranks), self.longest), padding, np.int64)
+        child_index.unroll_f_grams(self.keys, self.lengths, self.vocab_size, ranks, tokens)
+        return tokens
+
+    def node(self, tokens: Sequence[int]) -> int | None:
+        """The node of exactly these tokens; None when they are neither one token nor an f-gram."""
+        array = np.array(tokens, np.int64).reshape(-1)
+        if len(array) == 0 or array.min() < 0 or array.max() >= self.vocab_size:
+            return None
+        index = self.index
+        node = child_index.find_node(self.keys, index.slots, index.rank_bits, index.max_probes, self.vocab_size, array)
+        return None if node == child_index.NO_F_GRAM else int(node)
+
+    def length(self, node: int) -> int:
+        """How many tokens ``node`` has. Raises ValueError for a number that is no node."""
+        self._check_node(node)
+        return 1 if node < self.vocab_size else int(self.lengths[node - self.vocab_size])
+
+    def depth_first_order(self) -> np.ndarray:
+        """All ranks in trie preorder, int64 [S]: every f-gram after its prefix, subtrees together.
+
+        Subtrees come by first token, children by rank: so the order depends on the vocabulary alone. In a run of
+        consecutive entries each f-gram's ancestors are in the run too, but for the ≤ N − 2 of its first entry.
+        """
+        bigrams = np.flatnonzero(self.lengths == 2)
+        roots = bigrams[np.argsort(self.keys[bigrams, 0], kind="stable")]
+        order = np.empty(self.num_f_grams, np.int64)
+        written = child_index.depth_first_ranks(self.keys, self.vocab_size, roots, order)
+        assert written == self.num_f_grams, (written, self.num_f_grams)
+        return order
+
+    def _check_node(self, node: int) -> None:
+        if not 0 <= node < self.num_nodes:
+            raise ValueError(f"node {node} does not exist; expected 0 … {self.num_nodes - 1}")
+
+    # Files
+
+    def save(self, path_or_folder: str | Path) -> Path:
+        """Write the vocabulary (as ``f_grams.safetensors`` when given a folder), atomically; returns the file's path."""
+        path = f_gram_file.file_of(path_or_folder)
+        metadata = {
+            "vocab_size": str(self.vocab_size),
+            "max_n": str(self.max_n),
+            "separator_ids": json.dumps(self.separator_ids),
+            "tokenizer_fingerprint": self.tokenizer_fingerprint,
+            "fingerprint": self.fingerprint,
+            "rank_bits": str(self.index.rank_bits),
+            "max_probes": str(self.index.max_probes),
+        }
+        f_gram_file.write_file(path, self._tensors(), metadata)
+        return path
+
+    def _tensors(self) -> dict[str, np.ndarray]:
+        """The arrays as the file has them, widest first so that each is aligned."""
+        return {
+            "counts": self.counts,
+            "keys": self.keys,
+            "suffixes": self.suffixes,
+            "slots": self.index.slots,
+            "lengths": self.lengths,
+        }
+
+    @classmethod
+    def load(cls, path_or_folder: str | Path) -> FGramVocabulary:
+        """Map a saved vocabulary into memory; pages are read when used, and shared between processes.
+
+        Checks the header, the file's length, and that every node refers to an earlier one, so that nothing reads out of
+        bounds later. Damage inside those limits is found by `verify`. Raises SconeError.
+        """
+        path = f_gram_file.file_of(path_or_folder)
+        arrays, metadata = f_gram_file.open_file(path)
+        keys, suffixes, lengths = arrays["keys"], arrays["suffixes"], arrays["lengths"]
+        vocab_size, max_n = int(metadata["vocab_size"]), int(metadata["max_n"])
+        rank = child_index.check_links(keys, suffixes, lengths, vocab_size, max_n)
+        if rank != child_index.NO_F_GRAM:
+            raise SconeError(
+                f"found a damaged f-gram vocabulary {path}: the f-gram of rank {rank} has no place in the trie; "
+                "expected it as written; count or copy it again"
+            )
+        return cls(
+            keys=keys,
+            suffixes=suffixes,
+            lengths=lengths,
+            counts=arrays["counts"],
+            vocab_size=vocab_size,
+            max_n=max_n,
+            separator_ids=json.loads(metadata["separator_ids"]),
+            tokenizer_fingerprint=metadata["tokenizer_fingerprint"],
+            index=ChildIndex(arrays["slots"], int(metadata["rank_bits"]), int(metadata["max_probes"])),
+            fingerprint=metadata["fingerprint"],
+            path=path,
+        )
+
+    def verify(self) -> None:
+        """Check everything: the file's bytes, the ranking, closure, links, index and fingerprint (≈ 1 µs an f-gram).
+
+        Raises:
+            SconeError: names what is wrong.
+        """
+        name = self.path or "this f-gram vocabulary"
+        if self.path is not None:
+            arrays, metadata = f_gram_file.open_file(self.path)
+            f_gram_file.check_data(self.path, arrays, metadata)
+        try:
+            suffixes, lengths, index = _linked(self.keys, self.counts, self.vocab_size, self.max_n, self.separator_ids)
+        except ValueError as error:
+            raise SconeError(f"found {name} damaged: {error}; count or copy it again") from error
+        intact = {
+            "suffixes": np.array_equal(suffixes, self.suffixes),
+            "lengths": np.array_equal(lengths, self.lengths),
+            "index": np.array_equal(index.slots, self.index.slots) and index.max_probes == self.index.max_probes,
+            "fingerprint": self.fingerprint == self._computed_fingerprint(),
+        }
+        wrong = [part for part, is_intact in intact.items() if not is_intact]
+        if wrong:
+            raise SconeError(
+                f"found {name} damaged: its {', '.join(wrong)} do not fit its f-grams; count or copy it again"
+            )
+
+    def __reduce__(self) -> tuple:
+        # A worker process maps the same file instead of receiving hundreds of megabytes.
+        return (FGramVocabulary.load, (self.path,)) if self.path is not None else super().__reduce__()
+
+
+def _check_limits(vocab_size: int, max_n: int, separator_ids: Sequence[int]) -> None:
+    if not 1 <= vocab_size <= MAX_VOCAB_SIZE:
+        raise ValueError(f"vocab_size is {vocab_size}; expected 1 … {MAX_VOCAB_SIZE}")
+    if not 1 <= max_n <= MAX_F_GRAM_LENGTH:
+        raise ValueError(f"max_n is {max_n}; expected 1 … {MAX_F_GRAM_LENGTH}")
+    for separator in separator_ids:
+        if not 0 <= separator < vocab_size:
+            raise ValueError(f"separator {separator} is no token; expected 0 … {vocab_size - 1}")
+
+
+def _node_dtype(vocab_size: int, num_f_grams: int) -> type[np.unsignedinteger]:
+    return np.uint32 if vocab_size + num_f_grams <= 2**32 else np.uint64
+
+
+def _linked(
+    keys: np.ndarray, counts: np.ndarray, vocab_size: int, max_n: int, separator_ids: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray, ChildIndex]:
+    """Suffixes, lengths and index of ranked ``keys``. Raises ValueError when they are no vocabulary."""
+    suffixes = np.empty(len(keys), keys.dtype)
+    lengths = np.empty(len(keys), np.uint8)
+    slots = np.zeros(child_index.num_slots(len(keys)), np.uint32)
+    bits = child_index.rank_bits(len(keys))
+    separators = np.array(sorted(separator_ids), np.int64)
+    outcome, rank, max_probes = child_index.link_f_grams(
+        _frozen(keys), _frozen(counts), vocab_size, max_n, separators, suffixes, lengths, slots, bits
+    )
+    if outcome != child_index.VALID:
+        raise ValueError(f"the f-gram of rank {rank} {_FAULTS[outcome]}")
+    return suffixes, lengths, ChildIndex(_frozen(slots), bits, int(max_probes))
+
+
+def _frozen(array: np.ndarray) -> np.ndarray:
+    """A read-only view: vocabularies are shared, and kernels compile once for loaded and for made ones."""
+    view = array.view()
+    view.flags.writeable = False
+    return view

@@ -1,0 +1,173 @@
+"""The matcher: token ids → node ids, for whole batches and one token at a time."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from scone.kernels import longest_match
+from scone.tokenization.f_gram_vocabulary import FGramVocabulary
+from scone.utils.errors import SconeError
+
+TOKENS_PER_THREAD = 1 << 17
+"""Below this a further thread costs more than it saves; batches of this size stay on the caller's thread."""
+
+_NO_MASK = np.zeros(0, np.bool_)
+_NO_CONTEXTS = np.zeros((0, 0), np.int64)
+
+
+class Matcher:
+    """Finds the longest f-gram that ends at each position.
+
+    Threads, not numba's parallel loops: those bring a thread pool that a forked data-loading worker may not inherit.
+    """
+
+    def __init__(self, vocabulary: FGramVocabulary) -> None:
+        self.vocabulary = vocabulary
+        index = vocabulary.index
+        self._index = (vocabulary.keys, index.slots, index.rank_bits, index.max_probes, vocabulary.vocab_size)
+        self._longest = vocabulary.longest
+
+    def __reduce__(self) -> tuple:
+        return (Matcher, (self.vocabulary,))
+
+    def match(
+        self,
+        tokens: Any,
+        mask: Any | None = None,
+        initial_states: Any | None = None,
+        num_threads: int | None = None,
+    ) -> np.ndarray:
+        """Nodes of the longest f-grams that end at each position; a position without one gets its token's own node.
+
+        Args:
+            tokens: integers [B, T] or [T], each 0 … V − 1.
+            mask: same shape, False or 0 at padding: such a position's node is its own token, and no f-gram contains it.
+            initial_states: integers [B] (or one integer for [T]): the node of the position before the first, or -1 for a
+                fresh start. Matching a sequence in pieces equals matching it whole.
+            num_threads: default all cores that the process may use; results do not depend on it.
+
+        Returns:
+            int64, same shape.
+
+        Raises:
+            SconeError: a token is not in the vocabulary.
+
+        Slow equal: `reference_matching.longest_matches`.
+        """
+        array = _integers(tokens, "tokens")
+        if array.ndim not in (1, 2):
+            raise ValueError(f"tokens have shape {array.shape}; expected [B, T] or [T]")
+        nodes = np.empty(array.shape, np.int64)
+        num_rows, row_length = array.shape if array.ndim == 2 else (1, len(array))
+        bits = _mask_of(mask, array.shape)
+        contexts = _NO_CONTEXTS if initial_states is None else self._contexts(initial_states, num_rows)
+        flat = array.reshape(-1)
+
+        def match_range(start: int, stop: int) -> int:
+            return longest_match.match_positions(
+                *self._index, self._longest, flat, bits, row_length, start, stop, contexts, nodes.reshape(-1)
+            )
+
+        num_threads = min(num_threads or _available_cores(), max(1, len(flat) // TOKENS_PER_THREAD))
+        if num_threads == 1:
+            wrong = [match_range(0, len(flat))]
+        else:
+            cuts = np.linspace(0, len(flat), num_threads + 1).astype(np.int64)
+            with ThreadPoolExecutor(num_threads) as threads:
+                wrong = list(threads.map(match_range, cuts[:-1], cuts[1:]))
+        for position in wrong:
+            if position >= 0:
+                raise self._foreign_token(flat[position])
+        return nodes
+
+    def step(self, states: Any, tokens: Any, mask: Any | None = None) -> np.ndarray:
+        """Nodes of the next position of each sequence; they are the states for the step after.
+
+        Args:
+            states: integers [B], the node of the position before; -1 is a fresh start (nothing before it counts).
+            tokens: integers [B].
+            mask: [B], False or 0 at padding: the node is the token itself. Padding's node says nothing of the mask, so
+                where a real token follows padding, give -1 for its state.
+
+        Returns:
+            int64 [B].
+
+        Raises:
+            SconeError: a token is not in the vocabulary.
+
+        Slow equal: `match` of the whole sequences, last column.
+        """
+        token_array = _integers(tokens, "tokens")
+        state_array = _integers(states, "states")
+        if token_array.ndim != 1 or token_array.shape != state_array.shape:
+            raise ValueError(f"states have shape {state_array.shape}, tokens {token_array.shape}; expected [B] and [B]")
+        nodes = np.empty(token_array.shape, np.int64)
+        keys, slots, rank_bits, max_probes, vocab_size = self._index
+        wrong = longest_match.match_step(
+            keys,
+            self.vocabulary.suffixes,
+            slots,
+            rank_bits,
+            max_probes,
+            vocab_size,
+            state_array,
+            token_array,
+            _mask_of(mask, token_array.shape),
+            nodes,
+        )
+        if wrong >= 0:
+            self._check_state(int(state_array[wrong]))
+            raise self._foreign_token(token_array[wrong])
+        return nodes
+
+    def _contexts(self, initial_states: Any, num_rows: int) -> np.ndarray:
+        """The tokens of each state, int64 [B, N − 1], right-aligned, -1 before them.
+
+        They are all of the past that a later f-gram can contain: its part before the boundary is an f-gram or token that
+        ends there, so it is no longer than the longest one.
+        """
+        states = _integers(initial_states, "initial_states").reshape(-1)
+        if len(states) != num_rows:
+            raise ValueError(f"{len(states)} initial states for {num_rows} sequences")
+        contexts = np.full((num_rows, self._longest - 1), -1, np.int64)
+        for row, state in zip(contexts, states.tolist(), strict=True):
+            self._check_state(state)
+            if state != longest_match.FRESH and len(row):
+                tokens = self.vocabulary.tokens(state)[-len(row) :]
+                row[-len(tokens) :] = tokens
+        return contexts
+
+    def _check_state(self, state: int) -> None:
+        if not longest_match.FRESH <= state < self.vocabulary.num_nodes:
+            raise ValueError(f"state {state} is no node; expected -1 … {self.vocabulary.num_nodes - 1}")
+
+    def _foreign_token(self, token: int) -> SconeError:
+        vocab_size = self.vocabulary.vocab_size
+        return SconeError(
+            f"found token {int(token)}; expected 0 … {vocab_size - 1} (the f-gram vocabulary has {vocab_size} tokens); "
+            "use the tokenizer that the f-grams were counted with"
+        )
+
+
+def _integers(values: Any, name: str) -> np.ndarray:
+    array = np.asarray(values)
+    if array.dtype.kind not in "iu" and array.size:
+        raise ValueError(f"{name} have type {array.dtype}; expected integers")
+    return np.ascontiguousarray(array, np.int64)
+
+
+def _mask_of(mask: Any | None, shape: tuple[int, ...]) -> np.ndarray:
+    if mask is None:
+        return _NO_MASK
+    array = np.asarray(mask)
+    if array.shape != shape:
+        raise ValueError(f"the mask has shape {array.shape}; expected that of the tokens, {shape}")
+    return np.ascontiguousarray(array != 0).reshape(-1)
+
+
+def _available_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
