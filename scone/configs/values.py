@@ -105,12 +105,10 @@ def expectation(entry: Entry) -> str:
 
 
 def _refusal(entry: Entry, value: Any, shown_as: str) -> SconeError:
-    unit = f" ({entry.info.unit})" if entry.info.unit else ""
+    meaning = entry.info.help + (f" ({entry.info.unit})" if entry.info.unit else "")
     hint = "; put it in quotes" if entry.type is str and not isinstance(value, (str, dict, list, type(None))) else ""
     shown = repr(value) if not isinstance(value, str) or not value or " " in value else value
-    return SconeError(
-        f"{shown_as}: found {shown}; expected {expectation(entry)}{hint}; meaning{unit}: {entry.info.help}"
-    )
+    return SconeError(f"{shown_as}: found {shown}; expected {expectation(entry)}{hint}; meaning: {meaning}")
 
 
 def _within_bounds(info: OptionInfo, value: Any) -> bool:
