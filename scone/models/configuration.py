@@ -1,0 +1,62 @@
+"""SconeConfig: what a saved SCONE model needs to be built again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from scone.models.f_gram_model import FGramModelConfig
+
+
+class SconeConfig(PreTrainedConfig):
+    """Configuration of ``SconeForCausalLM``.
+
+    Args:
+        text_config: the trunk's own configuration (or its dictionary, with ``model_type``); Hugging Face's name for
+            the part of a composite model that speaks text, so caches and generation read the trunk's sizes from it.
+        f_gram_model: sizes of the f-gram model (``FGramModelConfig``), or None for a model without one.
+        learned_rows: how many f-grams, the first by rank, have a learned row.
+        combination: "add" or "replace", see ``FGramInputEmbedding``.
+        max_n: N, the longest f-gram in tokens.
+        num_f_grams: S.
+        vocabulary_fingerprint: that of the f-gram vocabulary the model was trained with.
+        requires_table: the model was saved without its f-gram model and rows; it runs only with its embedding table.
+    """
+
+    model_type = "scone"
+    sub_configs = {"text_config": AutoConfig}  # noqa: RUF012 (the library's class attribute)
+
+    text_config: dict | PreTrainedConfig | None = None
+    f_gram_model: dict | None = None
+    learned_rows: int = 0
+    combination: str = "add"
+    max_n: int = 3
+    num_f_grams: int = 0
+    vocabulary_fingerprint: str = ""
+    requires_table: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.text_config is None:
+            self.text_config = {"model_type": "gpt2"}
+        if isinstance(self.text_config, dict):
+            values = dict(self.text_config)
+            self.text_config = AutoConfig.for_model(values.pop("model_type"), **values)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            kwargs.setdefault(name, getattr(self.text_config, name, None))
+        # the trunk ties its own weights; there is nothing to tie at this level
+        kwargs["tie_word_embeddings"] = False
+        super().__post_init__(**kwargs)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.text_config.vocab_size  # type: ignore[union-attr]
+
+    @property
+    def hidden_size(self) -> int:
+        return self.text_config.hidden_size  # type: ignore[union-attr]
+
+    @property
+    def f_gram_model_config(self) -> FGramModelConfig | None:
+        """The f-gram model's sizes, or None."""
+        return FGramModelConfig(**self.f_gram_model) if self.f_gram_model is not None else None

@@ -1,0 +1,130 @@
+"""The f-gram model: a small causal transformer that turns the tokens of an f-gram into one vector."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from scone.models.ancestor_attention import ancestor_attention
+
+
+@dataclass
+class FGramModelConfig:
+    """Sizes of the f-gram model, which need not be the trunk's."""
+
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    layer_norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(f"{self.hidden_size=} must be a multiple of {self.num_attention_heads=}")
+
+    def to_dict(self) -> dict[str, float | int]:
+        return asdict(self)
+
+
+class FGramBlock(GradientCheckpointingLayer):
+    """Pre-norm transformer block whose attention runs along the trie."""
+
+    def __init__(self, config: FGramModelConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.num_heads = config.num_attention_heads
+        self.attention_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.attention_in = nn.Linear(width, 3 * width)
+        self.attention_out = nn.Linear(width, width)
+        self.feed_forward_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.feed_forward_in = nn.Linear(width, config.intermediate_size)
+        self.feed_forward_out = nn.Linear(config.intermediate_size, width)
+
+    def forward(self, hidden: Tensor, ancestors: Tensor, depth_offsets: list[int]) -> Tensor:
+        """``hidden`` [U, H] → [U, H]."""
+        projected = self.attention_in(self.attention_norm(hidden))
+        query, key, value = projected.view(len(hidden), 3, self.num_heads, -1).unbind(1)
+        mixed = ancestor_attention(query, key, value, ancestors, depth_offsets)
+        hidden = hidden + self.attention_out(mixed.reshape(len(hidden), -1))
+        inner = nn.functional.gelu(self.feed_forward_in(self.feed_forward_norm(hidden)), approximate="tanh")
+        return hidden + self.feed_forward_out(inner)
+
+
+class FGramModel(nn.Module):
+    """Embeds the f-grams of a trie batch.
+
+    The paper (section 3) uses the trunk's architecture without its token embedding: the input is the trunk's own token
+    embeddings plus learned absolute positions counted from the f-gram's start, the output the last token's vector.
+    Linear maps lead in and out where the width differs from the trunk's.
+    """
+
+    def __init__(self, config: FGramModelConfig, trunk_width: int, max_n: int) -> None:
+        super().__init__()
+        self.config = config
+        same = config.hidden_size == trunk_width
+        self.map_in = nn.Identity() if same else nn.Linear(trunk_width, config.hidden_size, bias=False)
+        self.positions = nn.Embedding(max_n, config.hidden_size)
+        self.blocks = nn.ModuleList(FGramBlock(config) for _ in range(config.num_hidden_layers))
+        self.map_out = nn.Identity() if same else nn.Linear(config.hidden_size, trunk_width, bias=False)
+
+    def forward(self, token_vectors: Tensor, trie: Mapping[str, Tensor]) -> Tensor:
+        """Last hidden states ``[M, D]`` of the batch's distinct f-grams, normalised to a root mean square of one.
+
+        Args:
+            token_vectors: ``[U, D]`` trunk embeddings of the nodes' last tokens.
+            trie: the arrays of a ``TrieBatch``.
+        """
+        hidden = self.map_in(token_vectors) + self.positions(trie["depths"])
+        offsets = [int(offset) for offset in trie["depth_offsets"]]
+        for block in self.blocks:
+            hidden = block(hidden, trie["ancestors"], offsets)
+        return unit_rms(self.map_out(hidden[trie["f_gram_index"]]))
+
+    def init_weights(self) -> None:
+        """GPT-2's scheme: normal weights, residual outputs scaled down by the depth."""
+        std = self.config.initializer_range
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                residual = name.endswith(("attention_out", "feed_forward_out"))
+                scale = (2 * self.config.num_hidden_layers) ** -0.5 if residual else 1.0
+                nn.init.normal_(module.weight, std=std * scale)
+                if getattr(module, "bias", None) is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.LayerNorm):
+                nn.init.ones_(module.weight)
+                nn.init.zeros_(module.bias)
+
+
+def unit_rms(hidden: Tensor) -> Tensor:
+    """Each vector divided by its root mean square, computed in fp32."""
+    return nn.functional.rms_norm(hidden.float(), hidden.shape[-1:], eps=1e-6)
+
+
+def padded_f_gram_model(model: FGramModel, token_vectors: Tensor, lengths: Tensor) -> Tensor:
+    """The paper's way, oracle and peer of ``FGramModel.forward``: every f-gram runs alone, padded to N tokens.
+
+    Args:
+        model: the f-gram model.
+        token_vectors: ``[M, N, D]`` trunk embeddings of each f-gram's tokens, anything beyond its length.
+        lengths: int64 ``[M]``, tokens in each f-gram.
+
+    Returns:
+        ``[M, D]``, as ``FGramModel.forward``.
+    """
+    num_f_grams, max_n = token_vectors.shape[:2]
+    hidden = model.map_in(token_vectors) + model.positions.weight[:max_n]
+    for block in model.blocks:
+        assert isinstance(block, FGramBlock)
+        projected = block.attention_in(block.attention_norm(hidden))
+        query, key, value = projected.view(num_f_grams, max_n, 3, block.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        mixed = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        hidden = hidden + block.attention_out(mixed.transpose(1, 2).reshape(num_f_grams, max_n, -1))
+        inner = nn.functional.gelu(block.feed_forward_in(block.feed_forward_norm(hidden)), approximate="tanh")
+        hidden = hidden + block.feed_forward_out(inner)
+    last = hidden[torch.arange(num_f_grams, device=hidden.device), lengths - 1]
+    return unit_rms(model.map_out(last))

@@ -1,0 +1,116 @@
+"""The seam: input embedding layers take node ids and give vectors, in training and in serving alike.
+
+e(node) = T(last token) + gain · normalised f-gram model(tokens of the node) + Σ learned rows over its suffix chain.
+The gain and the rows start at zero, so an untrained SCONE is its trunk, bit for bit (DESIGN.md, section 4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from scone.models.f_gram_model import FGramModel
+from scone.models.learned_rows import LearnedRows
+
+
+class FGramInputEmbedding(nn.Module):
+    """The trainable layer: f-gram model, learned rows, or both.
+
+    Args:
+        f_gram_model: the paper's f-gram model, or None.
+        rows: the learned rows, or None.
+        width: D, the trunk's width.
+        combination: "add" corrects the token embedding; "replace" is the paper's literal form, in which a matched
+            position takes the f-gram's vector instead of its token's.
+        replace_scale: the gain's start under "replace": the scale of the trunk's token embeddings.
+    """
+
+    def __init__(
+        self,
+        f_gram_model: FGramModel | None,
+        rows: LearnedRows | None,
+        width: int,
+        combination: str = "add",
+        replace_scale: float = 0.02,
+    ) -> None:
+        super().__init__()
+        assert combination in ("add", "replace"), combination
+        self.f_gram_model = f_gram_model
+        self.rows = rows
+        self.combination = combination
+        self.replace_scale = replace_scale
+        self.gain = nn.Parameter(torch.empty(width)) if f_gram_model is not None else None
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Start at the plain trunk (``combination="add"``), or at random vectors of the tokens' scale ("replace")."""
+        if self.f_gram_model is not None:
+            self.f_gram_model.init_weights()
+        if self.gain is not None:
+            nn.init.constant_(self.gain, 0.0 if self.combination == "add" else self.replace_scale)
+        if self.rows is not None:
+            nn.init.zeros_(self.rows.weight)
+
+    def forward(self, token_ids: Tensor, token_embedding: nn.Module, trie: Mapping[str, Tensor]) -> Tensor:
+        """Vectors of a batch of positions.
+
+        Args:
+            token_ids: int64 ``[B, T]``.
+            token_embedding: the trunk's own T.
+            trie: the arrays of the batch's ``TrieBatch``.
+
+        Returns:
+            ``[B, T, D]``. Each distinct f-gram is computed once and spread to its positions.
+        """
+        vectors = token_embedding(token_ids)
+        per_f_gram = self.f_gram_vectors(token_embedding, trie)
+        spread = torch.cat([per_f_gram.new_zeros(1, per_f_gram.shape[1]), per_f_gram])
+        added = nn.functional.embedding(trie["position_index"], spread).to(vectors.dtype)
+        if self.combination == "add":
+            return vectors + added
+        return torch.where((trie["position_index"] > 0)[..., None], added, vectors)
+
+    def f_gram_vectors(self, token_embedding: nn.Module, trie: Mapping[str, Tensor]) -> Tensor:
+        """What is added to (or replaces) the token embedding for each of the batch's M distinct f-grams, ``[M, D]``."""
+        total: Tensor | None = None
+        if self.f_gram_model is not None:
+            assert self.gain is not None
+            total = self.gain * self.f_gram_model(token_embedding(trie["tokens"]), trie)
+        if self.rows is not None:
+            rows = self.rows(trie["row_ids"], trie["row_chains"])
+            total = rows if total is None else total + rows
+        assert total is not None, "an f-gram input embedding has an f-gram model, learned rows, or both"
+        return total
+
+
+class RowSource(Protocol):
+    """What the model needs of an embedding table: any placement, any row type."""
+
+    num_rows: int
+    width: int
+
+    def rows(self, ranks: Tensor) -> Tensor:
+        """fp32 rows ``[n, D]`` on the host for int64 ranks ``[n]``."""
+        ...
+
+
+class TableInputEmbedding(nn.Module):
+    """The serving layer: a matched position reads one precomputed row, any other its token's own embedding."""
+
+    def __init__(self, table: RowSource) -> None:
+        super().__init__()
+        self.table = table
+
+    def forward(self, token_ids: Tensor, node_ids: Tensor, token_embedding: nn.Module, vocab_size: int) -> Tensor:
+        """``token_ids`` int64 [B, T] on the trunk's device and ``node_ids`` int64 [B, T] on the host → [B, T, D]."""
+        vectors = token_embedding(token_ids)
+        positions = (node_ids.reshape(-1) >= vocab_size).nonzero().squeeze(1)
+        if len(positions):
+            rows = self.table.rows(node_ids.reshape(-1)[positions] - vocab_size)
+            flat = vectors.view(-1, vectors.shape[-1])
+            rows = rows.to(flat.device, flat.dtype, non_blocking=True)
+            vectors = flat.index_copy(0, positions.to(flat.device), rows).view_as(vectors)
+        return vectors

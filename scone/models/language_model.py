@@ -1,0 +1,356 @@
+"""SconeForCausalLM: any Hugging Face causal language model whose input embeddings know frequent n-grams."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.utils import cached_file
+
+from scone.kernels.trie_batch import build_trie_batch
+from scone.models.configuration import SconeConfig
+from scone.models.f_gram_model import FGramModel
+from scone.models.input_embeddings import FGramInputEmbedding, RowSource, TableInputEmbedding
+from scone.models.learned_rows import LearnedRows
+from scone.models.token_history import MASKED, extend_history, token_history
+from scone.tokenization.f_gram_vocabulary import FGramVocabulary
+from scone.tokenization.matcher import Matcher
+from scone.utils.errors import SconeError
+from scone.utils.files import fingerprint_of
+
+VOCABULARY_FILE = "f_grams.safetensors"
+
+
+class SconeForCausalLM(PreTrainedModel, GenerationMixin):
+    """A trunk behind a SCONE input embedding layer.
+
+    ``trunk`` is an ordinary causal language model. Its input vectors come from ``f_gram_embedding`` (live: f-gram
+    model, learned rows), or, once ``attach_table`` was called, from a table of precomputed rows. Which f-gram ends at
+    each position is found here, from the token ids; the data loader may hand in the finished trie batch instead.
+    """
+
+    config_class = SconeConfig
+    base_model_prefix = "trunk"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = False  # matching runs on the host between the steps
+
+    def __init__(self, config: SconeConfig, trunk: PreTrainedModel | None = None) -> None:
+        super().__init__(config)
+        self.trunk = AutoModelForCausalLM.from_config(config.text_config) if trunk is None else trunk
+        self.f_gram_embedding: FGramInputEmbedding | None = None
+        self.table_embedding: TableInputEmbedding | None = None
+        self.vocabulary: FGramVocabulary | None = None
+        self.matcher: Matcher | None = None
+        width = self.trunk.get_input_embeddings().weight.shape[1]
+        if config.requires_table:
+            self._keys_to_ignore_on_load_unexpected = [r"^f_gram_embedding\."]
+        else:
+            sizes = config.f_gram_model_config
+            self.f_gram_embedding = FGramInputEmbedding(
+                FGramModel(sizes, width, config.max_n) if sizes else None,
+                LearnedRows(config.learned_rows, width) if config.learned_rows else None,
+                width,
+                config.combination,
+                replace_scale=getattr(config.text_config, "initializer_range", 0.02),
+            )
+        self.post_init()
+
+    # ------------------------------------------------------------------ building, loading, saving
+
+    @classmethod
+    def from_trunk(
+        cls,
+        trunk: PreTrainedModel,
+        vocabulary: FGramVocabulary,
+        *,
+        f_gram_model: dict | None,
+        learned_rows: int = 0,
+        combination: str = "add",
+    ) -> SconeForCausalLM:
+        """A SCONE model around ``trunk``, which keeps its weights. ``learned_rows`` is capped at the number of f-grams.
+
+        Raises SconeError when the vocabulary was counted for another number of tokens, or nothing would be learned.
+        """
+        rows = min(learned_rows, vocabulary.num_f_grams)
+        if f_gram_model is None and rows == 0:
+            raise SconeError(
+                "found neither an f-gram model nor learned rows; expected at least one; "
+                "give --f_gram_num_hidden_layers or --learned_rows, or train the plain model with "
+                "--use_f_gram_embeddings false"
+            )
+        config = SconeConfig(
+            text_config=copy.deepcopy(trunk.config),  # building the composite resets fields of its part
+            f_gram_model=f_gram_model,
+            learned_rows=rows,
+            combination=combination,
+            max_n=vocabulary.max_n,
+            num_f_grams=vocabulary.num_f_grams,
+            vocabulary_fingerprint=vocabulary.fingerprint,
+        )
+        model = cls(config, trunk=trunk)
+        model.set_vocabulary(vocabulary)
+        model.generation_config = trunk.generation_config
+        return model
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: str | Path, *args: Any, table: RowSource | None = None, **kwargs: Any
+    ) -> SconeForCausalLM:
+        """As Hugging Face's, plus ``table``: serve from an embedding table, and load neither f-gram model nor rows.
+
+        Raises SconeError when the vocabulary is missing or is not the one the model was trained with.
+        """
+        config = kwargs.pop("config", None) or SconeConfig.from_pretrained(pretrained_model_name_or_path)
+        config.requires_table = config.requires_table or table is not None
+        model = super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
+        where = {name: kwargs[name] for name in ("revision", "cache_dir", "token", "subfolder") if name in kwargs}
+        try:
+            path = cached_file(str(pretrained_model_name_or_path), VOCABULARY_FILE, **where)
+        except OSError as error:
+            raise SconeError(
+                f"found no {VOCABULARY_FILE} in {pretrained_model_name_or_path}; expected the model's f-gram "
+                "vocabulary beside its weights; copy the whole final_model folder"
+            ) from error
+        loaded = model[0] if isinstance(model, tuple) else model  # output_loading_info=True gives a pair
+        loaded.set_vocabulary(FGramVocabulary.load(path))
+        if table is not None:
+            loaded.attach_table(table)
+        return model
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+        """As Hugging Face's, plus the f-gram vocabulary and the file by which ``trust_remote_code`` finds us."""
+        self.config.auto_map = {
+            "AutoConfig": "modeling_scone.SconeConfig",
+            "AutoModelForCausalLM": "modeling_scone.SconeForCausalLM",
+        }
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if not kwargs.get("is_main_process", True):
+            return
+        folder = Path(save_directory)
+        (folder / "modeling_scone.py").write_text(REMOTE_CODE, encoding="utf-8")
+        if self.vocabulary is not None:
+            self.vocabulary.save(folder)
+
+    def set_vocabulary(self, vocabulary: FGramVocabulary) -> None:
+        """Give the model its f-grams. Raises SconeError when they are not those that it was built for."""
+        found = (vocabulary.vocab_size, vocabulary.num_f_grams, vocabulary.fingerprint)
+        expected = (self.config.vocab_size, self.config.num_f_grams, self.config.vocabulary_fingerprint)
+        if found != expected:
+            raise SconeError(
+                "the f-gram vocabulary does not fit the model: found {} tokens, {} f-grams, fingerprint {:.12}; "
+                "expected {}, {}, {:.12}; use the f_grams.safetensors saved with the model".format(*found, *expected)
+            )
+        self.vocabulary = vocabulary
+        self.matcher = Matcher(vocabulary)
+
+    def attach_table(self, table: RowSource) -> None:
+        """Serve matched positions from ``table`` from now on. Raises SconeError when its shape does not fit."""
+        expected = (self.config.num_f_grams, self.config.hidden_size)
+        if (table.num_rows, table.width) != expected:
+            raise SconeError(
+                f"the embedding table does not fit the model: found {table.num_rows} rows of width {table.width}; "
+                f"expected {expected[0]} rows of width {expected[1]}; precompute it again from this model"
+            )
+        self.table_embedding = TableInputEmbedding(table)
+
+    def table_fingerprints(self) -> dict[str, str]:
+        """What a table made from this model must carry: the f-gram vocabulary, and the weights that rows depend on.
+
+        Raises SconeError when the model was loaded without those weights.
+        """
+        assert self.vocabulary is not None, "a table belongs to a vocabulary"
+        tokens = self.get_input_embeddings().weight
+        parts: list[str | np.ndarray] = ["token embedding", _bytes_of(tokens)]
+        if self.f_gram_embedding is not None:
+            for name, tensor in sorted(self.f_gram_embedding.state_dict().items()):
+                parts += [name, _bytes_of(tensor)]
+        return {"vocabulary": self.vocabulary.fingerprint, "weights": fingerprint_of(*parts)}
+
+    # ------------------------------------------------------------------ Hugging Face's questions
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.trunk.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.trunk.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.trunk.get_output_embeddings()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, FGramInputEmbedding):
+            module.init_weights()
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """As Hugging Face's; keeps the 2-D padding mask, which becomes a 4-D one for static caches."""
+        inputs = super().prepare_inputs_for_generation(input_ids, attention_mask=attention_mask, **kwargs)
+        if attention_mask is not None and attention_mask.ndim == 2 and inputs.get("input_ids") is not None:
+            inputs["token_mask"] = attention_mask[:, -inputs["input_ids"].shape[1] :]
+        return inputs
+
+    # ------------------------------------------------------------------ tokens → nodes → vectors → logits
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        trie: dict[str, Tensor] | None = None,
+        token_mask: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Logits, and the loss where ``labels`` are given; what is not named here goes to the trunk as it is.
+
+        Args:
+            input_ids: int64 ``[B, T]``.
+            attention_mask: ``[B, past + T]``, 0 at padding; f-grams do not cross padding.
+            inputs_embeds: ``[B, T, D]`` ready-made vectors; nothing is matched then.
+            labels: int64 ``[B, T]``, unshifted, -100 ignored.
+            trie: the arrays of the batch's ``TrieBatch``, made by the data loader; made here where missing.
+            token_mask: ``[B, T]`` 0 at padding, where ``attention_mask`` is not two-dimensional.
+            num_items_in_batch: predicted tokens of the whole step over processes and micro-batches; the loss is the
+                sum over this batch divided by it.
+
+        Raises:
+            ValueError: a cache that another model filled, without the token history that matching needs.
+        """
+        mask = token_mask
+        if mask is None and attention_mask is not None and attention_mask.ndim == 2 and input_ids is not None:
+            mask = attention_mask[:, -input_ids.shape[1] :]
+        if inputs_embeds is None:
+            assert input_ids is not None, "give input_ids or inputs_embeds"
+            inputs_embeds = self.embed(input_ids, mask, past_key_values, trie)
+        if use_cache is None and labels is not None:
+            use_cache = False
+        output = self.trunk(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+        if input_ids is not None and output.past_key_values is not None:
+            extend_history(output.past_key_values, input_ids, mask)
+        if labels is not None:
+            output.loss = self.loss_function(
+                output.logits, labels, vocab_size=self.config.vocab_size, num_items_in_batch=num_items_in_batch
+            )
+        return output
+
+    def embed(
+        self,
+        input_ids: Tensor,
+        mask: Tensor | None = None,
+        cache: Cache | None = None,
+        trie: dict[str, Tensor] | None = None,
+    ) -> Tensor:
+        """Input vectors ``[B, T, D]`` of tokens that follow what ``cache`` holds."""
+        tokens = self.get_input_embeddings()
+        if trie is not None and self.table_embedding is None:
+            assert self.f_gram_embedding is not None
+            return self.f_gram_embedding(input_ids, tokens, trie)
+        nodes = self.match(input_ids, mask, cache)
+        if self.table_embedding is not None:
+            return self.table_embedding(input_ids, torch.from_numpy(nodes), tokens, self.config.vocab_size)
+        if self.f_gram_embedding is None:
+            raise SconeError(
+                "found a model that was saved without its f-gram model; expected its embedding table; "
+                "give --embedding_cache_path"
+            )
+        return self.f_gram_embedding(input_ids, tokens, self.trie_of(nodes))
+
+    def match(self, input_ids: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> np.ndarray:
+        """Node ids int64 ``[B, T]``: the longest f-gram ending at each position, which may begin in the cached past."""
+        assert self.matcher is not None, "the model has no f-gram vocabulary: call set_vocabulary"
+        history = token_history(cache)
+        past = cache.get_seq_length() if cache is not None else 0
+        if past and (history is None or history.get_seq_length() != past):
+            found = history.get_seq_length() if history else 0
+            raise ValueError(
+                f"the cache holds {past} positions but the tokens of {found}; a SCONE model continues only caches "
+                "that it filled from input_ids"
+            )
+        tokens = input_ids.cpu().numpy()
+        valid = np.ones(tokens.shape, bool) if mask is None else mask.cpu().numpy().astype(bool)
+        if past:
+            assert history is not None
+            # no f-gram is longer than N, so N - 1 tokens of context decide every match
+            context = history.last(self.config.max_n - 1).cpu().numpy()
+            tokens = np.concatenate([np.maximum(context, 0), tokens], axis=1)
+            valid = np.concatenate([context != MASKED, valid], axis=1)
+        return self.matcher.match(tokens, valid)[:, tokens.shape[1] - input_ids.shape[1] :]
+
+    def trie_of(self, nodes: np.ndarray) -> dict[str, Tensor]:
+        """The trie batch of ``nodes`` as tensors on the model's device (offsets stay on the host)."""
+        assert self.vocabulary is not None
+        vocabulary = self.vocabulary
+        batch = build_trie_batch(
+            nodes,
+            vocabulary.keys,
+            vocabulary.suffixes,
+            vocabulary.vocab_size,
+            vocabulary.max_n,
+            self.config.learned_rows,
+        )
+        tensors = {name: torch.from_numpy(array) for name, array in batch.arrays().items()}
+        device = self.get_input_embeddings().weight.device
+        return {name: tensor if name == "depth_offsets" else tensor.to(device) for name, tensor in tensors.items()}
+
+    @torch.no_grad()
+    def embed_nodes(self, nodes: Tensor) -> Tensor:
+        """e(node), fp32 ``[n, D]`` on the host, for f-grams (or tokens) ``nodes`` int64 [n], from the live layer.
+
+        This is the row that a table stores; the nodes share their prefixes as in training.
+        """
+        assert self.vocabulary is not None
+        if self.f_gram_embedding is None:
+            raise SconeError("found a model without f-gram model; expected the trained model; load it without a table")
+        was_training = self.training
+        self.eval()
+        ids = nodes.cpu().numpy()
+        size = self.config.vocab_size
+        last = np.where(ids >= size, self.vocabulary.last_tokens[np.maximum(ids - size, 0)], ids).astype(np.int64)
+        tokens = self.get_input_embeddings()
+        token_ids = torch.from_numpy(last)[None].to(tokens.weight.device)
+        vectors = self.f_gram_embedding(token_ids, tokens, self.trie_of(ids[None]))
+        self.train(was_training)
+        return vectors[0].float().cpu()
+
+
+def _bytes_of(tensor: Tensor) -> np.ndarray:
+    """The tensor's bytes, whatever its type (NumPy has no bfloat16)."""
+    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().reshape(-1)
+
+
+REMOTE_CODE = '''"""Where AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True) finds SCONE."""
+
+from scone.models.configuration import SconeConfig
+from scone.models.language_model import SconeForCausalLM
+
+__all__ = ["SconeConfig", "SconeForCausalLM"]
+'''
+
+
+AutoConfig.register("scone", SconeConfig, exist_ok=True)
+AutoModelForCausalLM.register(SconeConfig, SconeForCausalLM, exist_ok=True)

@@ -1,0 +1,46 @@
+"""The token history of a KV cache: what the matcher needs to continue any sequence, carried by the cache itself."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+MASKED = -1
+"""Stored for a padding position: f-grams do not cross it."""
+
+
+class TokenHistory(DynamicLayer):
+    """One more layer of the cache, whose states are the cached token ids.
+
+    A cache applies cropping, beam reordering, repetition and selection to all of its layers, so the history can never
+    disagree with the keys and values, whoever drives the decoding (``generate``, assisted decoding, or code by hand).
+    """
+
+    def append(self, token_ids: Tensor, mask: Tensor | None) -> None:
+        """Add int64 tokens ``[B, T]``; ``mask`` [B, T] is 0 at padding."""
+        tokens = token_ids if mask is None else torch.where(mask.bool(), token_ids, MASKED)
+        states = tokens[:, None, :, None]
+        self.update(states, states[..., :0])
+
+    def last(self, count: int) -> Tensor:
+        """The last ``count`` tokens (fewer if there are fewer), int64 ``[B, ≤ count]``."""
+        assert self.keys is not None
+        tokens = self.keys[:, 0, :, 0]
+        return tokens[:, max(tokens.shape[1] - count, 0) :]
+
+
+def token_history(cache: Cache | None) -> TokenHistory | None:
+    """The history that ``cache`` carries, if any."""
+    if cache is None:
+        return None
+    return next((layer for layer in cache.layers if isinstance(layer, TokenHistory)), None)
+
+
+def extend_history(cache: Cache, token_ids: Tensor, mask: Tensor | None) -> None:
+    """Record the tokens of a forward pass in ``cache``, after the trunk has recorded its keys and values."""
+    history = token_history(cache)
+    if history is None:
+        history = TokenHistory()
+        cache.layers.append(history)
+    history.append(token_ids, mask)

@@ -1,0 +1,182 @@
+"""The trunk: any Hugging Face causal language model by name, folder or architecture, from scratch or pretrained."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from scone.configs.presets import trunk_configuration as built_in_configuration
+from scone.configs.schema import ModelOptions
+from scone.utils.errors import SconeError
+
+logger = logging.getLogger(__name__)
+
+# An option's name first, then what architectures call it; every name that the configuration has is set.
+TRUNK_SIZE_FIELDS: dict[str, tuple[str, ...]] = {
+    "hidden_size": ("hidden_size", "n_embd"),
+    "num_hidden_layers": ("num_hidden_layers", "n_layer"),
+    "num_attention_heads": ("num_attention_heads", "n_head"),
+    "intermediate_size": ("intermediate_size", "n_inner"),
+    "hidden_act": ("hidden_act", "activation_function"),
+    "hidden_dropout_prob": ("hidden_dropout_prob", "resid_pdrop", "embd_pdrop", "dropout"),
+    "attention_probs_dropout_prob": ("attention_probs_dropout_prob", "attn_pdrop", "attention_dropout"),
+    "max_position_embeddings": ("max_position_embeddings", "n_positions"),
+    "type_vocab_size": ("type_vocab_size",),
+    "initializer_range": ("initializer_range",),
+    "layer_norm_eps": ("layer_norm_eps", "layer_norm_epsilon", "rms_norm_eps"),
+}
+
+
+def build_trunk(options: ModelOptions, tokenizer: PreTrainedTokenizerBase | None, dtype: Any = None) -> PreTrainedModel:
+    """A trunk for ``tokenizer``: random weights (``init="scratch"``, seeded by the caller) or pretrained ones.
+
+    From scratch the embedding has exactly the tokenizer's tokens; a pretrained one keeps its own size.
+    Raises SconeError when the architecture is unknown or no causal language model, the hub is out of reach and the
+    name has no built-in configuration, or the tokenizer has more tokens than a pretrained trunk.
+    """
+    if options.init == "pretrained":
+        return _pretrained(options, tokenizer, dtype)
+    config = trunk_configuration(options)
+    if tokenizer is not None:
+        config.vocab_size = len(tokenizer)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(config, name, getattr(tokenizer, name))
+    return AutoModelForCausalLM.from_config(config)
+
+
+def trunk_configuration(options: ModelOptions) -> PreTrainedConfig:
+    """The architecture's configuration with the options' sizes in place. Raises SconeError."""
+    config = _named_configuration(options.base_model_name)
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise SconeError(
+            f"found {options.base_model_name!r} of type {config.model_type!r}, which has no causal language model "
+            "in transformers; expected one such as gpt2, bert-base-uncased, llama or qwen2; choose another"
+        )
+    if hasattr(config, "is_decoder"):
+        config.is_decoder = True  # BERT and its kin: causal attention
+    _apply_sizes(config, options)
+    _check_heads(config)
+    return config
+
+
+def trunk_sizes(config: PreTrainedConfig) -> dict[str, int]:
+    """The four sizes by which an f-gram model as large as this trunk is built."""
+    width = config.hidden_size
+    inner = next((getattr(config, name, None) for name in ("intermediate_size", "n_inner", "ffn_dim")), None)
+    return {
+        "hidden_size": width,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "intermediate_size": inner or 4 * width,
+    }
+
+
+def longest_sequence(config: PreTrainedConfig) -> int | None:
+    """The most positions that the trunk can take, None where it has no limit."""
+    return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+
+
+def _pretrained(options: ModelOptions, tokenizer: PreTrainedTokenizerBase | None, dtype: Any) -> PreTrainedModel:
+    name = options.base_model_name
+    try:
+        config = AutoConfig.from_pretrained(name)
+        _check_pretrained_sizes(config, options)
+        trunk = AutoModelForCausalLM.from_pretrained(name, config=config, **({} if dtype is None else {"dtype": dtype}))
+    except (OSError, ValueError) as error:
+        raise SconeError(
+            f"cannot load pretrained weights of {name!r} ({_first_line(error)}); expected a model folder, or a hub "
+            "name with the hub in reach; give a local folder, or train with --init scratch"
+        ) from error
+    if tokenizer is not None and len(tokenizer) > trunk.get_input_embeddings().weight.shape[0]:
+        raise SconeError(
+            f"the tokenizer does not fit the trunk: found {len(tokenizer)} tokens; expected at most "
+            f"{trunk.get_input_embeddings().weight.shape[0]}, the size of {name!r}'s embedding; use its own tokenizer"
+        )
+    return trunk
+
+
+def _check_pretrained_sizes(config: PreTrainedConfig, options: ModelOptions) -> None:
+    """Dropout may change with pretrained weights, shapes may not; what would change their function is ignored."""
+    for name, fields in TRUNK_SIZE_FIELDS.items():
+        value = getattr(options, name)
+        known = [field for field in fields if hasattr(config, field)]
+        if value is None or not known:
+            continue
+        if "dropout" in name:
+            for field in known:
+                setattr(config, field, value)
+        elif name in ("hidden_act", "initializer_range", "layer_norm_eps"):
+            logger.warning("%s=%s is ignored: the pretrained weights keep %s", name, value, getattr(config, known[0]))
+        elif (found := trunk_sizes(config).get(name, getattr(config, known[0]))) != value:
+            raise SconeError(
+                f"found {name}={value} with --init pretrained; expected {found}, the size of the pretrained weights; "
+                "leave it out, or train with --init scratch"
+            )
+
+
+def _named_configuration(name: str) -> PreTrainedConfig:
+    """From a folder, the hub, the built-in configurations, or an architecture's bare name, in this order."""
+    if Path(name).is_dir():
+        try:
+            return AutoConfig.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            raise SconeError(
+                f"cannot read a model configuration in {name} ({_first_line(error)}); expected config.json of a "
+                "transformers model; check --base_model_name"
+            ) from error
+    if name in CONFIG_MAPPING_NAMES and built_in_configuration(name) is None:
+        return AutoConfig.for_model(name)
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        built_in = built_in_configuration(name)
+        if built_in is None:
+            raise SconeError(
+                f"cannot find the model {name!r} ({_first_line(error)}); expected a folder, a hub name with the hub in "
+                "reach, or an architecture such as gpt2 or llama; check --base_model_name"
+            ) from error
+        logger.warning("the hub is out of reach: using the built-in configuration of %s", name)
+        return AutoConfig.for_model(built_in.model_type, **built_in.fields)
+
+
+def _apply_sizes(config: PreTrainedConfig, options: ModelOptions) -> None:
+    had_all_heads = getattr(config, "num_key_value_heads", None) == getattr(config, "num_attention_heads", None)
+    for item in dataclasses.fields(options):
+        value = getattr(options, item.name)
+        if item.name not in TRUNK_SIZE_FIELDS or value is None:
+            continue
+        known = [name for name in TRUNK_SIZE_FIELDS[item.name] if hasattr(config, name)]
+        for name in known:
+            setattr(config, name, value)
+        if not known:
+            logger.warning("%s=%s has no meaning for a %s trunk: ignored", item.name, value, config.model_type)
+    heads = config.num_attention_heads
+    if options.num_attention_heads is not None and hasattr(config, "num_key_value_heads"):
+        shared = config.num_key_value_heads
+        if had_all_heads or shared > heads or heads % shared:
+            config.num_key_value_heads = heads
+    changed = options.hidden_size is not None or options.num_attention_heads is not None
+    if changed and getattr(config, "head_dim", None):
+        config.head_dim = config.hidden_size // heads
+    if options.num_hidden_layers is not None and getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[i % len(config.layer_types)] for i in range(options.num_hidden_layers)]
+
+
+def _check_heads(config: PreTrainedConfig) -> None:
+    width, heads = config.hidden_size, config.num_attention_heads
+    if width % heads:
+        raise SconeError(
+            f"found hidden_size={width} with num_attention_heads={heads}; expected a width that is a multiple of the "
+            "heads; change one of them"
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return text[0].rstrip(".") if text else type(error).__name__
