@@ -45,7 +45,7 @@ def dispatch(argv: Sequence[str]) -> int | None:
         known = next((name for name, (script, _) in VERBS.items() if script == verb), known)
     if known not in VERBS:
         advice = did_you_mean(verb, VERBS) or f"expected one of {', '.join(VERBS)}"
-        raise SconeError(f"found the unknown command {verb}; {advice} See scone --help")
+        raise SconeError(f"found the unknown command {verb}; {advice} (see scone --help)")
     return import_module(f"scone.scripts.{VERBS[known][0]}").main(arguments)
 
 

@@ -152,4 +152,4 @@ def _unknown_argument(parser: OptionParser, word: str) -> SconeError:
         advice = f"it belongs to other commands ({elsewhere.name})"
     else:
         advice = did_you_mean(name, flags) or "leave it out"
-    return SconeError(f"found the unknown option {name}; {advice} See {parser.prog} --help")
+    return SconeError(f"found the unknown option {name}; {advice} (see {parser.prog} --help)")

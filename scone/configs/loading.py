@@ -117,12 +117,14 @@ def merge(layers: Sequence[Layer], defaults: Mapping[str, Any] | None = None) ->
                 and values[described] is not None
             ]
             if stale and setter[name] > 0:
-                dropped = ", ".join(f"{item.rsplit('.', 1)[1]} {values[item]}" for item in stale)
+                dropped = ", ".join(f"{item.rsplit('.', 1)[1]} {values[item]}" for item in stale[:3])
+                dropped += ", …" if len(stale) > 3 else ""
                 notices.append(
                     f"{name} is {value} by {layer.source}: what {sources[setter[name]]} says of {values[name]} "
                     f"is not used ({dropped}); give it again to use it"
                 )
             values.update(dict.fromkeys(stale))
+            setter.update(dict.fromkeys(stale, 0))
             values[name], setter[name] = value, index
     _check_together(values)
     given = {name: sources[index] for name, index in setter.items() if index > 0}

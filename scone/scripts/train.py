@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from scone.configs.loading import parse_options
+from scone.configs.schema import SconeOptions
 from scone.utils.command_line import run_main
 
 EXAMPLES = (
@@ -16,14 +17,20 @@ EXAMPLES = (
 )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Train as the flags say and print where the model is."""
+def read_arguments(argv: Sequence[str] | None) -> SconeOptions:
+    """The options that the command line says. Raises SconeError."""
     options, _ = parse_options(
         argv,
         ("data", "model", "training"),
         "Count f-grams on a corpus and train a language model whose input embeddings use them.",
         examples=EXAMPLES,
     )
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train as the command line says and print where the model is."""
+    options = read_arguments(argv)
     from scone.training.run import train
 
     print(f"final model: {train(options)}")
