@@ -71,6 +71,8 @@ def build_parser(
     parser = OptionParser(description, examples, program)
     if add_arguments is not None:
         add_arguments(parser)
+    if "--local_rank" not in parser._option_string_actions:  # torch.distributed.launch passes it
+        parser.add_argument("--local_rank", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     if config_flag:
         parser.add_argument(
             "--config", metavar="FILE", default=None, help="YAML file of options; flags win over it (see configs/)"

@@ -51,7 +51,8 @@ class DataOptions:
     """The corpus, and the f-grams that are counted on it."""
 
     dataset_name: str = option(
-        "wikitext", "Hugging Face data set, or a local file or folder (txt, jsonl, parquet; also .zst, .gz, .xz)"
+        "wikitext",
+        "Hugging Face data set, local file or folder (txt, jsonl, parquet; also .zst, .gz, .xz), or python-stdlib",
     )
     dataset_config_name: str | None = option(
         "wikitext-103-v1",

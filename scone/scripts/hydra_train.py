@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 from scone.configs.loading import Layer, flatten, merge, print_notices, suggestion, to_mapping
 from scone.configs.schema import SconeOptions
 from scone.configs.values import entries
-from scone.utils.command_line import one_line, run_main
+from scone.utils.command_line import describe_error, one_line, run_main
 from scone.utils.errors import SconeError
 
 OVERRIDE = "override"
@@ -29,16 +29,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     Works in every process of torchrun and torch.distributed.launch. Raises SconeError for a bad override, and after
     the last job when jobs failed.
     """
-    arguments = without_local_rank(sys.argv[1:] if argv is None else argv)
+    run_jobs(sys.argv[1:] if argv is None else argv, _train)
+    return 0
+
+
+def _train(options: SconeOptions) -> None:
+    from scone.training.run import train
+
+    print(f"final model: {train(options)}")
+
+
+def run_jobs(argv: Sequence[str], run: Callable[[SconeOptions], None]) -> None:
+    """Call ``run`` with the checked options of every job that ``argv`` describes, in order. Raises as :func:`main`."""
+    arguments = without_local_rank(argv)
     check_override_names(arguments)
     failures: list[tuple[str, Exception]] = []
-    jobs = _run_hydra(arguments, failures)
+    jobs = _run_hydra(arguments, run, failures)
     if len(failures) == 1 and jobs == 1:
         raise failures[0][1]
     if failures:
-        which = "; ".join(f"[{name}] {one_line(str(error))}" for name, error in failures)
+        which = "; ".join(f"[{name}] {describe_error(error)[0]}" for name, error in failures)
         raise SconeError(f"{len(failures)} of {jobs} jobs failed: {which}") from failures[0][1]
-    return 0
 
 
 def without_local_rank(argv: Sequence[str]) -> list[str]:
@@ -91,7 +102,7 @@ def job_folder(overrides: Sequence[str]) -> str:
     return name
 
 
-def _run_hydra(arguments: list[str], failures: list[tuple[str, Exception]]) -> int:
+def _run_hydra(arguments: list[str], run: Callable[[SconeOptions], None], failures: list[tuple[str, Exception]]) -> int:
     """Let Hydra run the jobs; returns how many there were and adds to ``failures``."""
     import hydra
     from hydra.core.config_store import ConfigStore
@@ -117,9 +128,7 @@ def _run_hydra(arguments: list[str], failures: list[tuple[str, Exception]]) -> i
             if swept:
                 folder = Path(options.training.output_dir) / job_folder(overrides)
                 options = replace(options, training=replace(options.training, output_dir=str(folder)))
-            from scone.training.run import train
-
-            print(f"final model: {train(options)}")
+            run(options)
         except Exception as error:  # kept for the end: Hydra would print its own report, and stop the sweep
             failures.append((jobs[-1], error))
 

@@ -1,0 +1,202 @@
+"""Check files that SCONE wrote, byte by byte: `scone verify PATH`."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from scone.configs.loading import load_options, parse_options
+from scone.utils.command_line import run_main
+from scone.utils.errors import SconeError
+from scone.utils.files import read_json
+from scone.utils.text import human_bytes
+
+EXAMPLES = (
+    "scone verify ./outputs/scone-model/final_model",
+    "scone verify ./outputs/scone-model/embeddings.cache f_grams.safetensors",
+)
+_HEADER_LIMIT = 1 << 24
+_EXPECTED = "expected a model folder, f_grams.safetensors, an embedding table or a token file"
+
+
+def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The paths to check. Raises SconeError."""
+    _, extra = parse_options(
+        argv,
+        (),
+        "Recognise each path (model folder, f-gram vocabulary, embedding table, token file) and check all its content.",
+        examples=EXAMPLES,
+        add_arguments=lambda parser: parser.add_argument("paths", nargs="+", metavar="PATH", help="what to check"),
+        config_flag=False,
+    )
+    return extra
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Check every path and print a line for each that is whole. Raises SconeError at the first that is not."""
+    for path in read_arguments(argv).paths:
+        for line in verify(Path(path)):
+            print(line, flush=True)
+    return 0
+
+
+def verify(path: Path) -> list[str]:
+    """Check what lies at ``path``; one line per thing that was found whole. Raises SconeError."""
+    if not path.exists():
+        raise SconeError(f"found nothing at {path}; {_EXPECTED}; check the path")
+    return _VERIFIERS[recognise(path)](path)
+
+
+def recognise(path: Path) -> str:
+    """ "model", "run", "vocabulary", "table", "tokens" or "corpus", by content first and name second.
+
+    Raises SconeError for anything else.
+    """
+    if path.is_dir():
+        names = (
+            ("config.json", "model"),
+            ("tokens.json", "tokens"),
+            ("corpus.json", "corpus"),
+            ("f_grams.safetensors", "vocabulary"),
+            ("final_model", "run"),
+        )
+        for name, kind in names:
+            if (path / name).exists():
+                return kind
+        raise SconeError(f"found a folder {path} without anything of SCONE; {_EXPECTED}; check the path")
+    by_format = {"scone.f_grams": "vocabulary", "scone-embedding-table": "table"}
+    by_name = {"f_grams.safetensors": "vocabulary", "tokens.npy": "tokens", "tokens.json": "tokens"}
+    by_ending = {".cache": "table"}
+    found = by_format.get(_stated_format(path)) or by_name.get(path.name) or by_ending.get(path.suffix)
+    if found is None:
+        raise SconeError(f"found {path}, which states none of SCONE's formats; {_EXPECTED}; check the path")
+    return found
+
+
+def _stated_format(path: Path) -> str:
+    """What the metadata of a safetensors header calls its format; "" where there is none."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = file.read(size) if size <= _HEADER_LIMIT else b""
+    try:
+        return str(json.loads(header)["__metadata__"]["format"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return ""
+
+
+def _verify_vocabulary(path: Path) -> list[str]:
+    from scone.tokenization.f_gram_vocabulary import FGramVocabulary
+
+    vocabulary = FGramVocabulary.load(path)
+    vocabulary.verify()
+    return [f"{path}: whole: {vocabulary.num_f_grams:,} f-grams of up to {vocabulary.longest} tokens"]
+
+
+def _verify_table(path: Path) -> list[str]:
+    from scone.inference.table_format import TableFile, damaged
+
+    with TableFile(path) as file:
+        layout = file.layout
+        span = layout.checksum_rows * layout.row_bytes
+        for chunk, expected in enumerate(file.checksums()):
+            size = min(span, layout.payload_bytes - chunk * span)
+            if hashlib.sha256(file.read(file.data_start + chunk * span, size)).digest() != expected:
+                first = chunk * layout.checksum_rows
+                last = min(first + layout.checksum_rows, layout.num_rows) - 1
+                raise damaged(path, f"rows {first:,} to {last:,} do not fit their checksum")
+    row = layout.row_format
+    return [f"{path}: whole: embedding table, {layout.num_rows:,} rows of {row.width} {row.row_type}"]
+
+
+def _verify_tokens(path: Path) -> list[str]:
+    from scone.data.token_file import TokenFile
+
+    tokens = TokenFile.open(path, check_content=True)
+    return [f"{path}: whole: {tokens.num_tokens:,} tokens in {tokens.num_documents:,} documents"]
+
+
+def _verify_corpus(path: Path) -> list[str]:
+    return [line for split in read_json(path / "corpus.json")["splits"] for line in _verify_tokens(path / split)]
+
+
+def _verify_run(path: Path) -> list[str]:
+    lines = _verify_model(path / "final_model")
+    for table in sorted(path.glob("*.cache")):
+        lines += _verify_table(table)
+    return lines
+
+
+def _verify_model(folder: Path) -> list[str]:
+    """A model folder: weights, f-gram vocabulary, tokenizer and options, each by itself and that they fit together."""
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict):
+        raise SconeError(f"found {folder / 'config.json'} without a configuration; expected an object; copy it again")
+    lines = [_verify_weights(folder)]
+    from scone.tokenization.tokenizers import load_tokenizer, tokenizer_fingerprint
+
+    fingerprint = tokenizer_fingerprint(load_tokenizer(folder))
+    lines.append(f"{folder}: whole: tokenizer")
+    if config.get("num_f_grams"):
+        lines += _verify_vocabulary(folder / "f_grams.safetensors")
+        _verify_fit(folder, config, fingerprint)
+    if (folder / "options.yaml").exists():
+        load_options(folder / "options.yaml")
+        lines.append(f"{folder / 'options.yaml'}: whole: options")
+    return lines
+
+
+def _verify_fit(folder: Path, config: dict[str, object], tokenizer: str) -> None:
+    """Raise SconeError where the vocabulary belongs to another model or another tokenizer."""
+    from scone.tokenization.f_gram_vocabulary import FGramVocabulary
+
+    vocabulary = FGramVocabulary.load(folder)
+    for what, found, expected in (
+        ("model's configuration", vocabulary.fingerprint, config.get("vocabulary_fingerprint")),
+        ("tokenizer", vocabulary.tokenizer_fingerprint, tokenizer),
+    ):
+        if found and expected and found != expected:
+            raise SconeError(
+                f"{folder}: the f-gram vocabulary does not fit the {what} (fingerprint {found[:12]}…); "
+                f"expected {str(expected)[:12]}…; copy the whole folder again"
+            )
+
+
+def _verify_weights(folder: Path) -> str:
+    """Every tensor of every weight file is readable and finite."""
+    from safetensors import SafetensorError, safe_open
+
+    files = sorted(file for file in folder.glob("*.safetensors") if file.name != "f_grams.safetensors")
+    if not files:
+        raise SconeError(f"found no weights in {folder}; expected model.safetensors; copy the whole folder again")
+    tensors = 0
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as weights:
+                for name in weights.keys():  # noqa: SIM118 (it is no dictionary)
+                    if not bool(weights.get_tensor(name).isfinite().all()):
+                        raise SconeError(f"{file}: the tensor {name} is not finite; expected numbers; train again")
+                    tensors += 1
+        except (SafetensorError, OSError) as error:
+            raise SconeError(
+                f"found damaged weights {file}: {error}; expected them as written; copy them again"
+            ) from error
+    size = human_bytes(sum(file.stat().st_size for file in files))
+    return f"{folder}: whole: weights, {tensors} tensors, {size}"
+
+
+_VERIFIERS: dict[str, Callable[[Path], list[str]]] = {
+    "model": _verify_model,
+    "run": _verify_run,
+    "vocabulary": _verify_vocabulary,
+    "table": _verify_table,
+    "tokens": _verify_tokens,
+    "corpus": _verify_corpus,
+}
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))
