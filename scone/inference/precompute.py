@@ -1,0 +1,235 @@
+"""Run the f-gram model once over every f-gram and write the rows to an embedding table."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from scone.inference.row_types import RowFormat
+from scone.inference.table_format import TableFile, TableLayout
+from scone.inference.table_writer import TablePlan, TableWriter, remove_unfinished
+from scone.utils.errors import SconeError
+from scone.utils.progress import progress
+from scone.utils.text import human_bytes, human_count
+
+# f-grams computed together, for each unit of batch_size. A chunk repeats the ancestors of its first f-gram and shares
+# everything else, so larger chunks gain nothing and hold more memory.
+ROWS_PER_BATCH_UNIT = 128
+COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Vocabulary(Protocol):
+    """What precomputing needs of the f-gram vocabulary."""
+
+    vocab_size: int
+    num_f_grams: int
+
+    def depth_first_order(self) -> np.ndarray:
+        """All ranks, int64 [S]: every f-gram directly after its prefix's other descendants."""
+
+
+class RowModel(Protocol):
+    """What precomputing needs of a model: its vocabulary, live rows and what they depend on."""
+
+    vocabulary: Any
+
+    def embed_nodes(self, nodes: Tensor) -> Tensor:
+        """Live rows e(node): int64 [n] → float32 [n, D]; must be callable from several threads."""
+
+    def table_fingerprints(self) -> dict[str, str]:
+        """Hex digests of what the rows depend on, by name."""
+
+
+def precompute_table(
+    model: RowModel,
+    output_path: str | Path,
+    *,
+    row_type: str = "fp32",
+    group_size: int | None = None,
+    batch_size: int = 32,
+    use_memory_map: bool = False,
+    compute_dtype: str = "fp32",
+    rank: int = 0,
+    world_size: int = 1,
+    quiet: bool = False,
+) -> bool:
+    """Write the table of all f-grams of ``model`` to ``output_path``; returns whether the file is complete.
+
+    Killed at any moment, the same call goes on where it stopped. With ``world_size`` processes each computes its share
+    of the chunks, and the last to finish completes the file; the others return False. The file does not depend on how
+    it was split or restarted: a chunk is always the same f-grams, computed by one thread.
+
+    Args:
+        row_type: how rows are stored: fp32, fp16, bf16, int8 or int4.
+        group_size: numbers that share a scale (int8, int4); None for 64.
+        batch_size: f-grams computed together, in units of 128. It may change the last bits of rows, as it changes the
+            shapes of matrix products.
+        use_memory_map: also keep the written pages out of the page cache. Memory is bounded either way: rows are
+            always streamed to disk.
+        compute_dtype: precision of the f-gram model: fp32, bf16 or fp16.
+        rank, world_size: this process among those that work on the table.
+        quiet: no progress, no notices.
+
+    Raises SconeError: the path holds something else, the disk is too small or full, rows are not finite.
+    """
+    path = Path(output_path)
+    if compute_dtype not in COMPUTE_DTYPES:
+        raise SconeError(f"found computing type {compute_dtype!r}; expected one of {', '.join(COMPUTE_DTYPES)}")
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank {rank} is not in [0, {world_size})")
+    say = _silent if quiet or rank else _say
+    plan = _plan(model, row_type, group_size, batch_size * ROWS_PER_BATCH_UNIT, compute_dtype)
+    if _is_complete(path, plan, say):
+        remove_unfinished(path)
+        return True
+    if rank == 0:
+        layout = plan.layout
+        say(
+            f"precomputing {layout.num_rows:,} rows × {layout.row_format.width} {row_type} "
+            f"({human_bytes(layout.file_bytes)}) into {path}"
+        )
+    with TableWriter(path, plan, rank, drop_page_cache=use_memory_map) as writer:
+        if writer.notice:
+            say(writer.notice)
+        _compute_chunks(model, writer, compute_dtype, rank, world_size, quiet, say)
+        complete = writer.finish()
+    if not complete and world_size > 1:
+        _say(f"rank {rank}: all chunks of this rank are finished; the last rank to finish completes the table")
+    return complete
+
+
+def _plan(model: RowModel, row_type: str, group_size: int | None, chunk_rows: int, compute_dtype: str) -> TablePlan:
+    vocabulary: Vocabulary = model.vocabulary
+    fingerprints = {"tokenizer": getattr(vocabulary, "tokenizer_fingerprint", "")} | model.table_fingerprints()
+    width = model.embed_nodes(torch.zeros(1, dtype=torch.int64)).shape[1]
+    layout = TableLayout(vocabulary.num_f_grams, RowFormat.of(row_type, width, group_size), fingerprints)
+    settings = {"chunk_rows": chunk_rows, "compute_dtype": compute_dtype}
+    return TablePlan(layout, -(-vocabulary.num_f_grams // chunk_rows), settings)
+
+
+def _is_complete(path: Path, plan: TablePlan, say: Callable[[str], None]) -> bool:
+    """Whether the wanted table is already there. Raises SconeError when something that is no table is in its place."""
+    if not path.exists():
+        return False
+    try:
+        with TableFile(path) as file:
+            found = file.layout
+    except SconeError as error:
+        raise SconeError(f"found {path} in the way: {error}; delete it, or choose another output path") from error
+    wanted = plan.layout
+    if (found.num_rows, found.row_format, dict(found.fingerprints)) == (
+        wanted.num_rows,
+        wanted.row_format,
+        {name: wanted.fingerprints.get(name, "") for name in found.fingerprints},
+    ):
+        say(f"{path} is complete already")
+        return True
+    say(f"{path} holds a table of another model or row type; it is replaced once the new one is complete")
+    return False
+
+
+def _compute_chunks(
+    model: RowModel,
+    writer: TableWriter,
+    compute_dtype: str,
+    rank: int,
+    world_size: int,
+    quiet: bool,
+    say: Callable[[str], None],
+) -> None:
+    """Compute this rank's chunks that nobody has finished yet, a few at a time."""
+    plan, chunk_rows = writer.plan, writer.plan.settings["chunk_rows"]
+    finished = writer.finished_chunks()
+    mine = list(range(rank, plan.num_chunks, world_size))
+    todo = [chunk for chunk in mine if chunk not in finished]
+    if not todo:
+        return
+    order = model.vocabulary.depth_first_order()
+
+    def compute(chunk: int) -> int:
+        ranks = np.asarray(order[chunk * chunk_rows : (chunk + 1) * chunk_rows], dtype=np.int64)
+        nodes = torch.from_numpy(ranks + model.vocabulary.vocab_size)
+        with _precision(model, compute_dtype):
+            rows = model.embed_nodes(nodes)
+        writer.write(ranks, plan.layout.row_format.encode(rows))
+        writer.mark_finished(chunk)
+        return len(ranks)
+
+    total = sum(min(chunk_rows, len(order) - chunk * chunk_rows) for chunk in mine)
+    started, computed, workers = time.perf_counter(), 0, _num_workers(model)
+    with progress(total, "rows", "precompute", quiet or rank > 0) as bar, _one_thread_each(workers) as pool:
+        bar.update(total - sum(min(chunk_rows, len(order) - chunk * chunk_rows) for chunk in todo))
+        for rows in _completed(pool, compute, todo, workers):
+            computed += rows
+            bar.update(rows)
+    seconds = time.perf_counter() - started
+    say(f"computed {computed:,} rows in {seconds:.1f} s: {human_count(computed / seconds)} rows/s")
+
+
+@contextmanager
+def _one_thread_each(workers: int) -> Iterator[ThreadPoolExecutor]:
+    """Workers that each compute with one thread.
+
+    Matrix products may add in another order when the number of threads changes. With one thread to a chunk, its bits
+    do not depend on how many work beside it.
+    """
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(workers, "precompute", initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+def _num_workers(model: RowModel) -> int:
+    """Chunks computed at a time: PyTorch's threads; on an accelerator two, so that computing and writing overlap."""
+    return torch.get_num_threads() if _device_of(model).type == "cpu" else 2
+
+
+def _completed(pool: ThreadPoolExecutor, work: Callable[[int], int], chunks: list[int], at_once: int) -> Iterator[int]:
+    """Results as they come. After a failure (or Ctrl-C) nothing new is started, and what runs is let finish."""
+    waiting: set[Future[int]] = set()
+    try:
+        for chunk in chunks:
+            waiting.add(pool.submit(work, chunk))
+            if len(waiting) > at_once:
+                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                yield from (task.result() for task in done)
+        for task in waiting:
+            yield task.result()
+    finally:
+        for task in waiting:
+            task.cancel()
+
+
+@contextmanager
+def _precision(model: RowModel, compute_dtype: str) -> Iterator[None]:
+    with (
+        torch.inference_mode(),
+        torch.autocast(_device_of(model).type, COMPUTE_DTYPES[compute_dtype], enabled=compute_dtype != "fp32"),
+    ):
+        yield
+
+
+def _device_of(model: RowModel) -> torch.device:
+    parameters = getattr(model, "parameters", None)
+    first = next(iter(parameters()), None) if parameters is not None else None
+    return torch.device("cpu") if first is None else first.device
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _silent(line: str) -> None:
+    del line

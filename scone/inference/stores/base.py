@@ -1,0 +1,80 @@
+"""The contract of a store: every store returns the same rows bit for bit; only memory and speed differ."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from scone.inference.row_types import RowFormat
+from scone.kernels.dequantize import ThreadTeam, gather_bytes, gather_rows
+
+
+@dataclass(frozen=True)
+class StoreMemory:
+    """Bytes that a store holds: ``ram`` of this process alone, ``mapped`` shared with every process that maps the file
+    (and given back by the system under pressure), ``device`` on the accelerator.
+    """
+
+    ram: int = 0
+    mapped: int = 0
+    device: int = 0
+
+    def __add__(self, other: StoreMemory) -> StoreMemory:
+        return StoreMemory(self.ram + other.ram, self.mapped + other.mapped, self.device + other.device)
+
+
+class RowStore(ABC):
+    """Rows of a table by rank.
+
+    Ranks are int64 [n] numpy arrays of any order and with any repeats, already checked to lie in [0, S).
+    All methods may be called from several threads at once. Reading raises SconeError when the file was changed.
+    """
+
+    def __init__(self, row_format: RowFormat, num_threads: int | None = None) -> None:
+        self.row_format = row_format
+        self._team = ThreadTeam(num_threads or torch.get_num_threads())
+
+    @abstractmethod
+    def located(self, ranks: np.ndarray) -> AbstractContextManager[tuple[np.ndarray, np.ndarray]]:
+        """The bytes of these rows: (source uint8 [any], offset of each row in it int64 [n]), valid inside the context.
+
+        This is all that an implementation has to give; the rest follows.
+        """
+
+    @property
+    @abstractmethod
+    def memory(self) -> StoreMemory:
+        """What the store holds now."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """A few words for the line that is printed: where the rows are."""
+
+    def rows_into(self, ranks: np.ndarray, out: np.ndarray, targets: np.ndarray | None = None) -> None:
+        """Decode row ``ranks[i]`` into ``out[targets[i]]`` (``out[i]`` without targets); ``out``: float32 [m, D]."""
+        if not len(ranks):
+            return
+        with self.located(ranks) as (source, offsets):
+            row = self.row_format
+            gather_rows(source, offsets, out, row.row_type, row.group_size, targets, self._team)
+
+    def raw_rows(self, ranks: np.ndarray) -> Tensor:
+        """The rows as they are stored, not decoded: uint8 [n, row_bytes], on the CPU."""
+        out = np.empty((len(ranks), self.row_format.row_bytes), dtype=np.uint8)
+        if len(ranks):
+            with self.located(ranks) as (source, offsets):
+                gather_bytes(source, offsets, out, self._team)
+        return torch.from_numpy(out)
+
+    def prefetch(self, ranks: np.ndarray) -> None:
+        """Start reading these rows in the background, so that a later `rows_into` waits less (default: nothing)."""
+        del ranks
+
+    def close(self) -> None:
+        """Release files, memory and threads; the store cannot be used afterwards."""
+        self._team.close()

@@ -1,0 +1,260 @@
+"""The file `embeddings.cache`: its header, what is checked in it, and where its rows lie (docs/formats.md)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from scone.inference.row_types import ROW_TYPES, RowFormat
+from scone.utils.errors import SconeError
+
+PAGE_BYTES = 4096
+FORMAT_NAME = "scone-embedding-table"
+FORMAT_VERSION = 1
+DIGEST_BYTES = 32  # SHA-256
+FINGERPRINT_NAMES = ("weights", "vocabulary", "tokenizer")
+_MAX_HEADER_BYTES = 1 << 20
+_CHECKSUM_SPAN_BYTES = 4 << 20
+_NUMBERS = ("format_version", "num_rows", "width", "row_bytes", "group_size", "checksum_rows")
+
+
+@dataclass(frozen=True)
+class TableLayout:
+    """Everything that a table's header says.
+
+    ``fingerprints``: hex digests of what the rows were made from (``weights``, ``vocabulary``, ``tokenizer``), "" where
+    unknown. ``rows_checksum``: SHA-256 (hex) of the chunk checksums, which are SHA-256 of ``checksum_rows`` rows each.
+    """
+
+    num_rows: int
+    row_format: RowFormat
+    fingerprints: Mapping[str, str] = field(default_factory=dict)
+    rows_checksum: str = "0" * (2 * DIGEST_BYTES)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes from one row to the next."""
+        return self.row_format.row_bytes
+
+    @property
+    def payload_bytes(self) -> int:
+        """Bytes of all rows."""
+        return self.num_rows * self.row_bytes
+
+    @property
+    def checksum_rows(self) -> int:
+        """Rows under one checksum: about 4 MiB of them. It depends on nothing but the row's size."""
+        return max(1, _CHECKSUM_SPAN_BYTES // self.row_bytes)
+
+    @property
+    def num_checksums(self) -> int:
+        """How many chunk checksums the file holds."""
+        return -(-self.num_rows // self.checksum_rows)
+
+    @property
+    def data_start(self) -> int:
+        """Byte at which row 0 starts: a multiple of 4,096."""
+        return len(self.header())
+
+    @property
+    def checksums_start(self) -> int:
+        """Byte at which the chunk checksums start: directly after the rows."""
+        return self.data_start + self.payload_bytes
+
+    @property
+    def file_bytes(self) -> int:
+        """Size of the whole file."""
+        return self.checksums_start + DIGEST_BYTES * self.num_checksums
+
+    def header(self) -> bytes:
+        """The file's first bytes: length (8 bytes, little-endian), JSON, spaces up to a multiple of 4,096.
+
+        It is a function of the layout, so a reader rebuilds it and compares: any changed byte is found.
+        """
+        metadata = {
+            "format": FORMAT_NAME,
+            "format_version": str(FORMAT_VERSION),
+            "row_type": self.row_format.row_type,
+            "num_rows": str(self.num_rows),
+            "width": str(self.row_format.width),
+            "row_bytes": str(self.row_bytes),
+            "group_size": str(self.row_format.group_size),
+            "checksum_rows": str(self.checksum_rows),
+            "rows_checksum": self.rows_checksum,
+        }
+        metadata |= {f"{name}_fingerprint": self.fingerprints.get(name, "") for name in FINGERPRINT_NAMES}
+        metadata["header_checksum"] = _metadata_checksum(metadata)
+        text = json.dumps({"__metadata__": metadata} | self._tensors(), separators=(",", ":")).encode("ascii")
+        length = -(-(8 + len(text)) // PAGE_BYTES) * PAGE_BYTES - 8
+        return struct.pack("<Q", length) + text.ljust(length)
+
+    def _tensors(self) -> dict[str, Any]:
+        row = self.row_format
+        safetensors_type = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}.get(row.row_type, "U8")
+        elements = row.row_bytes if safetensors_type == "U8" else row.width
+        end = self.payload_bytes
+        return {
+            "rows": {"dtype": safetensors_type, "shape": [self.num_rows, elements], "data_offsets": [0, end]},
+            "chunk_checksums": {
+                "dtype": "U8",
+                "shape": [self.num_checksums, DIGEST_BYTES],
+                "data_offsets": [end, end + DIGEST_BYTES * self.num_checksums],
+            },
+        }
+
+
+class TableFile:
+    """An open table file whose header has been checked. The descriptor stays open, so renaming or deleting is harmless.
+
+    Attributes: ``path``, ``descriptor``, ``layout``, ``data_start`` (byte of row 0).
+    """
+
+    def __init__(self, path: str | Path, expected_fingerprints: Mapping[str, str] | None = None) -> None:
+        """Raises SconeError when the file is missing, damaged, foreign, of a newer version, or of another model."""
+        self.path = Path(path)
+        try:
+            self.descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise SconeError(
+                f"cannot open the embedding table {self.path}: {error.strerror}; "
+                "check the path, or make the table with `scone precompute`"
+            ) from error
+        try:
+            self.layout = _read_layout(self.descriptor, self.path)
+            check_fingerprints(self.path, self.layout.fingerprints, expected_fingerprints)
+            self.data_start = self.layout.data_start
+            self._state = self._stat()
+        except BaseException:
+            os.close(self.descriptor)
+            raise
+
+    def check_unchanged(self) -> None:
+        """Raise SconeError when the file was written to or cut since it was opened; called before every batch.
+
+        Reading a mapped page that a truncation took away would kill the process, and a row that was overwritten would
+        be a wrong row.
+        """
+        if self._stat() != self._state:
+            raise SconeError(
+                f"the embedding table {self.path} was changed while it was being read; "
+                "expected a file that nobody writes to; open it again (new tables are renamed into place, never edited)"
+            )
+
+    def _stat(self) -> tuple[int, int]:
+        status = os.fstat(self.descriptor)
+        return status.st_size, status.st_mtime_ns
+
+    def read(self, offset: int, size: int) -> bytes:
+        """``size`` bytes from ``offset``. Raises SconeError when the file ends early or the disk fails."""
+        pieces = []
+        while size:
+            try:
+                piece = os.pread(self.descriptor, size, offset)
+            except OSError as error:
+                raise SconeError(f"cannot read {self.path}: {error.strerror}; check the disk") from error
+            if not piece:
+                raise SconeError(f"{self.path} ends at byte {offset}; expected more; it was cut: make it again")
+            pieces.append(piece)
+            offset, size = offset + len(piece), size - len(piece)
+        return b"".join(pieces)
+
+    def checksums(self) -> list[bytes]:
+        """The stored checksum of every chunk. Raises SconeError when they do not fit the header."""
+        layout = self.layout
+        stored = self.read(layout.checksums_start, DIGEST_BYTES * layout.num_checksums)
+        if hashlib.sha256(stored).hexdigest() != layout.rows_checksum:
+            raise damaged(self.path, "its checksums do not fit its header")
+        return [stored[at : at + DIGEST_BYTES] for at in range(0, len(stored), DIGEST_BYTES)]
+
+    def close(self) -> None:
+        """Release the descriptor; calling it again does nothing."""
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
+
+    def __enter__(self) -> TableFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def damaged(path: Path, what: str) -> SconeError:
+    """The error for a file that does not say what its writer wrote."""
+    return SconeError(f"the embedding table {path} is damaged: {what}; expected an unchanged file; make it again")
+
+
+def check_fingerprints(path: Path, found: Mapping[str, str], expected: Mapping[str, str] | None) -> None:
+    """Compare those fingerprints that both sides know. Raises SconeError naming the first that differs."""
+    for name in FINGERPRINT_NAMES:
+        want, have = (expected or {}).get(name, ""), found.get(name, "")
+        if want and have and want != have:
+            raise SconeError(
+                f"the embedding table {path} was made from other {name} (fingerprint {have[:12]}…); "
+                f"expected {want[:12]}…; give the table that belongs to this model, or precompute it again"
+            )
+
+
+def _read_layout(descriptor: int, path: Path) -> TableLayout:
+    size = os.fstat(descriptor).st_size
+    first = os.pread(descriptor, 8, 0)
+    length = struct.unpack("<Q", first)[0] if len(first) == 8 else 0
+    if not 2 <= length <= min(_MAX_HEADER_BYTES, size - 8):
+        raise _foreign(path, "it does not start with a safetensors header")
+    header = first + os.pread(descriptor, length, 8)
+    try:
+        metadata = json.loads(header[8:].decode("utf-8"))["__metadata__"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise _foreign(path, "its header has no metadata") from error
+    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT_NAME:
+        raise _foreign(path, "its header does not name the format")
+    layout = _layout_from_metadata(metadata, path)
+    if layout.header() != header:
+        raise damaged(path, "its header was changed")
+    if layout.file_bytes != size:
+        raise damaged(path, f"it has {size:,} bytes where its header says {layout.file_bytes:,}")
+    return layout
+
+
+def _layout_from_metadata(metadata: Mapping[str, Any], path: Path) -> TableLayout:
+    """Turn checked metadata into a layout; nothing is allocated from its numbers."""
+    numbers = {}
+    for name in _NUMBERS:
+        text = metadata.get(name)
+        if not isinstance(text, str) or not text.isascii() or not text.isdigit() or len(text) > 18:
+            raise damaged(path, f"its header gives {text!r} for {name}")
+        numbers[name] = int(text)
+    if numbers["format_version"] != FORMAT_VERSION:
+        raise SconeError(
+            f"the embedding table {path} has format version {numbers['format_version']}; "
+            f"expected {FORMAT_VERSION}; update scone, or make the table again"
+        )
+    stored = {name: value for name, value in metadata.items() if name != "header_checksum"}
+    if metadata.get("header_checksum") != _metadata_checksum(stored):
+        raise damaged(path, "its header does not fit its own checksum")
+    row_type, width, group_size = stored.get("row_type"), numbers["width"], numbers["group_size"]
+    if row_type not in ROW_TYPES or not width or (row_type in ("int8", "int4") and (group_size < 2 or group_size % 2)):
+        raise damaged(path, f"its header gives row type {row_type!r}, width {width} and group size {group_size}")
+    fingerprints = {name: stored.get(f"{name}_fingerprint", "") for name in FINGERPRINT_NAMES}
+    return TableLayout(
+        numbers["num_rows"], RowFormat(row_type, width, group_size), fingerprints, str(stored.get("rows_checksum"))
+    )
+
+
+def _metadata_checksum(metadata: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(metadata, sort_keys=True).encode("ascii")).hexdigest()
+
+
+def _foreign(path: Path, what: str) -> SconeError:
+    return SconeError(
+        f"{path} is no embedding table ({what}); expected a file made by `scone precompute`; check the path"
+    )
