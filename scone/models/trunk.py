@@ -13,7 +13,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from scone.configs.presets import trunk_configuration as built_in_configuration
 from scone.configs.schema import ModelOptions
+from scone.tokenization.tokenizers import vocabulary_size
 from scone.utils.errors import SconeError
+from scone.utils.hub import why_hub_is_unreachable
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +46,7 @@ def build_trunk(options: ModelOptions, tokenizer: PreTrainedTokenizerBase | None
         return _pretrained(options, tokenizer, dtype)
     config = trunk_configuration(options)
     if tokenizer is not None:
-        config.vocab_size = len(tokenizer)
+        config.vocab_size = vocabulary_size(tokenizer)
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             setattr(config, name, getattr(tokenizer, name))
     return AutoModelForCausalLM.from_config(config)
@@ -85,7 +87,7 @@ def longest_sequence(config: PreTrainedConfig) -> int | None:
 def _pretrained(options: ModelOptions, tokenizer: PreTrainedTokenizerBase | None, dtype: Any) -> PreTrainedModel:
     name = options.base_model_name
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, local_files_only=_only_local(name))
         _check_pretrained_sizes(config, options)
         trunk = AutoModelForCausalLM.from_pretrained(name, config=config, **({} if dtype is None else {"dtype": dtype}))
     except (OSError, ValueError) as error:
@@ -93,10 +95,11 @@ def _pretrained(options: ModelOptions, tokenizer: PreTrainedTokenizerBase | None
             f"cannot load pretrained weights of {name!r} ({_first_line(error)}); expected a model folder, or a hub "
             "name with the hub in reach; give a local folder, or train with --init scratch"
         ) from error
-    if tokenizer is not None and len(tokenizer) > trunk.get_input_embeddings().weight.shape[0]:
+    size = trunk.get_input_embeddings().weight.shape[0]
+    if tokenizer is not None and vocabulary_size(tokenizer) > size:
         raise SconeError(
-            f"the tokenizer does not fit the trunk: found {len(tokenizer)} tokens; expected at most "
-            f"{trunk.get_input_embeddings().weight.shape[0]}, the size of {name!r}'s embedding; use its own tokenizer"
+            f"the tokenizer does not fit the trunk: found {vocabulary_size(tokenizer)} tokens; expected at most {size}, "
+            f"the size of {name!r}'s embedding; use its own tokenizer"
         )
     return trunk
 
@@ -133,7 +136,7 @@ def _named_configuration(name: str) -> PreTrainedConfig:
     if name in CONFIG_MAPPING_NAMES and built_in_configuration(name) is None:
         return AutoConfig.for_model(name)
     try:
-        return AutoConfig.from_pretrained(name)
+        return AutoConfig.from_pretrained(name, local_files_only=_only_local(name))
     except (OSError, ValueError) as error:
         built_in = built_in_configuration(name)
         if built_in is None:
@@ -175,6 +178,11 @@ def _check_heads(config: PreTrainedConfig) -> None:
             f"found hidden_size={width} with num_attention_heads={heads}; expected a width that is a multiple of the "
             "heads; change one of them"
         )
+
+
+def _only_local(name: str) -> bool:
+    """Whether to look only on this machine: a folder, or the hub does not answer (its client would retry for long)."""
+    return Path(name).is_dir() or why_hub_is_unreachable() is not None
 
 
 def _first_line(error: BaseException) -> str:

@@ -23,8 +23,19 @@ def progress(total: int | None, unit: str, description: str, quiet: bool = False
     """
     from tqdm import tqdm
 
-    visible = sys.stderr.isatty() or os.environ.get("SCONE_PROGRESS") == "1"
-    with tqdm(
-        total=total, unit=unit, desc=description, unit_scale=True, disable=quiet or not visible, file=sys.stderr
-    ) as bar:
+    hidden = quiet or not bars_are_visible()
+    with tqdm(total=total, unit=unit, desc=description, unit_scale=True, disable=hidden, file=sys.stderr) as bar:
         yield bar
+
+
+def bars_are_visible() -> bool:
+    """Whether progress bars are drawn: on a terminal, or where ``SCONE_PROGRESS=1`` asks for them."""
+    return sys.stderr.isatty() or os.environ.get("SCONE_PROGRESS") == "1"
+
+
+def hide_library_bars(quiet: bool = False) -> None:
+    """Apply the same rule to the bars that transformers draws while it loads and saves weights."""
+    from transformers.utils import logging
+
+    if quiet or not bars_are_visible():
+        logging.disable_progress_bar()

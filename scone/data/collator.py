@@ -1,0 +1,62 @@
+"""Training batches: token blocks, their labels, and the trie batch of their f-grams, made in the loader's workers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from scone.kernels.trie_batch import build_trie_batch
+from scone.tokenization.f_gram_vocabulary import FGramVocabulary
+from scone.tokenization.matcher import Matcher
+
+IGNORED_LABEL = -100
+
+
+class Collator:
+    """Stacks blocks of tokens into a batch; with a vocabulary, matches them and adds the batch's trie.
+
+    Args:
+        vocabulary: the f-grams, or None for a plain model.
+        num_rows: how many f-grams have a learned row.
+        pad_token_id: fills blocks that are shorter than the longest; any id does, padding is masked.
+    """
+
+    def __init__(self, vocabulary: FGramVocabulary | None, num_rows: int = 0, pad_token_id: int = 0) -> None:
+        self.matcher = Matcher(vocabulary) if vocabulary is not None else None
+        self.num_rows = num_rows
+        self.pad_token_id = pad_token_id
+
+    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Items with ``input_ids`` int64 [≤ T] → ``input_ids`` and ``labels`` [B, T], ``attention_mask`` [B, T] only
+        where a block is short (without one, attention takes its fastest path), and ``trie`` (see ``TrieBatch``).
+        """
+        blocks = [np.asarray(item["input_ids"], dtype=np.int64) for item in items]
+        longest = max(len(block) for block in blocks)
+        tokens = np.full((len(blocks), longest), self.pad_token_id, np.int64)
+        mask = np.zeros(tokens.shape, bool)
+        for row, block in enumerate(blocks):
+            tokens[row, : len(block)] = block
+            mask[row, : len(block)] = True
+        batch: dict[str, Any] = {
+            "input_ids": torch.from_numpy(tokens),
+            "labels": torch.from_numpy(np.where(mask, tokens, IGNORED_LABEL)),
+        }
+        if not mask.all():
+            batch["attention_mask"] = torch.from_numpy(mask.astype(np.int64))
+        if self.matcher is not None:
+            batch["trie"] = self._trie(tokens, mask)
+        return batch
+
+    def _trie(self, tokens: np.ndarray, mask: np.ndarray) -> dict[str, Tensor]:
+        assert self.matcher is not None
+        vocabulary = self.matcher.vocabulary
+        # one thread: the workers already share out the cores, and a forked worker must not start a thread pool
+        nodes = self.matcher.match(tokens, mask, num_threads=1)
+        trie = build_trie_batch(
+            nodes, vocabulary.keys, vocabulary.suffixes, vocabulary.vocab_size, vocabulary.max_n, self.num_rows
+        )
+        return {name: torch.from_numpy(array) for name, array in trie.arrays().items()}

@@ -1,0 +1,267 @@
+"""A training run from options to ``final_model``: corpus, f-grams, model, trainer."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
+
+from scone.configs.loading import save_options
+from scone.configs.schema import SconeOptions, TrainingOptions
+from scone.data.collator import Collator
+from scone.data.dataset import BlockDataset
+from scone.data.prepare import default_cache_folder, prepare_corpus, prepare_tokenizer
+from scone.data.token_file import TokenFile
+from scone.models.language_model import SconeForCausalLM
+from scone.models.trunk import build_trunk, longest_sequence, trunk_sizes
+from scone.tokenization.f_gram_vocabulary import FGramVocabulary
+from scone.tokenization.tokenizers import separator_ids, tokenizer_fingerprint
+from scone.training.precision import resolve_precision
+from scone.training.run_folder import FINAL_MODEL, OPTIONS_FILE, resume_point
+from scone.training.trainer import CheckpointKeeper, SconeTrainer, StopOnSignal
+from scone.training.vocabulary import prepare_vocabulary
+from scone.utils.errors import SconeError
+from scone.utils.files import write_json
+from scone.utils.progress import bars_are_visible, hide_library_bars
+from scone.utils.text import parse_bytes
+
+logger = logging.getLogger(__name__)
+
+TRAINING_LOG_FILE = "training_log.json"
+ROWS_LEARNING_RATE_FACTOR = 10.0
+"""Learned rows start at zero and each is touched in few steps, so by default they learn this much faster than the trunk
+(docs/experiments.md)."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What a run reads: its tokenizer, and the token files of the train and, where there is one, validation split."""
+
+    tokenizer: PreTrainedTokenizerBase
+    train: TokenFile
+    validation: TokenFile | None
+
+
+def train(options: SconeOptions, *, quiet: bool = False) -> Path:
+    """Train one model as ``options`` say and return ``OUTPUT_DIR/final_model``.
+
+    ``model.use_f_gram_embeddings=False`` trains the plain trunk on the same batches: the baseline. The folder also gets
+    the resolved options, checkpoints, TensorBoard events under ``runs``, and the log as JSON.
+
+    Raises:
+        SconeError: whatever is wrong with corpus, tokenizer, model or folder, before anything is trained.
+        KeyboardInterrupt: after Ctrl-C or SIGTERM, once a checkpoint to resume from was saved.
+    """
+    hide_library_bars(quiet)
+    output_dir = Path(options.training.output_dir)
+    checkpoint = resume_point(output_dir, options.training.resume_from_checkpoint)
+    corpus = prepare_run_corpus(options, quiet=quiet)
+    model = build_model(options, corpus, quiet=quiet)
+    trainer = build_trainer(options, model, corpus, quiet=quiet)
+    if trainer.is_world_process_zero():
+        output_dir.mkdir(parents=True, exist_ok=True)
+        save_options(options, output_dir / OPTIONS_FILE)
+    started = time.perf_counter()
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    stop = next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, StopOnSignal))
+    if stop.received is not None:
+        raise KeyboardInterrupt
+    return _save_result(options, trainer, corpus, time.perf_counter() - started)
+
+
+def prepare_run_corpus(options: SconeOptions, *, quiet: bool = False) -> Corpus:
+    """Tokenizer and token files of the run; made once per corpus and tokenizer. Raises SconeError."""
+    data = options.data
+    source: dict[str, Any] = {
+        "dataset_config_name": data.dataset_config_name,
+        "text_column": data.text_column,
+        "cache_dir": data.cache_dir,
+    }
+    tokenizer = prepare_tokenizer(
+        options.model.tokenizer or options.model.base_model_name,
+        data.dataset_name,
+        vocab_size=options.model.vocab_size,
+        **source,
+    )
+    files = prepare_corpus(data.dataset_name, tokenizer, quiet=quiet, **source)
+    if "train" not in files:
+        raise SconeError(
+            f"{data.dataset_name!r} has only the splits {', '.join(files)}; expected a train split; give another corpus"
+        )
+    return Corpus(tokenizer, files["train"], files.get("validation"))
+
+
+def build_model(options: SconeOptions, corpus: Corpus, *, quiet: bool = False) -> PreTrainedModel:
+    """The model to train, on the CPU: SCONE around its trunk, or the plain trunk. The seed decides all weights."""
+    set_seed(options.training.seed)
+    trunk = build_trunk(options.model, corpus.tokenizer)
+    limit = longest_sequence(trunk.config)
+    if limit is not None and options.data.max_length > limit:
+        raise SconeError(
+            f"found --max_length {options.data.max_length}; expected at most {limit}, the positions of "
+            f"{options.model.base_model_name!r}; lower it, or raise --max_position_embeddings with --init scratch"
+        )
+    if options.training.freeze_trunk:
+        if not options.model.use_f_gram_embeddings:
+            raise SconeError(
+                "found --freeze_trunk with --use_f_gram_embeddings false, which leaves nothing to train; expected at "
+                "most one of them; leave one out"
+            )
+        trunk.requires_grad_(False)
+    if not options.model.use_f_gram_embeddings:
+        return trunk
+    vocabulary = run_vocabulary(options, corpus, trunk.config.vocab_size, quiet=quiet)
+    if vocabulary.num_f_grams < options.data.max_f_grams:
+        logger.info(
+            "found %s f-grams that occur at least %s times, fewer than --max_f_grams %s",
+            f"{vocabulary.num_f_grams:,}",
+            options.data.min_freq,
+            f"{options.data.max_f_grams:,}",
+        )
+    return SconeForCausalLM.from_trunk(
+        trunk,
+        vocabulary,
+        f_gram_model=f_gram_model_sizes(options, trunk),
+        learned_rows=options.model.learned_rows,
+        combination=options.model.combination,
+    )
+
+
+def run_vocabulary(options: SconeOptions, corpus: Corpus, vocab_size: int, *, quiet: bool = False) -> FGramVocabulary:
+    """The f-grams of the run's training split, counted or from the cache."""
+    data = options.data
+    return prepare_vocabulary(
+        corpus.train,
+        vocab_size=vocab_size,
+        max_n=data.max_n,
+        min_freq=data.min_freq,
+        max_f_grams=data.max_f_grams,
+        separator_ids=separator_ids(corpus.tokenizer),
+        tokenizer_fingerprint=tokenizer_fingerprint(corpus.tokenizer),
+        cache_dir=Path(data.cache_dir).expanduser() if data.cache_dir else default_cache_folder(),
+        memory_budget_bytes=parse_bytes(data.memory_budget) if data.memory_budget else None,
+        quiet=quiet,
+    )
+
+
+def f_gram_model_sizes(options: SconeOptions, trunk: PreTrainedModel) -> dict[str, Any] | None:
+    """The f-gram model's sizes, the trunk's where the options leave them open; None for no f-gram model."""
+    asked = options.model.f_gram
+    sizes: dict[str, Any] = trunk_sizes(trunk.config)
+    if asked.hidden_size is not None and asked.intermediate_size is None:
+        sizes["intermediate_size"] = 4 * asked.hidden_size
+    for name in tuple(sizes):
+        if getattr(asked, name) is not None:
+            sizes[name] = getattr(asked, name)
+    if sizes["num_hidden_layers"] == 0:
+        return None
+    if sizes["hidden_size"] % sizes["num_attention_heads"]:
+        raise SconeError(
+            f"found an f-gram model of width {sizes['hidden_size']} with {sizes['num_attention_heads']} heads; "
+            "expected a multiple of the heads; give --f_gram_hidden_size and --f_gram_num_attention_heads"
+        )
+    sizes["initializer_range"] = getattr(trunk.config, "initializer_range", 0.02)
+    return sizes
+
+
+def build_trainer(
+    options: SconeOptions, model: PreTrainedModel, corpus: Corpus, *, quiet: bool = False
+) -> SconeTrainer:
+    """The trainer of the run, on the device that the options name or the best there is."""
+    training, data = options.training, options.data
+    arguments = training_arguments(training, data.num_workers, evaluate=corpus.validation is not None, quiet=quiet)
+    scone = model if isinstance(model, SconeForCausalLM) else None
+    if training.torch_compile:
+        # the trunk alone: matching and the trie's sizes change from batch to batch
+        (scone.trunk if scone else model).compile()
+    return SconeTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=BlockDataset(corpus.train, data.max_length, drop_last=True),
+        eval_dataset=BlockDataset(corpus.validation, data.max_length) if corpus.validation else None,
+        data_collator=Collator(
+            scone.vocabulary if scone else None,
+            scone.config.learned_rows if scone else 0,
+            corpus.tokenizer.pad_token_id or 0,
+        ),
+        processing_class=corpus.tokenizer,
+        callbacks=[CheckpointKeeper(training.save_total_limit), StopOnSignal()],
+        f_gram_learning_rate=training.f_gram_learning_rate,
+        rows_learning_rate=(
+            ROWS_LEARNING_RATE_FACTOR * training.learning_rate
+            if training.rows_learning_rate is None
+            else training.rows_learning_rate
+        ),
+    )
+
+
+def training_arguments(training: TrainingOptions, num_workers: int, evaluate: bool, quiet: bool) -> TrainingArguments:
+    """Hugging Face's arguments for our options."""
+    if training.device:
+        os.environ["ACCELERATE_TORCH_DEVICE"] = training.device
+    use_cpu = (training.device or "").startswith("cpu") or not torch.accelerator.is_available()
+    device_type = "cpu" if use_cpu else torch.accelerator.current_accelerator().type  # type: ignore[union-attr]
+    precision = resolve_precision(training.fp16, training.bf16, device_type)
+    reporters = [name.strip() for name in training.report_to.split(",") if name.strip()]
+    arguments = TrainingArguments(
+        output_dir=training.output_dir,
+        num_train_epochs=training.num_epochs,
+        max_steps=training.max_steps,
+        per_device_train_batch_size=training.batch_size,
+        per_device_eval_batch_size=training.batch_size,
+        gradient_accumulation_steps=training.gradient_accumulation_steps,
+        learning_rate=training.learning_rate,
+        weight_decay=training.weight_decay,
+        warmup_steps=training.warmup_steps,
+        lr_scheduler_type=training.lr_scheduler_type,
+        max_grad_norm=training.max_grad_norm,
+        logging_steps=training.logging_steps,
+        save_steps=training.save_steps,
+        eval_strategy="steps" if evaluate else "no",
+        eval_steps=training.eval_steps,
+        prediction_loss_only=True,
+        seed=training.seed,
+        fp16=precision == "fp16",
+        bf16=precision == "bf16",
+        gradient_checkpointing=training.gradient_checkpointing,
+        dataloader_num_workers=num_workers,
+        remove_unused_columns=False,
+        report_to=reporters,
+        use_cpu=use_cpu,
+        disable_tqdm=quiet or not bars_are_visible(),
+    )
+    if arguments.parallel_mode.value == "not_distributed":
+        arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs are for torchrun; DataParallel would copy the trie
+    return arguments
+
+
+def _save_result(options: SconeOptions, trainer: SconeTrainer, corpus: Corpus, seconds: float) -> Path:
+    final_model = Path(options.training.output_dir) / FINAL_MODEL
+    metrics = trainer.evaluate() if corpus.validation is not None else {}
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    model.config.use_cache = True
+    trainer.save_model(str(final_model))
+    if trainer.is_world_process_zero():
+        (final_model / "training_args.bin").unlink(missing_ok=True)  # a pickle; the options are beside it as YAML
+        save_options(options, final_model / OPTIONS_FILE)
+        write_json(
+            Path(options.training.output_dir) / TRAINING_LOG_FILE,
+            {
+                "train_seconds": seconds,
+                "steps": trainer.state.global_step,
+                "tokens_per_step": trainer._train_batch_size
+                * options.training.gradient_accumulation_steps
+                * trainer.args.world_size
+                * options.data.max_length,
+                "train_tokens": corpus.train.num_tokens,
+                "log": trainer.state.log_history,
+                "final": metrics,
+            },
+        )
+    return final_model

@@ -1,0 +1,160 @@
+"""The trainer: Hugging Face's, with the learned rows' optimizer, honest checkpoints and the figures users watch."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from scone.models.language_model import SconeForCausalLM
+from scone.training.optimizer import AdamWWithRows
+from scone.utils.files import write_json
+
+COMPLETE_MARKER = "complete.json"
+
+
+class SconeTrainer(Trainer):
+    """Trains a SCONE model or a plain trunk.
+
+    Weight decay acts on matrices. Three groups may have their own learning rate: the trunk, the f-gram model with its
+    gain, and the learned rows.
+    """
+
+    def __init__(
+        self, *args: Any, f_gram_learning_rate: float | None, rows_learning_rate: float, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.f_gram_learning_rate = f_gram_learning_rate
+        self.rows_learning_rate = rows_learning_rate
+        self._counted: dict[str, Tensor | int] = {}
+        self._counted_since = time.perf_counter()
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad:
+                    rate = self.args.learning_rate
+                    if "f_gram_embedding." in name and self.f_gram_learning_rate is not None:
+                        rate = self.f_gram_learning_rate
+                    decay = self.args.weight_decay if parameter.ndim >= 2 else 0.0
+                    groups.setdefault((rate, decay), []).append(parameter)
+            self.optimizer = AdamWWithRows(
+                [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()],
+                rows=learned_rows(model),
+                rows_learning_rate=self.rows_learning_rate,
+                gradient_scale=self._gradient_scale,
+                lr=self.args.learning_rate,
+                betas=(self.args.adam_beta1, self.args.adam_beta2),
+                eps=self.args.adam_epsilon,
+            )
+        return self.optimizer
+
+    def _gradient_scale(self) -> float:
+        scaler = self.accelerator.scaler
+        return scaler.get_scale() if scaler is not None else 1.0
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if model.training:
+            self._count(inputs)
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def _count(self, inputs: dict[str, Any]) -> None:
+        """Add up figures for the next log line; tensors stay on the device, so that nothing waits for it."""
+        figures: dict[str, Tensor | int] = {"positions": inputs["input_ids"].numel()}
+        if "trie" in inputs:
+            figures["matched"] = inputs["trie"]["position_index"].count_nonzero()
+            figures["nodes"] = inputs["trie"]["tokens"].numel()
+        for name, value in figures.items():
+            self._counted[name] = self._counted.get(name, 0) + value
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self._counted:
+            positions = int(self._counted["positions"])
+            elapsed = time.perf_counter() - self._counted_since
+            logs["tokens_per_second"] = round(positions * self.args.world_size / elapsed, 1)
+            if "nodes" in self._counted:
+                logs["match_rate"] = round(int(self._counted["matched"]) / positions, 4)
+                logs["nodes_per_position"] = round(int(self._counted["nodes"]) / positions, 4)
+            self._counted, self._counted_since = {}, time.perf_counter()
+        if "eval_loss" in logs:
+            logs["eval_perplexity"] = round(math.exp(min(logs["eval_loss"], 700.0)), 4)
+        super().log(logs, start_time)
+
+
+def learned_rows(model: nn.Module) -> Any:
+    """The ``LearnedRows`` of a model that may be wrapped, or None."""
+    from scone.models.learned_rows import LearnedRows
+
+    return next((module for module in model.modules() if isinstance(module, LearnedRows)), None)
+
+
+class CheckpointKeeper(TrainerCallback):
+    """Marks each checkpoint as complete once all of it is on disk, and removes old ones only after that."""
+
+    def __init__(self, limit: int | None) -> None:
+        self.limit = limit
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        write_json(folder / COMPLETE_MARKER, {"step": state.global_step})
+        if self.limit is not None:
+            for old in complete_checkpoints(Path(args.output_dir))[: -self.limit]:
+                shutil.rmtree(old)
+
+
+def complete_checkpoints(output_dir: Path) -> list[Path]:
+    """Checkpoints that were written to their end, oldest first."""
+    folders = [path.parent for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{COMPLETE_MARKER}")]
+    return sorted(folders, key=lambda folder: int(folder.name.rsplit("-", 1)[1]))
+
+
+class StopOnSignal(TrainerCallback):
+    """Ctrl-C, and SIGTERM on machines that are taken back: finish the step, save a checkpoint, stop.
+
+    A second signal ends the process at once. For one process only: ranks would stop at different steps.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._previous: dict[int, Callable[..., Any] | int | None] = {}
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if args.world_size == 1 and threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: Any) -> None:
+        self.received = number
+        self._restore()
+
+    def _restore(self) -> None:
+        while self._previous:
+            number, handler = self._previous.popitem()
+            signal.signal(number, handler)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.received is not None:
+            control.should_save = True
+            control.should_training_stop = True
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._restore()
+
+
+def is_scone(model: nn.Module) -> bool:
+    """Whether the model has a SCONE input embedding (else it is a plain trunk)."""
+    return isinstance(model, SconeForCausalLM)
