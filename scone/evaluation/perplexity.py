@@ -17,7 +17,7 @@ from scone.utils.errors import SconeError
 from scone.utils.progress import progress
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from scone.tokenization.matcher import Matcher
 
@@ -45,6 +45,7 @@ class PerplexityResult:
     seconds: float
     num_bytes: int | None = None
     by_match_length: list[LengthLoss] = field(default_factory=list)
+    window_losses: list[float] = field(default_factory=list, repr=False)  # mean loss of each window, in order
 
     @property
     def loss(self) -> float:
@@ -162,6 +163,7 @@ def perplexity(
     was_training = model.training
     model.eval()
     by_length: dict[int, tuple[int, float]] = {}
+    window_losses: list[float] = []
     loss_sum, num_predicted = 0.0, 0
     started = time.perf_counter()
     with progress(len(tokens), "token", "Evaluating", quiet) as bar:
@@ -169,13 +171,47 @@ def perplexity(
             for (row, losses), window in zip(token_losses(model, tokens, batch, where), batch, strict=True):
                 loss_sum += float(losses.sum())
                 num_predicted += len(losses)
+                window_losses.append(float(losses.mean()))
                 if matcher is not None:
                     lengths = match_lengths(matcher, row)[window.first_target - window.start - 1 : -1]
                     _add_by_length(by_length, lengths, losses)
             bar.update(sum(window.end - window.first_target for window in batch))
     model.train(was_training)
     groups = [LengthLoss(length, count, total / count) for length, (count, total) in sorted(by_length.items())]
-    return PerplexityResult(loss_sum, num_predicted, len(tokens), time.perf_counter() - started, num_bytes, groups)
+    seconds = time.perf_counter() - started
+    return PerplexityResult(loss_sum, num_predicted, len(tokens), seconds, num_bytes, groups, window_losses)
+
+
+def loss_difference(first: PerplexityResult, second: PerplexityResult) -> tuple[float, tuple[float, float]]:
+    """Mean of (second − first) over windows, in nats, with its 95 % interval (normal, paired over the same windows).
+
+    Pairing removes most of the variation between texts. Both results must come from the same tokens and windows.
+    """
+    assert len(first.window_losses) == len(second.window_losses), "results of different windows"
+    differences = np.asarray(second.window_losses) - np.asarray(first.window_losses)
+    mean = float(differences.mean())
+    if len(differences) < 2:
+        return mean, (-math.inf, math.inf)
+    half = 1.96 * float(differences.std(ddof=1)) / math.sqrt(len(differences))
+    return mean, (mean - half, mean + half)
+
+
+def text_bytes(tokenizer: PreTrainedTokenizerBase, tokens: np.ndarray) -> int | None:
+    """UTF-8 bytes of the text that ``tokens`` [n] encode, special tokens left out.
+
+    None where the tokenizer is not byte-level: then decoding does not give the text back exactly.
+    """
+    from tokenizers.decoders import ByteLevel
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or not isinstance(backend.decoder, ByteLevel):
+        return None
+    # A byte-level token's characters stand for one byte each, so the text need not be put together.
+    special = set(tokenizer.all_special_ids)
+    sizes = np.zeros(len(tokenizer), dtype=np.int64)
+    for token, index in tokenizer.get_vocab().items():
+        sizes[index] = 0 if index in special else len(token)
+    return int(sizes[np.asarray(tokens)].sum())
 
 
 def match_lengths(matcher: Matcher, tokens: np.ndarray) -> np.ndarray:
@@ -184,7 +220,7 @@ def match_lengths(matcher: Matcher, tokens: np.ndarray) -> np.ndarray:
     nodes = np.asarray(matcher.match(tokens))
     lengths = np.ones(nodes.shape, dtype=np.int64)
     matched = nodes >= vocabulary.vocab_size
-    lengths[matched] = np.asarray(vocabulary.lengths)[nodes[matched] - vocabulary.vocab_size]
+    lengths[matched] = vocabulary.lengths[nodes[matched] - vocabulary.vocab_size]
     return lengths
 
 

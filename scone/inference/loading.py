@@ -94,7 +94,7 @@ def load_model(
         if table_path is not None:
             from scone.inference.embedding_table import EmbeddingTable
 
-            table = EmbeddingTable.open(table_path, placement=placement, device=str(where))
+            table = EmbeddingTable.open(table_path, placement, where, _expected_fingerprints(folder))
         model: Any = SconeForCausalLM.from_pretrained(folder, table=table)
     elif table_path is not None:
         raise SconeError(
@@ -106,6 +106,13 @@ def load_model(
     model = model.to(where).eval().requires_grad_(False)
     report = None if quantization is None else quantize_trunk(model, quantization)
     return LoadedModel(model, table, report)
+
+
+def _expected_fingerprints(folder: Path) -> dict[str, str]:
+    """What a table of the model in ``folder`` carries, as far as its config.json says (see `SconeForCausalLM`)."""
+    config = read_json(folder / "config.json")
+    names = {"vocabulary": "vocabulary_fingerprint", "weights": "table_weights_fingerprint"}
+    return {name: config[key] for name, key in names.items() if config.get(key)}
 
 
 def _load_plain(model_path: str | Path) -> PreTrainedModel:

@@ -14,7 +14,25 @@ from scone.inference.engine import GenerationOptions, SconeInferenceEngine
 from scone.inference.loading import LoadedModel, choose_device, load_model
 from scone.utils.errors import SconeError
 
-WORDS = ["<|endoftext|>", *"the a cat dog sat ran on under mat hill and then it slept . ,".split()]
+WORDS = [
+    "<|endoftext|>",
+    "the",
+    "a",
+    "cat",
+    "dog",
+    "sat",
+    "ran",
+    "on",
+    "under",
+    "mat",
+    "hill",
+    "and",
+    "then",
+    "it",
+    "slept",
+    ".",
+    ",",
+]
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +138,7 @@ def test_plain_model_folder_loads_and_generates(tmp_path: Path, tokenizer: PreTr
 def test_what_is_not_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SconeError, match="found no folder"):
         load_model(tmp_path / "missing")
-    with pytest.raises(SconeError, match="found no config.json"):
+    with pytest.raises(SconeError, match=r"found no config\.json"):
         load_model(tmp_path)
     (tmp_path / "config.json").write_text("{broken")
     with pytest.raises(SconeError, match="as JSON"):

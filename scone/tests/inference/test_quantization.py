@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from scone.inference.quantization import HalfStorageLinear, computes_in_fp16, model_bytes, quantize_trunk
 from scone.utils.errors import SconeError
 
-# The largest relative error of the logits, and the largest size of a layer's weights relative to fp32 (scales included).
+# The largest relative error of the logits, and the layers' size relative to fp32 (scales included).
 EXPECTED = {"fp16": (0.01, 0.5), "int8": (0.05, 0.27), "int4": (0.3, 0.15)}
 
 

@@ -1,0 +1,114 @@
+"""Perplexity of a model on a data set: `scone evaluate`, `python -m scone.scripts.evaluate`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from scone.configs.loading import parse_options
+from scone.configs.schema import SconeOptions
+from scone.utils.command_line import run_main
+
+EXAMPLES = (
+    "scone evaluate --model_path ./outputs/scone-model/final_model --dataset_name wikitext --split test",
+    "scone evaluate --model_path ./outputs/scone-model/final_model --embedding_cache_path embeddings.cache "
+    "--dataset_name my_texts/",
+)
+OPTIONS = (
+    "data.dataset_name",
+    "data.dataset_config_name",
+    "data.text_column",
+    "data.max_length",
+    "data.cache_dir",
+    "training.device",
+    "training.seed",
+    "inference",
+)
+DEFAULTS = {"inference.batch_size": 8}
+
+
+def read_arguments(argv: Sequence[str] | None) -> tuple[SconeOptions, argparse.Namespace]:
+    """The options that the command line says, and the script's own arguments. Raises SconeError."""
+    return parse_options(
+        argv,
+        OPTIONS,
+        "Measure a model's perplexity on a split of a data set, SCONE (with or without its table) or plain.",
+        examples=EXAMPLES,
+        add_arguments=_add_arguments,
+        defaults=DEFAULTS,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Evaluate as the command line says and print what was measured."""
+    options, extra = read_arguments(argv)
+    import torch
+
+    from scone.data.prepare import prepare_corpus
+    from scone.evaluation.perplexity import perplexity, text_bytes
+    from scone.inference.loading import load_model
+    from scone.tokenization.tokenizers import load_tokenizer
+    from scone.utils.files import write_json
+
+    torch.manual_seed(options.training.seed)
+    placement = "mmap" if options.inference.use_memory_map else extra.placement
+    loaded = load_model(
+        extra.model_path, extra.embedding_cache_path, placement, options.training.device, extra.quantization
+    )
+    tokenizer = load_tokenizer(extra.tokenizer_path or extra.model_path)
+    data = options.data
+    tokens = prepare_corpus(
+        data.dataset_name,
+        tokenizer,
+        dataset_config_name=data.dataset_config_name,
+        text_column=data.text_column,
+        splits=(extra.split,),
+        cache_dir=data.cache_dir,
+    )[extra.split].tokens
+    tokens = tokens[: extra.max_tokens]
+    result = perplexity(
+        loaded.model,
+        tokens,
+        max_length=data.max_length,
+        batch_size=options.inference.batch_size,
+        stride=extra.stride,
+        matcher=getattr(loaded.model, "matcher", None),
+        num_bytes=text_bytes(tokenizer, tokens),
+    )
+    print(f"perplexity        {result.perplexity:.4f}")
+    print(f"loss              {result.loss:.4f} nats a token ({result.num_predicted:,} tokens predicted)")
+    if result.bits_per_byte is not None:
+        print(f"bits per byte     {result.bits_per_byte:.4f}")
+    for group in result.by_match_length:
+        matched = "no f-gram matched" if group.length == 1 else f"f-gram of {group.length} tokens matched"
+        print(f"  {matched:<30}{group.num_predicted / result.num_predicted:6.1%} of tokens, loss {group.loss:.4f}")
+    print(f"speed             {result.tokens_per_second:,.0f} tokens a second, {result.seconds:.1f} s")
+    if loaded.table is not None:
+        print(loaded.table.describe())
+    if loaded.quantization is not None:
+        print(loaded.quantization)
+    if extra.output is not None:
+        facts = {"model_path": str(extra.model_path), "dataset_name": data.dataset_name, "split": extra.split}
+        write_json(extra.output, facts | result.to_dict())
+    return 0
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model_path", required=True, metavar="FOLDER", help="the model: a final_model folder")
+    parser.add_argument(
+        "--embedding_cache_path", metavar="FILE", help="its embedding table (default: f-grams are embedded live)"
+    )
+    parser.add_argument("--tokenizer_path", metavar="FOLDER", help="tokenizer (default: the model's own)")
+    parser.add_argument("--split", default="test", metavar="NAME", help="split of the data set (default: test)")
+    parser.add_argument(
+        "--stride", type=int, metavar="N", help="tokens between the starts of windows (default: max_length, no overlap)"
+    )
+    parser.add_argument("--max_tokens", type=int, metavar="N", help="evaluate on the first N tokens only")
+    parser.add_argument("--placement", default="ram", help="where the table is kept: ram, mmap, direct, or tiers")
+    parser.add_argument("--quantization", metavar="TYPE", help="quantise the trunk: fp16, int8 or int4")
+    parser.add_argument("--output", metavar="FILE", help="also write the result as JSON")
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

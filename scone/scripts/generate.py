@@ -1,0 +1,120 @@
+"""Continue a prompt: `scone generate`, `python -m scone.scripts.generate`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from scone.configs.loading import parse_options
+from scone.configs.schema import SconeOptions
+from scone.utils.command_line import run_main
+from scone.utils.errors import SconeError
+
+EXAMPLES = (
+    'scone generate --model_path ./outputs/scone-model/final_model --prompt "Once upon a time" --max_length 100',
+    "scone generate --model_path ./outputs/scone-model/final_model --embedding_cache_path embeddings.cache "
+    '--prompt "Once upon a time" --do_sample --temperature 0.7 --top_p 0.9 --quantization int8',
+)
+
+
+def read_arguments(argv: Sequence[str] | None) -> tuple[SconeOptions, argparse.Namespace]:
+    """The options that the command line says, and the script's own arguments. Raises SconeError."""
+    options, extra = parse_options(
+        argv,
+        ("training.device", "training.seed", "inference.use_memory_map"),
+        "Continue a prompt with a model, SCONE (with or without its table) or plain.",
+        examples=EXAMPLES,
+        add_arguments=_add_arguments,
+    )
+    _check(extra)
+    return options, extra
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Generate as the command line says and print the texts, prompt included."""
+    options, extra = read_arguments(argv)
+    from scone.inference.engine import GenerationOptions, SconeInferenceEngine
+
+    engine = SconeInferenceEngine.from_pretrained(
+        extra.model_path,
+        extra.embedding_cache_path,
+        placement="mmap" if options.inference.use_memory_map else extra.placement,
+        quantization=extra.quantization,
+        device=options.training.device,
+        tokenizer_path=extra.tokenizer_path,
+    )
+    wanted = GenerationOptions(
+        max_length=extra.max_length,
+        min_length=extra.min_length,
+        do_sample=extra.do_sample,
+        num_beams=extra.num_beams,
+        temperature=extra.temperature,
+        top_k=extra.top_k,
+        top_p=extra.top_p,
+        repetition_penalty=extra.repetition_penalty,
+        num_return_sequences=extra.num_return_sequences,
+        seed=options.training.seed,
+    )
+    generations, stats = engine.generate(extra.prompt, wanted)
+    texts = [text for generation in generations for text in generation.texts]
+    print("\n\n".join(f"[{number}] {text}" for number, text in enumerate(texts, 1)) if len(texts) > 1 else texts[0])
+    if extra.stats:
+        print(stats, file=sys.stderr)
+        for part in (engine.loaded.quantization, engine.loaded.table and engine.loaded.table.describe()):
+            if part is not None:
+                print(part, file=sys.stderr)
+    return 0
+
+
+def _check(extra: argparse.Namespace) -> None:
+    """Refuse values that transformers would refuse later, with a traceback."""
+    bounds = {
+        "max_length": (1, None),
+        "min_length": (0, extra.max_length),
+        "num_beams": (1, None),
+        "num_return_sequences": (1, None),
+        "top_k": (0, None),
+        "top_p": (0.0, 1.0),
+    }
+    for name, (low, high) in bounds.items():
+        value = getattr(extra, name)
+        if value < low or (high is not None and value > high):
+            expected = f"at least {low}" if high is None else f"{low} to {high}"
+            raise SconeError(f"--{name}: found {value}; expected {expected}")
+    for name in ("temperature", "repetition_penalty"):
+        if getattr(extra, name) <= 0:
+            raise SconeError(f"--{name}: found {getattr(extra, name)}; expected more than 0")
+    choices = extra.num_return_sequences
+    if not extra.do_sample and choices > extra.num_beams:
+        raise SconeError(
+            f"--num_return_sequences: found {choices} with {extra.num_beams} beam(s) and no sampling, which can give "
+            f"only {extra.num_beams}; add --do_sample or raise --num_beams"
+        )
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model_path", required=True, metavar="FOLDER", help="the model: a final_model folder")
+    parser.add_argument(
+        "--embedding_cache_path", metavar="FILE", help="its embedding table (default: f-grams are embedded live)"
+    )
+    parser.add_argument("--tokenizer_path", metavar="FOLDER", help="tokenizer (default: the model's own)")
+    parser.add_argument(
+        "--prompt", required=True, action="append", metavar="TEXT", help="text to continue; may be given several times"
+    )
+    parser.add_argument("--max_length", type=int, default=100, help="tokens of prompt and continuation (default: 100)")
+    parser.add_argument("--min_length", type=int, default=0, help="fewest tokens of both (default: 0)")
+    parser.add_argument("--do_sample", action="store_true", help="draw tokens at random (default: the likeliest)")
+    parser.add_argument("--num_beams", type=int, default=1, help="beams of beam search (default: 1, none)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of sampling; lower is safer (default: 1.0)")
+    parser.add_argument("--top_k", type=int, default=50, help="sample among the k likeliest, 0: all (default: 50)")
+    parser.add_argument("--top_p", type=float, default=1.0, help="sample within this probability (default: 1.0)")
+    parser.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1: repeat less (default: 1.0)")
+    parser.add_argument("--num_return_sequences", type=int, default=1, help="continuations a prompt (default: 1)")
+    parser.add_argument("--quantization", metavar="TYPE", help="quantise the trunk: fp16, int8 or int4")
+    parser.add_argument("--placement", default="ram", help="where the table is kept: ram, mmap, direct, or tiers")
+    parser.add_argument("--stats", action="store_true", help="print times and memory on the error stream")
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))
