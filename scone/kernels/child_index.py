@@ -1,9 +1,10 @@
-"""The hash index from (prefix node, last token) to the rank of an f-gram: hashing, probing, building, validating.
+"""The hash index from (prefix node, last token) to the rank of an f-gram.
 
-Open addressing with linear probing over 32-bit slots. A slot is 0 when empty, else ``rank + 1`` in its low ``rank_bits``
+32-bit slots in buckets of 16, one cache line each. A slot is 0 when empty, else ``rank + 1`` in its low ``rank_bits``
 bits and a fingerprint of the key in the spare high bits; a hit is confirmed in ``keys``, so a wrong fingerprint costs
-time and never correctness. Nothing here trusts the slots: a damaged index finds too little, it does not read out of
-bounds and does not loop for ever. ``keys``, ``suffixes`` and ``lengths`` are trusted once `check_links` has passed.
+time and never correctness. A key lives in its home bucket, or where that is full in the next one with room; buckets
+fill from their first slot on, so an empty last slot ends a search. Nothing here trusts the slots: a damaged index finds
+too little, it does not read out of bounds and does not loop for ever.
 """
 
 from __future__ import annotations
@@ -11,25 +12,28 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from scone.kernels.machine_instructions import LANES
+
 NO_F_GRAM = -1
 """What look-ups return when the vocabulary has no such f-gram."""
 
 SLOTS_PER_F_GRAM = 5 / 3
-"""Inverse load factor: with 13 bytes of arrays an f-gram, 5/3 slots of 4 bytes keep it below 20 bytes."""
+"""Inverse load factor: beside 13 bytes of arrays an f-gram, 5/3 slots of 4 bytes stay below 20 bytes together."""
 
-VALID, BAD_TOKEN, SEPARATOR_INSIDE, PREFIX_MISSING, SUFFIX_MISSING, DUPLICATE, WRONG_ORDER, TOO_LONG = range(8)
-"""Outcomes of `link_f_grams` and `keys_of_token_matrix`."""
+BUCKET = LANES
 
+_BUCKET = np.uint64(BUCKET)
 _PREFIX_FACTOR = np.uint64(0x9E3779B97F4A7C15)
 _TOKEN_FACTOR = np.uint64(0xC2B2AE3D27D4EB4F)
 _MIX_FACTOR = np.uint64(0xD6E8FEB86659FD93)
+_1 = np.uint64(1)
 _32 = np.uint64(32)
 _LOW_32 = np.uint64(0xFFFFFFFF)
 
 
 def num_slots(num_f_grams: int) -> int:
-    """Slots of an index over ``num_f_grams`` f-grams; at least one is always empty."""
-    return max(4, int(num_f_grams * SLOTS_PER_F_GRAM))
+    """Slots of an index over ``num_f_grams`` f-grams: whole buckets, and always some that stay empty."""
+    return max(4, int(num_f_grams * SLOTS_PER_F_GRAM) // BUCKET) * BUCKET
 
 
 def rank_bits(num_f_grams: int) -> int:
@@ -39,21 +43,27 @@ def rank_bits(num_f_grams: int) -> int:
 
 @njit(cache=True, inline="always")
 def hash_key(prefix, token):
-    """Mix a key into 64 bits: the top 32 choose the slot, the next ones are the fingerprint."""
+    """Mix a key into 64 bits: the top 32 choose the bucket, the next ones are the fingerprint."""
     mixed = np.uint64(prefix) * _PREFIX_FACTOR + np.uint64(token) * _TOKEN_FACTOR
     return (mixed ^ (mixed >> _32)) * _MIX_FACTOR
 
 
 @njit(cache=True, inline="always")
 def home_slot(hashed, slots_length):
-    """The first slot to look at: the top 32 bits scaled to the number of slots, which need not be a power of two."""
-    return np.int64(((hashed >> _32) * np.uint64(slots_length)) >> _32)
+    """First slot of the home bucket: the top 32 bits scaled to the number of buckets, which is any number."""
+    return (((hashed >> _32) * (np.uint64(slots_length) // _BUCKET)) >> _32) * _BUCKET
 
 
 @njit(cache=True, inline="always")
-def fingerprint_bits(hashed, bits):
-    """The fingerprint at its place above ``bits`` rank bits, as uint32."""
+def fingerprint_of(hashed, bits):
+    """The fingerprint, uint32, at its place above ``bits`` rank bits."""
     return np.uint32(((hashed & _LOW_32) >> np.uint64(bits)) << np.uint64(bits))
+
+
+@njit(cache=True, inline="always")
+def low_mask_of(bits):
+    """uint32 with the ``bits`` rank bits set."""
+    return np.uint32((_1 << np.uint64(bits)) - _1)
 
 
 @njit(cache=True)
@@ -64,203 +74,56 @@ def find_child(keys, slots, bits, max_probes, prefix, token):
         keys: unsigned [S, 2], prefix node and last token of every rank.
         slots: uint32 [M].
         bits: rank bits of a slot.
-        max_probes: the longest probe sequence that building needed.
+        max_probes: slots from the start of a home bucket beyond which no key lies.
         prefix, token: int64.
 
     Slow equal: a dictionary from keys to ranks.
     """
     hashed = hash_key(prefix, token)
-    wanted = fingerprint_bits(hashed, bits)
-    low_mask = np.uint32((np.uint64(1) << np.uint64(bits)) - np.uint64(1))
+    wanted = fingerprint_of(hashed, bits)
+    low_mask = low_mask_of(bits)
     slot = home_slot(hashed, len(slots))
     for _ in range(max_probes):
         value = slots[slot]
         if value == 0:
             return NO_F_GRAM
-        if (value & ~low_mask) == wanted:
+        if np.uint32(value ^ wanted) <= low_mask:
             rank = np.int64(value & low_mask) - 1
             if 0 <= rank < len(keys) and np.int64(keys[rank, 0]) == prefix and np.int64(keys[rank, 1]) == token:
                 return rank
-        slot += 1
-        if slot == len(slots):
-            slot = 0
+        slot += _1
+        if slot == np.uint64(len(slots)):
+            slot = np.uint64(0)
     return NO_F_GRAM
 
 
 @njit(cache=True)
-def _insert(slots, bits, prefix, token, rank):
-    """Put ``rank`` into the first empty slot of its probe sequence; returns how many slots that looked at."""
+def insert_child(slots, bits, prefix, token, rank):
+    """Put a new key's ``rank`` into the first empty slot from its home; returns how many slots that looked at."""
     hashed = hash_key(prefix, token)
     slot = home_slot(hashed, len(slots))
     probes = 1
     while slots[slot] != 0:
-        slot += 1
+        slot += _1
         probes += 1
-        if slot == len(slots):
-            slot = 0
-    slots[slot] = fingerprint_bits(hashed, bits) | np.uint32(rank + 1)
+        if slot == np.uint64(len(slots)):
+            slot = np.uint64(0)
+    slots[slot] = fingerprint_of(hashed, bits) | np.uint32(rank + 1)
     return probes
 
 
 @njit(cache=True, nogil=True)
 def build_child_index(keys, slots, bits):
-    """Fill zeroed ``slots`` with all ``keys`` in rank order (so frequent f-grams sit nearest their home slot).
+    """Fill zeroed ``slots`` with all ``keys`` in rank order.
 
     Returns:
-        The longest probe sequence, in slots (0 for no f-grams).
+        max_probes: the most slots that an insertion looked at (0 for no f-grams).
     """
     max_probes = 0
     for rank in range(len(keys)):
-        probes = _insert(slots, bits, np.int64(keys[rank, 0]), np.int64(keys[rank, 1]), rank)
+        probes = insert_child(slots, bits, np.int64(keys[rank, 0]), np.int64(keys[rank, 1]), rank)
         max_probes = max(max_probes, probes)
     return max_probes
-
-
-@njit(cache=True, nogil=True)
-def check_links(keys, suffixes, lengths, vocab_size, max_n):
-    """Whether every node that the arrays point to lies before its f-gram and is one token shorter.
-
-    Cheap enough for every opening of a file, and all that the other kernels need to stay in bounds. Returns the first
-    offending rank, or -1.
-    """
-    for rank in range(len(keys)):
-        prefix = np.int64(keys[rank, 0])
-        token = np.int64(keys[rank, 1])
-        suffix = np.int64(suffixes[rank])
-        length = np.int64(lengths[rank])
-        end = vocab_size + rank
-        if prefix < 0 or prefix >= end or suffix < 0 or suffix >= end or token < 0 or token >= vocab_size:
-            return rank
-        prefix_length = 1 if prefix < vocab_size else np.int64(lengths[prefix - vocab_size])
-        suffix_length = 1 if suffix < vocab_size else np.int64(lengths[suffix - vocab_size])
-        if length > max_n or prefix_length != length - 1 or suffix_length != length - 1:
-            return rank
-    return NO_F_GRAM
-
-
-@njit(cache=True)
-def _contains(sorted_values, value):
-    position = np.searchsorted(sorted_values, value)
-    return position < len(sorted_values) and sorted_values[position] == value
-
-
-@njit(cache=True, nogil=True)
-def keys_of_token_matrix(tokens, lengths, vocab_size, keys, slots, bits):
-    """Fill ``keys`` [S, 2] from the f-grams' tokens, in rank order; ``slots`` (zeroed) serves as scratch.
-
-    Args:
-        tokens: int64 [S, N], f-gram r in ``tokens[r, :lengths[r]]``.
-        lengths: int64 [S], each 2 … N.
-
-    Returns:
-        (outcome, rank): `VALID`, or what is wrong with the f-gram of that rank.
-    """
-    max_probes = 0
-    for rank in range(len(keys)):
-        node = tokens[rank, 0]
-        if node < 0 or node >= vocab_size:
-            return BAD_TOKEN, rank
-        for position in range(1, lengths[rank]):
-            token = tokens[rank, position]
-            if token < 0 or token >= vocab_size:
-                return BAD_TOKEN, rank
-            child = find_child(keys, slots, bits, max_probes, node, token)
-            if position == lengths[rank] - 1:
-                if child != NO_F_GRAM:
-                    return DUPLICATE, rank
-                keys[rank, 0] = node
-                keys[rank, 1] = token
-                max_probes = max(max_probes, _insert(slots, bits, node, token, rank))
-            elif child == NO_F_GRAM:
-                return PREFIX_MISSING, rank
-            else:
-                node = vocab_size + child
-    return VALID, len(keys)
-
-
-@njit(cache=True)
-def _unroll(keys, vocab_size, rank, length, tokens):
-    """Write the ``length`` tokens of the f-gram of ``rank``, first token first, into ``tokens``."""
-    position = length - 1
-    while position > 0:
-        tokens[position] = np.int64(keys[rank, 1])
-        node = np.int64(keys[rank, 0])
-        position -= 1
-        if node < vocab_size:
-            tokens[position] = node
-            return
-        rank = node - vocab_size
-
-
-@njit(cache=True)
-def _is_before(left, right, length):
-    for position in range(length):
-        if left[position] != right[position]:
-            return left[position] < right[position]
-    return False
-
-
-@njit(cache=True, nogil=True)
-def link_f_grams(keys, counts, vocab_size, max_n, separators, suffixes, lengths, slots, bits):
-    """Derive ``suffixes``, ``lengths`` and the index from ``keys``, checking everything that makes a vocabulary.
-
-    Every f-gram's prefix and suffix come earlier in the ranking (or are tokens), no f-gram occurs twice or contains a
-    separator, and the ranking is strictly by (count descending, length ascending, tokens lexicographic).
-
-    Args:
-        keys: unsigned [S, 2]; counts: unsigned [S]; separators: int64, ascending.
-        suffixes: unsigned [S], lengths: uint8 [S], slots: uint32 [M] zeroed; all three are filled.
-
-    Returns:
-        (outcome, rank, max_probes): `VALID`, or what is wrong with the f-gram of that rank.
-
-    Slow equal: `reference_matching.ranked` and `reference_matching.closed`.
-    """
-    before = np.zeros(256, np.int64)
-    current = np.zeros(256, np.int64)
-    max_probes = 0
-    for rank in range(len(keys)):
-        prefix = np.int64(keys[rank, 0])
-        token = np.int64(keys[rank, 1])
-        if token < 0 or token >= vocab_size:
-            return BAD_TOKEN, rank, max_probes
-        if prefix < 0 or prefix >= vocab_size + rank:
-            return PREFIX_MISSING, rank, max_probes
-        is_bigram = prefix < vocab_size
-        if _contains(separators, token) or (is_bigram and _contains(separators, prefix)):
-            return SEPARATOR_INSIDE, rank, max_probes
-        length = 2 if is_bigram else np.int64(lengths[prefix - vocab_size]) + 1
-        if length > max_n:
-            return TOO_LONG, rank, max_probes
-        lengths[rank] = length
-        suffix = token
-        if not is_bigram:
-            child = find_child(keys, slots, bits, max_probes, np.int64(suffixes[prefix - vocab_size]), token)
-            if child == NO_F_GRAM:
-                return SUFFIX_MISSING, rank, max_probes
-            suffix = vocab_size + child
-        suffixes[rank] = suffix
-        if find_child(keys, slots, bits, max_probes, prefix, token) != NO_F_GRAM:
-            return DUPLICATE, rank, max_probes
-        max_probes = max(max_probes, _insert(slots, bits, prefix, token, rank))
-        _unroll(keys, vocab_size, rank, length, current)
-        if rank > 0:
-            if counts[rank] > counts[rank - 1]:
-                return WRONG_ORDER, rank, max_probes
-            if counts[rank] == counts[rank - 1]:
-                if length < lengths[rank - 1]:
-                    return WRONG_ORDER, rank, max_probes
-                if length == lengths[rank - 1] and not _is_before(before, current, length):
-                    return WRONG_ORDER, rank, max_probes
-        before, current = current, before
-    return VALID, len(keys), max_probes
-
-
-@njit(cache=True, nogil=True)
-def unroll_f_grams(keys, lengths, vocab_size, ranks, tokens):
-    """Write the tokens of every f-gram in ``ranks`` (int64 [n]) into the rows of ``tokens`` (int64 [n, N])."""
-    for row in range(len(ranks)):
-        _unroll(keys, vocab_size, ranks[row], np.int64(lengths[ranks[row]]), tokens[row])
 
 
 @njit(cache=True)
@@ -273,35 +136,3 @@ def find_node(keys, slots, bits, max_probes, vocab_size, tokens):
             return np.int64(NO_F_GRAM)
         node = vocab_size + child
     return node
-
-
-@njit(cache=True, nogil=True)
-def depth_first_ranks(keys, vocab_size, bigrams_by_first_token, order):
-    """Write the ranks in trie preorder into ``order`` (int64 [S]); children in rank order.
-
-    Args:
-        bigrams_by_first_token: int64, the ranks of all bigrams in the order in which their subtrees are visited.
-    """
-    size = len(keys)
-    first_child = np.full(size, NO_F_GRAM, np.int64)
-    next_sibling = np.full(size, NO_F_GRAM, np.int64)
-    for rank in range(size - 1, -1, -1):
-        prefix = np.int64(keys[rank, 0])
-        if prefix >= vocab_size:
-            next_sibling[rank] = first_child[prefix - vocab_size]
-            first_child[prefix - vocab_size] = rank
-    written = 0
-    for root in bigrams_by_first_token:
-        rank = root
-        while True:
-            order[written] = rank
-            written += 1
-            if first_child[rank] != NO_F_GRAM:
-                rank = first_child[rank]
-                continue
-            while rank != root and next_sibling[rank] == NO_F_GRAM:
-                rank = np.int64(keys[rank, 0]) - vocab_size
-            if rank == root:
-                break
-            rank = next_sibling[rank]
-    return written

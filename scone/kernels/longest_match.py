@@ -1,9 +1,10 @@
 """Longest f-gram ending at each position: level by level for batches, along suffix links for one step.
 
 Because the vocabulary is closed under prefix and suffix, an f-gram of n + 1 tokens can end at position i only where an
-f-gram of n tokens ends at i and another at i − 1. So level n + 1 probes the index with (node of length n at i − 1, token
-i) at exactly those positions. The probes of a level do not depend on each other: first all first slots are fetched, then
-all keys, so that the processor waits for many cache lines at once instead of for one after another.
+f-gram of n tokens ends at i and another at i − 1. So level n + 1 probes the index with (node of length n at i − 1,
+token i) at exactly those positions. The probes of a level do not depend on each other: first the cache lines of all
+their buckets are asked for, then those of all the keys that they point to, so that the processor waits for many lines
+at once instead of for one after another. (Following the automaton makes as many probes, each waiting for the last.)
 """
 
 from __future__ import annotations
@@ -11,83 +12,100 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from scone.kernels.child_index import NO_F_GRAM, find_child, fingerprint_bits, hash_key, home_slot
+from scone.kernels.child_index import BUCKET, NO_F_GRAM, find_child, fingerprint_of, hash_key, home_slot, low_mask_of
+from scone.kernels.machine_instructions import largest_match, prefetch
 
-BLOCK = 1024
-"""Positions that are matched together: enough independent probes, while the scratch arrays stay in the first cache."""
+BLOCK = 512
+"""Positions that are matched together: enough independent probes, while their cache lines stay in the first cache."""
 
 FRESH = -1
 """The state of a sequence that nothing reaches into."""
 
+_1 = np.uint64(1)
+_2 = np.uint64(2)
+_LAST_IN_BUCKET = np.uint64(BUCKET - 1)
+
+# Indices below are uint64 because numba guards signed ones against counting from the end, which costs a fifth.
+
 
 @njit(cache=True)
-def _fetch_first_slots(slots, node, token, candidates, num_candidates, first, home, hashes):
+def _request_buckets(slots, bits, node, token, candidates, num_candidates, home, wanted):
     for k in range(num_candidates):
         i = candidates[k]
-        hashed = hash_key(node[i - 1], token[i])
-        slot = home_slot(hashed, len(slots))
-        hashes[k] = hashed
-        home[k] = slot
-        first[k] = slots[slot]
+        hashed = hash_key(node[i - _1], token[i])
+        wanted[k] = fingerprint_of(hashed, bits)
+        home[k] = home_slot(hashed, len(slots))
+        prefetch(slots, home[k])
 
 
 @njit(cache=True)
-def _find_likely_ranks(slots, size, bits, max_probes, candidates, num_candidates, first, home, hashes, likely, rank):
-    """Follow each probe sequence to the first slot with the right fingerprint; keep the candidates that have one."""
-    low_mask = np.uint32((np.uint64(1) << np.uint64(bits)) - np.uint64(1))
+def _find_likely_ranks(
+    keys, slots, bits, max_probes, node, token, candidates, num_candidates, home, wanted, likely, rank
+):
+    """Keep the candidates whose fingerprint is in their bucket, with the rank beside it; request those keys."""
+    flat_keys = keys.reshape(-1)
+    low_mask = low_mask_of(bits)
     kept = 0
     for k in range(num_candidates):
-        wanted = fingerprint_bits(hashes[k], bits)
-        value = first[k]
-        slot = home[k]
-        probes = 1
-        while value != 0 and (value & ~low_mask) != wanted and probes < max_probes:
-            slot += 1
-            if slot == len(slots):
-                slot = 0
-            value = slots[slot]
-            probes += 1
-        found = np.int64(value & low_mask) - 1
-        likely[kept] = candidates[k]
+        i = candidates[k]
+        value = largest_match(slots, home[k], wanted[k], low_mask)
+        if (value == 0) & (slots[home[k] + _LAST_IN_BUCKET] != 0):
+            value = np.uint32(find_child(keys, slots, bits, max_probes, node[i - _1], token[i]) + 1)
+        found = np.uint64(value & low_mask) - _1  # 2⁶⁴ − 1 for none
+        likely[kept] = i
         rank[kept] = found
-        kept += (value & ~low_mask) == wanted and 0 <= found < size
+        prefetch(flat_keys, _2 * found)
+        kept += found < np.uint64(len(keys))
     return kept
+
+
+@njit(cache=True)
+def _confirm(keys, slots, bits, max_probes, vocab_size, length, node, token, level, likely, rank, num_likely, matched):
+    """Raise the nodes whose keys are right; list them in ``matched``, descending.
+
+    From right to left: ``node[i - 1]`` must still be one level down when position i is confirmed.
+    """
+    num_matched = 0
+    for k in range(num_likely - 1, -1, -1):
+        i = likely[k]
+        found = rank[k]
+        if (np.int64(keys[found, 0]) != node[i - _1]) | (np.int64(keys[found, 1]) != token[i]):
+            child = find_child(keys, slots, bits, max_probes, node[i - _1], token[i])
+            if child == NO_F_GRAM:
+                continue
+            found = np.uint64(child)
+        node[i] = vocab_size + np.int64(found)
+        level[i] = length
+        matched[num_matched] = i
+        num_matched += 1
+    return num_matched
 
 
 @njit(cache=True)
 def _match_block(keys, slots, bits, max_probes, vocab_size, longest, token, node, level, m, scratch):
     """Raise ``node`` [m] from tokens (level 1; level 0 where nothing may match) to the longest matches."""
-    candidates, matched, likely, home, rank, hashes, first = scratch
+    candidates, likely, home, rank, wanted = scratch
     num_candidates = 0
-    for i in range(1, m):
+    for i in range(_1, np.uint64(m)):
         candidates[num_candidates] = i
-        num_candidates += level[i - 1] == 1 and level[i] == 1
+        num_candidates += (level[i - _1] == 1) & (level[i] == 1)
     for length in range(2, longest + 1):
         if num_candidates == 0:
             return
-        _fetch_first_slots(slots, node, token, candidates, num_candidates, first, home, hashes)
+        _request_buckets(slots, bits, node, token, candidates, num_candidates, home, wanted)
         num_likely = _find_likely_ranks(
-            slots, len(keys), bits, max_probes, candidates, num_candidates, first, home, hashes, likely, rank
+            keys, slots, bits, max_probes, node, token, candidates, num_candidates, home, wanted, likely, rank
         )
-        # `node[i - 1]` must still be the node one level down when position i is confirmed: hence from right to left.
-        num_matched = 0
-        for k in range(num_likely - 1, -1, -1):
-            i = likely[k]
-            found = rank[k]
-            if np.int64(keys[found, 0]) != node[i - 1] or np.int64(keys[found, 1]) != token[i]:
-                found = find_child(keys, slots, bits, max_probes, node[i - 1], token[i])
-                if found == NO_F_GRAM:
-                    continue
-            node[i] = vocab_size + found
-            level[i] = length
-            matched[num_matched] = i
-            num_matched += 1
+        num_matched = _confirm(
+            keys, slots, bits, max_probes, vocab_size, length, node, token, level, likely, rank, num_likely, candidates
+        )
+        # A match whose left neighbour has none of this length can grow no further.
         num_candidates = 0
         for k in range(num_matched - 1, -1, -1):
-            i = matched[k]
-            candidates[num_candidates] = i
-            num_candidates += level[i - 1] == length
-        # A match at level `length` whose left neighbour has none stays as it is: it can grow no further.
+            i = candidates[k]
+            likely[num_candidates] = i
+            num_candidates += level[i - _1] == length
+        candidates, likely = likely, candidates
 
 
 @njit(cache=True, nogil=True)
@@ -116,11 +134,9 @@ def match_positions(
     level = np.empty(room, np.int16)
     target = np.empty(room, np.int64)
     scratch = (
-        np.empty(room, np.int64),
-        np.empty(room, np.int64),
-        np.empty(room, np.int64),
-        np.empty(room, np.int64),
-        np.empty(room, np.int64),
+        np.empty(room, np.uint64),
+        np.empty(room, np.uint64),
+        np.empty(room, np.uint64),
         np.empty(room, np.uint64),
         np.empty(room, np.uint32),
     )

@@ -19,6 +19,7 @@ VERSION = "1"
 
 _DTYPE_NAMES = {"uint8": "U8", "uint32": "U32", "uint64": "U64"}
 _HEADER_LIMIT = 1 << 24
+_ALIGNMENT = 64
 
 
 def file_of(path_or_folder: str | Path) -> Path:
@@ -105,9 +106,9 @@ def _bytes_of(array: np.ndarray) -> memoryview:
 
 
 def _encoded(header: Mapping[str, Mapping]) -> bytes:
-    """The header in the one spelling that we write: compact JSON, padded with spaces so that the data is aligned."""
+    """The header in the one spelling that we write: compact JSON, padded with spaces so that data is on a cache line."""
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=True).encode()
-    return text + b" " * (-len(text) % 8)
+    return text + b" " * (-(8 + len(text)) % _ALIGNMENT)
 
 
 def _decoded(path: Path, raw: bytes) -> dict[str, dict]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from scone.kernels import child_index
+from scone.kernels import child_index, f_gram_trie
 from scone.tokenization import f_gram_file
 from scone.utils.errors import SconeError
 from scone.utils.files import fingerprint_of
@@ -19,13 +19,13 @@ MAX_VOCAB_SIZE = 2**32 - 1
 MAX_F_GRAM_LENGTH = 255
 
 _FAULTS = {
-    child_index.BAD_TOKEN: "has a token outside 0 … V − 1",
-    child_index.SEPARATOR_INSIDE: "contains a separator",
-    child_index.PREFIX_MISSING: "has a prefix that is not an f-gram of lower rank",
-    child_index.SUFFIX_MISSING: "has a suffix that is not an f-gram of lower rank",
-    child_index.DUPLICATE: "occurs at a lower rank already",
-    child_index.WRONG_ORDER: "is out of order (count descending, length ascending, tokens ascending)",
-    child_index.TOO_LONG: "is longer than max_n",
+    f_gram_trie.BAD_TOKEN: "has a token outside 0 … V − 1",
+    f_gram_trie.SEPARATOR_INSIDE: "contains a separator",
+    f_gram_trie.PREFIX_MISSING: "has a prefix that is not an f-gram of lower rank",
+    f_gram_trie.SUFFIX_MISSING: "has a suffix that is not an f-gram of lower rank",
+    f_gram_trie.DUPLICATE: "occurs at a lower rank already",
+    f_gram_trie.WRONG_ORDER: "is out of order (count descending, length ascending, tokens ascending)",
+    f_gram_trie.TOO_LONG: "is longer than max_n",
 }
 
 
@@ -41,7 +41,7 @@ class ChildIndex:
     def build(cls, keys: np.ndarray) -> ChildIndex:
         """Index ``keys`` [S, 2] (about 0.1 µs an f-gram)."""
         bits = child_index.rank_bits(len(keys))
-        slots = np.zeros(child_index.num_slots(len(keys)), np.uint32)
+        slots = _empty_slots(len(keys))
         max_probes = int(child_index.build_child_index(keys, slots, bits))
         return cls(_frozen(slots), bits, max_probes)
 
@@ -160,10 +160,10 @@ class FGramVocabulary:
         _check_limits(vocab_size, max_n, separator_ids)
         keys = np.empty((len(tokens), 2), _node_dtype(vocab_size, len(tokens)))
         scratch = np.zeros(child_index.num_slots(len(tokens)), np.uint32)
-        outcome, rank = child_index.keys_of_token_matrix(
+        outcome, rank = f_gram_trie.keys_of_token_matrix(
             tokens, lengths.astype(np.int64), vocab_size, keys, scratch, child_index.rank_bits(len(tokens))
         )
-        if outcome != child_index.VALID:
+        if outcome != f_gram_trie.VALID:
             raise ValueError(f"the f-gram of rank {rank} {_FAULTS[outcome]}")
         del scratch
         return cls._from_keys(keys, np.asarray(counts), vocab_size, max_n, separator_ids, tokenizer_fingerprint)
@@ -314,7 +314,7 @@ class FGramVocabulary:
         if len(ranks) and (ranks.min() < 0 or ranks.max() >= self.num_f_grams):
             raise ValueError(f"ranks are {ranks.min()} … {ranks.max()}; expected 0 … {self.num_f_grams - 1}")
         tokens = np.full((len(ranks), self.longest), padding, np.int64)
-        child_index.unroll_f_grams(self.keys, self.lengths, self.vocab_size, ranks, tokens)
+        f_gram_trie.unroll_f_grams(self.keys, self.lengths, self.vocab_size, ranks, tokens)
         return tokens
 
     def node(self, tokens: Sequence[int]) -> int | None:
@@ -340,7 +340,7 @@ class FGramVocabulary:
         bigrams = np.flatnonzero(self.lengths == 2)
         roots = bigrams[np.argsort(self.keys[bigrams, 0], kind="stable")]
         order = np.empty(self.num_f_grams, np.int64)
-        written = child_index.depth_first_ranks(self.keys, self.vocab_size, roots, order)
+        written = f_gram_trie.depth_first_ranks(self.keys, self.vocab_size, roots, order)
         assert written == self.num_f_grams, (written, self.num_f_grams)
         return order
 
@@ -366,12 +366,12 @@ class FGramVocabulary:
         return path
 
     def _tensors(self) -> dict[str, np.ndarray]:
-        """The arrays as the file has them, widest first so that each is aligned."""
+        """The arrays as the file has them: buckets on cache lines, then widest first so that each is aligned."""
         return {
+            "slots": self.index.slots,
             "counts": self.counts,
             "keys": self.keys,
             "suffixes": self.suffixes,
-            "slots": self.index.slots,
             "lengths": self.lengths,
         }
 
@@ -386,7 +386,7 @@ class FGramVocabulary:
         arrays, metadata = f_gram_file.open_file(path)
         keys, suffixes, lengths = arrays["keys"], arrays["suffixes"], arrays["lengths"]
         vocab_size, max_n = int(metadata["vocab_size"]), int(metadata["max_n"])
-        rank = child_index.check_links(keys, suffixes, lengths, vocab_size, max_n)
+        rank = f_gram_trie.check_links(keys, suffixes, lengths, vocab_size, max_n)
         if rank != child_index.NO_F_GRAM:
             raise SconeError(
                 f"found a damaged f-gram vocabulary {path}: the f-gram of rank {rank} has no place in the trie; "
@@ -457,15 +457,23 @@ def _linked(
     """Suffixes, lengths and index of ranked ``keys``. Raises ValueError when they are no vocabulary."""
     suffixes = np.empty(len(keys), keys.dtype)
     lengths = np.empty(len(keys), np.uint8)
-    slots = np.zeros(child_index.num_slots(len(keys)), np.uint32)
+    slots = _empty_slots(len(keys))
     bits = child_index.rank_bits(len(keys))
     separators = np.array(sorted(separator_ids), np.int64)
-    outcome, rank, max_probes = child_index.link_f_grams(
+    outcome, rank, max_probes = f_gram_trie.link_f_grams(
         _frozen(keys), _frozen(counts), vocab_size, max_n, separators, suffixes, lengths, slots, bits
     )
-    if outcome != child_index.VALID:
+    if outcome != f_gram_trie.VALID:
         raise ValueError(f"the f-gram of rank {rank} {_FAULTS[outcome]}")
     return suffixes, lengths, ChildIndex(_frozen(slots), bits, int(max_probes))
+
+
+def _empty_slots(num_f_grams: int) -> np.ndarray:
+    """Zeroed slots that begin on a cache line, so that a bucket is one."""
+    size = child_index.num_slots(num_f_grams)
+    room = np.zeros(size + child_index.BUCKET, np.uint32)
+    skipped = -room.ctypes.data % (4 * child_index.BUCKET) // 4
+    return room[skipped : skipped + size]
 
 
 def _frozen(array: np.ndarray) -> np.ndarray:
