@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any
 from scone.configs.flags import build_parser, flag_values
 from scone.configs.schema import SECTIONS, SconeOptions
 from scone.configs.values import convert, entries
-from scone.utils.command_line import did_you_mean, one_line
+from scone.utils.command_line import did_you_mean, is_first_process, one_line
 from scone.utils.errors import SconeError
 from scone.utils.files import atomic_path
 
@@ -133,7 +132,7 @@ def merge(layers: Sequence[Layer], defaults: Mapping[str, Any] | None = None) ->
 
 def print_notices(notices: Sequence[str]) -> None:
     """One line each on the error stream; of several processes of a run only the first speaks."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_first_process():
         for notice in notices:
             print(f"notice: {notice}", file=sys.stderr)
 

@@ -69,7 +69,7 @@ class DataOptions:
     )
     memory_budget: str | None = option(
         None,
-        "most memory that counting may use, such as 4GiB; beyond it, it goes to disk (none: no limit)",
+        "most memory that counting may use, such as 4GiB; what does not fit goes to disk (none: half of what is free)",
         check=parse_bytes,
     )
     num_workers: int = option(2, "processes that prepare training batches", minimum=0)

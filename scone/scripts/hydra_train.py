@@ -16,7 +16,7 @@ from typing import Any
 from scone.configs.loading import Layer, flatten, merge, print_notices, suggestion, to_mapping
 from scone.configs.schema import SconeOptions
 from scone.configs.values import entries
-from scone.utils.command_line import describe_error, one_line, run_main
+from scone.utils.command_line import describe_error, is_first_process, one_line, run_main
 from scone.utils.errors import SconeError
 
 OVERRIDE = "override"
@@ -36,7 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _train(options: SconeOptions) -> None:
     from scone.training.run import train
 
-    print(f"final model: {train(options)}")
+    final_model = train(options)
+    if is_first_process():
+        print(f"final model: {final_model}", flush=True)
 
 
 def run_jobs(argv: Sequence[str], run: Callable[[SconeOptions], None]) -> None:
@@ -143,7 +145,7 @@ def _run_hydra(arguments: list[str], run: Callable[[SconeOptions], None], failur
 
 def _rank_overrides(scratch: str) -> list[str]:
     """Only the first process writes Hydra's own files; the others get a folder that goes away."""
-    return [] if os.environ.get("RANK", "0") == "0" else [f"hydra.sweep.dir={scratch}"]
+    return [] if is_first_process() else [f"hydra.sweep.dir={scratch}"]
 
 
 @contextmanager

@@ -70,6 +70,11 @@ def describe_error(error: Exception) -> tuple[str, int]:
     )
 
 
+def is_first_process() -> bool:
+    """Whether this process speaks for its run: the only one, or the first that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def one_line(text: str) -> str:
     """``text`` with every run of white space made one space."""
     return " ".join(text.split())

@@ -1,0 +1,190 @@
+"""Train several f-gram configurations on one corpus: `scone train-configurations --configs small-100k medium-500k`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from scone.configs.loading import (
+    Layer,
+    get_option,
+    load_options,
+    merge,
+    parse_layers,
+    print_notices,
+    save_options,
+)
+from scone.configs.presets import F_GRAM_CONFIGURATIONS
+from scone.configs.schema import SconeOptions
+from scone.configs.values import entries
+from scone.utils.command_line import did_you_mean, run_main
+from scone.utils.errors import SconeError
+
+DESCRIPTION = """\
+Train one model per named configuration, each in OUTPUT_DIR/scone-NAME/final_model. The corpus is tokenised and
+counted once. A configuration fixes the f-gram model's sizes, max_n, min_freq and max_f_grams; it wins over a --config
+file, and a flag wins over it. Finished configurations are kept: after an interruption run the same command again."""
+EXAMPLES = (
+    "scone train-configurations --base_model_name gpt2 --output_dir ./outputs --configs small-100k medium-100k",
+    "scone train-configurations --distributed --num_gpus 4 --fp16 --configs medium-100k medium-500k",
+)
+DEFAULTS = {"training.output_dir": "./outputs"}
+_MAY_CHANGE = ("training.resume_from_checkpoint", "training.output_dir", "training.device", "data.num_workers")
+
+
+def read_arguments(argv: Sequence[str] | None) -> tuple[dict[str, SconeOptions], argparse.Namespace]:
+    """The options of every configuration that was named, in that order, and the script's own arguments.
+
+    Raises SconeError.
+    """
+    layers, extra = parse_layers(
+        argv,
+        ("data", "model", "training"),
+        DESCRIPTION,
+        examples=EXAMPLES,
+        add_arguments=_add_arguments,
+        defaults=DEFAULTS,
+    )
+    if not extra.configs:
+        raise SconeError(f"found no --configs; expected one or more of {', '.join(F_GRAM_CONFIGURATIONS)}")
+    *files, flags = layers
+    options_of: dict[str, SconeOptions] = {}
+    for name in extra.configs:
+        if name not in F_GRAM_CONFIGURATIONS:
+            advice = did_you_mean(name, F_GRAM_CONFIGURATIONS) or f"expected {', '.join(F_GRAM_CONFIGURATIONS)}"
+            raise SconeError(f"--configs: found the unknown configuration {name}; {advice}")
+        preset = Layer(f"configuration {name}", F_GRAM_CONFIGURATIONS[name])
+        merged, notices = merge([*files, preset, flags], DEFAULTS)
+        folder = Path(merged.training.output_dir) / f"scone-{name}"
+        options_of[name] = replace(merged, training=replace(merged.training, output_dir=str(folder)))
+    print_notices([*notices, *_replaced_by_flags(flags.values)])
+    return options_of, extra
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train what is not finished yet and print where the models are."""
+    options_of, extra = read_arguments(argv)
+    processes = _processes(extra) if extra.distributed else 1
+    waiting = {name: options for name, options in options_of.items() if not is_finished(name, options)}
+    count_once(list(waiting.values()))
+    for position, (name, options) in enumerate(options_of.items(), start=1):
+        print(f"[{position}/{len(options_of)}] scone-{name}", flush=True)
+        if name in waiting:
+            train_one(name, options, processes)
+        else:
+            print(f"final model: {Path(options.training.output_dir) / 'final_model'} (finished before)", flush=True)
+    return 0
+
+
+def is_finished(name: str, options: SconeOptions) -> bool:
+    """Whether the configuration's final model exists.
+
+    Raises SconeError when its folder holds a run, finished or not, with other options.
+    """
+    folder = Path(options.training.output_dir)
+    if (folder / "options.yaml").is_file():
+        before = load_options(folder / "options.yaml")
+        for option in entries():
+            old, new = get_option(before, option), get_option(options, option)
+            if old != new and option not in _MAY_CHANGE:
+                raise SconeError(
+                    f"found {folder}, begun with {option} {old}; expected {new}; "
+                    f"choose another --output_dir, or remove the folder to train {name} again"
+                )
+    return (folder / "final_model" / "options.yaml").is_file()  # the last file that a run writes
+
+
+def count_once(runs: Sequence[SconeOptions]) -> None:
+    """Tokenise the corpus, and count its f-grams for all ``runs`` together.
+
+    Every run's vocabulary is the beginning of the one with the lowest ``min_freq`` and the highest ``max_f_grams``, and
+    is cut from it when the run asks for it.
+    """
+    if len(runs) < 2 or not runs[0].model.use_f_gram_embeddings:
+        return
+    from scone.models.trunk import trunk_configuration
+    from scone.tokenization.tokenizers import vocabulary_size
+    from scone.training.run import prepare_run_corpus, run_vocabulary
+
+    data = replace(
+        runs[0].data,
+        min_freq=min(run.data.min_freq for run in runs),
+        max_f_grams=max(run.data.max_f_grams for run in runs),
+    )
+    corpus = prepare_run_corpus(runs[0])
+    model = runs[0].model
+    pretrained = model.init == "pretrained"  # such a trunk keeps its own number of tokens
+    vocab_size = trunk_configuration(model).vocab_size if pretrained else vocabulary_size(corpus.tokenizer)
+    run_vocabulary(replace(runs[0], data=data), corpus, vocab_size)
+
+
+def train_one(name: str, options: SconeOptions, processes: int) -> None:
+    """Train one configuration from its newest checkpoint, here or in ``processes`` processes of torch.distributed.run.
+
+    Raises SconeError when those fail.
+    """
+    resume = options.training.resume_from_checkpoint or "true"
+    options = replace(options, training=replace(options.training, resume_from_checkpoint=resume))
+    if processes == 1:
+        from scone.training.run import train
+
+        print(f"final model: {train(options)}", flush=True)
+        return
+    path = Path(options.training.output_dir).with_suffix(".yaml")
+    save_options(options, path)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    status = subprocess.run([*launch, "-m", "scone.scripts.train", "--config", str(path)], check=False).returncode
+    if status:
+        raise SconeError(
+            f"training scone-{name} in {processes} processes ended with status {status} (its error is above); "
+            "finished configurations are kept; mend it and run the same command again"
+        )
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--configs", nargs="+", default=[], metavar="NAME", help=f"configurations: {', '.join(F_GRAM_CONFIGURATIONS)}"
+    )
+    parser.add_argument("--distributed", action="store_true", help="train in several processes, one per GPU")
+    parser.add_argument(
+        "--num_gpus",
+        type=int,
+        default=None,
+        metavar="N",
+        help="how many processes (default: one per GPU of this machine)",
+    )
+
+
+def _replaced_by_flags(flags: Mapping[str, object]) -> list[str]:
+    fixed = next(iter(F_GRAM_CONFIGURATIONS.values()))
+    replaced = [f"--{entries()[name].flag} {value}" for name, value in flags.items() if name in fixed]
+    return [f"{', '.join(replaced)}: used instead of what the configurations say"] if replaced else []
+
+
+def _processes(extra: argparse.Namespace) -> int:
+    """How many processes to start; on a machine without GPUs they train on the CPU."""
+    import torch
+
+    if "WORLD_SIZE" in os.environ:
+        raise SconeError(
+            "found --distributed inside a distributed launch; expected one of them; "
+            "leave --distributed or the launcher out"
+        )
+    available = torch.cuda.device_count()
+    wanted = extra.num_gpus if extra.num_gpus is not None else max(1, available)
+    if wanted < 1:
+        raise SconeError(f"--num_gpus: found {wanted}; expected at least 1; leave it out for all GPUs")
+    if available == 0:
+        print_notices([f"this machine has no GPU: {wanted} processes train on its CPU"])
+    elif wanted > available:
+        raise SconeError(f"--num_gpus: found {wanted}; expected at most {available}, the GPUs of this machine")
+    return wanted
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))
