@@ -63,7 +63,7 @@ def checksum_words(words, start):
 
 @njit(nogil=True, cache=True)
 def map_tokens(tokens, id_of_token, ids):
-    """Write ``id_of_token[token]`` into ``ids`` uint32 [L] (``NO_ID``: a separator, or a token that did not survive)."""
+    """Write ``id_of_token[token]`` into ``ids`` uint32 [L] (``NO_ID`` for separators and tokens that are too rare)."""
     for i in range(tokens.size):
         ids[i] = id_of_token[tokens[i]]
 

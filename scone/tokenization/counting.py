@@ -19,7 +19,8 @@ from scone.tokenization.counting_levels import Survivors, rank_survivors
 from scone.tokenization.counting_plan import CountingPlan, plan_count
 from scone.tokenization.counting_tokens import TokenStream
 from scone.tokenization.counting_work import CountJournal, work_folder
-from scone.tokenization.f_gram_vocabulary import MAX_F_GRAM_LENGTH, MAX_VOCAB_SIZE, FGramVocabulary
+from scone.tokenization.f_gram_links import MAX_F_GRAM_LENGTH, MAX_VOCAB_SIZE
+from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 from scone.utils.errors import SconeError
 from scone.utils.files import fingerprint_of
 from scone.utils.progress import progress
@@ -39,7 +40,7 @@ class LevelStatistics:
 
 @dataclass(frozen=True)
 class CountStatistics:
-    """What a count read and found. All but the last four are the same for every budget, thread number and corpus order."""
+    """What a count read and found. All but the last four are independent of budget, threads and corpus order."""
 
     num_tokens: int
     num_f_grams: int

@@ -74,7 +74,7 @@ class RisingFloor:
         self.value = max(1, min_freq)
 
     def add(self, counts: np.ndarray) -> int:
-        """Take the counts of new candidates of the present level into account; returns the floor. Any thread may call."""
+        """Take the counts of new candidates of this level into account; returns the floor. Any thread may call."""
         if self._max_f_grams is None:
             return self.value
         found = np.bincount(np.minimum(counts, _HISTOGRAM_SIZE - 1).astype(np.int64))
