@@ -32,7 +32,8 @@ def padded_ancestor_attention(query: Tensor, key: Tensor, value: Tensor, ancesto
     keys, values = key[ancestors], value[ancestors]  # [U, N, heads, d]
     scores = torch.einsum("uhd,ujhd->uhj", query, keys) * query.shape[-1] ** -0.5
     beyond = torch.arange(ancestors.shape[1], device=depths.device) > depths[:, None]
-    weights = torch.softmax(scores.masked_fill(beyond[:, None, :], float("-inf")).float(), dim=-1).to(value.dtype)
+    scores = scores.masked_fill(beyond[:, None, :], float("-inf"))
+    weights = torch.softmax(scores, dim=-1, dtype=_at_least_fp32(query.dtype)).to(value.dtype)
     return torch.einsum("uhj,ujhd->uhd", weights, values)
 
 
@@ -41,14 +42,14 @@ class _AncestorAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, ancestors: Tensor, offsets: list[int]) -> Tensor:
-        scale = query.shape[-1] ** -0.5
+        scale, wide = query.shape[-1] ** -0.5, _at_least_fp32(query.dtype)
         # column 0 is the node itself, column 1 + j its ancestor at depth j; -inf where there is none
-        scores = query.new_full((*query.shape[:2], len(offsets) - 1), float("-inf"), dtype=torch.float32)
-        scores[..., 0] = (query * key).sum(-1, dtype=torch.float32)
+        scores = query.new_full((*query.shape[:2], len(offsets) - 1), float("-inf"), dtype=wide)
+        scores[..., 0] = (query * key).sum(-1, dtype=wide)
         levels = list(_levels(offsets, len(query)))
         for depth, start in levels:
             picked = key.index_select(0, ancestors[start:, depth])
-            scores[start:, :, 1 + depth] = (query[start:] * picked).sum(-1, dtype=torch.float32)
+            scores[start:, :, 1 + depth] = (query[start:] * picked).sum(-1, dtype=wide)
         weights = torch.softmax(scores.mul_(scale), dim=-1).to(value.dtype)
         output = weights[..., :1] * value
         for depth, start in levels:
@@ -62,25 +63,30 @@ class _AncestorAttention(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, weights, ancestors = ctx.saved_tensors
         grad_output = gradients[0]
-        grad_weights = torch.zeros_like(weights, dtype=torch.float32)
-        grad_weights[..., 0] = (grad_output * value).sum(-1, dtype=torch.float32)
+        wide = _at_least_fp32(query.dtype)
+        grad_weights = torch.zeros_like(weights, dtype=wide)
+        grad_weights[..., 0] = (grad_output * value).sum(-1, dtype=wide)
         # several nodes share an ancestor: their gradients are summed in fp32 whatever the compute type
-        grad_value = (weights[..., :1] * grad_output).float()
+        grad_value = (weights[..., :1] * grad_output).to(wide)
         for depth, start in ctx.levels:
             ancestor = ancestors[start:, depth]
             picked = value.index_select(0, ancestor)
-            grad_weights[start:, :, 1 + depth] = (grad_output[start:] * picked).sum(-1, dtype=torch.float32)
-            grad_value.index_add_(0, ancestor, (weights[start:, :, 1 + depth, None] * grad_output[start:]).float())
+            grad_weights[start:, :, 1 + depth] = (grad_output[start:] * picked).sum(-1, dtype=wide)
+            grad_value.index_add_(0, ancestor, (weights[start:, :, 1 + depth, None] * grad_output[start:]).to(wide))
         inner = (grad_weights * weights).sum(-1, keepdim=True)
         grad_scores = (weights * (grad_weights - inner)).mul_(ctx.scale).to(query.dtype)
         grad_query = grad_scores[..., :1] * key
-        grad_key = (grad_scores[..., :1] * query).float()
+        grad_key = (grad_scores[..., :1] * query).to(wide)
         for depth, start in ctx.levels:
             ancestor = ancestors[start:, depth]
             share = grad_scores[start:, :, 1 + depth, None]
             grad_query[start:].addcmul_(share, key.index_select(0, ancestor))
-            grad_key.index_add_(0, ancestor, (share * query[start:]).float())
+            grad_key.index_add_(0, ancestor, (share * query[start:]).to(wide))
         return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None, None
+
+
+def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _levels(offsets: list[int], num_nodes: int) -> list[tuple[int, int]]:

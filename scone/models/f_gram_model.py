@@ -101,8 +101,10 @@ class FGramModel(nn.Module):
 
 
 def unit_rms(hidden: Tensor) -> Tensor:
-    """Each vector divided by its root mean square, computed in fp32."""
-    return nn.functional.rms_norm(hidden.float(), hidden.shape[-1:], eps=1e-6)
+    """Each vector divided by its root mean square, computed in fp32 (or better, where it comes in better)."""
+    return nn.functional.rms_norm(
+        hidden.to(torch.promote_types(hidden.dtype, torch.float32)), hidden.shape[-1:], eps=1e-6
+    )
 
 
 def padded_f_gram_model(model: FGramModel, token_vectors: Tensor, lengths: Tensor) -> Tensor:

@@ -98,8 +98,8 @@ def _pretrained(options: ModelOptions, tokenizer: PreTrainedTokenizerBase | None
     size = trunk.get_input_embeddings().weight.shape[0]
     if tokenizer is not None and vocabulary_size(tokenizer) > size:
         raise SconeError(
-            f"the tokenizer does not fit the trunk: found {vocabulary_size(tokenizer)} tokens; expected at most {size}, "
-            f"the size of {name!r}'s embedding; use its own tokenizer"
+            f"the tokenizer does not fit the trunk: found {vocabulary_size(tokenizer)} tokens; expected at most "
+            f"{size}, the size of {name!r}'s embedding; use its own tokenizer"
         )
     return trunk
 

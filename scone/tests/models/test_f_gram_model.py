@@ -1,0 +1,84 @@
+"""The f-gram model: sharing prefixes changes nothing but the cost."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scone.kernels.trie_batch import build_trie_batch
+from scone.models.ancestor_attention import ancestor_attention, padded_ancestor_attention
+from scone.models.f_gram_model import FGramModel, FGramModelConfig, padded_f_gram_model
+from scone.tests import tiny
+from scone.tokenization.matcher import Matcher
+
+MAX_N = 4
+VOCABULARY = tiny.vocabulary(tiny.corpus(2000), MAX_N, 3)
+
+
+def trie_of(tokens: np.ndarray) -> dict[str, torch.Tensor]:
+    nodes = Matcher(VOCABULARY).match(tokens)
+    batch = build_trie_batch(nodes, VOCABULARY.keys, VOCABULARY.suffixes, VOCABULARY.vocab_size, MAX_N, 0)
+    return {name: torch.from_numpy(array) for name, array in batch.arrays().items()}
+
+
+def padded_tokens(f_grams: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    paths = [VOCABULARY.tokens(int(node)) for node in f_grams]
+    lengths = torch.tensor([len(path) for path in paths])
+    return torch.tensor([[*path, *[5] * (MAX_N - len(path))] for path in paths]), lengths
+
+
+@pytest.mark.parametrize(("dtype", "budget"), [(torch.float64, 1e-10), (torch.float32, 2e-5), (torch.bfloat16, 0.05)])
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 10_000), length=st.integers(1, 60))
+def test_trie_batch_equals_padded_batch(dtype, budget, seed, length):
+    """Values and gradients of the shared computation are those of running each f-gram alone, padded."""
+    torch.manual_seed(seed)
+    model = FGramModel(FGramModelConfig(**tiny.F_GRAM_SIZES), tiny.WIDTH, MAX_N).to(dtype)
+    model.init_weights()
+    table = torch.randn(tiny.VOCAB_SIZE, tiny.WIDTH, dtype=dtype, requires_grad=True)
+    trie = trie_of(tiny.corpus(length, seed)[None])
+    tokens, lengths = padded_tokens(trie["f_grams"])
+    direction = torch.randn(len(lengths), tiny.WIDTH)
+
+    results = []
+    for run in (lambda: model(table[trie["tokens"]], trie), lambda: padded_f_gram_model(model, table[tokens], lengths)):
+        model.zero_grad()
+        table.grad = None
+        output = run()
+        (output * direction).sum().backward()
+        gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+        results.append((output.detach(), {"table": table.grad.clone(), **gradients}))
+    (shared, shared_gradients), (padded, padded_gradients) = results
+    torch.testing.assert_close(shared, padded, atol=budget, rtol=budget)
+    for name, gradient in padded_gradients.items():
+        scale = max(float(gradient.float().abs().max()), 1e-3)
+        error = float((shared_gradients[name] - gradient).float().abs().max())
+        assert error <= 4 * budget * scale, f"{name}: gradients differ by {error} at scale {scale}"
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10_000))
+def test_ancestor_attention_equals_padded_attention(seed):
+    trie = trie_of(tiny.corpus(30, seed)[None])
+    generator = torch.Generator().manual_seed(seed)
+    shape = (3, len(trie["tokens"]), 2, 5)
+    inputs = torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
+    offsets = trie["depth_offsets"].tolist()
+    fast = ancestor_attention(*inputs, trie["ancestors"], offsets)
+    (fast_gradient,) = torch.autograd.grad(fast.square().sum(), inputs)
+    plain = padded_ancestor_attention(*inputs, trie["ancestors"], trie["depths"])
+    (plain_gradient,) = torch.autograd.grad(plain.square().sum(), inputs)
+    torch.testing.assert_close(fast, plain, atol=1e-10, rtol=1e-10)
+    torch.testing.assert_close(fast_gradient, plain_gradient, atol=1e-10, rtol=1e-10)
+
+
+def test_output_has_unit_scale():
+    """The gain alone sets the scale: a residual stream that grows would drown the token embeddings."""
+    model = FGramModel(FGramModelConfig(**tiny.F_GRAM_SIZES), tiny.WIDTH, MAX_N)
+    model.init_weights()
+    trie = trie_of(tiny.corpus(50)[None])
+    output = model(100 * torch.randn(len(trie["tokens"]), tiny.WIDTH), trie)
+    torch.testing.assert_close(output.square().mean(-1), torch.ones(len(output)), atol=1e-3, rtol=0)
