@@ -55,7 +55,7 @@ def _find_likely_ranks(
         likely[kept] = i
         rank[kept] = found
         prefetch(flat_keys, _2 * found)
-        kept += found < np.uint64(len(keys))
+        kept += bool(found < np.uint64(len(keys)))
     return kept
 
 

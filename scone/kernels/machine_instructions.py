@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -19,8 +21,7 @@ def _pointer_to(context, builder, array_type, array, index):
     return builder.gep(data, [index])
 
 
-@intrinsic
-def largest_match(typing_context, slots, start, wanted, low_mask):
+def _largest_match(typing_context, slots, start, wanted, low_mask):
     """The largest of ``slots[start : start + 16]`` (uint32) that equals ``wanted`` above ``low_mask``; 0 for none.
 
     In numpy: ``max(0, *group[(group ^ wanted) <= low_mask])``. Nothing checks the bounds. LLVM makes of it what the
@@ -49,8 +50,7 @@ def _in_all_lanes(builder, value):
     return builder.shuffle_vector(first_lane, undefined, ir.Constant(_VECTOR, [0] * LANES))
 
 
-@intrinsic
-def prefetch(typing_context, array, index):
+def _prefetch(typing_context, array, index):
     """Ask for the cache line of ``array[index]`` and do not wait. Any index is harmless: a prefetch never faults.
 
     Args:
@@ -68,3 +68,8 @@ def prefetch(typing_context, array, index):
         return context.get_dummy_value()
 
     return signature, generate
+
+
+# `Any`, because numba supplies the first argument and type checkers cannot know it.
+largest_match: Any = intrinsic(_largest_match)
+prefetch: Any = intrinsic(_prefetch)

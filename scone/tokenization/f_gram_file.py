@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from scone.kernels.child_index import num_slots, rank_bits
+from scone.tokenization.f_gram_links import node_dtype
 from scone.utils.errors import SconeError
 from scone.utils.files import atomic_path, fingerprint_of
 
@@ -62,8 +64,8 @@ def write_file(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[
 def open_file(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Map a vocabulary file: read-only arrays that are read from disk when touched, and the metadata.
 
-    Checks that the header is complete and unaltered and that the file has exactly the length that it states; the data
-    is checked by `check_data`. Raises SconeError.
+    Checks that the header is complete and unaltered, that the file has exactly the length that it states and that the
+    arrays have the shapes of a vocabulary; their content is checked by `check_data`. Raises SconeError.
     """
     try:
         with path.open("rb") as file:
@@ -74,7 +76,7 @@ def open_file(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         ) from error
     size = int.from_bytes(mapped[:8], "little")
     if len(mapped) < 8 or size > min(len(mapped) - 8, _HEADER_LIMIT):
-        raise _damaged(path, "its header is cut off")
+        raise damaged(path, "its header is cut off")
     header = _decoded(path, mapped[8 : 8 + size])
     arrays = {}
     end = 0
@@ -85,11 +87,28 @@ def open_file(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         begin, end = entry["data_offsets"]
         count = int(np.prod(entry["shape"], dtype=np.int64))
         if 8 + size + end > len(mapped):
-            raise _damaged(path, f"it has {len(mapped)} bytes and should have {8 + size + end} or more")
+            raise damaged(path, f"it has {len(mapped)} bytes and should have {8 + size + end} or more")
         arrays[name] = np.frombuffer(mapped, dtype, count, 8 + size + begin).reshape(entry["shape"])
     if 8 + size + end != len(mapped):
-        raise _damaged(path, f"it has {len(mapped)} bytes and should have {8 + size + end}")
+        raise damaged(path, f"it has {len(mapped)} bytes and should have {8 + size + end}")
+    _check_shapes(path, arrays, header["__metadata__"])
     return arrays, header["__metadata__"]
+
+
+def _check_shapes(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+    """Refuse arrays that a kernel would read out of bounds. Raises SconeError."""
+    found = {name: (array.dtype.name, array.shape) for name, array in arrays.items()}
+    size = len(arrays["keys"]) if "keys" in arrays else 0
+    nodes = node_dtype(int(metadata["vocab_size"]), size).name
+    expected = {
+        "slots": ("uint32", (num_slots(size),)),
+        "counts": ("uint64", (size,)),
+        "keys": (nodes, (size, 2)),
+        "suffixes": (nodes, (size,)),
+        "lengths": ("uint8", (size,)),
+    }
+    if found != expected or int(metadata["rank_bits"]) != rank_bits(size):
+        raise damaged(path, f"it has the arrays {found}, not {expected}")
 
 
 def check_data(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
@@ -98,15 +117,15 @@ def check_data(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[
     for array in tensors.values():
         digest.update(_bytes_of(array))
     if digest.hexdigest() != metadata["data_sha256"]:
-        raise _damaged(path, "its data differs from its checksum")
+        raise damaged(path, "its data differs from its checksum")
 
 
 def _bytes_of(array: np.ndarray) -> memoryview:
-    return memoryview(np.ascontiguousarray(array)).cast("B") if array.size else memoryview(b"")
+    return np.ascontiguousarray(array).data.cast("B") if array.size else memoryview(b"")
 
 
 def _encoded(header: Mapping[str, Mapping]) -> bytes:
-    """The header in the one spelling that we write: compact JSON, padded with spaces so that data is on a cache line."""
+    """The header in the one spelling that we write: compact JSON, and spaces until the data begins a cache line."""
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=True).encode()
     return text + b" " * (-(8 + len(text)) % _ALIGNMENT)
 
@@ -130,11 +149,12 @@ def _decoded(path: Path, raw: bytes) -> dict[str, dict]:
     is_intact = fingerprint_of(_encoded(header)) == checksum
     metadata["header_sha256"] = checksum
     if not is_intact or _encoded(header) != raw:
-        raise _damaged(path, "its header differs from its checksum")
+        raise damaged(path, "its header differs from its checksum")
     return header
 
 
-def _damaged(path: Path, how: str) -> SconeError:
+def damaged(path: Path, how: str) -> SconeError:
+    """The error to raise for a file that is not as it was written."""
     return SconeError(
         f"found a damaged f-gram vocabulary {path}: {how}; expected it as written; count or copy it again"
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -12,46 +11,25 @@ import numpy as np
 
 from scone.kernels import child_index, f_gram_trie
 from scone.tokenization import f_gram_file
+from scone.tokenization.f_gram_links import (
+    MAX_F_GRAM_LENGTH,
+    ChildIndex,
+    check_limits,
+    frozen,
+    keys_of_tokens,
+    link,
+    node_dtype,
+)
 from scone.utils.errors import SconeError
 from scone.utils.files import fingerprint_of
-
-MAX_VOCAB_SIZE = 2**32 - 1
-MAX_F_GRAM_LENGTH = 255
-
-_FAULTS = {
-    f_gram_trie.BAD_TOKEN: "has a token outside 0 … V − 1",
-    f_gram_trie.SEPARATOR_INSIDE: "contains a separator",
-    f_gram_trie.PREFIX_MISSING: "has a prefix that is not an f-gram of lower rank",
-    f_gram_trie.SUFFIX_MISSING: "has a suffix that is not an f-gram of lower rank",
-    f_gram_trie.DUPLICATE: "occurs at a lower rank already",
-    f_gram_trie.WRONG_ORDER: "is out of order (count descending, length ascending, tokens ascending)",
-    f_gram_trie.TOO_LONG: "is longer than max_n",
-}
-
-
-@dataclass(frozen=True)
-class ChildIndex:
-    """What `child_index.find_child` needs beside the keys: the slots, and how they are read."""
-
-    slots: np.ndarray
-    rank_bits: int
-    max_probes: int
-
-    @classmethod
-    def build(cls, keys: np.ndarray) -> ChildIndex:
-        """Index ``keys`` [S, 2] (about 0.1 µs an f-gram)."""
-        bits = child_index.rank_bits(len(keys))
-        slots = _empty_slots(len(keys))
-        max_probes = int(child_index.build_child_index(keys, slots, bits))
-        return cls(_frozen(slots), bits, max_probes)
 
 
 class FGramVocabulary:
     """S f-grams ranked by (count descending, length ascending, tokens lexicographic).
 
-    Single tokens are nodes 0 … V − 1, the f-gram of rank r is node V + r. The vocabulary is closed: prefix and suffix of
-    every f-gram are tokens or f-grams of lower rank, so its first S′ f-grams are a vocabulary too (`truncated`).
-    All arrays are read-only. Make one by `from_links`, `from_ranked`, `from_counts` or `load`.
+    Single tokens are nodes 0 … V − 1, the f-gram of rank r is node V + r. The vocabulary is closed: prefix and suffix
+    of every f-gram are tokens or f-grams of lower rank, so its first S′ f-grams are a vocabulary too (`truncated`). All
+    arrays are read-only. Make one by `from_links`, `from_ranked`, `from_counts` or `load`.
 
     Attributes:
         vocab_size: V, at most 2³² − 1.
@@ -86,10 +64,10 @@ class FGramVocabulary:
         self.max_n = int(max_n)
         self.separator_ids = tuple(sorted(int(separator) for separator in separator_ids))
         self.tokenizer_fingerprint = tokenizer_fingerprint
-        self.keys = _frozen(keys)
-        self.suffixes = _frozen(suffixes)
-        self.lengths = _frozen(lengths)
-        self.counts = _frozen(counts)
+        self.keys = frozen(keys)
+        self.suffixes = frozen(suffixes)
+        self.lengths = frozen(lengths)
+        self.counts = frozen(counts)
         self.path = path
         self._index = index
         self._fingerprint = fingerprint
@@ -116,9 +94,9 @@ class FGramVocabulary:
         Raises:
             ValueError: when the ranking is not strict, not closed, or an f-gram is not allowed; names the rank.
         """
-        _check_limits(vocab_size, max_n, separator_ids)
+        check_limits(vocab_size, max_n, separator_ids)
         size = len(last_tokens)
-        keys = np.empty((size, 2), _node_dtype(vocab_size, size))
+        keys = np.empty((size, 2), node_dtype(vocab_size, size))
         keys[:, 0] = prefixes
         keys[:, 1] = last_tokens
         return cls._from_keys(keys, counts, vocab_size, max_n, separator_ids, tokenizer_fingerprint)
@@ -157,15 +135,8 @@ class FGramVocabulary:
         if len(lengths) and (lengths.min() < 2 or lengths.max() > tokens.shape[1]):
             raise ValueError(f"f-gram lengths are {lengths.min()} … {lengths.max()}; expected 2 … {tokens.shape[1]}")
         max_n = max(1, int(lengths.max(initial=1))) if max_n is None else max_n
-        _check_limits(vocab_size, max_n, separator_ids)
-        keys = np.empty((len(tokens), 2), _node_dtype(vocab_size, len(tokens)))
-        scratch = np.zeros(child_index.num_slots(len(tokens)), np.uint32)
-        outcome, rank = f_gram_trie.keys_of_token_matrix(
-            tokens, lengths.astype(np.int64), vocab_size, keys, scratch, child_index.rank_bits(len(tokens))
-        )
-        if outcome != f_gram_trie.VALID:
-            raise ValueError(f"the f-gram of rank {rank} {_FAULTS[outcome]}")
-        del scratch
+        check_limits(vocab_size, max_n, separator_ids)
+        keys = keys_of_tokens(tokens, lengths.astype(np.int64), vocab_size)
         return cls._from_keys(keys, np.asarray(counts), vocab_size, max_n, separator_ids, tokenizer_fingerprint)
 
     @classmethod
@@ -217,7 +188,7 @@ class FGramVocabulary:
         counts = np.asarray(counts).astype(np.uint64)
         if len(counts) != len(keys):
             raise ValueError(f"{len(counts)} counts for {len(keys)} f-grams")
-        suffixes, lengths, index = _linked(keys, counts, vocab_size, max_n, separator_ids)
+        suffixes, lengths, index = link(keys, counts, vocab_size, max_n, separator_ids)
         return cls(
             keys=keys,
             suffixes=suffixes,
@@ -237,7 +208,7 @@ class FGramVocabulary:
             raise ValueError(f"cannot keep {num_f_grams} f-grams")
         if size == self.num_f_grams:
             return self
-        dtype = _node_dtype(self.vocab_size, size)
+        dtype = node_dtype(self.vocab_size, size)
         return FGramVocabulary(
             keys=self.keys[:size].astype(dtype, copy=False),
             suffixes=self.suffixes[:size].astype(dtype, copy=False),
@@ -309,7 +280,7 @@ class FGramVocabulary:
         return (int(node), *reversed(reversed_tokens))
 
     def token_matrix(self, ranks: np.ndarray, padding: int = -1) -> np.ndarray:
-        """Tokens of many f-grams, int64 [n, N′] with ``padding`` at the right; N′ is the longest f-gram (at least 1)."""
+        """Tokens of many f-grams, int64 [n, N′] with ``padding`` at the right; N′ is `longest`."""
         ranks = np.ascontiguousarray(ranks, np.int64)
         if len(ranks) and (ranks.min() < 0 or ranks.max() >= self.num_f_grams):
             raise ValueError(f"ranks are {ranks.min()} … {ranks.max()}; expected 0 … {self.num_f_grams - 1}")
@@ -351,7 +322,7 @@ class FGramVocabulary:
     # Files
 
     def save(self, path_or_folder: str | Path) -> Path:
-        """Write the vocabulary (as ``f_grams.safetensors`` when given a folder), atomically; returns the file's path."""
+        """Write the vocabulary (``f_grams.safetensors`` when given a folder), atomically; returns the file's path."""
         path = f_gram_file.file_of(path_or_folder)
         metadata = {
             "vocab_size": str(self.vocab_size),
@@ -388,10 +359,7 @@ class FGramVocabulary:
         vocab_size, max_n = int(metadata["vocab_size"]), int(metadata["max_n"])
         rank = f_gram_trie.check_links(keys, suffixes, lengths, vocab_size, max_n)
         if rank != child_index.NO_F_GRAM:
-            raise SconeError(
-                f"found a damaged f-gram vocabulary {path}: the f-gram of rank {rank} has no place in the trie; "
-                "expected it as written; count or copy it again"
-            )
+            raise f_gram_file.damaged(path, f"the f-gram of rank {rank} has no place in the trie")
         return cls(
             keys=keys,
             suffixes=suffixes,
@@ -417,7 +385,7 @@ class FGramVocabulary:
             arrays, metadata = f_gram_file.open_file(self.path)
             f_gram_file.check_data(self.path, arrays, metadata)
         try:
-            suffixes, lengths, index = _linked(self.keys, self.counts, self.vocab_size, self.max_n, self.separator_ids)
+            suffixes, lengths, index = link(self.keys, self.counts, self.vocab_size, self.max_n, self.separator_ids)
         except ValueError as error:
             raise SconeError(f"found {name} damaged: {error}; count or copy it again") from error
         intact = {
@@ -434,50 +402,22 @@ class FGramVocabulary:
 
     def __reduce__(self) -> tuple:
         # A worker process maps the same file instead of receiving hundreds of megabytes.
-        return (FGramVocabulary.load, (self.path,)) if self.path is not None else super().__reduce__()
+        if self.path is not None:
+            return _reopened, (self.path, self.fingerprint)
+        return _restored, (self.__dict__,)
 
 
-def _check_limits(vocab_size: int, max_n: int, separator_ids: Sequence[int]) -> None:
-    if not 1 <= vocab_size <= MAX_VOCAB_SIZE:
-        raise ValueError(f"vocab_size is {vocab_size}; expected 1 … {MAX_VOCAB_SIZE}")
-    if not 1 <= max_n <= MAX_F_GRAM_LENGTH:
-        raise ValueError(f"max_n is {max_n}; expected 1 … {MAX_F_GRAM_LENGTH}")
-    for separator in separator_ids:
-        if not 0 <= separator < vocab_size:
-            raise ValueError(f"separator {separator} is no token; expected 0 … {vocab_size - 1}")
+def _reopened(path: Path, fingerprint: str) -> FGramVocabulary:
+    vocabulary = FGramVocabulary.load(path)
+    if vocabulary.fingerprint != fingerprint:
+        raise SconeError(
+            f"found other f-grams in {path} than when this run opened it; expected the same; start it again"
+        )
+    return vocabulary
 
 
-def _node_dtype(vocab_size: int, num_f_grams: int) -> type[np.unsignedinteger]:
-    return np.uint32 if vocab_size + num_f_grams <= 2**32 else np.uint64
-
-
-def _linked(
-    keys: np.ndarray, counts: np.ndarray, vocab_size: int, max_n: int, separator_ids: Sequence[int]
-) -> tuple[np.ndarray, np.ndarray, ChildIndex]:
-    """Suffixes, lengths and index of ranked ``keys``. Raises ValueError when they are no vocabulary."""
-    suffixes = np.empty(len(keys), keys.dtype)
-    lengths = np.empty(len(keys), np.uint8)
-    slots = _empty_slots(len(keys))
-    bits = child_index.rank_bits(len(keys))
-    separators = np.array(sorted(separator_ids), np.int64)
-    outcome, rank, max_probes = f_gram_trie.link_f_grams(
-        _frozen(keys), _frozen(counts), vocab_size, max_n, separators, suffixes, lengths, slots, bits
-    )
-    if outcome != f_gram_trie.VALID:
-        raise ValueError(f"the f-gram of rank {rank} {_FAULTS[outcome]}")
-    return suffixes, lengths, ChildIndex(_frozen(slots), bits, int(max_probes))
-
-
-def _empty_slots(num_f_grams: int) -> np.ndarray:
-    """Zeroed slots that begin on a cache line, so that a bucket is one."""
-    size = child_index.num_slots(num_f_grams)
-    room = np.zeros(size + child_index.BUCKET, np.uint32)
-    skipped = -room.ctypes.data % (4 * child_index.BUCKET) // 4
-    return room[skipped : skipped + size]
-
-
-def _frozen(array: np.ndarray) -> np.ndarray:
-    """A read-only view: vocabularies are shared, and kernels compile once for loaded and for made ones."""
-    view = array.view()
-    view.flags.writeable = False
-    return view
+def _restored(state: dict) -> FGramVocabulary:
+    vocabulary = FGramVocabulary.__new__(FGramVocabulary)
+    arrays = {name: frozen(value) for name, value in state.items() if isinstance(value, np.ndarray)}
+    vocabulary.__dict__.update(state | arrays)
+    return vocabulary

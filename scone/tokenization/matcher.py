@@ -45,9 +45,9 @@ class Matcher:
 
         Args:
             tokens: integers [B, T] or [T], each 0 … V − 1.
-            mask: same shape, False or 0 at padding: such a position's node is its own token, and no f-gram contains it.
-            initial_states: integers [B] (or one integer for [T]): the node of the position before the first, or -1 for a
-                fresh start. Matching a sequence in pieces equals matching it whole.
+            mask: same shape, False or 0 at padding: such a position's node is its own token, no f-gram contains it.
+            initial_states: integers [B] (or one for [T]): the node of the position before the first, or -1 for a fresh
+                start. Matching a sequence in pieces equals matching it whole.
             num_threads: default all cores that the process may use; results do not depend on it.
 
         Returns:
@@ -127,8 +127,8 @@ class Matcher:
     def _contexts(self, initial_states: Any, num_rows: int) -> np.ndarray:
         """The tokens of each state, int64 [B, N − 1], right-aligned, -1 before them.
 
-        They are all of the past that a later f-gram can contain: its part before the boundary is an f-gram or token that
-        ends there, so it is no longer than the longest one.
+        They are all of the past that a later f-gram can contain: its part before the boundary is an f-gram or token
+        that ends there, so it is no longer than the longest one.
         """
         states = _integers(initial_states, "initial_states").reshape(-1)
         if len(states) != num_rows:
