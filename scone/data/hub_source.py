@@ -7,7 +7,7 @@ from typing import Any
 
 from scone.data.readers import CountBytes, split_articles, text_of_row, unknown_column
 from scone.data.sources import Unit
-from scone.data.splits import split_of_name
+from scone.data.splits import SPLITS, split_of_name
 from scone.utils.errors import SconeError
 from scone.utils.hub import why_hub_is_unreachable
 
@@ -28,7 +28,7 @@ def hub_units(dataset_name: str, dataset_config_name: str | None, text_column: s
     try:
         builder = datasets.load_dataset_builder(dataset_name, dataset_config_name)
         split_names = list(builder.info.splits or datasets.get_dataset_split_names(dataset_name, dataset_config_name))
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # whatever network clients, file systems and builders raise
         reason = " ".join(str(error).split())
         raise SconeError(
             f"cannot open data set {dataset_name!r}{_configuration(dataset_config_name)} ({reason}); check "
@@ -37,14 +37,19 @@ def hub_units(dataset_name: str, dataset_config_name: str | None, text_column: s
     columns = list(builder.info.features or ())
     if columns and text_column not in columns:
         raise SconeError(unknown_column(f"data set {dataset_name!r}", text_column, columns))
-    splits = [(name, split_of_name(name)) for name in split_names]
-    if any(split for _, split in splits):
-        splits = [(name, split) for name, split in splits if split]
+    splits = _known_splits(split_names)
     facts = {"name": dataset_name, "config": dataset_config_name, "hash": builder.hash}
     return tuple(
         _split_unit(dataset_name, dataset_config_name, text_column, name, split, facts, builder.info.splits)
         for name, split in splits
     )
+
+
+def _known_splits(names: list[str]) -> list[tuple[str, str | None]]:
+    """Names with the splits they mean; others are left out, unless none means any."""
+    exact: list[tuple[str, str | None]] = [(name, name) for name in names if name in SPLITS]
+    by_word: list[tuple[str, str | None]] = [(name, split) for name in names if (split := split_of_name(name))]
+    return exact or by_word or [(name, None) for name in names]
 
 
 def _configuration(name: str | None) -> str:
@@ -61,18 +66,11 @@ def _split_unit(
     sizes: Any,
 ) -> Unit:
     def rows(count_bytes: CountBytes) -> Iterator[str]:
-        import datasets
-
         where = f"data set {dataset_name!r}, split {split_name!r}"
-        try:
-            stream = datasets.load_dataset(dataset_name, dataset_config_name, split=split_name, streaming=True)
-            for row in stream:
-                text = text_of_row(row, text_column, where)
-                count_bytes(len(text))
-                yield text
-        except (OSError, ValueError, RuntimeError) as error:
-            reason = " ".join(str(error).split())
-            raise SconeError(f"{where} cannot be read ({reason}); check the network and run again to go on") from error
+        for row in _streamed(dataset_name, dataset_config_name, split_name, where):
+            text = text_of_row(row, text_column, where)
+            count_bytes(len(text))
+            yield text
 
     def documents(count_bytes: CountBytes) -> Iterator[str]:
         if "wikitext" not in dataset_name.lower():
@@ -82,3 +80,13 @@ def _split_unit(
 
     size = sizes[split_name].num_bytes if sizes and split_name in sizes else None
     return Unit(split_name, split, size, facts | {"split": split_name}, documents)
+
+
+def _streamed(dataset_name: str, config_name: str | None, split_name: str, where: str) -> Iterator[dict[str, Any]]:
+    import datasets
+
+    try:
+        yield from datasets.load_dataset(dataset_name, config_name, split=split_name, streaming=True)
+    except Exception as error:  # whatever network clients, file systems and builders raise
+        reason = " ".join(str(error).split())
+        raise SconeError(f"{where} cannot be read ({reason}); check the network and run again to go on") from error

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +18,7 @@ import filelock
 import scone
 from scone.data.encoding import CorpusEncoder, map_in_order
 from scone.data.sources import Group, Source, empty_split, open_documents, open_source, plan
-from scone.data.token_file import TokenFile, TokenFileWriter
+from scone.data.token_file import METADATA_NAME, TokenFile, TokenFileWriter
 from scone.tokenization.tokenizers import (
     document_separator_id,
     load_tokenizer,
@@ -31,8 +33,11 @@ from scone.utils.progress import progress
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+logger = logging.getLogger(__name__)
+
 BATCH_CHARACTERS = 1 << 18
 COMMIT_CHARACTERS = 1 << 23  # what a kill loses at most, in text
+LISTED_UNITS = 1000  # files that a token file's JSON names; it is read at every opening
 RECIPE_VERSION = 1  # raised when the same source and tokenizer would give other tokens than before
 JOURNAL_NAME = "journal.json"
 RESULT_NAME = "corpus.json"
@@ -71,7 +76,9 @@ def prepare_corpus(
     found: dict[str, TokenFile] = {}
     for group in plan(source, splits):
         job = _Job(source, group, tokenizer, recipe, _cache_folder(cache_dir), num_threads, quiet)
-        found |= job.run()
+        found |= job.run(
+            is_unchanged=lambda: not source.is_local or open_source(dataset_name, text_column=text_column) == source
+        )
     for split in splits or ():
         if split not in found:
             raise SconeError(empty_split(source, split))
@@ -96,16 +103,22 @@ def prepare_tokenizer(
     if tokenizer_name != "train":
         return load_tokenizer(tokenizer_name)
     source = open_source(dataset_name, dataset_config_name, text_column)
-    facts = {"units": [unit.facts for unit in source.units], "text_column": text_column, "vocab_size": vocab_size}
+    facts = {
+        "recipe_version": RECIPE_VERSION,
+        "units": [unit.facts for unit in source.units],
+        "text_column": text_column,
+        "vocab_size": vocab_size,
+    }
     key = fingerprint_of(json.dumps(facts, sort_keys=True))[:16]
     folder = _cache_folder(cache_dir) / "tokenizers" / f"{_slug(dataset_name)}-{vocab_size}-{key}"
-    with _locked(folder):
-        if not folder.is_dir():
-            unfinished = folder.with_name(f".{folder.name}.part")
-            shutil.rmtree(unfinished, ignore_errors=True)
-            documents = open_documents(dataset_name, dataset_config_name, "train", text_column)
-            train_tokenizer(documents, vocab_size, unfinished)
-            unfinished.rename(folder)
+    if not folder.is_dir():
+        documents = open_documents(dataset_name, dataset_config_name, "train", text_column)
+        with _writing(folder), _locked(folder):
+            if not folder.is_dir():
+                unfinished = folder.with_name(f".{folder.name}.part")
+                shutil.rmtree(unfinished, ignore_errors=True)
+                train_tokenizer(documents, vocab_size, unfinished)
+                unfinished.rename(folder)
     return load_tokenizer(folder)
 
 
@@ -117,15 +130,32 @@ def _slug(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9.]+", "-", Path(name).name).strip("-.")[:40] or "corpus"
 
 
-def _locked(folder: Path) -> filelock.BaseFileLock:
-    """A lock beside ``folder``, released when its holder ends, however it ends."""
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Tell a full disk, a missing permission and the like as what they are: the user's to mend."""
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        yield
     except OSError as error:
         raise SconeError(
-            f"cannot make {folder.parent} ({error.strerror}); choose another folder by cache_dir"
+            f"cannot write {folder} ({error.strerror or error}); make room or choose another folder by cache_dir, and "
+            "run again to go on"
         ) from error
-    return filelock.FileLock(folder.with_name(f".{folder.name}.lock"))
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the lock beside ``folder``; the system releases it when its holder ends, however it ends."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder.with_name(f".{folder.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        logger.warning("another process is making %s; waiting for it", folder)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @dataclass(frozen=True)
@@ -160,23 +190,30 @@ class _Job:
         key = fingerprint_of(json.dumps(self.recipe, sort_keys=True))[:16]
         self.folder = cache_folder / "tokens" / f"{_slug(source.name)}-{key}"
 
-    def run(self) -> dict[str, TokenFile]:
-        """The group's token files by split (those that got a document), made now or found."""
-        with _locked(self.folder):
-            if not (self.folder / RESULT_NAME).is_file():
-                try:
-                    self._make()
-                except OSError as error:
-                    raise SconeError(
-                        f"cannot write {self.folder} ({error.strerror}); make room or choose another folder by "
-                        "cache_dir, and run again to go on"
-                    ) from error
-        return {split: TokenFile.open(self.folder / split) for split in read_json(self.folder / RESULT_NAME)["splits"]}
+    def run(self, is_unchanged: Callable[[], bool]) -> dict[str, TokenFile]:
+        """The group's token files by split (those that got a document), made now or found.
 
-    def _make(self) -> None:
-        position, writers = self._open_writers()
+        ``is_unchanged`` is asked after reading, whether the source still is what the key says.
+        """
+        if not self._is_complete():
+            with _writing(self.folder), _locked(self.folder):
+                if not self._is_complete():
+                    self._make(is_unchanged)
+        return {split: TokenFile.open(self.folder / split) for split in self._finished_splits()}
+
+    def _finished_splits(self) -> list[str]:
+        return read_json(self.folder / RESULT_NAME)["splits"]
+
+    def _is_complete(self) -> bool:
+        if not (self.folder / RESULT_NAME).is_file():
+            return False
+        # A user who was told to delete a damaged token file's folder gets it made again.
+        return all((self.folder / split / METADATA_NAME).is_file() for split in self._finished_splits())
+
+    def _make(self, is_unchanged: Callable[[], bool]) -> None:
         encoder = CorpusEncoder(self.tokenizer)
         rule = self.group.rule()
+        position, writers = self._open_writers()
         sizes = [unit.size_bytes for unit in self.group.units]
         total = sum(size or 0 for size in sizes) if None not in sizes else None
         uncommitted = 0
@@ -191,28 +228,37 @@ class _Job:
                         self._commit(position, writers)
                         uncommitted = 0
             self._commit(_Position(len(self.group.units)), writers)
+            if not is_unchanged():
+                shutil.rmtree(self.folder)
+                raise SconeError(f"{self.source.name!r} changed while it was read; expected it to rest; run again")
             self._finish(writers)
         finally:
             for writer in writers.values():
                 writer.close()
 
     def _open_writers(self) -> tuple[_Position, dict[str, TokenFileWriter]]:
-        """Go on from the journal where there is one that fits; else start."""
+        """Go on from the journal where there is one that fits what is there; else start."""
+        if (self.folder / JOURNAL_NAME).is_file():
+            try:
+                noted = read_json(self.folder / JOURNAL_NAME)
+                return _Position(**noted["position"]), self._writers(noted["splits"])
+            except (SconeError, KeyError, TypeError) as error:
+                logger.warning("cannot go on from %s (%s); starting again", self.folder / JOURNAL_NAME, error)
+        if self.folder.exists():
+            shutil.rmtree(self.folder)
+        return _Position(), self._writers(dict.fromkeys(self.group.splits, (0, 0)))
+
+    def _writers(self, resume_numbers: Mapping[str, Sequence[int]]) -> dict[str, TokenFileWriter]:
         vocab_size, separator = vocabulary_size(self.tokenizer), self.recipe["separator_id"]
-        journal = self.folder / JOURNAL_NAME
-        if journal.is_file():
-            noted = read_json(journal)
+        with ExitStack() as opened:
             writers = {
-                split: TokenFileWriter(
-                    self.folder / split, vocab_size, separator, numbers["tokens"], numbers["documents"]
+                split: opened.enter_context(
+                    closing(TokenFileWriter(self.folder / split, vocab_size, separator, tokens, documents))
                 )
-                for split, numbers in noted["splits"].items()
+                for split, (tokens, documents) in resume_numbers.items()
             }
-            return _Position(**noted["position"]), writers
-        shutil.rmtree(self.folder, ignore_errors=True)
-        return _Position(), {
-            split: TokenFileWriter(self.folder / split, vocab_size, separator) for split in self.group.splits
-        }
+            opened.pop_all()
+        return writers
 
     def _batches(
         self, start: _Position, count_bytes: Callable[[int], object]
@@ -237,21 +283,19 @@ class _Job:
     def _commit(self, position: _Position, writers: dict[str, TokenFileWriter]) -> None:
         for writer in writers.values():
             writer.sync()
-        splits = {split: {"tokens": w.num_tokens, "documents": w.num_documents} for split, w in writers.items()}
+        splits = {split: [writer.num_tokens, writer.num_documents] for split, writer in writers.items()}
         write_json(self.folder / JOURNAL_NAME, {"position": vars(position), "splits": splits})
 
     def _finish(self, writers: dict[str, TokenFileWriter]) -> None:
         splits = []
+        facts = {"dataset_name": self.source.name, "scone_version": scone.__version__} | self.recipe
+        facts["units"] = facts["units"][:LISTED_UNITS]
+        facts |= {"num_units": len(self.group.units), "key": self.folder.name}
         for split, writer in writers.items():
             if writer.num_documents:
-                writer.finish(
-                    {
-                        "dataset_name": self.source.name,
-                        "split": split,
-                        "scone_version": scone.__version__,
-                        **self.recipe,
-                    }
-                )
+                writer.finish(facts | {"split": split})
                 splits.append(split)
+            else:
+                writer.discard()
         write_json(self.folder / RESULT_NAME, {"splits": splits})
         (self.folder / JOURNAL_NAME).unlink()

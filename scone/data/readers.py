@@ -174,6 +174,10 @@ def text_of_row(row: dict[str, Any], text_column: str, where: str) -> str:
         raise SconeError(
             f"{where}: column {text_column!r} holds {type(text).__name__}; expected text; choose another --text_column"
         )
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:  # JSON can spell half a surrogate pair, which is no character
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
 
 

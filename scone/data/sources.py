@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from scone.data.readers import (
     kind_of,
     read_documents,
 )
-from scone.data.splits import ALL, SPLITS, split_of_path, split_rule
+from scone.data.splits import ALL, SPLITS, split_of_path, split_of_single_file, split_rule
 from scone.utils.errors import SconeError
 
 _IGNORED_NAMES = re.compile(r"(readme|licen[cs]e|copying|notice|attribution)\b", re.IGNORECASE)
@@ -37,7 +37,7 @@ class Unit:
     split: str | None
     size_bytes: int | None
     facts: dict[str, Any]
-    read: Callable[[CountBytes], Iterator[str]]
+    read: Callable[[CountBytes], Iterator[str]] = field(compare=False)
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class Source:
 
     name: str
     units: tuple[Unit, ...]
+    is_local: bool = False
 
     @property
     def named_splits(self) -> tuple[str, ...]:
@@ -157,7 +158,7 @@ def _local_source(name: str, path: Path, text_column: str) -> Source:
             f"{' '.join(COMPRESSIONS)}; convert the files or give another path"
         )
     relative = [file.relative_to(root) for file in readable]
-    splits = [split_of_path(each) for each in relative]
+    splits = [split_of_path(each) for each in relative] if path.is_dir() else [split_of_single_file(path.name)]
     if None in splits:  # names say something about splits only where every name does: test.py beside main.py does not
         splits = [None] * len(splits)
     return Source(
@@ -166,6 +167,7 @@ def _local_source(name: str, path: Path, text_column: str) -> Source:
             _file_unit(file, each.as_posix(), split, text_column)
             for file, each, split in zip(readable, relative, splits, strict=True)
         ),
+        is_local=True,
     )
 
 

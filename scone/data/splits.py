@@ -34,6 +34,13 @@ def split_of_name(name: str) -> str | None:
     return None
 
 
+def split_of_single_file(name: str) -> str | None:
+    """The split that one file given alone says at the end of its name ("wiki.test.tokens"; not "test-results.txt")."""
+    words = re.findall(r"[a-z]+", re.split(r"\.(?:txt|text|md|tokens|py|jsonl?|parquet)\b", name.lower())[0])
+    words = [word for word in words if word != "of"]  # part numbers: validation-00000-of-00008
+    return _NAMES.get(words[-1]) if words else None
+
+
 def split_of_path(relative_path: PurePath) -> str | None:
     """The split that a file's name says, else the nearest folder whose whole name is a split's, or None."""
     by_file = split_of_name(relative_path.name)

@@ -112,7 +112,8 @@ class TokenFileWriter:
     """Writes a token file document by document; it exists under its name only once ``finish`` is through.
 
     Up to then ``tokens.npy.part`` holds what was added, and after ``sync`` what was added is on disk: a writer made
-    with the numbers of then goes on from there.
+    with the numbers of then (``resume_tokens``, ``resume_documents``) goes on from there, or raises SconeError when
+    less than that is there.
     """
 
     def __init__(
@@ -133,8 +134,13 @@ class TokenFileWriter:
         self._separator = np.array([separator_id], self.dtype).tobytes()
         self._part = self.folder / f"{TOKENS_NAME}.part"
         size = HEADER_BYTES + resume_tokens * self.dtype.itemsize
-        if resume_tokens and (not self._part.exists() or self._part.stat().st_size < size):
-            raise FileNotFoundError(self._part)
+        if resume_tokens:
+            finished = self.folder / TOKENS_NAME
+            if finished.exists() and not self._part.exists():  # killed while finishing: what was written still stands
+                (self.folder / METADATA_NAME).unlink(missing_ok=True)
+                os.replace(finished, self._part)
+            if not self._part.exists() or self._part.stat().st_size < size:
+                raise SconeError(_damaged(self._part, "it is shorter than what was noted of it"))
         self._file: BinaryIO = self._part.open("r+b" if resume_tokens else "wb")
         self._file.truncate(size)
         self._file.seek(size)
@@ -157,6 +163,13 @@ class TokenFileWriter:
     def close(self) -> None:
         """Leave the unfinished file as it is."""
         self._file.close()
+
+    def discard(self) -> None:
+        """Remove the unfinished file, and the folder where nothing else is in it."""
+        self._file.close()
+        self._part.unlink(missing_ok=True)
+        if not any(self.folder.iterdir()):
+            self.folder.rmdir()
 
     def finish(self, metadata: Mapping[str, Any]) -> TokenFile:
         """Write the header and the JSON, give both their names, and open the result.

@@ -1,0 +1,58 @@
+"""Blocks of consecutive tokens."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader
+
+from scone.data.dataset import BlockDataset, num_blocks
+from scone.data.token_file import TokenFileWriter
+from scone.utils.errors import SconeError
+
+
+def token_file(folder, num_tokens: int):
+    writer = TokenFileWriter(folder, 70_000, 0)
+    writer.add_document(range(1, num_tokens))
+    return writer.finish({"tokenizer_fingerprint": ""})
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 50), st.integers(2, 20), st.booleans())
+def test_blocks_are_the_tokens_in_order(tmp_path_factory, num_tokens, max_length, drop_last):
+    tokens = token_file(tmp_path_factory.mktemp("tokens"), num_tokens)
+    if num_blocks(num_tokens, max_length, drop_last) == 0:
+        with pytest.raises(SconeError, match="expected at least one block"):
+            BlockDataset(tokens, max_length, drop_last)
+        return
+    dataset = BlockDataset(tokens, max_length, drop_last)
+    blocks = [dataset[index]["input_ids"] for index in range(len(dataset))]
+    together = torch.cat(blocks).tolist()
+    assert together == tokens.tokens.tolist()[: len(together)]
+    assert len(together) == dataset.num_tokens
+    lost = num_tokens - len(together)
+    assert lost == (num_tokens % max_length if drop_last else int(num_tokens % max_length == 1))
+    assert all(len(block) == max_length for block in blocks[:-1])
+    assert all(block.dtype == torch.int64 for block in blocks)
+    assert torch.equal(dataset[-1]["input_ids"], blocks[-1])
+    assert len(list(dataset)) == len(dataset)
+
+
+def test_workers_read_the_same_blocks_from_a_small_pickle(tmp_path):
+    dataset = BlockDataset(token_file(tmp_path, 3000), 100, drop_last=True)
+    assert len(pickle.dumps(dataset)) < 1000
+    here = [batch["input_ids"] for batch in DataLoader(dataset, batch_size=4)]
+    there = [
+        batch["input_ids"]
+        for batch in DataLoader(dataset, batch_size=4, num_workers=1, multiprocessing_context="spawn")
+    ]
+    assert torch.equal(torch.cat(here), torch.cat(there))
+
+
+def test_a_block_has_room_for_a_prediction(tmp_path):
+    with pytest.raises(SconeError, match="found max_length 1; expected at least 2"):
+        BlockDataset(token_file(tmp_path, 10), 1)

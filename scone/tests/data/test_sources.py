@@ -1,0 +1,140 @@
+"""What a data set name resolves to, which splits it gives, and the one line where it gives nothing."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+from scone.data.hub_source import hub_units
+from scone.data.sources import open_documents, open_source, plan
+from scone.utils.errors import SconeError
+
+
+def corpus(folder, **files: str):
+    """A folder of jsonl files: name → comma-separated texts."""
+    folder.mkdir(exist_ok=True)
+    for name, texts in files.items():
+        rows = [json.dumps({"text": text}) + "\n" for text in texts.split(",")]
+        (folder / f"{name}.jsonl").write_text("".join(rows), encoding="utf-8")
+    return str(folder)
+
+
+def splits_of(name: str) -> dict[str, list[str]]:
+    return {
+        split: list(open_documents(name, None, split))
+        for group in plan(open_source(name), None)
+        for split in group.splits
+    }
+
+
+def test_files_that_name_splits_are_the_splits(tmp_path):
+    name = corpus(tmp_path / "a", train="1,2,3", valid="4,5", test="6")
+    assert splits_of(name) == {"train": ["1", "2", "3"], "validation": ["4", "5"], "test": ["6"]}
+    assert list(open_documents(name, None, "all")) == ["6", "1", "2", "3", "4", "5"]
+
+
+def test_names_say_nothing_where_one_file_names_no_split(tmp_path):
+    name = corpus(tmp_path / "a", test="1,2", main="3,4,5")
+    found = splits_of(name)
+    assert sorted(sum(found.values(), [])) == ["1", "2", "3", "4", "5"]
+    assert [len(found[split]) for split in ("train", "validation", "test")] == [3, 1, 1]
+
+
+@pytest.mark.parametrize("file_name", ["corpus", "train"])
+def test_a_source_of_one_split_is_divided_by_content(tmp_path, file_name):
+    texts = [f"text {number}" for number in range(200)]
+    corpus(tmp_path / "a", **{file_name: ",".join([*texts, *texts])})
+    for name in (tmp_path / "a", tmp_path / "a" / f"{file_name}.jsonl"):
+        found = splits_of(str(name))
+        assert sorted(sum(found.values(), [])) == sorted([*texts, *texts])
+        assert not set(found["train"]) & set(found["validation"])
+        assert not set(found["train"]) & set(found["test"])
+        assert len(found["validation"]) >= 2
+
+
+def test_a_missing_validation_split_comes_from_train_and_a_missing_test_split_from_nowhere(tmp_path):
+    found = splits_of(corpus(tmp_path / "a", train="1,2,3,4,5", test="6,7"))
+    assert found["test"] == ["6", "7"]
+    assert sorted(found["train"] + found["validation"]) == ["1", "2", "3", "4", "5"]
+    assert len(found["validation"]) == 1
+    name = corpus(tmp_path / "b", train="1,2,3", validation="4")
+    assert splits_of(name) == {"train": ["1", "2", "3"], "validation": ["4"]}
+    with pytest.raises(SconeError, match="has no 'test' split; it has train, validation; choose one of these or 'all'"):
+        list(open_documents(name, None, "test"))
+
+
+def test_held_out_files_alone_give_no_training_split(tmp_path):
+    name = corpus(tmp_path / "a", validation="1", test="2")
+    with pytest.raises(SconeError, match="has no 'train' split; it has validation, test"):
+        list(open_documents(name, None, "train"))
+    assert list(open_documents(str(tmp_path / "a" / "test.jsonl"), None, "test")) == ["2"]
+
+
+def test_folders_are_read_in_order_without_hidden_files_read_mes_and_licences(tmp_path):
+    for name in ("b/2.txt", "a/1.txt", "README.md", "LICENSE.txt", ".hidden/x.txt", ".y.txt", "c.bin", "b/notes.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name, encoding="utf-8")
+    assert list(open_documents(str(tmp_path), None, "all")) == ["a/1.txt", "b/2.txt", "b/notes.md"]
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "found no files in"),
+        ({"a.docx": b"x", "b.pdf.gz": b"x"}, r"found \.docx, \.pdf\.gz in .*; expected \.txt"),
+        ({"a.txt": b""}, "gives no document to its 'train' split"),
+        ({"a.txt": b" \n\n "}, "gives no document to its 'train' split"),
+        ({"a.jsonl": b"\n"}, "gives no document to its 'train' split"),
+    ],
+)
+def test_a_corpus_without_text_is_refused(tmp_path, files, message):
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(SconeError, match=message):
+        list(open_documents(str(tmp_path), None, "train"))
+
+
+@pytest.mark.parametrize("name", ["./gone", "/gone/corpus", "~/gone", "gone.jsonl", "gone.txt.gz", "a/b/c"])
+def test_a_path_that_is_not_there_is_not_asked_of_the_hub(name):
+    with pytest.raises(SconeError, match="found no file or folder"):
+        open_source(name)
+
+
+def test_a_data_set_that_is_neither_here_nor_cached_is_refused_in_one_line():
+    with pytest.raises(SconeError, match="data set 'no-such-data-set'") as caught:
+        open_source("no-such-data-set", "some-config")
+    assert "local" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_data_set_of_the_datasets_library_is_streamed_by_its_splits(tmp_path):
+    name = corpus(tmp_path / "a", train="1,2,3", test="4")
+    units = hub_units(name, None, "text")
+    assert {unit.split: list(unit.read(lambda n: None)) for unit in units} == {"train": ["1", "2", "3"], "test": ["4"]}
+    with pytest.raises(SconeError, match="no column 'body'"):
+        list(hub_units(name, None, "body")[0].read(lambda n: None))
+    with pytest.raises(SconeError, match=r"cannot open data set .*\(configuration 'nope'\)"):
+        hub_units(name, "nope", "text")
+
+
+def test_rows_of_a_wikitext_data_set_are_joined_to_articles(tmp_path):
+    folder = tmp_path / "wikitext"
+    folder.mkdir()
+    lines = ["", " = One = \n", "", " text \n", "", " = Two = \n", "", " more \n"]
+    rows = "".join(json.dumps({"text": line}) + "\n" for line in lines)
+    (folder / "train.jsonl").write_text(rows, encoding="utf-8")
+    (unit,) = hub_units(str(folder), None, "text")
+    assert list(unit.read(lambda n: None)) == ["\n = One = \n\n text \n\n", " = Two = \n\n more \n"]
+
+
+def test_the_standard_library_is_a_corpus():
+    source = open_source("python-stdlib")
+    (unit,) = source.units
+    assert unit.facts == open_source("python-stdlib").units[0].facts
+    documents = list(open_documents("python-stdlib", None, "all"))
+    assert len(documents) > 300
+    assert sum(map(len, documents)) > 5_000_000
+    assert any("class OrderedDict" in text for text in documents)
+    assert not any("site-packages" in str(path) for path in sys.modules["scone.data.stdlib_corpus"].stdlib_files())
