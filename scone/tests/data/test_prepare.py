@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import textwrap
+from itertools import chain
 
 import pytest
 from hypothesis import given, settings
@@ -44,10 +46,8 @@ def test_every_document_is_there_once_and_ends_with_a_separator(tmp_path, tiny_t
         assert tokens[-1] == separator
         ends = [index for index, token in enumerate(tokens) if token == separator]
         assert file.num_documents == len(ends)
-        found += [
-            tiny_tokenizer.decode(tokens[start:end])
-            for start, end in zip([0, *(e + 1 for e in ends)], ends, strict=False)
-        ]
+        starts = [0, *(end + 1 for end in ends[:-1])]
+        found += [tiny_tokenizer.decode(tokens[start:end]) for start, end in zip(starts, ends, strict=True)]
         assert file.metadata["tokenizer_fingerprint"] == tokenizer_fingerprint(tiny_tokenizer)
         assert [unit["name"] for unit in file.metadata["units"]] == ["part-0.jsonl", "part-1.jsonl", "part-2.jsonl"]
     assert sorted(found) == sorted(text for text in TEXTS if text)
@@ -63,8 +63,8 @@ def test_tokens_of_any_text_decode_to_it(tmp_path_factory, tiny_tokenizer, texts
             prepare_corpus(name, tiny_tokenizer, cache_dir=folder)
         return
     (file,) = prepare_corpus(name, tiny_tokenizer, splits=("all",), cache_dir=folder).values()
-    expected = [tiny_tokenizer.encode(text, add_special_tokens=False) + [0] for text in texts if text.strip()]
-    assert file.tokens.tolist() == sum(expected, [])
+    expected = [[*tiny_tokenizer.encode(text, add_special_tokens=False), 0] for text in texts if text.strip()]
+    assert file.tokens.tolist() == list(chain.from_iterable(expected))
 
 
 def test_threads_batches_and_commits_change_nothing(tmp_path, tiny_tokenizer, monkeypatch):
@@ -197,11 +197,9 @@ def test_truncation_and_padding_of_a_tokenizer_do_not_reach_a_corpus(tiny_tokeni
         tiny_tokenizer.backend_tokenizer.no_padding()
 
 
-KILLED = """
-    import os, pathlib, shutil, signal, sys
+INTERRUPTED = """
+    import json, os, pathlib, shutil, signal, sys
     from scone.data import prepare
-    from scone.data.prepare import prepare_corpus
-    from scone.data.token_file import TokenFile
     from scone.tokenization.tokenizers import load_tokenizer
 
     corpus, tokenizer_folder, cache = sys.argv[1:]
@@ -219,67 +217,58 @@ KILLED = """
 
     sys.addaudithook(kill)
 
-    def run(moment):
+    def start(moment):
         global events, fatal_event
         pid = os.fork()
-        if pid:
-            return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        events, fatal_event = 0, moment
-        prepare_corpus(corpus, tokenizer, cache_dir=cache, num_threads=1)
-        os._exit(0)
+        if pid == 0:
+            events, fatal_event = 0, moment
+            prepare.prepare_corpus(corpus, tokenizer, cache_dir=cache, num_threads=1)
+            os._exit(0)
+        return pid
+
+    def end(pid):
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
     def contents():
         return [(path.parent.name, path.read_bytes()) for path in sorted(pathlib.Path(cache).rglob("tokens.npy"))]
 
-    assert run(0) == 0
-    whole, kills, moment = contents(), 0, 0
-    while True:
-        moment += 3
+    code, whole = end(start(0)), contents()
+    result = {"code": code, "splits": len(whole), "codes": [], "same": []}
+    for moment in range(2, 1000, 7):
         shutil.rmtree(cache)
-        codes = [run(moment), run(moment // 2 + 1), run(0)]
-        assert codes[2] == 0, codes
-        assert contents() == whole and len(whole) == 3, moment
-        kills += codes.count(-signal.SIGKILL)
+        codes = [end(start(moment)), end(start(moment // 2 + 1)), end(start(0))]
+        result["codes"] += [codes]
+        result["same"] += [contents() == whole]
         if codes[0] == 0:
             break
-    print(kills)
+    shutil.rmtree(cache)
+    both = [start(0), start(0)]
+    result["together"] = [end(pid) for pid in both]
+    result["together_same"] = contents() == whole
+    print(json.dumps(result))
 """
 
 
-def run_script(script: str, *arguments) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+@pytest.fixture(scope="module")
+def interrupted_runs(tmp_path_factory, tiny_tokenizer):
+    """What a process found that ran, killed (signal 9) and doubled preparation in processes of its own."""
+    folder = tmp_path_factory.mktemp("interrupted")
+    tiny_tokenizer.save_pretrained(folder / "t")
+    arguments = [corpus(folder / "c"), str(folder / "t"), str(folder / "cache")]
+    command = [sys.executable, "-c", textwrap.dedent(INTERRUPTED), *arguments]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout)
 
 
-def test_killed_at_any_moment_it_goes_on_to_the_same_tokens(tmp_path, tiny_tokenizer):
-    tiny_tokenizer.save_pretrained(tmp_path / "t")
-    process = run_script(KILLED, corpus(tmp_path / "c"), tmp_path / "t", tmp_path / "cache")
-    output, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    assert int(output) > 20
+def test_killed_at_any_moment_it_goes_on_to_the_same_tokens(interrupted_runs):
+    assert (interrupted_runs["code"], interrupted_runs["splits"]) == (0, 3)
+    first, _, last = zip(*interrupted_runs["codes"], strict=True)
+    assert first.count(-signal.SIGKILL) == len(first) - 1 >= 8
+    assert set(last) == {0}
+    assert all(interrupted_runs["same"])
 
 
-TOGETHER = """
-    import sys
-    from scone.data import prepare
-    from scone.tokenization.tokenizers import load_tokenizer
-
-    prepare.BATCH_CHARACTERS, prepare.COMMIT_CHARACTERS = 500, 1000
-    files = prepare.prepare_corpus(sys.argv[1], load_tokenizer(sys.argv[2]), cache_dir=sys.argv[3])
-    print({split: (file.num_tokens, file.fingerprint) for split, file in files.items()})
-"""
-
-
-def test_two_at_once_make_one_corpus(tmp_path, tiny_tokenizer):
-    tiny_tokenizer.save_pretrained(tmp_path / "t")
-    name = corpus(tmp_path / "c")
-    processes = [run_script(TOGETHER, name, tmp_path / "t", tmp_path / "cache") for _ in range(2)]
-    outputs = [process.communicate(timeout=120) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
-    assert outputs[0][0] == outputs[1][0]
-    expected = prepare_corpus(name, tiny_tokenizer, cache_dir=tmp_path / "other")
-    assert outputs[0][0].strip() == str({s: (file.num_tokens, file.fingerprint) for s, file in expected.items()})
+def test_two_at_once_make_one_corpus(interrupted_runs):
+    assert interrupted_runs["together"] == [0, 0]
+    assert interrupted_runs["together_same"]

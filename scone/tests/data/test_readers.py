@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import lzma
+from itertools import pairwise
 
 import pyarrow
 import pyarrow.parquet
@@ -89,7 +90,7 @@ def test_cutting_keeps_every_character_and_ignores_how_the_text_arrives(text, cu
         patch.setattr(readers, "LINE_PIECE_CHARACTERS", 16)
         patch.setattr(readers, "LONGEST_PIECE_CHARACTERS", 40)
         bounds = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
-        pieces = [text[start:end] for start, end in zip(bounds, bounds[1:], strict=False)]
+        pieces = [text[start:end] for start, end in pairwise(bounds)]
         documents = list(cut_text(pieces))
         assert documents == list(cut_text([text]))
         assert "".join(documents) == text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from itertools import chain
 
 import pytest
 
@@ -38,7 +39,7 @@ def test_files_that_name_splits_are_the_splits(tmp_path):
 def test_names_say_nothing_where_one_file_names_no_split(tmp_path):
     name = corpus(tmp_path / "a", test="1,2", main="3,4,5")
     found = splits_of(name)
-    assert sorted(sum(found.values(), [])) == ["1", "2", "3", "4", "5"]
+    assert sorted(chain.from_iterable(found.values())) == ["1", "2", "3", "4", "5"]
     assert [len(found[split]) for split in ("train", "validation", "test")] == [3, 1, 1]
 
 
@@ -48,7 +49,7 @@ def test_a_source_of_one_split_is_divided_by_content(tmp_path, file_name):
     corpus(tmp_path / "a", **{file_name: ",".join([*texts, *texts])})
     for name in (tmp_path / "a", tmp_path / "a" / f"{file_name}.jsonl"):
         found = splits_of(str(name))
-        assert sorted(sum(found.values(), [])) == sorted([*texts, *texts])
+        assert sorted(chain.from_iterable(found.values())) == sorted([*texts, *texts])
         assert not set(found["train"]) & set(found["validation"])
         assert not set(found["train"]) & set(found["test"])
         assert len(found["validation"]) >= 2
