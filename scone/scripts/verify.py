@@ -136,6 +136,7 @@ def _verify_model(folder: Path) -> list[str]:
     if not isinstance(config, dict):
         raise SconeError(f"found {folder / 'config.json'} without a configuration; expected an object; copy it again")
     lines = [_verify_weights(folder)]
+    import scone.models.language_model  # noqa: F401 (registers itself: else AutoTokenizer asks to run the folder's code)
     from scone.tokenization.tokenizers import load_tokenizer, tokenizer_fingerprint
 
     fingerprint = tokenizer_fingerprint(load_tokenizer(folder))

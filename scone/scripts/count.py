@@ -1,0 +1,264 @@
+"""Count the f-grams of a corpus, or merge counted vocabularies, and show what they cover: `scone count`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from scone.configs.loading import parse_options, print_notices
+from scone.configs.presets import trunk_configuration
+from scone.configs.schema import SconeOptions
+from scone.utils.command_line import run_main
+from scone.utils.errors import SconeError
+from scone.utils.text import human_bytes, parse_bytes
+
+if TYPE_CHECKING:
+    import numpy as np
+    from transformers import PreTrainedTokenizerBase
+
+    from scone.data.token_file import TokenFile
+    from scone.tokenization.f_gram_vocabulary import FGramVocabulary
+
+EXAMPLES = (
+    "scone count --dataset_name wikitext --max_n 4 --max_f_grams 500000 --output f_grams.safetensors",
+    "scone count --dataset_name my_texts/ --tokenizer train --memory_budget 4GiB --json --plot counts.png",
+    "scone count --merge part-1.safetensors part-2.safetensors --output f_grams.safetensors",
+)
+OPTIONS = (
+    "data.dataset_name",
+    "data.dataset_config_name",
+    "data.text_column",
+    "data.max_n",
+    "data.min_freq",
+    "data.max_f_grams",
+    "data.cache_dir",
+    "data.memory_budget",
+    "model.base_model_name",
+    "model.tokenizer",
+    "model.vocab_size",
+)
+DEFAULT_WIDTH = 768
+
+
+def read_arguments(argv: Sequence[str] | None) -> tuple[SconeOptions, argparse.Namespace]:
+    """The options that the command line says, and the script's own arguments. Raises SconeError."""
+    return parse_options(
+        argv,
+        OPTIONS,
+        "Count the most frequent n-grams of a corpus and show what they cover on held-out text.",
+        examples=EXAMPLES,
+        add_arguments=_add_arguments,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Count or merge as the command line says, and print what was found."""
+    options, extra = read_arguments(argv)
+    report, vocabulary = _merge(options, extra.merge) if extra.merge else _count(options, extra.json)
+    report["table_bytes"] = table_bytes(vocabulary.num_f_grams, extra.width or _trunk_width(options))
+    if extra.output:
+        report["vocabulary"] = str(vocabulary.save(extra.output))
+    if extra.plot:
+        plot_counts(vocabulary, extra.plot)
+    print(json.dumps(report, indent=2) if extra.json else _readable(report))
+    return 0
+
+
+def coverage(vocabulary: FGramVocabulary, tokens: np.ndarray) -> dict[str, Any]:
+    """How ``tokens`` [T] are matched: the share of positions by match length (1: none), and means."""
+    import numpy as np
+
+    from scone.tokenization.matcher import Matcher
+
+    by_length = np.zeros(vocabulary.longest + 1, np.int64)
+    matcher, state = Matcher(vocabulary), -1
+    for start in range(0, len(tokens), 1 << 22):
+        piece = np.asarray(tokens[start : start + (1 << 22)])
+        nodes = matcher.match(piece, initial_states=state)
+        state = int(nodes[-1])
+        f_grams = nodes[nodes >= vocabulary.vocab_size] - vocabulary.vocab_size
+        by_length[1] += len(nodes) - len(f_grams)
+        by_length += np.bincount(vocabulary.lengths[f_grams], minlength=len(by_length))
+    matched = int(by_length[2:].sum())
+    total = int(by_length.sum())
+    lengths = np.arange(len(by_length))
+    return {
+        "num_tokens": total,
+        "match_rate": matched / total if total else 0.0,
+        "mean_match_length": float(by_length[2:] @ lengths[2:] / matched) if matched else 0.0,
+        "share_by_length": {int(n): int(by_length[n]) / total for n in lengths[1:] if total},
+    }
+
+
+def table_bytes(num_f_grams: int, width: int) -> dict[str, int]:
+    """Bytes of an embedding table's rows for each row type, by its name."""
+    from scone.inference.row_types import ROW_TYPES, RowFormat
+
+    return {row_type: num_f_grams * RowFormat.of(row_type, width).row_bytes for row_type in ROW_TYPES}
+
+
+def plot_counts(vocabulary: FGramVocabulary, path: str | Path) -> None:
+    """Draw occurrences by rank, and how many f-grams each length has. Raises SconeError for an unknown image type."""
+    import numpy as np
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    by_rank, by_length = figure.subplots(1, 2)
+    size = vocabulary.num_f_grams
+    ranks = np.unique(np.geomspace(1, size, 500).astype(np.int64)) if size else np.empty(0, np.int64)
+    by_rank.loglog(ranks, np.asarray(vocabulary.counts)[ranks - 1])
+    by_rank.set(xlabel="rank", ylabel="occurrences", title="f-grams by rank")
+    lengths, numbers = np.unique(vocabulary.lengths, return_counts=True)
+    by_length.bar([str(length) for length in lengths], numbers)
+    by_length.set(xlabel="tokens", ylabel="f-grams", title="f-grams by length")
+    try:
+        figure.savefig(path)
+    except ValueError as error:
+        raise SconeError(f"--plot: cannot draw {path}: {error}; give a name that ends in .png, .svg or .pdf") from error
+
+
+def _count(options: SconeOptions, quiet: bool) -> tuple[dict[str, Any], FGramVocabulary]:
+    from scone.data.prepare import default_cache_folder
+    from scone.tokenization.counting import count_f_grams
+    from scone.tokenization.tokenizers import separator_ids, tokenizer_fingerprint, vocabulary_size
+
+    data = options.data
+    tokenizer, files = _token_files(options, quiet)
+    work_dir = Path(data.cache_dir).expanduser() if data.cache_dir else default_cache_folder()
+    result = count_f_grams(
+        [files["train"].tokens],
+        vocab_size=vocabulary_size(tokenizer),
+        max_n=data.max_n,
+        min_freq=data.min_freq,
+        max_f_grams=data.max_f_grams,
+        separator_ids=separator_ids(tokenizer),
+        memory_budget_bytes=parse_bytes(data.memory_budget) if data.memory_budget else None,
+        work_dir=work_dir / "counting",
+        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+        quiet=quiet,
+    )
+    if not result.vocabulary.num_f_grams:
+        raise SconeError(
+            f"found no n-gram of 2 to {data.max_n} tokens that occurs {data.min_freq} times in "
+            f"{files['train'].num_tokens:,} tokens; expected at least one; lower --min_freq or give more text"
+        )
+    held_out = files.get("validation") or files.get("test")
+    report = {
+        "corpus": {
+            "dataset_name": data.dataset_name,
+            "dataset_config_name": data.dataset_config_name,
+            "num_tokens": files["train"].num_tokens,
+            "num_documents": files["train"].num_documents,
+        },
+        "count": result.statistics.to_json(),
+        "fingerprint": result.vocabulary.fingerprint,
+        "held_out": coverage(result.vocabulary, held_out.tokens) if held_out else None,
+    }
+    return report, result.vocabulary
+
+
+def _token_files(options: SconeOptions, quiet: bool) -> tuple[PreTrainedTokenizerBase, dict[str, TokenFile]]:
+    from scone.data.prepare import prepare_corpus, prepare_tokenizer
+
+    data, model = options.data, options.model
+    source: dict[str, Any] = {
+        "dataset_config_name": data.dataset_config_name,
+        "text_column": data.text_column,
+        "cache_dir": data.cache_dir,
+    }
+    name = model.tokenizer or model.base_model_name
+    tokenizer = prepare_tokenizer(name, data.dataset_name, vocab_size=model.vocab_size, **source)
+    files = prepare_corpus(data.dataset_name, tokenizer, quiet=quiet, **source)
+    if "train" not in files:
+        raise SconeError(f"{data.dataset_name!r} has only the splits {', '.join(files)}; expected a train split")
+    return tokenizer, files
+
+
+def _merge(options: SconeOptions, paths: Sequence[str]) -> tuple[dict[str, Any], FGramVocabulary]:
+    """Merge vocabulary files; ``min_freq`` and ``max_f_grams`` cut the result only where they were given."""
+    from scone.tokenization.f_gram_vocabulary import FGramVocabulary
+    from scone.tokenization.merging import merge_vocabularies
+
+    given = options.given
+    merged = merge_vocabularies(
+        [FGramVocabulary.load(path) for path in paths],
+        min_freq=options.data.min_freq if "data.min_freq" in given else 1,
+        max_f_grams=options.data.max_f_grams if "data.max_f_grams" in given else None,
+    )
+    if merged.largest_error:
+        print_notices(
+            [
+                f"the parts were cut, so a count may be up to {merged.largest_error:,} too small; "
+                "count the parts with --min_freq 1 and a large --max_f_grams for exact sums"
+            ]
+        )
+    vocabulary = merged.vocabulary
+    report = {
+        "merged": [str(path) for path in paths],
+        "num_f_grams": vocabulary.num_f_grams,
+        "largest_error": merged.largest_error,
+        "fingerprint": vocabulary.fingerprint,
+    }
+    return report, vocabulary
+
+
+def _trunk_width(options: SconeOptions) -> int:
+    trunk = trunk_configuration(options.model.base_model_name)
+    fields = trunk.fields if trunk else {}
+    return int(fields.get("hidden_size") or fields.get("n_embd") or DEFAULT_WIDTH)
+
+
+def _readable(report: dict[str, Any]) -> str:
+    """The report as lines for a terminal."""
+    lines = []
+    if "count" in report:
+        corpus, count = report["corpus"], report["count"]
+        lines.append(f"tokens read    {corpus['num_tokens']:,} in {corpus['num_documents']:,} documents")
+        lines.append(f"f-grams        {count['num_f_grams']:,} of {count['requested_f_grams']:,} asked for")
+        lines.append(f"count at cut   {count['count_at_cut']:,} occurrences of the last f-gram")
+        lines.append(f"{'length':>9} {'candidates':>15} {'survivors':>15} {'f-grams':>15} {'floor':>9}")
+        lines += [
+            f"{level['length']:>9} {level['num_candidates']:>15,} {level['num_survivors']:>15,} "
+            f"{level['num_f_grams']:>15,} {level['floor']:>9,}"
+            for level in count["levels"]
+        ]
+        lines.append(_held_out_line(report["held_out"]))
+        lines.append(f"time           {count['seconds']:.1f} s on {count['num_threads']} threads")
+    else:
+        lines.append(f"f-grams        {report['num_f_grams']:,} of {len(report['merged'])} vocabularies")
+    sizes = ", ".join(f"{row_type} {human_bytes(size)}" for row_type, size in report["table_bytes"].items())
+    lines.append(f"table          {sizes}")
+    if "vocabulary" in report:
+        size = human_bytes(Path(report["vocabulary"]).stat().st_size)
+        lines.append(f"vocabulary     {report['vocabulary']} ({size})")
+    return "\n".join(lines)
+
+
+def _held_out_line(held_out: dict[str, Any] | None) -> str:
+    if held_out is None:
+        return "match rate     no held-out text"
+    shares = ", ".join(f"{length}: {share:.1%}" for length, share in held_out["share_by_length"].items())
+    return (
+        f"match rate     {held_out['match_rate']:.1%} of {held_out['num_tokens']:,} held-out tokens, "
+        f"mean length {held_out['mean_match_length']:.2f} (by length {shares})"
+    )
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", metavar="PATH", help="file, or folder, to write the vocabulary to")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
+    parser.add_argument("--plot", metavar="FILE", help="draw counts by rank and f-grams by length (png, svg, pdf)")
+    parser.add_argument("--width", type=int, metavar="D", help="row width of the table (default: base_model_name's)")
+    parser.add_argument(
+        "--merge", nargs="+", metavar="FILE", help="add up vocabularies of parts of a corpus instead of counting"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))
