@@ -1,0 +1,136 @@
+"""The index and matching kernels equal their plain references, also on damaged input and beyond one block."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scone.kernels import child_index, f_gram_trie, longest_match, reference_matching
+from scone.kernels.machine_instructions import LANES
+from scone.tests.tokenization.f_gram_strategies import Case, cases
+from scone.tokenization.f_gram_links import ChildIndex
+from scone.tokenization.f_gram_vocabulary import FGramVocabulary
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 2**33), st.integers(0, 2**32 - 1)), unique=True, max_size=300), st.data())
+def test_index_equals_a_dictionary(pairs: list[tuple[int, int]], data: st.DataObject) -> None:
+    keys = np.array(pairs, np.uint64).reshape(-1, 2)
+    index = ChildIndex.build(keys)
+    absent = data.draw(st.lists(st.tuples(st.integers(0, 2**33), st.integers(0, 2**32 - 1)), max_size=20))
+    rank_of = {pair: rank for rank, pair in enumerate(pairs)}
+    for prefix, token in pairs + absent:
+        found = child_index.find_child(keys, index.slots, index.rank_bits, index.max_probes, prefix, token)
+        assert found == rank_of.get((prefix, token), child_index.NO_F_GRAM)
+
+
+@pytest.mark.parametrize("rank_bits", [1, 9, 31, 32])
+def test_fingerprints_and_ranks_share_a_slot(rank_bits: int) -> None:
+    low_mask = child_index.low_mask_of(rank_bits)
+    assert low_mask == 2**rank_bits - 1
+    for hashed in (0, 2**64 - 1, 0x0123456789ABCDEF):
+        fingerprint = int(child_index.fingerprint_of(np.uint64(hashed), rank_bits))
+        assert fingerprint & int(low_mask) == 0
+        assert fingerprint == (hashed & 0xFFFFFFFF) >> rank_bits << rank_bits
+
+
+def test_slots_keep_the_index_within_its_bytes() -> None:
+    for num_f_grams in (0, 1, 47, 48, 49, 1000, 10**6, 10**7):
+        slots = child_index.num_slots(num_f_grams)
+        assert slots % LANES == 0
+        assert slots > num_f_grams
+        if num_f_grams >= 48:
+            assert 13 * num_f_grams + 4 * slots <= 20 * num_f_grams
+
+
+@settings(max_examples=40, deadline=None)
+@given(cases())
+def test_depth_first_order_is_the_preorder(case: Case) -> None:
+    assert case.vocabulary.depth_first_order().tolist() == reference_matching.depth_first(case.f_grams)
+
+
+def long_case() -> tuple[FGramVocabulary, np.ndarray]:
+    """A vocabulary and a row of tokens that spans several blocks, with matches across every boundary."""
+    random = np.random.default_rng(0)
+    tokens = random.integers(0, 3, 4 * longest_match.BLOCK + 7)
+    corpus = tokens.tolist()
+    grams = [tuple(corpus[start : start + n]) for n in range(2, 7) for start in range(len(corpus) - n + 1)]
+    counts = dict.fromkeys(grams, 0)
+    for gram in grams:
+        counts[gram] += 1
+    return FGramVocabulary.from_counts(counts, vocab_size=3, max_f_grams=500), tokens
+
+
+def match_range(vocabulary: FGramVocabulary, tokens: np.ndarray, start: int, stop: int) -> np.ndarray:
+    nodes = np.full(len(tokens), -7, np.int64)
+    index = vocabulary.index
+    wrong = longest_match.match_positions(
+        vocabulary.keys,
+        index.slots,
+        index.rank_bits,
+        index.max_probes,
+        vocabulary.vocab_size,
+        vocabulary.longest,
+        tokens,
+        np.zeros(0, bool),
+        len(tokens),
+        start,
+        stop,
+        np.zeros((0, 0), np.int64),
+        nodes,
+    )
+    assert wrong == -1
+    return nodes
+
+
+def test_any_range_of_positions_equals_the_whole() -> None:
+    vocabulary, tokens = long_case()
+    f_grams = [vocabulary.tokens(vocabulary.vocab_size + rank) for rank in range(vocabulary.num_f_grams)]
+    expected = reference_matching.longest_matches(tokens.tolist(), f_grams, vocabulary.vocab_size)
+    whole = match_range(vocabulary, tokens, 0, len(tokens))
+    assert whole.tolist() == expected
+    for start, stop in ((0, 1), (1, 2), (5, 517), (511, 1025), (len(tokens) - 1, len(tokens)), (9, 9)):
+        nodes = match_range(vocabulary, tokens, start, stop)
+        assert (nodes[start:stop] == whole[start:stop]).all()
+        assert (nodes[:start] == -7).all()
+        assert (nodes[stop:] == -7).all()
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_a_damaged_index_is_harmless(seed: int) -> None:
+    """Slots of any content, no empty one among them: wrong answers are allowed, nodes out of range are not."""
+    vocabulary, tokens = long_case()
+    random = np.random.default_rng(seed)
+    index = vocabulary.index
+    slots = random.integers(0, 2**32, len(index.slots), dtype=np.uint32) | np.uint32(1)
+    damaged = FGramVocabulary(
+        keys=vocabulary.keys,
+        suffixes=vocabulary.suffixes,
+        lengths=vocabulary.lengths,
+        counts=vocabulary.counts,
+        vocab_size=vocabulary.vocab_size,
+        max_n=vocabulary.max_n,
+        index=ChildIndex(slots, index.rank_bits, index.max_probes),
+    )
+    nodes = match_range(damaged, tokens[:600], 0, 600)
+    assert ((nodes >= 0) & (nodes < vocabulary.num_nodes)).all()
+
+
+def test_links_that_point_forward_are_found() -> None:
+    vocabulary, _ = long_case()
+    arrays = {name: np.array(getattr(vocabulary, name)) for name in ("keys", "suffixes", "lengths")}
+    limits = (vocabulary.vocab_size, vocabulary.max_n)
+
+    def check(**changed: np.ndarray) -> int:
+        return f_gram_trie.check_links(*(arrays | changed).values(), *limits)
+
+    assert check() == child_index.NO_F_GRAM
+    for rank in (0, 7, vocabulary.num_f_grams - 1):
+        for name in arrays:
+            for value in (vocabulary.vocab_size + rank, 2**32 - 1):
+                damaged = arrays[name].copy()
+                damaged[rank] = np.array(value).astype(damaged.dtype)
+                assert check(**{name: damaged}) != child_index.NO_F_GRAM, (rank, name, value)

@@ -1,0 +1,75 @@
+"""Hypothesis strategies for small corpora, their f-grams and batches of tokens."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from hypothesis import strategies as st
+
+from scone.kernels import reference_matching
+from scone.tokenization.f_gram_vocabulary import FGramVocabulary
+
+LARGEST_VOCABULARY = 2**32 - 1
+
+
+@dataclass(frozen=True)
+class Case:
+    """A small vocabulary and the plain facts it was made from."""
+
+    vocabulary: FGramVocabulary
+    f_grams: list[tuple[int, ...]]
+    alphabet: tuple[int, ...]
+    """Tokens that occur, separators included."""
+    counts: dict[tuple[int, ...], int]
+    """All n-grams of the corpus that may become f-grams."""
+
+    @property
+    def vocab_size(self) -> int:
+        return self.vocabulary.vocab_size
+
+    def matches(self, tokens: list[int], mask: list[bool] | None = None) -> list[int]:
+        """What matching must give."""
+        return reference_matching.longest_matches(tokens, self.f_grams, self.vocab_size, mask)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    """A corpus of at most 80 tokens over at most 5, N up to 6, with and without separators, V up to 2³² − 1."""
+    vocab_size = draw(st.sampled_from([1, 2, 4, 300, LARGEST_VOCABULARY]))
+    alphabet = tuple(sorted(token for token in {0, 1, 2, vocab_size - 2, vocab_size - 1} if 0 <= token < vocab_size))
+    separators = draw(st.sets(st.sampled_from(alphabet), max_size=2))
+    max_n = draw(st.integers(1, 6))
+    corpus = draw(st.lists(st.sampled_from(alphabet), max_size=80))
+    counts = dict(
+        Counter(
+            tuple(corpus[start : start + n])
+            for n in range(2, max_n + 1)
+            for start in range(len(corpus) - n + 1)
+            if not separators.intersection(corpus[start : start + n])
+        )
+    )
+    min_freq = draw(st.integers(1, 3))
+    limit = draw(st.integers(0, 60))
+    ranked = reference_matching.ranked({gram: count for gram, count in counts.items() if count >= min_freq})[:limit]
+    vocabulary = FGramVocabulary.from_counts(
+        counts,
+        vocab_size=vocab_size,
+        max_n=max_n,
+        max_f_grams=limit,
+        min_freq=min_freq,
+        separator_ids=tuple(separators),
+    )
+    return Case(vocabulary, ranked, alphabet, counts)
+
+
+@st.composite
+def batches(draw: st.DrawFn, alphabet: tuple[int, ...]) -> tuple[list[list[int]], list[list[bool]]]:
+    """Rows of equal length, possibly none or empty, and a mask."""
+    num_rows = draw(st.integers(0, 4))
+    row_length = draw(st.integers(0, 20))
+    rows = [
+        draw(st.lists(st.sampled_from(alphabet), min_size=row_length, max_size=row_length)) for _ in range(num_rows)
+    ]
+    masks = [draw(st.lists(st.booleans(), min_size=row_length, max_size=row_length)) for _ in range(num_rows)]
+    return rows, masks

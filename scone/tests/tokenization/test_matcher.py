@@ -1,0 +1,205 @@
+"""The laws of matching: longest, causal, incremental as in batch, never across a separator or padding."""
+
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scone.kernels import longest_match
+from scone.tests.tokenization.f_gram_strategies import Case, batches, cases
+from scone.tokenization import matcher as matcher_module
+from scone.tokenization.coverage import match_statistics
+from scone.tokenization.f_gram_vocabulary import FGramVocabulary
+from scone.tokenization.inspection import inspect_tokens
+from scone.tokenization.matcher import Matcher
+from scone.utils.errors import SconeError
+
+
+def as_array(rows: list[list[int]]) -> np.ndarray:
+    return np.array(rows, np.int64).reshape(len(rows), len(rows[0]) if rows else 0)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_match_equals_brute_force(data: st.DataObject) -> None:
+    case = data.draw(cases())
+    rows, masks = data.draw(batches(case.alphabet))
+    matcher = Matcher(case.vocabulary)
+    tokens, mask = as_array(rows), as_array(masks).astype(bool)
+    assert matcher.match(tokens).tolist() == [case.matches(row) for row in rows]
+    assert matcher.match(tokens, mask).tolist() == [case.matches(*pair) for pair in zip(rows, masks, strict=True)]
+    if rows:
+        assert matcher.match(tokens[0]).tolist() == case.matches(rows[0])
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_match_is_causal(data: st.DataObject) -> None:
+    case = data.draw(cases())
+    row = data.draw(st.lists(st.sampled_from(case.alphabet), min_size=1, max_size=40))
+    other = data.draw(st.lists(st.sampled_from(case.alphabet), max_size=40))
+    cut = data.draw(st.integers(0, len(row)))
+    matcher = Matcher(case.vocabulary)
+    changed = matcher.match(np.array(row[:cut] + other, np.int64))
+    assert (changed[:cut] == matcher.match(np.array(row, np.int64))[:cut]).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_incremental_match_equals_batch_match(data: st.DataObject) -> None:
+    case = data.draw(cases())
+    rows, masks = data.draw(batches(case.alphabet))
+    tokens, mask = as_array(rows), as_array(masks).astype(bool)
+    matcher = Matcher(case.vocabulary)
+    whole = matcher.match(tokens)
+    whole_masked = matcher.match(tokens, mask)
+    states = masked_states = np.full(len(tokens), longest_match.FRESH)
+    for position in range(tokens.shape[1]):
+        states = matcher.step(states, tokens[:, position])
+        assert (states == whole[:, position]).all()
+        nodes = matcher.step(masked_states, tokens[:, position], mask[:, position])
+        assert (nodes == whole_masked[:, position]).all()
+        masked_states = np.where(mask[:, position], nodes, longest_match.FRESH)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_match_in_pieces_equals_match_in_one(data: st.DataObject) -> None:
+    case = data.draw(cases())
+    rows, _ = data.draw(batches(case.alphabet))
+    tokens = as_array(rows)
+    cuts = sorted(data.draw(st.lists(st.integers(0, tokens.shape[1]), max_size=4)))
+    matcher = Matcher(case.vocabulary)
+    states = np.full(len(tokens), longest_match.FRESH)
+    pieces = []
+    for piece in np.split(tokens, cuts, axis=1):
+        pieces.append(matcher.match(piece, initial_states=states))
+        states = pieces[-1][:, -1] if piece.shape[1] else states
+    assert (np.concatenate(pieces, axis=1) == matcher.match(tokens)).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_no_match_crosses_a_separator(data: st.DataObject) -> None:
+    case = data.draw(cases())
+    separators = case.vocabulary.separator_ids
+    row = data.draw(st.lists(st.sampled_from(case.alphabet), max_size=40))
+    for position, node in enumerate(Matcher(case.vocabulary).match(np.array(row, np.int64)).tolist()):
+        matched = case.vocabulary.tokens(node)
+        assert matched == tuple(row[position + 1 - len(matched) : position + 1])
+        assert len(matched) == 1 or not set(separators).intersection(matched)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_truncated_vocabulary_matches_as_the_smaller_one_in_one_pass(data: st.DataObject) -> None:
+    case = data.draw(cases())
+    row = data.draw(st.lists(st.sampled_from(case.alphabet), max_size=60))
+    sizes = data.draw(st.lists(st.integers(0, 70), max_size=4))
+    tokens = np.array(row, np.int64)
+    for size, found in zip(sizes, match_statistics(Matcher(case.vocabulary), tokens, sizes), strict=True):
+        smaller = case.vocabulary.truncated(size)
+        lengths = [smaller.length(node) for node in Matcher(smaller).match(tokens).tolist()]
+        matched = [length for length in lengths if length > 1]
+        assert found.num_f_grams == smaller.num_f_grams
+        assert found.num_positions == len(row)
+        assert found.match_rate == (len(matched) / len(row) if row else 0)
+        assert found.mean_match_length == (sum(matched) / len(matched) if matched else 0)
+
+
+def small_matcher() -> Matcher:
+    """f-grams (1, 2), (2, 3), (1, 2, 3) over five tokens; 0 is the separator."""
+    counts = {(1, 2): 5, (2, 3): 5, (1, 2, 3): 4}
+    return Matcher(FGramVocabulary.from_counts(counts, vocab_size=5, separator_ids=[0]))
+
+
+def test_threads_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matcher_module, "TOKENS_PER_THREAD", 16)
+    tokens = np.random.default_rng(0).integers(0, 5, (3, 401))
+    states = [-1, 5, 7]
+    matcher = small_matcher()
+    one = matcher.match(tokens, initial_states=states, num_threads=1)
+    for num_threads in (2, 5):
+        assert (matcher.match(tokens, initial_states=states, num_threads=num_threads) == one).all()
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32, np.int64, np.uint64])
+def test_any_integer_type_is_taken(dtype: type) -> None:
+    matcher = small_matcher()
+    tokens = np.array([[1, 2, 3], [4, 2, 3]], dtype)
+    assert matcher.match(tokens).tolist() == [[1, 5, 7], [4, 2, 6]]
+    assert matcher.match(tokens.tolist(), mask=[[1, 1, 1], [1, 0, 1]]).tolist() == [[1, 5, 7], [4, 2, 3]]
+    assert matcher.step(np.array([5, 5], dtype), tokens[:, 2]).tolist() == [7, 7]
+    assert matcher.match(tokens[0, 1:], initial_states=1).tolist() == [5, 7]
+
+
+@pytest.mark.parametrize("token", [5, -1, 2**40])
+def test_a_foreign_token_is_named(token: int) -> None:
+    matcher = small_matcher()
+    with pytest.raises(SconeError, match=rf"found token {token}; expected 0 … 4 .* has 5 tokens"):
+        matcher.match(np.array([1, 2, token, 3]))
+    with pytest.raises(SconeError, match=rf"found token {token}; expected 0 … 4"):
+        matcher.step([-1, 1], [2, token])
+
+
+def test_wrong_calls_are_refused() -> None:
+    matcher = small_matcher()
+    with pytest.raises(ValueError, match="expected integers"):
+        matcher.match(np.array([1.0, 2.0]))
+    with pytest.raises(ValueError, match=r"expected \[B, T\] or \[T\]"):
+        matcher.match(np.zeros((1, 1, 1), np.int64))
+    with pytest.raises(ValueError, match="mask has shape"):
+        matcher.match(np.array([1, 2]), mask=[1])
+    with pytest.raises(ValueError, match="1 initial states for 2"):
+        matcher.match(np.array([[1], [2]]), initial_states=[-1])
+    for state in (8, -2):
+        with pytest.raises(ValueError, match=f"state {state} is no node"):
+            matcher.step([state], [1])
+        with pytest.raises(ValueError, match=f"state {state} is no node"):
+            matcher.match(np.array([1]), initial_states=state)
+
+
+def test_a_pickled_matcher_matches_alike(tmp_path_factory: pytest.TempPathFactory) -> None:
+    matcher = small_matcher()
+    folder = tmp_path_factory.mktemp("vocabulary")
+    matcher.vocabulary.save(folder)
+    from_file = Matcher(FGramVocabulary.load(folder))
+    tokens = np.array([1, 2, 3, 0, 2, 3])
+    for original in (matcher, from_file):
+        restored = pickle.loads(pickle.dumps(original))
+        assert (restored.match(tokens) == matcher.match(tokens)).all()
+        assert restored.vocabulary.fingerprint == matcher.vocabulary.fingerprint
+        assert not restored.vocabulary.keys.flags.writeable
+
+
+def test_inspection_tells_every_position() -> None:
+    records = inspect_tokens(np.array([4, 1, 2, 3]), small_matcher())
+    assert [(record.token, record.match_length, record.f_gram) for record in records] == [
+        (4, 1, (4,)),
+        (1, 1, (1,)),
+        (2, 2, (1, 2)),
+        (3, 3, (1, 2, 3)),
+    ]
+    assert [(record.position, record.node, record.rank, record.count) for record in records[1:]] == [
+        (1, 1, None, None),
+        (2, 5, 0, 5),
+        (3, 7, 2, 4),
+    ]
+
+
+@settings(max_examples=10, deadline=None)
+@given(cases())
+def test_long_rows_of_every_case_match_alike_from_anywhere(case: Case) -> None:
+    """Blocks, their left context and their borders: rows longer than a block, matched whole and by steps."""
+    random = np.random.default_rng(1)
+    tokens = np.array(case.alphabet)[random.integers(0, len(case.alphabet), (2, longest_match.BLOCK + 30))]
+    matcher = Matcher(case.vocabulary)
+    whole = matcher.match(tokens)
+    states = whole[:, longest_match.BLOCK - 20]
+    for position in range(longest_match.BLOCK - 19, tokens.shape[1]):
+        states = matcher.step(states, tokens[:, position])
+        assert (states == whole[:, position]).all()
