@@ -14,6 +14,7 @@ import numpy as np
 from scone.kernels import ngram_count
 from scone.kernels.ngram_count import NO_ID
 from scone.tokenization.counting_levels import CandidatePool, IdTable, KeySpace, RisingFloor, Survivors
+from scone.tokenization.counting_memory import page_array
 from scone.tokenization.counting_plan import CountingPlan
 from scone.tokenization.counting_store import BlockStore, FileStore, MemoryStore, Piece, block_length
 from scone.tokenization.counting_tokens import TokenStream
@@ -87,6 +88,8 @@ class CountEngine:
 
     def count(self, journal: CountJournal, folder: Path | None) -> tuple[np.ndarray, list[Survivors]]:
         """Tokens by id uint32 [K], and what survived of lengths 2 … N (fewer where nothing is left to extend)."""
+        if not self._stream.num_positions or self._max_f_grams == 0:
+            return np.empty(0, np.uint32), []
         store: BlockStore = FileStore(self._plan, folder) if self._plan.on_disk and folder else MemoryStore(self._plan)
         levels: list[Survivors] = []
         if self._plan.token_table:
@@ -241,11 +244,15 @@ class CountEngine:
             saved = journal.group(length, first)
             if saved is not None:
                 pool.add(*saved)
+                self._bar.update(size)
+            elif self._plan.on_disk:
+                of_group = CandidatePool(floor, self._max_f_grams if length > 1 else None)
+                self._count_group(length, first, last, space, store, of_group)
+                found = (*of_group.take(), of_group.num_candidates)
+                journal.save_group(length, first, *found)
+                pool.add(*found, raise_floor=False)
             else:
-                found = self._count_group(length, first, last, space, store, pool)
-                if self._plan.on_disk:
-                    journal.save_group(length, first, *found)
-            self._bar.update(size if saved is not None else 0)
+                self._count_group(length, first, last, space, store, pool)
             first = last
         self._local = threading.local()
         used_floor = floor.value
@@ -255,14 +262,13 @@ class CountEngine:
 
     def _count_group(
         self, length: int, first: int, last: int, space: KeySpace, store: BlockStore, pool: CandidatePool
-    ) -> tuple[np.ndarray, np.ndarray, int]:
-        """Count partitions ``first:last`` into the pool; also returns what it found."""
-        found: list[tuple[np.ndarray, np.ndarray, int]] = []
+    ) -> None:
+        """Count partitions ``first:last`` into the pool."""
 
         def count(piece: Piece, row: int) -> int:
             table, distinct = self._fresh_table(space.dtype), 0
             table, distinct = self._add_to_table(piece, row, table, distinct)
-            found.append(self._collect(piece.first + row, table, distinct, space, pool))
+            self._collect(piece.first + row, table, distinct, space, pool)
             return int((piece.stops[row] - piece.starts[row]).sum())
 
         table, distinct = None, 0
@@ -274,12 +280,7 @@ class CountEngine:
                 table, distinct = self._add_to_table(piece, 0, table, distinct)
                 self._bar.update(len(piece.remainders))
         if table is not None:
-            found.append(self._collect(first, table, distinct, space, pool))
-        return (
-            np.concatenate([keys for keys, _, _ in found]),
-            np.concatenate([counts for _, counts, _ in found]),
-            sum(number for _, _, number in found),
-        )
+            self._collect(first, table, distinct, space, pool)
 
     def _fresh_table(self, dtype: np.dtype) -> np.ndarray:
         """This thread's table, emptied; it has grown to the size that the level's partitions need."""
@@ -296,15 +297,12 @@ class CountEngine:
         self._local.table = table
         return table, distinct
 
-    def _collect(
-        self, partition: int, table: np.ndarray, distinct: int, space: KeySpace, pool: CandidatePool
-    ) -> tuple[np.ndarray, np.ndarray, int]:
+    def _collect(self, partition: int, table: np.ndarray, distinct: int, space: KeySpace, pool: CandidatePool) -> None:
         remainders, counts = ngram_count.collect_counts(table, pool.floor)
         keys = ngram_count.keys_of_remainders(
             remainders, partition, space.inverse, space.key_bits, space.remainder_bits
         )
         pool.add(keys, counts, distinct)
-        return keys, counts, distinct
 
     # Threads
 
@@ -315,7 +313,7 @@ class CountEngine:
         """uint32 [size] of this thread, the same memory for every block."""
         buffer = getattr(self._local, name, None)
         if buffer is None:
-            buffer = np.empty(self._plan.block_positions, np.uint32)
+            buffer = page_array(self._plan.block_positions, np.uint32)
             setattr(self._local, name, buffer)
         return buffer[:size]
 
@@ -343,10 +341,10 @@ class CountEngine:
 
 def _groups(sizes: np.ndarray, space: KeySpace, plan: CountingPlan) -> Iterable[tuple[int, int]]:
     """Ends and sizes of runs of neighbouring partitions that are in memory together."""
-    total = 0
+    total, first = 0, 0
     for partition, size in enumerate(sizes.tolist()):
-        if total and (total + size) * space.dtype.itemsize > plan.group_bytes:
+        if partition > first and (total + size) * space.dtype.itemsize > plan.group_bytes:
             yield partition, total
-            total = 0
+            total, first = 0, partition
         total += size
     yield len(sizes), total

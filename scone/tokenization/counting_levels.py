@@ -8,11 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from scone.kernels import ngram_count
+from scone.tokenization.counting_memory import page_array
 from scone.tokenization.counting_plan import CountingPlan
 
 _HISTOGRAM_SIZE = (
     1 << 12
 )  # counts above are taken as this: the floor that is used while counting is then lower, never wrong
+_POOL_SLACK = 1 << 12  # candidates beyond 2 S before a pool is cut back, so that small S does not cut all the time
 
 
 @dataclass(frozen=True)
@@ -114,14 +116,18 @@ class CandidatePool:
         """The fewest occurrences that are worth adding now."""
         return self._floor.value
 
-    def add(self, keys: np.ndarray, counts: np.ndarray, num_candidates: int) -> None:
-        """Add ``keys`` with ``counts``, found among ``num_candidates`` different n-grams."""
-        self._floor.add(counts)
+    def add(self, keys: np.ndarray, counts: np.ndarray, num_candidates: int, raise_floor: bool = True) -> None:
+        """Add ``keys`` with ``counts``, found among ``num_candidates`` different n-grams.
+
+        ``raise_floor`` is False for what another pool of the same floor has seen already.
+        """
+        if raise_floor:
+            self._floor.add(counts)
         with self._lock:
             self.num_candidates += num_candidates
             self._pieces.append((keys, counts))
             self._size += len(keys)
-            if self._max_f_grams is not None and self._size > 2 * self._max_f_grams + (1 << 16):
+            if self._max_f_grams is not None and self._size > 2 * self._max_f_grams + _POOL_SLACK:
                 self._compact()
 
     def _compact(self) -> None:
@@ -175,7 +181,7 @@ class IdTable:
         sizes = np.bincount((shuffled >> np.uint64(space.remainder_bits)).astype(np.int64), minlength=1)
         slot_bits = max(1, int(2 * sizes.max() - 1).bit_length() if len(keys) else 1)
         slots = space.num_partitions << slot_bits
-        table = cls(slot_bits, np.empty(slots, space.dtype), np.empty(slots, np.uint32))
+        table = cls(slot_bits, page_array(slots, space.dtype), page_array(slots, np.uint32))
         ngram_count.build_id_table(
             keys, space.multiplier, space.key_bits, space.remainder_bits, slot_bits, table.remainders, table.ids
         )

@@ -14,6 +14,7 @@ _MAX_PARTITION_BITS = 15  # a partition is named by 16 bits, of which one value 
 _WIDE_PARTITION_BITS = 12  # up to here a level may take more partitions than planned to keep remainders at 32 bits
 _MIN_BLOCK_POSITIONS = 256
 _MAX_BLOCK_POSITIONS = 1 << 22
+_LEAST_IN_MEMORY_BLOCK = 1 << 18  # below this, files with larger blocks are faster
 _POSITIONS_PER_PARTITION = 1 << 18  # about 50,000 different n-grams of real text: a table that fits in an L2 cache
 # One surviving n-gram at the worst moment: the pool of candidates twice over (32), a sorted copy (24), its place in the
 # ranking (16) and in the vocabulary that is being built (40); and, for each level that is full, its key and count (16).
@@ -117,12 +118,15 @@ def _cut(num_positions: int, threads: int, buffer_bytes: int, remainder_bytes: i
     partition_bits = min(partition_bits, _MAX_PARTITION_BITS)
     table_bytes = threads * table_entry_bytes * (num_positions >> partition_bits)
     scratch_bytes = max(threads * in_memory_block * 8, table_bytes)
+    while num_positions * stored_bytes + scratch_bytes > buffer_bytes and in_memory_block > _LEAST_IN_MEMORY_BLOCK:
+        in_memory_block //= 2
+        scratch_bytes = max(threads * in_memory_block * 8, table_bytes)
     on_disk = num_positions * stored_bytes + scratch_bytes > buffer_bytes
     block_positions = in_memory_block
     if on_disk:
         # a thread that advances a block holds it as it was and as it becomes, and two arrays of ids
         fitting = buffer_bytes // (threads * (2 * stored_bytes + 8))
-        block_positions = max(_MIN_BLOCK_POSITIONS, min(fitting, in_memory_block))
+        block_positions = max(_MIN_BLOCK_POSITIONS, min(fitting, _MAX_BLOCK_POSITIONS, -(-num_positions // threads)))
     group_bytes = max(buffer_bytes - table_bytes, block_positions * remainder_bytes) if on_disk else 1 << 62
     return CountingPlan(
         num_positions, threads, on_disk, block_positions, partition_bits, remainder_bytes, group_bytes, token_table

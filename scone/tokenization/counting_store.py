@@ -12,6 +12,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 
 from scone.kernels import ngram_count
+from scone.tokenization.counting_memory import page_array
 from scone.tokenization.counting_plan import CountingPlan
 
 _MAGIC = 0x53434F4E45424C4B
@@ -81,8 +82,8 @@ class MemoryStore:
 
     def __init__(self, plan: CountingPlan) -> None:
         self._plan = plan
-        self._parts = np.empty(plan.num_positions, np.uint16)
-        self._bytes = np.empty(plan.num_positions * plan.remainder_bytes, np.uint8)
+        self._parts = page_array(plan.num_positions, np.uint16)
+        self._bytes = page_array(plan.num_positions * plan.remainder_bytes, np.uint8)
         self._offsets: list[np.ndarray] = [np.zeros(1, np.int64)] * plan.num_blocks
         self._levels = [0] * plan.num_blocks
 
@@ -184,7 +185,7 @@ class FileStore:
         buffer = getattr(self._buffers, name, None)
         if buffer is None:
             item_bytes = 2 if dtype.itemsize == 2 else self._plan.remainder_bytes
-            buffer = np.empty(self._plan.block_positions * item_bytes, np.uint8)
+            buffer = page_array(self._plan.block_positions * item_bytes, np.uint8)
             setattr(self._buffers, name, buffer)
         return buffer[: length * dtype.itemsize].view(dtype)
 
@@ -253,7 +254,7 @@ class FileStore:
     ) -> Piece:
         lengths = offsets[:, -1] - offsets[:, 0]
         ends = np.cumsum(lengths)
-        flat = np.empty(int(ends[-1]), dtype)
+        flat = page_array(int(ends[-1]), dtype)
         for row, (length, end) in enumerate(zip(lengths.tolist(), ends.tolist(), strict=True)):
             at = 8 * (_HEADER_WORDS + num_partitions + 1) + int(offsets[row, 0]) * dtype.itemsize
             with self._path(level, first_block + row).open("rb", buffering=0) as file:
