@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from scone.inference.stores.base import RowStore, StoreMemory
-from scone.inference.stores.mmap import MmapStore
-from scone.inference.stores.ram import RamStore
-from scone.inference.table_format import TableFile, TableLayout
+from scone.inference.stores.placement import open_store
+from scone.inference.table_format import TableFile
 from scone.utils.errors import SconeError
 from scone.utils.text import human_bytes
 
@@ -24,12 +23,13 @@ class EmbeddingTable:
     Attributes: ``num_rows`` (S), ``width`` (D), ``layout`` (the header), ``store``, ``path``, ``device``.
     """
 
-    def __init__(self, layout: TableLayout, store: RowStore, path: Path, device: torch.device) -> None:
-        self.layout = layout
-        self.num_rows = layout.num_rows
-        self.width = layout.row_format.width
+    def __init__(self, file: TableFile, store: RowStore, device: torch.device) -> None:
+        self._file = file
+        self.layout = file.layout
+        self.num_rows = file.layout.num_rows
+        self.width = file.layout.row_format.width
         self.store = store
-        self.path = path
+        self.path = file.path
         self.device = device
 
     @classmethod
@@ -59,11 +59,11 @@ class EmbeddingTable:
         """
         file = TableFile(path, expected_fingerprints)
         try:
-            store = _open_store(file, placement, torch.device(device), num_threads)
+            store = open_store(file, placement, torch.device(device), num_threads)
         except BaseException:
             file.close()
             raise
-        return cls(file.layout, store, file.path, torch.device(device))
+        return cls(file, store, torch.device(device))
 
     @property
     def row_type(self) -> str:
@@ -95,7 +95,7 @@ class EmbeddingTable:
         if self.device.type != "cpu" or dtype == self.layout.row_format.float_dtype != torch.float32:
             if out is not None:
                 raise ValueError("out is for float32 rows on the CPU")
-            return self.layout.row_format.decode(self.store.raw_rows(wanted).to(self.device), dtype)
+            return self.layout.row_format.decode(self.store.raw_rows(wanted, self.device), dtype)
         if out is None:
             out = torch.empty(len(wanted), self.width)
         elif out.shape != (len(wanted), self.width) or out.dtype != torch.float32 or not out.is_contiguous():
@@ -140,6 +140,7 @@ class EmbeddingTable:
     def close(self) -> None:
         """Release files, memory and threads."""
         self.store.close()
+        self._file.close()
 
     def __enter__(self) -> EmbeddingTable:
         return self
@@ -148,13 +149,3 @@ class EmbeddingTable:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _open_store(file: TableFile, placement: str, device: torch.device, num_threads: int | None) -> RowStore:
-    if placement == "ram":
-        store = RamStore(file, num_threads=num_threads)
-        file.close()  # everything is in memory; the file may now change
-        return store
-    if placement == "mmap":
-        return MmapStore(file, num_threads)
-    raise SconeError(f"found placement {placement!r}; expected ram, mmap, direct or tiers such as gpu:N,ram:M,disk")

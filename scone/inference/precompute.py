@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from scone.inference.row_types import RowFormat
-from scone.inference.table_format import TableFile, TableLayout
+from scone.inference.table_format import FINGERPRINT_NAMES, TableLayout, layout_in_the_way
 from scone.inference.table_writer import TablePlan, TableWriter, remove_unfinished
 from scone.utils.errors import SconeError
 from scone.utils.progress import progress
@@ -32,6 +33,7 @@ class Vocabulary(Protocol):
 
     vocab_size: int
     num_f_grams: int
+    tokenizer_fingerprint: str
 
     def depth_first_order(self) -> np.ndarray:
         """All ranks, int64 [S]: every f-gram directly after its prefix's other descendants."""
@@ -109,28 +111,20 @@ def precompute_table(
 
 def _plan(model: RowModel, row_type: str, group_size: int | None, chunk_rows: int, compute_dtype: str) -> TablePlan:
     vocabulary: Vocabulary = model.vocabulary
-    fingerprints = {"tokenizer": getattr(vocabulary, "tokenizer_fingerprint", "")} | model.table_fingerprints()
+    known = {"tokenizer": vocabulary.tokenizer_fingerprint} | model.table_fingerprints()
+    fingerprints = {name: known.get(name, "") for name in FINGERPRINT_NAMES}
     width = model.embed_nodes(torch.zeros(1, dtype=torch.int64)).shape[1]
-    layout = TableLayout(vocabulary.num_f_grams, RowFormat.of(row_type, width, group_size), fingerprints)
-    settings = {"chunk_rows": chunk_rows, "compute_dtype": compute_dtype}
-    return TablePlan(layout, -(-vocabulary.num_f_grams // chunk_rows), settings)
+    row_format = RowFormat.of(row_type, width, group_size)
+    layout = TableLayout(vocabulary.num_f_grams, row_format, fingerprints, compute_dtype)
+    return TablePlan(layout, -(-vocabulary.num_f_grams // chunk_rows), {"chunk_rows": chunk_rows})
 
 
 def _is_complete(path: Path, plan: TablePlan, say: Callable[[str], None]) -> bool:
     """Whether the wanted table is already there. Raises SconeError when something that is no table is in its place."""
-    if not path.exists():
+    found = layout_in_the_way(path)
+    if found is None:
         return False
-    try:
-        with TableFile(path) as file:
-            found = file.layout
-    except SconeError as error:
-        raise SconeError(f"found {path} in the way: {error}; delete it, or choose another output path") from error
-    wanted = plan.layout
-    if (found.num_rows, found.row_format, dict(found.fingerprints)) == (
-        wanted.num_rows,
-        wanted.row_format,
-        {name: wanted.fingerprints.get(name, "") for name in found.fingerprints},
-    ):
+    if found == replace(plan.layout, rows_checksum=found.rows_checksum):
         say(f"{path} is complete already")
         return True
     say(f"{path} holds a table of another model or row type; it is replaced once the new one is complete")

@@ -85,14 +85,14 @@ class RowFormat:
 
     def _quantise(self, rows: Tensor) -> np.ndarray:
         n, low_high = len(rows), _CODES[self.row_type]
-        padded = torch.zeros(n, self.num_groups * self.group_size, dtype=torch.float64)
-        padded[:, : self.width] = rows
+        padded_width = self.num_groups * self.group_size
+        padded = torch.nn.functional.pad(rows.double(), (0, padded_width - self.width))
         groups = padded.view(n, self.num_groups, self.group_size)
         scales = _scales(groups, *low_high)
         # In float64 the quotient of a float32 and a bfloat16 is never rounded onto or across a tie.
         divisor = torch.where(scales == 0, 1.0, scales.double()).unsqueeze(2)
-        codes = (groups / divisor).round_().clamp_(*low_high).to(torch.int8).view(n, -1)[:, : self.width]
-        scale_bytes = scales.to(torch.bfloat16).view(torch.uint8).reshape(n, -1)
+        codes = (groups / divisor).round_().clamp_(*low_high).to(torch.int8).view(n, padded_width)[:, : self.width]
+        scale_bytes = scales.to(torch.bfloat16).view(torch.uint8).view(n, 2 * self.num_groups)
         if self.row_type == "int4":
             if self.width % 2:
                 codes = torch.nn.functional.pad(codes, (0, 1))
@@ -110,19 +110,22 @@ class RowFormat:
         n = len(raw)
         if self.float_dtype is not None:
             return raw.contiguous().view(self.float_dtype).view(n, self.width).to(dtype)
-        cut = 2 * self.num_groups
-        scales = raw[:, :cut].contiguous().view(torch.bfloat16).float()
-        codes = raw[:, cut:]
+        codes = raw[:, 2 * self.num_groups :]
         if self.row_type == "int8":
             values = codes.contiguous().view(torch.int8)
         else:
-            nibbles = torch.stack([codes & 15, codes >> 4], dim=2).view(n, -1)[:, : self.width]
+            nibbles = torch.stack([codes & 15, codes >> 4], dim=2).flatten(1)[:, : self.width]
             values = (nibbles ^ 8).to(torch.int8) - 8
-        return (values.float() * scales.repeat_interleave(self.group_size, dim=1)[:, : self.width]).to(dtype)
+        return (values.float() * self._scales_of(raw)).to(dtype)
 
     def steps(self, raw: Tensor) -> Tensor:
         """The step |scale| that each quantised number was rounded to: uint8 [n, row_bytes] → float32 [n, D]."""
-        scales = raw[:, : 2 * self.num_groups].contiguous().view(torch.bfloat16).float().abs()
+        return self._scales_of(raw).abs()
+
+    def _scales_of(self, raw: Tensor) -> Tensor:
+        """The scale of every number: float32 [n, D]."""
+        scale_bytes = raw[:, : 2 * self.num_groups].clone(memory_format=torch.contiguous_format)
+        scales = scale_bytes.view(torch.bfloat16).float()
         return scales.repeat_interleave(self.group_size, dim=1)[:, : self.width]
 
 

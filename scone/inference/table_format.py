@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ _NUMBERS = ("format_version", "num_rows", "width", "row_bytes", "group_size", "c
 class TableLayout:
     """Everything that a table's header says.
 
+    ``compute_dtype``: precision that the rows were computed in, before they were stored as ``row_format`` says.
     ``fingerprints``: hex digests of what the rows were made from (``weights``, ``vocabulary``, ``tokenizer``), "" where
     unknown. ``rows_checksum``: SHA-256 (hex) of the chunk checksums, which are SHA-256 of ``checksum_rows`` rows each.
     """
@@ -36,6 +38,7 @@ class TableLayout:
     num_rows: int
     row_format: RowFormat
     fingerprints: Mapping[str, str] = field(default_factory=dict)
+    compute_dtype: str = "fp32"
     rows_checksum: str = "0" * (2 * DIGEST_BYTES)
 
     @property
@@ -86,6 +89,7 @@ class TableLayout:
             "width": str(self.row_format.width),
             "row_bytes": str(self.row_bytes),
             "group_size": str(self.row_format.group_size),
+            "compute_dtype": self.compute_dtype,
             "checksum_rows": str(self.checksum_rows),
             "rows_checksum": self.rows_checksum,
         }
@@ -120,7 +124,7 @@ class TableFile:
         """Raises SconeError when the file is missing, damaged, foreign, of a newer version, or of another model."""
         self.path = Path(path)
         try:
-            self.descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            self.descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
             raise SconeError(
                 f"cannot open the embedding table {self.path}: {error.strerror}; "
@@ -188,6 +192,20 @@ class TableFile:
         self.close()
 
 
+def layout_in_the_way(path: Path) -> TableLayout | None:
+    """The header of the table that a new one at ``path`` would replace; None where there is nothing.
+
+    Raises SconeError when there is something that is no sound table: it is the user's to delete.
+    """
+    if not path.exists():
+        return None
+    try:
+        with TableFile(path) as file:
+            return file.layout
+    except SconeError as error:
+        raise SconeError(f"found {path} in the way: {error}; delete it, or choose another output path") from error
+
+
 def damaged(path: Path, what: str) -> SconeError:
     """The error for a file that does not say what its writer wrote."""
     return SconeError(f"the embedding table {path} is damaged: {what}; expected an unchanged file; make it again")
@@ -205,7 +223,10 @@ def check_fingerprints(path: Path, found: Mapping[str, str], expected: Mapping[s
 
 
 def _read_layout(descriptor: int, path: Path) -> TableLayout:
-    size = os.fstat(descriptor).st_size
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        raise _foreign(path, "it is no file")
+    size = status.st_size
     first = os.pread(descriptor, 8, 0)
     length = struct.unpack("<Q", first)[0] if len(first) == 8 else 0
     if not 2 <= length <= min(_MAX_HEADER_BYTES, size - 8):
@@ -246,7 +267,11 @@ def _layout_from_metadata(metadata: Mapping[str, Any], path: Path) -> TableLayou
         raise damaged(path, f"its header gives row type {row_type!r}, width {width} and group size {group_size}")
     fingerprints = {name: stored.get(f"{name}_fingerprint", "") for name in FINGERPRINT_NAMES}
     return TableLayout(
-        numbers["num_rows"], RowFormat(row_type, width, group_size), fingerprints, str(stored.get("rows_checksum"))
+        numbers["num_rows"],
+        RowFormat(row_type, width, group_size),
+        fingerprints,
+        str(stored.get("compute_dtype")),
+        str(stored.get("rows_checksum")),
     )
 
 

@@ -35,7 +35,7 @@ class TablePlan:
     """What a table will be and how it is cut into chunks; a restart goes on only where the plan is the same.
 
     ``num_chunks``: units of work, numbered from 0; which rows a chunk has is the producer's business.
-    ``settings``: whatever else the bytes depend on (chunk size, computing type …), as JSON values.
+    ``settings``: whatever else the bytes depend on (chunk size, source …), as JSON values.
     """
 
     layout: TableLayout
@@ -50,6 +50,7 @@ class TablePlan:
             "width": row.width,
             "row_type": row.row_type,
             "group_size": row.group_size,
+            "compute_dtype": self.layout.compute_dtype,
             "fingerprints": dict(self.layout.fingerprints),
             "num_chunks": self.num_chunks,
             "settings": self.settings,
@@ -100,6 +101,8 @@ class TableWriter:
                     ready = self._prepare(alone)
                 except BaseException:
                     os.close(lock)
+                    if not (self.folder / "plan.json").exists():
+                        shutil.rmtree(self.folder, ignore_errors=True)  # nothing was begun, so nothing is left behind
                     raise
                 fcntl.flock(lock, fcntl.LOCK_SH)
                 # Changing the kind of lock lets others in for a moment, so what they may have done is looked at again.

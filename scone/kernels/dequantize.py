@@ -65,15 +65,24 @@ def gather_rows(
     (team or _ALONE).run(work, len(offsets), len(offsets) * out.shape[1] * out.itemsize)
 
 
-def gather_bytes(source: np.ndarray, offsets: np.ndarray, out: np.ndarray, team: ThreadTeam | None = None) -> None:
-    """Copy the row that starts at ``source[offsets[i]]`` to ``out[i]`` (uint8 [n, row_bytes]) as it is stored.
+def gather_bytes(
+    source: np.ndarray,
+    offsets: np.ndarray,
+    out: np.ndarray,
+    targets: np.ndarray | None = None,
+    team: ThreadTeam | None = None,
+) -> None:
+    """The same without decoding: ``out`` is uint8 [m, row_bytes].
 
-    Slow equal: ``np.stack([source[at : at + row_bytes] for at in offsets])``.
+    Slow equal: ``out[targets] = np.stack([source[at : at + row_bytes] for at in offsets])``.
     """
+    where = np.arange(len(offsets), dtype=np.int64) if targets is None else targets
     source = _read_only(source)
-    (team or _ALONE).run(
-        lambda low, high: _copy_rows(source, offsets[low:high], out[low:high]), len(offsets), out.nbytes
-    )
+
+    def work(low: int, high: int) -> None:
+        _copy_rows(source, offsets[low:high], where[low:high], out)
+
+    (team or _ALONE).run(work, len(offsets), len(offsets) * out.shape[1])
 
 
 def _read_only(source: np.ndarray) -> np.ndarray:
@@ -87,9 +96,9 @@ _ALONE = ThreadTeam(1)
 
 
 @njit(cache=True, nogil=True)
-def _copy_rows(source, offsets, out):  # type: ignore[no-untyped-def]
+def _copy_rows(source, offsets, targets, out):  # type: ignore[no-untyped-def]
     for i in range(len(offsets)):
-        out[i, :] = source[offsets[i] : offsets[i] + out.shape[1]]
+        out[targets[i], :] = source[offsets[i] : offsets[i] + out.shape[1]]
 
 
 # Numba on CPUs knows neither float16 nor bfloat16, so numbers are built from their bits: `bits` is `out`

@@ -63,13 +63,19 @@ class RowStore(ABC):
             row = self.row_format
             gather_rows(source, offsets, out, row.row_type, row.group_size, targets, self._team)
 
-    def raw_rows(self, ranks: np.ndarray) -> Tensor:
-        """The rows as they are stored, not decoded: uint8 [n, row_bytes], on the CPU."""
-        out = np.empty((len(ranks), self.row_format.row_bytes), dtype=np.uint8)
-        if len(ranks):
-            with self.located(ranks) as (source, offsets):
-                gather_bytes(source, offsets, out, self._team)
-        return torch.from_numpy(out)
+    def raw_rows_into(self, ranks: np.ndarray, out: np.ndarray, targets: np.ndarray | None = None) -> None:
+        """As `rows_into`, but the rows stay as they are stored; ``out``: uint8 [m, row_bytes]."""
+        if not len(ranks):
+            return
+        with self.located(ranks) as (source, offsets):
+            gather_bytes(source, offsets, out, targets, self._team)
+
+    def raw_rows(self, ranks: np.ndarray, device: torch.device | None = None) -> Tensor:
+        """The rows as they are stored: uint8 [n, row_bytes] on ``device`` (None: the CPU)."""
+        pinned = device is not None and device.type == "cuda"  # so that copying need not wait for the accelerator
+        out = torch.empty(len(ranks), self.row_format.row_bytes, dtype=torch.uint8, pin_memory=pinned)
+        self.raw_rows_into(ranks, out.numpy())
+        return out.to(device or "cpu", non_blocking=pinned)
 
     def prefetch(self, ranks: np.ndarray) -> None:
         """Start reading these rows in the background, so that a later `rows_into` waits less (default: nothing)."""

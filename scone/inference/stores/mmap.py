@@ -27,6 +27,7 @@ class MmapStore(RowStore):
     def located(self, ranks: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         self._file.check_unchanged()
         yield self._bytes, ranks * self.row_format.row_bytes + self._file.data_start
+        self._file.check_unchanged()
 
     def prefetch(self, ranks: np.ndarray) -> None:
         """Ask the system to read the pages of these rows; it returns at once and reads in the background."""
@@ -51,4 +52,3 @@ class MmapStore(RowStore):
         super().close()
         self._bytes = np.empty(0, dtype=np.uint8)
         self._map.close()
-        self._file.close()

@@ -17,17 +17,20 @@ from scone.utils.text import human_bytes
 
 
 class RamStore(RowStore):
-    """The first ``num_rows`` rows (all by default), copied to memory and checked while they are read."""
+    """``num_rows`` rows (default: the rest) from ``first_row`` on, copied to memory and checked while they are read."""
 
-    def __init__(self, file: TableFile, num_rows: int | None = None, num_threads: int | None = None) -> None:
+    def __init__(
+        self, file: TableFile, first_row: int = 0, num_rows: int | None = None, num_threads: int | None = None
+    ) -> None:
         """Raises SconeError: a chunk does not fit its checksum, the memory is not there, the disk fails."""
         super().__init__(file.layout.row_format, num_threads)
-        self.num_rows = file.layout.num_rows if num_rows is None else min(num_rows, file.layout.num_rows)
-        self._bytes = load_rows(file, self.num_rows, self._team.num_threads)
+        self.first_row = first_row
+        self.num_rows = file.layout.num_rows - first_row if num_rows is None else num_rows
+        self._bytes = load_rows(file, first_row, self.num_rows, self._team.num_threads)
 
     @contextmanager
     def located(self, ranks: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        yield self._bytes, ranks * self.row_format.row_bytes
+        yield self._bytes, (ranks - self.first_row) * self.row_format.row_bytes
 
     @property
     def memory(self) -> StoreMemory:
@@ -41,13 +44,13 @@ class RamStore(RowStore):
         self._bytes = np.empty(0, dtype=np.uint8)
 
 
-def load_rows(file: TableFile, num_rows: int, num_threads: int) -> np.ndarray:
-    """The bytes of the first ``num_rows`` rows, uint8 [num_rows · row_bytes], checked chunk by chunk.
+def load_rows(file: TableFile, first_row: int, num_rows: int, num_threads: int) -> np.ndarray:
+    """The bytes of ``num_rows`` rows from ``first_row`` on, uint8 [num_rows · row_bytes], checked chunk by chunk.
 
     Raises SconeError: a chunk does not fit its checksum, the memory is not there, the disk fails.
     """
     layout, checksums = file.layout, file.checksums()
-    size = num_rows * layout.row_bytes
+    size, start = num_rows * layout.row_bytes, first_row * layout.row_bytes
     try:
         rows = np.empty(size, dtype=np.uint8)
     except MemoryError as error:
@@ -55,23 +58,42 @@ def load_rows(file: TableFile, num_rows: int, num_threads: int) -> np.ndarray:
             f"found too little memory for {human_bytes(size)} of table rows; "
             "use placement mmap or direct, or fewer rows in RAM"
         ) from error
-    span = layout.checksum_rows * layout.row_bytes
-    view = rows.data
+    span, view = layout.checksum_rows * layout.row_bytes, rows.data
 
     def load(chunk: int) -> None:
-        low, high = chunk * span, min((chunk + 1) * span, size)
-        read_into(file, file.data_start + low, view[low:high])
-        digest = hashlib.sha256(view[low:high])
-        chunk_end = min((chunk + 1) * span, layout.payload_bytes)
-        digest.update(file.read(file.data_start + high, chunk_end - high))  # the rest of a chunk that is cut
+        chunk_low, chunk_high = chunk * span, min((chunk + 1) * span, layout.payload_bytes)
+        low, high = max(chunk_low, start), min(chunk_high, start + size)
+        read_into(file, file.data_start + low, view[low - start : high - start])
+        # A chunk is checked whole, also where only a part of it is wanted.
+        digest = hashlib.sha256(file.read(file.data_start + chunk_low, low - chunk_low))
+        digest.update(view[low - start : high - start])
+        digest.update(file.read(file.data_start + high, chunk_high - high))
         if digest.digest() != checksums[chunk]:
-            raise damaged(file.path, f"rows from {chunk * layout.checksum_rows:,} on do not fit their checksum")
+            raise _damaged_rows(file, chunk * layout.checksum_rows)
 
+    chunks = range(start // span, -(-(start + size) // span)) if size else ()
     with ThreadPoolExecutor(num_threads) as pool:
-        for _ in pool.map(load, range(-(-size // span) if size else 0)):
+        for _ in pool.map(load, chunks):
             pass
     file.check_unchanged()
     return rows
+
+
+def check_chunk(file: TableFile, chunk: int, checksum: bytes) -> None:
+    """Read a chunk of rows and compare its checksum. Raises SconeError when it differs."""
+    layout = file.layout
+    first = chunk * layout.checksum_rows
+    rows = file.read(
+        file.data_start + first * layout.row_bytes,
+        min(layout.checksum_rows, layout.num_rows - first) * layout.row_bytes,
+    )
+    if hashlib.sha256(rows).digest() != checksum:
+        raise _damaged_rows(file, first)
+
+
+def _damaged_rows(file: TableFile, first: int) -> SconeError:
+    last = min(first + file.layout.checksum_rows, file.layout.num_rows) - 1
+    return damaged(file.path, f"rows {first:,} to {last:,} do not fit their checksum")
 
 
 def read_into(file: TableFile, offset: int, target: memoryview) -> None:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from scone.inference.row_types import RowFormat
 from scone.inference.table_format import TableLayout
 from scone.inference.table_writer import TablePlan, TableWriter
-from scone.models.language_model import SconeForCausalLM
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
+
+if TYPE_CHECKING:
+    from scone.models.language_model import SconeForCausalLM
 
 VOCAB_SIZE = 23
 
@@ -38,6 +40,10 @@ def _zipf(size: int) -> np.ndarray:
 
 def small_model(f_gram_model: bool = True, learned_rows: int = 40, seed: int = 0) -> SconeForCausalLM:
     """A 2-layer, 32-wide SCONE whose corrections are far from zero, as after training."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from scone.models.language_model import SconeForCausalLM
+
     torch.manual_seed(seed)
     trunk = GPT2LMHeadModel(
         GPT2Config(
@@ -52,6 +58,25 @@ def small_model(f_gram_model: bool = True, learned_rows: int = 40, seed: int = 0
         for parameter in model.f_gram_embedding.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.3)
     return model.eval()
+
+
+class TokenSums:
+    """A model without PyTorch modules, for processes that must start fast: e(node) mixes a sum of token vectors."""
+
+    def __init__(self) -> None:
+        self.vocabulary = small_vocabulary()
+        random = torch.Generator().manual_seed(0)
+        self._tokens = torch.randn(VOCAB_SIZE, 256, generator=random)
+        self._mixing = torch.randn(256, 32, generator=random)
+
+    def embed_nodes(self, nodes: torch.Tensor) -> torch.Tensor:
+        """float32 [n, 32]."""
+        sums = torch.stack([self._tokens[list(self.vocabulary.tokens(node))].sum(0) for node in nodes.tolist()])
+        return sums @ self._mixing
+
+    def table_fingerprints(self) -> dict[str, str]:
+        """Of the vocabulary alone."""
+        return {"vocabulary": self.vocabulary.fingerprint}
 
 
 def write_table(

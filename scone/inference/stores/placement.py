@@ -1,0 +1,91 @@
+"""Placements: what a user writes for where rows are kept, and the store that it means."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from scone.inference.stores.base import RowStore
+from scone.inference.stores.device import DeviceStore
+from scone.inference.stores.direct import DirectStore
+from scone.inference.stores.mmap import MmapStore
+from scone.inference.stores.ram import RamStore
+from scone.inference.stores.tiered import TieredStore
+from scone.inference.table_format import TableFile
+from scone.utils.errors import SconeError
+from scone.utils.text import parse_bytes
+
+_KINDS = {"gpu": "gpu", "ram": "ram", "mmap": "mmap", "direct": "direct", "disk": "direct"}
+_COUNT_UNITS = {"k": 10**3, "m": 10**6, "g": 10**9}
+
+
+@dataclass(frozen=True)
+class Tier:
+    """``num_rows`` rows from ``first_row`` on are kept as ``kind`` says: gpu, ram, mmap or direct."""
+
+    kind: str
+    first_row: int
+    num_rows: int
+
+
+def parse_placement(text: str, num_rows: int, row_bytes: int) -> list[Tier]:
+    """Turn a placement into tiers that cover all rows of a table.
+
+    ``ram``, ``mmap``, ``direct`` (or ``disk``) and ``gpu`` alone hold everything. A list gives each place but the last
+    its number of rows, in order of rank: ``gpu:100k,ram:2M,disk``. k, M and G are thousands, millions and billions of
+    rows; with B they are bytes (``ram:4GiB``). Tiers that are left without rows are dropped. Raises SconeError.
+    """
+    tiers: list[Tier] = []
+    first = 0
+    places = [place.strip() for place in text.split(",")]
+    for number, place in enumerate(places):
+        name, colon, size = place.partition(":")
+        is_last = number == len(places) - 1
+        if name not in _KINDS or bool(colon) == is_last:
+            raise SconeError(
+                f"found placement {text!r}; expected ram, mmap, direct, gpu, or tiers with sizes but for the last; "
+                "write for example ram, or gpu:100k,ram:2M,disk"
+            )
+        count = num_rows - first if is_last else min(_parse_rows(size, row_bytes, text), num_rows - first)
+        if count or (is_last and not tiers):
+            tiers.append(Tier(_KINDS[name], first, count))
+        first += count
+    return tiers
+
+
+def _parse_rows(size: str, row_bytes: int, text: str) -> int:
+    """Rows in "100k", or in as many bytes as "4GiB"."""
+    if size[-1:].lower() == "b":
+        return parse_bytes(size) // row_bytes
+    factor = _COUNT_UNITS.get(size[-1:].lower(), 1)
+    digits = size if factor == 1 else size[:-1]
+    if not (digits.isascii() and digits.isdigit()):
+        raise SconeError(f"found size {size!r} in placement {text!r}; expected rows or bytes; write 100k, 2M or 4GiB")
+    return int(digits) * factor
+
+
+def open_store(file: TableFile, placement: str, device: torch.device, num_threads: int | None = None) -> RowStore:
+    """The store that ``placement`` means (see `parse_placement`). Raises SconeError where it cannot be opened."""
+    tiers = parse_placement(placement, file.layout.num_rows, file.layout.row_bytes)
+    stores: list[RowStore] = []
+    try:
+        for tier in tiers:
+            stores.append(_open_tier(file, tier, device, num_threads))
+    except BaseException:
+        for store in stores:
+            store.close()
+        raise
+    return stores[0] if len(stores) == 1 else TieredStore(stores, [tier.first_row for tier in tiers[1:]])
+
+
+def _open_tier(file: TableFile, tier: Tier, device: torch.device, num_threads: int | None) -> RowStore:
+    if tier.kind == "gpu":
+        if device.type == "cpu":
+            raise SconeError(
+                "found a gpu tier with device cpu; expected an accelerator; use ram, or give --device cuda"
+            )
+        return DeviceStore(file, device, tier.first_row, tier.num_rows)
+    if tier.kind == "ram":
+        return RamStore(file, tier.first_row, tier.num_rows, num_threads)
+    return MmapStore(file, num_threads) if tier.kind == "mmap" else DirectStore(file, num_threads)

@@ -1,0 +1,75 @@
+"""Row types keep what they promise: floats round once, quantised numbers stay within half a step."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from scone.inference.row_types import ROW_TYPES, RowFormat
+from scone.utils.errors import SconeError
+
+FINITE = st.floats(-(2.0**100), 2.0**100, width=32)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    rows=hnp.arrays(np.float32, st.tuples(st.integers(0, 4), st.integers(1, 41)), elements=FINITE),
+    row_type=st.sampled_from(["int8", "int4"]),
+    group_size=st.sampled_from([2, 4, 10, 64]),
+)
+def test_dequantised_error_is_within_half_a_step(rows: np.ndarray, row_type: str, group_size: int) -> None:
+    """Exactly: |x − decode(encode(x))| ≤ step / 2, with no slack for rounding."""
+    row = RowFormat.of(row_type, rows.shape[1], group_size)
+    raw = torch.from_numpy(row.encode(torch.from_numpy(rows)))
+    error = (torch.from_numpy(rows).double() - row.decode(raw).double()).abs()
+    assert (2 * error <= row.steps(raw).double()).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows=hnp.arrays(np.float32, st.tuples(st.integers(1, 4), st.integers(1, 41)), elements=FINITE))
+def test_steps_are_as_small_as_the_codes_allow(rows: np.ndarray) -> None:
+    """A step is at most its group's largest magnitude ÷ half the code range, rounded up to a bfloat16."""
+    for row_type, highest in (("int8", 127.5), ("int4", 7.5)):
+        row = RowFormat.of(row_type, rows.shape[1], 64)
+        steps = row.steps(torch.from_numpy(row.encode(torch.from_numpy(rows)))).double()
+        largest = torch.from_numpy(rows).double().abs().amax(1, keepdim=True)
+        assert (steps <= largest / highest * (1 + 2**-7) + 1e-40).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows=hnp.arrays(np.float32, (3, 7), elements=st.floats(-65000, 65000, width=32)))
+def test_float_rows_are_rounded_once(rows: np.ndarray) -> None:
+    values = torch.from_numpy(rows)
+    for row_type, dtype in (("fp32", torch.float32), ("fp16", torch.float16), ("bf16", torch.bfloat16)):
+        row = RowFormat.of(row_type, 7)
+        assert torch.equal(row.decode(torch.from_numpy(row.encode(values))), values.to(dtype).float())
+
+
+@pytest.mark.parametrize(
+    ("row_type", "row_bytes"), [("fp32", 404), ("fp16", 202), ("bf16", 202), ("int8", 4 + 101), ("int4", 4 + 51)]
+)
+def test_row_bytes_are_scales_and_codes_alone(row_type: str, row_bytes: int) -> None:
+    row = RowFormat.of(row_type, 101, 64)
+    assert row.row_bytes == row_bytes
+    assert row.encode(torch.zeros(2, 101)).shape == (2, row_bytes)
+
+
+@pytest.mark.parametrize("row_type", ROW_TYPES)
+def test_numbers_that_no_row_can_hold_are_refused(row_type: str) -> None:
+    row = RowFormat.of(row_type, 3)
+    with pytest.raises(SconeError, match="not finite"):
+        row.encode(torch.tensor([[0.0, float("nan"), 1.0]]))
+    if row_type == "fp16":
+        with pytest.raises(SconeError, match="fp16 cannot hold"):
+            row.encode(torch.tensor([[0.0, 70000.0, 1.0]]))
+
+
+def test_unknown_choices_are_refused() -> None:
+    with pytest.raises(SconeError, match="found row type 'int2'; expected one of fp32"):
+        RowFormat.of("int2", 4)
+    with pytest.raises(SconeError, match="found group size 7"):
+        RowFormat.of("int4", 4, 7)

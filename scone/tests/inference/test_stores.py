@@ -1,0 +1,245 @@
+"""Every store returns the same rows, bit for bit: one contract, one subclass for each store."""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scone.inference.embedding_table import EmbeddingTable
+from scone.inference.row_types import ROW_TYPES, RowFormat
+from scone.inference.stores.base import RowStore
+from scone.inference.stores.device import DeviceStore
+from scone.inference.stores.direct import DirectStore, plan_reads
+from scone.inference.stores.mmap import MmapStore
+from scone.inference.stores.placement import Tier, parse_placement
+from scone.inference.stores.ram import RamStore
+from scone.inference.stores.tiered import TieredStore
+from scone.inference.table_format import PAGE_BYTES, TableFile
+from scone.tests.inference.tables import write_table
+from scone.utils.errors import SconeError
+
+NUM_ROWS, WIDTH = 700, 331  # no row type's rows divide a page
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def rows() -> torch.Tensor:
+    return torch.randn(NUM_ROWS, WIDTH, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module", params=ROW_TYPES)
+def table(request: pytest.FixtureRequest, rows: torch.Tensor, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tables") / f"{request.param}.cache"
+    write_table(path, rows, request.param)
+    return path
+
+
+class StoreContract:
+    """What every store does; a subclass says how to open it."""
+
+    def open(self, file: TableFile) -> RowStore:
+        raise NotImplementedError
+
+    @pytest.fixture
+    def store(self, table: Path) -> Iterator[RowStore]:
+        with TableFile(table) as file:
+            store = self.open(file)
+            yield store
+            store.close()
+
+    def test_every_store_returns_the_same_rows(self, store: RowStore, table: Path, rows: torch.Tensor) -> None:
+        """Any batch: empty, repeated, unsorted, with or without targets, decoded or raw, fetched ahead or not."""
+        row_format = RowFormat.of(table.stem, WIDTH)
+        encoded = torch.from_numpy(row_format.encode(rows))
+        expected = row_format.decode(encoded)
+
+        @settings(max_examples=15, deadline=None)
+        @given(ranks=st.lists(st.integers(0, NUM_ROWS - 1), max_size=60), prefetch=st.booleans())
+        def check(ranks: list[int], prefetch: bool) -> None:
+            wanted = np.array(ranks, dtype=np.int64)
+            if prefetch:
+                store.prefetch(wanted)
+            out = np.full((len(ranks), WIDTH), np.nan, dtype=np.float32)
+            store.rows_into(wanted, out)
+            assert torch.equal(torch.from_numpy(out), expected[ranks])
+            store.rows_into(wanted, out, np.arange(len(ranks))[::-1].copy())
+            assert torch.equal(torch.from_numpy(out).flip(0), expected[ranks])
+            assert torch.equal(store.raw_rows(wanted), encoded[ranks])
+
+        check()
+
+    def test_all_rows_at_once(self, store: RowStore, table: Path, rows: torch.Tensor) -> None:
+        order = np.random.default_rng(1).permutation(NUM_ROWS)
+        out = np.empty((NUM_ROWS, WIDTH), dtype=np.float32)
+        store.rows_into(order, out)
+        row_format = RowFormat.of(table.stem, WIDTH)
+        expected = row_format.decode(torch.from_numpy(row_format.encode(rows)))
+        assert torch.equal(torch.from_numpy(out), expected[order])
+
+    def test_threads_may_read_side_by_side(self, store: RowStore) -> None:
+        ranks = np.arange(NUM_ROWS)
+        expected, wrong = store.raw_rows(ranks), []
+
+        def read(seed: int) -> None:
+            random = np.random.default_rng(seed)
+            for _ in range(5):
+                some = random.integers(0, NUM_ROWS, 50)
+                store.prefetch(some[:10])
+                if not torch.equal(store.raw_rows(some), expected[some]):
+                    wrong.append(seed)
+
+        threads = [threading.Thread(target=read, args=(seed,)) for seed in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not wrong
+
+    def test_memory_and_place_are_stated(self, store: RowStore) -> None:
+        store.raw_rows(np.arange(5))
+        assert store.memory.ram + store.memory.mapped + store.memory.device > 0
+        assert "rows" in store.describe()
+
+
+class TestRam(StoreContract):
+    def open(self, file: TableFile) -> RowStore:
+        return RamStore(file)
+
+
+class TestMmap(StoreContract):
+    def open(self, file: TableFile) -> RowStore:
+        return MmapStore(file)
+
+
+class TestDirect(StoreContract):
+    def open(self, file: TableFile) -> RowStore:
+        return DirectStore(file)
+
+
+class TestDirectInManyParts(StoreContract):
+    """Batches larger than the buffer are read in parts."""
+
+    def open(self, file: TableFile) -> RowStore:
+        store = DirectStore(file, queue_depth=3)
+        store._rows_at_once = 7
+        return store
+
+
+class TestDevice(StoreContract):
+    def open(self, file: TableFile) -> RowStore:
+        return DeviceStore(file, CPU)
+
+
+class TestTiered(StoreContract):
+    """All kinds of tiers together."""
+
+    def open(self, file: TableFile) -> RowStore:
+        stores = [DeviceStore(file, CPU, 0, 10), RamStore(file, 10, 101), MmapStore(file), DirectStore(file)]
+        return TieredStore(stores, [10, 111, 300])
+
+
+@pytest.mark.parametrize("placement", ["ram", "mmap", "direct", "ram:50,disk", "ram:50,mmap:60,direct"])
+def test_tables_read_the_same_from_every_placement(table: Path, rows: torch.Tensor, placement: str) -> None:
+    row_format = RowFormat.of(table.stem, WIDTH)
+    ranks = torch.randint(0, NUM_ROWS, (90,))
+    expected = row_format.decode(torch.from_numpy(row_format.encode(rows)))[ranks]
+    with EmbeddingTable.open(table, placement) as opened:
+        opened.prefetch(ranks)
+        assert torch.equal(opened.rows(ranks), expected)
+        assert torch.equal(opened.rows(ranks, torch.bfloat16), expected.to(torch.bfloat16))
+        out = torch.empty(90, WIDTH)
+        assert opened.rows(ranks, out=out) is out
+        assert torch.equal(out, expected)
+        assert opened.rows(ranks[:0]).shape == (0, WIDTH)
+        assert f"{NUM_ROWS:,} rows × {WIDTH}" in opened.describe()
+        for wrong in (-1, NUM_ROWS):
+            with pytest.raises(SconeError, match=f"found rank {wrong}; expected ranks of the {NUM_ROWS} rows"):
+                opened.rows(torch.tensor([0, wrong]))
+
+
+@pytest.mark.parametrize("placement", ["mmap", "direct", "ram:50,disk"])
+def test_a_file_that_changes_under_a_reader_is_noticed(tmp_path: Path, rows: torch.Tensor, placement: str) -> None:
+    path = tmp_path / "embeddings.cache"
+    write_table(path, rows)
+    with EmbeddingTable.open(path, placement) as opened:
+        os.truncate(path, path.stat().st_size // 2)
+        with pytest.raises(SconeError, match="was changed while it was being read"):
+            opened.rows(torch.tensor([NUM_ROWS - 1]))
+
+
+@pytest.mark.parametrize("placement", ["ram", "mmap", "direct"])
+def test_a_file_that_is_replaced_or_deleted_does_no_harm(tmp_path: Path, rows: torch.Tensor, placement: str) -> None:
+    path = tmp_path / "embeddings.cache"
+    write_table(path, rows)
+    with EmbeddingTable.open(path, placement) as opened:
+        path.unlink()
+        write_table(path, -rows)
+        assert torch.equal(opened.rows(torch.tensor([3])), rows[[3]])
+        path.unlink()
+        assert torch.equal(opened.rows(torch.tensor([NUM_ROWS - 1])), rows[[NUM_ROWS - 1]])
+
+
+def test_without_direct_reads_it_warns_once_and_reads_the_same(
+    tmp_path: Path, rows: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "embeddings.cache"
+    write_table(path, rows)
+    monkeypatch.setattr(os, "O_DIRECT", os.O_DIRECTORY)  # a flag that the file system refuses for a file
+    with pytest.warns(RuntimeWarning, match="refuses direct reads"):
+        opened = EmbeddingTable.open(path, "direct")
+    with opened, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert "through the page cache" in opened.describe()
+        assert torch.equal(opened.rows(torch.arange(NUM_ROWS)), rows)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    ranks=st.lists(st.integers(0, 3000), min_size=1, max_size=60, unique=True),
+    row_bytes=st.integers(1, 10_000),
+    start_page=st.integers(1, 3),
+)
+def test_read_plan_covers_every_row_with_whole_pages_and_reads_nothing_twice(
+    ranks: list[int], row_bytes: int, start_page: int
+) -> None:
+    wanted, start = np.array(sorted(ranks)), start_page * PAGE_BYTES
+    plan = plan_reads(wanted, start, row_bytes)
+    assert (plan.offsets % PAGE_BYTES == 0).all()
+    assert (plan.sizes % PAGE_BYTES == 0).all()
+    assert (plan.offsets[1:] >= (plan.offsets + plan.sizes)[:-1]).all()
+    assert plan.buffer_bytes == plan.sizes.sum()
+    file_byte_at = np.concatenate(
+        [np.arange(offset, offset + size, PAGE_BYTES) for offset, size in zip(plan.offsets, plan.sizes, strict=True)]
+    )
+    for rank, place in zip(wanted.tolist(), plan.rows.tolist(), strict=True):
+        for byte in (0, row_bytes - 1):
+            page, within = divmod(place + byte, PAGE_BYTES)
+            assert file_byte_at[page] + within == start + rank * row_bytes + byte
+
+
+def test_placements_mean_tiers() -> None:
+    def parse(text: str) -> list[Tier]:
+        return parse_placement(text, num_rows=1000, row_bytes=1024)
+
+    assert parse("ram") == [Tier("ram", 0, 1000)]
+    assert parse("disk") == [Tier("direct", 0, 1000)]
+    assert parse("gpu:10, ram:0.1MiB ,mmap") == [Tier("gpu", 0, 10), Tier("ram", 10, 102), Tier("mmap", 112, 888)]
+    assert parse("gpu:1k,ram:2M,disk") == [Tier("gpu", 0, 1000)]
+    assert parse_placement("ram", 0, 4) == [Tier("ram", 0, 0)]
+    for wrong in ("", "rom", "ram:5", "ram,disk", "gpu:x,ram", "ram:-3,disk", "ram:4.5k,disk", "ram:5,ram:6"):
+        with pytest.raises(SconeError, match="expected"):
+            parse(wrong)
+
+
+def test_a_gpu_tier_needs_an_accelerator(table: Path) -> None:
+    with pytest.raises(SconeError, match="found a gpu tier with device cpu"):
+        EmbeddingTable.open(table, "gpu:5,ram")

@@ -1,0 +1,164 @@
+"""The file format: what the reader accepts, and that it accepts nothing that was changed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+
+from scone.inference.embedding_table import EmbeddingTable
+from scone.inference.row_types import ROW_TYPES, RowFormat
+from scone.inference.table_check import verify_table
+from scone.inference.table_format import PAGE_BYTES, TableFile, TableLayout
+from scone.tests.inference.tables import write_table
+from scone.utils.errors import SconeError
+
+NUM_ROWS, WIDTH = 300, 40
+
+
+@pytest.fixture(scope="module")
+def rows() -> torch.Tensor:
+    return torch.randn(NUM_ROWS, WIDTH, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def table(rows: torch.Tensor, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("format") / "embeddings.cache"
+    write_table(path, rows, "int8", weights="aa" * 32, vocabulary="bb" * 32)
+    return path
+
+
+@pytest.mark.parametrize("row_type", ROW_TYPES)
+def test_file_is_safetensors_with_rows_on_a_page(tmp_path: Path, rows: torch.Tensor, row_type: str) -> None:
+    path = tmp_path / "embeddings.cache"
+    row = write_table(path, rows, row_type)
+    encoded = row.encode(rows)
+    (header_bytes,) = struct.unpack("<Q", path.read_bytes()[:8])
+    assert (8 + header_bytes) % PAGE_BYTES == 0
+    start = 8 + header_bytes
+    assert path.read_bytes()[start : start + encoded.size] == encoded.tobytes()
+    assert path.read_bytes()[start + encoded.size :] == hashlib.sha256(encoded.tobytes()).digest()
+    with safe_open(path, "pt") as file:
+        stored = file.get_tensor("rows")
+        assert torch.equal(
+            row.decode(stored.view(torch.uint8).view(NUM_ROWS, -1)), row.decode(torch.from_numpy(encoded))
+        )
+        assert file.get_tensor("chunk_checksums").shape == (1, 32)
+        assert file.metadata()["row_type"] == row_type
+        if row_type == "fp32":
+            assert torch.equal(stored, rows)
+
+
+def test_file_is_payload_only() -> None:
+    """≤ 1.01 × payload from 1 MiB of rows on, whatever the row type."""
+    for row_type in ROW_TYPES:
+        layout = TableLayout(10_000, RowFormat.of(row_type, 768))
+        assert layout.payload_bytes < layout.file_bytes <= 1.01 * layout.payload_bytes
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_damaged_file_is_refused(table: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    """A changed byte anywhere, a cut, an appended byte: refused when opened (header, size, checksums, rows in RAM)."""
+    content = bytearray(table.read_bytes())
+    with TableFile(table) as file:
+        layout = file.layout
+    regions = {
+        "length": (0, 8),
+        "header": (8, 1100),
+        "padding": (1100, layout.data_start),
+        "rows": (layout.data_start, layout.checksums_start),
+        "checksums": (layout.checksums_start, layout.file_bytes),
+    }
+    low, high = regions[data.draw(st.sampled_from(sorted(regions)))]
+    at = data.draw(st.integers(low, high - 1))
+    kind = data.draw(st.sampled_from(["flip", "replace", "cut", "insert", "append"]))
+    if kind == "flip":
+        content[at] ^= 1 << data.draw(st.integers(0, 7))
+    elif kind == "replace":
+        content[at] = (content[at] + data.draw(st.integers(1, 255))) % 256
+    elif kind == "cut":
+        del content[at:]
+    elif kind == "insert":
+        content.insert(at, data.draw(st.integers(0, 255)))
+    else:
+        content += b"\0"
+    path = tmp_path_factory.mktemp("damaged") / "embeddings.cache"
+    path.write_bytes(content)
+    with pytest.raises(SconeError, match=r"damaged|is no embedding table|has format version"):
+        EmbeddingTable.open(path, "ram")
+    with pytest.raises(SconeError, match=r"damaged|is no embedding table|has format version"):
+        verify_table(path)
+    shutil.rmtree(path.parent)
+
+
+@settings(max_examples=100, deadline=None)
+@given(content=st.binary(max_size=200), length=st.integers(0, 2**64 - 1))
+def test_foreign_files_are_refused(tmp_path_factory: pytest.TempPathFactory, content: bytes, length: int) -> None:
+    path = tmp_path_factory.mktemp("foreign") / "embeddings.cache"
+    for start in (b"", struct.pack("<Q", length), struct.pack("<Q", len(content))):
+        path.write_bytes(start + content)
+        with pytest.raises(SconeError, match="is no embedding table"):
+            EmbeddingTable.open(path)
+    shutil.rmtree(path.parent)
+
+
+def _with_metadata(table: Path, path: Path, **changes: str) -> Path:
+    """The table with other metadata and a header checksum that fits them: as another program might write it."""
+    content = table.read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + length])
+    metadata = header["__metadata__"] | changes
+    del metadata["header_checksum"]
+    metadata["header_checksum"] = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()
+    text = json.dumps(header | {"__metadata__": metadata}, separators=(",", ":")).encode()
+    path.write_bytes(struct.pack("<Q", length) + text.ljust(length) + content[8 + length :])
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, ""),
+        ({"format_version": "2"}, "has format version 2; expected 1; update scone"),
+        ({"format": "something else"}, "is no embedding table"),
+        ({"num_rows": "999999999999999999"}, "damaged"),
+        ({"num_rows": "-1"}, "gives '-1' for num_rows"),
+        ({"width": "0"}, "damaged"),
+        ({"row_type": "int2"}, "gives row type 'int2'"),
+        ({"group_size": "7"}, "damaged"),
+        ({"row_bytes": "41"}, "damaged"),
+    ],
+)
+def test_well_made_but_wrong_headers_are_refused(
+    table: Path, tmp_path: Path, changes: dict[str, str], message: str
+) -> None:
+    path = _with_metadata(table, tmp_path / "embeddings.cache", **changes)
+    if not message:
+        EmbeddingTable.open(path).close()
+        return
+    with pytest.raises(SconeError, match=message):
+        EmbeddingTable.open(path)
+
+
+def test_another_models_table_is_refused(table: Path) -> None:
+    EmbeddingTable.open(table, expected_fingerprints={"weights": "aa" * 32, "tokenizer": "cc" * 32}).close()
+    with pytest.raises(
+        SconeError, match=r"made from other weights \(fingerprint aaaaaaaaaaaa…\); expected dddddddddddd"
+    ):
+        EmbeddingTable.open(table, expected_fingerprints={"weights": "dd" * 32})
+
+
+def test_a_missing_file_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(SconeError, match=r"cannot open .*nowhere: No such file or directory; check the path"):
+        EmbeddingTable.open(tmp_path / "nowhere")
+    with pytest.raises(SconeError, match="is no embedding table"):
+        EmbeddingTable.open(tmp_path)
