@@ -63,35 +63,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     if extra.output:
         report["vocabulary"] = str(vocabulary.save(extra.output))
     if extra.plot:
-        plot_counts(vocabulary, extra.plot)
+        plot_counts(vocabulary, report.get("held_out", []), extra.plot)
     print(json.dumps(report, indent=2) if extra.json else _readable(report))
     return 0
 
 
-def coverage(vocabulary: FGramVocabulary, tokens: np.ndarray) -> dict[str, Any]:
-    """How ``tokens`` [T] are matched: the share of positions by match length (1: none), and means."""
-    import numpy as np
-
+def coverage(vocabulary: FGramVocabulary, tokens: np.ndarray) -> list[dict[str, Any]]:
+    """What f-grams match in ``tokens`` [T], for all of them and for the first ½, ¼ … of them; the most first."""
+    from scone.tokenization.coverage import match_statistics
     from scone.tokenization.matcher import Matcher
 
-    by_length = np.zeros(vocabulary.longest + 1, np.int64)
-    matcher, state = Matcher(vocabulary), -1
-    for start in range(0, len(tokens), 1 << 22):
-        piece = np.asarray(tokens[start : start + (1 << 22)])
-        nodes = matcher.match(piece, initial_states=state)
-        state = int(nodes[-1])
-        f_grams = nodes[nodes >= vocabulary.vocab_size] - vocabulary.vocab_size
-        by_length[1] += len(nodes) - len(f_grams)
-        by_length += np.bincount(vocabulary.lengths[f_grams], minlength=len(by_length))
-    matched = int(by_length[2:].sum())
-    total = int(by_length.sum())
-    lengths = np.arange(len(by_length))
-    return {
-        "num_tokens": total,
-        "match_rate": matched / total if total else 0.0,
-        "mean_match_length": float(by_length[2:] @ lengths[2:] / matched) if matched else 0.0,
-        "share_by_length": {int(n): int(by_length[n]) / total for n in lengths[1:] if total},
-    }
+    sizes = [vocabulary.num_f_grams >> halvings for halvings in range(10) if vocabulary.num_f_grams >> halvings]
+    return [
+        {
+            "num_f_grams": found.num_f_grams,
+            "num_positions": found.num_positions,
+            "match_rate": found.match_rate,
+            "mean_match_length": found.mean_match_length,
+            "positions_by_length": dict(enumerate(found.positions_by_length[1:], start=1)),
+        }
+        for found in match_statistics(Matcher(vocabulary), tokens, sizes)
+    ]
 
 
 def table_bytes(num_f_grams: int, width: int) -> dict[str, int]:
@@ -101,15 +93,18 @@ def table_bytes(num_f_grams: int, width: int) -> dict[str, int]:
     return {row_type: num_f_grams * RowFormat.of(row_type, width).row_bytes for row_type in ROW_TYPES}
 
 
-def plot_counts(vocabulary: FGramVocabulary, path: str | Path) -> None:
-    """Draw occurrences by rank, and how many f-grams each length has. Raises SconeError for an unknown image type."""
+def plot_counts(vocabulary: FGramVocabulary, held_out: list[dict[str, Any]], path: str | Path) -> None:
+    """Draw occurrences by rank, f-grams by length, and the match rate by vocabulary size where it was measured.
+
+    Raises SconeError for an unknown image type.
+    """
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(14, 4), layout="constrained")
     FigureCanvasAgg(figure)
-    by_rank, by_length = figure.subplots(1, 2)
+    by_rank, by_length, by_size = figure.subplots(1, 3)
     size = vocabulary.num_f_grams
     ranks = np.unique(np.geomspace(1, size, 500).astype(np.int64)) if size else np.empty(0, np.int64)
     by_rank.loglog(ranks, np.asarray(vocabulary.counts)[ranks - 1])
@@ -117,6 +112,8 @@ def plot_counts(vocabulary: FGramVocabulary, path: str | Path) -> None:
     lengths, numbers = np.unique(vocabulary.lengths, return_counts=True)
     by_length.bar([str(length) for length in lengths], numbers)
     by_length.set(xlabel="tokens", ylabel="f-grams", title="f-grams by length")
+    by_size.semilogx([found["num_f_grams"] for found in held_out], [found["match_rate"] for found in held_out], "o-")
+    by_size.set(xlabel="f-grams", ylabel="match rate", ylim=(0, 1), title="held-out positions matched")
     try:
         figure.savefig(path)
     except ValueError as error:
@@ -158,7 +155,7 @@ def _count(options: SconeOptions, quiet: bool) -> tuple[dict[str, Any], FGramVoc
         },
         "count": result.statistics.to_json(),
         "fingerprint": result.vocabulary.fingerprint,
-        "held_out": coverage(result.vocabulary, held_out.tokens) if held_out else None,
+        "held_out": coverage(result.vocabulary, held_out.tokens) if held_out else [],
     }
     return report, result.vocabulary
 
@@ -240,13 +237,14 @@ def _readable(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _held_out_line(held_out: dict[str, Any] | None) -> str:
-    if held_out is None:
+def _held_out_line(held_out: list[dict[str, Any]]) -> str:
+    if not held_out:
         return "match rate     no held-out text"
-    shares = ", ".join(f"{length}: {share:.1%}" for length, share in held_out["share_by_length"].items())
+    found = held_out[0]
+    shares = ", ".join(f"{n}: {each / found['num_positions']:.1%}" for n, each in found["positions_by_length"].items())
     return (
-        f"match rate     {held_out['match_rate']:.1%} of {held_out['num_tokens']:,} held-out tokens, "
-        f"mean length {held_out['mean_match_length']:.2f} (by length {shares})"
+        f"match rate     {found['match_rate']:.1%} of {found['num_positions']:,} held-out tokens, "
+        f"mean length {found['mean_match_length']:.2f} (by length {shares})"
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -17,7 +16,7 @@ from scone.utils.text import human_bytes
 
 EXAMPLES = (
     "scone verify ./outputs/scone-model/final_model",
-    "scone verify ./outputs/scone-model/embeddings.cache f_grams.safetensors",
+    "scone verify ./outputs/scone-model/embeddings.cache --model_path ./outputs/scone-model/final_model",
 )
 _HEADER_LIMIT = 1 << 24
 _EXPECTED = "expected a model folder, f_grams.safetensors, an embedding table or a token file"
@@ -30,7 +29,7 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         (),
         "Recognise each path (model folder, f-gram vocabulary, embedding table, token file) and check all its content.",
         examples=EXAMPLES,
-        add_arguments=lambda parser: parser.add_argument("paths", nargs="+", metavar="PATH", help="what to check"),
+        add_arguments=_add_arguments,
         config_flag=False,
     )
     return extra
@@ -38,17 +37,24 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Check every path and print a line for each that is whole. Raises SconeError at the first that is not."""
-    for path in read_arguments(argv).paths:
-        for line in verify(Path(path)):
+    extra = read_arguments(argv)
+    for path in map(Path, extra.paths):
+        for line in verify(path, Path(extra.model_path) if extra.model_path else None):
             print(line, flush=True)
     return 0
 
 
-def verify(path: Path) -> list[str]:
-    """Check what lies at ``path``; one line per thing that was found whole. Raises SconeError."""
+def verify(path: Path, model_folder: Path | None = None) -> list[str]:
+    """Check what lies at ``path``, a table also against ``model_folder``; one line per thing that was found whole.
+
+    Raises SconeError.
+    """
     if not path.exists():
         raise SconeError(f"found nothing at {path}; {_EXPECTED}; check the path")
-    return _VERIFIERS[recognise(path)](path)
+    kind = recognise(path)
+    if kind == "table" and model_folder is not None:
+        return _verify_table_of_model(path, model_folder)
+    return _VERIFIERS[kind](path)
 
 
 def recognise(path: Path) -> str:
@@ -77,6 +83,11 @@ def recognise(path: Path) -> str:
     return found
 
 
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("paths", nargs="+", metavar="PATH", help="what to check")
+    parser.add_argument("--model_path", metavar="FOLDER", help="model whose rows an embedding table must hold")
+
+
 def _stated_format(path: Path) -> str:
     """What the metadata of a safetensors header calls its format; "" where there is none."""
     with path.open("rb") as file:
@@ -97,19 +108,24 @@ def _verify_vocabulary(path: Path) -> list[str]:
 
 
 def _verify_table(path: Path) -> list[str]:
-    from scone.inference.table_format import TableFile, damaged
+    from scone.inference.table_check import verify_table
 
-    with TableFile(path) as file:
-        layout = file.layout
-        span = layout.checksum_rows * layout.row_bytes
-        for chunk, expected in enumerate(file.checksums()):
-            size = min(span, layout.payload_bytes - chunk * span)
-            if hashlib.sha256(file.read(file.data_start + chunk * span, size)).digest() != expected:
-                first = chunk * layout.checksum_rows
-                last = min(first + layout.checksum_rows, layout.num_rows) - 1
-                raise damaged(path, f"rows {first:,} to {last:,} do not fit their checksum")
+    layout = verify_table(path).layout
     row = layout.row_format
     return [f"{path}: whole: embedding table, {layout.num_rows:,} rows of {row.width} {row.row_type}"]
+
+
+def _verify_table_of_model(path: Path, model_folder: Path) -> list[str]:
+    """A table, and some of its rows against those of the model that it was made from."""
+    from scone.inference.table_check import verify_table
+    from scone.models.language_model import SconeForCausalLM
+
+    check = verify_table(path, model=SconeForCausalLM.from_pretrained(model_folder))
+    layout = check.layout
+    return [
+        f"{path}: whole: embedding table, {layout.num_rows:,} rows of {layout.row_format.width} "
+        f"{layout.row_format.row_type}; {check.sampled_rows:,} of them are the rows of {model_folder}"
+    ]
 
 
 def _verify_tokens(path: Path) -> list[str]:
@@ -126,7 +142,7 @@ def _verify_corpus(path: Path) -> list[str]:
 def _verify_run(path: Path) -> list[str]:
     lines = _verify_model(path / "final_model")
     for table in sorted(path.glob("*.cache")):
-        lines += _verify_table(table)
+        lines += _verify_table_of_model(table, path / "final_model")
     return lines
 
 

@@ -1,0 +1,141 @@
+"""Show a text as the model's input embeddings see it: `scone inspect TEXT --model_path FOLDER`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from scone.configs.loading import parse_options
+from scone.configs.schema import SconeOptions
+from scone.utils.command_line import run_main
+from scone.utils.errors import SconeError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from scone.tokenization.f_gram_vocabulary import FGramVocabulary
+    from scone.tokenization.inspection import InspectedToken
+
+EXAMPLES = (
+    'scone inspect "Once upon a time" --model_path ./outputs/scone-model/final_model',
+    'scone inspect "Once upon a time" --vocabulary f_grams.safetensors --tokenizer gpt2',
+    "scone inspect --model_path ./outputs/scone-model/final_model < story.txt",
+)
+
+
+def read_arguments(argv: Sequence[str] | None) -> tuple[SconeOptions, argparse.Namespace]:
+    """The options that the command line says, and the script's own arguments. Raises SconeError."""
+    options, extra = parse_options(
+        argv,
+        ("model.tokenizer",),
+        "Show a text's tokens with the longest f-gram that ends at each, its rank and its count.",
+        examples=EXAMPLES,
+        add_arguments=_add_arguments,
+        config_flag=False,
+    )
+    if (extra.model_path is None) == (extra.vocabulary is None):
+        found = "none" if extra.model_path is None else "both"
+        raise SconeError(f"found {found} of --model_path and --vocabulary; expected one of them; give either")
+    if extra.model_path is None and options.model.tokenizer is None:
+        raise SconeError("found --vocabulary without --tokenizer; expected the tokenizer that made its tokens; give it")
+    return options, extra
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print one line a token, or JSON."""
+    options, extra = read_arguments(argv)
+    import numpy as np
+
+    import scone.models.language_model  # noqa: F401 (registers itself: else AutoTokenizer asks to run a folder's code)
+    from scone.tokenization.f_gram_vocabulary import FGramVocabulary
+    from scone.tokenization.inspection import inspect_tokens
+    from scone.tokenization.matcher import Matcher
+    from scone.tokenization.tokenizers import load_tokenizer
+
+    text = sys.stdin.read() if extra.text is None else extra.text
+    vocabulary = FGramVocabulary.load(extra.vocabulary or _vocabulary_folder(extra.model_path))
+    tokenizer = load_tokenizer(options.model.tokenizer or extra.model_path)
+    _check_fit(tokenizer, vocabulary)
+    tokens = tokenizer.encode(text, add_special_tokens=False)
+    records = inspect_tokens(np.array(tokens, np.int64), Matcher(vocabulary))
+    print(_as_json(tokenizer, records) if extra.json else _as_table(tokenizer, records))
+    return 0
+
+
+def _vocabulary_folder(model_path: str) -> str:
+    if not (Path(model_path) / "f_grams.safetensors").is_file():
+        raise SconeError(
+            f"found no f_grams.safetensors in {model_path}; expected a model with f-grams (OUTPUT_DIR/final_model); "
+            "check --model_path"
+        )
+    return model_path
+
+
+def _check_fit(tokenizer: PreTrainedTokenizerBase, vocabulary: FGramVocabulary) -> None:
+    """Refuse a tokenizer other than the one that made the counted tokens."""
+    from scone.tokenization.tokenizers import tokenizer_fingerprint
+
+    found, expected = tokenizer_fingerprint(tokenizer), vocabulary.tokenizer_fingerprint
+    if expected and found != expected:
+        raise SconeError(
+            f"found a tokenizer with fingerprint {found[:12]}…; expected {expected[:12]}…, which made the tokens of "
+            "the f-gram vocabulary; give that one by --tokenizer"
+        )
+
+
+def _as_table(tokenizer: PreTrainedTokenizerBase, records: list[InspectedToken]) -> str:
+    rows = [("position", "token", "longest f-gram ending here", "length", "rank", "count")]
+    for record in records:
+        matched = record.rank is not None
+        rows.append(
+            (
+                f"{record.position:,}",
+                _quoted(tokenizer, (record.token,)),
+                _quoted(tokenizer, record.f_gram) if matched else "",
+                str(record.match_length) if matched else "",
+                f"{record.rank:,}" if matched else "",
+                f"{record.count:,}" if matched else "",
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    align = (">", "<", "<", ">", ">", ">")
+    lines = [
+        "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, align, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+    lengths = [record.match_length for record in records if record.rank is not None]
+    if records:
+        mean = f", {sum(lengths) / len(lengths):.2f} tokens long on average" if lengths else ""
+        lines.append(f"{len(lengths)} of {len(records)} tokens end an f-gram ({len(lengths) / len(records):.1%}){mean}")
+    return "\n".join(lines)
+
+
+def _as_json(tokenizer: PreTrainedTokenizerBase, records: list[InspectedToken]) -> str:
+    texts = [
+        {"text": tokenizer.decode([record.token]), "f_gram_text": tokenizer.decode(list(record.f_gram))}
+        for record in records
+    ]
+    return json.dumps(
+        [dataclasses.asdict(record) | text for record, text in zip(records, texts, strict=True)], indent=2
+    )
+
+
+def _quoted(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
+    """Text of tokens in quotes, line ends and the like escaped, so that spaces show."""
+    return json.dumps(tokenizer.decode(list(tokens)), ensure_ascii=False)
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("text", nargs="?", metavar="TEXT", help="the text (default: standard input)")
+    parser.add_argument("--model_path", metavar="FOLDER", help="a model: its f-grams and its tokenizer")
+    parser.add_argument("--vocabulary", metavar="PATH", help="f-grams alone, as `scone count --output` writes them")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))
