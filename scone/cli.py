@@ -17,6 +17,7 @@ VERBS = {
     "hydra-train": ("hydra_train", "train by Hydra's overrides and sweeps"),
     "count": ("count", "count the f-grams of a corpus, and show what they cover"),
     "precompute": ("precompute_embeddings", "write a model's embedding table"),
+    "table": ("table", "look at an embedding table, or change its row type or length"),
     "evaluate": ("evaluate", "perplexity of a model on a data set"),
     "generate": ("generate", "continue a prompt"),
     "benchmark": ("benchmark", "compare models: perplexity, speed, memory, FLOPs"),

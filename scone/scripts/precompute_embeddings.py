@@ -28,7 +28,7 @@ def read_arguments(argv: Sequence[str] | None) -> tuple[SconeOptions, argparse.N
     """The options that the command line says. Raises SconeError."""
     return parse_options(
         argv,
-        ("inference.batch_size", "inference.use_memory_map"),
+        ("inference", "training.device", "training.seed"),
         "Run the f-gram model over every f-gram and write one row for each into an embedding table.",
         examples=EXAMPLES,
         add_arguments=_add_arguments,
@@ -45,8 +45,6 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compute_dtype", default="fp32", choices=("fp32", "bf16", "fp16"), help="precision of the f-gram model"
     )
-    parser.add_argument("--device", help="where to compute: cpu, cuda, cuda:1 … (the accelerator where there is one)")
-    parser.add_argument("--seed", type=int, default=42, help="accepted for uniformity: precomputing draws nothing")
     parser.add_argument("--tokenizer_path", help="tokenizer that must be the one the f-grams were counted with")
     parser.add_argument(
         "--local-rank", "--local_rank", type=int, default=0, dest="local_rank", help=argparse.SUPPRESS
@@ -64,8 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from scone.inference.loading import choose_device
     from scone.inference.precompute import precompute_table
 
-    torch.manual_seed(arguments.seed)
-    device = choose_device(arguments.device)
+    torch.manual_seed(options.training.seed)
+    device = choose_device(options.training.device)
     if device.type == "cuda" and device.index is None and world_size > 1:
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
     model = _load_scone(arguments.model_path, device)

@@ -1,0 +1,112 @@
+"""Look at an embedding table, or change its row type or length: `scone table info|convert`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from scone.configs.loading import parse_options
+from scone.utils.command_line import did_you_mean, run_main
+from scone.utils.errors import SconeError
+
+EXAMPLES = (
+    "scone table info outputs/scone-model/embeddings.cache",
+    "scone table convert embeddings.cache embeddings.int4 --row_type int4 --group_size 32",
+    "scone table convert embeddings.cache head.cache --num_rows 100000",
+)
+_ROW_TYPES = ("fp32", "fp16", "bf16", "int8", "int4")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Do what the first word says. Raises SconeError for another word."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print("usage: scone table info PATH | scone table convert SOURCE OUTPUT [options]\n\nexamples:")
+        print("\n".join(f"  {example}" for example in EXAMPLES))
+        return 0
+    verb, *arguments = words
+    if verb not in _VERBS:
+        advice = did_you_mean(verb, _VERBS) or f"expected {' or '.join(_VERBS)}"
+        raise SconeError(f"found scone table {verb}; {advice} (see scone table --help)")
+    _VERBS[verb](arguments)
+    return 0
+
+
+def _info(argv: Sequence[str]) -> None:
+    """Print what the header says; nothing else is read."""
+    extra = _arguments(argv, "Show what an embedding table holds and what it was made from.", _add_info)
+    from scone.inference.table_format import TableFile
+    from scone.utils.text import human_bytes
+
+    with TableFile(extra.path) as file:
+        layout, start = file.layout, file.data_start
+    row = layout.row_format
+    grouping = f", groups of {row.group_size}" if row.group_size else ""
+    lines = {
+        "rows": f"{layout.num_rows:,} × {row.width}",
+        "row type": f"{row.row_type}{grouping}, {layout.row_bytes:,} bytes a row, computed in {layout.compute_dtype}",
+        "size": f"{human_bytes(layout.file_bytes)} (rows {human_bytes(layout.payload_bytes)}, from byte {start:,})",
+        **{name: fingerprint or "unknown" for name, fingerprint in layout.fingerprints.items()},
+    }
+    print("\n".join(f"{name:<11} {value}" for name, value in lines.items()))
+
+
+def _convert(argv: Sequence[str]) -> None:
+    """Write the other table and say where it is."""
+    extra = _arguments(argv, "Change a table's row type or cut it to its first rows; no model is needed.", _add_convert)
+    from scone.inference.table_convert import convert_table
+    from scone.utils.text import human_bytes
+
+    fingerprints, num_rows = None, extra.num_rows
+    if extra.vocabulary_path:
+        from scone.tokenization.f_gram_vocabulary import FGramVocabulary
+
+        vocabulary = FGramVocabulary.load(extra.vocabulary_path)
+        fingerprints = {"vocabulary": vocabulary.fingerprint}
+        if num_rows not in (None, vocabulary.num_f_grams):
+            raise SconeError(
+                f"found --num_rows {num_rows:,} with a vocabulary of {vocabulary.num_f_grams:,} f-grams; "
+                "expected the same number; leave --num_rows out"
+            )
+        num_rows = vocabulary.num_f_grams
+    layout = convert_table(
+        extra.source,
+        extra.output,
+        row_type=extra.row_type,
+        group_size=extra.group_size,
+        num_rows=num_rows,
+        fingerprints=fingerprints,
+    )
+    print(
+        f"{extra.output}: {layout.num_rows:,} rows × {layout.row_format.width} {layout.row_format.row_type}, "
+        f"{human_bytes(layout.file_bytes)} ({human_bytes(Path(extra.source).stat().st_size)} before)"
+    )
+
+
+def _add_info(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", metavar="PATH", help="the table")
+
+
+def _add_convert(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SOURCE", help="the table to read")
+    parser.add_argument("output", metavar="OUTPUT", help="the table to write")
+    parser.add_argument("--row_type", choices=_ROW_TYPES, help="how rows are stored (as before)")
+    parser.add_argument("--group_size", type=int, help="numbers that share a scale in int8 and int4 rows (64)")
+    parser.add_argument("--num_rows", type=int, help="keep only the first rows, those of the most frequent f-grams")
+    parser.add_argument("--vocabulary_path", help="the vocabulary that the rows belong to, when it is a smaller one")
+
+
+def _arguments(
+    argv: Sequence[str], description: str, add: Callable[[argparse.ArgumentParser], None]
+) -> argparse.Namespace:
+    _, extra = parse_options(argv, (), description, examples=EXAMPLES, add_arguments=add, config_flag=False)
+    return extra
+
+
+_VERBS: dict[str, Callable[[Sequence[str]], None]] = {"info": _info, "convert": _convert}
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

@@ -1,0 +1,90 @@
+"""Converting a table equals encoding the same rows anew; cutting it gives the smaller table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from scone.inference.embedding_table import EmbeddingTable
+from scone.inference.row_types import ROW_TYPES
+from scone.inference.table_check import verify_table
+from scone.inference.table_convert import convert_table
+from scone.scripts.table import main
+from scone.tests.inference.tables import write_table
+from scone.utils.errors import SconeError
+
+NUM_ROWS, WIDTH = 9000, 300  # three chunks of fp32
+
+
+@pytest.fixture(scope="module")
+def rows() -> torch.Tensor:
+    return torch.randn(NUM_ROWS, WIDTH, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def table(rows: torch.Tensor, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("convert") / "embeddings.cache"
+    write_table(path, rows, weights="aa" * 32, vocabulary="bb" * 32)
+    return path
+
+
+@pytest.mark.parametrize("row_type", ROW_TYPES)
+def test_converted_table_equals_table_written_so(
+    table: Path, rows: torch.Tensor, tmp_path: Path, row_type: str
+) -> None:
+    convert_table(table, tmp_path / "converted", row_type=row_type, quiet=True)
+    write_table(tmp_path / "written", rows, row_type, weights="aa" * 32, vocabulary="bb" * 32)
+    assert (tmp_path / "converted").read_bytes() == (tmp_path / "written").read_bytes()
+
+
+def test_cut_table_holds_the_first_rows(table: Path, rows: torch.Tensor, tmp_path: Path) -> None:
+    """A table of a smaller vocabulary, whose fingerprint is left open."""
+    path = tmp_path / "head"
+    convert_table(table, path, num_rows=5001, quiet=True)
+    with EmbeddingTable.open(path, expected_fingerprints={"weights": "aa" * 32, "vocabulary": "cc" * 32}) as head:
+        assert head.num_rows == 5001
+        assert torch.equal(head.rows(torch.arange(5001)), rows[:5001])
+    verify_table(path)
+    convert_table(table, path, num_rows=0, quiet=True)
+    with EmbeddingTable.open(path, "mmap") as empty:
+        assert empty.rows(torch.arange(0)).shape == (0, WIDTH)
+
+
+def test_converting_an_int8_table_keeps_its_groups(table: Path, tmp_path: Path) -> None:
+    convert_table(table, tmp_path / "a", row_type="int8", group_size=50, quiet=True)
+    layout = convert_table(tmp_path / "a", tmp_path / "b", num_rows=10, quiet=True)
+    assert (layout.row_format.row_type, layout.row_format.group_size) == ("int8", 50)
+
+
+def test_damage_in_the_source_is_found_on_the_way(table: Path, tmp_path: Path) -> None:
+    damaged, output = tmp_path / "damaged", tmp_path / "output"
+    content = bytearray(table.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    with pytest.raises(SconeError, match=r"is damaged: rows 3,\d+ to \d,\d+ do not fit their checksum"):
+        convert_table(damaged, output, row_type="fp16", quiet=True)
+    assert not output.exists()
+
+
+def test_bad_choices_are_one_line(table: Path, tmp_path: Path) -> None:
+    with pytest.raises(SconeError, match="found 9,001 rows to keep; expected at most the table's 9,000"):
+        convert_table(table, tmp_path / "output", num_rows=9001)
+    with pytest.raises(SconeError, match="for both tables"):
+        convert_table(table, table, row_type="fp16")
+    with pytest.raises(SconeError, match="found row type 'int3'"):
+        convert_table(table, tmp_path / "output", row_type="int3")
+
+
+def test_the_command_shows_and_converts(table: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    output = tmp_path / "int4"
+    assert main(["convert", str(table), str(output), "--row_type", "int4", "--group_size", "100"]) == 0
+    assert "9,000 rows × 300 int4" in capsys.readouterr().out
+    assert main(["info", str(output)]) == 0
+    shown = capsys.readouterr().out
+    assert "int4, groups of 100, 156 bytes a row" in shown
+    assert "aa" * 32 in shown
+    assert main([]) == 0
+    with pytest.raises(SconeError, match="did you mean convert"):
+        main(["convrt"])

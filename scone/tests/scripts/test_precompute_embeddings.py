@@ -1,0 +1,53 @@
+"""The documented command writes the table, alone or as one of several processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from scone.inference.embedding_table import EmbeddingTable
+from scone.scripts.precompute_embeddings import main
+from scone.tests.inference.tables import VOCAB_SIZE, small_model
+from scone.utils.errors import SconeError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "final_model"
+    small_model().save_pretrained(path)
+    return path
+
+
+def test_it_writes_the_table_as_documented(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = tmp_path / "embeddings.cache"
+    arguments = ["--model_path", str(folder), "--output_path", str(path), "--batch_size", "32", "--use_memory_map"]
+    assert main([*arguments, "--device", "cpu", "--seed", "42"]) == 0
+    assert "embeddings.cache: 354 rows × 32 fp32" in capsys.readouterr().out
+    with EmbeddingTable.open(path) as table:
+        live = small_model().embed_nodes(torch.arange(354) + VOCAB_SIZE)
+        torch.testing.assert_close(table.rows(torch.arange(354)), live, rtol=1e-5, atol=1e-6)
+
+
+def test_processes_share_the_work(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The variables that torchrun sets are all that they need."""
+    path = tmp_path / "table"
+    arguments = ["--model_path", str(folder), "--output_path", str(path), "--batch_size", "1", "--row_type", "int8"]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in (1, 0):
+        assert not path.exists()
+        monkeypatch.setenv("RANK", str(rank))
+        assert main([*arguments, "--device", "cpu", f"--local-rank={rank}"]) == 0
+    EmbeddingTable.open(path).close()
+
+
+def test_mistakes_are_one_line(folder: Path, tmp_path: Path) -> None:
+    for arguments, message in (
+        (["--model_path", str(folder)], "--output_path"),
+        (["--model_path", str(tmp_path), "--output_path", "x"], "found no config.json"),
+        (["--model_path", str(folder), "--output_path", "x", "--row_type", "int2"], "invalid choice"),
+        (["--model_path", str(folder), "--output_path", str(tmp_path)], "in the way"),
+    ):
+        with pytest.raises(SconeError, match=message):
+            main([*arguments, "--device", "cpu"])
