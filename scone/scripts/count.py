@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 EXAMPLES = (
     "scone count --dataset_name wikitext --max_n 4 --max_f_grams 500000 --output f_grams.safetensors",
     "scone count --dataset_name my_texts/ --tokenizer train --memory_budget 4GiB --json --plot counts.png",
-    "scone count --merge part-1.safetensors part-2.safetensors --output f_grams.safetensors",
+    "scone count --merge part-1.safetensors part-2.safetensors --complete --output f_grams.safetensors",
 )
 OPTIONS = (
     "data.dataset_name",
@@ -58,7 +58,7 @@ def read_arguments(argv: Sequence[str] | None) -> tuple[SconeOptions, argparse.N
 def main(argv: Sequence[str] | None = None) -> int:
     """Count or merge as the command line says, and print what was found."""
     options, extra = read_arguments(argv)
-    report, vocabulary = _merge(options, extra.merge) if extra.merge else _count(options, extra.json)
+    report, vocabulary = _merge(options, extra) if extra.merge else _count(options, extra.json)
     report["table_bytes"] = table_bytes(vocabulary.num_f_grams, extra.width or _trunk_width(options))
     if extra.output:
         report["vocabulary"] = str(vocabulary.save(extra.output))
@@ -177,29 +177,25 @@ def _token_files(options: SconeOptions, quiet: bool) -> tuple[PreTrainedTokenize
     return tokenizer, files
 
 
-def _merge(options: SconeOptions, paths: Sequence[str]) -> tuple[dict[str, Any], FGramVocabulary]:
+def _merge(options: SconeOptions, extra: argparse.Namespace) -> tuple[dict[str, Any], FGramVocabulary]:
     """Merge vocabulary files; ``min_freq`` and ``max_f_grams`` cut the result only where they were given."""
+    from scone.tokenization.counting_merge import merge_vocabularies
     from scone.tokenization.f_gram_vocabulary import FGramVocabulary
-    from scone.tokenization.merging import merge_vocabularies
 
     given = options.given
     merged = merge_vocabularies(
-        [FGramVocabulary.load(path) for path in paths],
-        min_freq=options.data.min_freq if "data.min_freq" in given else 1,
+        [FGramVocabulary.load(path) for path in extra.merge],
+        most_missing=[0] * len(extra.merge) if extra.complete else None,
         max_f_grams=options.data.max_f_grams if "data.max_f_grams" in given else None,
     )
-    if merged.largest_error:
-        print_notices(
-            [
-                f"the parts were cut, so a count may be up to {merged.largest_error:,} too small; "
-                "count the parts with --min_freq 1 and a large --max_f_grams for exact sums"
-            ]
-        )
     vocabulary = merged.vocabulary
+    if "data.min_freq" in given:
+        vocabulary = vocabulary.truncated(int((vocabulary.counts >= options.data.min_freq).sum()))
+    print_notices([merged.note])
     report = {
-        "merged": [str(path) for path in paths],
+        "merged": [str(path) for path in extra.merge],
         "num_f_grams": vocabulary.num_f_grams,
-        "largest_error": merged.largest_error,
+        "complete": merged.complete,
         "fingerprint": vocabulary.fingerprint,
     }
     return report, vocabulary
@@ -255,6 +251,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--width", type=int, metavar="D", help="row width of the table (default: base_model_name's)")
     parser.add_argument(
         "--merge", nargs="+", metavar="FILE", help="add up vocabularies of parts of a corpus instead of counting"
+    )
+    parser.add_argument(
+        "--complete",
+        action="store_true",
+        help="with --merge: the parts list all their n-grams (counted with --min_freq 1 and a --max_f_grams beyond reach)",
     )
 
 
