@@ -1,0 +1,292 @@
+"""Matching tokens to f-grams: tokens per second per core against a dictionary, Aho–Corasick and the plain automaton.
+
+Real tokens (Wikipedia, GPT-2's tokenizer) where the maintainers' data is present, else synthetic Zipf tokens. The
+f-grams are counted on one part, matching is timed on the rest, on one thread. The bound is the time to read the cache
+lines that the probes of level-wise matching touch, in order, with nothing else to do. `--quick` counts on a quarter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from common import Report, interleaved, shared_data
+from numba import njit
+
+from scone.kernels.child_index import find_child, hash_key, home_slot
+from scone.tokenization.counting import count_f_grams
+from scone.tokenization.f_gram_vocabulary import FGramVocabulary
+from scone.tokenization.matcher import Matcher
+
+MAX_N = 5
+QUICK_FILES = 3
+PEER_TOKENS = 500_000
+BATCH = 64
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the benchmark."""
+    report = Report.from_arguments("matching", __doc__, argv, _add_options)
+    corpus, vocab_size, separator, origin = tokens_to_match(report.quick)
+    held_out = np.asarray(corpus[-report.config["matched_tokens"] :]).astype(np.int64)
+    counted = corpus[: -len(held_out)]
+    report.config |= {"tokens": origin, "counted_tokens": len(counted), "max_n": MAX_N}
+    with tempfile.TemporaryDirectory() as folder:
+        print(f"counting f-grams in {len(counted):,} tokens ({origin})", flush=True)
+        largest = count_f_grams(
+            [counted],
+            vocab_size=vocab_size,
+            max_n=MAX_N,
+            min_freq=1 if report.quick else 2,
+            max_f_grams=10_000_000,
+            separator_ids=[separator],
+        ).vocabulary
+        largest.save(f"{folder}/10m")
+        largest.truncated(1_000_000).save(f"{folder}/1m")
+        del largest
+        measure_size(report, "1m", FGramVocabulary.load(f"{folder}/1m"), held_out, with_aho_corasick=True)
+        start = time.perf_counter()
+        vocabulary = FGramVocabulary.load(f"{folder}/10m")
+        opening_seconds = time.perf_counter() - start
+        report.config["largest_num_f_grams"] = vocabulary.num_f_grams
+        measure_size(report, "10m", vocabulary, held_out, with_aho_corasick=False)
+        report.add("open_seconds_10m", "s", opening_seconds, ratio="ours", target=1.0, better="lower")
+        measure_memory_and_step(report, vocabulary, held_out)
+    report.finish()
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--repeats", type=int, default=5, help="timed rounds, of which the median counts")
+    parser.add_argument("--matched_tokens", type=int, default=2_000_000, help="tokens that are matched, not counted")
+
+
+def tokens_to_match(quick: bool) -> tuple[np.ndarray, int, int, str]:
+    """Tokens [n], vocabulary size, separator, and what they are."""
+    text, tokenizer_folder = shared_data("wikipedia"), shared_data("tokenizers", "gpt2")
+    if text is None or tokenizer_folder is None:
+        return *zipf_tokens(12_000_000 if quick else 43_000_000), "synthetic Zipf tokens"
+    from scone.data.prepare import prepare_corpus
+    from scone.tokenization.tokenizers import document_separator_id, load_tokenizer
+
+    tokenizer = load_tokenizer(tokenizer_folder)
+    sources = sorted(text.glob("part-*"))[:QUICK_FILES] if quick else [text]
+    files = [prepare_corpus(str(source), tokenizer, splits=("all",))["all"] for source in sources]
+    tokens = np.concatenate([file.tokens for file in files])
+    return tokens, len(tokenizer), document_separator_id(tokenizer), "Wikipedia, GPT-2's tokenizer"
+
+
+def zipf_tokens(num_tokens: int, vocab_size: int = 50_257) -> tuple[np.ndarray, int, int]:
+    """Tokens of Zipf frequencies in which phrases recur: half of all tokens repeat what followed some earlier place."""
+    random = np.random.default_rng(0)
+    weights = 1 / np.arange(1, vocab_size)
+    phrases = random.choice(vocab_size - 1, (1 << 18, 8), p=weights / weights.sum()).astype(np.uint16)
+    chosen = random.zipf(1.2, num_tokens // 4) % len(phrases)
+    pieces = phrases[chosen][:, :4]
+    fresh = random.choice(vocab_size - 1, pieces.shape[0], p=weights / weights.sum())
+    pieces[:, 3] = np.where(random.random(len(pieces)) < 0.5, fresh, pieces[:, 3])
+    pieces[:: 1 << 8, 0] = vocab_size - 1
+    return pieces.reshape(-1), vocab_size, vocab_size - 1
+
+
+def measure_size(
+    report: Report, name: str, vocabulary: FGramVocabulary, tokens: np.ndarray, with_aho_corasick: bool
+) -> None:
+    """Tokens per second of all ways of matching, which must agree."""
+    matcher = Matcher(vocabulary)
+    nodes = matcher.match(tokens)
+    few = tokens[:PEER_TOKENS]
+    slots, ranks = lines_read(tokens, nodes, vocabulary)
+    index = vocabulary.index
+    automaton = np.empty(len(tokens), np.int64)
+    f_grams = [
+        tuple(row[:length])
+        for row, length in zip(
+            vocabulary.token_matrix(np.arange(vocabulary.num_f_grams)).tolist(),
+            vocabulary.lengths.tolist(),
+            strict=True,
+        )
+    ]
+    results: dict[str, list[int]] = {}
+    peers = {"dictionary probing": dictionary_matcher(f_grams, vocabulary.vocab_size)}
+    if with_aho_corasick:
+        peers["pyahocorasick"] = aho_corasick_matcher(f_grams, vocabulary.vocab_size)
+    runs: dict[str, Callable[[], object]] = {
+        "ours": lambda: matcher.match(tokens, num_threads=1),
+        "bound": lambda: read_lines(index.slots, vocabulary.keys.reshape(-1), slots, ranks),
+        "automaton": lambda: follow_automaton(
+            vocabulary.keys,
+            vocabulary.suffixes,
+            index.slots,
+            index.rank_bits,
+            index.max_probes,
+            vocabulary.vocab_size,
+            tokens,
+            automaton,
+        ),
+    }
+    for peer, match in peers.items():
+        runs[peer] = lambda peer=peer, match=match: results.update({peer: match(tuple(few.tolist()))})
+    seconds = interleaved(runs, repeats=report.config["repeats"])
+    for peer, result in results.items():
+        assert result == nodes[: len(few)].tolist(), f"{peer} found other matches"
+    assert (automaton == nodes).all(), "the automaton found other matches"
+    speed = {run: (len(few) if run in peers else len(tokens)) / seconds[run] for run in runs}
+    report.config |= {f"match_rate_{name}": float((nodes >= vocabulary.vocab_size).mean())}
+    report.add(
+        f"tokens_per_second_{name}",
+        "tokens/s",
+        speed["ours"],
+        peer=speed["dictionary probing"],
+        peer_name="dictionary probing",
+        bound=speed["bound"],
+        target=50,
+    )
+    report.add(
+        f"speed_vs_automaton_{name}",
+        "tokens/s",
+        speed["ours"],
+        peer=speed["automaton"],
+        peer_name="ours, by suffix links",
+        bound=speed["bound"],
+    )
+    if with_aho_corasick:
+        report.add(
+            "speed_vs_aho_corasick",
+            "tokens/s",
+            speed["ours"],
+            peer=speed["pyahocorasick"],
+            peer_name="pyahocorasick",
+            bound=speed["bound"],
+            target=3,
+        )
+
+
+def measure_memory_and_step(report: Report, vocabulary: FGramVocabulary, tokens: np.ndarray) -> None:
+    """Bytes of everything that matching and training keep in memory; microseconds of a decode step."""
+    arrays = (vocabulary.keys, vocabulary.suffixes, vocabulary.lengths, vocabulary.index.slots)
+    bytes_each = sum(array.nbytes for array in arrays) / vocabulary.num_f_grams
+    report.add("index_bytes_per_f_gram", "bytes", bytes_each, ratio="ours", target=20, better="lower")
+    matcher = Matcher(vocabulary)
+    columns = tokens[: len(tokens) // BATCH * BATCH].reshape(BATCH, -1).T.copy()
+    states = np.full(BATCH, -1)
+    microseconds = []
+    for column in columns[:5_000]:
+        start = time.perf_counter()
+        states = matcher.step(states, column)
+        microseconds.append(1e6 * (time.perf_counter() - start))
+    step = statistics.median(microseconds[100:])
+    report.add("decode_step_us_batch64", "µs", step, ratio="ours", target=50, better="lower")
+
+
+def dictionary_matcher(f_grams: list[tuple[int, ...]], vocab_size: int) -> Callable[[tuple[int, ...]], list[int]]:
+    """Longest first, look up the tokens before each position in a dictionary."""
+    node_of = {gram: vocab_size + rank for rank, gram in enumerate(f_grams)}
+
+    def match(tokens: tuple[int, ...]) -> list[int]:
+        nodes = []
+        for end in range(1, len(tokens) + 1):
+            for length in range(min(MAX_N, end), 1, -1):
+                node = node_of.get(tokens[end - length : end])
+                if node is not None:
+                    break
+            else:
+                node = tokens[end - 1]
+            nodes.append(node)
+        return nodes
+
+    return match
+
+
+def aho_corasick_matcher(f_grams: list[tuple[int, ...]], vocab_size: int) -> Callable[[tuple[int, ...]], list[int]]:
+    """The longest of the matches that the library reports at each position (it reports the longest first)."""
+    import ahocorasick
+
+    automaton = ahocorasick.Automaton(ahocorasick.STORE_INTS, ahocorasick.KEY_SEQUENCE)
+    for rank, gram in enumerate(f_grams):
+        automaton.add_word(gram, vocab_size + rank)
+    automaton.make_automaton()
+
+    def match(tokens: tuple[int, ...]) -> list[int]:
+        nodes = list(tokens)
+        last = -1
+        for end, node in automaton.iter(tokens):
+            if end != last:
+                nodes[end] = node
+                last = end
+        return nodes
+
+    return match
+
+
+@njit
+def follow_automaton(keys, suffixes, slots, bits, max_probes, vocab_size, tokens, nodes):
+    """The other way of matching: one state, following (state, token) or falling back along suffix links."""
+    state = np.int64(-1)
+    for position in range(len(tokens)):
+        token = tokens[position]
+        found = token
+        while state >= 0:
+            rank = find_child(keys, slots, bits, max_probes, state, token)
+            if rank >= 0:
+                found = vocab_size + rank
+                break
+            state = np.int64(-1) if state < vocab_size else np.int64(suffixes[state - vocab_size])
+        nodes[position] = state = found
+
+
+def lines_read(tokens: np.ndarray, nodes: np.ndarray, vocabulary: FGramVocabulary) -> tuple[np.ndarray, np.ndarray]:
+    """Slots and ranks that matching has to look at, in order: every probe reads a bucket, every hit a key."""
+    room = MAX_N * len(tokens)
+    slots, ranks = np.empty(room, np.int64), np.empty(room, np.int64)
+    num_slots, num_ranks = _trace(
+        tokens,
+        nodes,
+        vocabulary.suffixes,
+        vocabulary.lengths,
+        vocabulary.vocab_size,
+        MAX_N,
+        len(vocabulary.index.slots),
+        slots,
+        ranks,
+    )
+    return slots[:num_slots], ranks[:num_ranks]
+
+
+@njit
+def _trace(tokens, nodes, suffixes, lengths, vocab_size, max_n, slots_length, slots, ranks):
+    before = np.empty(max_n + 1, np.int64)
+    num_slots = num_ranks = 0
+    length_before = 0
+    for position in range(len(tokens)):
+        node = nodes[position]
+        length = 1 if node < vocab_size else np.int64(lengths[node - vocab_size])
+        for level in range(1, min(length_before, length, max_n - 1) + 1):
+            slots[num_slots] = home_slot(hash_key(before[level], tokens[position]), slots_length)
+            num_slots += 1
+        for level in range(length, 0, -1):
+            before[level] = node
+            if node >= vocab_size:
+                ranks[num_ranks] = node - vocab_size
+                num_ranks += 1
+                node = np.int64(suffixes[node - vocab_size])
+        length_before = length
+    return num_slots, num_ranks
+
+
+@njit
+def read_lines(slots, flat_keys, slot_indices, ranks):
+    """Read one word of every cache line; the sum keeps the compiler from leaving it out."""
+    total = np.uint64(0)
+    for index in slot_indices:
+        total += slots[index]
+    for rank in ranks:
+        total += flat_keys[2 * rank]
+    return total
+
+
+if __name__ == "__main__":
+    main()
