@@ -17,9 +17,6 @@ from scone.kernels.machine_instructions import LANES
 NO_F_GRAM = -1
 """What look-ups return when the vocabulary has no such f-gram."""
 
-SLOTS_PER_F_GRAM = 5 / 3
-"""Inverse load factor: beside 13 bytes of arrays an f-gram, 5/3 slots of 4 bytes stay below 20 bytes together."""
-
 BUCKET = LANES
 
 _BUCKET = np.uint64(BUCKET)
@@ -32,8 +29,11 @@ _LOW_32 = np.uint64(0xFFFFFFFF)
 
 
 def num_slots(num_f_grams: int) -> int:
-    """Slots of an index over ``num_f_grams`` f-grams: whole buckets, and always some that stay empty."""
-    return max(4, int(num_f_grams * SLOTS_PER_F_GRAM) // BUCKET) * BUCKET
+    """Slots of an index over ``num_f_grams`` f-grams: whole buckets, and always some that stay empty.
+
+    5/3 slots of 4 bytes an f-gram, beside 13 bytes in arrays, stay below 20 bytes; a few in a hundred buckets overflow.
+    """
+    return max(4, num_f_grams * 5 // 3 // BUCKET) * BUCKET
 
 
 def rank_bits(num_f_grams: int) -> int:

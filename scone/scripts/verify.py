@@ -74,7 +74,7 @@ def recognise(path: Path) -> str:
             if (path / name).exists():
                 return kind
         raise SconeError(f"found a folder {path} without anything of SCONE; {_EXPECTED}; check the path")
-    by_format = {"scone.f_grams": "vocabulary", "scone-embedding-table": "table"}
+    by_format = {"scone-f-gram-vocabulary": "vocabulary", "scone-embedding-table": "table"}
     by_name = {"f_grams.safetensors": "vocabulary", "tokens.npy": "tokens", "tokens.json": "tokens"}
     by_ending = {".cache": "table"}
     found = by_format.get(_stated_format(path)) or by_name.get(path.name) or by_ending.get(path.suffix)

@@ -16,7 +16,7 @@ from scone.utils.errors import SconeError
 from scone.utils.files import atomic_path, fingerprint_of
 
 FILE_NAME = "f_grams.safetensors"
-FORMAT = "scone.f_grams"
+FORMAT = "scone-f-gram-vocabulary"
 VERSION = "1"
 
 _DTYPE_NAMES = {"uint8": "U8", "uint32": "U32", "uint64": "U64"}

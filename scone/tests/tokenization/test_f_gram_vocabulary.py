@@ -211,7 +211,7 @@ def test_cut_or_lengthened_file_is_refused(saved: bytes, tmp_path: Path) -> None
 def test_other_version_is_named(saved: bytes, tmp_path: Path) -> None:
     path = tmp_path / "f_grams.safetensors"
     path.write_bytes(saved.replace(b'"format_version":"1"', b'"format_version":"9"'))
-    with pytest.raises(SconeError, match=r"version 9; expected scone\.f_grams version 1"):
+    with pytest.raises(SconeError, match=r"version 9; expected scone-f-gram-vocabulary version 1"):
         FGramVocabulary.load(path)
 
 
