@@ -41,10 +41,9 @@ class Collator:
         for row, block in enumerate(blocks):
             tokens[row, : len(block)] = block
             mask[row, : len(block)] = True
-        batch: dict[str, Any] = {
-            "input_ids": torch.from_numpy(tokens),
-            "labels": torch.from_numpy(np.where(mask, tokens, IGNORED_LABEL)),
-        }
+        labels = np.where(mask, tokens, IGNORED_LABEL)
+        labels[:, 0] = IGNORED_LABEL  # nothing predicts it; the trainer counts labels to normalise the loss
+        batch: dict[str, Any] = {"input_ids": torch.from_numpy(tokens), "labels": torch.from_numpy(labels)}
         if not mask.all():
             batch["attention_mask"] = torch.from_numpy(mask.astype(np.int64))
         if self.matcher is not None:

@@ -48,6 +48,7 @@ class AdamWWithRows(torch.optim.AdamW):
         if self.rows is not None:
             scale = self.gradient_scale() if self.gradient_scale is not None else 1.0
             row_ids, gradients = gather_over_ranks(*pending_gradients(self.rows))
+            self.rows.pending.clear()  # trainers zero the model's gradients, not the optimizer's
             if len(row_ids):
                 self._update_rows(row_ids, gradients.div_(scale))
         return loss

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from scone.models.language_model import SconeForCausalLM
+from scone.models.learned_rows import LearnedRows
 from scone.training.optimizer import AdamWWithRows
 from scone.utils.files import write_json
 
@@ -36,6 +36,9 @@ class SconeTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.f_gram_learning_rate = f_gram_learning_rate
         self.rows_learning_rate = rows_learning_rate
+        rows = learned_rows(self.model)
+        if rows is not None:
+            self.add_callback(DropSkippedGradients(rows))
         self._counted: dict[str, Tensor | int] = {}
         self._counted_since = time.perf_counter()
 
@@ -93,10 +96,18 @@ class SconeTrainer(Trainer):
         super().log(logs, start_time)
 
 
-def learned_rows(model: nn.Module) -> Any:
-    """The ``LearnedRows`` of a model that may be wrapped, or None."""
-    from scone.models.learned_rows import LearnedRows
+class DropSkippedGradients(TrainerCallback):
+    """An fp16 step that overflowed is skipped; the rows' gradients of that step must not reach the next one."""
 
+    def __init__(self, rows: LearnedRows) -> None:
+        self.rows = rows
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.rows.pending.clear()
+
+
+def learned_rows(model: nn.Module) -> LearnedRows | None:
+    """The ``LearnedRows`` of a model that may be wrapped, or None."""
     return next((module for module in model.modules() if isinstance(module, LearnedRows)), None)
 
 
@@ -153,8 +164,3 @@ class StopOnSignal(TrainerCallback):
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._restore()
-
-
-def is_scone(model: nn.Module) -> bool:
-    """Whether the model has a SCONE input embedding (else it is a plain trunk)."""
-    return isinstance(model, SconeForCausalLM)
