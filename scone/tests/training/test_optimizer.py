@@ -1,0 +1,116 @@
+"""Laws of the row-sparse optimizer."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scone.models.learned_rows import LearnedRows
+from scone.training.optimizer import AdamWWithRows, sum_by_row
+
+
+def touch(rows: LearnedRows, chains: torch.Tensor, direction: torch.Tensor) -> None:
+    """One forward and backward pass in which f-gram m sums the rows of ``chains[m]`` (−1: none)."""
+    row_ids, inverse = torch.unique(chains[chains >= 0], return_inverse=True)
+    links = torch.zeros_like(chains)
+    links[chains >= 0] = inverse + 1
+    (rows(row_ids, links) * direction).sum().backward()
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 1000), steps=st.integers(1, 6), passes=st.integers(1, 3))
+def test_rows_learn_as_sparse_adam_teaches_them(seed, steps, passes):
+    """Equal to torch.optim.SparseAdam on an embedding whose gradient is summed by autograd, accumulation included."""
+    torch.manual_seed(seed)
+    num_rows, width = 9, 4
+    rows = LearnedRows(num_rows, width)
+    # SparseAdam adds eps before the bias correction, AdamW after it: an eps of nothing makes them comparable
+    dense = [{"params": [torch.nn.Parameter(torch.zeros(1))]}]
+    ours = AdamWWithRows(dense, rows=rows, rows_learning_rate=0.1, eps=1e-30)
+    plain = torch.nn.Embedding(num_rows, width, sparse=True)
+    torch.nn.init.zeros_(plain.weight)
+    reference = torch.optim.SparseAdam(plain.parameters(), lr=0.1, betas=(0.9, 0.999), eps=1e-30)
+    for _ in range(steps):
+        ours.zero_grad()
+        reference.zero_grad()
+        for _ in range(passes):
+            chains = torch.randint(-1, num_rows, (5, 2))
+            direction = torch.randn(5, width)
+            touch(rows, chains, direction)
+            used = (chains >= 0)[..., None]
+            (((plain(chains.clamp(min=0)) * used).sum(1)) * direction).sum().backward()
+        # the mask above leaves zero gradients on row 0; SparseAdam would count them as touches
+        plain.weight.grad = _without_untouched(plain.weight.grad, rows)
+        ours.step()
+        reference.step()
+        torch.testing.assert_close(rows.weight.detach(), plain.weight.detach(), atol=1e-6, rtol=1e-5)
+
+
+def _without_untouched(gradient: torch.Tensor, rows: LearnedRows) -> torch.Tensor:
+    touched = torch.cat([ids for ids, _ in rows.pending]).unique()
+    gradient = gradient.coalesce()
+    keep = torch.isin(gradient.indices()[0], touched)
+    return torch.sparse_coo_tensor(
+        gradient.indices()[:, keep], gradient.values()[keep], gradient.shape, check_invariants=True
+    )
+
+
+def test_untouched_rows_and_their_moments_stay():
+    rows = LearnedRows(6, 3)
+    optimizer = AdamWWithRows([{"params": [torch.nn.Parameter(torch.zeros(1))]}], rows=rows, rows_learning_rate=0.1)
+    touch(rows, torch.tensor([[1], [4]]), torch.ones(2, 3))
+    optimizer.step()
+    assert rows.weight[[0, 2, 3, 5]].eq(0).all()
+    assert rows.weight[[1, 4]].ne(0).all()
+    optimizer.zero_grad()
+    before = rows.weight.clone()
+    optimizer.step()  # nothing was touched: nothing moves, moments included
+    assert torch.equal(rows.weight, before)
+
+
+def test_rows_come_back_from_a_state_dict():
+    def make() -> tuple[LearnedRows, AdamWWithRows]:
+        rows = LearnedRows(5, 2)
+        return rows, AdamWWithRows([{"params": [torch.nn.Parameter(torch.ones(1))]}], rows=rows)
+
+    rows, optimizer = make()
+    again, other = make()
+    for turn in range(2):
+        touch(rows, torch.tensor([[turn], [3]]), torch.ones(2, 2))
+        optimizer.step()
+        optimizer.zero_grad()
+    again.load_state_dict(rows.state_dict())
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # a file would be no alias either
+    for each, its in ((rows, optimizer), (again, other)):
+        touch(each, torch.tensor([[2], [3]]), torch.ones(2, 2))
+        its.step()
+    assert torch.equal(rows.weight, again.weight)
+
+
+def test_loss_scale_is_taken_out_of_the_rows_gradients():
+    results = []
+    for scale in (1.0, 1024.0):
+        rows = LearnedRows(3, 2)
+        optimizer = AdamWWithRows(
+            [{"params": [torch.nn.Parameter(torch.zeros(1))]}], rows=rows, gradient_scale=lambda scale=scale: scale
+        )
+        touch(rows, torch.tensor([[1]]), scale * torch.tensor([[1e-6, -2e-6]]))
+        optimizer.step()
+        results.append(rows.weight.detach().clone())
+    torch.testing.assert_close(results[0], results[1])
+
+
+@settings(max_examples=30, deadline=None)
+@given(ids=st.lists(st.integers(0, 5), max_size=20))
+def test_sum_by_row_equals_a_dictionary(ids):
+    gradients = torch.randn(len(ids), 2)
+    expected: dict[int, torch.Tensor] = {}
+    for row, gradient in zip(ids, gradients, strict=True):
+        expected[row] = expected.get(row, torch.zeros(2)) + gradient
+    distinct, summed = sum_by_row(torch.tensor(ids, dtype=torch.int64), gradients)
+    assert distinct.tolist() == sorted(expected)
+    for row, total in zip(distinct.tolist(), summed, strict=True):
+        torch.testing.assert_close(total, expected[row])
