@@ -255,7 +255,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--complete",
         action="store_true",
-        help="with --merge: the parts list all their n-grams (counted with --min_freq 1 and a --max_f_grams beyond reach)",
+        help="with --merge: the parts list all their n-grams (--min_freq 1 and a --max_f_grams that cut none)",
     )
 
 
