@@ -1,0 +1,87 @@
+"""What a model costs: parameters by where they live, and floating-point operations per token.
+
+One multiplication and one addition count as two operations. The formulas count matrix products, as
+``torch.utils.flop_counter`` does, against which the tests check them.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import asdict, dataclass
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from scone.models.f_gram_model import FGramModelConfig
+from scone.models.language_model import SconeForCausalLM
+
+BACKWARD_FACTOR = 2
+"""A backward pass costs two products for each product of the forward pass."""
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Numbers of parameters.
+
+    ``resident`` ones are on the accelerator when the model serves; ``training_only`` ones become rows of the table, of
+    which ``table`` values lie in RAM or on disk.
+    """
+
+    resident: int
+    training_only: int
+    table: int
+
+    def to_dict(self) -> dict[str, int]:
+        return asdict(self)
+
+
+def parameter_counts(model: PreTrainedModel) -> ParameterCounts:
+    """Of a SCONE model (live or served) or a plain trunk; tied weights count once."""
+    if not isinstance(model, SconeForCausalLM):
+        return ParameterCounts(_count(model), 0, 0)
+    extra = 0 if model.f_gram_embedding is None else _count(model.f_gram_embedding)
+    return ParameterCounts(_count(model.trunk), extra, model.config.num_f_grams * model.config.hidden_size)
+
+
+def _count(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def trunk_forward_flops(config: PreTrainedConfig, sequence_length: int) -> float:
+    """Operations per token of one forward pass over ``sequence_length`` tokens, output head included.
+
+    Counted on the real modules without memory or arithmetic (meta device), so it holds for any architecture. Attention
+    counts all pairs of positions, as kernels without a causal shortcut compute them.
+    """
+    config = copy.deepcopy(config)
+    config._attn_implementation = "eager"
+    with torch.device("meta"):
+        trunk = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+        tokens = torch.zeros(1, sequence_length, dtype=torch.int64)
+        # a finished mask: making one looks at values, which meta tensors do not have
+        mask = torch.zeros(1, 1, sequence_length, sequence_length)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        trunk(input_ids=tokens, attention_mask=mask, use_cache=False)
+    return counter.get_total_flops() / sequence_length
+
+
+def f_gram_forward_flops(config: FGramModelConfig, trunk_width: int, nodes_by_depth: list[float]) -> float:
+    """Operations of one forward pass of the f-gram model.
+
+    ``nodes_by_depth[d]`` is the number of trie nodes with d ancestors (for a cost per position: nodes per position).
+    A node costs its projections, its feed-forward layers and d + 1 places of attention; where the widths differ, a map
+    in, and a map out, which counts for every node (only f-grams that a position ends with need it).
+    """
+    width, layers = config.hidden_size, config.num_hidden_layers
+    matrices = 4 * width * width + 2 * width * config.intermediate_size
+    maps = 0 if width == trunk_width else 2 * width * trunk_width
+    return sum(
+        nodes * (layers * (2 * matrices + 4 * width * (depth + 1)) + 2 * maps)
+        for depth, nodes in enumerate(nodes_by_depth)
+    )
+
+
+def training_flops(forward: float, recomputed: bool = False) -> float:
+    """Of one training step, from its forward operations; ``recomputed``: with gradient checkpointing."""
+    return forward * (1 + BACKWARD_FACTOR + (1 if recomputed else 0))
