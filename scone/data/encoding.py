@@ -40,10 +40,9 @@ class CorpusEncoder:
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         """Token ids of each text, uint16 or uint32; texts above 1 Mi characters go through ``short_pieces``."""
-        pieces = [list(short_pieces(text)) for text in texts]
-        flat = self._encode([piece for group in pieces for piece in group])
-        arrays = iter(flat)
-        return [np.concatenate([next(arrays) for _ in group]) for group in pieces]
+        if sum(map(len, texts)) <= LONGEST_TEXT_CHARACTERS:
+            return self._encode(texts)
+        return [np.concatenate([self._encode([piece])[0] for piece in short_pieces(text)]) for text in texts]
 
     def _encode(self, texts: list[str]) -> list[np.ndarray]:
         if self._fast is not None:
