@@ -125,28 +125,53 @@ def count_f_grams(
                 work_folder(Path(work_dir) if work_dir else None, key, plan.temporary_bytes) as folder,
             ):
                 token_of_id, levels = engine.count(CountJournal(folder), folder)
-                ranked = rank_survivors(token_of_id, levels, vocab_size, max_f_grams)
-    prefixes, last_tokens, counts, lengths = ranked
+                result = result_of_levels(
+                    token_of_id,
+                    levels,
+                    num_tokens=stream.num_tokens,
+                    vocab_size=vocab_size,
+                    max_n=max_n,
+                    min_freq=min_freq,
+                    max_f_grams=max_f_grams,
+                    separator_ids=separators,
+                    tokenizer_fingerprint=tokenizer_fingerprint,
+                )
+    statistics = replace(
+        result.statistics,
+        seconds=time.perf_counter() - started,
+        on_disk=plan.on_disk,
+        temporary_bytes=plan.temporary_bytes,
+        num_threads=plan.num_threads,
+    )
+    for note in statistics.notes:
+        _say(note, quiet)
+    return CountResult(result.vocabulary, statistics)
+
+
+def result_of_levels(
+    token_of_id: np.ndarray,
+    levels: list[Survivors],
+    *,
+    num_tokens: int,
+    vocab_size: int,
+    max_n: int,
+    min_freq: int,
+    max_f_grams: int | None,
+    separator_ids: tuple[int, ...],
+    tokenizer_fingerprint: str,
+) -> CountResult:
+    """Rank what survived of all levels, for any engine: ``token_of_id`` uint32 [K], ``levels[0]`` the bigrams."""
+    prefixes, last_tokens, counts, lengths = rank_survivors(token_of_id, levels, vocab_size, max_f_grams)
     vocabulary = FGramVocabulary.from_links(
         prefixes,
         last_tokens,
         counts,
         vocab_size=vocab_size,
         max_n=max_n,
-        separator_ids=separators,
+        separator_ids=separator_ids,
         tokenizer_fingerprint=tokenizer_fingerprint,
     )
-    statistics = _statistics(stream.num_tokens, max_f_grams, min_freq, levels, counts, lengths)
-    for note in statistics.notes:
-        _say(note, quiet)
-    statistics = replace(
-        statistics,
-        seconds=time.perf_counter() - started,
-        on_disk=plan.on_disk,
-        temporary_bytes=plan.temporary_bytes,
-        num_threads=plan.num_threads,
-    )
-    return CountResult(vocabulary, statistics)
+    return CountResult(vocabulary, _statistics(num_tokens, max_f_grams, min_freq, levels, counts, lengths))
 
 
 def _check_options(vocab_size: int, max_n: int, min_freq: int, max_f_grams: int | None) -> None:

@@ -71,7 +71,7 @@ def _checked(index: int, corpus: np.ndarray) -> np.ndarray:
 
 def _read(corpus: np.ndarray, start: int, stop: int) -> np.ndarray:
     """``corpus[start:stop]``, from the file where the array maps one."""
-    offset = _file_offset(corpus)
+    offset = file_offset(corpus)
     if offset is None:
         return np.asarray(corpus[start:stop])
     assert isinstance(corpus, np.memmap)
@@ -88,7 +88,7 @@ def _read(corpus: np.ndarray, start: int, stop: int) -> np.ndarray:
     return pieces
 
 
-def _file_offset(corpus: np.ndarray) -> int | None:
+def file_offset(corpus: np.ndarray) -> int | None:
     """Where in its file the first element of a memory-mapped array lies; None for any other array."""
     if not isinstance(corpus, np.memmap) or corpus.filename is None or not corpus.flags.c_contiguous:
         return None
