@@ -6,12 +6,35 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numba import njit
 
 from scone.kernels import child_index, f_gram_trie, longest_match, reference_matching
-from scone.kernels.machine_instructions import LANES
+from scone.kernels.machine_instructions import LANES, largest_match, prefetch
 from scone.tests.tokenization.f_gram_strategies import Case, cases
 from scone.tokenization.f_gram_links import ChildIndex
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
+
+
+@njit
+def call_instructions(slots, start, wanted, low_mask):
+    prefetch(slots, np.uint64(start) - np.uint64(1))  # may lie outside: harmless
+    return largest_match(slots, np.uint64(start), np.uint32(wanted), np.uint32(low_mask))
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.lists(st.integers(0, 2**32 - 1), min_size=LANES + 3, max_size=LANES + 3),
+    st.integers(0, 3),
+    st.integers(0, LANES + 2),
+    st.integers(0, 32),
+)
+def test_largest_match_equals_numpy(values: list[int], start: int, like: int, bits: int) -> None:
+    slots = np.array(values, np.uint32)
+    low_mask = np.uint32(2**bits - 1)
+    wanted = slots[like] & ~low_mask
+    group = slots[start : start + LANES]
+    expected = max(0, *group[(group ^ wanted) <= low_mask].tolist(), 0)
+    assert call_instructions(slots, start, wanted, low_mask) == expected
 
 
 @settings(max_examples=50, deadline=None)
