@@ -179,14 +179,14 @@ def test_ctrl_c_leaves_a_run_that_resumes(corpus, tmp_path):
         corpus, tmp_path / "run", "--batch_size", "4", "--max_steps", "100000", "--save_steps", "50000"
     )
     command = [sys.executable, "-m", "scone.scripts.train", *flags, "--logging_steps", "1"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if "'loss'" in line:
-            break
-    process.send_signal(signal.SIGINT)
-    output = process.stdout.read()
-    assert process.wait(timeout=120) == 130, output
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if "'loss'" in line:
+                break
+        process.send_signal(signal.SIGINT)
+        output = process.stdout.read()
+    assert process.returncode == 130, output
     assert "interrupted" in output
     assert "Traceback" not in output
     (checkpoint,) = complete_checkpoints(tmp_path / "run")

@@ -1,0 +1,77 @@
+"""Fill the tables of README.md and docs/ from the JSON of real runs, so that no number is typed by hand.
+
+A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->`` and is made from ``docs/results/NAME.json``:
+a benchmark's report (``benchmarks/common.py``) or a demo's ``report.json``.
+
+    python benchmarks/fill_tables.py            fill them
+    python benchmarks/fill_tables.py --check    exit 1 if one is out of date
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+RESULTS = REPOSITORY / "docs" / "results"
+_TABLE = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a table is out of date")
+    check = parser.parse_args().check
+    stale = []
+    for page in [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]:
+        before = page.read_text(encoding="utf-8")
+        after = _TABLE.sub(lambda match: match[1] + table(match["name"]) + match[3], before)
+        if after != before:
+            stale.append(page.relative_to(REPOSITORY))
+            if not check:
+                page.write_text(after, encoding="utf-8")
+    for page in stale:
+        print(f"{'out of date' if check else 'filled'}: {page}")
+    return 1 if check and stale else 0
+
+
+def table(name: str) -> str:
+    """The Markdown of one table, with the machine and commit that it was measured on."""
+    path = RESULTS / f"{name}.json"
+    if not path.exists():
+        return f"*Not measured yet: no {path.relative_to(REPOSITORY)}.*\n"
+    report = json.loads(path.read_text(encoding="utf-8"))
+    if "records" in report:
+        return benchmark_table(report)
+    raise SystemExit(f"{path}: expected a benchmark's report with records")
+
+
+def benchmark_table(report: dict[str, Any]) -> str:
+    """Metric, ours, peer, ratio, target; a missed target says so."""
+    lines = ["| metric | ours | peer | ratio | target | |", "|---|---:|---:|---:|---:|---|"]
+    for record in report["records"]:
+        peer = f"{_number(record['peer'])} ({record['peer_name']})" if record.get("peer") is not None else ""
+        met = {True: "met", False: "**missed**", None: ""}[record.get("met")]
+        ours = f"{_number(record['ours'])} {record['unit']}".strip() if record.get("ours") is not None else ""
+        lines.append(
+            f"| `{record['metric']}` | {ours} | {peer} | {_number(record.get('ratio'))} | "
+            f"{_number(record.get('target'))} | {met} |"
+        )
+    machine = report["machine"]
+    where = ", ".join(str(machine[key]) for key in ("processor", "cores", "accelerators") if machine.get(key))
+    return "\n".join(lines) + f"\n\n*Measured on {where} at commit {report['commit'][:10]}.*\n"
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return ""
+    if value and abs(value) < 0.01:
+        return f"{value:.2e}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
