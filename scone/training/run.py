@@ -5,12 +5,20 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 
 from scone.configs.loading import save_options
 from scone.configs.schema import SconeOptions, TrainingOptions
@@ -48,11 +56,12 @@ class Corpus:
     validation: TokenFile | None
 
 
-def train(options: SconeOptions, *, quiet: bool = False) -> Path:
+def train(options: SconeOptions, *, quiet: bool = False, callbacks: Sequence[TrainerCallback] = ()) -> Path:
     """Train one model as ``options`` say and return ``OUTPUT_DIR/final_model``.
 
     ``model.use_f_gram_embeddings=False`` trains the plain trunk on the same batches: the baseline. The folder also gets
-    the resolved options, checkpoints, TensorBoard events under ``runs``, and the log as JSON.
+    the resolved options, checkpoints, TensorBoard events under ``runs``, and the log as JSON. ``callbacks`` are told of
+    steps and logs, as the trainer's own are.
 
     Raises:
         SconeError: whatever is wrong with corpus, tokenizer, model or folder, before anything is trained.
@@ -64,6 +73,10 @@ def train(options: SconeOptions, *, quiet: bool = False) -> Path:
     corpus = prepare_run_corpus(options, quiet=quiet)
     model = build_model(options, corpus, quiet=quiet)
     trainer = build_trainer(options, model, corpus, quiet=quiet)
+    if quiet:
+        trainer.remove_callback(PrinterCallback)  # it stands in for the bar, and prints every log line
+    for callback in callbacks:
+        trainer.add_callback(callback)
     if trainer.is_world_process_zero():
         output_dir.mkdir(parents=True, exist_ok=True)
         save_options(options, output_dir / OPTIONS_FILE)
