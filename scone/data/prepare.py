@@ -266,6 +266,7 @@ class _Job:
         """Batches of documents from ``start`` on, each with the position after it."""
         texts: list[str] = []
         size = 0
+        count_bytes(sum(unit.size_bytes or 0 for unit in self.group.units[: start.unit]))
         for index in range(start.unit, len(self.group.units)):
             unit = self.group.units[index]
             done = start.document if index == start.unit else 0
