@@ -80,13 +80,13 @@ def build_trie_batch(
 
 
 @njit(cache=True, inline="always")
-def _slot(key: int, mask: int) -> int:
+def _slot(key, mask):
     """First slot to probe: Fibonacci hashing, which spreads the consecutive ids that frequent f-grams have."""
     return np.int64((np.uint64(key) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(20)) & mask
 
 
 @njit(cache=True)
-def _insert(keys: np.ndarray, values: np.ndarray, key: int, value: int) -> int:
+def _insert(keys, values, key, value):
     """The value stored for ``key``, after storing ``value`` where the key is new."""
     mask = len(keys) - 1
     slot = _slot(key, mask)

@@ -93,8 +93,9 @@ class FGramModel(nn.Module):
                 residual = name.endswith(("attention_out", "feed_forward_out"))
                 scale = (2 * self.config.num_hidden_layers) ** -0.5 if residual else 1.0
                 nn.init.normal_(module.weight, std=std * scale)
-                if getattr(module, "bias", None) is not None:
-                    nn.init.zeros_(module.bias)
+                bias = getattr(module, "bias", None)
+                if bias is not None:
+                    nn.init.zeros_(bias)
             elif isinstance(module, nn.LayerNorm):
                 nn.init.ones_(module.weight)
                 nn.init.zeros_(module.bias)

@@ -52,7 +52,7 @@ class SconeForCausalLM(PreTrainedModel, GenerationMixin):
         self.table_embedding: TableInputEmbedding | None = None
         self.vocabulary: FGramVocabulary | None = None
         self.matcher: Matcher | None = None
-        width = self.trunk.get_input_embeddings().weight.shape[1]
+        width = self._token_weight().shape[1]
         if config.requires_table:
             self._keys_to_ignore_on_load_unexpected = [r"^f_gram_embedding\."]
         else:
@@ -123,7 +123,7 @@ class SconeForCausalLM(PreTrainedModel, GenerationMixin):
                 "vocabulary beside its weights; copy the whole final_model folder"
             ) from error
         loaded = model[0] if isinstance(model, tuple) else model  # output_loading_info=True gives a pair
-        loaded.set_vocabulary(FGramVocabulary.load(path))
+        loaded.set_vocabulary(FGramVocabulary.load(str(path)))
         if table is not None:
             loaded.attach_table(table)
         return model
@@ -170,8 +170,7 @@ class SconeForCausalLM(PreTrainedModel, GenerationMixin):
         Raises SconeError when the model was loaded without those weights.
         """
         assert self.vocabulary is not None, "a table belongs to a vocabulary"
-        tokens = self.get_input_embeddings().weight
-        parts: list[str | np.ndarray] = ["token embedding", _bytes_of(tokens)]
+        parts: list[str | np.ndarray] = ["token embedding", _bytes_of(self._token_weight())]
         if self.f_gram_embedding is not None:
             for name, tensor in sorted(self.f_gram_embedding.state_dict().items()):
                 parts += [name, _bytes_of(tensor)]
@@ -185,6 +184,12 @@ class SconeForCausalLM(PreTrainedModel, GenerationMixin):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.trunk.set_input_embeddings(value)
 
+    def _token_weight(self) -> Tensor:
+        """T, ``[V, D]``."""
+        weight = self.trunk.get_input_embeddings().weight
+        assert isinstance(weight, Tensor)
+        return weight
+
     def get_output_embeddings(self) -> nn.Module:
         return self.trunk.get_output_embeddings()
 
@@ -192,11 +197,12 @@ class SconeForCausalLM(PreTrainedModel, GenerationMixin):
         if isinstance(module, FGramInputEmbedding):
             module.init_weights()
 
-    def prepare_inputs_for_generation(
+    def prepare_inputs_for_generation(  # type: ignore[override]
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
         """As Hugging Face's; keeps the 2-D padding mask, which becomes a 4-D one for static caches."""
-        inputs = super().prepare_inputs_for_generation(input_ids, attention_mask=attention_mask, **kwargs)
+        generation: Any = GenerationMixin
+        inputs = generation.prepare_inputs_for_generation(self, input_ids, attention_mask=attention_mask, **kwargs)
         if attention_mask is not None and attention_mask.ndim == 2 and inputs.get("input_ids") is not None:
             inputs["token_mask"] = attention_mask[:, -inputs["input_ids"].shape[1] :]
         return inputs
@@ -314,7 +320,7 @@ class SconeForCausalLM(PreTrainedModel, GenerationMixin):
             self.config.learned_rows,
         )
         tensors = {name: torch.from_numpy(array) for name, array in batch.arrays().items()}
-        device = self.get_input_embeddings().weight.device
+        device = self._token_weight().device
         return {name: tensor if name == "depth_offsets" else tensor.to(device) for name, tensor in tensors.items()}
 
     @torch.no_grad()
@@ -332,7 +338,7 @@ class SconeForCausalLM(PreTrainedModel, GenerationMixin):
         size = self.config.vocab_size
         last = np.where(ids >= size, self.vocabulary.last_tokens[np.maximum(ids - size, 0)], ids).astype(np.int64)
         tokens = self.get_input_embeddings()
-        token_ids = torch.from_numpy(last)[None].to(tokens.weight.device)
+        token_ids = torch.from_numpy(last)[None].to(self._token_weight().device)
         vectors = self.f_gram_embedding(token_ids, tokens, self.trie_of(ids[None]))
         self.train(was_training)
         return vectors[0].float().cpu()

@@ -95,7 +95,7 @@ def _pretrained(options: ModelOptions, tokenizer: PreTrainedTokenizerBase | None
             f"cannot load pretrained weights of {name!r} ({_first_line(error)}); expected a model folder, or a hub "
             "name with the hub in reach; give a local folder, or train with --init scratch"
         ) from error
-    size = trunk.get_input_embeddings().weight.shape[0]
+    size = int(trunk.get_input_embeddings().weight.shape[0])  # type: ignore[index, arg-type]
     if tokenizer is not None and vocabulary_size(tokenizer) > size:
         raise SconeError(
             f"the tokenizer does not fit the trunk: found {vocabulary_size(tokenizer)} tokens; expected at most "

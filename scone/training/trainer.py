@@ -36,6 +36,7 @@ class SconeTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.f_gram_learning_rate = f_gram_learning_rate
         self.rows_learning_rate = rows_learning_rate
+        assert self.model is not None
         rows = learned_rows(self.model)
         if rows is not None:
             self.add_callback(DropSkippedGradients(rows))
@@ -45,6 +46,7 @@ class SconeTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             model = self.model if model is None else model
+            assert model is not None
             groups: dict[tuple[float, float], list[nn.Parameter]] = {}
             for name, parameter in model.named_parameters():
                 if parameter.requires_grad:
@@ -120,10 +122,10 @@ class CheckpointKeeper(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if not state.is_world_process_zero:
             return
-        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        folder = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         write_json(folder / COMPLETE_MARKER, {"step": state.global_step})
         if self.limit is not None:
-            for old in complete_checkpoints(Path(args.output_dir))[: -self.limit]:
+            for old in complete_checkpoints(folder.parent)[: -self.limit]:
                 shutil.rmtree(old)
 
 

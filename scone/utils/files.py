@@ -78,7 +78,8 @@ def fingerprint_of(*parts: str | bytes | np.ndarray) -> str:
     for part in parts:
         if isinstance(part, str):
             part = part.encode("utf-8")
-        view = memoryview(part).cast("B") if len(part) else memoryview(b"")
+        data = part if isinstance(part, bytes) else part.data
+        view = memoryview(data).cast("B") if len(part) else memoryview(b"")
         digest.update(len(view).to_bytes(8, "little"))
         digest.update(view)
     return digest.hexdigest()
