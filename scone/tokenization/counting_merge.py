@@ -73,8 +73,8 @@ def _note(merged: FGramVocabulary, union: int, complete: bool, reach: int) -> st
     if complete:
         return f"merged {union:,} n-grams; every count is exact"
     return (
-        f"kept the {merged.num_f_grams:,} f-grams with more than {reach:,} occurrences of {union:,} in the union: "
-        "their counts and ranks are exact; the inputs were cut, so rarer ones cannot be known; for more, count the corpora "
+        f"kept the {merged.num_f_grams:,} f-grams with more than {reach:,} occurrences, of {union:,} in the union: "
+        "their counts and ranks are exact; the inputs were cut, so rarer ones cannot be known; for more, count them "
         "together, or merge counts made with min_freq 1 and no limit"
     )
 
