@@ -40,8 +40,8 @@ class Axis:
         return (value - self.low) / (self.high - self.low)
 
 
-def round_ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Multiples of 1, 2 or 5 × 10ⁿ that lie in ``low … high``, about ``about`` of them."""
+def round_ticks(low: float, high: float, about: int = 6) -> list[float]:
+    """Multiples of 1, 2 or 5 × 10ⁿ that lie in ``low … high``, ``about`` of them or a few less or more."""
     if not high > low:
         return [low]
     rough = (high - low) / about

@@ -258,14 +258,38 @@ def _cost(report: Report) -> str:
         _row("Generation, one sequence", cells("generation_tokens_per_second", lambda v: f"{v:.0f} tokens/s")),
     ]
     steps = "".join(
-        f"<tr><td>{escape(step['name'])}</td><td>{step['seconds']:.1f} s</td><td>{escape(step['note'])}</td></tr>"
+        f"<tr><td>{escape(step['name'])}<div class='more'>{escape(step['note'])}</div></td>"
+        f"<td>{step['seconds']:.1f} s</td></tr>"
         for step in report["steps"]
     )
     return (
-        "<h2>What it costs</h2><div class='columns'><div class='scroll'><table><thead><tr><th></th><th>plain</th>"
-        f"<th>SCONE</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
-        "<div class='scroll'><table><thead><tr><th>Step</th><th>Time</th><th></th></tr></thead>"
+        "<h2>What it costs</h2><div class='columns'><div><div class='scroll'><table><thead><tr><th></th><th>plain</th>"
+        f"<th>SCONE</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>{_loss_by_time(report)}</div>"
+        "<div class='scroll'><table><thead><tr><th>Step of this run</th><th>Time</th></tr></thead>"
         f"<tbody>{steps}</tbody></table></div></div>"
+    )
+
+
+def _loss_by_time(report: Report) -> str:
+    """Validation loss over training time at each model's mean speed: what equal tokens leave out."""
+    series = [
+        Series(
+            label,
+            [(tokens / model["training_tokens_per_second"], loss) for tokens, loss in model["validation_curve"]],
+            color,
+            markers=True,
+        )
+        for label, color, model in (
+            ("plain", PLAIN, report["models"]["plain"]),
+            ("SCONE", SCONE, report["models"]["scone"]),
+        )
+    ]
+    return _figure(
+        "Validation loss by training time",
+        line_chart(series, "training time, seconds", "loss, nats per token", y_format=lambda value: f"{value:.2f}"),
+        "The same runs over time, at each one's mean speed. The schedules end at different times: only the last points "
+        "are finished models.",
+        [("plain", PLAIN, False), ("SCONE", SCONE, False)],
     )
 
 

@@ -1,0 +1,87 @@
+"""What a model costs, measured: FLOPs a token, parameters, bytes, the machine it ran on."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from scone.inference.loading import device_of
+from scone.inference.quantization import model_bytes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def inference_flops_per_token(model: PreTrainedModel, tokens: np.ndarray) -> float:
+    """FLOPs (a multiply-add is two) of reading ``tokens`` [T] once, divided by T, as PyTorch counts them.
+
+    Matrix products and attention are counted; look-ups, norms and activations are not.
+    """
+    input_ids = torch.from_numpy(np.asarray(tokens, dtype=np.int64))[None].to(device_of(model))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(input_ids=input_ids, use_cache=False)
+    return counter.get_total_flops() / input_ids.numel()
+
+
+def training_flops_per_token(model: PreTrainedModel, tokens: np.ndarray) -> float:
+    """FLOPs of forward and backward over the batch ``tokens`` [B, T], divided by B · T; gradients are thrown away."""
+    input_ids = torch.from_numpy(np.asarray(tokens, dtype=np.int64)).to(device_of(model))
+    was_training = model.training
+    model.train()
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=input_ids, labels=input_ids).loss.backward()
+    model.zero_grad(set_to_none=True)
+    model.train(was_training)
+    return counter.get_total_flops() / input_ids.numel()
+
+
+def count_parameters(model: PreTrainedModel) -> int:
+    """Numbers in all parameters, shared ones once, frozen and row-sparse ones too (quantised ones as stored)."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def resident_bytes(model: PreTrainedModel) -> int:
+    """Bytes that the model holds on its device: parameters, buffers, scales; a table is not part of it."""
+    return model_bytes(model)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory so far: of the accelerator since its statistics were reset, or of this process on the CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # kibibytes, but bytes on macOS
+
+
+def describe_machine() -> dict[str, Any]:
+    """Processor, cores, memory and versions, for reports."""
+    import transformers
+
+    return {
+        "processor": _processor_name(),
+        "num_cores": os.cpu_count(),
+        "num_threads": torch.get_num_threads(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def _processor_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
