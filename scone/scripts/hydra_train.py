@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -94,9 +94,9 @@ def options_of_job(config: dict[str, Any], overrides: Sequence[str]) -> SconeOpt
     return options
 
 
-def job_folder(overrides: Sequence[str]) -> str:
-    """A folder name for a job of a sweep, made of its overrides: "data.max_n=3,model.base_model_name=gpt2"."""
-    told = [override for override in overrides if not override.startswith("training.output_dir=")]
+def job_folder(overrides: Sequence[str], swept: Collection[str]) -> str:
+    """A folder name for a job of a sweep, made of what was swept: "data.max_n=3,model.base_model_name=gpt2"."""
+    told = [override for override in overrides if override.partition("=")[0] in swept]
     name = re.sub(r"[^\w.=,+-]+", "_", ",".join(sorted(told))).strip("._") or "job"
     if len(name) > _LONGEST_FOLDER_NAME:
         digest = hashlib.sha256(name.encode()).hexdigest()[:8]
@@ -117,18 +117,18 @@ def _run_hydra(arguments: list[str], run: Callable[[SconeOptions], None], failur
     # A plain mapping: a frozen dataclass would become a read-only configuration. Types and bounds are checked by ours.
     ConfigStore.instance().store(name="scone_options", node=to_mapping(SconeOptions()))
     jobs: list[str] = []
+    swept = _swept_options(arguments)
 
     def job(config: DictConfig) -> None:
         settings = HydraConfig.get()
         overrides = list(settings.overrides.task)
-        swept = settings.mode == RunMode.MULTIRUN
         jobs.append(", ".join(overrides))
         try:
             container = OmegaConf.to_container(config, resolve=True)
             assert isinstance(container, dict)
             options = options_of_job({str(key): value for key, value in container.items()}, overrides)
-            if swept:
-                folder = Path(options.training.output_dir) / job_folder(overrides)
+            if settings.mode == RunMode.MULTIRUN:
+                folder = Path(options.training.output_dir) / job_folder(overrides, swept)
                 options = replace(options, training=replace(options.training, output_dir=str(folder)))
             run(options)
         except Exception as error:  # kept for the end: Hydra would print its own report, and stop the sweep
@@ -141,6 +141,19 @@ def _run_hydra(arguments: list[str], run: Callable[[SconeOptions], None], failur
         except (HydraException, OmegaConfBaseException) as error:
             raise SconeError(f"{one_line(str(error))}; see --help") from error
     return len(jobs)
+
+
+def _swept_options(arguments: Sequence[str]) -> set[str]:
+    """The options that a sweep gives several values; of ``training.output_dir`` each value is a folder already."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import OverrideParseException
+
+    words = [word for word in arguments if "=" in word and not word.startswith("-")]
+    try:
+        overrides = OverridesParser.create().parse_overrides(words)
+    except OverrideParseException as error:
+        raise SconeError(f"{one_line(str(error))}; see --help") from error
+    return {each.key_or_group for each in overrides if each.is_sweep_override()} - {"training.output_dir"}
 
 
 def _rank_overrides(scratch: str) -> list[str]:

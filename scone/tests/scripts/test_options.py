@@ -227,7 +227,9 @@ def test_multirun_trains_every_combination_in_a_folder_of_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    jobs = jobs_of("--multirun data.max_n=3,4 model.base_model_name=gpt2,gpt2-medium training.output_dir=out")
+    jobs = jobs_of(
+        "--multirun data.max_n=3,4 model.base_model_name=gpt2,gpt2-medium training.output_dir=out training.seed=3"
+    )
     assert [(job.data.max_n, job.model.base_model_name) for job in jobs] == [
         (3, "gpt2"),
         (3, "gpt2-medium"),
@@ -242,8 +244,9 @@ def test_multirun_trains_every_combination_in_a_folder_of_its_own(
 def test_only_the_first_process_writes_hydras_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RANK", "1")
-    (job,) = jobs_of("--multirun data.max_n=4")
-    assert Path(job.training.output_dir) == Path("outputs/scone-model/data.max_n=4")
+    first, second = jobs_of("--multirun data.max_n=3,4")
+    assert Path(first.training.output_dir) == Path("outputs/scone-model/data.max_n=3")
+    assert Path(second.training.output_dir) == Path("outputs/scone-model/data.max_n=4")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -285,17 +288,17 @@ def test_a_wrong_override_gets_one_clear_line(
 @pytest.mark.parametrize(
     ("overrides", "folder"),
     [
-        (["data.max_n=3"], "data.max_n=3"),
+        (["data.max_n=3", "data.min_freq=2"], "data.max_n=3"),
         (["data.dataset_name=/a/b.txt", "training.output_dir=x"], "data.dataset_name=_a_b.txt"),
         (["training.output_dir=x"], "job"),
     ],
 )
 def test_job_folders_are_plain_names(overrides: list[str], folder: str) -> None:
-    assert hydra_train.job_folder(overrides) == folder
+    assert hydra_train.job_folder(overrides, {"data.max_n", "data.dataset_name"}) == folder
 
 
 def test_long_job_folders_stay_distinct() -> None:
-    names = {hydra_train.job_folder([f"data.dataset_name={'x' * 300}{i}"]) for i in range(3)}
+    names = {hydra_train.job_folder([f"data.dataset_name={'x' * 300}{i}"], {"data.dataset_name"}) for i in range(3)}
     assert len(names) == 3
     assert max(map(len, names)) <= 120
 
