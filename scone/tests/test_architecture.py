@@ -1,0 +1,89 @@
+"""The shape of the code: imports go one way, nothing heavy at import, nothing that executes data, no file too long."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import scone
+
+ROOT = Path(scone.__file__).parent
+# what each package may import, besides itself
+ALLOWED: dict[str, set[str]] = {"utils": set()}
+for package, below in {
+    "configs": ["utils"],
+    "kernels": ["utils"],
+    "tokenization": ["configs", "kernels"],
+    "data": ["tokenization"],
+    "models": ["tokenization"],
+    "inference": ["data", "models"],
+    "training": ["data", "models"],
+    "evaluation": ["inference", "training"],
+    "scripts": ["evaluation"],
+}.items():
+    ALLOWED[package] = set(below).union(*(ALLOWED[name] for name in below))
+FILES = sorted(path for path in ROOT.rglob("*.py") if "tests" not in path.relative_to(ROOT).parts)
+
+
+def imported(path: Path) -> set[str]:
+    """Dotted names that a file imports, inside functions too."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_one_way(path):
+    parts = path.relative_to(ROOT).parts
+    if len(parts) == 1:
+        return  # __init__.py and cli.py stand above all packages
+    package = parts[0]
+    used = {name.split(".")[1] for name in imported(path) if name.startswith("scone.")}
+    wrong = {name for name in used if name in ALLOWED and name != package and name not in ALLOWED[package]}
+    assert not wrong, f"{package} imports {sorted(wrong)}; it may import {sorted(ALLOWED[package])}"
+
+
+def test_every_package_has_its_place():
+    packages = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"tests"}
+    assert packages == set(ALLOWED)
+
+
+@pytest.mark.parametrize("module", ["scone", "scone.cli", "scone.scripts.train", "scone.configs.schema"])
+def test_nothing_heavy_at_import(module):
+    heavy = ("torch", "transformers", "numba", "datasets", "matplotlib", "numpy")
+    program = f"import sys, {module}; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_no_code_from_data():
+    """No pickle, no eval, no unsafe loads anywhere in the package."""
+    forbidden = {"pickle", "dill", "marshal", "shelve", "joblib"}
+    for path in FILES:
+        assert not forbidden & imported(path), path
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                assert node.func.id not in ("eval", "exec"), f"{path}:{node.lineno}"
+            if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
+                assert isinstance(node.value, ast.Constant), f"{path}:{node.lineno}"
+                assert node.value.value is False, f"{path}:{node.lineno}"
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                assert (node.value.id, node.attr) not in {("torch", "load"), ("yaml", "load")}, f"{path}:{node.lineno}"
+
+
+def test_files_fit_in_a_head():
+    long = {str(path.relative_to(ROOT)): n for path in FILES if (n := len(path.read_text().splitlines())) > 450}
+    assert not long
+
+
+def test_every_file_says_what_it_is_for():
+    missing = [str(path) for path in FILES if not ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))]
+    assert not missing
