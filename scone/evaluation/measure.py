@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,13 +52,17 @@ def resident_bytes(model: PreTrainedModel) -> int:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory so far: of the accelerator since its statistics were reset, or of this process on the CPU."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    import resource
+    """The most memory that PyTorch held on a CUDA device since its statistics were reset."""
+    return int(torch.cuda.max_memory_allocated(device))
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # kibibytes, but bytes on macOS
+
+def process_bytes() -> int | None:
+    """Resident memory of this process now, shared pages included; None where the system does not tell."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except OSError:
+        return None
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def describe_machine() -> dict[str, Any]:

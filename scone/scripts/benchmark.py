@@ -1,0 +1,72 @@
+"""Compare models and baselines: `scone benchmark`, `python -m scone.scripts.benchmark`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from scone.configs.loading import parse_options
+from scone.configs.schema import SconeOptions
+from scone.utils.command_line import run_main
+from scone.utils.errors import SconeError
+
+EXAMPLES = ("scone benchmark --config scone/configs/benchmark_config.json --output_dir ./benchmark_results",)
+DESCRIPTION = """\
+Measure perplexity, prefill and decode speed, memory, parameters and FLOPs of every model and baseline of a JSON file.
+What is missing is named and left out. Writes benchmark.json and benchmark.md."""
+
+
+def read_arguments(argv: Sequence[str] | None) -> tuple[SconeOptions, argparse.Namespace]:
+    """The options that the command line says, and the script's own arguments. Raises SconeError."""
+    options, extra = parse_options(
+        argv,
+        ("data.cache_dir", "training.device", "training.seed"),
+        DESCRIPTION,
+        examples=EXAMPLES,
+        add_arguments=_add_arguments,
+        config_flag=False,
+    )
+    if extra.max_tokens < 2:
+        raise SconeError(f"--max_tokens: found {extra.max_tokens}; expected at least 2")
+    return options, extra
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark and print its tables."""
+    options, extra = read_arguments(argv)
+    from scone.evaluation.benchmark import BenchmarkSettings, markdown, run_benchmark
+    from scone.evaluation.benchmark_config import read_benchmark_config
+
+    config = read_benchmark_config(extra.config)
+    settings = BenchmarkSettings(
+        device=options.training.device,
+        cache_dir=options.data.cache_dir,
+        max_tokens=extra.max_tokens,
+        placement=extra.placement,
+        quantization=extra.quantization,
+        seed=options.training.seed,
+    )
+    result = run_benchmark(config, Path(extra.output_dir), settings, say=_say)
+    print(f"\n{markdown(result)}")
+    print(f"results: {Path(extra.output_dir) / 'benchmark.json'}")
+    return 0
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, metavar="FILE", help="JSON: models, baselines, data sets, grid")
+    parser.add_argument("--output_dir", default="./benchmark_results", metavar="FOLDER", help="where results go")
+    parser.add_argument(
+        "--max_tokens", type=int, default=500_000, metavar="N", help="tokens of each data set (default: 500000)"
+    )
+    parser.add_argument("--placement", default="ram", help="where tables are kept: ram, mmap, direct, or tiers")
+    parser.add_argument("--quantization", metavar="TYPE", help="quantise the trunks: fp16, int8 or int4")
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))
