@@ -44,7 +44,9 @@ def run_main(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | 
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
     except KeyboardInterrupt:
-        _report("interrupted; what was finished is kept: run the same command again to resume", debug)
+        _report(
+            "interrupted; what was finished is kept: run again to go on (train: with --resume_from_checkpoint)", debug
+        )
         return EXIT_INTERRUPTED
     except Exception as error:
         line, status = describe_error(error)
