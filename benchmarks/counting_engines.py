@@ -2,7 +2,7 @@
 
     python benchmarks/counting_engines.py '{"engine": "polars", "tokens": "tokens.npy", …}'
 
-prints one JSON object: seconds, peak_bytes (growth of resident memory) and answer (a fingerprint of the ranked f-grams).
+prints one JSON object: seconds, peak_bytes (growth of resident memory), answer (a fingerprint of the ranked f-grams).
 All give the same: the S most frequent n-grams of 2 … N tokens without separators, ranked.
 """
 

@@ -217,6 +217,14 @@ def _table_shift(table):
 
 
 @njit(nogil=True, cache=True)
+def histogram_counts(counts, histogram):
+    """Add how many ``counts`` uint64 [K] have each size to ``histogram`` int64 [H]; its last element takes the rest."""
+    last = np.uint64(histogram.size - 1)
+    for i in range(counts.size):
+        histogram[min(counts[i], last)] += 1
+
+
+@njit(nogil=True, cache=True)
 def keys_of_remainders(remainders, partition, inverse, key_bits, remainder_bits):
     """Undo the shuffle: the keys uint64 [K] of one partition's ``remainders`` [K]."""
     mask = _low_bits(key_bits)
@@ -228,32 +236,32 @@ def keys_of_remainders(remainders, partition, inverse, key_bits, remainder_bits)
 
 
 @njit(nogil=True, cache=True)
-def build_id_table(keys, multiplier, key_bits, remainder_bits, slot_bits, table_remainders, table_ids):
+def build_id_table(keys, multiplier, key_bits, remainder_bits, slot_bits, table):
     """Fill one look-up table per partition from the surviving ``keys`` uint64 [K]: the id of a key is its index.
 
-    Partition p has the ``2**slot_bits`` slots from ``p << slot_bits``; none may be full. ``table_remainders`` (type of
-    the remainders) and ``table_ids`` (uint32) have a place for every slot of every partition.
+    Partition p has the ``2**slot_bits`` slots from ``p << slot_bits``; none may be full. ``table`` (type of the
+    remainders) holds the remainder and the id of every slot of every partition side by side, where one look finds both.
     """
     mask = _low_bits(key_bits)
     remainder_mask = _low_bits(remainder_bits)
     slot_mask = _low_bits(slot_bits)
-    table_ids[:] = NO_ID
+    table[:] = NO_ID
     for i in range(keys.size):
         shuffled = (keys[i] * multiplier) & mask
         remainder = shuffled & remainder_mask
         first = (shuffled >> np.uint64(remainder_bits)) << np.uint64(slot_bits)
         slot = (remainder * _GOLDEN) >> np.uint64(64 - slot_bits)
-        while table_ids[first + slot] != NO_ID:
+        while table[((first + slot) << _ONE) + _ONE] != NO_ID:
             slot = (slot + _ONE) & slot_mask
-        table_remainders[first + slot] = remainder
-        table_ids[first + slot] = np.uint32(i)
+        table[(first + slot) << _ONE] = remainder
+        table[((first + slot) << _ONE) + _ONE] = i
 
 
 @njit(nogil=True, cache=True)
-def ids_of_remainders(remainders, offsets, slot_bits, table_remainders, table_ids, ids):
+def ids_of_remainders(remainders, offsets, slot_bits, table, ids):
     """Write the id of each remainder of a block (``NO_ID`` if it did not survive) into ``ids`` uint32, in that order.
 
-    ``offsets`` int64 [P + 1] as from ``partition_keys``, the tables as from ``build_id_table`` with ``slot_bits`` >= 1.
+    ``offsets`` int64 [P + 1] as from ``partition_keys``, ``table`` as from ``build_id_table`` with ``slot_bits`` >= 1.
     """
     shift = np.uint64(64 - slot_bits)
     slot_mask = _low_bits(slot_bits)
@@ -262,10 +270,12 @@ def ids_of_remainders(remainders, offsets, slot_bits, table_remainders, table_id
         for i in range(np.uint64(offsets[part]), np.uint64(offsets[part + 1])):
             remainder = remainders[i]
             slot = (np.uint64(remainder) * _GOLDEN) >> shift
-            found = table_ids[first + slot]
-            while found != NO_ID and table_remainders[first + slot] != remainder:
+            entry = (first + slot) << _ONE
+            found = table[entry + _ONE]
+            while found != NO_ID and table[entry] != remainder:
                 slot = (slot + _ONE) & slot_mask
-                found = table_ids[first + slot]
+                entry = (first + slot) << _ONE
+                found = table[entry + _ONE]
             ids[i] = found
 
 

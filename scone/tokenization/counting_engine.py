@@ -212,9 +212,7 @@ class CountEngine:
         def advance(block: int) -> int:
             content = store.read(length - 1, block, below.dtype)
             in_order = self._scratch("in order of partitions", len(content.parts))
-            ngram_count.ids_of_remainders(
-                content.remainders, content.offsets, table.slot_bits, table.remainders, table.ids, in_order
-            )
+            ngram_count.ids_of_remainders(content.remainders, content.offsets, table.slot_bits, table.slots, in_order)
             ids = self._scratch("ids", len(content.parts))
             ngram_count.restore_positions(in_order, content.offsets, content.parts, ids)
             self._write_keys(length, space, store, block, ids, carries[block])

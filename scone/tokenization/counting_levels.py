@@ -79,9 +79,8 @@ class RisingFloor:
         """Take the counts of new candidates of this level into account; returns the floor. Any thread may call."""
         if self._max_f_grams is None:
             return self.value
-        found = np.bincount(np.minimum(counts, _HISTOGRAM_SIZE - 1).astype(np.int64))
         with self._lock:
-            self._histogram[: len(found)] += found
+            ngram_count.histogram_counts(counts, self._histogram)
             at_least = np.cumsum(self._histogram[::-1])[::-1]
             enough = np.flatnonzero(at_least >= self._max_f_grams)
             if len(enough):
@@ -170,8 +169,7 @@ class IdTable:
     """Looks the ids of a level's survivors up by partition and remainder."""
 
     slot_bits: int
-    remainders: np.ndarray
-    ids: np.ndarray
+    slots: np.ndarray
 
     @classmethod
     def build(cls, keys: np.ndarray, space: KeySpace) -> IdTable:
@@ -180,11 +178,8 @@ class IdTable:
         shuffled = (keys * space.multiplier) & mask
         sizes = np.bincount((shuffled >> np.uint64(space.remainder_bits)).astype(np.int64), minlength=1)
         slot_bits = max(1, int(2 * sizes.max() - 1).bit_length() if len(keys) else 1)
-        slots = space.num_partitions << slot_bits
-        table = cls(slot_bits, page_array(slots, space.dtype), page_array(slots, np.uint32))
-        ngram_count.build_id_table(
-            keys, space.multiplier, space.key_bits, space.remainder_bits, slot_bits, table.remainders, table.ids
-        )
+        table = cls(slot_bits, page_array(2 * (space.num_partitions << slot_bits), space.dtype))
+        ngram_count.build_id_table(keys, space.multiplier, space.key_bits, space.remainder_bits, slot_bits, table.slots)
         return table
 
     def look_up(self, partition: int, remainder: int) -> int:
@@ -192,9 +187,22 @@ class IdTable:
         offsets = np.zeros(partition + 2, np.int64)
         offsets[-1] = 1
         ids = np.empty(1, np.uint32)
-        remainders = np.array([remainder], self.remainders.dtype)
-        ngram_count.ids_of_remainders(remainders, offsets, self.slot_bits, self.remainders, self.ids, ids)
+        remainders = np.array([remainder], self.slots.dtype)
+        ngram_count.ids_of_remainders(remainders, offsets, self.slot_bits, self.slots, ids)
         return int(ids[0])
+
+
+def _by_falling_count(counts: np.ndarray) -> np.ndarray:
+    """Indices of ``counts`` uint64 [K] by falling count, equal ones in their order.
+
+    A sort of numbers that hold count and index is several times faster than a stable sort of indices.
+    """
+    bits = np.uint64(len(counts).bit_length())
+    most = counts.max()
+    assert int(most).bit_length() + int(bits) <= 64, (most, len(counts))
+    packed = ((most - counts) << bits) | np.arange(len(counts), dtype=np.uint64)
+    packed.sort()
+    return (packed & ((np.uint64(1) << bits) - np.uint64(1))).astype(np.int64)
 
 
 def rank_survivors(
@@ -209,7 +217,7 @@ def rank_survivors(
         empty = np.empty(0, np.uint64)
         return empty, empty, empty, np.empty(0, np.uint8)
     counts = np.concatenate([level.counts for level in levels])
-    order = np.argsort(np.iinfo(np.uint64).max - counts, kind="stable")[:max_f_grams]
+    order = _by_falling_count(counts)[:max_f_grams]
     rank_of = np.full(len(counts), np.iinfo(np.int64).max, np.int64)
     rank_of[order] = np.arange(len(order))
     size = len(order)

@@ -67,11 +67,10 @@ def test_ids_come_back_to_their_positions(block, keep_every):
     }
     survivors = np.array(sorted(every_key)[:: keep_every + 1], np.uint64)
     slot_bits = max(1, (2 * len(survivors)).bit_length())
-    slots = (len(offsets) - 1) << slot_bits
-    table_remainders, table_ids = np.zeros(slots, remainders.dtype), np.zeros(slots, np.uint32)
-    ngram_count.build_id_table(survivors, multiplier, key_bits, remainder_bits, slot_bits, table_remainders, table_ids)
+    table = np.zeros(2 * ((len(offsets) - 1) << slot_bits), remainders.dtype)
+    ngram_count.build_id_table(survivors, multiplier, key_bits, remainder_bits, slot_bits, table)
     in_order, found = np.zeros(len(ids), np.uint32), np.zeros(len(ids), np.uint32)
-    ngram_count.ids_of_remainders(remainders, offsets, slot_bits, table_remainders, table_ids, in_order)
+    ngram_count.ids_of_remainders(remainders, offsets, slot_bits, table, in_order)
     ngram_count.restore_positions(in_order, offsets, parts, found)
     expected = reference_counting.ids_by_position(ids, int(carry), num_ids, survivors.tolist())
     assert found.tolist() == expected
@@ -100,6 +99,12 @@ def test_count_partition_equals_counter(shares, dtype, floor):
 def test_multiplier_can_be_undone(key_bits):
     multiplier, inverse = ngram_count.multiplier_for(key_bits)
     assert int(multiplier) * int(inverse) % 2**key_bits == 1 % 2**key_bits
+
+
+def test_counts_are_counted_and_the_last_bin_takes_the_rest():
+    histogram = np.zeros(4, np.int64)
+    ngram_count.histogram_counts(np.array([1, 1, 2, 3, 4, 2**40], np.uint64), histogram)
+    assert histogram.tolist() == [0, 2, 1, 3]
 
 
 def test_tokens_are_counted_and_the_first_outside_is_found():
