@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -40,6 +40,8 @@ class CountingPlan:
     """Remainders that are in memory at a time while one level is counted."""
     token_table: bool
     """Whether tokens are counted in an array of V counts (else by partitions, as n-grams are)."""
+    saved_n_grams: int
+    """Most survivors that the saved levels and groups hold together."""
 
     @property
     def num_blocks(self) -> int:
@@ -53,7 +55,7 @@ class CountingPlan:
             return 0
         header_bytes = 8 * ((1 << max(self.partition_bits, _WIDE_PARTITION_BITS)) + 16)
         block_bytes = self.block_positions * (2 + self.remainder_bytes) + header_bytes
-        return (self.num_blocks + self.num_threads) * block_bytes
+        return (self.num_blocks + self.num_threads) * block_bytes + 16 * self.saved_n_grams
 
     def level_bits(self, num_keys: int) -> tuple[int, int]:
         """Bits of a key at a level with keys below ``num_keys``; and how many of them are stored as the remainder."""
@@ -104,7 +106,9 @@ def plan_count(
         )
     wide_ids = max(min(vocab_size, most_ids), most_f_grams).bit_length()
     fits = 2 * wide_ids <= 32 + _WIDE_PARTITION_BITS and num_positions < 2**32
-    return _cut(num_positions, threads, buffer_bytes, 4 if fits else 8, token_table)
+    plan = _cut(num_positions, threads, buffer_bytes, 4 if fits else 8, token_table)
+    num_groups = 2 * num_positions * plan.remainder_bytes // plan.group_bytes + 2
+    return replace(plan, saved_n_grams=most_f_grams * max_n + min(most_ids, num_groups * most_f_grams))
 
 
 def _cut(num_positions: int, threads: int, buffer_bytes: int, remainder_bytes: int, token_table: bool) -> CountingPlan:
@@ -129,7 +133,7 @@ def _cut(num_positions: int, threads: int, buffer_bytes: int, remainder_bytes: i
         block_positions = max(_MIN_BLOCK_POSITIONS, min(fitting, _MAX_BLOCK_POSITIONS, -(-num_positions // threads)))
     group_bytes = max(buffer_bytes - table_bytes, block_positions * remainder_bytes) if on_disk else 1 << 62
     return CountingPlan(
-        num_positions, threads, on_disk, block_positions, partition_bits, remainder_bytes, group_bytes, token_table
+        num_positions, threads, on_disk, block_positions, partition_bits, remainder_bytes, group_bytes, token_table, 0
     )
 
 

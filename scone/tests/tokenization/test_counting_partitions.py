@@ -129,9 +129,16 @@ def test_a_killed_count_goes_on_where_it_was(tmp_path):
         "memory_budget_bytes": least_budget(len(tokens)),
         "num_threads": 2,
     }
+    stated = plan_count(
+        num_positions=len(tokens),
+        memory_budget_bytes=arguments["memory_budget_bytes"],
+        num_threads=2,
+        **_plan_options(),
+    ).temporary_bytes
     inode = None
     for pattern in ("block-*-002.bin", "group-002-*", "block-00000009-003.bin", "group-003-*", "block-*-004.bin"):
         left = _kill_when(arguments, pattern)
+        assert sum(path.stat().st_size for path in left) <= stated
         finished = [path for path in left if path.name == "level-002.npy"]
         if finished:  # what was finished before an earlier kill is not done again
             assert inode in (None, finished[0].stat().st_ino)
@@ -142,6 +149,17 @@ def test_a_killed_count_goes_on_where_it_was(tmp_path):
     whole = count_f_grams([tokens], quiet=True, **OPTIONS)
     assert json.loads(output) == [whole.vocabulary.fingerprint, whole.vocabulary.counts.tolist()]
     assert list(work.iterdir()) == []
+
+
+def test_a_killed_count_in_memory_keeps_the_lengths_that_it_finished(tmp_path):
+    tokens = skewed(3_000_000)
+    np.save(tmp_path / "tokens.npy", tokens)
+    arguments = {"tokens": str(tmp_path / "tokens.npy"), "work_dir": str(tmp_path / "work"), "num_threads": 2}
+    arguments["memory_budget_bytes"] = 1 << 30
+    left = _kill_when(arguments, "level-002.json")
+    assert not [path for path in left if path.name.startswith("block")]
+    output, _ = _child(arguments).communicate(timeout=100)
+    assert json.loads(output)[0] == count_f_grams([tokens], quiet=True, **OPTIONS).vocabulary.fingerprint
 
 
 def test_damaged_blocks_of_a_killed_count_are_made_again(tmp_path):
