@@ -56,12 +56,18 @@ class Corpus:
     validation: TokenFile | None
 
 
-def train(options: SconeOptions, *, quiet: bool = False, callbacks: Sequence[TrainerCallback] = ()) -> Path:
+def train(
+    options: SconeOptions,
+    *,
+    corpus: Corpus | None = None,
+    quiet: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Path:
     """Train one model as ``options`` say and return ``OUTPUT_DIR/final_model``.
 
     ``model.use_f_gram_embeddings=False`` trains the plain trunk on the same batches: the baseline. The folder also gets
-    the resolved options, checkpoints, TensorBoard events under ``runs``, and the log as JSON. ``callbacks`` are told of
-    steps and logs, as the trainer's own are.
+    the resolved options, checkpoints, TensorBoard events under ``runs``, and the log as JSON. ``corpus`` stands in for
+    the one that the options name. ``callbacks`` are told of steps and logs, as the trainer's own are.
 
     Raises:
         SconeError: whatever is wrong with corpus, tokenizer, model or folder, before anything is trained.
@@ -70,7 +76,7 @@ def train(options: SconeOptions, *, quiet: bool = False, callbacks: Sequence[Tra
     hide_library_bars(quiet)
     output_dir = Path(options.training.output_dir)
     checkpoint = resume_point(output_dir, options.training.resume_from_checkpoint)
-    corpus = prepare_run_corpus(options, quiet=quiet)
+    corpus = corpus or prepare_run_corpus(options, quiet=quiet)
     model = build_model(options, corpus, quiet=quiet)
     trainer = build_trainer(options, model, corpus, quiet=quiet)
     if quiet:
@@ -222,6 +228,9 @@ def training_arguments(training: TrainingOptions, num_workers: int, evaluate: bo
     device_type = "cpu" if use_cpu else torch.accelerator.current_accelerator().type  # type: ignore[union-attr]
     precision = resolve_precision(training.fp16, training.bf16, device_type)
     reporters = [name.strip() for name in training.report_to.split(",") if name.strip()]
+    # transformers 5.23 renamed it, and warns of the old name
+    renamed = "activation_checkpointing" in TrainingArguments.__dataclass_fields__
+    checkpointing = "activation_checkpointing" if renamed else "gradient_checkpointing"
     arguments = TrainingArguments(
         output_dir=training.output_dir,
         num_train_epochs=training.num_epochs,
@@ -242,7 +251,7 @@ def training_arguments(training: TrainingOptions, num_workers: int, evaluate: bo
         seed=training.seed,
         fp16=precision == "fp16",
         bf16=precision == "bf16",
-        gradient_checkpointing=training.gradient_checkpointing,
+        **{checkpointing: training.gradient_checkpointing},
         dataloader_num_workers=num_workers,
         remove_unused_columns=False,
         report_to=reporters,

@@ -65,7 +65,14 @@ def prepare_vocabulary(
                     "tokens; expected at least one f-gram; lower --min_freq or give more text"
                 )
             vocabulary.save(folder)
+            remove_empty_folder(folder / "work")
     return FGramVocabulary.load(folder)
+
+
+def remove_empty_folder(folder: Path) -> None:
+    """Counting leaves its working folder, empty once it is through."""
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def beginning_of_a_larger_one(shelf: Path, min_freq: int, max_f_grams: int) -> FGramVocabulary | None:

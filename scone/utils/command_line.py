@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import logging
 import os
 import sys
 import traceback
@@ -35,6 +36,8 @@ def run_main(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | 
     141 the reader of our output went away. ``--debug`` anywhere in ``argv`` is taken out and shows tracebacks.
     """
     arguments, debug = _take_debug(sys.argv[1:] if argv is None else argv)
+    if not debug:
+        _quiet_optional_libraries()
     try:
         status = int(main(arguments) or 0)
         sys.stdout.flush()
@@ -52,6 +55,12 @@ def run_main(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | 
         line, status = describe_error(error)
         _report(f"error: {line}", debug)
         return status
+
+
+def _quiet_optional_libraries() -> None:
+    """Keep torchao from reporting kernels for other devices whenever transformers imports it."""
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def describe_error(error: Exception) -> tuple[str, int]:
