@@ -158,7 +158,13 @@ class CountEngine:
             self._write_keys(length, space, store, block, ids, carry[0])
             return size
 
-        self._each(fill, [b for b in range(self._plan.num_blocks) if store.level_of(b) < length])
+        self._each(fill, self._blocks_below(length, store))
+
+    def _blocks_below(self, length: int, store: BlockStore) -> list[int]:
+        """The blocks that an interrupted count has not brought to level ``length``; the others count as progress."""
+        blocks = [block for block in range(self._plan.num_blocks) if store.level_of(block) < length]
+        self._bar.update(self._plan.num_positions - sum(block_length(self._plan, block) for block in blocks))
+        return blocks
 
     def _ids_of_tokens(self, start: int, ids: np.ndarray, id_of_token: np.ndarray | None) -> None:
         """Write the ids of the positions from ``start`` on into ``ids`` uint32 [L]; without a table, the tokens."""
@@ -200,7 +206,7 @@ class CountEngine:
         ids_below: np.ndarray,
     ) -> None:
         """Replace every block's keys of the level below by its keys of level ``length``."""
-        blocks = [block for block in range(self._plan.num_blocks) if store.level_of(block) < length]
+        blocks = self._blocks_below(length, store)
         if not blocks:
             return
         table = IdTable.build(ids_below, below)
@@ -237,8 +243,10 @@ class CountEngine:
         self._local = threading.local()  # the passes over blocks are over: their buffers go
         store.release_buffers()
         pool = CandidatePool(floor, self._max_f_grams if length > 1 else None)
+        sizes = store.partition_sizes(length, space.num_partitions)
+        self._bar.update(self._plan.num_positions - int(sizes.sum()))  # positions where no candidate ends
         first = 0
-        for last, size in _groups(store.partition_sizes(length, space.num_partitions), space, self._plan):
+        for last, size in _groups(sizes, space, self._plan):
             saved = journal.group(length, first)
             if saved is not None:
                 pool.add(*saved)
