@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from scone.kernels.trie_batch import build_trie_batch
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
@@ -23,12 +22,20 @@ class Collator:
         vocabulary: the f-grams, or None for a plain model.
         num_rows: how many f-grams have a learned row.
         pad_token_id: fills blocks that are shorter than the longest; any id does, padding is masked.
+        round_sizes: fill tries up to one of few sizes, for code that is compiled for a shape.
     """
 
-    def __init__(self, vocabulary: FGramVocabulary | None, num_rows: int = 0, pad_token_id: int = 0) -> None:
+    def __init__(
+        self,
+        vocabulary: FGramVocabulary | None,
+        num_rows: int = 0,
+        pad_token_id: int = 0,
+        round_sizes: bool = False,
+    ) -> None:
         self.matcher = Matcher(vocabulary) if vocabulary is not None else None
         self.num_rows = num_rows
         self.pad_token_id = pad_token_id
+        self.round_sizes = round_sizes
 
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Items with ``input_ids`` int64 [≤ T] → ``input_ids`` and ``labels`` [B, T], ``attention_mask`` [B, T] only
@@ -50,12 +57,17 @@ class Collator:
             batch["trie"] = self._trie(tokens, mask)
         return batch
 
-    def _trie(self, tokens: np.ndarray, mask: np.ndarray) -> dict[str, Tensor]:
+    def _trie(self, tokens: np.ndarray, mask: np.ndarray) -> dict[str, Any]:
         assert self.matcher is not None
         vocabulary = self.matcher.vocabulary
         # one thread: the workers already share out the cores, and a forked worker must not start a thread pool
-        nodes = self.matcher.match(tokens, mask, num_threads=1)
         trie = build_trie_batch(
-            nodes, vocabulary.keys, vocabulary.suffixes, vocabulary.vocab_size, vocabulary.max_n, self.num_rows
+            self.matcher.match(tokens, mask, num_threads=1),
+            vocabulary.keys,
+            vocabulary.suffixes,
+            vocabulary.vocab_size,
+            vocabulary.max_n,
+            self.num_rows,
+            self.round_sizes,
         )
-        return {name: torch.from_numpy(array) for name, array in trie.arrays().items()}
+        return trie.fields(torch.from_numpy)

@@ -7,7 +7,9 @@ instead of each position running its own padded f-gram (DESIGN.md, section 2).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numba import njit
@@ -19,23 +21,26 @@ EMPTY = np.int64(-1)
 class TrieBatch:
     """What the input embedding layer computes for one batch. U nodes, M distinct f-grams, P positions, R distinct rows.
 
-    Nodes are sorted by depth (a token alone has depth 0), so the nodes of depth ≥ j are ``depth_offsets[j]:``. There
-    is always at least one node and one f-gram: a batch in which nothing matches still runs every parameter.
+    Nodes and f-grams are sorted by depth (a token alone has depth 0), so the nodes of depth ≥ j are
+    ``depth_offsets[j]:``, and likewise the f-grams. There is always at least one node and one f-gram: a batch in which
+    nothing matches still runs every parameter. The offsets are plain integers, since a computation that is queued on an
+    accelerator is cut by them and must not wait to read them.
     """
 
     position_index: np.ndarray  # int64, shape of the nodes: 1 + index of the position's f-gram in 0..M-1; 0: no f-gram
-    f_grams: np.ndarray  # int64 [M]: the distinct f-gram nodes, in order of first appearance
-    f_gram_index: np.ndarray  # int64 [M]: where each of them is among the U nodes
+    f_grams: np.ndarray  # int64 [M]: the distinct f-gram nodes, within a depth in order of first appearance
+    f_gram_index: np.ndarray  # int64 [M], ascending: where each of them is among the U nodes
+    f_gram_offsets: list[int]  # N + 1 numbers
     tokens: np.ndarray  # int64 [U]: last token of each node
     depths: np.ndarray  # int64 [U]: length - 1
     ancestors: np.ndarray  # int64 [U, N]: index of the node's prefix of length j + 1; the node itself beyond its depth
-    depth_offsets: np.ndarray  # int64 [N + 1]
+    depth_offsets: list[int]  # N + 1 numbers
     row_ids: np.ndarray  # int64 [R]: distinct ranks whose learned rows the batch reads
     row_chains: np.ndarray  # int64 [M, N - 1]: 1 + index into row_ids of the suffixes with a row; 0: none
 
-    def arrays(self) -> dict[str, np.ndarray]:
-        """The fields by name, as the data loader hands them to the model."""
-        return dict(self.__dict__)
+    def fields(self, convert: Callable[[np.ndarray], Any]) -> dict[str, Any]:
+        """The fields by name, arrays converted (to tensors), as the data loader hands them to the model."""
+        return {name: convert(value) if isinstance(value, np.ndarray) else value for name, value in vars(self).items()}
 
 
 def build_trie_batch(
@@ -45,12 +50,14 @@ def build_trie_batch(
     vocab_size: int,
     max_n: int,
     num_rows: int = 0,
+    round_sizes: bool = False,
 ) -> TrieBatch:
     """The trie batch of ``nodes`` (any shape, integers in 0..V+S-1), the slow equal of which is
     ``reference_trie.trie_batch``.
 
     ``keys`` [S, 2] (prefix node, last token) and ``suffixes`` [S] (nodes) are the vocabulary's; learned rows exist for
-    the f-grams of rank < ``num_rows``. Cost: O(P + U·N), serial, so that it is safe in forked data loader workers.
+    the f-grams of rank < ``num_rows``. With ``round_sizes``, U and M are filled up to one of few sizes (see
+    ``rounded``). Cost: O(P + U·N), serial, so that it is safe in forked data loader workers.
     """
     flat = np.ascontiguousarray(nodes, dtype=np.int64).reshape(-1)
     position_index, f_grams = _distinct_f_grams(flat, vocab_size)
@@ -60,22 +67,58 @@ def build_trie_batch(
         f_grams = np.array([vocab_size if len(keys) else 0], dtype=np.int64)
     node_ids, depths, parents = _prefix_closure(f_grams, keys, vocab_size)
     order, offsets = _sort_by_depth(depths, max_n)
-    ancestors, f_gram_index = _ancestors(order, depths, parents, max_n, len(f_grams))
+    ancestors, place = _ancestors(order, depths, parents, max_n)
+    f_gram_order, f_gram_offsets = _sort_by_depth(depths[: len(f_grams)], max_n)
+    f_grams = f_grams[f_gram_order]
     ids = node_ids[order]
     is_f_gram = ids >= vocab_size
     tokens = ids.copy()
     tokens[is_f_gram] = keys[ids[is_f_gram] - vocab_size, 1]
     row_ids, row_chains = _row_chains(f_grams, suffixes, vocab_size, max_n, num_rows)
-    return TrieBatch(
-        position_index.reshape(nodes.shape),
-        f_grams,
-        f_gram_index,
-        tokens,
-        depths[order],
-        ancestors,
-        offsets,
-        row_ids,
-        row_chains,
+    batch = TrieBatch(
+        position_index=_renumber(position_index, f_gram_order).reshape(nodes.shape),
+        f_grams=f_grams,
+        f_gram_index=place[f_gram_order],
+        f_gram_offsets=f_gram_offsets.tolist(),
+        tokens=tokens,
+        depths=depths[order],
+        ancestors=ancestors,
+        depth_offsets=offsets.tolist(),
+        row_ids=row_ids,
+        row_chains=row_chains,
+    )
+    return _with_rounded_sizes(batch) if round_sizes else batch
+
+
+def rounded(size: int) -> int:
+    """The next number of the form (8 … 15) · 2^k, at least 64: a batch's size in few distinct values, at most 1/8 over.
+
+    Code that is compiled for a shape, and matrix units that work on multiples of eight, want such sizes.
+    """
+    unit = 8 << max((size - 1).bit_length() - 7, 0) if size > 64 else 64
+    return -(-size // unit) * unit
+
+
+def _with_rounded_sizes(batch: TrieBatch) -> TrieBatch:
+    """The batch with U and M rounded up. What is added stands last, attends to itself, and no position reads it.
+
+    Rows are not padded: their moments would move if the optimizer saw them touched.
+    """
+    num_nodes, max_n = batch.ancestors.shape
+    extra = rounded(num_nodes) - num_nodes
+    extra_f_grams = rounded(len(batch.f_grams)) - len(batch.f_grams)
+    own_places = np.arange(num_nodes, num_nodes + extra)[:, None]
+    last = num_nodes + extra - 1
+    return replace(
+        batch,
+        f_grams=np.pad(batch.f_grams, (0, extra_f_grams)),
+        f_gram_index=np.pad(batch.f_gram_index, (0, extra_f_grams), constant_values=last),
+        tokens=np.pad(batch.tokens, (0, extra)),
+        depths=np.pad(batch.depths, (0, extra), constant_values=max_n - 1),
+        ancestors=np.concatenate([batch.ancestors, np.broadcast_to(own_places, (extra, max_n))]),
+        f_gram_offsets=[*batch.f_gram_offsets[:-1], len(batch.f_grams) + extra_f_grams],
+        depth_offsets=[*batch.depth_offsets[:-1], num_nodes + extra],
+        row_chains=np.pad(batch.row_chains, ((0, extra_f_grams), (0, 0))),
     )
 
 
@@ -188,9 +231,8 @@ def _sort_by_depth(depths: np.ndarray, max_n: int) -> tuple[np.ndarray, np.ndarr
 
 
 @njit(cache=True)
-def _ancestors(
-    order: np.ndarray, depths: np.ndarray, parents: np.ndarray, max_n: int, num_f_grams: int
-) -> tuple[np.ndarray, np.ndarray]:
+def _ancestors(order: np.ndarray, depths: np.ndarray, parents: np.ndarray, max_n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ancestors of the nodes in their new order, and the new place of each node of the old order."""
     place = np.empty(len(order), np.int64)
     for new in range(len(order)):
         place[order[new]] = new
@@ -201,7 +243,16 @@ def _ancestors(
         if depth > 0:
             ancestors[new, :depth] = ancestors[place[parents[old]], :depth]
         ancestors[new, depth:] = new
-    return ancestors, place[:num_f_grams].copy()
+    return ancestors, place
+
+
+@njit(cache=True)
+def _renumber(position_index: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """``position_index`` after the f-grams were put into ``order``."""
+    number = np.zeros(len(order) + 1, np.int64)
+    for new in range(len(order)):
+        number[1 + order[new]] = 1 + new
+    return number[position_index]
 
 
 @njit(cache=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,8 @@ class FGramModelConfig:
     initializer_range: float = 0.02
 
     def __post_init__(self) -> None:
+        if self.num_hidden_layers < 1:
+            raise ValueError(f"{self.num_hidden_layers=} must be at least 1")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(f"{self.hidden_size=} must be a multiple of {self.num_attention_heads=}")
 
@@ -45,14 +48,30 @@ class FGramBlock(GradientCheckpointingLayer):
         self.feed_forward_in = nn.Linear(width, config.intermediate_size)
         self.feed_forward_out = nn.Linear(config.intermediate_size, width)
 
-    def forward(self, hidden: Tensor, ancestors: Tensor, depth_offsets: list[int]) -> Tensor:
-        """``hidden`` [U, H] → [U, H]."""
-        projected = self.attention_in(self.attention_norm(hidden))
-        query, key, value = projected.view(len(hidden), 3, self.num_heads, -1).unbind(1)
+    def forward(
+        self, hidden: Tensor, ancestors: Tensor, depth_offsets: list[int], wanted: Tensor | None = None
+    ) -> Tensor:
+        """``hidden`` [U, H] → [U, H], or [M, H] where only the nodes ``wanted`` [M] are needed.
+
+        ``ancestors`` and ``depth_offsets`` are those of the nodes that come out (see ``ancestor_attention``).
+        """
+        query, key, value = self._project(self.attention_norm(hidden), wanted)
+        if wanted is not None:
+            hidden = hidden[wanted]
         mixed = ancestor_attention(query, key, value, ancestors, depth_offsets)
         hidden = hidden + self.attention_out(mixed.reshape(len(hidden), -1))
         inner = nn.functional.gelu(self.feed_forward_in(self.feed_forward_norm(hidden)), approximate="tanh")
         return hidden + self.feed_forward_out(inner)
+
+    def _project(self, normed: Tensor, wanted: Tensor | None) -> tuple[Tensor, ...]:
+        """Query [M, heads, d] of the wanted nodes, key and value [U, heads, d] of all."""
+        heads, width = self.num_heads, normed.shape[1]
+        if wanted is None:
+            return self.attention_in(normed).view(len(normed), 3, heads, -1).unbind(1)
+        weight, bias = self.attention_in.weight, self.attention_in.bias
+        query = nn.functional.linear(normed[wanted], weight[:width], bias[:width])
+        pair = nn.functional.linear(normed, weight[width:], bias[width:])
+        return query.view(len(query), heads, -1), *pair.view(len(pair), 2, heads, -1).unbind(1)
 
 
 class FGramModel(nn.Module):
@@ -72,18 +91,20 @@ class FGramModel(nn.Module):
         self.blocks = nn.ModuleList(FGramBlock(config) for _ in range(config.num_hidden_layers))
         self.map_out = nn.Identity() if same else nn.Linear(config.hidden_size, trunk_width, bias=False)
 
-    def forward(self, token_vectors: Tensor, trie: Mapping[str, Tensor]) -> Tensor:
+    def forward(self, token_vectors: Tensor, trie: Mapping[str, Any]) -> Tensor:
         """Last hidden states ``[M, D]`` of the batch's distinct f-grams, normalised to a root mean square of one.
 
         Args:
             token_vectors: ``[U, D]`` trunk embeddings of the nodes' last tokens.
-            trie: the arrays of a ``TrieBatch``.
+            trie: the arrays of a ``TrieBatch``. Its last layer computes only the M nodes that positions read.
         """
         hidden = self.map_in(token_vectors) + self.positions(trie["depths"])
-        offsets = [int(offset) for offset in trie["depth_offsets"]]
-        for block in self.blocks:
-            hidden = block(hidden, trie["ancestors"], offsets)
-        return unit_rms(self.map_out(hidden[trie["f_gram_index"]]))
+        ancestors, wanted = trie["ancestors"], trie["f_gram_index"]
+        *blocks, last_block = self.blocks
+        for block in blocks:
+            hidden = block(hidden, ancestors, trie["depth_offsets"])
+        hidden = last_block(hidden, ancestors[wanted], trie["f_gram_offsets"], wanted)
+        return unit_rms(self.map_out(hidden))
 
     def init_weights(self) -> None:
         """GPT-2's scheme: normal weights, residual outputs scaled down by the depth."""

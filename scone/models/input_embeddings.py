@@ -7,7 +7,7 @@ The gain and the rows start at zero, so an untrained SCONE is its trunk, bit for
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +54,7 @@ class FGramInputEmbedding(nn.Module):
         if self.rows is not None:
             nn.init.zeros_(self.rows.weight)
 
-    def forward(self, token_ids: Tensor, token_embedding: nn.Module, trie: Mapping[str, Tensor]) -> Tensor:
+    def forward(self, token_ids: Tensor, token_embedding: nn.Module, trie: Mapping[str, Any]) -> Tensor:
         """Vectors of a batch of positions.
 
         Args:
@@ -73,7 +73,7 @@ class FGramInputEmbedding(nn.Module):
             return vectors + added
         return torch.where((trie["position_index"] > 0)[..., None], added, vectors)
 
-    def f_gram_vectors(self, token_embedding: nn.Module, trie: Mapping[str, Tensor]) -> Tensor:
+    def f_gram_vectors(self, token_embedding: nn.Module, trie: Mapping[str, Any]) -> Tensor:
         """What is added to (or replaces) the token embedding for each of the batch's M distinct f-grams, ``[M, D]``."""
         total: Tensor | None = None
         if self.f_gram_model is not None:

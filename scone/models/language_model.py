@@ -219,7 +219,7 @@ class SconeForCausalLM(PreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        trie: dict[str, Tensor] | None = None,
+        trie: dict[str, Any] | None = None,
         token_mask: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
@@ -269,7 +269,7 @@ class SconeForCausalLM(PreTrainedModel, GenerationMixin):
         input_ids: Tensor,
         mask: Tensor | None = None,
         cache: Cache | None = None,
-        trie: dict[str, Tensor] | None = None,
+        trie: dict[str, Any] | None = None,
     ) -> Tensor:
         """Input vectors ``[B, T, D]`` of tokens that follow what ``cache`` holds."""
         tokens = self.get_input_embeddings()
@@ -307,8 +307,8 @@ class SconeForCausalLM(PreTrainedModel, GenerationMixin):
             valid = np.concatenate([context != MASKED, valid], axis=1)
         return self.matcher.match(tokens, valid)[:, tokens.shape[1] - input_ids.shape[1] :]
 
-    def trie_of(self, nodes: np.ndarray) -> dict[str, Tensor]:
-        """The trie batch of ``nodes`` as tensors on the model's device (offsets stay on the host)."""
+    def trie_of(self, nodes: np.ndarray) -> dict[str, Any]:
+        """The trie batch of ``nodes``, its arrays as tensors on the model's device."""
         assert self.vocabulary is not None
         vocabulary = self.vocabulary
         batch = build_trie_batch(
@@ -319,9 +319,8 @@ class SconeForCausalLM(PreTrainedModel, GenerationMixin):
             vocabulary.max_n,
             self.config.learned_rows,
         )
-        tensors = {name: torch.from_numpy(array) for name, array in batch.arrays().items()}
         device = self._token_weight().device
-        return {name: tensor if name == "depth_offsets" else tensor.to(device) for name, tensor in tensors.items()}
+        return batch.fields(lambda array: torch.from_numpy(array).to(device))
 
     @torch.no_grad()
     def embed_nodes(self, nodes: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scone.kernels import reference_trie
-from scone.kernels.trie_batch import build_trie_batch
+from scone.kernels.trie_batch import build_trie_batch, rounded
 from scone.tests import tiny
 from scone.tokenization.matcher import Matcher
 
@@ -27,9 +27,9 @@ def test_trie_batch_equals_its_plain_reference(seed, max_n, min_freq, shape, num
     nodes = Matcher(vocabulary).match(rng.integers(0, tiny.VOCAB_SIZE, shape))
     inputs = (nodes, vocabulary.keys, vocabulary.suffixes, vocabulary.vocab_size, max_n, num_rows)
     fast, plain = build_trie_batch(*inputs), reference_trie.trie_batch(*inputs)
-    for name in ("position_index", "f_grams", "tokens", "depths", "depth_offsets", "row_ids", "row_chains"):
-        if name not in ("tokens",):
-            np.testing.assert_array_equal(getattr(fast, name), getattr(plain, name), err_msg=name)
+    for name in ("position_index", "f_grams", "f_gram_offsets", "depths", "depth_offsets", "row_ids", "row_chains"):
+        np.testing.assert_array_equal(getattr(fast, name), getattr(plain, name), err_msg=name)
+    assert (np.diff(fast.f_gram_index) > 0).all()
     # within one depth the order of nodes is free: compare each node by the tokens on its path
     assert sorted(_paths(fast)) == sorted(_paths(plain))
     assert [_paths(fast)[i] for i in fast.f_gram_index] == [_paths(plain)[i] for i in plain.f_gram_index]
@@ -52,3 +52,15 @@ def test_a_batch_without_f_grams_still_has_one_node(nodes):
     assert not batch.position_index.any()
     assert len(batch.f_grams) == 1
     assert len(batch.tokens) >= 1
+
+
+@settings(max_examples=100, deadline=None)
+@given(size=st.integers(1, 10**7))
+def test_rounded_sizes_are_few_and_near(size):
+    assert size <= rounded(size) <= max(64, size + size // 8)
+    assert rounded(rounded(size)) == rounded(size)
+    assert rounded(size) % 8 == 0
+
+
+def test_there_are_eight_sizes_between_powers_of_two():
+    assert len({rounded(size) for size in range(2**10 + 1, 2**11 + 1)}) == 8

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scone.kernels.trie_batch import build_trie_batch
-from scone.models.ancestor_attention import ancestor_attention, padded_ancestor_attention
+from scone.models.ancestor_attention import (
+    _sliced_backward,
+    _sliced_forward,
+    ancestor_attention,
+    padded_ancestor_attention,
+)
 from scone.models.f_gram_model import FGramModel, FGramModelConfig, padded_f_gram_model
 from scone.tests import tiny
 from scone.tokenization.matcher import Matcher
@@ -18,10 +25,10 @@ MAX_N = 4
 VOCABULARY = tiny.vocabulary(tiny.corpus(2000), MAX_N, 3)
 
 
-def trie_of(tokens: np.ndarray) -> dict[str, torch.Tensor]:
+def trie_of(tokens: np.ndarray, round_sizes: bool = False) -> dict[str, Any]:
     nodes = Matcher(VOCABULARY).match(tokens)
-    batch = build_trie_batch(nodes, VOCABULARY.keys, VOCABULARY.suffixes, VOCABULARY.vocab_size, MAX_N, 0)
-    return {name: torch.from_numpy(array) for name, array in batch.arrays().items()}
+    batch = build_trie_batch(nodes, VOCABULARY.keys, VOCABULARY.suffixes, VOCABULARY.vocab_size, MAX_N, 0, round_sizes)
+    return batch.fields(torch.from_numpy)
 
 
 def padded_tokens(f_grams: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -59,6 +66,57 @@ def test_trie_batch_equals_padded_batch(dtype, budget, seed, length):
         assert error <= 4 * budget * scale, f"{name}: gradients differ by {error} at scale {scale}"
 
 
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 10_000), length=st.integers(1, 60))
+def test_a_trie_of_rounded_size_changes_nothing(seed, length):
+    """Values and gradients are those of the trie without what was added to reach one of few sizes."""
+    torch.manual_seed(seed)
+    model = FGramModel(FGramModelConfig(**tiny.F_GRAM_SIZES), tiny.WIDTH, MAX_N).double()
+    model.init_weights()
+    table = torch.randn(tiny.VOCAB_SIZE, tiny.WIDTH, dtype=torch.float64, requires_grad=True)
+    results = []
+    for round_sizes in (False, True):
+        trie = trie_of(tiny.corpus(length, seed)[None], round_sizes)
+        model.zero_grad()
+        table.grad = None
+        output = torch.cat([torch.zeros(1, tiny.WIDTH), model(table[trie["tokens"]], trie)])[trie["position_index"]]
+        (output * torch.linspace(-1, 1, tiny.WIDTH)).square().sum().backward()
+        gradients = [parameter.grad.clone() for parameter in model.parameters()]
+        results.append([output.detach(), table.grad.clone(), *gradients])
+    assert len(trie["tokens"]) % 8 == len(trie["f_grams"]) % 8 == 0
+    torch.testing.assert_close(*results, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_the_fused_kernel_equals_slices_and_gathers(dtype):
+    """What runs on accelerators and in half precision, against what runs on CPUs; for all nodes and for some."""
+    trie = trie_of(tiny.corpus(200)[None])
+    wanted = trie["f_gram_index"]
+    for ancestors, offsets in (
+        (trie["ancestors"], trie["depth_offsets"]),
+        (trie["ancestors"][wanted], trie["f_gram_offsets"]),
+    ):
+        query, grad_output = torch.randn(2, len(ancestors), 2, 5, dtype=dtype)
+        key, value = torch.randn(2, len(trie["tokens"]), 2, 5, dtype=dtype)
+        inputs = [tensor.double() for tensor in (query, key, value)]
+        output, weights = torch.ops.scone.ancestor_attention(*inputs, ancestors, offsets)
+        gradients = torch.ops.scone.ancestor_attention_backward(
+            grad_output.double(), *inputs, weights, ancestors, offsets
+        )
+        sliced, its_weights = _sliced_forward(query, key, value, ancestors, offsets)
+        its_gradients = _sliced_backward(grad_output, query, key, value, its_weights, ancestors, offsets)
+        budget = 16 * torch.finfo(dtype).eps
+        for ours, theirs in zip((output, *gradients), (sliced, *its_gradients), strict=True):
+            torch.testing.assert_close(ours, theirs.double(), atol=budget * float(ours.abs().max()), rtol=budget)
+
+
+def test_the_operators_are_sound():
+    """Fake tensors, autograd registration and schema, as torch checks them; compiled code relies on these."""
+    trie = trie_of(tiny.corpus(40)[None])
+    inputs = [torch.randn(len(trie["tokens"]), 2, 4, requires_grad=True) for _ in range(3)]
+    torch.library.opcheck(torch.ops.scone.ancestor_attention, (*inputs, trie["ancestors"], trie["depth_offsets"]))
+
+
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 10_000))
 def test_ancestor_attention_equals_padded_attention(seed):
@@ -66,8 +124,7 @@ def test_ancestor_attention_equals_padded_attention(seed):
     generator = torch.Generator().manual_seed(seed)
     shape = (3, len(trie["tokens"]), 2, 5)
     inputs = torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
-    offsets = trie["depth_offsets"].tolist()
-    fast = ancestor_attention(*inputs, trie["ancestors"], offsets)
+    fast = ancestor_attention(*inputs, trie["ancestors"], trie["depth_offsets"])
     (fast_gradient,) = torch.autograd.grad(fast.square().sum(), inputs)
     plain = padded_ancestor_attention(*inputs, trie["ancestors"], trie["depths"])
     (plain_gradient,) = torch.autograd.grad(plain.square().sum(), inputs)

@@ -1,0 +1,191 @@
+"""Attention of trie nodes to their ancestors on the CPU: one pass over the nodes, forward and backward.
+
+At a few ancestors a node, plain tensor operations spend their time on gathered copies; here every key and value is read
+where it lies. Each thread works on heads of its own, so nothing is summed by two threads and the result does not depend
+on how many there are. The slow equals are in ``reference_attention``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+VALUES_PER_THREAD = 1 << 17
+"""Below this many query values a further thread costs more than it saves."""
+
+# sums may be reordered into vector registers; NaN and infinity keep their meaning
+_FAST = {"reassoc", "contract", "arcp", "nsz"}
+
+
+def attention_forward(
+    num_threads: int, query: np.ndarray, key: np.ndarray, value: np.ndarray, ancestors: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Softmax attention of M nodes to the places on their paths.
+
+    Args:
+        num_threads: at most so many threads share the heads.
+        query: ``[M, heads, d]``, float32 or float64, the last two dimensions contiguous, as for key and value.
+        key: ``[U, heads, d]``.
+        value: ``[U, heads, d]``.
+        ancestors: int64 ``[M, N]``, node m's ancestor at each depth; its own place from its own depth on.
+
+    Returns:
+        Output ``[M, heads, d]`` and the weights ``[M, heads, N]`` for the backward pass (0 beyond a node's depth).
+    """
+    num_nodes, heads, size = query.shape
+    output = np.empty((num_nodes, heads * size), query.dtype)
+    weights = np.zeros((num_nodes, heads, ancestors.shape[1]), query.dtype)
+    inputs = [*_flat(query), *_flat(key), *_flat(value), ancestors, query.dtype.type(size**-0.5)]
+    _over_heads(_forward, [*inputs, output, weights], query, num_threads)
+    return output.reshape(query.shape), weights
+
+
+def attention_backward(
+    num_threads: int,
+    grad_output: np.ndarray,
+    query: np.ndarray,
+    key: np.ndarray,
+    value: np.ndarray,
+    weights: np.ndarray,
+    ancestors: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Gradients of query ``[M, heads, d]``, key and value ``[U, heads, d]``, from that of the output and the weights
+    that the forward pass returned.
+    """
+    width = query.shape[1] * query.shape[2]
+    grad_query = np.empty((len(query), width), query.dtype)
+    grad_key, grad_value = np.zeros((len(key), width), key.dtype), np.zeros((len(value), width), value.dtype)
+    inputs = [*_flat(grad_output), *_flat(query), *_flat(key), *_flat(value), weights, ancestors]
+    inputs += [query.dtype.type(query.shape[2] ** -0.5), grad_query, grad_key, grad_value]
+    _over_heads(_backward, inputs, query, num_threads)
+    return grad_query.reshape(query.shape), grad_key.reshape(key.shape), grad_value.reshape(value.shape)
+
+
+def _flat(array: np.ndarray) -> tuple[np.ndarray, int]:
+    """The memory of ``array`` [rows, heads, d] from its first value on, and the values from row to row.
+
+    Rows may lie apart (queries, keys and values come out of one projection), which a compiler that sees a strided
+    array would take as a reason not to vectorise.
+    """
+    rows, heads, size = array.shape
+    item = array.itemsize
+    if not array.size:
+        return np.empty(0, array.dtype), 0
+    wanted = (size * item if heads > 1 else array.strides[1], item if size > 1 else array.strides[2])
+    assert array.strides[1:] == wanted, f"heads must be contiguous: {array.strides=} {array.shape=}"
+    step = array.strides[0] // item
+    length = (rows - 1) * step + heads * size
+    return np.lib.stride_tricks.as_strided(array, (length,), (item,)), step
+
+
+def _over_heads(kernel: Callable[..., None], arguments: list[Any], query: np.ndarray, num_threads: int) -> None:
+    """Call ``kernel(*arguments, first_head, last_head)`` on ranges that cover the heads, side by side where it pays."""
+    heads = query.shape[1]
+    parts = max(1, min(num_threads, heads, query.size // VALUES_PER_THREAD))
+    if parts == 1:
+        kernel(*arguments, 0, heads)
+        return
+    cuts = [heads * part // parts for part in range(parts + 1)]
+    with ThreadPoolExecutor(parts - 1) as threads:
+        others = [threads.submit(kernel, *arguments, cuts[part], cuts[part + 1]) for part in range(1, parts)]
+        kernel(*arguments, cuts[0], cuts[1])
+        for other in others:
+            other.result()
+
+
+@njit(cache=True, nogil=True, fastmath=_FAST)
+def _forward(
+    query, query_step, key, key_step, value, value_step, ancestors, scale, output, weights, first_head, last_head
+):
+    size = output.shape[1] // weights.shape[1]
+    zero = scale - scale
+    for node in range(len(output)):
+        own = ancestors[node, -1]
+        for head in range(first_head, last_head):
+            low = head * size
+            its_query = query[node * query_step + low : node * query_step + low + size]
+            row = weights[node, head]
+            places, highest = 0, zero
+            for depth in range(ancestors.shape[1]):
+                ancestor = ancestors[node, depth]
+                its_key = key[ancestor * key_step + low : ancestor * key_step + low + size]
+                score = zero
+                for i in range(size):
+                    score += its_query[i] * its_key[i]
+                score *= scale
+                row[depth] = score
+                highest = score if depth == 0 else max(highest, score)
+                places += 1
+                if ancestor == own:
+                    break
+            total = zero
+            for depth in range(places):
+                row[depth] = np.exp(row[depth] - highest)
+                total += row[depth]
+            its_output = output[node, low : low + size]
+            its_output[:] = zero
+            for depth in range(places):
+                row[depth] /= total
+                start = ancestors[node, depth] * value_step + low
+                its_value, weight = value[start : start + size], row[depth]
+                for i in range(size):
+                    its_output[i] += weight * its_value[i]
+
+
+@njit(cache=True, nogil=True, fastmath=_FAST)
+def _backward(
+    grad_output,
+    grad_step,
+    query,
+    query_step,
+    key,
+    key_step,
+    value,
+    value_step,
+    weights,
+    ancestors,
+    scale,
+    grad_query,
+    grad_key,
+    grad_value,
+    first_head,
+    last_head,
+):
+    size = grad_query.shape[1] // weights.shape[1]
+    zero = scale - scale
+    grad_scores = np.empty(ancestors.shape[1], weights.dtype)
+    for node in range(len(grad_query)):
+        own = ancestors[node, -1]
+        for head in range(first_head, last_head):
+            low = head * size
+            gradient = grad_output[node * grad_step + low : node * grad_step + low + size]
+            row = weights[node, head]
+            places, inner = 0, zero
+            for depth in range(ancestors.shape[1]):
+                ancestor = ancestors[node, depth]
+                its_value = value[ancestor * value_step + low : ancestor * value_step + low + size]
+                its_grad_value, weight = grad_value[ancestor, low : low + size], row[depth]
+                score = zero
+                for i in range(size):
+                    score += gradient[i] * its_value[i]
+                    its_grad_value[i] += weight * gradient[i]
+                grad_scores[depth] = score
+                inner += weight * score
+                places += 1
+                if ancestor == own:
+                    break
+            its_query = query[node * query_step + low : node * query_step + low + size]
+            its_grad_query = grad_query[node, low : low + size]
+            its_grad_query[:] = zero
+            for depth in range(places):
+                ancestor = ancestors[node, depth]
+                share = row[depth] * (grad_scores[depth] - inner) * scale
+                its_key = key[ancestor * key_step + low : ancestor * key_step + low + size]
+                its_grad_key = grad_key[ancestor, low : low + size]
+                for i in range(size):
+                    its_grad_query[i] += share * its_key[i]
+                    its_grad_key[i] += share * its_query[i]
