@@ -16,86 +16,38 @@ import numpy as np
 
 from scone.inference.stores.base import RowStore, StoreMemory
 from scone.inference.table_format import PAGE_BYTES, TableFile, damaged
-from scone.kernels.direct_read import read_pieces, reference_read
+from scone.kernels.direct_read import close_queue, open_queue, plan_pieces, read_pieces, read_pieces_queued
+from scone.kernels.reference_read import reference_read
 from scone.utils.errors import SconeError
 
 QUEUE_DEPTH = 32
-_PIECE_PAGES = 32  # longest single read, in pages: long enough for full bandwidth, short enough to share among threads
 _BATCH_BYTES = 64 << 20  # a larger batch is read in parts, so that its buffer stays small
 _PREFETCHED_BATCHES = 2
-
-
-@dataclass(frozen=True)
-class ReadPlan:
-    """What to read for a batch: pieces of whole pages, and where each row will lie in the buffer. All int64.
-
-    ``offsets``, ``sizes``, ``targets`` [m]: bytes of each piece in the file and in the buffer. ``rows`` [n]: where in
-    the buffer each row starts. ``buffer_bytes``: its size.
-    """
-
-    offsets: np.ndarray
-    sizes: np.ndarray
-    targets: np.ndarray
-    rows: np.ndarray
-    buffer_bytes: int
-
-
-def plan_reads(ranks: np.ndarray, data_start: int, row_bytes: int) -> ReadPlan:
-    """The page-aligned pieces that hold the rows ``ranks`` (int64 [n], n ≥ 1, strictly ascending).
-
-    Rows on the same or neighbouring pages share a run; a run longer than 128 KiB is cut into pieces.
-    """
-    start = data_start + ranks * row_bytes
-    first, last = start // PAGE_BYTES, (start + row_bytes - 1) // PAGE_BYTES
-    is_new = np.concatenate(([True], first[1:] > last[:-1] + 1))
-    run_of_row = np.cumsum(is_new) - 1
-    run_first = first[is_new]
-    run_pages = last[np.append(np.flatnonzero(is_new)[1:], len(ranks)) - 1] - run_first + 1
-    run_target = np.cumsum(run_pages) - run_pages
-    rows = (run_target - run_first)[run_of_row] * PAGE_BYTES + start
-    num_pieces = -(-run_pages // _PIECE_PAGES)
-    run_of_piece = np.repeat(np.arange(len(run_pages)), num_pieces)
-    page_in_run = (np.arange(len(run_of_piece)) - (np.cumsum(num_pieces) - num_pieces)[run_of_piece]) * _PIECE_PAGES
-    return ReadPlan(
-        offsets=(run_first[run_of_piece] + page_in_run) * PAGE_BYTES,
-        sizes=np.minimum(run_pages[run_of_piece] - page_in_run, _PIECE_PAGES) * PAGE_BYTES,
-        targets=(run_target[run_of_piece] + page_in_run) * PAGE_BYTES,
-        rows=rows,
-        buffer_bytes=int(run_pages.sum()) * PAGE_BYTES,
-    )
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """Rows fetched ahead: unique sorted ranks, each one's place in the buffer, and the buffer once it is read."""
-
-    ranks: np.ndarray
-    rows: np.ndarray
-    buffer: Future[np.ndarray]
-
-    def find(self, ranks: np.ndarray) -> np.ndarray | None:
-        """Where these rows are in the buffer; None unless all of them are here and reading has not failed."""
-        if self.buffer.done() and self.buffer.exception():
-            return None
-        place = np.minimum(np.searchsorted(self.ranks, ranks), len(self.ranks) - 1)
-        return self.rows[place] if np.array_equal(self.ranks[place], ranks) else None
 
 
 class DirectStore(RowStore):
     """Reads each batch's pages with O_DIRECT: without repeats, in file order, neighbours together, many at a time.
 
-    Where the file system refuses O_DIRECT it warns once and reads through the page cache.
+    Reads are queued with Linux's asynchronous interface; where there is none, threads read side by side. Where the file
+    system refuses O_DIRECT, it warns once and reads through the page cache.
     """
 
-    def __init__(self, file: TableFile, num_threads: int | None = None, queue_depth: int = QUEUE_DEPTH) -> None:
-        """``queue_depth``: reads under way at a time, each on a thread of its own that does not hold Python's lock."""
+    def __init__(
+        self,
+        file: TableFile,
+        num_threads: int | None = None,
+        queue_depth: int = QUEUE_DEPTH,
+        use_queues: bool = True,
+    ) -> None:
+        """``queue_depth``: reads under way at a time; ``use_queues=False`` reads on threads in any case."""
         super().__init__(file.layout.row_format, num_threads)
         self._file = file
         self._descriptor, self.is_direct = _open_direct(file)
         self._queue_depth = queue_depth
+        self._queues = _Queues(queue_depth) if use_queues and self.is_direct else None
         self._readers = ThreadPoolExecutor(queue_depth, "scone-read")
         self._prefetcher = ThreadPoolExecutor(1, "scone-prefetch")
-        self._prefetched: deque[_Batch] = deque(maxlen=_PREFETCHED_BATCHES)
+        self._prefetched: deque[_Prefetched] = deque(maxlen=_PREFETCHED_BATCHES)
         self._buffers = _Buffers()
         self._rows_at_once = max(1, _BATCH_BYTES // (-(-self.row_format.row_bytes // PAGE_BYTES) * PAGE_BYTES))
 
@@ -107,11 +59,11 @@ class DirectStore(RowStore):
                 yield batch.buffer.result(), rows
                 return
         unique, inverse = np.unique(ranks, return_inverse=True)
-        plan = plan_reads(unique, self._file.data_start, self.row_format.row_bytes)
-        buffer = self._buffers.take(plan.buffer_bytes)
+        pieces, rows = plan_pieces(unique, self._file.data_start, self.row_format.row_bytes)
+        buffer = self._buffers.take(_bytes_of(pieces))
         try:
-            self._read(plan, buffer)
-            yield buffer, plan.rows[inverse]
+            self._read(pieces, buffer)
+            yield buffer, rows[inverse]
         finally:
             self._buffers.give_back(buffer)
 
@@ -139,45 +91,51 @@ class DirectStore(RowStore):
         """
         unique = np.unique(ranks)
         if 0 < len(unique) <= self._rows_at_once:
-            plan = plan_reads(unique, self._file.data_start, self.row_format.row_bytes)
-            self._prefetched.append(_Batch(unique, plan.rows, self._prefetcher.submit(self._fetch, plan)))
+            pieces, rows = plan_pieces(unique, self._file.data_start, self.row_format.row_bytes)
+            self._prefetched.append(_Prefetched(unique, rows, self._prefetcher.submit(self._fetch, pieces)))
 
-    def _fetch(self, plan: ReadPlan) -> np.ndarray:
-        buffer = _aligned(plan.buffer_bytes)
-        self._read(plan, buffer)
+    def _fetch(self, pieces: np.ndarray) -> np.ndarray:
+        buffer = _aligned(_bytes_of(pieces))
+        self._read(pieces, buffer)
         return buffer
 
-    def _read(self, plan: ReadPlan, buffer: np.ndarray) -> None:
+    def _read(self, pieces: np.ndarray, buffer: np.ndarray) -> None:
         """Fill the buffer. Raises SconeError: the file was changed, ends early, or the disk fails."""
         self._file.check_unchanged()
-        needed = np.minimum(plan.sizes, self._file.layout.file_bytes - plan.offsets)
-        parts = min(self._queue_depth, len(plan.offsets))
-        cuts = [len(plan.offsets) * part // parts for part in range(parts + 1)]
-        if parts == 1:
-            self._read_some(plan, buffer, needed, 0, cuts[1])
+        queue = self._queues.take() if self._queues is not None else 0
+        if queue and self._queues is not None:
+            try:
+                self._read_queued(queue, pieces, buffer)
+            finally:
+                self._queues.give_back(queue)
+        elif len(pieces) == 1:
+            self._read_in_turn(pieces, buffer)
         else:
-            tasks = [
-                self._readers.submit(self._read_some, plan, buffer, needed, cuts[part], cuts[part + 1])
-                for part in range(parts)
-            ]
-            for task in tasks:
+            parts = np.array_split(pieces, min(self._queue_depth, len(pieces)))
+            for task in [self._readers.submit(self._read_in_turn, part, buffer) for part in parts]:
                 task.result()
         self._file.check_unchanged()
 
-    def _read_some(self, plan: ReadPlan, buffer: np.ndarray, needed: np.ndarray, low: int, high: int) -> None:
-        while low < high:
-            pieces = [array[low:high] for array in (plan.offsets, plan.sizes, plan.targets, needed)]
-            failed = read_pieces(self._descriptor, buffer.ctypes.data, *pieces)
+    def _read_queued(self, queue: int, pieces: np.ndarray, buffer: np.ndarray) -> None:
+        end = self._file.layout.file_bytes
+        failed = read_pieces_queued(queue, self._queue_depth, self._descriptor, buffer.ctypes.data, pieces, end)
+        if failed >= 0:
+            # Some that came after it may have come well, but a failure is rare: read the rest again, one by one.
+            self._read_in_turn(pieces[failed:], buffer)
+
+    def _read_in_turn(self, pieces: np.ndarray, buffer: np.ndarray) -> None:
+        end = self._file.layout.file_bytes
+        while len(pieces):
+            failed = read_pieces(self._descriptor, buffer.ctypes.data, pieces, end)
             if failed < 0:
                 return
-            low += failed
             try:
-                reference_read(self._descriptor, buffer.data, *(array[failed : failed + 1] for array in pieces))
+                reference_read(self._descriptor, buffer.data, pieces[failed : failed + 1], end)
             except EOFError as error:
                 raise damaged(self._file.path, f"it ends early ({error})") from error
             except OSError as error:
                 raise SconeError(f"cannot read {self._file.path}: {error.strerror}; check the disk") from error
-            low += 1
+            pieces = pieces[failed + 1 :]
 
     @property
     def memory(self) -> StoreMemory:
@@ -194,9 +152,27 @@ class DirectStore(RowStore):
         self._readers.shutdown()
         super().close()
         self._prefetched.clear()
+        if self._queues is not None:
+            self._queues.close()
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+
+
+@dataclass(frozen=True)
+class _Prefetched:
+    """Rows fetched ahead: unique sorted ranks, each one's place in the buffer, and the buffer once it is read."""
+
+    ranks: np.ndarray
+    rows: np.ndarray
+    buffer: Future[np.ndarray]
+
+    def find(self, ranks: np.ndarray) -> np.ndarray | None:
+        """Where these rows are in the buffer; None unless all of them are here and reading has not failed."""
+        place = np.minimum(np.searchsorted(self.ranks, ranks), len(self.ranks) - 1)
+        if not np.array_equal(self.ranks[place], ranks) or self.buffer.exception():
+            return None
+        return self.rows[place]
 
 
 class _Buffers:
@@ -220,6 +196,36 @@ class _Buffers:
     def kept_bytes(self) -> int:
         kept = self._kept
         return 0 if kept is None else kept.nbytes
+
+
+class _Queues:
+    """Queues of asynchronous reads: one for each batch that is being read, kept for the next."""
+
+    def __init__(self, depth: int) -> None:
+        self._depth = depth
+        self._lock = threading.Lock()
+        self._idle: list[int] = []
+
+    def take(self) -> int:
+        """A queue that nobody else uses; 0 where the system gives none."""
+        with self._lock:
+            if self._idle:
+                return self._idle.pop()
+        return int(open_queue(self._depth))
+
+    def give_back(self, queue: int) -> None:
+        with self._lock:
+            self._idle.append(queue)
+
+    def close(self) -> None:
+        with self._lock:
+            while self._idle:
+                close_queue(self._idle.pop())
+
+
+def _bytes_of(pieces: np.ndarray) -> int:
+    """Size of the buffer that a plan's pieces fill."""
+    return int(pieces[-1, 1] + pieces[-1, 2])
 
 
 def _aligned(size: int) -> np.ndarray:

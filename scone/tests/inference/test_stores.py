@@ -18,12 +18,12 @@ from scone.inference.embedding_table import EmbeddingTable
 from scone.inference.row_types import ROW_TYPES, RowFormat
 from scone.inference.stores.base import RowStore
 from scone.inference.stores.device import DeviceStore
-from scone.inference.stores.direct import DirectStore, plan_reads
+from scone.inference.stores.direct import DirectStore
 from scone.inference.stores.mmap import MmapStore
 from scone.inference.stores.placement import Tier, parse_placement
 from scone.inference.stores.ram import RamStore
 from scone.inference.stores.tiered import TieredStore
-from scone.inference.table_format import PAGE_BYTES, TableFile
+from scone.inference.table_format import TableFile
 from scone.tests.inference.tables import write_table
 from scone.utils.errors import SconeError
 
@@ -134,6 +134,13 @@ class TestDirectInManyParts(StoreContract):
         return store
 
 
+class TestDirectOnThreads(StoreContract):
+    """As where the system has no asynchronous reads."""
+
+    def open(self, file: TableFile) -> RowStore:
+        return DirectStore(file, use_queues=False)
+
+
 class TestDevice(StoreContract):
     def open(self, file: TableFile) -> RowStore:
         return DeviceStore(file, CPU)
@@ -200,30 +207,6 @@ def test_without_direct_reads_it_warns_once_and_reads_the_same(
         warnings.simplefilter("error")
         assert "through the page cache" in opened.describe()
         assert torch.equal(opened.rows(torch.arange(NUM_ROWS)), rows)
-
-
-@settings(max_examples=100, deadline=None)
-@given(
-    ranks=st.lists(st.integers(0, 3000), min_size=1, max_size=60, unique=True),
-    row_bytes=st.integers(1, 10_000),
-    start_page=st.integers(1, 3),
-)
-def test_read_plan_covers_every_row_with_whole_pages_and_reads_nothing_twice(
-    ranks: list[int], row_bytes: int, start_page: int
-) -> None:
-    wanted, start = np.array(sorted(ranks)), start_page * PAGE_BYTES
-    plan = plan_reads(wanted, start, row_bytes)
-    assert (plan.offsets % PAGE_BYTES == 0).all()
-    assert (plan.sizes % PAGE_BYTES == 0).all()
-    assert (plan.offsets[1:] >= (plan.offsets + plan.sizes)[:-1]).all()
-    assert plan.buffer_bytes == plan.sizes.sum()
-    file_byte_at = np.concatenate(
-        [np.arange(offset, offset + size, PAGE_BYTES) for offset, size in zip(plan.offsets, plan.sizes, strict=True)]
-    )
-    for rank, place in zip(wanted.tolist(), plan.rows.tolist(), strict=True):
-        for byte in (0, row_bytes - 1):
-            page, within = divmod(place + byte, PAGE_BYTES)
-            assert file_byte_at[page] + within == start + rank * row_bytes + byte
 
 
 def test_placements_mean_tiers() -> None:

@@ -1,0 +1,292 @@
+"""Reading rows of an embedding table: our stores warm and cold, beside torch.index_select, fio and LMDB.
+
+    python benchmarks/bench_lookup.py [--quick] [--json FILE] [--rows N] [--dir DIR] [--plot FILE]
+
+Rows are 4 KiB (D = 1,024, fp32). Warm batches are Zipf-distributed ranks, as text asks for them; cold ones (page cache
+dropped) are uniform and without repeats, so that a row is a read. Batches of 1, 16, 1,024 and 16,384; the metric
+without a suffix is that of 16,384 rows warm, 1,024 cold. The table and LMDB's file need 13 KB of disk a row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from common import Report, in_child, interleaved
+from lookup_peers import LmdbTable, drop_from_page_cache, fio_reads_per_second
+
+from scone.inference.embedding_table import EmbeddingTable
+from scone.inference.row_types import ROW_TYPES, RowFormat
+from scone.inference.table_format import TableLayout
+from scone.inference.table_writer import TablePlan, TableWriter
+
+WIDTH = 1024
+ROW_BYTES = 4 * WIDTH
+BATCHES = (1, 16, 1024, 16_384)
+QUEUE_DEPTH = 32
+
+
+def main() -> None:
+    """Measure, print the table of records, write the JSON."""
+    report = Report.from_arguments("lookup", __doc__, add_options=_add_options)
+    options = report.config
+    num_rows = options["rows"] or (100_000 if report.quick else 500_000)
+    options |= {"rows": num_rows, "width": WIDTH, "row_bytes": ROW_BYTES, "queue_depth": QUEUE_DEPTH}
+    with tempfile.TemporaryDirectory(dir=options["dir"], prefix="bench_lookup.") as folder:
+        table, peer = Path(folder) / "embeddings.cache", Path(folder) / "rows.lmdb"
+        print(f"writing {num_rows:,} rows of {ROW_BYTES} bytes", flush=True)
+        _write_table(table, num_rows)
+        LmdbTable.write(peer, _blocks(num_rows), num_rows, ROW_BYTES)
+        _check_same_rows(table, peer, num_rows)
+        measure_sizes(report, table, peer, num_rows)
+        measure_warm(report, table, peer, num_rows)
+        measure_cold(report, table, peer, num_rows)
+        measure_cuts(report, table, num_rows, options["plot"])
+    measure_row_types(report)
+    measure_perplexity(report)
+    report.finish()
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rows", type=int, help="rows of the table (500,000; quick: 100,000)")
+    parser.add_argument("--dir", default=".", help="where the files go: the disk that is measured")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw latency and memory against the cut points")
+    parser.add_argument("--skip_perplexity", action="store_true", help="do not train the small model")
+
+
+def _blocks(num_rows: int, block: int = 8192) -> Iterator[np.ndarray]:
+    random = np.random.default_rng(0)
+    for low in range(0, num_rows, block):
+        yield random.standard_normal((min(block, num_rows - low), WIDTH), dtype=np.float32)
+
+
+def _write_table(path: Path, num_rows: int) -> None:
+    row_format = RowFormat.of("fp32", WIDTH)
+    with TableWriter(path, TablePlan(TableLayout(num_rows, row_format), 1, {})) as writer:
+        first = 0
+        for block in _blocks(num_rows):
+            writer.write(np.arange(first, first + len(block)), row_format.encode(torch.from_numpy(block)))
+            first += len(block)
+        writer.mark_finished(0)
+        writer.finish()
+
+
+def _check_same_rows(table: Path, peer: Path, num_rows: int) -> None:
+    ranks, out = _zipf(num_rows, 100, np.random.default_rng(5)), np.empty((100, WIDTH), dtype=np.float32)
+    database = LmdbTable(peer)
+    database.rows_into(ranks.numpy(), out)
+    database.close()
+    with EmbeddingTable.open(table, "direct") as opened:
+        assert torch.equal(opened.rows(ranks), torch.from_numpy(out))
+
+
+def _zipf(num_rows: int, count: int, random: np.random.Generator) -> torch.Tensor:
+    """Ranks whose chance falls as 1 / (rank + 1): int64 [count]."""
+    return torch.from_numpy((num_rows ** random.random(count)).astype(np.int64).clip(1, num_rows) - 1)
+
+
+def measure_sizes(report: Report, table: Path, peer: Path, num_rows: int) -> None:
+    """Bytes of the files against the rows alone, and against LMDB's."""
+    size, payload = table.stat().st_size, num_rows * ROW_BYTES
+    report.add("bytes_vs_payload", "bytes", size, peer=payload, peer_name="rows alone", target=1.01, better="lower")
+    lmdb_bytes = peer.stat().st_blocks * 512
+    report.add("disk_vs_lmdb", "bytes", size, peer=lmdb_bytes, peer_name="LMDB", target=0.55, better="lower")
+
+
+def measure_warm(report: Report, table: Path, peer: Path, num_rows: int) -> None:
+    """Rows a second with everything in memory, in turn with `torch.index_select` and a plain copy of as many bytes."""
+    random = np.random.default_rng(1)
+    with (
+        EmbeddingTable.open(table, "ram") as ram,
+        EmbeddingTable.open(table, "mmap") as mapped,
+        EmbeddingTable.open(table, "direct") as direct,
+    ):
+        whole = ram.rows(torch.arange(num_rows))
+        mapped.rows(torch.arange(num_rows))
+        database = LmdbTable(peer)
+        database.rows_into(np.arange(num_rows), np.empty((num_rows, WIDTH), dtype=np.float32))
+        for batch in BATCHES:
+            ranks, out = _zipf(num_rows, batch, random), torch.empty(batch, WIDTH)
+            run: dict[str, Callable[[], object]] = {
+                "copy": lambda out=out, batch=batch: out.copy_(whole[:batch]),
+                "index_select": lambda ranks=ranks, out=out: torch.index_select(whole, 0, ranks, out=out),
+                "ram": lambda ranks=ranks, out=out: ram.rows(ranks, out=out),
+                "mmap": lambda ranks=ranks, out=out: mapped.rows(ranks, out=out),
+                "direct": lambda ranks=ranks, out=out: direct.rows(ranks, out=out),
+                "lmdb": lambda ranks=ranks, out=out: database.rows_into(ranks.numpy(), out.numpy()),
+            }
+            rates = _rates(run, batch, repeats=200 if batch <= 16 else 20)
+            suffix = "" if batch == BATCHES[-1] else f"_b{batch}"
+            for name, store, target in (
+                ("ram_vs_index_select", "ram", 0.8),
+                ("mmap_warm_vs_index_select", "mmap", 0.6),
+            ):
+                report.add(
+                    name + suffix,
+                    "rows/s",
+                    rates[store],
+                    peer=rates["index_select"],
+                    peer_name="torch.index_select",
+                    bound=rates["copy"],
+                    target=target,
+                )
+            report.add(f"mmap_warm_vs_lmdb{suffix}", "rows/s", rates["mmap"], peer=rates["lmdb"], peer_name="LMDB")
+            report.add(f"direct_rows_per_second{suffix}", "rows/s", rates["direct"], ratio=None)
+        database.close()
+
+
+def _rates(run: dict[str, Callable[[], object]], batch: int, repeats: int) -> dict[str, float]:
+    return {name: batch / seconds for name, seconds in interleaved(run, repeats, warmup=3).items()}
+
+
+def measure_cold(report: Report, table: Path, peer: Path, num_rows: int) -> None:
+    """Rows a second from the disk: ranks without repeats, the page cache dropped before every batch."""
+    random, seconds = np.random.default_rng(2), 2.0 if report.quick else 5.0
+    for batch in BATCHES[1:]:
+        rounds = 7 if batch < 16_384 else 3
+        times: dict[str, list[float]] = {"direct": [], "mmap": [], "mmap_prefetched": [], "lmdb": []}
+        fio = []
+        for _ in range(rounds):
+            reads = fio_reads_per_second(table, ROW_BYTES, min(QUEUE_DEPTH, batch), seconds / rounds)
+            fio += [] if reads is None else [reads]
+            ranks, others = torch.from_numpy(random.choice(num_rows, (2, batch), replace=False))
+            times["direct"].append(_cold(table, "direct", ranks, others))
+            times["mmap"].append(_cold(table, "mmap", ranks))
+            times["mmap_prefetched"].append(_cold(table, "mmap", ranks, prefetch=True))
+            times["lmdb"].append(_cold_lmdb(peer, ranks))
+        rates = {name: batch / statistics.median(values) for name, values in times.items()}
+        suffix = "" if batch == 1024 else f"_b{batch}"
+        best = statistics.median(fio) if fio else None
+        report.add(
+            f"direct_cold_vs_fio{suffix}", "rows/s", rates["direct"], peer=best, peer_name="fio", bound=best, target=0.8
+        )
+        report.add(
+            f"cold_speed_vs_lmdb{suffix}", "rows/s", rates["direct"], peer=rates["lmdb"], peer_name="LMDB", target=3.0
+        )
+        report.add(f"mmap_cold_vs_lmdb{suffix}", "rows/s", rates["mmap"], peer=rates["lmdb"], peer_name="LMDB")
+        report.add(
+            f"mmap_cold_prefetched_vs_lmdb{suffix}",
+            "rows/s",
+            rates["mmap_prefetched"],
+            peer=rates["lmdb"],
+            peer_name="LMDB",
+        )
+
+
+def _cold(
+    table: Path, placement: str, ranks: torch.Tensor, others: torch.Tensor | None = None, prefetch: bool = False
+) -> float:
+    """Seconds to read ``ranks``; ``others`` are read before, so that a store that keeps a buffer has it."""
+    drop_from_page_cache(table)
+    with EmbeddingTable.open(table, placement) as opened:
+        if others is not None:
+            opened.rows(others)
+        out = torch.zeros(len(ranks), WIDTH)
+        start = time.perf_counter()
+        if prefetch:
+            opened.prefetch(ranks)
+        opened.rows(ranks, out=out)
+        return time.perf_counter() - start
+
+
+def _cold_lmdb(peer: Path, ranks: torch.Tensor) -> float:
+    drop_from_page_cache(peer)
+    database = LmdbTable(peer)
+    out = np.zeros((len(ranks), WIDTH), dtype=np.float32)
+    start = time.perf_counter()
+    database.rows_into(ranks.numpy(), out)
+    seconds = time.perf_counter() - start
+    database.close()
+    return seconds
+
+
+def measure_cuts(report: Report, table: Path, num_rows: int, plot: Path | None) -> None:
+    """Latency of a batch of 1,024 Zipf ranks, and memory, as the cut between RAM and disk moves."""
+    random = np.random.default_rng(3)
+    points = []
+    for share in (0.0, 0.001, 0.01, 0.1, 0.5, 1.0):
+        kept = round(num_rows * share)
+        with EmbeddingTable.open(table, f"ram:{kept},disk") as tiered:
+            batches = [_zipf(num_rows, 1024, random) for _ in range(12)]
+            times = []
+            for ranks in batches:
+                start = time.perf_counter()
+                tiered.rows(ranks)
+                times.append(time.perf_counter() - start)
+            points.append((share, statistics.median(times[2:]) * 1e6, tiered.memory.ram))
+    for share, latency, memory in points:
+        report.add(f"tiered_us_b1024_ram_{share:g}", "µs", latency, ratio=None)
+        report.add(f"tiered_ram_bytes_{share:g}", "bytes", memory, ratio=None)
+    if plot:
+        _draw(points, plot)
+
+
+def _draw(points: list[tuple[float, float, int]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, latency_axes = pyplot.subplots(figsize=(6, 3.5), layout="constrained")
+    shares = [100 * share for share, _, _ in points]
+    latency_axes.plot(shares, [latency / 1000 for _, latency, _ in points], "o-", color="tab:blue")
+    latency_axes.set(xscale="symlog", yscale="log", xlabel="first rows kept in RAM, % of the table")
+    latency_axes.set_ylabel("ms for 1,024 rows", color="tab:blue")
+    memory_axes = latency_axes.twinx()
+    memory_axes.plot(shares, [memory / 2**20 for _, _, memory in points], "s--", color="tab:red")
+    memory_axes.set_ylabel("RAM, MiB", color="tab:red")
+    figure.savefig(path, dpi=150)
+    print(f"plot: {path}")
+
+
+def measure_row_types(report: Report) -> None:
+    """Decoding gathers of 16,384 rows, by row type, against copying the fp32 rows that come out."""
+    random, num_rows = np.random.default_rng(4), 50_000
+    ranks, out = _zipf(num_rows, 16_384, random), torch.empty(16_384, WIDTH)
+    rows = torch.randn(num_rows, WIDTH)
+    with tempfile.TemporaryDirectory(dir=report.config["dir"], prefix="bench_lookup.") as folder:
+        tables = {}
+        for row_type in ROW_TYPES:
+            row_format = RowFormat.of(row_type, WIDTH)
+            path = Path(folder) / row_type
+            with TableWriter(path, TablePlan(TableLayout(num_rows, row_format), 1, {})) as writer:
+                writer.write(np.arange(num_rows), row_format.encode(rows))
+                writer.mark_finished(0)
+                writer.finish()
+            tables[row_type] = EmbeddingTable.open(path, "ram")
+        run: dict[str, Callable[[], object]] = {
+            row_type: lambda table=table: table.rows(ranks, out=out) for row_type, table in tables.items()
+        }
+        rates = _rates(run | {"copy": lambda: out.copy_(rows[:16_384])}, 16_384, repeats=10)
+        for row_type, table in tables.items():
+            report.add(f"ram_{row_type}", "rows/s", rates[row_type], bound=rates["copy"], ratio=None)
+            table.close()
+
+
+def measure_perplexity(report: Report) -> None:
+    """Perplexity of one trained model reading its table in each row type, ÷ that of the fp32 table."""
+    if report.config["skip_perplexity"]:
+        return
+    size = ["--steps", "60", "--parts", "1"] if report.quick else ["--steps", "1000", "--parts", "2"]
+    found = in_child(Path(__file__).with_name("table_perplexity.py"), size)
+    report.config["perplexity"] = found["config"]
+    for row_type, target in (("bf16", None), ("int8", 1.001), ("int4", None)):
+        report.add(
+            f"{row_type}_perplexity",
+            "perplexity",
+            found[row_type],
+            peer=found["fp32"],
+            peer_name="fp32 table",
+            target=target,
+            better="lower",
+        )
+
+
+if __name__ == "__main__":
+    main()
