@@ -176,7 +176,7 @@ class TrainingOptions:
     fp16: bool = option(False, "train in float16 mixed precision where the device can")
     bf16: bool = option(False, "train in bfloat16 mixed precision where the device can")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
-    torch_compile: bool = option(False, "compile the trunk with torch.compile")
+    torch_compile: bool = option(False, "compile trunk and f-gram model with torch.compile")
     freeze_trunk: bool = option(False, "train only the input embeddings")
     resume_from_checkpoint: str | None = option(
         None, "checkpoint folder to go on from; without a value (or true): the newest one in output_dir", bare="true"

@@ -197,8 +197,10 @@ def build_trainer(
     arguments = training_arguments(training, data.num_workers, evaluate=corpus.validation is not None, quiet=quiet)
     scone = model if isinstance(model, SconeForCausalLM) else None
     if training.torch_compile:
-        # the trunk alone: matching and the trie's sizes change from batch to batch
         (scone.trunk if scone else model).compile()
+        f_gram_model = scone.f_gram_embedding.f_gram_model if scone and scone.f_gram_embedding else None
+        if f_gram_model is not None:
+            f_gram_model.compile(dynamic=True)  # a trie's size changes from batch to batch: one graph for all
     return SconeTrainer(
         model=model,
         args=arguments,
@@ -208,6 +210,7 @@ def build_trainer(
             scone.vocabulary if scone else None,
             scone.config.learned_rows if scone else 0,
             corpus.tokenizer.pad_token_id or 0,
+            round_sizes=training.torch_compile,
         ),
         processing_class=corpus.tokenizer,
         callbacks=[CheckpointKeeper(training.save_total_limit), StopOnSignal()],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.utils import counters
 
 from scone.kernels.trie_batch import build_trie_batch
 from scone.models.ancestor_attention import (
@@ -115,6 +117,26 @@ def test_the_operators_are_sound():
     trie = trie_of(tiny.corpus(40)[None])
     inputs = [torch.randn(len(trie["tokens"]), 2, 4, requires_grad=True) for _ in range(3)]
     torch.library.opcheck(torch.ops.scone.ancestor_attention, (*inputs, trie["ancestors"], trie["depth_offsets"]))
+
+
+def test_one_compiled_graph_serves_tries_of_all_sizes():
+    """No graph breaks and no recompilation, the backward pass included (traced; no code is generated here)."""
+    model = FGramModel(FGramModelConfig(**tiny.F_GRAM_SIZES), tiny.WIDTH, MAX_N)
+    model.init_weights()
+    plain = copy.deepcopy(model)
+    torch._dynamo.reset()
+    counters.clear()
+    model.compile(dynamic=True, fullgraph=True, backend="aot_eager")
+    for length in (100, 150, 300):
+        trie = trie_of(tiny.corpus(length, length)[None], round_sizes=True)
+        vectors = torch.randn(len(trie["tokens"]), tiny.WIDTH)
+        outputs = [each(vectors, trie) for each in (model, plain)]
+        torch.testing.assert_close(*outputs)
+        for output in outputs:
+            output.square().cos().sum().backward()
+    assert counters["stats"]["unique_graphs"] == 1
+    for compiled, eager in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(compiled.grad, eager.grad, atol=1e-4, rtol=1e-4)
 
 
 @settings(max_examples=20, deadline=None)
