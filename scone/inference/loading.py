@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from scone.inference.embedding_table import EmbeddingTable
+    from scone.models.language_model import SconeForCausalLM
+
+F_GRAM_WEIGHTS = "f_gram_embedding."
 
 
 @dataclass(frozen=True)
@@ -78,9 +81,9 @@ def load_model(
 ) -> LoadedModel:
     """Load a SCONE model or any plain causal language model, by local folder or hub name, ready for inference.
 
-    With ``table_path`` the f-gram model's weights are not read: input embeddings come from the table, placed as
-    ``placement`` says (see `EmbeddingTable.open`). Without it they are computed live. ``quantization`` is that of the
-    trunk.
+    With ``table_path`` the f-gram model's weights are only compared with the table's fingerprint, not kept: input
+    embeddings come from the table, placed as ``placement`` says (see `EmbeddingTable.open`). Without it they are
+    computed live. ``quantization`` is that of the trunk.
 
     Raises SconeError: no such folder or hub model, not a model, a table for a plain model or of another model, unknown
     device or quantisation.
@@ -94,8 +97,11 @@ def load_model(
         if table_path is not None:
             from scone.inference.embedding_table import EmbeddingTable
 
-            table = EmbeddingTable.open(table_path, placement, where, _expected_fingerprints(folder))
+            expected = {"vocabulary": read_json(folder / "config.json").get("vocabulary_fingerprint", "")}
+            table = EmbeddingTable.open(table_path, placement, where, expected)
         model: Any = SconeForCausalLM.from_pretrained(folder, table=table)
+        if table is not None:
+            _check_table_weights(folder, model, table)
     elif table_path is not None:
         raise SconeError(
             f"found the table {table_path} given for {model_path}, a model without f-grams; "
@@ -108,11 +114,30 @@ def load_model(
     return LoadedModel(model, table, report)
 
 
-def _expected_fingerprints(folder: Path) -> dict[str, str]:
-    """What a table of the model in ``folder`` carries, as far as its config.json says (see `SconeForCausalLM`)."""
-    config = read_json(folder / "config.json")
-    names = {"vocabulary": "vocabulary_fingerprint", "weights": "table_weights_fingerprint"}
-    return {name: config[key] for name, key in names.items() if config.get(key)}
+def _check_table_weights(folder: Path, model: SconeForCausalLM, table: EmbeddingTable) -> None:
+    """Refuse a table whose rows were made from other weights than those in ``folder``.
+
+    The f-gram model's weights are read once to be compared, and not kept. A folder without them (a served model) has
+    nothing to compare. Raises SconeError.
+    """
+    from safetensors import safe_open
+
+    from scone.models.language_model import weights_fingerprint
+
+    state: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob("model*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            names = [name for name in file.keys() if name.startswith(F_GRAM_WEIGHTS)]  # noqa: SIM118 (no mapping)
+            state |= {name.removeprefix(F_GRAM_WEIGHTS): file.get_tensor(name) for name in names}
+    found = table.fingerprints.get("weights", "")
+    if not state or not found:
+        return
+    expected = weights_fingerprint(model._token_weight(), state)
+    if found != expected:
+        raise SconeError(
+            f"{table.path} is the table of another model: found weights {found[:12]}, expected {expected[:12]}; "
+            "make it again from this model with `scone precompute`"
+        )
 
 
 def _load_plain(model_path: str | Path) -> PreTrainedModel:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 QUANTIZATIONS = ("fp16", "int8", "int4")
+INT4_IN, INT4_OUT = 64, 32  # multiples that int4 layers come in
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class QuantizationReport:
 
     quantization: str
     num_layers: int
+    num_left: int  # layers whose shape int4 cannot hold
     bytes_before: int
     bytes_after: int
     computes_in: str
@@ -32,8 +34,9 @@ class QuantizationReport:
     def __str__(self) -> str:
         from scone.utils.text import human_bytes
 
+        left = f" ({self.num_left} left as they were)" if self.num_left else ""
         return (
-            f"{self.quantization}: {self.num_layers} linear layers, model {human_bytes(self.bytes_before)} → "
+            f"{self.quantization}: {self.num_layers} linear layers{left}, model {human_bytes(self.bytes_before)} → "
             f"{human_bytes(self.bytes_after)}, computes in {self.computes_in}"
         )
 
@@ -72,6 +75,16 @@ def quantize_trunk(model: PreTrainedModel, quantization: str) -> QuantizationRep
     device = next(trunk.parameters()).device
     bytes_before = model_bytes(model)
     layers = _linear_layers(trunk)
+    num_left = 0
+    if quantization == "int4":
+        fitting = {name: layer for name, layer in layers.items() if _fits_int4(layer[0])}
+        num_left = len(layers) - len(fitting)
+        layers = fitting
+        if not layers:
+            raise SconeError(
+                f"found no linear layer that int4 can hold; expected widths that are multiples of {INT4_IN} in and "
+                f"{INT4_OUT} out; use int8"
+            )
     model.requires_grad_(False)
     if quantization == "fp16" and computes_in_fp16(device):
         trunk.half()
@@ -87,7 +100,13 @@ def quantize_trunk(model: PreTrainedModel, quantization: str) -> QuantizationRep
             build = _int8_linear if quantization == "int8" else _int4_linear
             _replace(trunk, name, build(bitsandbytes, weight, bias, compute_type).to(device))
         computes_in = "int8" if quantization == "int8" else str(compute_type).removeprefix("torch.")
-    return QuantizationReport(quantization, len(layers), bytes_before, model_bytes(model), computes_in)
+    return QuantizationReport(quantization, len(layers), num_left, bytes_before, model_bytes(model), computes_in)
+
+
+def _fits_int4(weight: Tensor) -> bool:
+    """Whether bitsandbytes' kernels for all devices take the weight [out, in]: whole blocks of each row, packed rows.
+    """
+    return weight.shape[1] % INT4_IN == 0 and weight.shape[0] % INT4_OUT == 0
 
 
 def computes_in_fp16(device: torch.device) -> bool:
@@ -98,7 +117,8 @@ def computes_in_fp16(device: torch.device) -> bool:
 def model_bytes(model: nn.Module) -> int:
     """Bytes of parameters and buffers, shared ones once, and the scales that quantised parameters carry."""
     tensors = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
-    for holder in [*tensors.values(), *model.modules()]:
+    holders: list[Tensor | nn.Module] = [*tensors.values(), *model.modules()]
+    for holder in holders:
         tensors |= {id(scale): scale for scale in _scales(holder)}
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -170,11 +171,9 @@ class SconeForCausalLM(PreTrainedModel, GenerationMixin):
         Raises SconeError when the model was loaded without those weights.
         """
         assert self.vocabulary is not None, "a table belongs to a vocabulary"
-        parts: list[str | np.ndarray] = ["token embedding", _bytes_of(self._token_weight())]
-        if self.f_gram_embedding is not None:
-            for name, tensor in sorted(self.f_gram_embedding.state_dict().items()):
-                parts += [name, _bytes_of(tensor)]
-        return {"vocabulary": self.vocabulary.fingerprint, "weights": fingerprint_of(*parts)}
+        state = {} if self.f_gram_embedding is None else self.f_gram_embedding.state_dict()
+        weights = weights_fingerprint(self._token_weight(), state)
+        return {"vocabulary": self.vocabulary.fingerprint, "weights": weights}
 
     # ------------------------------------------------------------------ Hugging Face's questions
 
@@ -341,6 +340,14 @@ class SconeForCausalLM(PreTrainedModel, GenerationMixin):
         vectors = self.f_gram_embedding(token_ids, tokens, self.trie_of(ids[None]))
         self.train(was_training)
         return vectors[0].float().cpu()
+
+
+def weights_fingerprint(token_embedding: Tensor, f_gram_embedding: Mapping[str, Tensor]) -> str:
+    """Of what a table's rows depend on: the trunk's T ``[V, D]`` and the input embedding layer's state, by name."""
+    parts: list[str | np.ndarray] = ["token embedding", _bytes_of(token_embedding)]
+    for name, tensor in sorted(f_gram_embedding.items()):
+        parts += [name, _bytes_of(tensor)]
+    return fingerprint_of(*parts)
 
 
 def _bytes_of(tensor: Tensor) -> np.ndarray:

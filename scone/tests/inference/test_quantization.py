@@ -93,3 +93,15 @@ def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, model: PreTrain
 def test_unknown_quantization_is_refused(model: PreTrainedModel) -> None:
     with pytest.raises(SconeError, match="found quantization 'int3'; expected one of fp16, int8, int4"):
         quantize_trunk(model, "int3")
+
+
+def test_layers_that_int4_cannot_hold_are_left_alone() -> None:
+    pytest.importorskip("bitsandbytes")
+    config = {"vocab_size": 50, "num_hidden_layers": 1, "num_attention_heads": 2}
+    odd = LlamaForCausalLM(LlamaConfig(hidden_size=64, intermediate_size=72, **config)).eval()
+    report = quantize_trunk(odd, "int4")
+    assert (report.num_layers, report.num_left) == (4, 3)
+    assert "3 left as they were" in str(report)
+    assert odd(torch.randint(0, 50, (1, 8))).logits.isfinite().all()
+    with pytest.raises(SconeError, match="use int8"):
+        quantize_trunk(LlamaForCausalLM(LlamaConfig(hidden_size=32, intermediate_size=32, **config)), "int4")
