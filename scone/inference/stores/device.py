@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scone.inference.stores.base import RowStore, StoreMemory
+from scone.inference.stores.base import RowStore, StoreMemory, decode_rows
 from scone.inference.stores.ram import load_rows
 from scone.inference.table_format import TableFile
 from scone.utils.errors import SconeError
@@ -46,6 +46,10 @@ class DeviceStore(RowStore):
     def raw_rows(self, ranks: np.ndarray, device: torch.device | None = None) -> Tensor:
         wanted = torch.from_numpy(ranks - self.first_row).to(self._device)
         return self._rows.index_select(0, wanted).to(device or "cpu")
+
+    def rows_on_device(self, ranks: np.ndarray, device: torch.device, dtype: torch.dtype) -> Tensor:
+        wanted = torch.from_numpy(ranks - self.first_row).to(self._device)
+        return decode_rows(self._rows, wanted, self.row_format, dtype).to(device)
 
     @property
     def memory(self) -> StoreMemory:

@@ -21,12 +21,14 @@ class MmapStore(RowStore):
         self._map = mmap.mmap(file.descriptor, file.layout.file_bytes, mmap.MAP_SHARED, mmap.PROT_READ)
         # Rows are read here and there: reading ahead around each would only fill memory with neighbours.
         self._map.madvise(mmap.MADV_RANDOM)
-        self._bytes = np.frombuffer(self._map, dtype=np.uint8)
+        layout = file.layout
+        self._bytes = np.frombuffer(self._map, np.uint8, layout.payload_bytes, file.data_start)
+        self._use_matrix(self._bytes)
 
     @contextmanager
     def located(self, ranks: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         self._file.check_unchanged()
-        yield self._bytes, ranks * self.row_format.row_bytes + self._file.data_start
+        yield self._bytes, ranks * self.row_format.row_bytes
         self._file.check_unchanged()
 
     def prefetch(self, ranks: np.ndarray) -> None:

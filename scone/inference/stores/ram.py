@@ -27,6 +27,7 @@ class RamStore(RowStore):
         self.first_row = first_row
         self.num_rows = file.layout.num_rows - first_row if num_rows is None else num_rows
         self._bytes = load_rows(file, first_row, self.num_rows, self._team.num_threads)
+        self._use_matrix(self._bytes)
 
     @contextmanager
     def located(self, ranks: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
