@@ -18,6 +18,7 @@ from scone.evaluation import measure
 from scone.evaluation.benchmark_config import BaselineEntry, BenchmarkConfig, DatasetEntry, ModelEntry
 from scone.evaluation.perplexity import perplexity, text_bytes
 from scone.inference.loading import LoadedModel, device_of, load_model, position_limit
+from scone.models.accounting import parameter_counts
 from scone.tokenization.tokenizers import load_tokenizer
 from scone.utils.errors import SconeError
 from scone.utils.files import atomic_path, write_json
@@ -129,7 +130,7 @@ def _measure(
         "name": subject.name,
         "kind": subject.kind,
         "entry": asdict(entry),
-        "parameters": measure.count_parameters(model),
+        "parameters": parameter_counts(model).to_dict(),
         "resident_bytes": measure.resident_bytes(model),
         "table_bytes": table.num_rows * table.row_bytes if table is not None else 0,
         "process_bytes": measure.process_bytes(),
@@ -271,7 +272,7 @@ def markdown(result: dict[str, Any]) -> str:
             record["kind"],
             *(_perplexity_of(record, name) for name in datasets),
             f"{human_count(flop)} ({flop / flops[0]:.2f}×)",
-            human_count(record["parameters"]),
+            human_count(record["parameters"]["resident"]),
             human_bytes(record["resident_bytes"]),
             human_bytes(record["table_bytes"]) if record["table_bytes"] else "–",
         ]
@@ -291,9 +292,10 @@ def markdown(result: dict[str, Any]) -> str:
         for speed in record["speed"]
     ]
     machine = result["machine"]
+    device = machine["accelerator"] or f"{machine['processor']}, {machine['num_threads']} threads"
     parts = [
         "# Benchmark",
-        f"{machine['accelerator'] or machine['processor']}, {machine['num_threads']} threads, PyTorch {machine['torch']}.",
+        f"{device}, PyTorch {machine['torch']}.",
         "## Perplexity and cost",
         _table(head, rows),
         "## Speed",

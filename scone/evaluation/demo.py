@@ -16,7 +16,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 import scone
-from scone.configs.loading import load_options
+from scone.configs.loading import load_options, to_mapping
 from scone.data.prepare import prepare_corpus
 from scone.evaluation import measure
 from scone.evaluation.demo_facts import comparison, corpus_facts, f_gram_facts, model_facts, training_facts
@@ -37,6 +37,7 @@ from scone.utils.text import human_bytes, human_count
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from scone.configs.schema import SconeOptions
     from scone.data.token_file import TokenFile
 
 NAMES = {"plain": "plain", "scone": "SCONE"}
@@ -215,7 +216,7 @@ def train_one(run: DemoRun, name: str, num_steps: int) -> dict[str, Any]:
     folder = Path(options.training.output_dir)
     if folder.is_dir() and not (folder / OPTIONS_FILE).is_file():
         shutil.rmtree(folder)  # stopped before its first line was written
-    if folder.is_dir() and asdict(load_options(folder / OPTIONS_FILE)) != asdict(replace(options, given={})):
+    if folder.is_dir() and not trained_alike(load_options(folder / OPTIONS_FILE), options):
         run.say(f"{NAMES[name]}: trained with other options before; training again")
         shutil.rmtree(folder)
     title = (
@@ -232,6 +233,14 @@ def train_one(run: DemoRun, name: str, num_steps: int) -> dict[str, Any]:
         speed = log["steps"] * log["tokens_per_step"] / log["train_seconds"]
         notes.append(f"validation loss {log['final']['eval_loss']:.4f}, {human_count(speed)} tokens/s")
     return log
+
+
+def trained_alike(first: SconeOptions, second: SconeOptions) -> bool:
+    """Whether two trainings are the same one, perhaps resumed."""
+    mappings = [to_mapping(options) for options in (first, second)]
+    for mapping in mappings:
+        mapping["training"].pop("resume_from_checkpoint")
+    return mappings[0] == mappings[1]
 
 
 class ProgressLines(TrainerCallback):

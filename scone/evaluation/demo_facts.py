@@ -11,6 +11,7 @@ import numpy as np
 
 from scone.evaluation import measure
 from scone.evaluation.perplexity import PerplexityResult, loss_difference, match_lengths
+from scone.models.accounting import parameter_counts
 from scone.tokenization.matcher import Matcher
 
 if TYPE_CHECKING:
@@ -80,12 +81,13 @@ def model_facts(
     steps = log["log"]
     per_step = log["tokens_per_step"]
     trained.requires_grad_(True)
+    parameters = parameter_counts(trained)
     training_flops = measure.training_flops_per_token(trained, batch)
     trained.requires_grad_(False)
     return {
         "evaluation": evaluation.to_dict(),
-        "resident_parameters": measure.count_parameters(served),
-        "trained_parameters": measure.count_parameters(trained),
+        "resident_parameters": parameter_counts(served).resident,
+        "trained_parameters": parameters.resident + parameters.training_only,
         "resident_bytes": measure.resident_bytes(served),
         "inference_flops_per_token": measure.inference_flops_per_token(served, batch[0]),
         "training_flops_per_token": training_flops,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from scone.inference.loading import device_of
 from scone.inference.quantization import model_bytes
@@ -18,13 +18,30 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+def _flop_counter() -> FlopCounterMode:
+    """PyTorch's counter, which knows attention on accelerators; taught the fused attention of CPUs."""
+
+    def forward(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+        return int(sdpa_flop_count(query, key, value))
+
+    def backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+        return int(sdpa_backward_flop_count(grad, query, key, value))
+
+    operators = torch.ops.aten
+    mapping = {
+        operators._scaled_dot_product_flash_attention_for_cpu: forward,
+        operators._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+    }
+    return FlopCounterMode(display=False, custom_mapping=mapping)
+
+
 def inference_flops_per_token(model: PreTrainedModel, tokens: np.ndarray) -> float:
     """FLOPs (a multiply-add is two) of reading ``tokens`` [T] once, divided by T, as PyTorch counts them.
 
     Matrix products and attention are counted; look-ups, norms and activations are not.
     """
     input_ids = torch.from_numpy(np.asarray(tokens, dtype=np.int64))[None].to(device_of(model))
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with _flop_counter() as counter, torch.no_grad():
         model(input_ids=input_ids, use_cache=False)
     return counter.get_total_flops() / input_ids.numel()
 
@@ -34,16 +51,11 @@ def training_flops_per_token(model: PreTrainedModel, tokens: np.ndarray) -> floa
     input_ids = torch.from_numpy(np.asarray(tokens, dtype=np.int64)).to(device_of(model))
     was_training = model.training
     model.train()
-    with FlopCounterMode(display=False) as counter:
+    with _flop_counter() as counter:
         model(input_ids=input_ids, labels=input_ids).loss.backward()
     model.zero_grad(set_to_none=True)
     model.train(was_training)
     return counter.get_total_flops() / input_ids.numel()
-
-
-def count_parameters(model: PreTrainedModel) -> int:
-    """Numbers in all parameters, shared ones once, frozen and row-sparse ones too (quantised ones as stored)."""
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def resident_bytes(model: PreTrainedModel) -> int:

@@ -20,15 +20,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+DEFAULT_MAX_LENGTH = 100
+
+
 @dataclass(frozen=True)
 class GenerationOptions:
     """How to continue a prompt. ``max_length`` and ``min_length`` count the prompt's tokens too, as in transformers.
 
-    ``max_new_tokens``, where given, wins over ``max_length``. Temperature, ``top_k`` and ``top_p`` only act with
-    ``do_sample``.
+    ``max_length`` None means 100, or the model's positions where these are fewer. ``max_new_tokens``, where given,
+    wins over ``max_length``. Temperature, ``top_k`` and ``top_p`` only act with ``do_sample``.
     """
 
-    max_length: int = 100
+    max_length: int | None = None
     min_length: int = 0
     max_new_tokens: int | None = None
     do_sample: bool = False
@@ -168,7 +171,8 @@ class SconeInferenceEngine:
         if options.max_new_tokens is not None:
             total = len(ids) + options.max_new_tokens
         else:
-            total = options.max_length
+            default = DEFAULT_MAX_LENGTH if limit is None else min(DEFAULT_MAX_LENGTH, limit)
+            total = default if options.max_length is None else options.max_length
             if len(ids) >= total:
                 raise SconeError(
                     f"found a prompt of {len(ids)} tokens with --max_length {total}, which counts the prompt too; "

@@ -79,6 +79,8 @@ def _check(extra: argparse.Namespace) -> None:
     }
     for name, (low, high) in bounds.items():
         value = getattr(extra, name)
+        if value is None:
+            continue
         if value < low or (high is not None and value > high):
             expected = f"at least {low}" if high is None else f"{low} to {high}"
             raise SconeError(f"--{name}: found {value}; expected {expected}")
@@ -102,7 +104,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompt", required=True, action="append", metavar="TEXT", help="text to continue; may be given several times"
     )
-    parser.add_argument("--max_length", type=int, default=100, help="tokens of prompt and continuation (default: 100)")
+    parser.add_argument(
+        "--max_length",
+        type=int,
+        help="tokens of prompt and continuation (default: 100, or the model's positions where these are fewer)",
+    )
     parser.add_argument("--min_length", type=int, default=0, help="fewest tokens of both (default: 0)")
     parser.add_argument("--do_sample", action="store_true", help="draw tokens at random (default: the likeliest)")
     parser.add_argument("--num_beams", type=int, default=1, help="beams of beam search (default: 1, none)")

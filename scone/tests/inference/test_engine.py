@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from scone.evaluation.perplexity import perplexity
 from scone.inference.engine import GenerationOptions, SconeInferenceEngine
 from scone.inference.loading import LoadedModel, choose_device, load_model
+from scone.inference.precompute import precompute_table
+from scone.models.language_model import SconeForCausalLM
+from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 from scone.utils.errors import SconeError
 
 WORDS = [
@@ -162,3 +167,57 @@ def test_unknown_devices_are_refused() -> None:
     for device in ("warp", "cuda:99"):
         with pytest.raises(SconeError, match="use --device cpu"):
             choose_device(device)
+
+
+def tiny_scone(folder: Path, tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> Path:
+    """A saved SCONE model with f-gram model and learned rows, and its table; `seed` decides the rows."""
+    vocabulary = FGramVocabulary.from_counts(
+        {(1, 3): 9, (3, 5): 8, (1, 3, 5): 7, (2, 4): 6}, vocab_size=len(WORDS), max_n=3, separator_ids=(0,)
+    )
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    model = SconeForCausalLM.from_trunk(tiny_model(), vocabulary, f_gram_model=sizes, learned_rows=4).eval()
+    torch.manual_seed(seed)
+    assert model.f_gram_embedding is not None
+    with torch.no_grad():
+        model.f_gram_embedding.rows.weight.normal_()
+        model.f_gram_embedding.gain.fill_(0.5)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    precompute_table(model, folder / "embeddings.cache", quiet=True)
+    return folder
+
+
+def test_table_model_equals_live_model(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    folder = tiny_scone(tmp_path, tokenizer)
+    live = SconeInferenceEngine.from_pretrained(folder, device="cpu")
+    served = SconeInferenceEngine.from_pretrained(folder, folder / "embeddings.cache", device="cpu")
+    options = GenerationOptions(max_length=24)
+    assert served.generate(PROMPTS, options)[0] == live.generate(PROMPTS, options)[0]
+    assert served.generate(PROMPTS[0])[1].table_bytes == 4 * 32 * 4
+    assert served.model.f_gram_embedding is None, "a served model holds no f-gram model"
+    tokens = np.array([1, 3, 5, 2, 4, 0, 1, 3])
+    by_live, by_table = (perplexity(engine.model, tokens, 8, quiet=True).loss for engine in (live, served))
+    assert by_table == pytest.approx(by_live, abs=1e-6)
+
+
+def test_table_of_another_model_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    folder = tiny_scone(tmp_path / "this", tokenizer)
+    other = tiny_scone(tmp_path / "other", tokenizer, seed=1)
+    with pytest.raises(SconeError, match="the table of another model"):
+        load_model(folder, other / "embeddings.cache", device="cpu")
+    with pytest.raises(SconeError, match="cannot open the embedding table"):
+        load_model(folder, tmp_path / "missing.cache", device="cpu")
+
+
+@pytest.mark.parametrize("with_table", [False, True])
+@pytest.mark.parametrize("quantization", ["fp16", "int8"])
+def test_quantised_scone_generates(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, quantization: str, with_table: bool
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    folder = tiny_scone(tmp_path, tokenizer)
+    table = folder / "embeddings.cache" if with_table else None
+    engine = SconeInferenceEngine.from_pretrained(folder, table, quantization=quantization, device="cpu")
+    assert engine.loaded.quantization is not None
+    assert engine.loaded.quantization.bytes_after < engine.loaded.quantization.bytes_before
+    assert len(engine.generate(PROMPTS, GenerationOptions(max_length=20))[0]) == 3

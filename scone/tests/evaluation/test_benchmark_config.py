@@ -1,0 +1,50 @@
+"""The benchmark's JSON: the shipped file is read, and mistakes are told in one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import scone
+from scone.evaluation.benchmark_config import read_benchmark_config
+from scone.utils.errors import SconeError
+
+SHIPPED = Path(scone.__file__).parent / "configs" / "benchmark_config.json"
+
+
+def test_shipped_configuration_says_what_is_documented() -> None:
+    config = read_benchmark_config(SHIPPED)
+    assert [entry.name for entry in config.dataset_configs] == ["WikiText-103", "C4", "PG19"]
+    assert [entry.split for entry in config.dataset_configs] == ["test", "validation", "test"]
+    assert (config.batch_sizes, config.sequence_lengths) == ((1, 4, 8), (512, 1024))
+    assert (config.num_runs, config.warmup_runs) == (5, 2)
+    assert {entry.name for entry in config.entries} >= {"SCONE-Small-100K", "GPT2-Small", "GPT2-Medium"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"modle_configs": []}, "found the unknown name modle_configs; did you mean model_configs"),
+        ({"batch_sizes": 4}, "expected a list"),
+        ({"batch_sizes": [0]}, "expected a whole number of at least 1"),
+        ({"num_runs": True}, "expected a whole number"),
+        ({"model_configs": [{"name": "a"}]}, "found an entry without model_path"),
+        ({"model_configs": [{"name": "a", "model_path": 3}]}, "model_path: found 3; expected str"),
+        ({"model_configs": ["a"]}, "found str; expected an object"),
+        ({"model_configs": [], "baseline_configs": []}, "found no models"),
+        ({"baseline_configs": [{"name": "a", "model_name": "b"}] * 2}, "found the name a twice"),
+    ],
+)
+def test_mistakes_are_told(tmp_path: Path, change: dict[str, object], message: str) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(SHIPPED.read_text()) | change))
+    with pytest.raises(SconeError, match=message):
+        read_benchmark_config(path)
+
+
+def test_what_is_no_object_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(SconeError, match="found list; expected an object"):
+        read_benchmark_config(tmp_path / "config.json")

@@ -1,0 +1,144 @@
+"""The demo end to end on a small text, twice; what it refuses; words that fit whoever won."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from scone.data.stdlib_corpus import stdlib_files
+from scone.evaluation.demo import run_demo
+from scone.evaluation.demo_options import DemoOptions
+from scone.evaluation.report import render_report, verdict
+from scone.utils.errors import SconeError
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory: pytest.TempPathFactory) -> DemoOptions:
+    folder = tmp_path_factory.mktemp("demo")
+    texts = [path.read_text(encoding="utf-8")[:4000] for path in stdlib_files()[:60]]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts if text.strip())
+    (folder / "corpus.jsonl").write_text(lines, encoding="utf-8")
+    return DemoOptions(
+        data=str(folder / "corpus.jsonl"),
+        output_dir=str(folder / "demo"),
+        steps=24,
+        batch_size=4,
+        max_length=64,
+        vocab_size=400,
+        hidden_size=32,
+        num_hidden_layers=1,
+        max_f_grams=2000,
+        max_test_tokens=2000,
+    )
+
+
+@pytest.fixture(scope="module")
+def lines(options: DemoOptions) -> list[str]:
+    said: list[str] = []
+    run_demo(options, said.append)
+    return said
+
+
+@pytest.fixture
+def report(options: DemoOptions, lines: list[str]) -> dict:
+    return json.loads((Path(options.output_dir) / "report.json").read_text())
+
+
+def test_demo_measures_both_models_alike(options: DemoOptions, report: dict) -> None:
+    plain, scone = report["models"]["plain"], report["models"]["scone"]
+    assert scone["inference_flops_per_token"] == plain["inference_flops_per_token"]
+    assert scone["training_flops_per_token"] > plain["training_flops_per_token"]
+    assert scone["resident_parameters"] == plain["resident_parameters"]
+    assert scone["evaluation"]["num_predicted"] == plain["evaluation"]["num_predicted"]
+    first_losses = [model["training_curve"][0][1] for model in (plain, scone)]
+    assert first_losses[0] == pytest.approx(first_losses[1], abs=0.02), "the same start, the same batches"
+    assert report["comparison"]["table_against_live"] < 1e-4
+    assert report["training"]["steps"] == options.steps
+    assert 1 <= len(report["samples"]) <= 3
+
+
+def test_report_is_one_page_without_outside_resources(options: DemoOptions, report: dict) -> None:
+    page = (Path(options.output_dir) / "report.html").read_text(encoding="utf-8")
+    assert page == render_report(report), "the page is made of report.json alone"
+    assert not re.search(r"(src|href)\s*=|url\(|@import|http", page)
+    assert page.count("<svg") == 4
+    checker = BalancedTags()
+    checker.feed(page)
+    assert checker.open == []
+
+
+class BalancedTags(HTMLParser):
+    """Keeps the tags that are open; complains of one that is closed out of order."""
+
+    VOID = ("meta", "br", "line", "rect", "circle", "hr")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+
+def test_second_run_uses_what_was_finished(options: DemoOptions, report: dict) -> None:
+    said: list[str] = []
+    run_demo(options, said.append)
+    assert sum("finished before, used again" in line for line in said) == 2
+    again = json.loads((Path(options.output_dir) / "report.json").read_text())
+    for name in ("plain", "scone"):
+        assert again["models"][name]["evaluation"]["loss"] == report["models"][name]["evaluation"]["loss"]
+
+
+def test_other_options_train_again(options: DemoOptions, report: dict) -> None:
+    said: list[str] = []
+    run_demo(replace(options, steps=20), said.append)
+    assert sum("training again" in line for line in said) == 2
+
+
+def test_verdict_fits_whoever_won(report: dict) -> None:
+    for interval, factor, kind, word in [
+        ((-0.2, -0.1), 0.8, "good", "SCONE wins"),
+        ((0.1, 0.2), 1.2, "bad", "The plain model wins"),
+        ((-0.1, 0.1), 1.0, "even", "No clear difference"),
+    ]:
+        changed = copy.deepcopy(report)
+        changed["comparison"]["loss_difference_interval"] = interval
+        plain = changed["models"]["plain"]["evaluation"]["perplexity"]
+        changed["models"]["scone"]["evaluation"]["perplexity"] = plain * factor
+        assert verdict(changed)[0] == kind
+        assert verdict(changed)[1].startswith(word)
+        assert word in render_report(changed)
+
+
+def test_foreign_folder_is_left_alone(options: DemoOptions, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(SconeError, match=r"holds something else \(found thesis\.tex\)"):
+        run_demo(replace(options, output_dir=str(tmp_path)), lambda line: None)
+    with pytest.raises(SconeError, match="found a file"):
+        run_demo(replace(options, output_dir=str(tmp_path / "thesis.tex")), lambda line: None)
+
+
+def test_too_little_text_is_refused(options: DemoOptions, tmp_path: Path) -> None:
+    lines = "".join(json.dumps({"text": f"a few words, number {number}"}) + "\n" for number in range(30))
+    (tmp_path / "small.jsonl").write_text(lines)
+    with pytest.raises(SconeError, match="give more text"):
+        run_demo(
+            replace(options, data=str(tmp_path / "small.jsonl"), output_dir=str(tmp_path / "demo"), min_freq=2),
+            lambda line: None,
+        )
