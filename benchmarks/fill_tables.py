@@ -46,7 +46,9 @@ def table(name: str) -> str:
     report = json.loads(path.read_text(encoding="utf-8"))
     if "records" in report:
         return benchmark_table(report)
-    raise SystemExit(f"{path}: expected a benchmark's report with records")
+    if "runs" in report:
+        return experiment_table(report)
+    raise SystemExit(f"{path}: expected a benchmark's report with records, or an experiment's with runs")
 
 
 def benchmark_table(report: dict[str, Any]) -> str:
@@ -62,6 +64,22 @@ def benchmark_table(report: dict[str, Any]) -> str:
         )
     machine = report["machine"]
     where = ", ".join(str(machine[key]) for key in ("processor", "cores", "accelerators") if machine.get(key))
+    return "\n".join(lines) + f"\n\n*Measured on {where} at commit {report['commit'][:10]}.*\n"
+
+
+def experiment_table(report: dict[str, Any]) -> str:
+    """Validation loss of each run after so many steps, and its distance to the first run's."""
+    runs = report["runs"]
+    steps = [step for step, _ in next(iter(runs.values()))["validation_loss"]]
+    lines = [
+        f"| validation loss after steps | {' | '.join(f'{step:,}' for step in steps)} | to {next(iter(runs))} |",
+        "|---|" + "---:|" * (len(steps) + 1),
+    ]
+    base = next(iter(runs.values()))["final_validation_loss"]
+    for name, run in runs.items():
+        losses = " | ".join(f"{loss:.3f}" for _, loss in run["validation_loss"])
+        lines.append(f"| {name} | {losses} | {run['final_validation_loss'] - base:+.3f} |")
+    where = ", ".join(report["machine"].get("accelerators") or [])
     return "\n".join(lines) + f"\n\n*Measured on {where} at commit {report['commit'][:10]}.*\n"
 
 
