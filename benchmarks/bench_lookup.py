@@ -23,13 +23,13 @@ from lookup_peers import LmdbTable, drop_from_page_cache, fio_reads_per_second
 
 from scone.inference.embedding_table import EmbeddingTable
 from scone.inference.row_types import ROW_TYPES, RowFormat
+from scone.inference.stores.direct import QUEUE_DEPTH
 from scone.inference.table_format import TableLayout
 from scone.inference.table_writer import TablePlan, TableWriter
 
 WIDTH = 1024
 ROW_BYTES = 4 * WIDTH
 BATCHES = (1, 16, 1024, 16_384)
-QUEUE_DEPTH = 32
 
 
 def main() -> None:

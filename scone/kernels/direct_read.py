@@ -114,7 +114,7 @@ def read_pieces_queued(queue, depth, descriptor, address, pieces, end):  # type:
         if under_way == 0:
             break
         # Waiting for several saves system calls; at the end, for all.
-        enough = under_way if started == len(pieces) or failed < len(pieces) else max(1, under_way // 4)
+        enough = under_way if started == len(pieces) or failed < len(pieces) else max(1, under_way // 8)
         done = _syscall(_GETEVENTS, queue, enough, under_way, events.ctypes.data, 0)
         for k in range(max(0, done)):
             i, slot = events[k, 0] // depth, events[k, 0] % depth

@@ -20,7 +20,8 @@ from scone.kernels.direct_read import close_queue, open_queue, plan_pieces, read
 from scone.kernels.reference_read import reference_read
 from scone.utils.errors import SconeError
 
-QUEUE_DEPTH = 32
+QUEUE_DEPTH = 128
+_MAX_THREADS = 32
 _BATCH_BYTES = 64 << 20  # a larger batch is read in parts, so that its buffer stays small
 _PREFETCHED_BATCHES = 2
 
@@ -45,7 +46,7 @@ class DirectStore(RowStore):
         self._descriptor, self.is_direct = _open_direct(file)
         self._queue_depth = queue_depth
         self._queues = _Queues(queue_depth) if use_queues and self.is_direct else None
-        self._readers = ThreadPoolExecutor(queue_depth, "scone-read")
+        self._readers = ThreadPoolExecutor(min(queue_depth, _MAX_THREADS), "scone-read")
         self._prefetcher = ThreadPoolExecutor(1, "scone-prefetch")
         self._prefetched: deque[_Prefetched] = deque(maxlen=_PREFETCHED_BATCHES)
         self._buffers = _Buffers()
@@ -111,7 +112,7 @@ class DirectStore(RowStore):
         elif len(pieces) == 1:
             self._read_in_turn(pieces, buffer)
         else:
-            parts = np.array_split(pieces, min(self._queue_depth, len(pieces)))
+            parts = np.array_split(pieces, min(self._queue_depth, _MAX_THREADS, len(pieces)))
             for task in [self._readers.submit(self._read_in_turn, part, buffer) for part in parts]:
                 task.result()
         self._file.check_unchanged()
