@@ -122,7 +122,8 @@ def token_losses(
     rows = np.stack([np.asarray(tokens[window.start : window.end], dtype=np.int64) for window in batch])
     input_ids = torch.from_numpy(rows).to(device)
     with torch.inference_mode():
-        logits = model(input_ids=input_ids, use_cache=False).logits
+        # nothing is padded; the mask says so, where transformers would warn that a padding token occurs in the text
+        logits = model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False).logits
         for index, window in enumerate(batch):
             skipped = window.first_target - window.start
             predictions = logits[index, skipped - 1 : -1].float()

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from scone.inference.quantization import QuantizationReport, quantize_trunk
+from scone.inference.quantization import QuantizationReport, check_quantization, quantize_trunk
 from scone.utils.errors import SconeError
 from scone.utils.files import read_json
+from scone.utils.progress import hide_library_bars
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -89,6 +90,9 @@ def load_model(
     device or quantisation.
     """
     where = choose_device(device)
+    if quantization is not None:
+        check_quantization(quantization)
+    hide_library_bars()
     folder = Path(model_path)
     table: EmbeddingTable | None = None
     if folder.is_dir() and is_scone_folder(folder):

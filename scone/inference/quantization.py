@@ -69,8 +69,7 @@ def quantize_trunk(model: PreTrainedModel, quantization: str) -> QuantizationRep
 
     Raises SconeError: unknown quantisation, bitsandbytes missing.
     """
-    if quantization not in QUANTIZATIONS:
-        raise SconeError(f"found quantization {quantization!r}; expected one of {', '.join(QUANTIZATIONS)}")
+    check_quantization(quantization)
     trunk: PreTrainedModel = getattr(model, "trunk", model)
     device = next(trunk.parameters()).device
     bytes_before = model_bytes(model)
@@ -103,9 +102,16 @@ def quantize_trunk(model: PreTrainedModel, quantization: str) -> QuantizationRep
     return QuantizationReport(quantization, len(layers), num_left, bytes_before, model_bytes(model), computes_in)
 
 
+def check_quantization(quantization: str) -> None:
+    """Raise SconeError for a quantisation that does not exist, or whose library is not installed."""
+    if quantization not in QUANTIZATIONS:
+        raise SconeError(f"found quantization {quantization!r}; expected one of {', '.join(QUANTIZATIONS)}")
+    if quantization != "fp16":
+        _import_bitsandbytes(quantization)
+
+
 def _fits_int4(weight: Tensor) -> bool:
-    """Whether bitsandbytes' kernels for all devices take the weight [out, in]: whole blocks of each row, packed rows.
-    """
+    """Whether bitsandbytes' kernels of all devices take the weight [out, in]: whole blocks in a row, rows packed."""
     return weight.shape[1] % INT4_IN == 0 and weight.shape[0] % INT4_OUT == 0
 
 

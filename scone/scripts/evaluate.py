@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from scone.data.prepare import prepare_corpus
     from scone.evaluation.perplexity import perplexity, text_bytes
-    from scone.inference.loading import load_model
+    from scone.inference.loading import load_model, position_limit
     from scone.tokenization.tokenizers import load_tokenizer
     from scone.utils.files import write_json
 
@@ -67,6 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         cache_dir=data.cache_dir,
     )[extra.split].tokens
     tokens = tokens[: extra.max_tokens]
+    limit = position_limit(loaded.model)
+    if limit is not None and "data.max_length" not in options.given:
+        data.max_length = min(data.max_length, limit)  # the default gives way to a shorter model
     result = perplexity(
         loaded.model,
         tokens,
