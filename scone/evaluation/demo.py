@@ -16,7 +16,6 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 import scone
-from scone.configs.loading import load_options, to_mapping
 from scone.data.prepare import prepare_corpus
 from scone.evaluation import measure
 from scone.evaluation.demo_facts import comparison, corpus_facts, f_gram_facts, model_facts, training_facts
@@ -37,7 +36,6 @@ from scone.utils.text import human_bytes, human_count
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from scone.configs.schema import SconeOptions
     from scone.data.token_file import TokenFile
 
 NAMES = {"plain": "plain", "scone": "SCONE"}
@@ -47,6 +45,7 @@ SAMPLING = {"temperature": 0.7, "top_p": 0.9, "max_new_tokens": 96}
 NUM_SAMPLES = 3
 PROMPT_TOKENS = 24
 LIVE_CHECK_TOKENS = 16_384
+MIN_STEPS = 20
 SCONE_STEP_COST = 1.5  # a SCONE training step in plain steps, roughly; only used to fit the run into the minutes
 TRAINING_SHARE = 0.8  # of the minutes; the rest is counting, precomputing, evaluating
 
@@ -87,16 +86,16 @@ def run_demo(options: DemoOptions, say: Callable[[str], None] = print) -> Path:
     write_json(run.folder / TRUNK_FOLDER / "config.json", trunk_configuration(options))
     say(f"SCONE demo: {options.data} → {run.folder}/")
     with run.step("Tokens: train a tokenizer, encode the corpus") as notes:
-        corpus = prepare_run_corpus(model_options(options, "scone", 1), quiet=True)
+        corpus = prepare_run_corpus(model_options(options, "scone"), quiet=True)
         splits = prepare_splits(options, corpus)
         notes.append(", ".join(f"{name} {human_count(file.num_tokens)}" for name, file in splits.items()) + " tokens")
     with run.step("f-grams: count every n-gram, keep the most frequent") as notes:
         vocabulary = run_vocabulary(
-            model_options(options, "scone", 1), corpus, vocabulary_size(corpus.tokenizer), quiet=True
+            model_options(options, "scone"), corpus, vocabulary_size(corpus.tokenizer), quiet=True
         )
         notes.append(f"{vocabulary.num_f_grams:,} f-grams of 2 to {options.max_n} tokens")
-    num_steps = plan_steps(run, corpus)
-    logs = {name: train_one(run, name, num_steps) for name in NAMES}
+    options = run.options = fit_into_minutes(run, corpus)
+    logs = {name: train_one(run, name) for name in NAMES}
     live, engines = precompute_and_load(run)
     report: dict[str, Any] = {
         "created": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
@@ -105,7 +104,7 @@ def run_demo(options: DemoOptions, say: Callable[[str], None] = print) -> Path:
         "options": asdict(options),
         "sampling": SAMPLING,
         "corpus": corpus_facts(options.data, corpus.tokenizer, splits),
-        "training": training_facts(options, num_steps),
+        "training": training_facts(options),
         "table": {
             "num_rows": vocabulary.num_f_grams,
             "width": options.hidden_size,
@@ -156,7 +155,7 @@ def claim_folder(folder: Path) -> None:
 
 def prepare_splits(options: DemoOptions, corpus: Corpus) -> dict[str, TokenFile]:
     """The token files of train, validation and test. Raises SconeError when there is too little text to train on."""
-    data = model_options(options, "scone", 1).data
+    data = model_options(options, "scone").data
     splits = prepare_corpus(
         data.dataset_name,
         corpus.tokenizer,
@@ -175,26 +174,47 @@ def prepare_splits(options: DemoOptions, corpus: Corpus) -> dict[str, TokenFile]
     return splits
 
 
-def plan_steps(run: DemoRun, corpus: Corpus) -> int:
-    """How many training steps fit into the minutes here, at most ``options.steps``; decided once per folder and
-    options.
+def fit_into_minutes(run: DemoRun, corpus: Corpus) -> DemoOptions:
+    """The options with as many steps and evaluations as fit into the minutes on this machine, at most those asked for.
+
+    Decided once and kept in plan.json, so that a second run finds the trainings that the first one finished. What was
+    trained with other options or on other text is removed.
     """
+    asked = run.options
+    key = asdict(replace(asked, output_dir="", max_test_tokens=0)) | {"corpus": corpus.train.fingerprint}
     plan_path = run.folder / PLAN_FILE
-    key = asdict(replace(run.options, output_dir="", max_test_tokens=0))
     if plan_path.is_file():
         plan = read_json(plan_path)
-        if plan["options"] == key:
-            return int(plan["steps"])
-    options = model_options(run.options, "plain", 1)
+        if plan["key"] == key:
+            return replace(asked, steps=plan["steps"], num_evaluations=plan["num_evaluations"])
+    for name in NAMES:
+        if (run.folder / name).exists():
+            run.say(f"{NAMES[name]} was trained with other options or on other text: training again")
+            shutil.rmtree(run.folder / name)
     with run.step("Plan: time a few training steps") as notes:
-        seconds = seconds_of_a_step(build_model(options, corpus, quiet=True), corpus.train, run.options)
-        affordable = int(60 * run.options.minutes * TRAINING_SHARE / (seconds * (1 + SCONE_STEP_COST)))
-        num_steps = max(20, min(run.options.steps, affordable))
-        notes.append(f"{seconds:.2f} s a step here: {num_steps} steps each")
-        if num_steps < run.options.steps:
-            notes.append(f"fewer than {run.options.steps}, to end in {run.options.minutes:g} minutes")
-    write_json(plan_path, {"options": key, "steps": num_steps})
-    return num_steps
+        seconds = seconds_of_a_step(build_model(model_options(asked, "plain"), corpus, quiet=True), corpus.train, asked)
+        steps, num_evaluations = plan_steps(asked, seconds, corpus.validation.num_tokens if corpus.validation else 0)
+        notes.append(f"{seconds:.2f} s a step here: {steps} steps each")
+        if steps < asked.steps:
+            notes.append(f"fewer than {asked.steps}, to end in {asked.minutes:g} minutes")
+    write_json(plan_path, {"key": key, "steps": steps, "num_evaluations": num_evaluations})
+    return replace(asked, steps=steps, num_evaluations=num_evaluations)
+
+
+def plan_steps(asked: DemoOptions, seconds_a_step: float, validation_tokens: int) -> tuple[int, int]:
+    """(training steps, evaluations on the validation split during a training) that fit into ``asked.minutes``.
+
+    A forward pass is a third of a step; the validation split is read once more at a training's end. Where reading it
+    often would take more than a fifth of the time, it is read once.
+    """
+    budget = 60 * asked.minutes * TRAINING_SHARE
+    reading = seconds_a_step / 3 * validation_tokens / (asked.batch_size * asked.max_length)
+    evaluations = asked.num_evaluations
+    if 2 * (evaluations + 1) * reading > budget / 5:
+        evaluations = 1
+    left = budget - 2 * (evaluations + 1) * reading
+    affordable = int(left / (seconds_a_step * (1 + SCONE_STEP_COST)))
+    return max(min(MIN_STEPS, asked.steps), min(asked.steps, affordable)), evaluations
 
 
 def seconds_of_a_step(model: PreTrainedModel, tokens: TokenFile, options: DemoOptions) -> float:
@@ -210,37 +230,24 @@ def seconds_of_a_step(model: PreTrainedModel, tokens: TokenFile, options: DemoOp
     return float(np.median(seconds[1:]))
 
 
-def train_one(run: DemoRun, name: str, num_steps: int) -> dict[str, Any]:
+def train_one(run: DemoRun, name: str) -> dict[str, Any]:
     """Train one of the two, go on with an interrupted run, or use a finished one; returns its training log."""
-    options = model_options(run.options, name, num_steps)
+    options = model_options(run.options, name)
     folder = Path(options.training.output_dir)
     if folder.is_dir() and not (folder / OPTIONS_FILE).is_file():
         shutil.rmtree(folder)  # stopped before its first line was written
-    if folder.is_dir() and not trained_alike(load_options(folder / OPTIONS_FILE), options):
-        run.say(f"{NAMES[name]}: trained with other options before; training again")
-        shutil.rmtree(folder)
-    title = (
-        f"Train {NAMES[name]}: {num_steps} steps of {options.training.batch_size} × {options.data.max_length} tokens"
-    )
+    title = f"Train {NAMES[name]}: {run.options.steps} steps of {options.training.batch_size} × {options.data.max_length} tokens"
     with run.step(title) as notes:
         if (folder / TRAINING_LOG_FILE).is_file():
             notes.append("finished before, used again")
         else:
             if complete_checkpoints(folder):
                 options.training.resume_from_checkpoint = "true"
-            train(options, quiet=True, callbacks=[ProgressLines(run.say, num_steps)])
+            train(options, quiet=True, callbacks=[ProgressLines(run.say, run.options.steps)])
         log: dict[str, Any] = read_json(folder / TRAINING_LOG_FILE)
         speed = log["steps"] * log["tokens_per_step"] / log["train_seconds"]
         notes.append(f"validation loss {log['final']['eval_loss']:.4f}, {human_count(speed)} tokens/s")
     return log
-
-
-def trained_alike(first: SconeOptions, second: SconeOptions) -> bool:
-    """Whether two trainings are the same one, perhaps resumed."""
-    mappings = [to_mapping(options) for options in (first, second)]
-    for mapping in mappings:
-        mapping["training"].pop("resume_from_checkpoint")
-    return mappings[0] == mappings[1]
 
 
 class ProgressLines(TrainerCallback):

@@ -36,15 +36,15 @@ def corpus_facts(name: str, tokenizer: PreTrainedTokenizerBase, splits: dict[str
     }
 
 
-def training_facts(options: DemoOptions, num_steps: int) -> dict[str, Any]:
+def training_facts(options: DemoOptions) -> dict[str, Any]:
     """The settings that both models share, and SCONE's input embedding, in words."""
     layers, width = options.num_hidden_layers, options.hidden_size
     return {
         "trunk": f"GPT-2 architecture, {layers} layers × {width} wide, from scratch",
-        "steps": num_steps,
+        "steps": options.steps,
         "batch_size": options.batch_size,
         "max_length": options.max_length,
-        "tokens": num_steps * options.batch_size * options.max_length,
+        "tokens": options.steps * options.batch_size * options.max_length,
         "learning_rate": options.learning_rate,
         "schedule": "cosine",
         "seed": options.seed,

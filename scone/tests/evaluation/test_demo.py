@@ -10,9 +10,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from scone.data.stdlib_corpus import stdlib_files
-from scone.evaluation.demo import run_demo
+from scone.evaluation.demo import MIN_STEPS, SCONE_STEP_COST, plan_steps, run_demo
 from scone.evaluation.demo_options import DemoOptions
 from scone.evaluation.report import render_report, verdict
 from scone.utils.errors import SconeError
@@ -109,6 +111,18 @@ def test_other_options_train_again(options: DemoOptions, report: dict) -> None:
     said: list[str] = []
     run_demo(replace(options, steps=20), said.append)
     assert sum("training again" in line for line in said) == 2
+
+
+@settings(max_examples=100, deadline=None)
+@given(seconds=st.floats(1e-3, 10), validation_tokens=st.integers(0, 10_000_000), minutes=st.floats(0.5, 20))
+def test_plan_fits_into_the_minutes(seconds: float, validation_tokens: int, minutes: float) -> None:
+    asked = DemoOptions(minutes=minutes)
+    steps, evaluations = plan_steps(asked, seconds, validation_tokens)
+    assert MIN_STEPS <= steps <= asked.steps
+    assert 1 <= evaluations <= asked.num_evaluations
+    reading = seconds / 3 * validation_tokens / (asked.batch_size * asked.max_length)
+    total = steps * seconds * (1 + SCONE_STEP_COST) + 2 * (evaluations + 1) * reading
+    assert total <= 60 * minutes or steps == MIN_STEPS
 
 
 def test_verdict_fits_whoever_won(report: dict) -> None:
