@@ -157,7 +157,7 @@ class TrainingOptions:
     learning_rate: float = option(5e-5, "peak learning rate of the trunk", minimum=0)
     f_gram_learning_rate: float | None = option(None, "that of the f-gram model (none: learning_rate)", minimum=0)
     rows_learning_rate: float | None = option(
-        None, "that of the learned rows (none: chosen from learning_rate)", minimum=0
+        None, "that of the learned rows (none: learning_rate, at least 1e-3)", minimum=0
     )
     weight_decay: float = option(0.01, "weight decay of matrices", minimum=0)
     warmup_steps: int = option(0, "steps over which the learning rate rises", unit="steps", minimum=0)
@@ -177,6 +177,11 @@ class TrainingOptions:
     bf16: bool = option(False, "train in bfloat16 mixed precision where the device can")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
     torch_compile: bool = option(False, "compile trunk and f-gram model with torch.compile")
+    fsdp: str = option(
+        "none",
+        "shard the model over the processes of a launcher: full_shard; or shard_grad_op, more memory and less traffic",
+        choices=("none", "full_shard", "shard_grad_op"),
+    )
     freeze_trunk: bool = option(False, "train only the input embeddings")
     resume_from_checkpoint: str | None = option(
         None, "checkpoint folder to go on from; without a value (or true): the newest one in output_dir", bare="true"

@@ -16,7 +16,7 @@ from transformers.utils import cached_file
 
 from scone.kernels.trie_batch import build_trie_batch
 from scone.models.configuration import SconeConfig
-from scone.models.f_gram_model import FGramModel
+from scone.models.f_gram_model import FGramBlock, FGramModel
 from scone.models.input_embeddings import FGramInputEmbedding, RowSource, TableInputEmbedding
 from scone.models.learned_rows import LearnedRows
 from scone.models.token_history import MASKED, extend_history, token_history
@@ -53,6 +53,8 @@ class SconeForCausalLM(PreTrainedModel, GenerationMixin):
         self.table_embedding: TableInputEmbedding | None = None
         self.vocabulary: FGramVocabulary | None = None
         self.matcher: Matcher | None = None
+        # the layers that sharding and device maps take as one
+        self._no_split_modules = [*(self.trunk._no_split_modules or []), FGramBlock.__name__]
         width = self._token_weight().shape[1]
         if config.requires_table:
             self._keys_to_ignore_on_load_unexpected = [r"^f_gram_embedding\."]

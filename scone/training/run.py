@@ -31,6 +31,7 @@ from scone.models.trunk import build_trunk, longest_sequence, trunk_sizes
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 from scone.tokenization.tokenizers import separator_ids, tokenizer_fingerprint
 from scone.training.precision import resolve_precision
+from scone.training.processes import one_line_for_lost_processes
 from scone.training.run_folder import FINAL_MODEL, OPTIONS_FILE, resume_point
 from scone.training.trainer import CheckpointKeeper, SconeTrainer, StopOnSignal
 from scone.training.vocabulary import prepare_vocabulary
@@ -42,9 +43,9 @@ from scone.utils.text import parse_bytes
 logger = logging.getLogger(__name__)
 
 TRAINING_LOG_FILE = "training_log.json"
-ROWS_LEARNING_RATE_FACTOR = 10.0
-"""Learned rows start at zero and each is touched in few steps, so by default they learn this much faster than the trunk
-(docs/experiments.md)."""
+SMALLEST_ROWS_LEARNING_RATE = 1e-3
+"""Learned rows start at zero and each is touched in few steps. The trunk's learning rate suits them where it is large
+(3 and 10 times it did worse, docs/experiments.md); a small one would leave them where they start."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,8 @@ def train(
         output_dir.mkdir(parents=True, exist_ok=True)
         save_options(options, output_dir / OPTIONS_FILE)
     started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with one_line_for_lost_processes():
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     stop = next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, StopOnSignal))
     if stop.received is not None:
         raise KeyboardInterrupt
@@ -205,7 +207,7 @@ def build_trainer(
         model=model,
         args=arguments,
         train_dataset=BlockDataset(corpus.train, data.max_length, drop_last=True),
-        eval_dataset=BlockDataset(corpus.validation, data.max_length) if corpus.validation else None,
+        eval_dataset=evaluation_blocks(corpus.validation, data.max_length) if corpus.validation else None,
         data_collator=Collator(
             scone.vocabulary if scone else None,
             scone.config.learned_rows if scone else 0,
@@ -214,13 +216,22 @@ def build_trainer(
         ),
         processing_class=corpus.tokenizer,
         callbacks=[CheckpointKeeper(training.save_total_limit), StopOnSignal()],
+        fsdp=training.fsdp,
         f_gram_learning_rate=training.f_gram_learning_rate,
         rows_learning_rate=(
-            ROWS_LEARNING_RATE_FACTOR * training.learning_rate
+            max(training.learning_rate, SMALLEST_ROWS_LEARNING_RATE)
             if training.rows_learning_rate is None
             else training.rows_learning_rate
         ),
     )
+
+
+def evaluation_blocks(tokens: TokenFile, length: int) -> BlockDataset:
+    """Blocks of equal length, so that the mean over blocks, however they are batched, is the mean over tokens.
+
+    A file shorter than a block is one short block.
+    """
+    return BlockDataset(tokens, length, drop_last=tokens.num_tokens >= length)
 
 
 def training_arguments(training: TrainingOptions, num_workers: int, evaluate: bool, quiet: bool) -> TrainingArguments:
@@ -230,10 +241,14 @@ def training_arguments(training: TrainingOptions, num_workers: int, evaluate: bo
     use_cpu = (training.device or "").startswith("cpu") or not torch.accelerator.is_available()
     device_type = "cpu" if use_cpu else torch.accelerator.current_accelerator().type  # type: ignore[union-attr]
     precision = resolve_precision(training.fp16, training.bf16, device_type)
+    if training.fsdp != "none" and precision == "fp16":
+        raise SconeError("found --fp16 with --fsdp; expected bf16 or fp32 in a sharded run; use --bf16")
     reporters = [name.strip() for name in training.report_to.split(",") if name.strip()]
     # transformers 5.23 renamed it, and warns of the old name
     renamed = "activation_checkpointing" in TrainingArguments.__dataclass_fields__
-    checkpointing = "activation_checkpointing" if renamed else "gradient_checkpointing"
+    checkpointing: dict[str, Any] = {
+        "activation_checkpointing" if renamed else "gradient_checkpointing": training.gradient_checkpointing
+    }
     arguments = TrainingArguments(
         output_dir=training.output_dir,
         num_train_epochs=training.num_epochs,
@@ -254,7 +269,7 @@ def training_arguments(training: TrainingOptions, num_workers: int, evaluate: bo
         seed=training.seed,
         fp16=precision == "fp16",
         bf16=precision == "bf16",
-        **{checkpointing: training.gradient_checkpointing},
+        **checkpointing,
         dataloader_num_workers=num_workers,
         remove_unused_columns=False,
         report_to=reporters,

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import shutil
 import signal
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from scone.models.learned_rows import LearnedRows
 from scone.training.optimizer import AdamWWithRows
+from scone.training.sharding import load_whole_optimizer, load_whole_weights, shard, whole_state, whole_weights
+from scone.utils.errors import SconeError
 from scone.utils.files import write_json
+
+logger = logging.getLogger(__name__)
 
 COMPLETE_MARKER = "complete.json"
 
@@ -27,11 +36,16 @@ class SconeTrainer(Trainer):
     """Trains a SCONE model or a plain trunk.
 
     Weight decay acts on matrices. Three groups may have their own learning rate: the trunk, the f-gram model with its
-    gain, and the learned rows.
+    gain, and the learned rows. ``fsdp`` ("none", "full_shard", "shard_grad_op") shards the model over the processes.
     """
 
     def __init__(
-        self, *args: Any, f_gram_learning_rate: float | None, rows_learning_rate: float, **kwargs: Any
+        self,
+        *args: Any,
+        fsdp: str = "none",
+        f_gram_learning_rate: float | None,
+        rows_learning_rate: float,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.f_gram_learning_rate = f_gram_learning_rate
@@ -40,6 +54,18 @@ class SconeTrainer(Trainer):
         rows = learned_rows(self.model)
         if rows is not None:
             self.add_callback(DropSkippedGradients(rows))
+        if self.is_fsdp_enabled:
+            raise SconeError(
+                "found FSDP in the launcher's configuration; expected the option --fsdp full_shard, which knows what "
+                "of the model is shared out; leave FSDP out of the launcher's configuration"
+            )
+        self.sharded = fsdp != "none" and self.args.world_size > 1
+        if fsdp != "none" and not self.sharded:
+            logger.warning("fsdp=%s is ignored: one process has nobody to share the model with", fsdp)
+        if self.sharded:
+            shard(self.model, reshard_after_forward=fsdp == "full_shard")
+            # the model reduces its own gradients now: prepare it (device, precision) as one that is not wrapped
+            self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
         self._counted: dict[str, Tensor | int] = {}
         self._counted_since = time.perf_counter()
 
@@ -97,6 +123,45 @@ class SconeTrainer(Trainer):
             logs["eval_perplexity"] = round(math.exp(min(logs["eval_loss"], 700.0)), 4)
         super().log(logs, start_time)
 
+    # A sharded run writes the checkpoints of any other, whole weights and a whole optimizer, so that each resumes the
+    # other's, in any number of processes.
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if not self.sharded:
+            super().save_model(output_dir, _internal_call)
+            return
+        assert self.model is not None
+        state = whole_weights(self.model, keep=self.args.should_save)
+        if self.args.should_save:
+            self._save(output_dir, state_dict=state)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.sharded:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        assert self.optimizer is not None
+        assert self.lr_scheduler is not None
+        optimizer = whole_state(self.optimizer.state_dict(), keep=self.args.should_save)
+        if self.args.should_save:
+            torch.save(optimizer, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self.sharded or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        assert self.optimizer is not None
+        assert self.lr_scheduler is not None
+        load_whole_optimizer(self.optimizer, Path(checkpoint) / OPTIMIZER_NAME)
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not self.sharded:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        assert self.model is not None
+        load_whole_weights(self.model, Path(resume_from_checkpoint) / SAFE_WEIGHTS_NAME)
+
 
 class DropSkippedGradients(TrainerCallback):
     """An fp16 step that overflowed is skipped; the rows' gradients of that step must not reach the next one."""
@@ -120,6 +185,8 @@ class CheckpointKeeper(TrainerCallback):
         self.limit = limit
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if dist.is_initialized():
+            dist.barrier()  # every rank wrote a file of its own
         if not state.is_world_process_zero:
             return
         folder = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from scone.configs.loading import from_mapping
-from scone.configs.schema import SconeOptions
+from scone.tests.training.runs import STILL, assert_same_weights, command_line, options, weights
 from scone.training.run import train
 from scone.training.trainer import complete_checkpoints
 from scone.utils.errors import SconeError
@@ -25,66 +21,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
 ]
-
-WORDS = tuple("the cat sat on the mat and the dog ran to the old red house by the sea while it rained all day".split())  # noqa: SIM905
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
-    """Sixty short documents of repeated phrases, so that f-grams exist and a tiny model can learn."""
-    folder = tmp_path_factory.mktemp("corpus")
-    lines = []
-    for document in range(60):
-        words = [WORDS[(document * 7 + i * i) % len(WORDS)] for i in range(120)]
-        lines.append(json.dumps({"text": " ".join(words)}))
-    (folder / "corpus.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    return folder / "corpus.jsonl"
-
-
-def options(corpus: Path, output_dir: Path, **changes: object) -> SconeOptions:
-    values: dict[str, object] = {
-        "data.dataset_name": str(corpus),
-        "data.dataset_config_name": None,
-        "data.max_length": 32,
-        "data.max_n": 3,
-        "data.min_freq": 3,
-        "data.cache_dir": str(corpus.parent / "cache"),
-        "data.num_workers": 0,
-        "model.tokenizer": "train",
-        "model.vocab_size": 300,
-        "model.hidden_size": 16,
-        "model.num_hidden_layers": 1,
-        "model.num_attention_heads": 2,
-        "model.hidden_dropout_prob": 0.1,
-        "training.output_dir": str(output_dir),
-        "training.batch_size": 4,
-        "training.max_steps": 6,
-        "training.learning_rate": 0.01,
-        "training.logging_steps": 2,
-        "training.save_steps": 3,
-        "training.eval_steps": 3,
-        "training.report_to": "none",
-        "training.device": "cpu",
-    }
-    nested: dict = {}
-    for name, value in (values | changes).items():
-        place = nested
-        *sections, last = name.split(".")
-        for section in sections:
-            place = place.setdefault(section, {})
-        place[last] = value
-    return from_mapping(nested)
-
-
-def weights(final_model: Path) -> dict[str, torch.Tensor]:
-    return load_file(final_model / "model.safetensors")
-
-
-def assert_same_weights(left: Path, right: Path, **tolerance: float) -> None:
-    ours, theirs = weights(left), weights(right)
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], msg=lambda text, name=name: f"{name}: {text}", **tolerance)
 
 
 def test_a_run_leaves_a_complete_model_and_learns(corpus, tmp_path):
@@ -137,41 +73,10 @@ def test_resumed_training_equals_uninterrupted(corpus, tmp_path, accumulation):
 
 
 def test_accumulated_batches_equal_one_large_batch(corpus, tmp_path):
-    still = {"model.hidden_dropout_prob": 0.0, "model.attention_probs_dropout_prob": 0.0}
-    large = train(options(corpus, tmp_path / "large", **still), quiet=True)
+    large = train(options(corpus, tmp_path / "large", **STILL), quiet=True)
     split = {"training.batch_size": 2, "training.gradient_accumulation_steps": 2}
-    small = train(options(corpus, tmp_path / "small", **still, **split), quiet=True)
+    small = train(options(corpus, tmp_path / "small", **STILL, **split), quiet=True)
     assert_same_weights(large, small, atol=2e-4, rtol=2e-3)
-
-
-def command_line(corpus: Path, output_dir: Path, *flags: str) -> list[str]:
-    return [
-        *("--dataset_name", str(corpus), "--max_length", "32", "--min_freq", "3", "--tokenizer", "train"),
-        *("--vocab_size", "300", "--hidden_size", "16", "--num_hidden_layers", "1", "--num_attention_heads", "2"),
-        *("--hidden_dropout_prob", "0", "--attention_probs_dropout_prob", "0", "--learning_rate", "0.01"),
-        *("--output_dir", str(output_dir), "--cache_dir", str(corpus.parent / "cache"), "--num_workers", "0"),
-        *("--report_to", "none", "--device", "cpu", *flags),
-    ]
-
-
-def test_two_ranks_equal_one_rank_with_twice_the_batch(corpus, tmp_path):
-    """DDP over gloo; the learned rows, which DDP does not know, are averaged by our optimizer."""
-    one = train(
-        options(
-            corpus,
-            tmp_path / "one",
-            **{"model.hidden_dropout_prob": 0.0, "model.attention_probs_dropout_prob": 0.0, "training.save_steps": 100},
-        ),
-        quiet=True,
-    )
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone"]
-    flags = command_line(corpus, tmp_path / "two", "--batch_size", "2", "--max_steps", "6")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*launch, "-m", "scone.scripts.train", *flags], capture_output=True, text=True, timeout=300, env=environment
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert_same_weights(one, tmp_path / "two" / "final_model", atol=2e-4, rtol=2e-3)
 
 
 def test_ctrl_c_leaves_a_run_that_resumes(corpus, tmp_path):
@@ -253,7 +158,7 @@ def test_fp16_on_a_cpu_warns_and_trains(corpus, tmp_path, caplog):
 
 
 def test_gradient_checkpointing_changes_nothing(corpus, tmp_path):
-    still = {"model.hidden_dropout_prob": 0.0, "model.attention_probs_dropout_prob": 0.0, "training.max_steps": 3}
+    still = STILL | {"training.max_steps": 3}
     kept = train(options(corpus, tmp_path / "kept", **still), quiet=True)
     checkpointing = still | {"training.gradient_checkpointing": True}
     recomputed = train(options(corpus, tmp_path / "recomputed", **checkpointing), quiet=True)

@@ -1,0 +1,84 @@
+"""Small training runs that several tests start: their corpus, options, command line, and how results are compared."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from scone.configs.loading import from_mapping
+from scone.configs.schema import SconeOptions
+
+WORDS = tuple("the cat sat on the mat and the dog ran to the old red house by the sea while it rained all day".split())  # noqa: SIM905
+
+
+STILL = {"model.hidden_dropout_prob": 0.0, "model.attention_probs_dropout_prob": 0.0}
+"""Changes for runs that are compared across numbers of processes, which draw other dropout."""
+
+
+def write_corpus(folder: Path) -> Path:
+    """Sixty short documents of repeated phrases, so that f-grams exist and a tiny model can learn."""
+    lines = []
+    for document in range(60):
+        words = [WORDS[(document * 7 + i * i) % len(WORDS)] for i in range(120)]
+        lines.append(json.dumps({"text": " ".join(words)}))
+    (folder / "corpus.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return folder / "corpus.jsonl"
+
+
+def options(corpus: Path, output_dir: Path, **changes: object) -> SconeOptions:
+    values: dict[str, object] = {
+        "data.dataset_name": str(corpus),
+        "data.dataset_config_name": None,
+        "data.max_length": 32,
+        "data.max_n": 3,
+        "data.min_freq": 3,
+        "data.cache_dir": str(corpus.parent / "cache"),
+        "data.num_workers": 0,
+        "model.tokenizer": "train",
+        "model.vocab_size": 300,
+        "model.hidden_size": 16,
+        "model.num_hidden_layers": 1,
+        "model.num_attention_heads": 2,
+        "model.hidden_dropout_prob": 0.1,
+        "training.output_dir": str(output_dir),
+        "training.batch_size": 4,
+        "training.max_steps": 6,
+        "training.learning_rate": 0.01,
+        "training.logging_steps": 2,
+        "training.save_steps": 3,
+        "training.eval_steps": 3,
+        "training.report_to": "none",
+        "training.device": "cpu",
+    }
+    nested: dict = {}
+    for name, value in (values | changes).items():
+        place = nested
+        *sections, last = name.split(".")
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[last] = value
+    return from_mapping(nested)
+
+
+def weights(final_model: Path) -> dict[str, torch.Tensor]:
+    return load_file(final_model / "model.safetensors")
+
+
+def assert_same_weights(left: Path, right: Path, **tolerance: float) -> None:
+    ours, theirs = weights(left), weights(right)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], msg=lambda text, name=name: f"{name}: {text}", **tolerance)
+
+
+def command_line(corpus: Path, output_dir: Path, *flags: str) -> list[str]:
+    return [
+        *("--dataset_name", str(corpus), "--max_length", "32", "--min_freq", "3", "--tokenizer", "train"),
+        *("--vocab_size", "300", "--hidden_size", "16", "--num_hidden_layers", "1", "--num_attention_heads", "2"),
+        *("--hidden_dropout_prob", "0", "--attention_probs_dropout_prob", "0", "--learning_rate", "0.01"),
+        *("--output_dir", str(output_dir), "--cache_dir", str(corpus.parent / "cache"), "--num_workers", "0"),
+        *("--report_to", "none", "--device", "cpu", *flags),
+    ]

@@ -1,0 +1,79 @@
+"""Sharded runs (FSDP): what is sharded, and checkpoints that any number of processes resume, sharded or not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from scone.models.learned_rows import LearnedRows
+
+
+def shard(model: nn.Module, reshard_after_forward: bool) -> None:
+    """Share the parameters of ``model`` out over all processes, in place: each keeps a part of every one.
+
+    The layers that the model names as units are gathered when they compute and, with ``reshard_after_forward``, given
+    back at once; without it they stay until the backward pass. The learned rows stay whole on every rank: they take no
+    gradient, and ``AdamWWithRows`` updates them alike everywhere.
+    """
+    device = next(model.parameters()).device
+    options: dict[str, Any] = {"mesh": init_device_mesh(device.type, (dist.get_world_size(),))}
+    rows = {module.weight for module in model.modules() if isinstance(module, LearnedRows)}
+    if rows:
+        options["ignored_params"] = rows
+    units = set(getattr(model, "_no_split_modules", None) or ())
+    for module in model.modules():
+        if type(module).__name__ in units:
+            fully_shard(module, reshard_after_forward=reshard_after_forward, **options)
+    fully_shard(model, **options)
+
+
+def whole_state(state: Any, keep: bool) -> Any:
+    """``state`` with every sharded tensor gathered, on the host. Every rank has to call it.
+
+    Ranks that do not ``keep`` it get None in place of tensors.
+    """
+    if isinstance(state, dict):
+        return {name: whole_state(value, keep) for name, value in state.items()}
+    if isinstance(state, list):
+        return [whole_state(value, keep) for value in state]
+    if not isinstance(state, Tensor):
+        return state
+    whole = state.full_tensor() if isinstance(state, DTensor) else state
+    return whole.cpu() if keep else None
+
+
+def whole_weights(model: nn.Module, keep: bool) -> dict[str, Any]:
+    """The model's state dictionary, gathered as by ``whole_state``; tied weights are in it once."""
+    every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    repeated = every - {name for name, _ in model.named_parameters()}
+    return whole_state({name: value for name, value in model.state_dict().items() if name not in repeated}, keep)
+
+
+def load_whole_weights(model: nn.Module, file: Path) -> None:
+    """Load a whole state dictionary (safetensors) into a sharded model; tied weights are in the file once."""
+    options = StateDictOptions(full_state_dict=True, strict=False)
+    set_model_state_dict(model, dict(load_file(file)), options=options)
+
+
+def load_whole_optimizer(optimizer: torch.optim.Optimizer, file: Path) -> None:
+    """Load a whole optimizer's state into one of sharded parameters: each moment is cut as its parameter is."""
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+    saved = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, moments in saved["state"].items():
+        parameter = parameters[index]
+        if isinstance(parameter, DTensor):
+            for name, value in moments.items():
+                if value.shape == parameter.shape:
+                    whole = value.to(parameter.device)
+                    moments[name] = distribute_tensor(whole, parameter.device_mesh, parameter.placements)
+    optimizer.load_state_dict(saved)
