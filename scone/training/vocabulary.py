@@ -12,9 +12,10 @@ from scone.tokenization.counting import count_f_grams
 from scone.tokenization.f_gram_file import FILE_NAME
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 from scone.utils.errors import SconeError
-from scone.utils.files import fingerprint_of
+from scone.utils.files import fingerprint_of, write_json
 
 CACHE_VERSION = 2
+STATISTICS_FILE = "counting.json"
 
 
 def prepare_vocabulary(
@@ -47,7 +48,7 @@ def prepare_vocabulary(
         if not (folder / FILE_NAME).exists():
             vocabulary = beginning_of_a_larger_one(shelf, min_freq, max_f_grams)
             if vocabulary is None:
-                vocabulary = count_f_grams(
+                counted = count_f_grams(
                     [tokens.tokens],
                     vocab_size=vocab_size,
                     max_n=max_n,
@@ -58,7 +59,9 @@ def prepare_vocabulary(
                     work_dir=folder / "work",
                     tokenizer_fingerprint=tokenizer_fingerprint,
                     quiet=quiet,
-                ).vocabulary
+                )
+                vocabulary = counted.vocabulary
+                write_json(folder / STATISTICS_FILE, counted.statistics.to_json())
             if not vocabulary.num_f_grams:
                 raise SconeError(
                     f"found no n-gram of 2 to {max_n} tokens that occurs {min_freq} times in {tokens.num_tokens:,} "

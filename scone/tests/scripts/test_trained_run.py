@@ -71,7 +71,7 @@ def test_each_configuration_lands_in_its_folder_with_one_count(run: Run) -> None
     assert 0 < sizes[0] < sizes[1]
     vocabularies = sorted(path.parent.name for path in run.cache.glob("vocabularies/*/*/f_grams.safetensors"))
     assert vocabularies == ["100-100000", "20-1000000"]
-    assert len(list(run.cache.glob("vocabularies/*/*/work"))) == 1  # the second was cut from the first
+    assert len(list(run.cache.glob("vocabularies/*/*/counting.json"))) == 1  # the second was cut from the first
 
 
 def test_finished_configurations_are_kept(run: Run, capsys: pytest.CaptureFixture[str]) -> None:

@@ -55,9 +55,9 @@ def test_a_vocabulary_cut_from_a_larger_one_equals_the_counted_one(
     tokens: TokenFile, tmp_path: Path, first: tuple[int, int], second: tuple[int, int], is_cut: bool
 ) -> None:
     prepare(tokens, tmp_path / "shared", *first)
-    assert len(list(tmp_path.glob("shared/vocabularies/*/*/work"))) == 1
+    assert len(list(tmp_path.glob("shared/vocabularies/*/*/counting.json"))) == 1
     found = prepare(tokens, tmp_path / "shared", *second)
-    assert len(list(tmp_path.glob("shared/vocabularies/*/*/work"))) == (1 if is_cut else 2)
+    assert len(list(tmp_path.glob("shared/vocabularies/*/*/counting.json"))) == (1 if is_cut else 2)
     counted = prepare(tokens, tmp_path / "alone", *second)
     assert found.fingerprint == counted.fingerprint
     assert found.num_f_grams == counted.num_f_grams > 0
