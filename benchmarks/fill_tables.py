@@ -46,9 +46,11 @@ def table(name: str) -> str:
     report = json.loads(path.read_text(encoding="utf-8"))
     if "records" in report:
         return benchmark_table(report)
+    if "commands" in report:
+        return transcript(report)
     if "runs" in report:
         return experiment_table(report)
-    raise SystemExit(f"{path}: expected a benchmark's report with records, or an experiment's with runs")
+    raise SystemExit(f"{path}: expected a benchmark's report with records, an experiment's with runs, or a transcript")
 
 
 def benchmark_table(report: dict[str, Any]) -> str:
@@ -65,6 +67,16 @@ def benchmark_table(report: dict[str, Any]) -> str:
     machine = report["machine"]
     where = ", ".join(str(machine[key]) for key in ("processor", "cores", "accelerators") if machine.get(key))
     return "\n".join(lines) + f"\n\n*Measured on {where} at commit {report['commit'][:10]}.*\n"
+
+
+def transcript(report: dict[str, Any]) -> str:
+    """Each command with what it printed."""
+    blocks = [
+        f"```console\n$ {done['command']}\n{done['output'].strip()}\n```\n\n*{done['seconds']:,.0f} s*\n"
+        for done in report["commands"]
+    ]
+    machine = report["machine"]
+    return "\n".join(blocks) + f"\n*Run on {machine['processor']} at commit {report['commit'][:10]}.*\n"
 
 
 def experiment_table(report: dict[str, Any]) -> str:
