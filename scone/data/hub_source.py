@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from scone.data.readers import CountBytes, split_articles, text_of_row, unknown_column
-from scone.data.sources import Unit
 from scone.data.splits import SPLITS, split_of_name
+from scone.data.unit import Unit
 from scone.utils.errors import SconeError
 from scone.utils.hub import why_hub_is_unreachable
 

@@ -6,12 +6,12 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 from scone.data import stdlib_corpus
+from scone.data.hub_source import hub_units
 from scone.data.readers import (
     COMPRESSIONS,
     FORMATS,
@@ -20,24 +20,11 @@ from scone.data.readers import (
     read_documents,
 )
 from scone.data.splits import ALL, SPLITS, split_of_path, split_of_single_file, split_rule
+from scone.data.unit import Unit
 from scone.utils.errors import SconeError
 
 _IGNORED_NAMES = re.compile(r"(readme|licen[cs]e|copying|notice|attribution)\b", re.IGNORECASE)
 _SAMPLE_BYTES = 1 << 16
-
-
-@dataclass(frozen=True)
-class Unit:
-    """A file, or a split of a hub data set: something whose documents are read in order.
-
-    ``facts`` identify its content without reading all of it; ``size_bytes`` is None when unknown.
-    """
-
-    name: str
-    split: str | None
-    size_bytes: int | None
-    facts: dict[str, Any]
-    read: Callable[[CountBytes], Iterator[str]] = field(compare=False)
 
 
 @dataclass(frozen=True)
@@ -142,7 +129,6 @@ def open_source(dataset_name: str, dataset_config_name: str | None = None, text_
     looks_like_path = dataset_name.startswith((".", "/", "~")) or dataset_name.count("/") > 1 or kind_of(path)
     if looks_like_path:
         raise SconeError(f"found no file or folder {dataset_name!r}; expected a corpus there; check the path")
-    from scone.data.hub_source import hub_units
 
     return Source(dataset_name, hub_units(dataset_name, dataset_config_name, text_column))
 
