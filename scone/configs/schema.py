@@ -121,6 +121,11 @@ class ModelOptions:
     learned_rows: int = option(
         100_000, "how many f-grams, the most frequent first, also get a learned row (0: none)", unit="rows", minimum=0
     )
+    rows_device: str = option(
+        "accelerator",
+        "where learned rows and their moments live; host: those of a step travel, for rows that fill the accelerator",
+        choices=("accelerator", "host"),
+    )
     f_gram: FGramModelOptions = field(default_factory=FGramModelOptions)
     hidden_size: int | None = option(None, "width of the trunk", minimum=1)
     num_hidden_layers: int | None = option(None, "layers of the trunk", minimum=1)

@@ -7,12 +7,10 @@ on how many there are. The slow equals are in ``reference_attention``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
-
 import numpy as np
 from numba import njit
+
+from scone.kernels.threads import run_in_parts
 
 VALUES_PER_THREAD = 1 << 17
 """Below this many query values a further thread costs more than it saves."""
@@ -40,7 +38,7 @@ def attention_forward(
     output = np.empty((num_nodes, heads * size), query.dtype)
     weights = np.zeros((num_nodes, heads, ancestors.shape[1]), query.dtype)
     inputs = [*_flat(query), *_flat(key), *_flat(value), ancestors, query.dtype.type(size**-0.5)]
-    _over_heads(_forward, [*inputs, output, weights], query, num_threads)
+    run_in_parts(_forward, [*inputs, output, weights], heads, min(num_threads, query.size // VALUES_PER_THREAD))
     return output.reshape(query.shape), weights
 
 
@@ -61,7 +59,7 @@ def attention_backward(
     grad_key, grad_value = np.zeros((len(key), width), key.dtype), np.zeros((len(value), width), value.dtype)
     inputs = [*_flat(grad_output), *_flat(query), *_flat(key), *_flat(value), weights, ancestors]
     inputs += [query.dtype.type(query.shape[2] ** -0.5), grad_query, grad_key, grad_value]
-    _over_heads(_backward, inputs, query, num_threads)
+    run_in_parts(_backward, inputs, query.shape[1], min(num_threads, query.size // VALUES_PER_THREAD))
     return grad_query.reshape(query.shape), grad_key.reshape(key.shape), grad_value.reshape(value.shape)
 
 
@@ -80,21 +78,6 @@ def _flat(array: np.ndarray) -> tuple[np.ndarray, int]:
     step = array.strides[0] // item
     length = (rows - 1) * step + heads * size
     return np.lib.stride_tricks.as_strided(array, (length,), (item,)), step
-
-
-def _over_heads(kernel: Callable[..., None], arguments: list[Any], query: np.ndarray, num_threads: int) -> None:
-    """Call ``kernel(*arguments, first_head, last_head)`` on ranges that cover the heads, side by side where it pays."""
-    heads = query.shape[1]
-    parts = max(1, min(num_threads, heads, query.size // VALUES_PER_THREAD))
-    if parts == 1:
-        kernel(*arguments, 0, heads)
-        return
-    cuts = [heads * part // parts for part in range(parts + 1)]
-    with ThreadPoolExecutor(parts - 1) as threads:
-        others = [threads.submit(kernel, *arguments, cuts[part], cuts[part + 1]) for part in range(1, parts)]
-        kernel(*arguments, cuts[0], cuts[1])
-        for other in others:
-            other.result()
 
 
 @njit(cache=True, nogil=True, fastmath=_FAST)

@@ -15,6 +15,8 @@ import numpy as np
 from numba import njit
 
 EMPTY = np.int64(-1)
+HOST_FIELDS = ("f_gram_offsets", "depth_offsets", "row_ids")
+"""What cuts a computation that is queued on an accelerator, or is read in host memory: it must not wait for these."""
 
 
 @dataclass(frozen=True)
@@ -23,8 +25,7 @@ class TrieBatch:
 
     Nodes and f-grams are sorted by depth (a token alone has depth 0), so the nodes of depth ≥ j are
     ``depth_offsets[j]:``, and likewise the f-grams. There is always at least one node and one f-gram: a batch in which
-    nothing matches still runs every parameter. The offsets are plain integers, since a computation that is queued on an
-    accelerator is cut by them and must not wait to read them.
+    nothing matches still runs every parameter.
     """
 
     position_index: np.ndarray  # int64, shape of the nodes: 1 + index of the position's f-gram in 0..M-1; 0: no f-gram
@@ -39,8 +40,10 @@ class TrieBatch:
     row_chains: np.ndarray  # int64 [M, N - 1]: 1 + index into row_ids of the suffixes with a row; 0: none
 
     def fields(self, convert: Callable[[np.ndarray], Any]) -> dict[str, Any]:
-        """The fields by name, arrays converted (to tensors), as the data loader hands them to the model."""
-        return {name: convert(value) if isinstance(value, np.ndarray) else value for name, value in vars(self).items()}
+        """The fields by name, as the data loader hands them to the model: arrays converted (to tensors), besides those
+        that stay on the host (``HOST_FIELDS``).
+        """
+        return {name: value if name in HOST_FIELDS else convert(value) for name, value in vars(self).items()}
 
 
 def build_trie_batch(

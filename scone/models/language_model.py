@@ -67,6 +67,8 @@ class SconeForCausalLM(PreTrainedModel, GenerationMixin):
                 config.combination,
                 replace_scale=getattr(config.text_config, "initializer_range", 0.02),
             )
+        # the optimizer keeps the rows alike on all ranks, and they may lie on another device than the rest
+        self._ddp_params_and_buffers_to_ignore = ["f_gram_embedding.rows.weight"]
         self.post_init()
 
     # ------------------------------------------------------------------ building, loading, saving

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from scone.kernels.row_adam import update_rows
 from scone.models.learned_rows import LearnedRows
 
 
@@ -50,7 +51,8 @@ class AdamWWithRows(torch.optim.AdamW):
             row_ids, gradients = gather_over_ranks(*pending_gradients(self.rows))
             self.rows.pending.clear()  # trainers zero the model's gradients, not the optimizer's
             if len(row_ids):
-                self._update_rows(row_ids, gradients.div_(scale))
+                device = self.rows.weight.device
+                self._update_rows(row_ids.to(device), gradients.div_(scale).to(device))
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -71,6 +73,20 @@ class AdamWWithRows(torch.optim.AdamW):
         state["step"] += 1
         step = state["step"].item()
         beta1, beta2 = group["betas"]
+        if weight.device.type == "cpu" and weight.dtype == torch.float32:
+            update_rows(
+                torch.get_num_threads(),
+                weight.numpy(),
+                state["exp_avg"].numpy(),
+                state["exp_avg_sq"].numpy(),
+                row_ids.numpy(),
+                gradients.numpy(),
+                learning_rate=group["lr"],
+                betas=group["betas"],
+                eps=group["eps"],
+                step=step,
+            )
+            return
         average = state["exp_avg"].index_select(0, row_ids).lerp_(gradients, 1 - beta1)
         square = (
             state["exp_avg_sq"].index_select(0, row_ids).mul_(beta2).addcmul_(gradients, gradients, value=1 - beta2)
@@ -83,8 +99,10 @@ class AdamWWithRows(torch.optim.AdamW):
 
 
 def pending_gradients(rows: LearnedRows) -> tuple[Tensor, Tensor]:
-    """Distinct row ids ``[R]`` (ascending) and their summed gradients ``[R, D]`` of the passes since the last step."""
+    """Distinct row ids ``[R]`` and their summed gradients ``[R, D]`` of the passes since the last step."""
     touched = [(ids, leaf.grad) for ids, leaf in rows.pending if leaf.grad is not None]
+    if len(touched) == 1:
+        return touched[0]  # the rows of one pass are distinct
     return sum_by_row(
         torch.cat([ids for ids, _ in touched]) if touched else rows.weight.new_zeros(0, dtype=torch.int64),
         torch.cat([gradient for _, gradient in touched]) if touched else rows.weight.new_zeros(0, rows.weight.shape[1]),
@@ -95,7 +113,7 @@ def sum_by_row(row_ids: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
     """Sum the gradients of equal row ids, so that each row is updated once."""
     distinct, inverse = torch.unique(row_ids, return_inverse=True)
     summed = gradients.new_zeros(len(distinct), gradients.shape[1])
-    return distinct, summed.index_add_(0, inverse, gradients)
+    return distinct, summed.index_add_(0, inverse.to(gradients.device), gradients)
 
 
 def gather_over_ranks(row_ids: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,6 +121,7 @@ def gather_over_ranks(row_ids: Tensor, gradients: Tensor) -> tuple[Tensor, Tenso
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return row_ids, gradients
     world_size = dist.get_world_size()
+    row_ids = row_ids.to(gradients.device)  # rows on the host: their gradients are where the ranks can talk
     sizes = [torch.zeros(1, dtype=torch.int64, device=row_ids.device) for _ in range(world_size)]
     dist.all_gather(sizes, torch.tensor([len(row_ids)], device=row_ids.device))
     longest = int(max(size.item() for size in sizes))

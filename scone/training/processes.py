@@ -1,15 +1,31 @@
-"""What the processes of one run know of each other: that another one is lost."""
+"""The processes of one run: how they find each other again after a restart, and what is said when one is lost."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from scone.utils.errors import SconeError
 
 _GLOO_SAYS = ("gloo", "Connection closed by peer", "Connection reset by peer", "Socket Timeout")
+
+
+def meet_after_restart(backend: str | None) -> None:
+    """Form the process group anew where torchrun started the processes again.
+
+    Its store lives on through a restart (torch 2.13), with the addresses of the killed processes in it, and whoever
+    comes first would read those: each restart gets names of its own. ``backend`` as for ``init_process_group``.
+    """
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if restarts == "0" or dist.is_initialized():
+        return
+    store, rank, world_size = next(rendezvous("env://"))
+    store = dist.PrefixStore(f"restart {restarts}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
 
 
 @contextmanager

@@ -31,9 +31,9 @@ from scone.models.trunk import build_trunk, longest_sequence, trunk_sizes
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 from scone.tokenization.tokenizers import separator_ids, tokenizer_fingerprint
 from scone.training.precision import resolve_precision
-from scone.training.processes import one_line_for_lost_processes
+from scone.training.processes import meet_after_restart, one_line_for_lost_processes
 from scone.training.run_folder import FINAL_MODEL, OPTIONS_FILE, resume_point
-from scone.training.trainer import CheckpointKeeper, SconeTrainer, StopOnSignal
+from scone.training.trainer import CheckpointKeeper, SconeTrainer, StopOnSignal, learned_rows
 from scone.training.vocabulary import prepare_vocabulary
 from scone.utils.errors import SconeError
 from scone.utils.files import write_json
@@ -145,13 +145,17 @@ def build_model(options: SconeOptions, corpus: Corpus, *, quiet: bool = False) -
             options.data.min_freq,
             f"{options.data.max_f_grams:,}",
         )
-    return SconeForCausalLM.from_trunk(
+    model = SconeForCausalLM.from_trunk(
         trunk,
         vocabulary,
         f_gram_model=f_gram_model_sizes(options, trunk),
         learned_rows=options.model.learned_rows,
         combination=options.model.combination,
     )
+    rows = learned_rows(model)
+    if rows is not None:
+        rows.on_host = options.model.rows_device == "host"
+    return model
 
 
 def run_vocabulary(options: SconeOptions, corpus: Corpus, vocab_size: int, *, quiet: bool = False) -> FGramVocabulary:
@@ -243,6 +247,7 @@ def training_arguments(training: TrainingOptions, num_workers: int, evaluate: bo
     precision = resolve_precision(training.fp16, training.bf16, device_type)
     if training.fsdp != "none" and precision == "fp16":
         raise SconeError("found --fp16 with --fsdp; expected bf16 or fp32 in a sharded run; use --bf16")
+    meet_after_restart("gloo" if use_cpu else None)
     reporters = [name.strip() for name in training.report_to.split(",") if name.strip()]
     # transformers 5.23 renamed it, and warns of the old name
     renamed = "activation_checkpointing" in TrainingArguments.__dataclass_fields__
@@ -283,7 +288,7 @@ def training_arguments(training: TrainingOptions, num_workers: int, evaluate: bo
 
 def _save_result(options: SconeOptions, trainer: SconeTrainer, corpus: Corpus, seconds: float) -> Path:
     final_model = Path(options.training.output_dir) / FINAL_MODEL
-    metrics = trainer.evaluate() if corpus.validation is not None else {}
+    metrics = _last_evaluation(trainer) if corpus.validation is not None else {}
     model = trainer.accelerator.unwrap_model(trainer.model)
     model.config.use_cache = True
     trainer.save_model(str(final_model))
@@ -305,3 +310,11 @@ def _save_result(options: SconeOptions, trainer: SconeTrainer, corpus: Corpus, s
             },
         )
     return final_model
+
+
+def _last_evaluation(trainer: SconeTrainer) -> dict[str, float]:
+    """The metrics of the finished model, which its last step may have measured already."""
+    measured = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    if measured and measured[-1]["step"] == trainer.state.global_step:
+        return measured[-1]
+    return trainer.evaluate()

@@ -147,8 +147,7 @@ class SconeTrainer(Trainer):
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if not self.sharded or checkpoint is None:
-            super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
             return
         assert self.optimizer is not None
         assert self.lr_scheduler is not None

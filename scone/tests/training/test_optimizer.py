@@ -17,7 +17,7 @@ def touch(rows: LearnedRows, chains: torch.Tensor, direction: torch.Tensor) -> N
     row_ids, inverse = torch.unique(chains[chains >= 0], return_inverse=True)
     links = torch.zeros_like(chains)
     links[chains >= 0] = inverse + 1
-    (rows(row_ids, links) * direction).sum().backward()
+    (rows(row_ids.numpy(), links) * direction).sum().backward()
 
 
 @settings(max_examples=30, deadline=None)
@@ -114,3 +114,22 @@ def test_sum_by_row_equals_a_dictionary(ids):
     assert distinct.tolist() == sorted(expected)
     for row, total in zip(distinct.tolist(), summed, strict=True):
         torch.testing.assert_close(total, expected[row])
+
+
+def test_rows_on_the_host_stay_there_and_learn_the_same():
+    models = []
+    for on_host in (False, True):
+        rows = LearnedRows(6, 3)
+        rows.on_host = on_host
+        holder = torch.nn.ModuleList([rows, torch.nn.Linear(2, 2)])
+        optimizer = AdamWWithRows([{"params": holder[1].parameters()}], rows=rows, rows_learning_rate=0.1)
+        for _ in range(2):
+            touch(rows, torch.tensor([[1, 4]]), torch.tensor([[1.0, -2.0, 3.0]]))
+            optimizer.step()
+        models.append(holder)
+    assert torch.equal(models[0][0].weight, models[1][0].weight)
+    for model, expected in zip(models, ("meta", "cpu"), strict=True):
+        model.to("meta", torch.float16)
+        assert model[1].weight.device.type == "meta"
+        assert model[0].weight.device.type == expected
+    assert models[1][0].weight.dtype == torch.float32

@@ -175,3 +175,13 @@ def test_a_frozen_trunk_keeps_its_weights(corpus, tmp_path):
     for name, tensor in final.items():
         moved = not torch.equal(tensor, start[name])
         assert moved == (not name.startswith("trunk.")) or name.endswith((".bias", "map_in.weight")), name
+
+
+def test_rows_on_the_host_give_the_same_run_and_resume(corpus, tmp_path):
+    on_host = {"model.rows_device": "host"}
+    plain = train(options(corpus, tmp_path / "plain"), quiet=True)
+    host = train(options(corpus, tmp_path / "host", **on_host), quiet=True)
+    assert_same_weights(plain, host, atol=0.0, rtol=0.0)
+    checkpoint = str(complete_checkpoints(tmp_path / "host")[0])
+    resumed = options(corpus, tmp_path / "again", **on_host, **{"training.resume_from_checkpoint": checkpoint})
+    assert_same_weights(plain, train(resumed, quiet=True), atol=0.0, rtol=0.0)
