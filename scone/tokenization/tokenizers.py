@@ -59,7 +59,7 @@ def _from_folder(folder: Path) -> PreTrainedTokenizerBase:
     names = {path.name for path in folder.iterdir()}
     try:
         if names & {"tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model"}:
-            return AutoTokenizer.from_pretrained(folder)
+            return AutoTokenizer.from_pretrained(folder, **_trunk_config(folder))
         if {"vocab.json", "merges.txt"} <= names:
             return GPT2Tokenizer(**_gpt2_files(folder / "vocab.json", folder / "merges.txt"))
         if {"encoder.json", "vocab.bpe"} <= names:
@@ -73,6 +73,21 @@ def _from_folder(folder: Path) -> PreTrainedTokenizerBase:
         f"found no tokenizer in {str(folder)!r}; expected tokenizer.json, vocab.json with merges.txt, or vocab.txt; "
         "give another folder or name by --tokenizer"
     )
+
+
+def _trunk_config(folder: Path) -> dict[str, Any]:
+    """For the folder of a SCONE model its trunk's configuration, else nothing.
+
+    Handed the folder alone, transformers would ask on the terminal whether to run the model's remote code.
+    """
+    from transformers import AutoConfig
+
+    path = folder / "config.json"
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if found.get("model_type") != "scone":
+        return {}
+    trunk = dict(found["text_config"])
+    return {"config": AutoConfig.for_model(trunk.pop("model_type"), **trunk)}
 
 
 def _gpt2_files(vocab_path: Path, merges_path: Path) -> dict[str, Any]:
