@@ -7,6 +7,7 @@ One multiplication and one addition count as two operations. The formulas count 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -66,20 +67,32 @@ def trunk_forward_flops(config: PreTrainedConfig, sequence_length: int) -> float
     return counter.get_total_flops() / sequence_length
 
 
-def f_gram_forward_flops(config: FGramModelConfig, trunk_width: int, nodes_by_depth: list[float]) -> float:
+def f_gram_forward_flops(
+    config: FGramModelConfig,
+    trunk_width: int,
+    nodes_by_depth: Sequence[float],
+    f_grams_by_depth: Sequence[float] | None = None,
+) -> float:
     """Operations of one forward pass of the f-gram model.
 
     ``nodes_by_depth[d]`` is the number of trie nodes with d ancestors (for a cost per position: nodes per position).
     A node costs its projections, its feed-forward layers and d + 1 places of attention; where the widths differ, a map
-    in, and a map out, which counts for every node (only f-grams that a position ends with need it).
+    in, and a map out. In the last layer all nodes give keys and values, but only the distinct f-grams that positions
+    read, ``f_grams_by_depth``, cost the rest and the map out; without these numbers all nodes do.
     """
-    width, layers = config.hidden_size, config.num_hidden_layers
-    matrices = 4 * width * width + 2 * width * config.intermediate_size
-    maps = 0 if width == trunk_width else 2 * width * trunk_width
-    return sum(
-        nodes * (layers * (2 * matrices + 4 * width * (depth + 1)) + 2 * maps)
-        for depth, nodes in enumerate(nodes_by_depth)
-    )
+    width, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    map_flops = 0 if width == trunk_width else 2 * width * trunk_width
+    keys_and_values = 2 * 2 * width * width
+
+    def rest_of_layer(depth: int) -> int:
+        return 2 * (2 * width * width + 2 * width * inner) + 4 * width * (depth + 1)
+
+    total = 0.0
+    for depth, nodes in enumerate(nodes_by_depth):
+        total += nodes * (map_flops + layers * keys_and_values + (layers - 1) * rest_of_layer(depth))
+    for depth, f_grams in enumerate(nodes_by_depth if f_grams_by_depth is None else f_grams_by_depth):
+        total += f_grams * (map_flops + rest_of_layer(depth))
+    return total
 
 
 def training_flops(forward: float, recomputed: bool = False) -> float:

@@ -21,9 +21,11 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from scone.models.language_model import SconeForCausalLM
 from scone.models.learned_rows import LearnedRows
 from scone.training.optimizer import AdamWWithRows
 from scone.training.sharding import load_whole_optimizer, load_whole_weights, shard, whole_state, whole_weights
+from scone.training.step_cost import StepCost
 from scone.utils.errors import SconeError
 from scone.utils.files import write_json
 
@@ -54,6 +56,7 @@ class SconeTrainer(Trainer):
         rows = learned_rows(self.model)
         if rows is not None:
             self.add_callback(DropSkippedGradients(rows))
+        self.step_cost = StepCost(self.model) if isinstance(self.model, SconeForCausalLM) else None
         if self.is_fsdp_enabled:
             raise SconeError(
                 "found FSDP in the launcher's configuration; expected the option --fsdp full_shard, which knows what "
@@ -104,7 +107,8 @@ class SconeTrainer(Trainer):
     def _count(self, inputs: dict[str, Any]) -> None:
         """Add up figures for the next log line; tensors stay on the device, so that nothing waits for it."""
         figures: dict[str, Tensor | int] = {"positions": inputs["input_ids"].numel()}
-        if "trie" in inputs:
+        if self.step_cost is not None:
+            self.step_cost.count(inputs)
             figures["matched"] = inputs["trie"]["position_index"].count_nonzero()
             figures["nodes"] = inputs["trie"]["tokens"].numel()
         for name, value in figures.items():
@@ -118,6 +122,8 @@ class SconeTrainer(Trainer):
             if "nodes" in self._counted:
                 logs["match_rate"] = round(int(self._counted["matched"]) / positions, 4)
                 logs["nodes_per_position"] = round(int(self._counted["nodes"]) / positions, 4)
+            if self.step_cost is not None:
+                logs |= self.step_cost.figures()
             self._counted, self._counted_since = {}, time.perf_counter()
         if "eval_loss" in logs:
             logs["eval_perplexity"] = round(math.exp(min(logs["eval_loss"], 700.0)), 4)

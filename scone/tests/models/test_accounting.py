@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -40,6 +42,22 @@ def test_f_gram_flops_equal_counted_flops_of_the_padded_model():
     maps_out = 2 * config.hidden_size * trunk_width * (max_n * max_n - max_n)  # the padded one maps last places only
     deepest = [0.0] * (max_n - 1) + [max_n * max_n]
     assert f_gram_forward_flops(config, trunk_width, deepest) - maps_out == counted
+
+
+def test_the_last_layer_counts_only_what_positions_read():
+    """The operations that torch counts in the model itself, attention besides, which is no matrix product there."""
+    config, trunk_width = FGramModelConfig(**tiny.F_GRAM_SIZES), tiny.WIDTH
+    model = tiny.scone(max_n=3)
+    trie = model.trie_of(model.match(torch.from_numpy(tiny.corpus(60)[None])))
+    f_gram_model = model.f_gram_embedding.f_gram_model
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        f_gram_model(torch.zeros(len(trie["tokens"]), trunk_width), trie)
+    nodes, f_grams = (
+        [stop - start for start, stop in itertools.pairwise(trie[name])] for name in ("depth_offsets", "f_gram_offsets")
+    )
+    places = [sum((depth + 1) * count for depth, count in enumerate(counts)) for counts in (nodes, f_grams)]
+    attention = 4 * config.hidden_size * ((config.num_hidden_layers - 1) * places[0] + places[1])
+    assert f_gram_forward_flops(config, trunk_width, nodes, f_grams) - attention == counter.get_total_flops()
 
 
 def test_training_is_three_forward_passes_and_four_with_recomputation():

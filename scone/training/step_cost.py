@@ -1,0 +1,100 @@
+"""What a SCONE step costs in plain steps: predicted from operations, and measured while it trains."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import nn
+
+from scone.models.accounting import f_gram_forward_flops, trunk_forward_flops
+from scone.models.language_model import SconeForCausalLM
+
+
+class StepCost:
+    """Adds up, between two log lines, the f-gram model's nodes and the time that forward passes took.
+
+    The measured cost compares whole forward passes with what they would take without the input embedding layer; the
+    backward pass costs both in the same proportion. Accelerators are timed by events, so nothing waits for them.
+    """
+
+    def __init__(self, model: SconeForCausalLM) -> None:
+        assert model.f_gram_embedding is not None
+        self.model = model
+        self._trunk_flops: dict[int, float] = {}
+        self._whole = _Stopwatch(model)
+        self._embedding = _Stopwatch(model.f_gram_embedding)
+        self._start_over()
+
+    def _start_over(self) -> None:
+        self._flops = {"trunk": 0.0, "f-grams": 0.0}
+
+    def count(self, inputs: Mapping[str, Any]) -> None:
+        """Add the operations of a training batch."""
+        positions, length = inputs["input_ids"].numel(), inputs["input_ids"].shape[1]
+        if length not in self._trunk_flops:
+            self._trunk_flops[length] = trunk_forward_flops(self.model.trunk.config, length)
+        self._flops["trunk"] += positions * self._trunk_flops[length]
+        sizes = self.model.config.f_gram_model_config
+        if sizes is not None:
+            trie = inputs["trie"]
+            nodes, f_grams = _by_depth(trie["depth_offsets"]), _by_depth(trie["f_gram_offsets"])
+            self._flops["f-grams"] += f_gram_forward_flops(sizes, self.model.config.hidden_size, nodes, f_grams)
+
+    def figures(self) -> dict[str, float]:
+        """The costs since the last call, plain steps = 1; nothing where nothing was counted."""
+        whole, embedding = self._whole.seconds(), self._embedding.seconds()
+        flops = self._flops
+        self._start_over()
+        if not flops["trunk"] or whole <= embedding:
+            return {}
+        return {
+            "predicted_step_cost": round(1 + flops["f-grams"] / flops["trunk"], 4),
+            "measured_step_cost": round(whole / (whole - embedding), 4),
+        }
+
+
+def _by_depth(offsets: list[int]) -> list[float]:
+    return [float(after - before) for before, after in pairwise(offsets)]
+
+
+class _Stopwatch:
+    """Times the forward passes of a module in training mode, by hooks."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._marks: list[tuple[Any, Any]] = []
+        self._begun: Any = None
+        module.register_forward_pre_hook(self._start, with_kwargs=True)
+        module.register_forward_hook(self._stop, with_kwargs=True)
+
+    def _start(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if module.training:
+            self._begun = _now(module)
+
+    def _stop(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if module.training:
+            self._marks.append((self._begun, _now(module)))
+
+    def seconds(self) -> float:
+        """Time measured since the last call."""
+        marks, self._marks = self._marks, []
+        return sum(_seconds_between(start, stop) for start, stop in marks)
+
+
+def _now(module: nn.Module) -> Any:
+    parameter = next(module.parameters())
+    if parameter.device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _seconds_between(start: Any, stop: Any) -> float:
+    if isinstance(start, float):
+        return stop - start
+    stop.synchronize()
+    return start.elapsed_time(stop) / 1000
