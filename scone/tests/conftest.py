@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+# one thread a process: the tests run in several processes, and spinning threads of one slow the others down
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
