@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -110,6 +111,17 @@ def test_second_run_uses_what_was_finished(options: DemoOptions, report: dict) -
 def test_other_options_train_again(options: DemoOptions, report: dict) -> None:
     said: list[str] = []
     run_demo(replace(options, steps=20), said.append)
+    assert sum("training again" in line for line in said) == 2
+
+
+def test_other_text_trains_again(options: DemoOptions, report: dict, tmp_path: Path) -> None:
+    """The path is the same, what is there is not."""
+    shutil.copytree(options.output_dir, tmp_path / "demo")
+    text = Path(options.data).read_text(encoding="utf-8")
+    Path(options.data).write_text("".join(reversed(text.splitlines(keepends=True))), encoding="utf-8")
+    said: list[str] = []
+    run_demo(replace(options, output_dir=str(tmp_path / "demo")), said.append)
+    Path(options.data).write_text(text, encoding="utf-8")
     assert sum("training again" in line for line in said) == 2
 
 
