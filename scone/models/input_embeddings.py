@@ -52,7 +52,7 @@ class FGramInputEmbedding(nn.Module):
         if self.gain is not None:
             nn.init.constant_(self.gain, 0.0 if self.combination == "add" else self.replace_scale)
         if self.rows is not None:
-            nn.init.zeros_(self.rows.weight)
+            self.rows.reset()
 
     def forward(self, token_ids: Tensor, token_embedding: nn.Module, trie: Mapping[str, Any]) -> Tensor:
         """Vectors of a batch of positions.

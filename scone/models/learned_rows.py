@@ -22,9 +22,14 @@ class LearnedRows(nn.Module):
 
     def __init__(self, num_rows: int, width: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(num_rows, width), requires_grad=False)
+        self.weight = nn.Parameter(untouched_zeros(num_rows, width, torch.get_default_device()), requires_grad=False)
         self.on_host = False
         self.pending: list[tuple[Tensor, Tensor]] = []
+
+    def reset(self) -> None:
+        """Every row zero. Memory that is zero already is only read: pages that nobody wrote to take no room."""
+        if self.weight.device.type == "meta" or bool(self.weight.any()):
+            nn.init.zeros_(self.weight)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LearnedRows:
         """What ``to``, ``cuda``, ``half`` … do to a module; rows on the host neither move nor change their type."""
@@ -56,3 +61,10 @@ class LearnedRows(nn.Module):
         """Copies of the rows in page-locked memory, from which an accelerator fetches while the host goes on."""
         rows = torch.empty(len(ids), self.weight.shape[1], dtype=self.weight.dtype, pin_memory=True)
         return torch.index_select(self.weight, 0, ids, out=rows)
+
+
+def untouched_zeros(num_rows: int, width: int, device: torch.device) -> Tensor:
+    """fp32 zeros ``[R, D]``; on the host, memory that the system provides page by page as it is written to."""
+    if device.type == "cpu":
+        return torch.from_numpy(np.zeros((num_rows, width), np.float32))
+    return torch.zeros(num_rows, width, device=device)

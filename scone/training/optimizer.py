@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from scone.kernels.row_adam import update_rows
-from scone.models.learned_rows import LearnedRows
+from scone.models.learned_rows import LearnedRows, untouched_zeros
 
 
 class AdamWWithRows(torch.optim.AdamW):
@@ -68,8 +68,8 @@ class AdamWWithRows(torch.optim.AdamW):
         state = self.state[weight]
         if not state:
             state["step"] = torch.zeros(())
-            state["exp_avg"] = torch.zeros_like(weight)
-            state["exp_avg_sq"] = torch.zeros_like(weight)
+            state["exp_avg"] = untouched_zeros(*weight.shape, weight.device)
+            state["exp_avg_sq"] = untouched_zeros(*weight.shape, weight.device)
         state["step"] += 1
         step = state["step"].item()
         beta1, beta2 = group["betas"]

@@ -1,0 +1,278 @@
+"""The cost of training: prefix sharing against the padded f-gram model, steps against their operations, learned rows.
+
+    python benchmarks/bench_training.py [--quick] [--json FILE] [--positions 4096 16384 65536] [--tokens FILE.npy]
+
+f-grams (N = 5, the 1,000,000 most frequent; 4,000,000 for the rows) are counted on Wikipedia in GPT-2's tokens. The
+padded peer is the paper's: every matched position runs its own f-gram, padded to N tokens, in one batch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from common import PeakMemory, Report, interleaved
+from torch import Tensor
+from training_data import SEPARATOR, VOCAB_SIZE, gpt2_tokens
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from scone.data.collator import Collator
+from scone.models.accounting import f_gram_forward_flops, trunk_forward_flops
+from scone.models.f_gram_model import FGramModel, FGramModelConfig, padded_f_gram_model
+from scone.models.language_model import SconeForCausalLM
+from scone.tokenization.counting import count_f_grams
+from scone.tokenization.f_gram_vocabulary import FGramVocabulary
+from scone.training.optimizer import AdamWWithRows
+from scone.training.trainer import learned_rows
+
+MAX_N, NUM_F_GRAMS, MOST_ROWS = 5, 1_000_000, 4_000_000
+SEQUENCE_LENGTH = 512
+Batch = dict[str, Any]
+
+
+def main() -> None:
+    """Measure, print the table of records, write the JSON."""
+    report = Report.from_arguments("training", __doc__, add_options=_add_options)
+    options = report.config
+    tokens, source = gpt2_tokens(3 if report.quick else None, options["tokens"])
+    print(f"{len(tokens):,} tokens ({source})", flush=True)
+    started = time.perf_counter()
+    limits: dict[str, Any] = {"vocab_size": VOCAB_SIZE, "max_n": MAX_N, "min_freq": 2, "max_f_grams": MOST_ROWS}
+    large = count_f_grams([tokens], **limits, separator_ids=[SEPARATOR], quiet=True).vocabulary
+    vocabulary = large.truncated(min(NUM_F_GRAMS, large.num_f_grams))
+    seconds = time.perf_counter() - started
+    print(f"{large.num_f_grams:,} f-grams in {seconds:.0f} s", flush=True)
+    trunk = {"n_embd": 256, "n_layer": 4, "n_head": 4} if report.quick else {"n_embd": 512, "n_layer": 8, "n_head": 8}
+    positions = options["positions"] or ([4096] if report.quick else [4096, 16_384])
+    options |= {"tokens": source, "num_tokens": len(tokens), "f_grams": vocabulary.num_f_grams, "max_n": MAX_N}
+    options |= {"trunk": trunk, "positions": positions, "threads": torch.get_num_threads()}
+    sizes = _f_gram_sizes(trunk, 0.75 if report.quick else 1.0)
+    measure_sharing(report, batches(tokens, vocabulary, 16_384), vocabulary, sizes)
+    for count in positions:
+        measure_steps(report, tokens, vocabulary, trunk, count)
+    measure_rows(report, tokens, large, trunk)
+    report.finish()
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--positions", type=int, nargs="+", help="batch sizes of the steps (4096; not quick: and 16384)"
+    )
+    parser.add_argument("--tokens", metavar="FILE", help="a .npy file of GPT-2 token ids instead of the corpus")
+
+
+def _f_gram_sizes(trunk: dict[str, int], scale: float) -> dict[str, int]:
+    """An f-gram model of ``scale`` times the trunk's layers (0.75: also three quarters of its width)."""
+    width = trunk["n_embd"] * 3 // 4 if scale == 0.75 else trunk["n_embd"]
+    return {
+        "hidden_size": width,
+        "num_hidden_layers": max(1, round(trunk["n_layer"] * scale)),
+        "num_attention_heads": trunk["n_head"],
+        "intermediate_size": 4 * width,
+    }
+
+
+def batches(tokens: np.ndarray, vocabulary: FGramVocabulary | None, positions: int, rows: int = 0) -> Iterator[Batch]:
+    """Batches of blocks drawn from all over the corpus, as a shuffling data loader makes them."""
+    collate = Collator(vocabulary, rows)
+    rng = np.random.default_rng(0)
+    while True:
+        starts = rng.integers(0, len(tokens) // SEQUENCE_LENGTH - 1, positions // SEQUENCE_LENGTH) * SEQUENCE_LENGTH
+        yield collate([{"input_ids": tokens[start : start + SEQUENCE_LENGTH].astype(np.int64)} for start in starts])
+
+
+def measure_sharing(
+    report: Report, source: Iterator[Batch], vocabulary: FGramVocabulary, sizes: dict[str, int]
+) -> None:
+    """Nodes per position, and forward + backward of the f-gram model alone against the padded one."""
+    some = list(itertools.islice(source, 4))
+    positions = some[0]["input_ids"].numel()
+    nodes = statistics.mean(len(batch["trie"]["tokens"]) / positions for batch in some)
+    report.add("nodes_per_position_16k", "nodes", nodes, ratio="ours", target=0.7, better="lower")
+    torch.manual_seed(0)
+    model = FGramModel(FGramModelConfig(**sizes), sizes["hidden_size"], MAX_N)
+    model.init_weights()
+    table = torch.randn(VOCAB_SIZE, sizes["hidden_size"], requires_grad=True)
+    trie = some[0]["trie"]
+    per_position = trie["f_grams"][trie["position_index"][trie["position_index"] > 0] - 1]
+    padded_inputs = {"position": _padded(per_position, vocabulary), "distinct": _padded(trie["f_grams"], vocabulary)}
+
+    def run(forward: Callable[[], Tensor]) -> Callable[[], None]:
+        def step() -> None:
+            forward().square().sum().backward()
+            model.zero_grad(set_to_none=True)
+            table.grad = None
+
+        return step
+
+    def padded(which: str) -> Callable[[], None]:
+        its_tokens, lengths = padded_inputs[which]
+        return run(lambda: padded_f_gram_model(model, table[its_tokens], lengths))
+
+    ours = run(lambda: model(table[trie["tokens"]], trie))
+    seconds = interleaved({"ours": ours, "padded": padded("position"), "distinct": padded("distinct")}, 2)
+    report.add(
+        "f_gram_forward_backward_speedup_16k",
+        "s",
+        seconds["ours"],
+        peer=seconds["padded"],
+        peer_name="padded, every position",
+        ratio="peer/ours",
+        target=6.0,
+    )
+    report.add(
+        "f_gram_speedup_over_padded_distinct_16k",
+        "s",
+        seconds["ours"],
+        peer=seconds["distinct"],
+        peer_name="padded, every distinct f-gram",
+        ratio="peer/ours",
+    )
+    peaks = []
+    for step in (ours, padded("position")):
+        with PeakMemory() as peak:
+            step()
+        peaks.append(peak.growth_bytes / 2**20)
+    report.add(
+        "f_gram_peak_memory_16k", "MiB", peaks[0], peer=peaks[1], peer_name="padded, every position", ratio="peer/ours"
+    )
+
+
+def _padded(f_grams: Tensor, vocabulary: FGramVocabulary) -> tuple[Tensor, Tensor]:
+    """Tokens [M, N] of the f-grams, padded at the end, and their lengths [M]."""
+    nodes = f_grams.numpy().copy()
+    lengths = np.ones(len(nodes), np.int64)
+    backwards = np.zeros((len(nodes), MAX_N), np.int64)
+    for place in range(MAX_N):
+        is_f_gram = nodes >= VOCAB_SIZE
+        ranks = np.where(is_f_gram, nodes - VOCAB_SIZE, 0)
+        last = np.where(is_f_gram, vocabulary.keys[ranks, 1], nodes)
+        backwards[:, place] = np.where(lengths > place, last, 0)
+        lengths += is_f_gram
+        nodes = np.where(is_f_gram, vocabulary.keys[ranks, 0], nodes)
+    columns = np.maximum(lengths[:, None] - 1 - np.arange(MAX_N), 0)
+    return torch.from_numpy(np.take_along_axis(backwards, columns, 1)), torch.from_numpy(lengths)
+
+
+class Step:
+    """Whole training steps of one model: forward, backward, clipping, optimizer; on prepared batches in turn."""
+
+    def __init__(self, model: PreTrainedModel, prepared: list[Batch], rows_learning_rate: float = 1e-3) -> None:
+        self.model = model.train()
+        self.batches = itertools.cycle(prepared)
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.optimizer = AdamWWithRows(
+            [{"params": parameters, "lr": 1e-4}], rows=learned_rows(model), rows_learning_rate=rows_learning_rate
+        )
+
+    def __call__(self) -> None:
+        self.model(**next(self.batches)).loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def _trunk(sizes: dict[str, int]) -> PreTrainedModel:
+    torch.manual_seed(0)
+    special = {"bos_token_id": SEPARATOR, "eos_token_id": SEPARATOR}
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", vocab_size=VOCAB_SIZE, **sizes, **special))
+
+
+def _without_trie(batch: Batch) -> Batch:
+    return {name: value for name, value in batch.items() if name != "trie"}
+
+
+def measure_steps(
+    report: Report, tokens: np.ndarray, vocabulary: FGramVocabulary, trunk: dict[str, int], positions: int
+) -> None:
+    """Steps with f-gram models of half, once and twice the trunk's layers against the plain step and their FLOPs."""
+    source = batches(tokens, vocabulary, positions)
+    prepared = list(itertools.islice(source, 3))
+    plain = _trunk(trunk)
+    steps: dict[str, Callable[[], object]] = {"plain": Step(plain, [_without_trie(batch) for batch in prepared])}
+    predicted = {}
+    for scale in (0.5, 1.0, 2.0):
+        sizes = _f_gram_sizes(trunk, scale)
+        steps[f"{scale}x"] = Step(SconeForCausalLM.from_trunk(_trunk(trunk), vocabulary, f_gram_model=sizes), prepared)
+        predicted[scale] = 1 + _f_gram_flops(sizes, prepared) / trunk_forward_flops(plain.config, SEQUENCE_LENGTH)
+    steps["trie"] = lambda: next(source)
+    plain_source = batches(tokens, None, positions)
+    steps["tokens"] = lambda: next(plain_source)
+    seconds = interleaved(steps, 3)
+    for scale, expected in predicted.items():
+        name = "step_vs_flops" if scale == 1.0 else f"step_vs_flops_{scale}x"
+        measured = seconds[f"{scale}x"] / seconds["plain"]
+        report.add(
+            name if positions == report.config["positions"][0] else f"{name}_{positions}",
+            "plain steps",
+            measured,
+            peer=expected,
+            peer_name=f"predicted from FLOPs, {positions:,} positions",
+            target=1.15 if scale == 1.0 else None,
+            better="lower",
+        )
+    report.add(
+        "trie_build_share" if positions == report.config["positions"][0] else f"trie_build_share_{positions}",
+        "s",
+        seconds["trie"] - seconds["tokens"],
+        peer=seconds["1.0x"],
+        peer_name=f"step of {positions:,} positions",
+        target=0.05,
+        better="lower",
+    )
+
+
+def _f_gram_flops(sizes: dict[str, int], prepared: list[Batch]) -> float:
+    """Forward operations of the f-gram model per position."""
+    config, total, positions = FGramModelConfig(**sizes), 0.0, 0
+    for batch in prepared:
+        counts = [
+            [float(stop - start) for start, stop in itertools.pairwise(batch["trie"][name])]
+            for name in ("depth_offsets", "f_gram_offsets")
+        ]
+        total += f_gram_forward_flops(config, config.hidden_size, *counts)
+        positions += batch["input_ids"].numel()
+    return total / positions
+
+
+def measure_rows(report: Report, tokens: np.ndarray, large: FGramVocabulary, trunk: dict[str, int]) -> None:
+    """Steps of rows-only models with 100 k, 1 M and 4 M rows against the plain step; each batch is new."""
+    positions, repeats = 4096, 4
+    steps: dict[str, Callable[[], object]] = {}
+    for num_rows in (0, 100_000, NUM_F_GRAMS, MOST_ROWS):
+        vocabulary = large.truncated(min(max(num_rows, 1), large.num_f_grams))
+        source = batches(tokens, vocabulary if num_rows else None, positions, num_rows)
+        prepared = list(itertools.islice(source, repeats + 1))
+        model = _trunk(trunk)
+        if num_rows:
+            model = SconeForCausalLM.from_trunk(model, vocabulary, f_gram_model=None, learned_rows=num_rows)
+        steps[str(num_rows)] = Step(model, prepared)
+    seconds = interleaved(steps, repeats)
+    report.add(
+        "rows_step_overhead",
+        "s",
+        seconds[str(NUM_F_GRAMS)],
+        peer=seconds["0"],
+        peer_name="plain step",
+        target=1.1,
+        better="lower",
+    )
+    report.add(
+        "rows_step_growth",
+        "s",
+        seconds[str(MOST_ROWS)],
+        peer=seconds["100000"],
+        peer_name="step with 100,000 rows",
+        target=1.1,
+        better="lower",
+    )
+
+
+if __name__ == "__main__":
+    main()
