@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable
 from typing import Any
 
@@ -64,7 +65,13 @@ class LearnedRows(nn.Module):
 
 
 def untouched_zeros(num_rows: int, width: int, device: torch.device) -> Tensor:
-    """fp32 zeros ``[R, D]``; on the host, memory that the system provides page by page as it is written to."""
-    if device.type == "cpu":
-        return torch.from_numpy(np.zeros((num_rows, width), np.float32))
-    return torch.zeros(num_rows, width, device=device)
+    """fp32 zeros ``[R, D]``; on the host, memory that the system provides page by page as it is written to.
+
+    Huge pages are declined: rows are touched here and there, and each would bring two megabytes of zeros along.
+    """
+    if device.type != "cpu" or not num_rows or not hasattr(mmap, "MAP_ANONYMOUS"):
+        return torch.zeros(num_rows, width, device=device)
+    memory = mmap.mmap(-1, 4 * num_rows * width, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.float32).view(num_rows, width)
