@@ -46,11 +46,17 @@ def table(name: str) -> str:
     report = json.loads(path.read_text(encoding="utf-8"))
     if "records" in report:
         return benchmark_table(report)
+    if "comparison" in report:
+        return demo_table(report)
     if "commands" in report:
         return transcript(report)
+    if "costs" in report:
+        return cost_tables(report)
     if "runs" in report:
         return experiment_table(report)
-    raise SystemExit(f"{path}: expected a benchmark's report with records, an experiment's with runs, or a transcript")
+    raise SystemExit(
+        f"{path}: expected a benchmark's report with records, an experiment's with runs, costs, or a transcript"
+    )
 
 
 def benchmark_table(report: dict[str, Any]) -> str:
@@ -67,6 +73,56 @@ def benchmark_table(report: dict[str, Any]) -> str:
     machine = report["machine"]
     where = ", ".join(str(machine[key]) for key in ("processor", "cores", "accelerators") if machine.get(key))
     return "\n".join(lines) + f"\n\n*Measured on {where} at commit {report['commit'][:10]}.*\n"
+
+
+def demo_table(report: dict[str, Any]) -> str:
+    """A demo's two models side by side."""
+    plain, scone = report["models"]["plain"], report["models"]["scone"]
+    training, table_facts = report["training"], report["table"]
+    rows = [
+        ("held-out perplexity", [f"{model['evaluation']['perplexity']:.2f}" for model in (plain, scone)]),
+        ("inference FLOPs per token", [f"{model['inference_flops_per_token']:.4g}" for model in (plain, scone)]),
+        ("parameters at inference", [f"{model['resident_parameters']:,}" for model in (plain, scone)]),
+        ("training FLOPs per token", [f"{model['training_flops_per_token']:.4g}" for model in (plain, scone)]),
+        ("training seconds", [f"{model['training_seconds']:,.0f}" for model in (plain, scone)]),
+        ("generation tokens/s", [f"{model['generation_tokens_per_second']:,.0f}" for model in (plain, scone)]),
+        ("table", ["–", f"{table_facts['num_rows']:,} rows, {table_facts['file_bytes'] / 2**20:,.0f} MiB"]),
+    ]
+    lines = ["| | plain | SCONE, from the table |", "|---|---:|---:|"]
+    lines += [f"| {name} | {' | '.join(cells)} |" for name, cells in rows]
+    low, high = report["comparison"]["loss_difference_interval"]
+    return (
+        "\n".join(lines)
+        + f"\n\n*{report['corpus']['name']}: {training['steps']:,} steps of {training['batch_size']} × "
+        f"{training['max_length']} tokens each, {training['trunk']}; loss difference {low:+.3f} to {high:+.3f} nats "
+        f"(95 % over windows), {report['total_seconds'] / 60:.1f} minutes in all on "
+        f"{report['machine']['processor']}, {report['machine']['num_threads']} threads; one seed.*\n"
+    )
+
+
+def cost_tables(report: dict[str, Any]) -> str:
+    """What the f-gram model computes per position, by batch size; and training steps in plain steps."""
+    columns = ("match_rate", "padded", "exact_lengths", "distinct_f_grams", "nodes")
+    names = " | ".join(name.replace("_", " ") for name in columns)
+    lines = [f"| f-grams | positions of a batch | {names} |", "|---:|---:|" + "---:|" * len(columns)]
+    for batch in report["batches"]:
+        values = " | ".join(f"{batch[name]:.2f}" for name in columns)
+        lines.append(f"| {batch['f_grams']:,} | {batch['positions']:,} | {values} |")
+    sizes = sorted({line["positions"] for line in report["costs"]})
+    shared = " | ".join(f"shared, {size:,}" for size in sizes)
+    lines += ["", f"| trunk + f-gram model, f-grams | padded | exact lengths | {shared} |"]
+    lines.append("|---|---:|---:|" + "---:|" * len(sizes))
+    rows: dict[tuple[str, str, int], dict[int, dict[str, float]]] = {}
+    for line in report["costs"]:
+        rows.setdefault((line["trunk"], line["f_gram_model"], line["f_grams"]), {})[line["positions"]] = line
+    for (trunk, f_gram_model, f_grams), by_size in rows.items():
+        largest = by_size[max(by_size)]
+        values = [f"{by_size[size]['shared']:.2f}" if size in by_size else "" for size in sizes]
+        cells = [f"{largest['padded']:.2f}", f"{largest['exact_lengths']:.2f}", *values]
+        lines.append(f"| {trunk} + {f_gram_model}, {f_grams:,} | {' | '.join(cells)} |")
+    config = report["config"]
+    note = f"{config['num_tokens']:,} tokens ({config['tokens']}), N = {config['max_n']}"
+    return "\n".join(lines) + f"\n\n*Counted on {note}, at commit {report['commit'][:10]}.*\n"
 
 
 def transcript(report: dict[str, Any]) -> str:
