@@ -195,7 +195,10 @@ def save_options(options: SconeOptions, path: str | Path) -> None:
     """Write all options as YAML, atomically; ``--config`` reads it. Raises OSError."""
     import yaml
 
-    text = yaml.safe_dump(to_mapping(options), sort_keys=False, allow_unicode=True)
+    mapping = to_mapping(options)
+    text = yaml.safe_dump(mapping, sort_keys=False, allow_unicode=True)
+    if yaml.safe_load(text) != mapping:  # a lone U+0085 or its like, which PyYAML writes bare but reads as a line break
+        text = yaml.safe_dump(mapping, sort_keys=False)
     with atomic_path(path) as temporary:
         temporary.write_text(
             f"# Resolved options of a SCONE run; give this file to --config to repeat it.\n{text}", "utf-8"
