@@ -68,8 +68,9 @@ class AdamWWithRows(torch.optim.AdamW):
         state = self.state[weight]
         if not state:
             state["step"] = torch.zeros(())
-            state["exp_avg"] = untouched_zeros(*weight.shape, weight.device)
-            state["exp_avg_sq"] = untouched_zeros(*weight.shape, weight.device)
+            num_rows, width = weight.shape
+            state["exp_avg"] = untouched_zeros(num_rows, width, weight.device)
+            state["exp_avg_sq"] = untouched_zeros(num_rows, width, weight.device)
         state["step"] += 1
         step = state["step"].item()
         beta1, beta2 = group["betas"]
