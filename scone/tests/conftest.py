@@ -6,6 +6,12 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# what continuous integration finds must be what was changed; new examples are searched for on developers' machines
+settings.register_profile("ci", derandomize=True)
+if os.environ.get("CI"):
+    settings.load_profile("ci")
 
 # one thread a process: the tests run in several processes, and spinning threads of one slow the others down
 os.environ.setdefault("OMP_NUM_THREADS", "1")
