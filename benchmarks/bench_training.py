@@ -243,7 +243,7 @@ def _f_gram_flops(sizes: dict[str, int], prepared: list[Batch]) -> float:
 
 def measure_rows(report: Report, tokens: np.ndarray, large: FGramVocabulary, trunk: dict[str, int]) -> None:
     """Steps of rows-only models with 100 k, 1 M and 4 M rows against the plain step; each batch is new."""
-    positions, repeats = 4096, 4
+    positions, repeats = (2048 if report.quick else 8192), 4
     steps: dict[str, Callable[[], object]] = {}
     for num_rows in (0, 100_000, NUM_F_GRAMS, MOST_ROWS):
         vocabulary = large.truncated(min(max(num_rows, 1), large.num_f_grams))
