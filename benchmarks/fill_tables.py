@@ -63,7 +63,8 @@ def benchmark_table(report: dict[str, Any]) -> str:
     """Metric, ours, peer, ratio, target; a missed target says so."""
     lines = ["| metric | ours | peer | ratio | target | |", "|---|---:|---:|---:|---:|---|"]
     for record in report["records"]:
-        peer = f"{_number(record['peer'])} ({record['peer_name']})" if record.get("peer") is not None else ""
+        name = f" ({record['peer_name']})" if record.get("peer_name") else ""
+        peer = f"{_number(record['peer'])}{name}" if record.get("peer") is not None else ""
         met = {True: "met", False: "**missed**", None: ""}[record.get("met")]
         ours = f"{_number(record['ours'])} {record['unit']}".strip() if record.get("ours") is not None else ""
         lines.append(
@@ -71,7 +72,8 @@ def benchmark_table(report: dict[str, Any]) -> str:
             f"{_number(record.get('target'))} | {met} |"
         )
     machine = report["machine"]
-    where = ", ".join(str(machine[key]) for key in ("processor", "cores", "accelerators") if machine.get(key))
+    cores = f"{machine['cores']} cores" if machine.get("cores") else None
+    where = ", ".join(str(part) for part in (machine.get("processor"), cores, machine.get("accelerators")) if part)
     return "\n".join(lines) + f"\n\n*Measured on {where} at commit {report['commit'][:10]}.*\n"
 
 
