@@ -124,9 +124,14 @@ class Report:
             "benchmark": self.benchmark,
             "machine": machine(),
             "commit": commit(),
-            "config": json.loads(json.dumps(self.config, default=str)),
+            "config": json.loads(json.dumps(self.config, default=_shown)),
             "records": [asdict(record) for record in self.records],
         }
+
+
+def _shown(value: object) -> str:
+    """A path by its name alone: folders of the measuring machine say nothing to a reader."""
+    return value.name if isinstance(value, Path) else str(value)
 
 
 def _ratio(rule: str, ours: float | None, peer: float | None) -> float | None:

@@ -74,7 +74,8 @@ def benchmark_table(report: dict[str, Any]) -> str:
     machine = report["machine"]
     cores = f"{machine['cores']} cores" if machine.get("cores") else None
     where = ", ".join(str(part) for part in (machine.get("processor"), cores, machine.get("accelerators")) if part)
-    return "\n".join(lines) + f"\n\n*Measured on {where} at commit {report['commit'][:10]}.*\n"
+    size = "Quick size, m" if report["config"].get("quick") else "M"
+    return "\n".join(lines) + f"\n\n*{size}easured on {where} at commit {report['commit'][:10]}.*\n"
 
 
 def demo_table(report: dict[str, Any]) -> str:
