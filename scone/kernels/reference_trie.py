@@ -14,6 +14,7 @@ def trie_batch(
     vocab_size: int,
     max_n: int,
     num_rows: int = 0,
+    backoff: bool = True,
 ) -> TrieBatch:
     """What ``build_trie_batch`` returns, up to the order of the nodes within one depth."""
 
@@ -22,6 +23,10 @@ def trie_batch(
 
     def chain(node: int) -> list[int]:
         return [] if node < vocab_size else [node - vocab_size, *chain(int(suffixes[node - vocab_size]))]
+
+    def rows_of(f_gram: int) -> list[int]:
+        ranks = [rank for rank in chain(f_gram) if rank < num_rows]
+        return ranks if backoff else ranks[:1]
 
     f_grams = list(dict.fromkeys(int(node) for node in nodes.reshape(-1) if node >= vocab_size))
     f_grams.sort(key=lambda node: len(path(node)))
@@ -32,10 +37,10 @@ def trie_batch(
     place = {node: index for index, node in enumerate(ordered)}
     depths = np.array([len(paths[node]) - 1 for node in ordered])
     f_gram_depths = np.array([len(paths[f_gram]) - 1 for f_gram in f_grams])
-    rows = list(dict.fromkeys(rank for f_gram in f_grams for rank in chain(f_gram) if rank < num_rows))
+    rows = list(dict.fromkeys(rank for f_gram in f_grams for rank in rows_of(f_gram)))
     row_chains = np.zeros((len(f_grams), max(max_n - 1, 1)), np.int64)
     for index, f_gram in enumerate(f_grams):
-        links = [rows.index(rank) + 1 for rank in chain(f_gram) if rank < num_rows]
+        links = [rows.index(rank) + 1 for rank in rows_of(f_gram)]
         row_chains[index, : len(links)] = links
     return TrieBatch(
         position_index=np.array(positions, np.int64).reshape(nodes.shape),

@@ -1,7 +1,8 @@
 """Causal attention over a trie: each node attends to its own prefixes and itself; nothing is padded.
 
 Both directions are operators of torch's own kind, so that compiled models treat them as one step and choose the
-implementation when they run: a fused kernel on the CPU, slices and gathers elsewhere.
+implementation when they run: a fused kernel on the CPU and, where Triton is installed, on CUDA; slices and gathers
+elsewhere.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from scone.kernels.ancestor_attention import attention_backward, attention_forward
+from scone.kernels.installed import triton_is_installed
 
 
 def ancestor_attention(
@@ -50,6 +52,11 @@ def _attention(
     query: Tensor, key: Tensor, value: Tensor, ancestors: Tensor, depth_offsets: list[int]
 ) -> tuple[Tensor, Tensor]:
     """The output, and the weights ``[M, heads, N]`` as the implementation's own backward pass wants them."""
+    if _has_triton_kernel(query):
+        from scone.kernels.ancestor_attention_triton import attention_forward_triton
+
+        query, key, value = _with_whole_heads(query, key, value)
+        return attention_forward_triton(query, key, value, ancestors)
     if _has_kernel(query):
         query, key, value = _with_whole_heads(query, key, value)
         output, weights = attention_forward(torch.get_num_threads(), *_arrays(query, key, value, ancestors))
@@ -68,6 +75,11 @@ def _attention_backward(
     depth_offsets: list[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value."""
+    if _has_triton_kernel(query):
+        from scone.kernels.ancestor_attention_triton import attention_backward_triton
+
+        grad_output, query, key, value = _with_whole_heads(grad_output, query, key, value)
+        return attention_backward_triton(grad_output, query, key, value, weights, ancestors)
     if _has_kernel(query):
         inputs = (*_with_whole_heads(grad_output, query, key, value), weights, ancestors)
         gradients = attention_backward(torch.get_num_threads(), *_arrays(*inputs))
@@ -77,7 +89,8 @@ def _attention_backward(
 
 @_attention.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, ancestors: Tensor, depth_offsets: list[int]) -> tuple[Tensor, Tensor]:
-    return query.new_empty(query.shape), value.new_empty((*query.shape[:2], ancestors.shape[1]))
+    weights_type = torch.float32 if _has_triton_kernel(query) else value.dtype
+    return query.new_empty(query.shape), value.new_empty((*query.shape[:2], ancestors.shape[1]), dtype=weights_type)
 
 
 @_attention_backward.register_fake
@@ -110,6 +123,10 @@ _attention.register_autograd(_differentiate, setup_context=_keep_for_backward)
 
 def _has_kernel(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.float64)
+
+
+def _has_triton_kernel(tensor: Tensor) -> bool:
+    return tensor.device.type == "cuda" and tensor.dtype != torch.float64 and triton_is_installed()
 
 
 def _arrays(*tensors: Tensor) -> list[np.ndarray]:

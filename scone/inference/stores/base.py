@@ -6,7 +6,6 @@ import warnings
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from scone.inference.row_types import RowFormat
 from scone.kernels.dequantize import ThreadTeam, gather_bytes, gather_rows
+from scone.kernels.installed import triton_is_installed
 
 
 def decode_rows(table: Tensor, ranks: Tensor, row: RowFormat, dtype: torch.dtype) -> Tensor:
@@ -21,7 +21,7 @@ def decode_rows(table: Tensor, ranks: Tensor, row: RowFormat, dtype: torch.dtype
 
     On CUDA one Triton kernel gathers and decodes, where Triton is installed; PyTorch does the same in several steps.
     """
-    if table.device.type == "cuda" and find_spec("triton"):
+    if table.device.type == "cuda" and triton_is_installed():
         from scone.kernels.dequantize_triton import gather_rows_triton
 
         return gather_rows_triton(table, ranks, row.row_type, row.width, row.group_size, dtype)
