@@ -17,6 +17,10 @@ class TokenHistory(DynamicLayer):
     disagree with the keys and values, whoever drives the decoding (``generate``, assisted decoding, or code by hand).
     """
 
+    # A cache can be compiled for if all of its layers can. Attention masks ask that (they keep the mask of a static
+    # cache, whose unused places must stay hidden); the trunk never sees the history, so the others decide.
+    is_compileable = True
+
     def append(self, token_ids: Tensor, mask: Tensor | None) -> None:
         """Add int64 tokens ``[B, T]``; ``mask`` [B, T] is 0 at padding."""
         tokens = token_ids if mask is None else torch.where(mask.bool(), token_ids, MASKED)
