@@ -16,7 +16,8 @@ import scone
 from scone.data.prepare import prepare_corpus
 from scone.evaluation import measure
 from scone.evaluation.benchmark_config import BaselineEntry, BenchmarkConfig, DatasetEntry, ModelEntry
-from scone.evaluation.perplexity import perplexity, text_bytes
+from scone.evaluation.perplexity import perplexity
+from scone.evaluation.text_size import text_bytes
 from scone.inference.loading import LoadedModel, device_of, load_model, position_limit
 from scone.models.accounting import parameter_counts
 from scone.tokenization.tokenizers import load_tokenizer

@@ -20,8 +20,9 @@ from scone.data.prepare import prepare_corpus
 from scone.evaluation import measure
 from scone.evaluation.demo_facts import comparison, corpus_facts, f_gram_facts, model_facts, training_facts
 from scone.evaluation.demo_options import TRUNK_FOLDER, DemoOptions, model_options, trunk_configuration
-from scone.evaluation.perplexity import PerplexityResult, perplexity, text_bytes
+from scone.evaluation.perplexity import PerplexityResult, perplexity
 from scone.evaluation.report import render_report, verdict
+from scone.evaluation.text_size import text_bytes
 from scone.inference.engine import GenerationOptions, SconeInferenceEngine
 from scone.inference.loading import load_model
 from scone.inference.precompute import precompute_table

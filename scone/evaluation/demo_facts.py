@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from scone.evaluation import measure
-from scone.evaluation.perplexity import PerplexityResult, loss_difference, match_lengths
+from scone.evaluation.loss_groups import match_lengths
+from scone.evaluation.perplexity import PerplexityResult, loss_difference
 from scone.models.accounting import parameter_counts
 from scone.tokenization.matcher import Matcher
 

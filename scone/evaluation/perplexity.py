@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import time
 from collections.abc import Iterator
@@ -12,23 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from scone.evaluation.loss_groups import LengthLoss, LossTally, RankLoss, mean_interval
 from scone.inference.loading import device_of, position_limit
 from scone.utils.errors import SconeError
 from scone.utils.progress import progress
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
     from scone.tokenization.matcher import Matcher
-
-
-@dataclass(frozen=True)
-class LengthLoss:
-    """Loss of the predictions made from positions whose longest f-gram has ``length`` tokens (1: no f-gram)."""
-
-    length: int
-    num_predicted: int
-    loss: float
 
 
 @dataclass(frozen=True)
@@ -36,7 +29,8 @@ class PerplexityResult:
     """What a corpus costs a model. Losses are in nats.
 
     ``loss_sum`` is over ``num_predicted`` of ``num_tokens`` tokens: those that begin a window have no context and are
-    not predicted. ``num_bytes``: UTF-8 bytes of the text, where known.
+    not predicted. ``num_bytes`` and ``num_words``: size of the text, where known. ``document_sums`` and
+    ``document_counts`` [documents]: losses and predicted tokens of each document, where documents are known.
     """
 
     loss_sum: float
@@ -46,6 +40,10 @@ class PerplexityResult:
     num_bytes: int | None = None
     by_match_length: list[LengthLoss] = field(default_factory=list)
     window_losses: list[float] = field(default_factory=list, repr=False)  # mean loss of each window, in order
+    num_words: int | None = None
+    by_rank: list[RankLoss] = field(default_factory=list)
+    document_sums: np.ndarray | None = field(default=None, repr=False)
+    document_counts: np.ndarray | None = field(default=None, repr=False)
 
     @property
     def loss(self) -> float:
@@ -55,12 +53,35 @@ class PerplexityResult:
     @property
     def perplexity(self) -> float:
         """exp(mean loss); infinity where that overflows."""
-        return math.exp(self.loss) if self.loss < 700 else math.inf
+        return _exp(self.loss)
 
     @property
     def bits_per_byte(self) -> float | None:
         """Bits a byte of text, counting the few unpredicted tokens at the mean loss, so that windows do not matter."""
         return self.loss * self.num_tokens / math.log(2) / self.num_bytes if self.num_bytes else None
+
+    @property
+    def word_perplexity(self) -> float | None:
+        """exp(loss per word), which compares models of different tokenizers; unpredicted tokens as above."""
+        return _exp(self.loss * self.num_tokens / self.num_words) if self.num_words else None
+
+    @property
+    def loss_interval(self) -> tuple[float, float] | None:
+        """95 % interval of ``loss`` over documents (`mean_interval`); None without documents, or for too few."""
+        if self.document_sums is None or self.document_counts is None:
+            return None
+        return mean_interval(self.document_sums, self.document_counts)
+
+    @property
+    def perplexity_interval(self) -> tuple[float, float] | None:
+        """exp of ``loss_interval``."""
+        interval = self.loss_interval
+        return None if interval is None else (_exp(interval[0]), _exp(interval[1]))
+
+    @property
+    def num_documents(self) -> int | None:
+        """Documents with a predicted token, where documents are known."""
+        return None if self.document_counts is None else int(np.count_nonzero(self.document_counts))
 
     @property
     def tokens_per_second(self) -> float:
@@ -71,15 +92,25 @@ class PerplexityResult:
         """A JSON-ready mapping."""
         return {
             "perplexity": self.perplexity,
+            "perplexity_interval": self.perplexity_interval,
             "loss": self.loss,
+            "loss_interval": self.loss_interval,
             "bits_per_byte": self.bits_per_byte,
+            "word_perplexity": self.word_perplexity,
             "num_predicted": self.num_predicted,
             "num_tokens": self.num_tokens,
             "num_bytes": self.num_bytes,
+            "num_words": self.num_words,
+            "num_documents": self.num_documents,
             "seconds": self.seconds,
             "tokens_per_second": self.tokens_per_second,
             "by_match_length": [vars(entry) for entry in self.by_match_length],
+            "by_rank": [vars(entry) for entry in self.by_rank],
         }
+
+
+def _exp(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf
 
 
 @dataclass(frozen=True)
@@ -113,24 +144,31 @@ def windows(num_tokens: int, max_length: int, stride: int) -> list[Window]:
 
 def token_losses(
     model: PreTrainedModel, tokens: np.ndarray, batch: list[Window], device: torch.device
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield for each window of ``batch`` (all of one length) its input ids [T] and the losses [end − first_target],
-    in nats.
+) -> Iterator[np.ndarray]:
+    """Yield for each window of ``batch`` (all of one length) its losses [end − first_target], float64, in nats.
 
-    The cross-entropy is taken a sequence at a time: a second copy of [B, T, V] logits would double the peak memory.
+    Logits are made for the predicted positions alone, and the cross-entropy is taken a sequence at a time: a second
+    copy of [B, T, V] logits would double the peak memory.
     """
     rows = np.stack([np.asarray(tokens[window.start : window.end], dtype=np.int64) for window in batch])
     input_ids = torch.from_numpy(rows).to(device)
+    kept = 1 + max(window.end - window.first_target for window in batch)
+    fewer = {"logits_to_keep": kept} if kept < rows.shape[1] and _can_keep_few_logits(model) else {}
     with torch.inference_mode():
         # nothing is padded; the mask says so, where transformers would warn that a padding token occurs in the text
-        logits = model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False).logits
+        mask = torch.ones_like(input_ids)
+        logits = model(input_ids=input_ids, attention_mask=mask, use_cache=False, **fewer).logits
         for index, window in enumerate(batch):
-            skipped = window.first_target - window.start
-            predictions = logits[index, skipped - 1 : -1].float()
+            predicted = window.end - window.first_target
+            predictions = logits[index, -predicted - 1 : -1].float()
             losses: Tensor = torch.nn.functional.cross_entropy(
-                predictions, input_ids[index, skipped:], reduction="none"
+                predictions, input_ids[index, -predicted:], reduction="none"
             )
-            yield rows[index], losses.double().cpu().numpy()
+            yield losses.double().cpu().numpy()
+
+
+def _can_keep_few_logits(model: PreTrainedModel) -> bool:
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
 def perplexity(
@@ -143,14 +181,18 @@ def perplexity(
     matcher: Matcher | None = None,
     num_bytes: int | None = None,
     quiet: bool = False,
+    *,
+    num_words: int | None = None,
+    separator_id: int | None = None,
 ) -> PerplexityResult:
     """Perplexity of ``model`` on ``tokens`` [n], a one-dimensional integer array (possibly memory-mapped).
 
     The corpus is cut into windows of ``max_length`` tokens that start every ``stride`` tokens (default:
     ``max_length``, so they do not overlap; a smaller stride gives every prediction at least ``max_length − stride``
-    tokens of context). ``batch_size`` windows run at once; it changes the speed, not the result. With a ``matcher``,
-    losses are also grouped by the length of the longest f-gram that ends at the position which makes the prediction;
-    pass SCONE's matcher for a plain baseline too, to compare the two group by group.
+    tokens of context, at ``max_length / stride`` times the cost). ``batch_size`` windows run at once; it changes the
+    speed, not the result. With a ``matcher``, losses are also grouped by the length and the rank of the longest f-gram
+    that ends at the position which makes the prediction; pass SCONE's matcher for a plain baseline too, to compare the
+    two group by group. With ``separator_id``, the token that ends documents, the result has intervals over documents.
 
     Equals the plain loop: cross-entropy of each window's logits against its next tokens, summed over windows.
 
@@ -163,24 +205,27 @@ def perplexity(
         torch.nn.Module.to(model, where)
     was_training = model.training
     model.eval()
-    by_length: dict[int, tuple[int, float]] = {}
-    window_losses: list[float] = []
-    loss_sum, num_predicted = 0.0, 0
+    tally = LossTally(tokens, matcher, separator_id)
     started = time.perf_counter()
     with progress(len(tokens), "token", "Evaluating", quiet) as bar:
         for batch in _batches(windows(len(tokens), max_length, step), batch_size):
-            for (row, losses), window in zip(token_losses(model, tokens, batch, where), batch, strict=True):
-                loss_sum += float(losses.sum())
-                num_predicted += len(losses)
-                window_losses.append(float(losses.mean()))
-                if matcher is not None:
-                    lengths = match_lengths(matcher, row)[window.first_target - window.start - 1 : -1]
-                    _add_by_length(by_length, lengths, losses)
+            for losses, window in zip(token_losses(model, tokens, batch, where), batch, strict=True):
+                tally.add(window.start, window.first_target, window.end, losses)
             bar.update(sum(window.end - window.first_target for window in batch))
     model.train(was_training)
-    groups = [LengthLoss(length, count, total / count) for length, (count, total) in sorted(by_length.items())]
-    seconds = time.perf_counter() - started
-    return PerplexityResult(loss_sum, num_predicted, len(tokens), seconds, num_bytes, groups, window_losses)
+    return PerplexityResult(
+        tally.loss_sum,
+        tally.num_predicted,
+        len(tokens),
+        time.perf_counter() - started,
+        num_bytes,
+        tally.by_match_length(),
+        tally.window_losses,
+        num_words,
+        tally.by_rank(),
+        tally.documents.sums if tally.documents else None,
+        tally.documents.counts if tally.documents else None,
+    )
 
 
 def loss_difference(first: PerplexityResult, second: PerplexityResult) -> tuple[float, tuple[float, float]]:
@@ -195,34 +240,6 @@ def loss_difference(first: PerplexityResult, second: PerplexityResult) -> tuple[
         return mean, (-math.inf, math.inf)
     half = 1.96 * float(differences.std(ddof=1)) / math.sqrt(len(differences))
     return mean, (mean - half, mean + half)
-
-
-def text_bytes(tokenizer: PreTrainedTokenizerBase, tokens: np.ndarray) -> int | None:
-    """UTF-8 bytes of the text that ``tokens`` [n] encode, special tokens left out.
-
-    None where the tokenizer is not byte-level: then decoding does not give the text back exactly.
-    """
-    from tokenizers.decoders import ByteLevel
-
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None or not isinstance(backend.decoder, ByteLevel):
-        return None
-    # A byte-level token's characters stand for one byte each, so the text need not be put together.
-    special = set(tokenizer.all_special_ids)
-    sizes = np.zeros(len(tokenizer), dtype=np.int64)
-    for token, index in tokenizer.get_vocab().items():
-        sizes[index] = 0 if index in special else len(token)
-    return int(sizes[np.asarray(tokens)].sum())
-
-
-def match_lengths(matcher: Matcher, tokens: np.ndarray) -> np.ndarray:
-    """Length in tokens of the longest f-gram ending at each position (1: none), int64, the shape of ``tokens``."""
-    vocabulary = matcher.vocabulary
-    nodes = np.asarray(matcher.match(tokens))
-    lengths = np.ones(nodes.shape, dtype=np.int64)
-    matched = nodes >= vocabulary.vocab_size
-    lengths[matched] = vocabulary.lengths[nodes[matched] - vocabulary.vocab_size]
-    return lengths
 
 
 def check_windows(model: PreTrainedModel, tokens: np.ndarray, max_length: int, stride: int) -> None:
@@ -258,11 +275,3 @@ def _batches(all_windows: list[Window], batch_size: int) -> Iterator[list[Window
         batch.append(window)
     if batch:
         yield batch
-
-
-def _add_by_length(by_length: dict[int, tuple[int, float]], lengths: np.ndarray, losses: np.ndarray) -> None:
-    counts = np.bincount(lengths)
-    sums = np.bincount(lengths, weights=losses)
-    for length in np.flatnonzero(counts):
-        count, total = by_length.get(int(length), (0, 0.0))
-        by_length[int(length)] = (count + int(counts[length]), total + float(sums[length]))

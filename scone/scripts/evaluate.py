@@ -5,10 +5,17 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from scone.configs.loading import parse_options
 from scone.configs.schema import SconeOptions
 from scone.utils.command_line import run_main
+from scone.utils.errors import SconeError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from scone.evaluation.perplexity import PerplexityResult
 
 EXAMPLES = (
     "scone evaluate --model_path ./outputs/scone-model/final_model --dataset_name wikitext --split test",
@@ -30,7 +37,7 @@ DEFAULTS = {"inference.batch_size": 8}
 
 def read_arguments(argv: Sequence[str] | None) -> tuple[SconeOptions, argparse.Namespace]:
     """The options that the command line says, and the script's own arguments. Raises SconeError."""
-    return parse_options(
+    options, extra = parse_options(
         argv,
         OPTIONS,
         "Measure a model's perplexity on a split of a data set, SCONE (with or without its table) or plain.",
@@ -38,6 +45,9 @@ def read_arguments(argv: Sequence[str] | None) -> tuple[SconeOptions, argparse.N
         add_arguments=_add_arguments,
         defaults=DEFAULTS,
     )
+    if extra.max_tokens is not None and extra.max_tokens < 2:
+        raise SconeError(f"--max_tokens: found {extra.max_tokens}; expected at least 2")
+    return options, extra
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,9 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options, extra = read_arguments(argv)
     import torch
 
-    from scone.data.prepare import prepare_corpus
-    from scone.evaluation.perplexity import perplexity, text_bytes
-    from scone.inference.loading import load_model, position_limit
+    from scone.inference.loading import load_model
     from scone.tokenization.tokenizers import load_tokenizer
     from scone.utils.files import write_json
 
@@ -57,44 +65,75 @@ def main(argv: Sequence[str] | None = None) -> int:
         extra.model_path, extra.embedding_cache_path, placement, options.training.device, extra.quantization
     )
     tokenizer = load_tokenizer(extra.tokenizer_path or extra.model_path)
+    facts: dict[str, object] = {"model_path": str(extra.model_path)}
+    facts |= _measure_perplexity(options, extra, loaded.model, tokenizer)
+    if loaded.table is not None:
+        print(loaded.table.describe())
+    if loaded.quantization is not None:
+        print(loaded.quantization)
+    if extra.output is not None:
+        write_json(extra.output, facts)
+    return 0
+
+
+def _measure_perplexity(
+    options: SconeOptions, extra: argparse.Namespace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, object]:
+    """Print the perplexity on the data set; returns what goes into the JSON."""
+    from scone.data.prepare import prepare_corpus
+    from scone.evaluation.perplexity import perplexity
+    from scone.evaluation.text_size import text_size
+    from scone.inference.loading import position_limit
+
     data = options.data
-    tokens = prepare_corpus(
+    file = prepare_corpus(
         data.dataset_name,
         tokenizer,
         dataset_config_name=data.dataset_config_name,
         text_column=data.text_column,
         splits=(extra.split,),
         cache_dir=data.cache_dir,
-    )[extra.split].tokens
-    tokens = tokens[: extra.max_tokens]
-    limit = position_limit(loaded.model)
+    )[extra.split]
+    tokens = file.tokens[: extra.max_tokens]
+    limit = position_limit(model)
     if limit is not None and "data.max_length" not in options.given:
         data.max_length = min(data.max_length, limit)  # the default gives way to a shorter model
+    size = text_size(tokenizer, tokens)
     result = perplexity(
-        loaded.model,
+        model,
         tokens,
         max_length=data.max_length,
         batch_size=options.inference.batch_size,
         stride=extra.stride,
-        matcher=getattr(loaded.model, "matcher", None),
-        num_bytes=text_bytes(tokenizer, tokens),
+        matcher=getattr(model, "matcher", None),
+        num_bytes=size.num_bytes if size else None,
+        num_words=size.num_words if size else None,
+        separator_id=file.separator_id,
     )
-    print(f"perplexity        {result.perplexity:.4f}")
+    _print_perplexity(result)
+    windows = {"max_length": data.max_length, "stride": extra.stride or data.max_length}
+    return {"dataset_name": data.dataset_name, "split": extra.split} | windows | result.to_dict()
+
+
+def _print_perplexity(result: PerplexityResult) -> None:
+    interval = ""
+    if result.perplexity_interval is not None:
+        low, high = result.perplexity_interval
+        interval = f"   (95 % over {result.num_documents:,} documents: {low:.4f} to {high:.4f})"
+    print(f"perplexity        {result.perplexity:.4f}{interval}")
     print(f"loss              {result.loss:.4f} nats a token ({result.num_predicted:,} tokens predicted)")
+    if result.word_perplexity is not None:
+        print(f"word perplexity   {result.word_perplexity:.4f}")
     if result.bits_per_byte is not None:
         print(f"bits per byte     {result.bits_per_byte:.4f}")
     for group in result.by_match_length:
         matched = "no f-gram matched" if group.length == 1 else f"f-gram of {group.length} tokens matched"
         print(f"  {matched:<30}{group.num_predicted / result.num_predicted:6.1%} of tokens, loss {group.loss:.4f}")
+    for bucket in result.by_rank:
+        if bucket.first_rank is not None and bucket.last_rank is not None:
+            ranks = f"f-gram ranks {bucket.first_rank + 1:,} to {bucket.last_rank + 1:,}"
+            print(f"  {ranks:<34}{bucket.num_predicted / result.num_predicted:6.1%} of tokens, loss {bucket.loss:.4f}")
     print(f"speed             {result.tokens_per_second:,.0f} tokens a second, {result.seconds:.1f} s")
-    if loaded.table is not None:
-        print(loaded.table.describe())
-    if loaded.quantization is not None:
-        print(loaded.quantization)
-    if extra.output is not None:
-        facts = {"model_path": str(extra.model_path), "dataset_name": data.dataset_name, "split": extra.split}
-        write_json(extra.output, facts | result.to_dict())
-    return 0
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -82,6 +82,38 @@ def test_sliding_windows_give_each_prediction_more_context(model: GPT2LMHeadMode
     assert result.loss_sum == pytest.approx(total, rel=1e-5)
 
 
+def test_stride_of_the_length_equals_disjoint_windows(model: GPT2LMHeadModel, tokens: np.ndarray) -> None:
+    sliding = perplexity(model, tokens, max_length=16, stride=16, quiet=True)
+    disjoint = perplexity(model, tokens, max_length=16, quiet=True)
+    assert (sliding.loss_sum, sliding.num_predicted) == (disjoint.loss_sum, disjoint.num_predicted)
+    assert sliding.loss_sum == pytest.approx(textbook_losses(model, tokens, 16)[0], rel=1e-5)
+
+
+def test_logits_are_made_for_predicted_positions_alone(model: GPT2LMHeadModel, tokens: np.ndarray) -> None:
+    """A stride of 1 must not pay for the output head at every position of every window."""
+    rows: list[int] = []
+    hook = model.lm_head.register_forward_hook(lambda module, inputs, output: rows.append(output.shape[1]))
+    perplexity(model, tokens, max_length=16, batch_size=1, stride=2, quiet=True)
+    hook.remove()
+    assert rows[0] == 16
+    assert set(rows[1:]) == {3}
+
+
+def test_perplexity_per_word_and_per_byte(model: GPT2LMHeadModel, tokens: np.ndarray) -> None:
+    result = perplexity(model, tokens, 16, num_bytes=300, num_words=75, quiet=True)
+    assert result.word_perplexity == pytest.approx(math.exp(result.loss * 150 / 75))
+    assert result.bits_per_byte == pytest.approx(math.log2(result.word_perplexity) * 75 / 300)
+    unknown = perplexity(model, tokens, 16, quiet=True)
+    assert (unknown.word_perplexity, unknown.bits_per_byte, unknown.perplexity_interval) == (None, None, None)
+
+
+def test_documents_give_an_interval(model: GPT2LMHeadModel, tokens: np.ndarray) -> None:
+    result = perplexity(model, tokens, 16, quiet=True, separator_id=0)
+    low, high = result.perplexity_interval
+    assert low < result.perplexity < high
+    assert result.to_dict()["num_documents"] == np.count_nonzero(result.document_counts)
+
+
 def test_evaluation_leaves_the_model_as_it_was(model: GPT2LMHeadModel, tokens: np.ndarray) -> None:
     model.train()
     first = perplexity(model, tokens, 16, quiet=True)
