@@ -31,6 +31,7 @@ class EmbeddingTable:
         self.store = store
         self.path = file.path
         self.device = device
+        self._on_cpu = device.type == "cpu"
 
     @classmethod
     def open(
@@ -91,6 +92,16 @@ class EmbeddingTable:
         ``out``: float32 [n, D], contiguous, on the CPU, is filled and returned instead of a new tensor (CPU only).
         Raises SconeError: a rank outside [0, S), or the file was changed while open.
         """
+        if self._on_cpu and dtype is torch.float32 and ranks.dtype is torch.int64 and ranks.ndim == 1:
+            if out is not None:
+                self._check_out(out, len(ranks))
+            try:
+                rows = self.store.rows_at_once(ranks, out)
+            except IndexError:
+                self._checked(ranks)  # says which rank
+                raise
+            if rows is not None:
+                return rows
         wanted = self._checked(ranks)
         if self.device.type != "cpu" or dtype == self.layout.row_format.float_dtype != torch.float32:
             if out is not None:
@@ -98,14 +109,18 @@ class EmbeddingTable:
             return self.store.rows_on_device(wanted, self.device, dtype)
         if out is None:
             out = torch.empty(len(wanted), self.width)
-        elif out.shape != (len(wanted), self.width) or out.dtype != torch.float32 or not out.is_contiguous():
-            raise ValueError(f"out must be contiguous float32 [{len(wanted)}, {self.width}], found {list(out.shape)}")
+        else:
+            self._check_out(out, len(wanted))
         self.store.rows_into(wanted, out.numpy())
         return out.to(dtype)
 
     def prefetch(self, ranks: Tensor) -> None:
         """Start fetching these rows in the background (int64 [n]), so that `rows` of them waits less."""
         self.store.prefetch(self._checked(ranks))
+
+    def _check_out(self, out: Tensor, count: int) -> None:
+        if out.shape != (count, self.width) or out.dtype != torch.float32 or not out.is_contiguous():
+            raise ValueError(f"out must be contiguous float32 [{count}, {self.width}], found {list(out.shape)}")
 
     def _checked(self, ranks: Tensor) -> np.ndarray:
         if ranks.ndim != 1 or ranks.dtype != torch.int64:

@@ -82,6 +82,15 @@ class RowStore(ABC):
             else:
                 gather_rows(source, offsets, out, row.row_type, row.group_size, targets, self._team)
 
+    def rows_at_once(self, ranks: Tensor, out: Tensor | None) -> Tensor | None:
+        """All rows ``ranks`` (int64 [n], not checked yet) as fp32 [n, D] in ``out`` or a new tensor by one operator of
+        PyTorch, whose own check of the ranks raises IndexError; None where this store does not keep its rows that way.
+
+        What a decoder asks for is so little that every further step would take longer than the reading.
+        """
+        del ranks, out
+        return None
+
     def _use_matrix(self, source: np.ndarray) -> None:
         """Let PyTorch gather where nothing has to be decoded: its threads start faster than Python's.
 

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from scone.inference.stores.base import RowStore, StoreMemory
 from scone.inference.table_format import PAGE_BYTES, TableFile
@@ -30,6 +32,14 @@ class MmapStore(RowStore):
         self._file.check_unchanged()
         yield self._bytes, ranks * self.row_format.row_bytes
         self._file.check_unchanged()
+
+    def rows_at_once(self, ranks: Tensor, out: Tensor | None) -> Tensor | None:
+        if self._matrix is None:
+            return None
+        self._file.check_unchanged()
+        rows = torch.index_select(self._matrix, 0, ranks, out=out)
+        self._file.check_unchanged()
+        return rows
 
     def prefetch(self, ranks: np.ndarray) -> None:
         """Ask the system to read the pages of these rows; it returns at once and reads in the background."""

@@ -9,6 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from scone.inference.stores.base import RowStore, StoreMemory
 from scone.inference.table_format import TableFile, damaged
@@ -32,6 +34,11 @@ class RamStore(RowStore):
     @contextmanager
     def located(self, ranks: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         yield self._bytes, (ranks - self.first_row) * self.row_format.row_bytes
+
+    def rows_at_once(self, ranks: Tensor, out: Tensor | None) -> Tensor | None:
+        if self._matrix is None or self.first_row:
+            return None
+        return torch.index_select(self._matrix, 0, ranks, out=out)
 
     @property
     def memory(self) -> StoreMemory:

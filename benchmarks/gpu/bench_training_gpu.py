@@ -1,0 +1,302 @@
+"""Training steps on one GPU: plain, SCONE with shared prefixes, SCONE padded as in the paper, learned rows.
+
+    python benchmarks/gpu/bench_training_gpu.py --tokens TOKEN_FOLDER [--json FILE] [--tiny] [--no_compile]
+
+bf16 autocast, compiled, batches from a loader with workers. Trunks are those of the paper's GPT-2 experiments
+(width 1,024 × 6 layers) and GPT2-Small; f-grams (N = 5, S = 1 M) are counted on the tokens. Utilisation is the
+formula's operations a second, attention over all pairs, against ``--peak_tflops``. ``--tiny`` rehearses everything on a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import itertools
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from common import Report
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from scone.data.collator import Collator
+from scone.data.dataset import BlockDataset
+from scone.data.token_file import TokenFile
+from scone.models.accounting import f_gram_forward_flops, training_flops, trunk_forward_flops
+from scone.models.f_gram_model import FGramModel, FGramModelConfig, padded_f_gram_model
+from scone.models.language_model import SconeForCausalLM
+from scone.tokenization.counting import count_f_grams
+from scone.tokenization.f_gram_vocabulary import FGramVocabulary
+from scone.training.optimizer import AdamWWithRows
+from scone.training.trainer import learned_rows
+
+VOCAB_SIZE = 50_257
+"""Of the trunk's head, GPT-2's, whatever the tokenizer of the tokens is."""
+TRUNKS = {"1024x6": (1024, 6, 16), "gpt2": (768, 12, 12)}
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+H100_BF16_TFLOPS = 989.0
+"""Dense bf16 of an H100 SXM, NVIDIA's data sheet."""
+
+
+def main() -> None:
+    """Measure, print the table of records, write the JSON."""
+    report = Report.from_arguments("gpu_training", __doc__, add_options=_add_options)
+    options = report.config
+    file = TokenFile.open(options["tokens"])
+    tiny = options["tiny"]
+    counted = count_f_grams(
+        [file.tokens],
+        vocab_size=VOCAB_SIZE,
+        max_n=5,
+        min_freq=2,
+        max_f_grams=10_000 if tiny else 1_000_000,
+        separator_ids=[file.separator_id],
+        quiet=True,
+    ).vocabulary
+    positions = (2, 64) if tiny else (32, 1024)
+    options |= {"f_grams": counted.num_f_grams, "max_n": 5, "batch": positions[0], "length": positions[1]}
+    options |= {"num_tokens": file.num_tokens, "tokenizer_tokens": file.vocab_size}
+    trunks = {"tiny": (32, 2, 2)} if tiny else TRUNKS
+    for name, sizes in trunks.items():
+        variants = VARIANTS if name != "gpt2" else ("plain", "shared")
+        measured: dict[str, Measured] = {}
+        for variant in variants:
+            measured[variant] = measure(variant, sizes, file, counted, positions, options)
+            report_variant(report, name, variant, measured)
+            gc.collect()
+            torch.cuda.empty_cache()
+    report.finish()
+
+
+VARIANTS = ("plain", "shared", "shared_half", "padded", "rows", "both")
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tokens", type=Path, required=True, help="folder of a token file")
+    parser.add_argument("--tiny", action="store_true", help="a rehearsal at toy size, on any device")
+    parser.add_argument("--no_compile", action="store_true")
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--workers", type=int, default=6)
+    parser.add_argument("--peak_tflops", type=float, default=H100_BF16_TFLOPS)
+
+
+class Measured:
+    """What one variant took: seconds a step from the loader and from batches at hand, bytes, operations, nodes."""
+
+    def __init__(self, loaded: float, at_hand: float, peak_bytes: int, flops: float, nodes: float, tokens: int) -> None:
+        self.loaded, self.at_hand, self.peak_bytes, self.flops = loaded, at_hand, peak_bytes, flops
+        self.nodes, self.tokens = nodes, tokens
+
+
+def measure(
+    variant: str,
+    sizes: tuple[int, int, int],
+    file: TokenFile,
+    vocabulary: FGramVocabulary,
+    positions: tuple[int, int],
+    options: Mapping[str, Any],
+) -> Measured:
+    """Build the model of ``variant``, warm up, and time steps from the loader, then on prepared batches."""
+    model = build(variant, sizes, vocabulary)
+    scone = model if isinstance(model, SconeForCausalLM) else None
+    compiled = not options["no_compile"] and DEVICE.type == "cuda"
+    if compiled:
+        (scone.trunk if scone else model).compile()
+        if scone and scone.f_gram_embedding and scone.f_gram_embedding.f_gram_model and variant != "padded":
+            scone.f_gram_embedding.f_gram_model.compile(dynamic=True)
+    collate = Collator(scone.vocabulary if scone else None, scone.config.learned_rows if scone else 0, 0, compiled)
+    loader = torch.utils.data.DataLoader(
+        BlockDataset(file, positions[1], drop_last=True),
+        batch_size=positions[0],
+        shuffle=True,
+        generator=torch.Generator().manual_seed(0),
+        collate_fn=collate,
+        num_workers=0 if options["tiny"] else options["workers"],
+        pin_memory=DEVICE.type == "cuda",
+        prefetch_factor=None if options["tiny"] else 4,
+    )
+    batches = iter(loader)
+    step = Step(model)
+    some = [to_device(next(batches)) for _ in range(4)]
+    for batch in [*some, *some[:2]]:
+        step(batch)
+    steps = 2 if options["tiny"] else options["steps"]
+    at_hand = seconds_a_step(step, itertools.cycle(some), steps)
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    loaded = seconds_a_step(step, map(to_device, batches), steps)
+    peak = torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else 0
+    flops, nodes = operations(variant, model, some, positions)
+    return Measured(loaded, at_hand, peak, flops, nodes, positions[0] * positions[1])
+
+
+def build(variant: str, sizes: tuple[int, int, int], vocabulary: FGramVocabulary) -> PreTrainedModel:
+    """The model of a variant on the device, in fp32 weights."""
+    width, layers, heads = sizes
+    torch.manual_seed(0)
+    shape = {"n_embd": width, "n_layer": layers, "n_head": heads, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
+    config = AutoConfig.for_model("gpt2", vocab_size=VOCAB_SIZE, attn_pdrop=0.0, **shape)
+    trunk = AutoModelForCausalLM.from_config(config)
+    if variant == "plain":
+        return trunk.to(DEVICE).train()
+    its_layers = max(1, layers // 2) if variant == "shared_half" else layers
+    f_gram_model = FGramModelConfig(width, its_layers, heads, 4 * width).to_dict()
+    rows = vocabulary.num_f_grams if variant in ("rows", "both") else 0
+    model = SconeForCausalLM.from_trunk(
+        trunk, vocabulary, f_gram_model=None if variant == "rows" else f_gram_model, learned_rows=rows
+    )
+    if variant == "padded":
+        assert model.f_gram_embedding is not None
+        padded = PaddedFGramModel(FGramModelConfig(**f_gram_model), width, vocabulary.max_n)
+        padded.init_weights()
+        model.f_gram_embedding.f_gram_model = padded
+    return model.to(DEVICE).train()
+
+
+class PaddedFGramModel(FGramModel):
+    """The paper's way behind the same interface: every matched position runs its own f-gram, padded to N tokens.
+
+    Positions that read the same f-gram get the same vector, so their mean is exact, in values and in gradients.
+    """
+
+    def forward(self, token_vectors: Tensor, trie: Mapping[str, Any]) -> Tensor:
+        which = trie["position_index"].reshape(-1)
+        which = which[which > 0] - 1
+        wanted = trie["f_gram_index"][which]
+        padded = torch.compile(padded_f_gram_model, dynamic=True) if DEVICE.type == "cuda" else padded_f_gram_model
+        vectors = padded(self, token_vectors[trie["ancestors"][wanted]], trie["depths"][wanted] + 1)
+        count = torch.bincount(which, minlength=len(trie["f_gram_index"])).clamp(min=1)[:, None]
+        total = vectors.new_zeros(len(count), vectors.shape[1]).index_add(0, which, vectors)
+        return total / count
+
+
+class Step:
+    """A whole training step: forward, backward, clipping, optimizer."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.optimizer = AdamWWithRows([{"params": self.parameters, "lr": 1e-4}], rows=learned_rows(model))
+
+    def __call__(self, batch: Mapping[str, Any]) -> None:
+        autocast = torch.autocast(DEVICE.type, torch.bfloat16) if DEVICE.type == "cuda" else nullcontext()
+        with autocast:
+            loss = self.model(**batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def to_device(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Tensors to the device; what a trie keeps on the host stays there."""
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: moved(inner) for name, inner in value.items()}
+        return value.to(DEVICE, non_blocking=True) if isinstance(value, Tensor) else value
+
+    return moved(batch)
+
+
+def seconds_a_step(step: Step, batches: Iterator[dict[str, Any]], count: int) -> float:
+    """Wall seconds of one of ``count`` steps, after one that is not counted."""
+    step(next(batches))
+    synchronize()
+    start = time.perf_counter()
+    for _ in range(count):
+        step(next(batches))
+    synchronize()
+    return (time.perf_counter() - start) / count
+
+
+def synchronize() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def operations(
+    variant: str, model: PreTrainedModel, batches: list[dict[str, Any]], positions: tuple[int, int]
+) -> tuple[float, float]:
+    """Operations of a training step, and f-gram-model tokens a position (padding included where there is some)."""
+    scone = model if isinstance(model, SconeForCausalLM) else None
+    forward = trunk_forward_flops((scone.trunk if scone else model).config, positions[1]) * positions[0] * positions[1]
+    if scone is None or scone.config.f_gram_model_config is None:
+        return training_flops(forward), 0.0
+    sizes, width = scone.config.f_gram_model_config, scone.config.hidden_size
+    total = nodes = 0.0
+    for batch in batches:
+        trie = batch["trie"]
+        if variant == "padded":
+            matched = int((trie["position_index"] > 0).sum())
+            by_depth = [float(matched)] * scone.config.max_n
+            total += f_gram_forward_flops(sizes, width, by_depth)
+        else:
+            by_depth, wanted = (
+                [float(high - low) for low, high in itertools.pairwise(trie[name])]
+                for name in ("depth_offsets", "f_gram_offsets")
+            )
+            total += f_gram_forward_flops(sizes, width, by_depth, wanted)
+        nodes += sum(by_depth)
+    tokens = len(batches) * positions[0] * positions[1]
+    return training_flops(forward + total / len(batches)), nodes / tokens
+
+
+def report_variant(report: Report, trunk: str, variant: str, measured: dict[str, Measured]) -> None:
+    """Records of one variant, against the plain model where it is not that one."""
+    now, plain = measured[variant], measured["plain"]
+    name = f"{trunk}_{variant}"
+    peak = report.config["peak_tflops"] * 1e12
+    is_plain = variant == "plain"
+    report.add(
+        f"{name}_tokens_per_second",
+        "tokens/s",
+        now.tokens / now.loaded,
+        peer=None if is_plain else plain.tokens / plain.loaded,
+        peer_name=None if is_plain else "plain",
+        ratio=None if is_plain else "ours/peer",
+    )
+    report.add(f"{name}_utilisation", "of peak", now.flops / now.at_hand / peak, ratio=None)
+    report.add(f"{name}_peak_memory", "GiB", now.peak_bytes / 2**30, ratio=None)
+    if is_plain:
+        return
+    report.add(f"{name}_tokens_per_position", "f-gram-model tokens", now.nodes, ratio=None)
+    report.add(
+        f"{name}_step_vs_flops",
+        "plain steps",
+        now.at_hand / plain.at_hand,
+        peer=now.flops / plain.flops,
+        peer_name="predicted from FLOPs",
+        target=1.15 if variant in ("shared", "shared_half") else None,
+        better="lower",
+    )
+    report.add(
+        f"{name}_loader_hidden",
+        "s",
+        now.loaded,
+        peer=now.at_hand,
+        peer_name="step on prepared batches",
+        target=1.05,
+        better="lower",
+    )
+    if variant == "padded" and "shared" in measured:
+        shared = measured["shared"]
+        report.add(
+            f"{trunk}_f_gram_speedup_over_padded",
+            "s",
+            shared.at_hand - plain.at_hand,
+            peer=now.at_hand - plain.at_hand,
+            peer_name="padded, added to the plain step",
+            ratio="peer/ours",
+        )
+
+
+if __name__ == "__main__":
+    main()
