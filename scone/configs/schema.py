@@ -94,6 +94,23 @@ class FGramModelOptions:
     intermediate_size: int | None = option(
         None, "feed-forward width of the f-gram model (none: as the trunk)", minimum=1, flag="f_gram_intermediate_size"
     )
+    start: str | None = option(
+        None,
+        "zero: a gain of zero, so that training starts at the plain trunk; random: at the scale of token embeddings; "
+        "identity: as the last token's embedding (none: zero, or random where no gain or no token embedding is left)",
+        choices=("zero", "random", "identity"),
+        flag="f_gram_start",
+    )
+    output_norm: bool = option(
+        True, "divide the f-gram model's vectors by their root mean square", flag="f_gram_output_norm"
+    )
+    output_gain: bool = option(True, "multiply them by a learned gain", flag="f_gram_output_gain")
+    token_embeddings: str = option(
+        "shared",
+        "shared: the f-gram model reads the trunk's token embeddings; separate: its own",
+        choices=("shared", "separate"),
+        flag="f_gram_token_embeddings",
+    )
 
 
 @dataclass
@@ -115,16 +132,39 @@ class ModelOptions:
     )
     combination: str = option(
         "add",
-        "add: the token embedding plus a learned correction that starts at zero; replace: the paper's literal form",
-        choices=("add", "replace"),
+        "add: the token embedding plus a learned correction that starts at zero; replace: the paper's literal form; "
+        "gate: add, each number times a factor that token and correction decide",
+        choices=("add", "replace", "gate"),
     )
     learned_rows: int = option(
         100_000, "how many f-grams, the most frequent first, also get a learned row (0: none)", unit="rows", minimum=0
+    )
+    rows_backoff: bool = option(
+        True, "an f-gram's vector sums the rows of all its suffixes (false: only the row of the longest that has one)"
     )
     rows_device: str = option(
         "accelerator",
         "where learned rows and their moments live; host: those of a step travel, for rows that fill the accelerator",
         choices=("accelerator", "host"),
+    )
+    control: str = option(
+        "none",
+        "a control experiment; shuffled: every f-gram takes the vector of another one of its length; single: all take "
+        "that of one",
+        choices=("none", "shuffled", "single"),
+    )
+    over_encoding_rows: int = option(
+        0,
+        "a baseline in place of f-grams: over-encoding (arXiv 2501.16975) with this many hashed 2- and 3-gram rows (0: "
+        "f-grams)",
+        unit="rows",
+        minimum=0,
+    )
+    over_encoding_start: str = option(
+        "zero", "start of these rows; random: at the scale of token embeddings", choices=("zero", "random")
+    )
+    embedding_scale: float = option(
+        1.0, "factor on the input vectors in front of the trunk, against its position embeddings", minimum=0
     )
     f_gram: FGramModelOptions = field(default_factory=FGramModelOptions)
     hidden_size: int | None = option(None, "width of the trunk", minimum=1)

@@ -1,4 +1,4 @@
-"""Training batches: token blocks, their labels, and the trie batch of their f-grams, made in the loader's workers."""
+"""Training batches: token blocks, labels, and what the input vectors need, looked up in the loader's workers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import numpy as np
 import torch
 
 from scone.kernels.trie_batch import build_trie_batch
+from scone.tokenization.controls import replaced, stand_ins
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
+from scone.tokenization.hashed_grams import HashedGrams
 from scone.tokenization.matcher import Matcher
 
 IGNORED_LABEL = -100
@@ -23,6 +25,9 @@ class Collator:
         num_rows: how many f-grams have a learned row.
         pad_token_id: fills blocks that are shorter than the longest; any id does, padding is masked.
         round_sizes: fill tries up to one of few sizes, for code that is compiled for a shape.
+        backoff: an f-gram's vector sums the rows of its whole suffix chain.
+        control: "none", or a control of ``scone.tokenization.controls``.
+        hashed: the hashed n-grams of an over-encoding model, in place of a vocabulary.
     """
 
     def __init__(
@@ -31,15 +36,24 @@ class Collator:
         num_rows: int = 0,
         pad_token_id: int = 0,
         round_sizes: bool = False,
+        *,
+        backoff: bool = True,
+        control: str = "none",
+        hashed: HashedGrams | None = None,
     ) -> None:
+        assert vocabulary is None or hashed is None, "a batch has f-grams or hashed n-grams"
         self.matcher = Matcher(vocabulary) if vocabulary is not None else None
         self.num_rows = num_rows
         self.pad_token_id = pad_token_id
         self.round_sizes = round_sizes
+        self.backoff = backoff
+        self.stand_ins = stand_ins(vocabulary, control, num_rows) if vocabulary is not None else None
+        self.hashed = hashed
 
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Items with ``input_ids`` int64 [≤ T] → ``input_ids`` and ``labels`` [B, T], ``attention_mask`` [B, T] only
-        where a block is short (without one, attention takes its fastest path), and ``trie`` (see ``TrieBatch``).
+        where a block is short (without one, attention takes its fastest path), and ``trie`` (see ``TrieBatch``; of
+        hashed n-grams what ``HashedGrams.lookups`` gives).
         """
         blocks = [np.asarray(item["input_ids"], dtype=np.int64) for item in items]
         longest = max(len(block) for block in blocks)
@@ -55,19 +69,23 @@ class Collator:
             batch["attention_mask"] = torch.from_numpy(mask.astype(np.int64))
         if self.matcher is not None:
             batch["trie"] = self._trie(tokens, mask)
+        elif self.hashed is not None:
+            batch["trie"] = self.hashed.lookups(self.hashed.rows(tokens, mask), torch.from_numpy)
         return batch
 
     def _trie(self, tokens: np.ndarray, mask: np.ndarray) -> dict[str, Any]:
         assert self.matcher is not None
         vocabulary = self.matcher.vocabulary
         # one thread: the workers already share out the cores, and a forked worker must not start a thread pool
+        nodes = self.matcher.match(tokens, mask, num_threads=1)
         trie = build_trie_batch(
-            self.matcher.match(tokens, mask, num_threads=1),
+            replaced(nodes, vocabulary.vocab_size, self.stand_ins),
             vocabulary.keys,
             vocabulary.suffixes,
             vocabulary.vocab_size,
             vocabulary.max_n,
             self.num_rows,
             self.round_sizes,
+            self.backoff,
         )
         return trie.fields(torch.from_numpy)

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import queue
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from scone.inference.loading import LoadedModel, device_of, load_model, position_limit
 from scone.inference.quantization import model_bytes
+from scone.inference.statistics import (
+    GenerationStats,
+    RequestStats,
+    TableReads,
+    accelerator_peak_bytes,
+    counted_reads,
+    process_bytes,
+)
+from scone.inference.streaming import Continuation, FirstStep, RowControl
 from scone.utils.errors import SconeError
-from scone.utils.text import human_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,30 +65,6 @@ class Generation:
     texts: list[str]
     token_ids: list[list[int]]
     num_prompt_tokens: int
-
-
-@dataclass(frozen=True)
-class GenerationStats:
-    """What a call of `generate` took."""
-
-    num_sequences: int
-    num_prompt_tokens: int
-    num_new_tokens: int
-    seconds: float
-    model_bytes: int
-    table_bytes: int
-
-    @property
-    def tokens_per_second(self) -> float:
-        """New tokens a second, prefill included."""
-        return self.num_new_tokens / self.seconds if self.seconds else 0.0
-
-    def __str__(self) -> str:
-        return (
-            f"{self.num_sequences} sequence(s), {self.num_prompt_tokens} prompt tokens, "
-            f"{self.num_new_tokens} new tokens in {self.seconds:.2f} s: {self.tokens_per_second:.1f} tokens/s; "
-            f"model {human_bytes(self.model_bytes)}, table {human_bytes(self.table_bytes)}"
-        )
 
 
 class SconeInferenceEngine:
@@ -121,34 +108,90 @@ class SconeInferenceEngine:
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not texts:
             raise SconeError("found no prompt; expected at least one; give --prompt")
-        encoded = [self._encode(text) for text in texts]
-        totals = [self._total_length(ids, options) for ids in encoded]
         started = time.perf_counter()
-        produced: dict[int, list[list[int]]] = {}
-        for group in self._groups(encoded, totals):
-            for index, sequences in zip(group, self._generate_group(group, encoded, totals, options), strict=True):
-                produced[index] = sequences
-        seconds = time.perf_counter() - started
-        generations = [
-            Generation(
-                text,
-                [self._text(ids) for ids in produced[index]],
-                produced[index],
-                len(encoded[index]),
-            )
-            for index, text in enumerate(texts)
-        ]
-        return generations, self._stats(generations, seconds)
+        copies = options.num_return_sequences
+        rows = [one for text in texts for one in self._continuations(text, options, copies)]
+        with counted_reads(self.model) as reads:
+            self.run(rows, options, reads)
+        generations = []
+        for index, text in enumerate(texts):
+            own = rows[index * copies : (index + 1) * copies]
+            token_ids = [one.prompt_ids + one.token_ids for one in own]
+            written = [self.text_of(ids) for ids in token_ids]
+            generations.append(Generation(text, written, token_ids, len(own[0].prompt_ids)))
+        return generations, self._stats(rows, generations, reads, started)
 
-    def _text(self, ids: list[int]) -> str:
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+    def stream(self, prompt: str, options: GenerationOptions | None = None) -> Iterator[str]:
+        """The continuation's text (without the prompt), piece by piece as it comes; giving up the iterator ends it.
+
+        The pieces together are what `generate` adds to the prompt. Raises SconeError as `generate` does, and for beam
+        search or several sequences, which have no text before they are finished.
+        """
+        options = options or GenerationOptions()
+        if options.num_beams > 1 or options.num_return_sequences > 1:
+            raise SconeError(
+                f"found {options.num_beams} beams and {options.num_return_sequences} sequences to stream; expected one "
+                "of each; leave --stream out"
+            )
+        continuation = self.continuation(prompt, options)
+        return self._stream(continuation, options)
+
+    def _stream(self, continuation: Continuation, options: GenerationOptions) -> Iterator[str]:
+        pieces: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
+        continuation.on_text = pieces.put
+
+        def work() -> None:
+            try:
+                self.run([continuation], options)
+                pieces.put(None)
+            except BaseException as error:  # whatever it is, it belongs to the reader
+                pieces.put(error)
+
+        worker = threading.Thread(target=work, name="scone-stream", daemon=True)
+        worker.start()
+        try:
+            while (piece := pieces.get()) is not None:
+                if isinstance(piece, BaseException):
+                    raise piece
+                yield piece
+        finally:
+            continuation.cancel()
+            worker.join()
+
+    def continuation(self, prompt: str | Sequence[int], options: GenerationOptions) -> Continuation:
+        """What `run` takes, of a text or of token ids. Raises SconeError as `generate` does."""
+        return self._continuations(prompt, options, 1)[0]
+
+    def _continuations(
+        self, prompt: str | Sequence[int], options: GenerationOptions, copies: int
+    ) -> list[Continuation]:
+        ids = self._encode(prompt) if isinstance(prompt, str) else self._checked(list(prompt))
+        return [Continuation(ids, self._total_length(ids, options) - len(ids)) for _ in range(copies)]
+
+    def run(self, rows: Sequence[Continuation], options: GenerationOptions, reads: TableReads | None = None) -> None:
+        """Continue all ``rows``, in as few batches as the model's positions allow.
+
+        Lengths in ``options`` are not looked at: each row has its own. With beams, the ``num_return_sequences`` rows of
+        a prompt are neighbours. Padding is taken out of ``reads``.
+        """
+        groups = self._groups(rows)
+        for number, group in enumerate(groups):
+            if number == 0:
+                self._prefetch(group)
+            if number + 1 < len(groups):  # read while this group computes
+                self._prefetch(groups[number + 1])
+            self._run_group(group, options, reads)
+
+    def text_of(self, ids: Sequence[int]) -> str:
+        """The text of tokens, special ones left out."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def _encode(self, prompt: str) -> list[int]:
         """Token ids of a prompt. Our training puts no special tokens into documents, so our models get none either."""
         if not prompt:
             raise SconeError("found an empty prompt; expected some text to continue; give --prompt")
         bare: list[int] = self.tokenizer(prompt, add_special_tokens=False).input_ids
-        ids: list[int] = bare if self.model.config.model_type == "scone" else self.tokenizer(prompt).input_ids
+        ids: list[int] = bare if self.model.config.model_type.startswith("scone") else self.tokenizer(prompt).input_ids
         while (
             len(ids) > len(bare) and ids[-1] != bare[-1]
         ):  # a closing token ([SEP], </s>) would end the text to continue
@@ -157,10 +200,16 @@ class SconeInferenceEngine:
             raise SconeError(
                 f"found the prompt {prompt!r}, which the tokenizer turns into no tokens; give another prompt"
             )
+        return self._checked(ids)
+
+    def _checked(self, ids: list[int]) -> list[int]:
+        if not ids:
+            raise SconeError("found an empty prompt; expected some tokens to continue; give at least one")
         vocab_size = self.model.config.get_text_config().vocab_size
-        if max(ids) >= vocab_size:
+        wrong = next((token for token in ids if not 0 <= token < vocab_size), None)
+        if wrong is not None:
             raise SconeError(
-                f"found token {max(ids)} in the prompt; the model's vocabulary has {vocab_size} tokens; "
+                f"found token {wrong} in the prompt; the model's vocabulary has {vocab_size} tokens; "
                 "use the tokenizer that the model was trained with (--tokenizer_path)"
             )
         return ids
@@ -185,52 +234,62 @@ class SconeInferenceEngine:
             )
         return total
 
-    def _groups(self, encoded: list[list[int]], totals: list[int]) -> list[list[int]]:
-        """Prompts that run together: all, unless the padded batch would walk past the model's positions; then by
-        length.
-        """
+    def _groups(self, rows: Sequence[Continuation]) -> list[list[Continuation]]:
+        """Rows that run together: all, unless padded they would walk past the model's positions; then by length."""
         limit = position_limit(self.model)
-        longest_run = max(total - len(ids) for ids, total in zip(encoded, totals, strict=True))
-        if limit is None or max(map(len, encoded)) + longest_run <= limit:
-            return [list(range(len(encoded)))]
-        by_shape: dict[tuple[int, int], list[int]] = {}
-        for index, (ids, total) in enumerate(zip(encoded, totals, strict=True)):
-            by_shape.setdefault((len(ids), total), []).append(index)
+        longest = max(len(row.prompt_ids) for row in rows)
+        if limit is None or longest + max(row.max_new_tokens for row in rows) <= limit:
+            return [list(rows)]
+        by_shape: dict[tuple[int, int], list[Continuation]] = {}
+        for row in rows:
+            by_shape.setdefault((len(row.prompt_ids), row.max_new_tokens), []).append(row)
         return list(by_shape.values())
 
-    def _generate_group(
-        self, group: list[int], encoded: list[list[int]], totals: list[int], options: GenerationOptions
-    ) -> list[list[list[int]]]:
-        """Sequences of each prompt: [prompts][num_return_sequences][tokens], cut to each prompt's own total."""
-        pad = self._pad_token_id()
-        width = max(len(encoded[index]) for index in group)
-        rows = [[pad] * (width - len(encoded[index])) + encoded[index] for index in group]
-        mask = [[0] * (width - len(encoded[index])) + [1] * len(encoded[index]) for index in group]
-        device = device_of(self.model)
-        shortest = min(len(encoded[index]) for index in group)
-        new_tokens = max(totals[index] - len(encoded[index]) for index in group)
+    def _prefetch(self, rows: Sequence[Continuation]) -> None:
+        """Let a table on disk begin to read what the prompts of one batch will ask for."""
+        table, match = self.loaded.table, getattr(self.model, "match", None)
+        if table is None or match is None:
+            return
+        tokens, mask = self._padded(rows)
+        nodes = match(tokens, mask)
+        ranks = nodes[nodes >= self.model.config.vocab_size] - self.model.config.vocab_size
+        table.prefetch(torch.from_numpy(np.ascontiguousarray(ranks)))
+
+    def _padded(self, rows: Sequence[Continuation]) -> tuple[Tensor, Tensor]:
+        """Tokens and mask of the prompts, int64 [B, T] on the host, padded on the left."""
+        pad, width = self._pad_token_id(), max(len(row.prompt_ids) for row in rows)
+        tokens = [[pad] * (width - len(row.prompt_ids)) + row.prompt_ids for row in rows]
+        mask = [[0] * (width - len(row.prompt_ids)) + [1] * len(row.prompt_ids) for row in rows]
+        return torch.tensor(tokens), torch.tensor(mask)
+
+    def _run_group(self, rows: Sequence[Continuation], options: GenerationOptions, reads: TableReads | None) -> None:
+        """Continue one batch: one row a continuation, or with beams as many as they have copies in ``rows``."""
+        copies = options.num_return_sequences if options.num_beams > 1 else 1
+        prompts = rows[::copies]
+        tokens, mask = self._padded(prompts)
+        width, ends, device = tokens.shape[1], self._eos_token_ids(), device_of(self.model)
+        for row in rows:
+            row.begin(self.tokenizer)
+        clock = FirstStep() if options.num_beams > 1 else RowControl(rows, ends, width)
+        if reads is not None:
+            reads.num_positions -= int((mask == 0).sum()) * options.num_beams
+        shortest = min(len(row.prompt_ids) for row in rows)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(options.seed)
             output: Tensor = self.model.generate(  # type: ignore[operator]
-                input_ids=torch.tensor(rows, device=device),
-                attention_mask=torch.tensor(mask, device=device),
-                generation_config=self._generation_config(options, new_tokens, shortest),
+                input_ids=tokens.to(device),
+                attention_mask=mask.to(device),
+                generation_config=self._generation_config(options, max(row.max_new_tokens for row in rows), shortest),
+                stopping_criteria=[clock],
             )
-        sequences: list[list[list[int]]] = []
-        for position, index in enumerate(group):
-            own = output[position * options.num_return_sequences : (position + 1) * options.num_return_sequences]
-            padding = width - len(encoded[index])
-            sequences.append([self._trim(row[padding:].tolist(), len(encoded[index]), totals[index]) for row in own])
-        return sequences
-
-    def _trim(self, ids: list[int], num_prompt_tokens: int, total: int) -> list[int]:
-        """Cut to ``total`` tokens and at the first end-of-text after the prompt, which is kept."""
-        ids = ids[:total]
-        ends = self._eos_token_ids()
-        for position in range(num_prompt_tokens, len(ids)):
-            if ids[position] in ends:
-                return ids[: position + 1]
-        return ids
+        now = time.perf_counter()
+        if isinstance(clock, FirstStep):
+            for row, ids in zip(rows, output[:, width:].tolist(), strict=True):
+                row.first_token_at = clock.at
+                for token in ids:
+                    row.add(token, ends, now)
+        for row in rows:
+            row.finish("length", now)
 
     def _generation_config(self, options: GenerationOptions, new_tokens: int, shortest: int) -> Any:
         from transformers import GenerationConfig
@@ -242,7 +301,7 @@ class SconeInferenceEngine:
             do_sample=options.do_sample,
             num_beams=options.num_beams,
             repetition_penalty=options.repetition_penalty,
-            num_return_sequences=options.num_return_sequences,
+            num_return_sequences=options.num_return_sequences if options.num_beams > 1 else 1,
             pad_token_id=self._pad_token_id(),
             eos_token_id=sorted(self._eos_token_ids()) or None,
             **(sampling if options.do_sample else {}),
@@ -262,15 +321,34 @@ class SconeInferenceEngine:
         candidates = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
         return next(int(i) for i in candidates if i is not None and int(i) < vocab_size)
 
-    def _stats(self, generations: list[Generation], seconds: float) -> GenerationStats:
+    def _stats(
+        self,
+        finished: Sequence[Continuation],
+        generations: Sequence[Generation],
+        reads: TableReads | None,
+        started: float,
+    ) -> GenerationStats:
         table = self.loaded.table
+        requests = tuple(
+            RequestStats(
+                len(one.prompt_ids),
+                len(one.token_ids),
+                None if one.first_token_at is None else one.first_token_at - started,
+                (one.finished_at or started) - started,
+            )
+            for one in finished
+        )
+        firsts = [one.first_token_seconds for one in requests if one.first_token_seconds is not None]
         return GenerationStats(
-            num_sequences=sum(len(generation.token_ids) for generation in generations),
-            num_prompt_tokens=sum(generation.num_prompt_tokens for generation in generations),
-            num_new_tokens=sum(
-                len(ids) - generation.num_prompt_tokens for generation in generations for ids in generation.token_ids
-            ),
-            seconds=seconds,
+            num_sequences=len(finished),
+            num_prompt_tokens=sum(one.num_prompt_tokens for one in generations),
+            num_new_tokens=sum(one.num_new_tokens for one in requests),
+            seconds=time.perf_counter() - started,
             model_bytes=model_bytes(self.model),
             table_bytes=0 if table is None else table.num_rows * table.row_bytes,
+            first_token_seconds=min(firsts, default=None),
+            reads=reads,
+            process_bytes=process_bytes(),
+            accelerator_bytes=accelerator_peak_bytes(device_of(self.model)),
+            requests=requests,
         )

@@ -147,6 +147,8 @@ def _check_table_weights(folder: Path, model: SconeForCausalLM, table: Embedding
 def _load_plain(model_path: str | Path) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
+    import scone.models.over_encoding  # noqa: F401 (the Auto classes know this peer of ours from then on)
+
     if Path(model_path).is_file():
         raise SconeError(f"found the file {model_path}; expected a model folder such as OUTPUT_DIR/final_model")
     if not Path(model_path).is_dir() and (

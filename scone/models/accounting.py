@@ -14,8 +14,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from scone.models.configuration import SconeConfig
 from scone.models.f_gram_model import FGramModelConfig
 from scone.models.language_model import SconeForCausalLM
+from scone.models.over_encoding import OverEncodingForCausalLM
 
 BACKWARD_FACTOR = 2
 """A backward pass costs two products for each product of the forward pass."""
@@ -26,7 +28,7 @@ class ParameterCounts:
     """Numbers of parameters.
 
     ``resident`` ones are on the accelerator when the model serves; ``training_only`` ones become rows of the table, of
-    which ``table`` values lie in RAM or on disk.
+    which ``table`` values lie in RAM or on disk. An over-encoding model's rows are such a table as they are.
     """
 
     resident: int
@@ -38,7 +40,9 @@ class ParameterCounts:
 
 
 def parameter_counts(model: PreTrainedModel) -> ParameterCounts:
-    """Of a SCONE model (live or served) or a plain trunk; tied weights count once."""
+    """Of a SCONE model (live or served), an over-encoding model or a plain trunk; tied weights count once."""
+    if isinstance(model, OverEncodingForCausalLM):
+        return ParameterCounts(_count(model.trunk), 0, _count(model.hashed_embedding))
     if not isinstance(model, SconeForCausalLM):
         return ParameterCounts(_count(model), 0, 0)
     extra = 0 if model.f_gram_embedding is None else _count(model.f_gram_embedding)
@@ -82,6 +86,7 @@ def f_gram_forward_flops(
     """
     width, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     map_flops = 0 if width == trunk_width else 2 * width * trunk_width
+    map_in_flops = 0 if config.own_tokens else map_flops
     keys_and_values = 2 * 2 * width * width
 
     def rest_of_layer(depth: int) -> int:
@@ -89,10 +94,24 @@ def f_gram_forward_flops(
 
     total = 0.0
     for depth, nodes in enumerate(nodes_by_depth):
-        total += nodes * (map_flops + layers * keys_and_values + (layers - 1) * rest_of_layer(depth))
+        total += nodes * (map_in_flops + layers * keys_and_values + (layers - 1) * rest_of_layer(depth))
     for depth, f_grams in enumerate(nodes_by_depth if f_grams_by_depth is None else f_grams_by_depth):
         total += f_grams * (map_flops + rest_of_layer(depth))
     return total
+
+
+def input_embedding_flops(
+    config: SconeConfig, nodes_by_depth: Sequence[float], f_grams_by_depth: Sequence[float]
+) -> float:
+    """Operations of one forward pass of a live SCONE's input embedding layer: f-gram model and gate.
+
+    Reading and adding up rows are no products and count nothing, as the token embedding's own look-up does not.
+    Arguments as ``f_gram_forward_flops``.
+    """
+    sizes, width = config.f_gram_model_config, config.hidden_size
+    model = 0.0 if sizes is None else f_gram_forward_flops(sizes, width, nodes_by_depth, f_grams_by_depth)
+    gate = 2 * 2 * width * width if config.combination == "gate" else 0
+    return model + gate * sum(f_grams_by_depth)
 
 
 def training_flops(forward: float, recomputed: bool = False) -> float:

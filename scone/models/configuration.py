@@ -1,4 +1,4 @@
-"""SconeConfig: what a saved SCONE model needs to be built again."""
+"""What a saved model needs to be built again: SconeConfig, and OverEncodingConfig for the hashed peer."""
 
 from __future__ import annotations
 
@@ -9,32 +9,20 @@ from transformers import AutoConfig, PreTrainedConfig
 from scone.models.f_gram_model import FGramModelConfig
 
 
-class SconeConfig(PreTrainedConfig):
-    """Configuration of ``SconeForCausalLM``.
+class EmbeddedTrunkConfig(PreTrainedConfig):
+    """What all models around a trunk share.
 
     Args:
         text_config: the trunk's own configuration (or its dictionary, with ``model_type``); Hugging Face's name for
             the part of a composite model that speaks text, so caches and generation read the trunk's sizes from it.
-        f_gram_model: sizes of the f-gram model (``FGramModelConfig``), or None for a model without one.
-        learned_rows: how many f-grams, the first by rank, have a learned row.
-        combination: "add" or "replace", see ``FGramInputEmbedding``.
-        max_n: N, the longest f-gram in tokens.
-        num_f_grams: S.
-        vocabulary_fingerprint: that of the f-gram vocabulary the model was trained with.
-        requires_table: the model was saved without its f-gram model and rows; it runs only with its embedding table.
+        embedding_scale: factor on the input vectors, in front of the trunk and its position embeddings.
     """
 
-    model_type = "scone"
+    model_type = "embedded_trunk"
     sub_configs = {"text_config": AutoConfig}  # noqa: RUF012 (the library's class attribute)
 
     text_config: dict | PreTrainedConfig | None = None
-    f_gram_model: dict | None = None
-    learned_rows: int = 0
-    combination: str = "add"
-    max_n: int = 3
-    num_f_grams: int = 0
-    vocabulary_fingerprint: str = ""
-    requires_table: bool = False
+    embedding_scale: float = 1.0
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.text_config is None:
@@ -57,6 +45,55 @@ class SconeConfig(PreTrainedConfig):
         return self.text_config.hidden_size  # type: ignore[union-attr]
 
     @property
+    def initial_token_scale(self) -> float:
+        """Standard deviation of the trunk's token embeddings at its start."""
+        return getattr(self.text_config, "initializer_range", 0.02)
+
+
+class SconeConfig(EmbeddedTrunkConfig):
+    """Configuration of ``SconeForCausalLM``.
+
+    Args:
+        f_gram_model: sizes of the f-gram model (``FGramModelConfig``), or None for a model without one.
+        learned_rows: how many f-grams, the first by rank, have a learned row.
+        rows_backoff: a vector sums the rows of the whole suffix chain; False: the first of them alone.
+        combination: "add", "replace" or "gate", see ``FGramInputEmbedding``.
+        control: whose vector an f-gram takes, see ``scone.tokenization.controls``.
+        max_n: N, the longest f-gram in tokens.
+        num_f_grams: S.
+        vocabulary_fingerprint: that of the f-gram vocabulary the model was trained with.
+        requires_table: the model was saved without its f-gram model and rows; it runs only with its embedding table.
+    """
+
+    model_type = "scone"
+
+    f_gram_model: dict | None = None
+    learned_rows: int = 0
+    rows_backoff: bool = True
+    combination: str = "add"
+    control: str = "none"
+    max_n: int = 3
+    num_f_grams: int = 0
+    vocabulary_fingerprint: str = ""
+    requires_table: bool = False
+
+    @property
     def f_gram_model_config(self) -> FGramModelConfig | None:
         """The f-gram model's sizes, or None."""
         return FGramModelConfig(**self.f_gram_model) if self.f_gram_model is not None else None
+
+
+class OverEncodingConfig(EmbeddedTrunkConfig):
+    """Configuration of ``OverEncodingForCausalLM``.
+
+    Args:
+        num_rows: rows of the hashed tables together.
+        start: "zero" or "random", see ``OverEncodingEmbedding``.
+        separator_ids: tokens that no hashed n-gram contains.
+    """
+
+    model_type = "scone_over_encoding"
+
+    num_rows: int = 0
+    start: str = "zero"
+    separator_ids: list[int] | tuple[int, ...] = ()

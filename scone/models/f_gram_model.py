@@ -15,7 +15,15 @@ from scone.models.ancestor_attention import ancestor_attention
 
 @dataclass
 class FGramModelConfig:
-    """Sizes of the f-gram model, which need not be the trunk's."""
+    """Sizes of the f-gram model, which need not be the trunk's, and what else of it is a choice.
+
+    Args:
+        start: "random", "zero" (the gain starts there), or "identity" (an f-gram's vector starts as its last token's
+            embedding); None: zero, or random where that cannot be (see ``FGramInputEmbedding``).
+        output_norm: the vector that comes out is divided by its root mean square.
+        output_gain: it is multiplied by a learned gain.
+        own_tokens: the model has token embeddings of its own instead of reading the trunk's.
+    """
 
     hidden_size: int
     num_hidden_layers: int
@@ -23,6 +31,10 @@ class FGramModelConfig:
     intermediate_size: int
     layer_norm_eps: float = 1e-5
     initializer_range: float = 0.02
+    start: str | None = None
+    output_norm: bool = True
+    output_gain: bool = True
+    own_tokens: bool = False
 
     def __post_init__(self) -> None:
         if self.num_hidden_layers < 1:
@@ -30,7 +42,7 @@ class FGramModelConfig:
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(f"{self.hidden_size=} must be a multiple of {self.num_attention_heads=}")
 
-    def to_dict(self) -> dict[str, float | int]:
+    def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
@@ -79,23 +91,27 @@ class FGramModel(nn.Module):
 
     The paper (section 3) uses the trunk's architecture without its token embedding: the input is the trunk's own token
     embeddings plus learned absolute positions counted from the f-gram's start, the output the last token's vector.
-    Linear maps lead in and out where the width differs from the trunk's.
+    Linear maps lead in and out where the width differs from the trunk's. ``own_tokens`` are embeddings of the
+    ``vocab_size`` tokens, in the model's own width.
     """
 
-    def __init__(self, config: FGramModelConfig, trunk_width: int, max_n: int) -> None:
+    def __init__(self, config: FGramModelConfig, trunk_width: int, max_n: int, vocab_size: int = 0) -> None:
         super().__init__()
         self.config = config
         same = config.hidden_size == trunk_width
-        self.map_in = nn.Identity() if same else nn.Linear(trunk_width, config.hidden_size, bias=False)
+        self.own_tokens = nn.Embedding(vocab_size, config.hidden_size) if config.own_tokens else None
+        reads_as_is = same or config.own_tokens
+        self.map_in = nn.Identity() if reads_as_is else nn.Linear(trunk_width, config.hidden_size, bias=False)
         self.positions = nn.Embedding(max_n, config.hidden_size)
         self.blocks = nn.ModuleList(FGramBlock(config) for _ in range(config.num_hidden_layers))
         self.map_out = nn.Identity() if same else nn.Linear(config.hidden_size, trunk_width, bias=False)
 
     def forward(self, token_vectors: Tensor, trie: Mapping[str, Any]) -> Tensor:
-        """Last hidden states ``[M, D]`` of the batch's distinct f-grams, normalised to a root mean square of one.
+        """Last hidden states ``[M, D]`` of the batch's distinct f-grams, normalised to a root mean square of one
+        (unless ``output_norm`` is off).
 
         Args:
-            token_vectors: ``[U, D]`` trunk embeddings of the nodes' last tokens.
+            token_vectors: ``[U, D]`` embeddings of the nodes' last tokens, see ``token_vectors``.
             trie: the arrays of a ``TrieBatch``. Its last layer computes only the M nodes that positions read.
         """
         hidden = self.map_in(token_vectors) + self.positions(trie["depths"])
@@ -104,10 +120,17 @@ class FGramModel(nn.Module):
         for block in blocks:
             hidden = block(hidden, ancestors, trie["depth_offsets"])
         hidden = last_block(hidden, ancestors[wanted], trie["f_gram_offsets"], wanted)
-        return unit_rms(self.map_out(hidden))
+        hidden = self.map_out(hidden)
+        return unit_rms(hidden) if self.config.output_norm else hidden
+
+    def token_vectors(self, tokens: Tensor, token_embedding: nn.Module) -> Tensor:
+        """What the model reads for int64 ``tokens`` [U]: the trunk's embeddings, or its own, ``[U, D]``."""
+        return token_embedding(tokens) if self.own_tokens is None else self.own_tokens(tokens)
 
     def init_weights(self) -> None:
-        """GPT-2's scheme: normal weights, residual outputs scaled down by the depth."""
+        """GPT-2's scheme: normal weights, residual outputs scaled down by the depth. ``start="identity"``: positions
+        and residual outputs zero and maps the identity, so that a token's vector passes through.
+        """
         std = self.config.initializer_range
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear | nn.Embedding):
@@ -120,6 +143,15 @@ class FGramModel(nn.Module):
             elif isinstance(module, nn.LayerNorm):
                 nn.init.ones_(module.weight)
                 nn.init.zeros_(module.bias)
+        if self.config.start == "identity":
+            nn.init.zeros_(self.positions.weight)
+            for block in self.blocks:
+                assert isinstance(block, FGramBlock)
+                nn.init.zeros_(block.attention_out.weight)
+                nn.init.zeros_(block.feed_forward_out.weight)
+            for outer in (self.map_in, self.map_out):
+                if isinstance(outer, nn.Linear):
+                    nn.init.eye_(outer.weight)
 
 
 def unit_rms(hidden: Tensor) -> Tensor:
@@ -151,4 +183,5 @@ def padded_f_gram_model(model: FGramModel, token_vectors: Tensor, lengths: Tenso
         inner = nn.functional.gelu(block.feed_forward_in(block.feed_forward_norm(hidden)), approximate="tanh")
         hidden = hidden + block.feed_forward_out(inner)
     last = hidden[torch.arange(num_f_grams, device=hidden.device), lengths - 1]
-    return unit_rms(model.map_out(last))
+    last = model.map_out(last)
+    return unit_rms(last) if model.config.output_norm else last

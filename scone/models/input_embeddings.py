@@ -12,20 +12,25 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from scone.models.f_gram_model import FGramModel
+from scone.models.f_gram_model import FGramModel, FGramModelConfig, unit_rms
 from scone.models.learned_rows import LearnedRows
+
+COMBINATIONS = ("add", "replace", "gate")
 
 
 class FGramInputEmbedding(nn.Module):
     """The trainable layer: f-gram model, learned rows, or both.
 
     Args:
-        f_gram_model: the paper's f-gram model, or None.
+        f_gram_model: the paper's f-gram model, or None. Its configuration says how it starts: with a gain of zero;
+            at random, a vector of ``token_scale`` (where it is not normalised, as it comes); or as the identity.
         rows: the learned rows, or None.
         width: D, the trunk's width.
         combination: "add" corrects the token embedding; "replace" is the paper's literal form, in which a matched
-            position takes the f-gram's vector instead of its token's.
-        replace_scale: the gain's start under "replace": the scale of the trunk's token embeddings.
+            position takes the f-gram's vector instead of its token's; "gate" adds each number of the vector times a
+            factor of 0 … 2, 1 at the start, which token and vector decide: a function of the node like all else here,
+            so the table still holds one row for it.
+        token_scale: the scale of the trunk's token embeddings.
     """
 
     def __init__(
@@ -34,23 +39,30 @@ class FGramInputEmbedding(nn.Module):
         rows: LearnedRows | None,
         width: int,
         combination: str = "add",
-        replace_scale: float = 0.02,
+        token_scale: float = 0.02,
     ) -> None:
         super().__init__()
-        assert combination in ("add", "replace"), combination
+        assert combination in COMBINATIONS, combination
         self.f_gram_model = f_gram_model
         self.rows = rows
         self.combination = combination
-        self.replace_scale = replace_scale
-        self.gain = nn.Parameter(torch.empty(width)) if f_gram_model is not None else None
+        self.scale_at_start = (
+            1.0 if f_gram_model is None else scale_at_start(f_gram_model.config, combination, token_scale)
+        )
+        has_gain = f_gram_model is not None and f_gram_model.config.output_gain
+        self.gain = nn.Parameter(torch.empty(width)) if has_gain else None
+        self.gate = nn.Linear(2 * width, width) if combination == "gate" else None
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Start at the plain trunk (``combination="add"``), or at random vectors of the tokens' scale ("replace")."""
+        """Start at the plain trunk, or as the f-gram model's configuration says."""
         if self.f_gram_model is not None:
             self.f_gram_model.init_weights()
         if self.gain is not None:
-            nn.init.constant_(self.gain, 0.0 if self.combination == "add" else self.replace_scale)
+            nn.init.constant_(self.gain, self.scale_at_start)
+        if self.gate is not None:
+            nn.init.zeros_(self.gate.weight)
+            nn.init.zeros_(self.gate.bias)
         if self.rows is not None:
             self.rows.reset()
 
@@ -69,7 +81,7 @@ class FGramInputEmbedding(nn.Module):
         per_f_gram = self.f_gram_vectors(token_embedding, trie)
         spread = torch.cat([per_f_gram.new_zeros(1, per_f_gram.shape[1]), per_f_gram])
         added = nn.functional.embedding(trie["position_index"], spread).to(vectors.dtype)
-        if self.combination == "add":
+        if self.combination != "replace":
             return vectors + added
         return torch.where((trie["position_index"] > 0)[..., None], added, vectors)
 
@@ -77,13 +89,40 @@ class FGramInputEmbedding(nn.Module):
         """What is added to (or replaces) the token embedding for each of the batch's M distinct f-grams, ``[M, D]``."""
         total: Tensor | None = None
         if self.f_gram_model is not None:
-            assert self.gain is not None
-            total = self.gain * self.f_gram_model(token_embedding(trie["tokens"]), trie)
+            token_vectors = self.f_gram_model.token_vectors(trie["tokens"], token_embedding)
+            gain = self.scale_at_start if self.gain is None else self.gain
+            total = gain * self.f_gram_model(token_vectors, trie)
         if self.rows is not None:
             rows = self.rows(trie["row_ids"], trie["row_chains"])
             total = rows if total is None else total + rows
         assert total is not None, "an f-gram input embedding has an f-gram model, learned rows, or both"
+        if self.gate is not None:
+            last_tokens = token_embedding(trie["tokens"][trie["f_gram_index"]])
+            seen = torch.cat([unit_rms(last_tokens), unit_rms(total)], dim=-1)
+            total = total * (2 * torch.sigmoid(self.gate(seen)))
         return total
+
+
+def scale_at_start(config: FGramModelConfig, combination: str, token_scale: float) -> float:
+    """By what the f-gram model's vector is multiplied at the start: its gain's first value, or what stands for one.
+
+    Raises ValueError for a start that cannot be, with what to do.
+    """
+    can_be_zero = config.output_gain and combination != "replace"
+    start = config.start or ("zero" if can_be_zero else "random")
+    if start == "zero" and not can_be_zero:
+        raise ValueError(
+            "found the start zero without a gain, or with the combination replace, which would leave matched positions "
+            "without a vector; expected the start random or identity"
+        )
+    if start == "identity" and (config.output_norm or config.own_tokens or combination != "replace"):
+        raise ValueError(
+            "found the start identity with an output norm, own token embeddings, or a combination other than replace; "
+            "expected none of them, so that an f-gram's vector starts as its last token's embedding"
+        )
+    if start == "zero":
+        return 0.0
+    return token_scale if config.output_norm else 1.0
 
 
 class RowSource(Protocol):

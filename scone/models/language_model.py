@@ -10,16 +10,17 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.utils import cached_file
 
 from scone.kernels.trie_batch import build_trie_batch
 from scone.models.configuration import SconeConfig
+from scone.models.embedded_trunk import EmbeddedTrunk
 from scone.models.f_gram_model import FGramBlock, FGramModel
 from scone.models.input_embeddings import FGramInputEmbedding, RowSource, TableInputEmbedding
 from scone.models.learned_rows import LearnedRows
-from scone.models.token_history import MASKED, extend_history, token_history
+from scone.tokenization.controls import replaced, stand_ins
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 from scone.tokenization.matcher import Matcher
 from scone.utils.errors import SconeError
@@ -28,7 +29,7 @@ from scone.utils.files import fingerprint_of
 VOCABULARY_FILE = "f_grams.safetensors"
 
 
-class SconeForCausalLM(PreTrainedModel, GenerationMixin):
+class SconeForCausalLM(EmbeddedTrunk):
     """A trunk behind a SCONE input embedding layer.
 
     ``trunk`` is an ordinary causal language model. Its input vectors come from ``f_gram_embedding`` (live: f-gram
@@ -37,35 +38,27 @@ class SconeForCausalLM(PreTrainedModel, GenerationMixin):
     """
 
     config_class = SconeConfig
-    base_model_prefix = "trunk"
-    main_input_name = "input_ids"
-    supports_gradient_checkpointing = True
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    _can_compile_fullgraph = False  # matching runs on the host between the steps
 
     def __init__(self, config: SconeConfig, trunk: PreTrainedModel | None = None) -> None:
-        super().__init__(config)
-        self.trunk = AutoModelForCausalLM.from_config(config.text_config) if trunk is None else trunk
+        super().__init__(config, trunk)
         self.f_gram_embedding: FGramInputEmbedding | None = None
         self.table_embedding: TableInputEmbedding | None = None
         self.vocabulary: FGramVocabulary | None = None
         self.matcher: Matcher | None = None
+        self._stand_ins: np.ndarray | None = None
         # the layers that sharding and device maps take as one
-        self._no_split_modules = [*(self.trunk._no_split_modules or []), FGramBlock.__name__]
+        self._no_split_modules = [*(self._no_split_modules or []), FGramBlock.__name__]
         width = self._token_weight().shape[1]
         if config.requires_table:
             self._keys_to_ignore_on_load_unexpected = [r"^f_gram_embedding\."]
         else:
             sizes = config.f_gram_model_config
             self.f_gram_embedding = FGramInputEmbedding(
-                FGramModel(sizes, width, config.max_n) if sizes else None,
+                FGramModel(sizes, width, config.max_n, config.vocab_size) if sizes else None,
                 LearnedRows(config.learned_rows, width) if config.learned_rows else None,
                 width,
                 config.combination,
-                replace_scale=getattr(config.text_config, "initializer_range", 0.02),
+                config.initial_token_scale,
             )
         # the optimizer keeps the rows alike on all ranks, and they may lie on another device than the rest
         self._ddp_params_and_buffers_to_ignore = ["f_gram_embedding.rows.weight"]
@@ -81,9 +74,13 @@ class SconeForCausalLM(PreTrainedModel, GenerationMixin):
         *,
         f_gram_model: dict | None,
         learned_rows: int = 0,
+        rows_backoff: bool = True,
         combination: str = "add",
+        control: str = "none",
+        embedding_scale: float = 1.0,
     ) -> SconeForCausalLM:
         """A SCONE model around ``trunk``, which keeps its weights. ``learned_rows`` is capped at the number of f-grams.
+        For the rest see ``SconeConfig``.
 
         Raises SconeError when the vocabulary was counted for another number of tokens, or nothing would be learned.
         """
@@ -98,7 +95,10 @@ class SconeForCausalLM(PreTrainedModel, GenerationMixin):
             text_config=copy.deepcopy(trunk.config),  # building the composite resets fields of its part
             f_gram_model=f_gram_model,
             learned_rows=rows,
+            rows_backoff=rows_backoff,
             combination=combination,
+            control=control,
+            embedding_scale=embedding_scale,
             max_n=vocabulary.max_n,
             num_f_grams=vocabulary.num_f_grams,
             vocabulary_fingerprint=vocabulary.fingerprint,
@@ -135,17 +135,9 @@ class SconeForCausalLM(PreTrainedModel, GenerationMixin):
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
         """As Hugging Face's, plus the f-gram vocabulary and the file by which ``trust_remote_code`` finds us."""
-        self.config.auto_map = {
-            "AutoConfig": "modeling_scone.SconeConfig",
-            "AutoModelForCausalLM": "modeling_scone.SconeForCausalLM",
-        }
         super().save_pretrained(save_directory, *args, **kwargs)
-        if not kwargs.get("is_main_process", True):
-            return
-        folder = Path(save_directory)
-        (folder / "modeling_scone.py").write_text(REMOTE_CODE, encoding="utf-8")
-        if self.vocabulary is not None:
-            self.vocabulary.save(folder)
+        if self.vocabulary is not None and kwargs.get("is_main_process", True):
+            self.vocabulary.save(Path(save_directory))
 
     def set_vocabulary(self, vocabulary: FGramVocabulary) -> None:
         """Give the model its f-grams. Raises SconeError when they are not those that it was built for."""
@@ -158,6 +150,7 @@ class SconeForCausalLM(PreTrainedModel, GenerationMixin):
             )
         self.vocabulary = vocabulary
         self.matcher = Matcher(vocabulary)
+        self._stand_ins = stand_ins(vocabulary, self.config.control, self.config.learned_rows)
 
     def attach_table(self, table: RowSource) -> None:
         """Serve matched positions from ``table`` from now on. Raises SconeError when its shape does not fit."""
@@ -179,93 +172,11 @@ class SconeForCausalLM(PreTrainedModel, GenerationMixin):
         weights = weights_fingerprint(self._token_weight(), state)
         return {"vocabulary": self.vocabulary.fingerprint, "weights": weights}
 
-    # ------------------------------------------------------------------ Hugging Face's questions
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.trunk.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.trunk.set_input_embeddings(value)
-
-    def _token_weight(self) -> Tensor:
-        """T, ``[V, D]``."""
-        weight = self.trunk.get_input_embeddings().weight
-        assert isinstance(weight, Tensor)
-        return weight
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.trunk.get_output_embeddings()
-
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, FGramInputEmbedding):
             module.init_weights()
 
-    def prepare_inputs_for_generation(  # type: ignore[override]
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
-    ) -> dict[str, Any]:
-        """As Hugging Face's; keeps the 2-D padding mask, which becomes a 4-D one for static caches."""
-        generation: Any = GenerationMixin
-        inputs = generation.prepare_inputs_for_generation(self, input_ids, attention_mask=attention_mask, **kwargs)
-        if attention_mask is not None and attention_mask.ndim == 2 and inputs.get("input_ids") is not None:
-            inputs["token_mask"] = attention_mask[:, -inputs["input_ids"].shape[1] :]
-        return inputs
-
-    # ------------------------------------------------------------------ tokens → nodes → vectors → logits
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
-        trie: dict[str, Any] | None = None,
-        token_mask: Tensor | None = None,
-        num_items_in_batch: Tensor | int | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Logits, and the loss where ``labels`` are given; what is not named here goes to the trunk as it is.
-
-        Args:
-            input_ids: int64 ``[B, T]``.
-            attention_mask: ``[B, past + T]``, 0 at padding; f-grams do not cross padding.
-            inputs_embeds: ``[B, T, D]`` ready-made vectors; nothing is matched then.
-            labels: int64 ``[B, T]``, unshifted, -100 ignored.
-            trie: the arrays of the batch's ``TrieBatch``, made by the data loader; made here where missing.
-            token_mask: ``[B, T]`` 0 at padding, where ``attention_mask`` is not two-dimensional.
-            num_items_in_batch: predicted tokens of the whole step over processes and micro-batches; the loss is the
-                sum over this batch divided by it.
-
-        Raises:
-            ValueError: a cache that another model filled, without the token history that matching needs.
-        """
-        mask = token_mask
-        if mask is None and attention_mask is not None and attention_mask.ndim == 2 and input_ids is not None:
-            mask = attention_mask[:, -input_ids.shape[1] :]
-        if inputs_embeds is None:
-            assert input_ids is not None, "give input_ids or inputs_embeds"
-            inputs_embeds = self.embed(input_ids, mask, past_key_values, trie)
-        if use_cache is None and labels is not None:
-            use_cache = False
-        output = self.trunk(
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-            logits_to_keep=logits_to_keep,
-            **kwargs,
-        )
-        if input_ids is not None and output.past_key_values is not None:
-            extend_history(output.past_key_values, input_ids, mask)
-        if labels is not None:
-            output.loss = self.loss_function(
-                output.logits, labels, vocab_size=self.config.vocab_size, num_items_in_batch=num_items_in_batch
-            )
-        return output
+    # ------------------------------------------------------------------ tokens → nodes → vectors
 
     def embed(
         self,
@@ -292,35 +203,22 @@ class SconeForCausalLM(PreTrainedModel, GenerationMixin):
     def match(self, input_ids: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> np.ndarray:
         """Node ids int64 ``[B, T]``: the longest f-gram ending at each position, which may begin in the cached past."""
         assert self.matcher is not None, "the model has no f-gram vocabulary: call set_vocabulary"
-        history = token_history(cache)
-        past = cache.get_seq_length() if cache is not None else 0
-        if past and (history is None or history.get_seq_length() != past):
-            found = history.get_seq_length() if history else 0
-            raise ValueError(
-                f"the cache holds {past} positions but the tokens of {found}; a SCONE model continues only caches "
-                "that it filled from input_ids"
-            )
-        tokens = input_ids.cpu().numpy()
-        valid = np.ones(tokens.shape, bool) if mask is None else mask.cpu().numpy().astype(bool)
-        if past:
-            assert history is not None
-            # no f-gram is longer than N, so N - 1 tokens of context decide every match
-            context = history.last(self.config.max_n - 1).cpu().numpy()
-            tokens = np.concatenate([np.maximum(context, 0), tokens], axis=1)
-            valid = np.concatenate([context != MASKED, valid], axis=1)
+        # no f-gram is longer than N, so N - 1 tokens of context decide every match
+        tokens, valid = self.with_past(input_ids, mask, cache, self.config.max_n - 1)
         return self.matcher.match(tokens, valid)[:, tokens.shape[1] - input_ids.shape[1] :]
 
     def trie_of(self, nodes: np.ndarray) -> dict[str, Any]:
-        """The trie batch of ``nodes``, its arrays as tensors on the model's device."""
+        """The trie batch of ``nodes``, in a control of their stand-ins; its arrays as tensors on the model's device."""
         assert self.vocabulary is not None
         vocabulary = self.vocabulary
         batch = build_trie_batch(
-            nodes,
+            replaced(nodes, vocabulary.vocab_size, self._stand_ins),
             vocabulary.keys,
             vocabulary.suffixes,
             vocabulary.vocab_size,
             vocabulary.max_n,
             self.config.learned_rows,
+            backoff=self.config.rows_backoff,
         )
         device = self._token_weight().device
         return batch.fields(lambda array: torch.from_numpy(array).to(device))
@@ -357,15 +255,6 @@ def weights_fingerprint(token_embedding: Tensor, f_gram_embedding: Mapping[str, 
 def _bytes_of(tensor: Tensor) -> np.ndarray:
     """The tensor's bytes, whatever its type (NumPy has no bfloat16)."""
     return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().reshape(-1)
-
-
-REMOTE_CODE = '''"""Where AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True) finds SCONE."""
-
-from scone.models.configuration import SconeConfig
-from scone.models.language_model import SconeForCausalLM
-
-__all__ = ["SconeConfig", "SconeForCausalLM"]
-'''
 
 
 AutoConfig.register("scone", SconeConfig, exist_ok=True)

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 
 class LearnedRows(nn.Module):
-    """R rows of width D, zero at the start; an f-gram's vector is the sum over its suffix chain (back-off).
+    """R rows of width D; an f-gram's vector is the sum over its suffix chain (back-off).
+
+    They start at zero, or from a normal distribution of deviation ``std``.
 
     The weight takes no gradient itself: each training step copies the batch's distinct rows into a small leaf tensor,
     and ``training.optimizer.AdamWWithRows`` applies that leaf's gradient to those rows alone. So a step costs the rows
@@ -21,15 +23,18 @@ class LearnedRows(nn.Module):
     With ``on_host`` the rows stay in host memory wherever the model goes, and the copies of a step travel.
     """
 
-    def __init__(self, num_rows: int, width: int) -> None:
+    def __init__(self, num_rows: int, width: int, std: float = 0.0) -> None:
         super().__init__()
+        self.std = std
         self.weight = nn.Parameter(untouched_zeros(num_rows, width, torch.get_default_device()), requires_grad=False)
         self.on_host = False
         self.pending: list[tuple[Tensor, Tensor]] = []
 
     def reset(self) -> None:
-        """Every row zero. Memory that is zero already is only read: pages that nobody wrote to take no room."""
-        if self.weight.device.type == "meta" or bool(self.weight.any()):
+        """Every row at its start. Memory that is zero already is only read: pages that nobody wrote to take no room."""
+        if self.std:
+            nn.init.normal_(self.weight, std=self.std)
+        elif self.weight.device.type == "meta" or bool(self.weight.any()):
             nn.init.zeros_(self.weight)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LearnedRows:

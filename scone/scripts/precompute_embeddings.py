@@ -92,6 +92,11 @@ def _load_scone(model_path: str, device: torch.device) -> SconeForCausalLM:
     from scone.utils.errors import SconeError
 
     model = load_model(model_path, device=device).model
+    if model.config.model_type == "scone_over_encoding":
+        raise SconeError(
+            f"found an over-encoding model in {model_path}; expected one trained with f-grams; its hashed rows are a "
+            "table already and nothing can be precomputed: serve it as it is"
+        )
     if not isinstance(model, SconeForCausalLM):
         raise SconeError(
             f"found a plain model in {model_path}; expected one trained with f-grams; "

@@ -26,10 +26,13 @@ from scone.data.collator import Collator
 from scone.data.dataset import BlockDataset
 from scone.data.prepare import default_cache_folder, prepare_corpus, prepare_tokenizer
 from scone.data.token_file import TokenFile
+from scone.models.embedded_trunk import EmbeddedTrunk
 from scone.models.language_model import SconeForCausalLM
-from scone.models.trunk import build_trunk, longest_sequence, trunk_sizes
+from scone.models.over_encoding import OverEncodingForCausalLM
+from scone.models.trunk import build_trunk, longest_sequence
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 from scone.tokenization.tokenizers import separator_ids, tokenizer_fingerprint
+from scone.training.model_options import check_input_embedding, f_gram_model_settings
 from scone.training.precision import resolve_precision
 from scone.training.processes import meet_after_restart, one_line_for_lost_processes
 from scone.training.run_folder import FINAL_MODEL, OPTIONS_FILE, resume_point
@@ -119,7 +122,10 @@ def prepare_run_corpus(options: SconeOptions, *, quiet: bool = False) -> Corpus:
 
 
 def build_model(options: SconeOptions, corpus: Corpus, *, quiet: bool = False) -> PreTrainedModel:
-    """The model to train, on the CPU: SCONE around its trunk, or the plain trunk. The seed decides all weights."""
+    """The model to train, on the CPU: SCONE or over-encoding around a trunk, or the plain trunk. The seed decides all
+    weights.
+    """
+    check_input_embedding(options)
     set_seed(options.training.seed)
     trunk = build_trunk(options.model, corpus.tokenizer)
     limit = longest_sequence(trunk.config)
@@ -129,14 +135,20 @@ def build_model(options: SconeOptions, corpus: Corpus, *, quiet: bool = False) -
             f"{options.model.base_model_name!r}; lower it, or raise --max_position_embeddings with --init scratch"
         )
     if options.training.freeze_trunk:
-        if not options.model.use_f_gram_embeddings:
-            raise SconeError(
-                "found --freeze_trunk with --use_f_gram_embeddings false, which leaves nothing to train; expected at "
-                "most one of them; leave one out"
-            )
         trunk.requires_grad_(False)
     if not options.model.use_f_gram_embeddings:
         return trunk
+    if options.model.over_encoding_rows:
+        return _place_rows(
+            OverEncodingForCausalLM.from_trunk(
+                trunk,
+                num_rows=options.model.over_encoding_rows,
+                start=options.model.over_encoding_start,
+                separator_ids=separator_ids(corpus.tokenizer),
+                embedding_scale=options.model.embedding_scale,
+            ),
+            options,
+        )
     vocabulary = run_vocabulary(options, corpus, trunk.config.vocab_size, quiet=quiet)
     if vocabulary.num_f_grams < options.data.max_f_grams:
         logger.info(
@@ -148,10 +160,17 @@ def build_model(options: SconeOptions, corpus: Corpus, *, quiet: bool = False) -
     model = SconeForCausalLM.from_trunk(
         trunk,
         vocabulary,
-        f_gram_model=f_gram_model_sizes(options, trunk),
+        f_gram_model=f_gram_model_settings(options.model, trunk),
         learned_rows=options.model.learned_rows,
+        rows_backoff=options.model.rows_backoff,
         combination=options.model.combination,
+        control=options.model.control,
+        embedding_scale=options.model.embedding_scale,
     )
+    return _place_rows(model, options)
+
+
+def _place_rows(model: PreTrainedModel, options: SconeOptions) -> PreTrainedModel:
     rows = learned_rows(model)
     if rows is not None:
         rows.on_host = options.model.rows_device == "host"
@@ -175,26 +194,6 @@ def run_vocabulary(options: SconeOptions, corpus: Corpus, vocab_size: int, *, qu
     )
 
 
-def f_gram_model_sizes(options: SconeOptions, trunk: PreTrainedModel) -> dict[str, Any] | None:
-    """The f-gram model's sizes, the trunk's where the options leave them open; None for no f-gram model."""
-    asked = options.model.f_gram
-    sizes: dict[str, Any] = trunk_sizes(trunk.config)
-    if asked.hidden_size is not None and asked.intermediate_size is None:
-        sizes["intermediate_size"] = 4 * asked.hidden_size
-    for name in tuple(sizes):
-        if getattr(asked, name) is not None:
-            sizes[name] = getattr(asked, name)
-    if sizes["num_hidden_layers"] == 0:
-        return None
-    if sizes["hidden_size"] % sizes["num_attention_heads"]:
-        raise SconeError(
-            f"found an f-gram model of width {sizes['hidden_size']} with {sizes['num_attention_heads']} heads; "
-            "expected a multiple of the heads; give --f_gram_hidden_size and --f_gram_num_attention_heads"
-        )
-    sizes["initializer_range"] = getattr(trunk.config, "initializer_range", 0.02)
-    return sizes
-
-
 def build_trainer(
     options: SconeOptions, model: PreTrainedModel, corpus: Corpus, *, quiet: bool = False
 ) -> SconeTrainer:
@@ -203,7 +202,7 @@ def build_trainer(
     arguments = training_arguments(training, data.num_workers, evaluate=corpus.validation is not None, quiet=quiet)
     scone = model if isinstance(model, SconeForCausalLM) else None
     if training.torch_compile:
-        (scone.trunk if scone else model).compile()
+        (model.trunk if isinstance(model, EmbeddedTrunk) else model).compile()
         f_gram_model = scone.f_gram_embedding.f_gram_model if scone and scone.f_gram_embedding else None
         if f_gram_model is not None:
             f_gram_model.compile(dynamic=True)  # a trie's size changes from batch to batch: one graph for all
@@ -217,6 +216,9 @@ def build_trainer(
             scone.config.learned_rows if scone else 0,
             corpus.tokenizer.pad_token_id or 0,
             round_sizes=training.torch_compile,
+            backoff=options.model.rows_backoff,
+            control=options.model.control,
+            hashed=model.grams if isinstance(model, OverEncodingForCausalLM) else None,
         ),
         processing_class=corpus.tokenizer,
         callbacks=[CheckpointKeeper(training.save_total_limit), StopOnSignal()],
@@ -305,6 +307,7 @@ def _save_result(options: SconeOptions, trainer: SconeTrainer, corpus: Corpus, s
                 * trainer.args.world_size
                 * options.data.max_length,
                 "train_tokens": corpus.train.num_tokens,
+                "cost": trainer.run_cost.to_dict(options.training.gradient_checkpointing),
                 "log": trainer.state.log_history,
                 "final": metrics,
             },

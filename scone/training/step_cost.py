@@ -1,4 +1,4 @@
-"""What a SCONE step costs in plain steps: predicted from operations, and measured while it trains."""
+"""What training costs: a SCONE step in plain steps, predicted and measured, and the operations of a whole run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from scone.models.accounting import f_gram_forward_flops, trunk_forward_flops
+from scone.models.accounting import input_embedding_flops, training_flops, trunk_forward_flops
+from scone.models.configuration import SconeConfig
+from scone.models.embedded_trunk import EmbeddedTrunk
 from scone.models.language_model import SconeForCausalLM
 
 
@@ -38,11 +40,9 @@ class StepCost:
         if length not in self._trunk_flops:
             self._trunk_flops[length] = trunk_forward_flops(self.model.trunk.config, length)
         self._flops["trunk"] += positions * self._trunk_flops[length]
-        sizes = self.model.config.f_gram_model_config
-        if sizes is not None:
-            trie = inputs["trie"]
-            nodes, f_grams = _by_depth(trie["depth_offsets"]), _by_depth(trie["f_gram_offsets"])
-            self._flops["f-grams"] += f_gram_forward_flops(sizes, self.model.config.hidden_size, nodes, f_grams)
+        trie = inputs["trie"]
+        nodes, f_grams = _by_depth(trie["depth_offsets"]), _by_depth(trie["f_gram_offsets"])
+        self._flops["f-grams"] += input_embedding_flops(_config(self.model), nodes, f_grams)
 
     def figures(self) -> dict[str, float]:
         """The costs since the last call, plain steps = 1; nothing where nothing was counted."""
@@ -55,6 +55,60 @@ class StepCost:
             "predicted_step_cost": round(1 + flops["f-grams"] / flops["trunk"], 4),
             "measured_step_cost": round(whole / (whole - embedding), 4),
         }
+
+
+class RunCost:
+    """Adds up over a whole run what its batches made the model compute."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.positions = 0
+        self.length = 0
+        self._matched: torch.Tensor | int = 0
+        self._nodes: list[float] = []
+        self._f_grams: list[float] = []
+
+    def count(self, inputs: Mapping[str, Any]) -> None:
+        """Add a training batch. Matches stay on the device, so that nothing waits for it."""
+        self.positions += inputs["input_ids"].numel()
+        self.length = max(self.length, inputs["input_ids"].shape[1])
+        if isinstance(self.model, SconeForCausalLM):
+            trie = inputs["trie"]
+            self._matched = self._matched + trie["position_index"].count_nonzero()
+            self._nodes = _sum(self._nodes, _by_depth(trie["depth_offsets"]))
+            self._f_grams = _sum(self._f_grams, _by_depth(trie["f_gram_offsets"]))
+
+    def to_dict(self, recomputed: bool = False) -> dict[str, Any]:
+        """Operations per token, and of a SCONE model what it matched and computed per position; JSON-ready.
+
+        ``recomputed``: with gradient checkpointing. Serving costs the trunk's forward operations alone: the input
+        embedding is a row read. Attention counts whole blocks, as ``trunk_forward_flops`` says.
+        """
+        model = self.model
+        trunk_config: Any = model.trunk.config if isinstance(model, EmbeddedTrunk) else model.config
+        trunk = trunk_forward_flops(trunk_config, self.length)
+        figures: dict[str, Any] = {"inference_flops_per_token": trunk, "f_gram_flops_per_token": 0.0}
+        if isinstance(model, SconeForCausalLM):
+            nodes = [count / self.positions for count in self._nodes]
+            f_grams = [count / self.positions for count in self._f_grams]
+            figures["f_gram_flops_per_token"] = input_embedding_flops(_config(model), nodes, f_grams)
+            figures |= {
+                "match_rate": int(self._matched) / self.positions,
+                "nodes_per_position": sum(nodes),
+                "nodes_per_position_by_depth": nodes,
+                "f_grams_per_position_by_depth": f_grams,
+            }
+        forward = trunk + figures["f_gram_flops_per_token"]
+        return figures | {"training_flops_per_token": training_flops(forward, recomputed)}
+
+
+def _config(model: SconeForCausalLM) -> SconeConfig:
+    assert isinstance(model.config, SconeConfig)
+    return model.config
+
+
+def _sum(left: list[float], right: list[float]) -> list[float]:
+    return [a + b for a, b in zip(left, right, strict=True)] if left else right
 
 
 def _by_depth(offsets: list[int]) -> list[float]:

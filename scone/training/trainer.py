@@ -25,7 +25,7 @@ from scone.models.language_model import SconeForCausalLM
 from scone.models.learned_rows import LearnedRows
 from scone.training.optimizer import AdamWWithRows
 from scone.training.sharding import load_whole_optimizer, load_whole_weights, shard, whole_state, whole_weights
-from scone.training.step_cost import StepCost
+from scone.training.step_cost import RunCost, StepCost
 from scone.utils.errors import SconeError
 from scone.utils.files import write_json
 
@@ -35,7 +35,7 @@ COMPLETE_MARKER = "complete.json"
 
 
 class SconeTrainer(Trainer):
-    """Trains a SCONE model or a plain trunk.
+    """Trains a SCONE model, an over-encoding one or a plain trunk.
 
     Weight decay acts on matrices. Three groups may have their own learning rate: the trunk, the f-gram model with its
     gain, and the learned rows. ``fsdp`` ("none", "full_shard", "shard_grad_op") shards the model over the processes.
@@ -57,6 +57,7 @@ class SconeTrainer(Trainer):
         if rows is not None:
             self.add_callback(DropSkippedGradients(rows))
         self.step_cost = StepCost(self.model) if isinstance(self.model, SconeForCausalLM) else None
+        self.run_cost = RunCost(self.model)
         if self.is_fsdp_enabled:
             raise SconeError(
                 "found FSDP in the launcher's configuration; expected the option --fsdp full_shard, which knows what "
@@ -106,6 +107,7 @@ class SconeTrainer(Trainer):
 
     def _count(self, inputs: dict[str, Any]) -> None:
         """Add up figures for the next log line; tensors stay on the device, so that nothing waits for it."""
+        self.run_cost.count(inputs)
         figures: dict[str, Tensor | int] = {"positions": inputs["input_ids"].numel()}
         if self.step_cost is not None:
             self.step_cost.count(inputs)

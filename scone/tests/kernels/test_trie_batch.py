@@ -20,13 +20,14 @@ from scone.tokenization.matcher import Matcher
     min_freq=st.sampled_from([1, 3, 10, 10**6]),
     shape=st.tuples(st.integers(1, 4), st.integers(1, 40)),
     num_rows=st.sampled_from([0, 1, 7, 10**6]),
+    backoff=st.booleans(),
 )
-def test_trie_batch_equals_its_plain_reference(seed, max_n, min_freq, shape, num_rows):
+def test_trie_batch_equals_its_plain_reference(seed, max_n, min_freq, shape, num_rows, backoff):
     vocabulary = tiny.vocabulary(tiny.corpus(300, seed), max_n, min_freq)
     rng = np.random.default_rng(seed)
     nodes = Matcher(vocabulary).match(rng.integers(0, tiny.VOCAB_SIZE, shape))
     inputs = (nodes, vocabulary.keys, vocabulary.suffixes, vocabulary.vocab_size, max_n, num_rows)
-    fast, plain = build_trie_batch(*inputs), reference_trie.trie_batch(*inputs)
+    fast, plain = build_trie_batch(*inputs, backoff=backoff), reference_trie.trie_batch(*inputs, backoff)
     for name in ("position_index", "f_grams", "f_gram_offsets", "depths", "depth_offsets", "row_ids", "row_chains"):
         np.testing.assert_array_equal(getattr(fast, name), getattr(plain, name), err_msg=name)
     assert (np.diff(fast.f_gram_index) > 0).all()

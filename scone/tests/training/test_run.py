@@ -187,3 +187,40 @@ def test_rows_on_the_host_give_the_same_run_and_resume(corpus, tmp_path):
     checkpoint = str(complete_checkpoints(tmp_path / "host")[0])
     resumed = options(corpus, tmp_path / "again", **on_host, **{"training.resume_from_checkpoint": checkpoint})
     assert_same_weights(plain, train(resumed, quiet=True), atol=0.0, rtol=0.0)
+
+
+VARIANTS = {
+    "over-encoding": {"model.over_encoding_rows": 500},
+    "over-encoding, random start": {"model.over_encoding_rows": 500, "model.over_encoding_start": "random"},
+    "gate, no back-off": {"model.combination": "gate", "model.rows_backoff": False, "model.learned_rows": 20},
+    "shuffled": {"model.control": "shuffled", "model.embedding_scale": 2.0},
+    "single": {"model.control": "single", "model.learned_rows": 1},
+    "identity": {"model.combination": "replace", "model.f_gram.start": "identity", "model.f_gram.output_norm": False},
+    "own tokens, no gain": {"model.f_gram.token_embeddings": "separate", "model.f_gram.output_gain": False},
+}
+
+
+@pytest.mark.parametrize("variant", list(VARIANTS))
+def test_every_input_embedding_trains_and_loads(corpus, tmp_path, variant):
+    from transformers import AutoModelForCausalLM
+
+    final_model = train(options(corpus, tmp_path, **VARIANTS[variant]), quiet=True)
+    log = json.loads((tmp_path / "training_log.json").read_text())
+    cost = log["cost"]
+    assert cost["training_flops_per_token"] >= 3 * cost["inference_flops_per_token"] > 0
+    assert ("match_rate" in cost) == (not variant.startswith("over"))
+    model = AutoModelForCausalLM.from_pretrained(final_model)
+    rows = [weight for name, weight in model.named_parameters() if name.endswith("rows.weight")]
+    assert rows[0].any(), "rows were trained"
+
+
+def test_options_that_contradict_each_other_are_refused_in_one_line(corpus, tmp_path):
+    for changes, message in [
+        ({"model.use_f_gram_embeddings": False, "model.over_encoding_rows": 5}, "at most one of these baselines"),
+        ({"model.use_f_gram_embeddings": False, "model.embedding_scale": 2.0}, "the plain trunk"),
+        ({"model.combination": "replace", "model.f_gram.num_hidden_layers": 0}, "without an f-gram model"),
+        ({"model.f_gram.start": "identity"}, "change --f_gram_start"),
+        (VARIANTS["identity"] | {"model.f_gram.hidden_size": 8}, "at least the trunk's 16"),
+    ]:
+        with pytest.raises(SconeError, match=message):
+            train(options(corpus, tmp_path / "run", **changes), quiet=True)

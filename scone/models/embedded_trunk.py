@@ -1,0 +1,181 @@
+"""A trunk behind an input embedding layer of ours: what all such models share, whatever the layer is."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache
+
+from scone.models.configuration import EmbeddedTrunkConfig
+from scone.models.token_history import MASKED, extend_history, token_history
+
+
+class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
+    """``trunk``, an ordinary causal language model, whose input vectors come from ``embed``.
+
+    A subclass gives ``embed``, the number of tokens before a position that it depends on, and its layer.
+    """
+
+    config_class = EmbeddedTrunkConfig
+    base_model_prefix = "trunk"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = False  # the host looks n-grams up between the steps
+
+    def __init__(self, config: EmbeddedTrunkConfig, trunk: PreTrainedModel | None = None) -> None:
+        super().__init__(config)
+        self.trunk = AutoModelForCausalLM.from_config(config.text_config) if trunk is None else trunk
+        self._no_split_modules = list(self.trunk._no_split_modules or [])
+
+    @abstractmethod
+    def embed(
+        self,
+        input_ids: Tensor,
+        mask: Tensor | None = None,
+        cache: Cache | None = None,
+        trie: dict[str, Any] | None = None,
+    ) -> Tensor:
+        """Input vectors ``[B, T, D]`` of tokens that follow what ``cache`` holds; ``trie`` is what the data loader has
+        looked up already.
+        """
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+        """As Hugging Face's, plus the file by which ``trust_remote_code`` finds us."""
+        # sharding puts a class of its own in front of ours
+        model_class = next(ours for ours in type(self).__mro__ if ours.__module__.startswith("scone."))
+        names: dict[str, type] = {"AutoConfig": type(self.config), "AutoModelForCausalLM": model_class}
+        self.config.auto_map = {auto: f"modeling_scone.{ours.__name__}" for auto, ours in names.items()}
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if kwargs.get("is_main_process", True):
+            path = Path(save_directory) / "modeling_scone.py"
+            path.write_text(_remote_code(*names.values()), encoding="utf-8")
+
+    # ------------------------------------------------------------------ Hugging Face's questions
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.trunk.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.trunk.set_input_embeddings(value)
+
+    def _token_weight(self) -> Tensor:
+        """T, ``[V, D]``."""
+        weight = self.trunk.get_input_embeddings().weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.trunk.get_output_embeddings()
+
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """As Hugging Face's; keeps the 2-D padding mask, which becomes a 4-D one for static caches."""
+        generation: Any = GenerationMixin
+        inputs = generation.prepare_inputs_for_generation(self, input_ids, attention_mask=attention_mask, **kwargs)
+        if attention_mask is not None and attention_mask.ndim == 2 and inputs.get("input_ids") is not None:
+            inputs["token_mask"] = attention_mask[:, -inputs["input_ids"].shape[1] :]
+        return inputs
+
+    # ------------------------------------------------------------------ tokens → vectors → logits
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        trie: dict[str, Any] | None = None,
+        token_mask: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Logits, and the loss where ``labels`` are given; what is not named here goes to the trunk as it is.
+
+        Args:
+            input_ids: int64 ``[B, T]``.
+            attention_mask: ``[B, past + T]``, 0 at padding; n-grams do not cross padding.
+            inputs_embeds: ``[B, T, D]`` ready-made vectors; nothing is looked up or scaled then.
+            labels: int64 ``[B, T]``, unshifted, -100 ignored.
+            trie: what the data loader looked up (the arrays of a ``TrieBatch``); looked up here where missing.
+            token_mask: ``[B, T]`` 0 at padding, where ``attention_mask`` is not two-dimensional.
+            num_items_in_batch: predicted tokens of the whole step over processes and micro-batches; the loss is the
+                sum over this batch divided by it.
+
+        Raises:
+            ValueError: a cache that another model filled, without the token history that looking up needs.
+        """
+        mask = token_mask
+        if mask is None and attention_mask is not None and attention_mask.ndim == 2 and input_ids is not None:
+            mask = attention_mask[:, -input_ids.shape[1] :]
+        if inputs_embeds is None:
+            assert input_ids is not None, "give input_ids or inputs_embeds"
+            inputs_embeds = self.embed(input_ids, mask, past_key_values, trie)
+            if self.config.embedding_scale != 1.0:
+                inputs_embeds = inputs_embeds * self.config.embedding_scale
+        if use_cache is None and labels is not None:
+            use_cache = False
+        output = self.trunk(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+        if input_ids is not None and output.past_key_values is not None:
+            extend_history(output.past_key_values, input_ids, mask)
+        if labels is not None:
+            output.loss = self.loss_function(
+                output.logits, labels, vocab_size=self.config.vocab_size, num_items_in_batch=num_items_in_batch
+            )
+        return output
+
+    def with_past(
+        self, input_ids: Tensor, mask: Tensor | None, cache: Cache | None, context: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens int64 and validity bool ``[B, past + T]`` on the host, with at most ``context`` cached tokens in
+        front.
+
+        Raises ValueError for a cache without the history of its tokens.
+        """
+        history = token_history(cache)
+        past = cache.get_seq_length() if cache is not None else 0
+        if past and (history is None or history.get_seq_length() != past):
+            found = history.get_seq_length() if history else 0
+            raise ValueError(
+                f"the cache holds {past} positions but the tokens of {found}; a SCONE model continues only caches "
+                "that it filled from input_ids"
+            )
+        tokens = input_ids.cpu().numpy()
+        valid = np.ones(tokens.shape, bool) if mask is None else mask.cpu().numpy().astype(bool)
+        if past:
+            assert history is not None
+            before = history.last(context).cpu().numpy()
+            tokens = np.concatenate([np.maximum(before, 0), tokens], axis=1)
+            valid = np.concatenate([before != MASKED, valid], axis=1)
+        return tokens, valid
+
+
+def _remote_code(*classes: type) -> str:
+    """Where AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True) finds ``classes``."""
+    imports = "\n".join(f"from {ours.__module__} import {ours.__name__}" for ours in classes)
+    names = ", ".join(f'"{ours.__name__}"' for ours in classes)
+    return (
+        '"""Where AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True) finds SCONE."""\n\n'
+        f"{imports}\n\n__all__ = [{names}]\n"
+    )

@@ -1,0 +1,107 @@
+"""Over-encoding, the peer: token embeddings plus hashed 2- and 3-gram rows (arXiv 2501.16975)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.cache_utils import Cache
+
+from scone.models.configuration import OverEncodingConfig
+from scone.models.embedded_trunk import EmbeddedTrunk
+from scone.models.learned_rows import LearnedRows
+from scone.tokenization.hashed_grams import CONTEXT, HashedGrams
+
+STARTS = ("zero", "random")
+
+
+class OverEncodingEmbedding(nn.Module):
+    """e(i) = T(σᵢ) + R₂[hash(σᵢ₋₁ σᵢ)] + R₃[hash(σᵢ₋₂ σᵢ₋₁ σᵢ)], R rows together.
+
+    From the paper: the token's own embedding stays in the sum (it lost without), every 2- and 3-gram has a row whether
+    it is frequent or not, and different ones may share a row.
+
+    Different here, so that it is compared with learned rows at equal parameters and equal treatment: rows are as wide
+    as the trunk (the paper cuts tables into narrow slices with other moduli, and maps them up by matrices); ids are
+    mixed before the modulus; n-grams do not cross separators or padding; a step updates the rows of its batch alone, by
+    the optimizer and learning rate of the learned rows; and rows start at zero (``random_start``: at ``token_scale``).
+    """
+
+    def __init__(self, num_rows: int, width: int, start: str, token_scale: float) -> None:
+        super().__init__()
+        assert start in STARTS, start
+        self.rows = LearnedRows(num_rows, width, std=token_scale if start == "random" else 0.0)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        self.rows.reset()
+
+    def forward(self, token_ids: Tensor, token_embedding: nn.Module, lookups: Mapping[str, Any]) -> Tensor:
+        """``token_ids`` int64 [B, T] and what ``HashedGrams.lookups`` found for them → ``[B, T, D]``."""
+        vectors = token_embedding(token_ids)
+        added = self.rows(lookups["row_ids"], lookups["row_chains"])
+        return vectors + added.view_as(vectors).to(vectors.dtype)
+
+
+class OverEncodingForCausalLM(EmbeddedTrunk):
+    """A trunk behind an over-encoding layer. It has no table to export: its hashed rows are one already."""
+
+    config_class = OverEncodingConfig
+
+    def __init__(self, config: OverEncodingConfig, trunk: PreTrainedModel | None = None) -> None:
+        super().__init__(config, trunk)
+        width = self._token_weight().shape[1]
+        self.hashed_embedding = OverEncodingEmbedding(config.num_rows, width, config.start, config.initial_token_scale)
+        self.grams = HashedGrams(config.num_rows, tuple(config.separator_ids))
+        # the optimizer keeps the rows alike on all ranks, and they may lie on another device than the rest
+        self._ddp_params_and_buffers_to_ignore = ["hashed_embedding.rows.weight"]
+        self.post_init()
+
+    @classmethod
+    def from_trunk(
+        cls,
+        trunk: PreTrainedModel,
+        *,
+        num_rows: int,
+        start: str = "zero",
+        separator_ids: Sequence[int] = (),
+        embedding_scale: float = 1.0,
+    ) -> OverEncodingForCausalLM:
+        """A model around ``trunk``, which keeps its weights."""
+        config = OverEncodingConfig(
+            text_config=copy.deepcopy(trunk.config),  # building the composite resets fields of its part
+            num_rows=num_rows,
+            start=start,
+            separator_ids=sorted(int(separator) for separator in separator_ids),
+            embedding_scale=embedding_scale,
+        )
+        model = cls(config, trunk=trunk)
+        model.generation_config = trunk.generation_config
+        return model
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, OverEncodingEmbedding):
+            module.init_weights()
+
+    def embed(
+        self,
+        input_ids: Tensor,
+        mask: Tensor | None = None,
+        cache: Cache | None = None,
+        trie: dict[str, Any] | None = None,
+    ) -> Tensor:
+        """Input vectors ``[B, T, D]`` of tokens that follow what ``cache`` holds."""
+        if trie is None:
+            tokens, valid = self.with_past(input_ids, mask, cache, CONTEXT)
+            rows = self.grams.rows(tokens, valid)[:, tokens.shape[1] - input_ids.shape[1] :]
+            device = input_ids.device
+            trie = self.grams.lookups(rows, lambda array: torch.from_numpy(array).to(device))
+        return self.hashed_embedding(input_ids, self.get_input_embeddings(), trie)
+
+
+AutoConfig.register("scone_over_encoding", OverEncodingConfig, exist_ok=True)
+AutoModelForCausalLM.register(OverEncodingConfig, OverEncodingForCausalLM, exist_ok=True)

@@ -1,0 +1,126 @@
+"""What the input embedding layer can be besides its default: starts, gates, controls, back-off, scales."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from scone.data.collator import Collator
+from scone.models.f_gram_model import FGramModelConfig
+from scone.models.input_embeddings import scale_at_start
+from scone.models.language_model import SconeForCausalLM
+from scone.tests import tiny
+from scone.tokenization.controls import replaced, stand_ins
+
+IDENTITY = {"start": "identity", "output_norm": False}
+VARIANTS = {
+    "gate": {"combination": "gate"},
+    "replace": {"combination": "replace"},
+    "no back-off": {"rows_backoff": False, "learned_rows": 10},
+    "shuffled": {"control": "shuffled"},
+    "single": {"control": "single"},
+    "scaled": {"embedding_scale": 4.0},
+    "own tokens": {"f_gram_model": tiny.F_GRAM_SIZES | {"own_tokens": True}},
+    "no norm": {"f_gram_model": tiny.F_GRAM_SIZES | {"output_norm": False}},
+    "no gain": {"f_gram_model": tiny.F_GRAM_SIZES | {"output_gain": False}},
+}
+
+
+def tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
+    return torch.from_numpy(tiny.corpus(batch * length, seed).reshape(batch, length))
+
+
+def model_with(trained: bool = True, **changes) -> SconeForCausalLM:
+    settings = {"f_gram_model": tiny.F_GRAM_SIZES, "learned_rows": 40} | changes
+    model = SconeForCausalLM.from_trunk(tiny.trunk(), tiny.vocabulary(), **settings).eval()
+    if trained:
+        torch.manual_seed(1)
+        for name, parameter in model.f_gram_embedding.named_parameters():
+            if name in ("gain", "gate.weight", "gate.bias", "rows.weight"):
+                torch.nn.init.normal_(parameter, std=0.5)
+    return model
+
+
+@pytest.mark.parametrize("variant", list(VARIANTS))
+def test_every_variant_is_a_function_of_the_node(variant, tmp_path):
+    """Saved, loaded with one row per f-gram, it gives the live model's logits."""
+    live = model_with(**VARIANTS[variant])
+    live.save_pretrained(tmp_path)
+    loaded = SconeForCausalLM.from_pretrained(tmp_path).eval()
+    served = SconeForCausalLM.from_pretrained(tmp_path, table=tiny.RowsInMemory(live)).eval()
+    ids = tokens(3, 40)
+    with torch.no_grad():
+        logits = live(ids).logits
+        assert torch.equal(loaded(ids).logits, logits)
+        torch.testing.assert_close(served(ids).logits, logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("variant", list(VARIANTS))
+def test_the_loader_looks_up_what_the_model_looks_up(variant):
+    model = model_with(**VARIANTS[variant])
+    config, ids = model.config, tokens(3, 17)
+    collate = Collator(model.vocabulary, config.learned_rows, backoff=config.rows_backoff, control=config.control)
+    trie = collate([{"input_ids": row} for row in ids])["trie"]
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, model(ids, trie=trie).logits)
+
+
+@pytest.mark.parametrize("changes", [{}, {"combination": "gate"}, {"control": "shuffled"}, {"control": "single"}])
+def test_untrained_scone_equals_its_trunk(changes):
+    model = model_with(trained=False, **changes)
+    ids = tokens(2, 20)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, model.trunk(ids).logits)
+
+
+@pytest.mark.parametrize("width", [tiny.WIDTH, 2 * tiny.WIDTH])
+def test_the_identity_start_equals_the_trunk(width):
+    sizes = tiny.F_GRAM_SIZES | IDENTITY | {"hidden_size": width}
+    model = model_with(trained=False, f_gram_model=sizes, learned_rows=0, combination="replace")
+    ids = tokens(2, 20)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, model.trunk(ids).logits)
+
+
+def test_starts_that_cannot_be_are_refused():
+    sizes = FGramModelConfig(**tiny.F_GRAM_SIZES)
+    assert scale_at_start(sizes, "add", 0.02) == 0
+    assert scale_at_start(sizes, "replace", 0.02) == 0.02
+    for changes, combination in [
+        ({"start": "identity"}, "replace"),
+        (IDENTITY, "add"),
+        ({"start": "zero"}, "replace"),
+        ({"start": "zero", "output_gain": False}, "add"),
+    ]:
+        with pytest.raises(ValueError, match="found the start"):
+            scale_at_start(FGramModelConfig(**(tiny.F_GRAM_SIZES | changes)), combination, 0.02)
+
+
+def test_shuffling_permutes_f_grams_of_one_length_among_those_with_rows():
+    vocabulary, num_rows = tiny.vocabulary(), 25
+    nodes = stand_ins(vocabulary, "shuffled", num_rows)
+    ranks = nodes - vocabulary.vocab_size
+    np.testing.assert_array_equal(np.sort(ranks), np.arange(vocabulary.num_f_grams))
+    np.testing.assert_array_equal(vocabulary.lengths[ranks], vocabulary.lengths)
+    np.testing.assert_array_equal(ranks < num_rows, np.arange(len(ranks)) < num_rows)
+    assert (ranks != np.arange(len(ranks))).mean() > 0.5
+    np.testing.assert_array_equal(stand_ins(vocabulary, "shuffled", num_rows), nodes)
+
+
+def test_single_tells_that_an_f_gram_matched_and_not_which():
+    model = model_with(control="single")
+    ids = tokens(2, 30)
+    with torch.no_grad():
+        added = model.embed(ids) - model.get_input_embeddings()(ids)
+    matched = torch.from_numpy(model.match(ids) >= tiny.VOCAB_SIZE)
+    assert matched.any()
+    assert not matched.all()
+    assert not added[~matched].any()
+    torch.testing.assert_close(added[matched], added[matched][:1].expand_as(added[matched]))
+
+
+def test_replaced_leaves_tokens_alone():
+    nodes = np.arange(10)
+    assert replaced(nodes, 8, None) is nodes
+    np.testing.assert_array_equal(replaced(nodes, 8, np.array([9, 8])), [0, 1, 2, 3, 4, 5, 6, 7, 9, 8])

@@ -1,0 +1,132 @@
+"""Over-encoding, the peer: hashed rows in training, caches, generation and files."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
+
+from scone.data.collator import Collator
+from scone.models.accounting import parameter_counts
+from scone.models.over_encoding import OverEncodingForCausalLM
+from scone.tests import tiny
+from scone.tokenization.hashed_grams import HashedGrams
+
+NUM_ROWS = 60
+
+
+def over_encoding(kind: str = "gpt2", trained: bool = True, **changes) -> OverEncodingForCausalLM:
+    model = OverEncodingForCausalLM.from_trunk(
+        tiny.trunk(kind), num_rows=NUM_ROWS, separator_ids=(tiny.SEPARATOR,), **changes
+    ).eval()
+    if trained:
+        torch.manual_seed(1)
+        torch.nn.init.normal_(model.hashed_embedding.rows.weight, std=0.5)
+    return model
+
+
+def tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
+    return torch.from_numpy(tiny.corpus(batch * length, seed).reshape(batch, length))
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 1000), shape=st.tuples(st.integers(1, 3), st.integers(1, 12)), num_rows=st.integers(2, 50))
+def test_equal_grams_share_a_row_and_none_crosses_a_separator_or_padding(seed, shape, num_rows):
+    rng = np.random.default_rng(seed)
+    ids, valid = rng.integers(0, 6, shape), rng.random(shape) < 0.9
+    rows = HashedGrams(num_rows, (0,)).rows(ids, valid)
+    row_of: dict[tuple[int, ...], int] = {}
+    for sequence, position, column in np.ndindex(rows.shape):
+        start = position - 1 - column
+        gram = tuple(ids[sequence, max(start, 0) : position + 1].tolist())
+        whole = start >= 0 and 0 not in gram and valid[sequence, max(start, 0) : position + 1].all()
+        row = rows[sequence, position, column]
+        assert (row >= 0) == whole
+        if whole:
+            assert row_of.setdefault(gram, row) == row
+            assert (row < num_rows // 2) == (column == 0)
+            assert row < num_rows
+
+
+def test_untrained_over_encoding_equals_its_trunk():
+    model = over_encoding(trained=False)
+    ids = tokens(2, 20)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, model.trunk(ids).logits)
+
+
+@pytest.mark.parametrize("start", ["zero", "random"])
+def test_rows_start_as_asked(start):
+    rows = over_encoding(trained=False, start=start).hashed_embedding.rows.weight
+    assert (float(rows.std()) > 0.01) == (start == "random")
+
+
+def test_what_the_loader_looked_up_equals_what_the_model_looks_up():
+    model = over_encoding()
+    ids = tokens(3, 17)
+    batch = Collator(None, hashed=model.grams)([{"input_ids": row} for row in ids])
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, model(ids, trie=batch["trie"]).logits)
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 1000), cuts=st.lists(st.integers(1, 29), max_size=5, unique=True), pad=st.integers(0, 5))
+def test_cached_decoding_equals_full_forward(seed, cuts, pad):
+    model = MODEL
+    ids = tokens(2, 30, seed)
+    mask = torch.ones_like(ids)
+    mask[1, :pad] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    cache, pieces = None, []
+    with torch.no_grad():
+        full = model(ids, attention_mask=mask, position_ids=positions).logits
+        for start, stop in itertools.pairwise([0, *sorted(cuts), 30]):
+            output = model(
+                ids[:, start:stop],
+                attention_mask=mask[:, :stop],
+                position_ids=positions[:, start:stop],
+                past_key_values=cache,
+                use_cache=True,
+            )
+            cache = output.past_key_values
+            pieces.append(output.logits)
+    valid = mask.bool()
+    torch.testing.assert_close(torch.cat(pieces, 1)[valid], full[valid], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generation_with_a_cache_equals_generation_without(kind, beams):
+    model = over_encoding(kind)
+    ids = tokens(2, 8, 3)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    arguments = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False, "num_beams": beams}
+    arguments["no_repeat_ngram_size"] = 2
+    cached = model.generate(ids, **arguments)
+    assert cached.tolist() == model.generate(ids, use_cache=False, **arguments).tolist()
+
+
+def test_save_and_load_keep_every_logit(tmp_path):
+    model = over_encoding("llama", embedding_scale=3.0)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert isinstance(loaded, OverEncodingForCausalLM)
+    assert "OverEncodingForCausalLM" in (tmp_path / "modeling_scone.py").read_text()
+    with torch.no_grad():
+        assert torch.equal(loaded(tokens(2, 20)).logits, model(tokens(2, 20)).logits)
+
+
+def test_its_rows_count_as_a_table():
+    counts = parameter_counts(over_encoding())
+    assert counts.table == NUM_ROWS * tiny.WIDTH
+    assert counts.training_only == 0
+    assert counts.resident == parameter_counts(tiny.trunk()).resident
+
+
+MODEL = over_encoding()
