@@ -1,4 +1,4 @@
-"""Perplexity of a model on a data set: `scone evaluate`, `python -m scone.scripts.evaluate`."""
+"""Perplexity and zero-shot accuracy of a model: `scone evaluate`, `python -m scone.scripts.evaluate`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,11 @@ EXAMPLES = (
     "scone evaluate --model_path ./outputs/scone-model/final_model --dataset_name wikitext --split test",
     "scone evaluate --model_path ./outputs/scone-model/final_model --embedding_cache_path embeddings.cache "
     "--dataset_name my_texts/",
+    "scone evaluate --model_path ./outputs/scone-model/final_model --tasks hellaswag,piqa --task_data evals/",
 )
+DESCRIPTION = """\
+Measure a model's perplexity on a split of a data set, SCONE (with or without its table) or plain, and its zero-shot
+accuracy on tasks. With --tasks, perplexity is measured only if --dataset_name is given too."""
 OPTIONS = (
     "data.dataset_name",
     "data.dataset_config_name",
@@ -40,13 +44,19 @@ def read_arguments(argv: Sequence[str] | None) -> tuple[SconeOptions, argparse.N
     options, extra = parse_options(
         argv,
         OPTIONS,
-        "Measure a model's perplexity on a split of a data set, SCONE (with or without its table) or plain.",
+        DESCRIPTION,
         examples=EXAMPLES,
         add_arguments=_add_arguments,
         defaults=DEFAULTS,
     )
     if extra.max_tokens is not None and extra.max_tokens < 2:
         raise SconeError(f"--max_tokens: found {extra.max_tokens}; expected at least 2")
+    if extra.tasks is None:
+        given = [name for name in ("task_data", "limit") if getattr(extra, name) is not None]
+        if given:
+            raise SconeError(f"found --{given[0]} without --tasks; expected both; add --tasks, or leave it out")
+    if extra.limit is not None and extra.limit < 1:
+        raise SconeError(f"--limit: found {extra.limit}; expected at least 1")
     return options, extra
 
 
@@ -66,7 +76,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     tokenizer = load_tokenizer(extra.tokenizer_path or extra.model_path)
     facts: dict[str, object] = {"model_path": str(extra.model_path)}
-    facts |= _measure_perplexity(options, extra, loaded.model, tokenizer)
+    if extra.tasks is None or "data.dataset_name" in options.given:
+        facts |= _measure_perplexity(options, extra, loaded.model, tokenizer)
+    if extra.tasks is not None:
+        facts |= _measure_accuracy(options, extra, loaded.model, tokenizer)
     if loaded.table is not None:
         print(loaded.table.describe())
     if loaded.quantization is not None:
@@ -115,6 +128,18 @@ def _measure_perplexity(
     return {"dataset_name": data.dataset_name, "split": extra.split} | windows | result.to_dict()
 
 
+def _measure_accuracy(
+    options: SconeOptions, extra: argparse.Namespace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, object]:
+    """Print the accuracy on the tasks; returns what goes into the JSON."""
+    from scone.evaluation.zero_shot import describe_tasks, evaluate_tasks, task_names
+
+    batch_size = options.inference.batch_size
+    results = evaluate_tasks(model, tokenizer, task_names(extra.tasks), extra.task_data, extra.limit, batch_size)
+    print(describe_tasks(results))
+    return {"tasks": {result.task: result.to_dict() for result in results}}
+
+
 def _print_perplexity(result: PerplexityResult) -> None:
     interval = ""
     if result.perplexity_interval is not None:
@@ -147,6 +172,13 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--stride", type=int, metavar="N", help="tokens between the starts of windows (default: max_length, no overlap)"
     )
     parser.add_argument("--max_tokens", type=int, metavar="N", help="evaluate on the first N tokens only")
+    parser.add_argument("--tasks", metavar="NAMES", help="zero-shot tasks, separated by commas, or all")
+    parser.add_argument(
+        "--task_data",
+        metavar="FOLDER",
+        help="JSON-lines files of the tasks, such as piqa_validation.jsonl.zst (default: hub)",
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="the first N items of each task only")
     parser.add_argument("--placement", default="ram", help="where the table is kept: ram, mmap, direct, or tiers")
     parser.add_argument("--quantization", metavar="TYPE", help="quantise the trunk: fp16, int8 or int4")
     parser.add_argument("--output", metavar="FILE", help="also write the result as JSON")
