@@ -113,7 +113,8 @@ class TableWriter:
     def _prepare(self, alone: bool) -> bool:
         """Make the folder hold this plan. False: the process that was preparing it gave up, try again."""
         plan_path = self.folder / "plan.json"
-        if plan_path.exists():
+        # without its rows it is a folder whose table was renamed to its place, and whose removal was cut short
+        if plan_path.exists() and (self.folder / "table").exists():
             found = _read_plan(plan_path)
             if found == self.plan.as_json():
                 self.notice = self.notice or f"going on with {self.folder}"

@@ -1,0 +1,1 @@
+"""What must not hurt anybody: damaged and hostile files, kills, full disks, two runs at once."""
