@@ -4,7 +4,8 @@
 
 bf16 autocast, compiled, batches from a loader with workers. Trunks are those of the paper's GPT-2 experiments
 (width 1,024 × 6 layers) and GPT2-Small; f-grams (N = 5, S = 1 M) are counted on the tokens. Utilisation is the
-formula's operations a second, attention over all pairs, against ``--peak_tflops``. ``--tiny`` rehearses everything on a CPU.
+formula's operations a second, attention over all pairs, against ``--peak_tflops``. ``--tiny`` rehearses everything on
+a CPU.
 """
 
 from __future__ import annotations

@@ -1,0 +1,226 @@
+"""Decoding on one GPU: a plain trunk, one twice as deep, and SCONE with its table in every placement and without one.
+
+    python benchmarks/gpu/bench_generation_gpu.py --tokens TOKEN_FOLDER [--json FILE] [--tiny] [--captured]
+
+GPT2-Small's shape in bf16 with random weights (speed does not depend on them), 1 M f-grams counted on the tokens, a
+bf16 table. Every step feeds the next token of real text, so that matches are those of text; it waits for the last
+step's choice first, as decoding does. Milliseconds a step, medians of interleaved rounds. ``--captured`` also decodes
+with static caches and the trunk as a CUDA graph; the rows are gathered before it. ``--tiny`` rehearses on a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+from common import Report
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel, StaticCache
+
+from scone.data.token_file import TokenFile
+from scone.inference.embedding_table import EmbeddingTable
+from scone.inference.row_types import RowFormat
+from scone.inference.table_format import TableLayout
+from scone.inference.table_writer import TablePlan, TableWriter
+from scone.models.f_gram_model import FGramModelConfig
+from scone.models.language_model import SconeForCausalLM
+from scone.tokenization.counting import count_f_grams
+from scone.tokenization.f_gram_vocabulary import FGramVocabulary
+
+VOCAB_SIZE = 50_257
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+
+
+def main() -> None:
+    """Measure, print the table of records, write the JSON."""
+    report = Report.from_arguments("gpu_generation", __doc__, add_options=_add_options)
+    options = report.config
+    tiny, file = options["tiny"], TokenFile.open(options["tokens"])
+    counted = count_f_grams(
+        [file.tokens],
+        vocab_size=VOCAB_SIZE,
+        max_n=5,
+        min_freq=2,
+        max_f_grams=5_000 if tiny else 1_000_000,
+        separator_ids=[file.separator_id],
+        quiet=True,
+    ).vocabulary
+    batches = [1, 4] if tiny else [1, 4, 32, 128]
+    prompt, steps = (16, 4) if tiny else (128, 48)
+    options |= {"f_grams": counted.num_f_grams, "prompt": prompt, "steps": steps, "batches": batches}
+    layers = 2 if tiny else 12
+    with tempfile.TemporaryDirectory(dir=options["dir"], prefix="bench_generation.") as folder:
+        path = Path(folder) / "embeddings.cache"
+        width = 64 if tiny else 768
+        write_table(path, counted.num_f_grams, width)
+        models = build_all(counted, path, width, layers)
+        report_memory(report, models)
+        text = torch.from_numpy(file.tokens[: 4_000_000 if not tiny else 40_000].astype(np.int64))
+        for batch in batches:
+            measure(report, models, text, batch, prompt, steps, rounds=2 if tiny else 3)
+        if options["captured"]:
+            for batch in batches[:1] if tiny else (1, 32):
+                measure_captured(report, models, text, batch, prompt, steps)
+    report.finish()
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tokens", type=Path, required=True, help="folder of a token file")
+    parser.add_argument("--dir", default=".", help="where the table goes: the disk that is measured")
+    parser.add_argument("--tiny", action="store_true", help="a rehearsal at toy size, on any device")
+    parser.add_argument("--captured", action="store_true", help="also with the trunk as a CUDA graph")
+
+
+def write_table(path: Path, num_rows: int, width: int) -> None:
+    """Random bf16 rows: their values do not change how fast they are read."""
+    row_format = RowFormat.of("bf16", width)
+    with TableWriter(path, TablePlan(TableLayout(num_rows, row_format), 1, {})) as writer:
+        random = torch.Generator().manual_seed(0)
+        block = row_format.encode(torch.randn(65_536, width, generator=random))
+        for low in range(0, num_rows, len(block)):
+            part = block[: num_rows - low]
+            writer.write(np.arange(low, low + len(part)), part)
+        writer.mark_finished(0)
+        writer.finish()
+
+
+def trunk_of(width: int, layers: int) -> PreTrainedModel:
+    """A GPT-2 trunk with random weights; transformers' heads of 64 values."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("gpt2", vocab_size=VOCAB_SIZE, n_embd=width, n_layer=layers, n_head=width // 64)
+    return AutoModelForCausalLM.from_config(config).to(DEVICE, DTYPE).eval()
+
+
+def build_all(vocabulary: FGramVocabulary, path: Path, width: int, layers: int) -> dict[str, PreTrainedModel]:
+    """All models by name, "plain" first; those with a table share nothing but the file."""
+    sizes = FGramModelConfig(width, layers, width // 64, 4 * width).to_dict()
+    placements = {"ram": "ram", "mmap": "mmap", "direct": "direct"}
+    if DEVICE.type == "cuda":
+        placements |= {"gpu": "gpu", "tiered": "gpu:100k,ram:400k,disk"}
+    models: dict[str, PreTrainedModel] = {"plain": trunk_of(width, layers), "doubled": trunk_of(width, 2 * layers)}
+    for name, placement in placements.items():
+        model = SconeForCausalLM.from_trunk(trunk_of(width, layers), vocabulary, f_gram_model=sizes)
+        model.f_gram_embedding = None
+        model.attach_table(EmbeddingTable.open(path, placement, device=DEVICE))
+        models[name] = model.eval()
+    live = SconeForCausalLM.from_trunk(trunk_of(width, layers), vocabulary, f_gram_model=sizes)
+    models["live"] = live.to(DEVICE, DTYPE).eval()
+    return models
+
+
+def report_memory(report: Report, models: dict[str, PreTrainedModel]) -> None:
+    """Accelerator and host bytes of weights and tables."""
+    for name, model in models.items():
+        weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+        table = getattr(model, "table_embedding", None)
+        memory = table.table.memory if table is not None else None
+        report.add(f"accelerator_bytes_{name}", "MiB", (weights + (memory.device if memory else 0)) / 2**20, ratio=None)
+        if memory is not None:
+            report.add(f"host_bytes_{name}", "MiB", (memory.ram + memory.mapped) / 2**20, ratio=None)
+
+
+def synchronize() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def some_text(text: Tensor, batch: int, length: int, seed: int) -> Tensor:
+    """int64 [batch, length]: stretches of the text."""
+    starts = torch.randint(0, len(text) - length, (batch,), generator=torch.Generator().manual_seed(seed))
+    return torch.stack([text[start : start + length] for start in starts.tolist()]).to(DEVICE)
+
+
+@torch.inference_mode()
+def decode(model: PreTrainedModel, tokens: Tensor, prompt: int, cache: Any) -> tuple[float, float]:
+    """Seconds of the prefill and of one decoding step."""
+    synchronize()
+    start = time.perf_counter()
+    logits = model(input_ids=tokens[:, :prompt], past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    synchronize()
+    prefilled = time.perf_counter()
+    for place in range(prompt, tokens.shape[1]):
+        # the real next token, once the model has chosen its own
+        following = torch.where(logits[:, -1:].argmax(-1) >= 0, tokens[:, place : place + 1], 0)
+        logits = model(input_ids=following, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        logits[:, -1].argmax(-1).cpu()
+    return prefilled - start, (time.perf_counter() - prefilled) / (tokens.shape[1] - prompt)
+
+
+def measure(
+    report: Report,
+    models: dict[str, PreTrainedModel],
+    text: Tensor,
+    batch: int,
+    prompt: int,
+    steps: int,
+    rounds: int,
+) -> None:
+    """Decoding and prefill of every model at one batch size, in turn."""
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
+    for turn in range(rounds + 1):
+        tokens = some_text(text, batch, prompt + steps, seed=turn)
+        for name, model in models.items():
+            taken = decode(model, tokens, prompt, DynamicCache())
+            if turn:
+                times[name].append(taken)
+    middle = {
+        name: [statistics.median(part) * 1e3 for part in zip(*taken, strict=True)] for name, taken in times.items()
+    }
+    add_times(report, {name: values[1] for name, values in middle.items()}, f"decode_ms_b{batch}")
+    add_times(report, {name: values[0] for name, values in middle.items()}, f"prefill_ms_b{batch}")
+
+
+def add_times(report: Report, milliseconds: dict[str, float], metric: str) -> None:
+    """One record a model; the ratio is plain's time ÷ its own, that is its speed in plain's."""
+    plain = milliseconds["plain"]
+    for name, value in milliseconds.items():
+        if name == "plain":
+            report.add(f"{metric}_plain", "ms", value, ratio=None)
+            continue
+        from_table = name not in ("doubled", "live")
+        report.add(
+            f"{metric}_{name}",
+            "ms",
+            value,
+            peer=plain,
+            peer_name="plain",
+            ratio="peer/ours",
+            target=0.97 if from_table else None,
+        )
+
+
+def measure_captured(
+    report: Report, models: dict[str, PreTrainedModel], text: Tensor, batch: int, prompt: int, steps: int
+) -> None:
+    """The same with static caches and the trunk compiled to a CUDA graph, where launching kernels costs nothing."""
+    found: dict[str, float] = {}
+    for name in ("plain", "doubled", "ram", *(["gpu"] if "gpu" in models else [])):
+        model = models[name]
+        part = model if name in ("plain", "doubled") else model.trunk
+        usual: Callable[..., Any] = part.forward
+        part.forward = torch.compile(usual, mode="reduce-overhead" if DEVICE.type == "cuda" else "default")
+        cache = StaticCache(part.config, max_cache_len=prompt + steps)
+        taken = []
+        for turn in range(4):
+            with torch.inference_mode():
+                cache.reset()
+            cache.layers = [layer for layer in cache.layers if type(layer).__name__ != "TokenHistory"]
+            taken.append(decode(model, some_text(text, batch, prompt + steps, seed=turn), prompt, cache)[1])
+        part.forward = usual
+        found[name] = statistics.median(taken[2:]) * 1e3
+    add_times(report, found, f"captured_decode_ms_b{batch}")
+
+
+if __name__ == "__main__":
+    main()
