@@ -1,18 +1,25 @@
 """Train several input embeddings under one budget and compare: ``python experiments/run.py experiments/NAME.yaml``.
 
-The YAML names the tokenizer, the token files (or a data set) of train, validation and test texts, ``base`` options, and
-``runs``: what each run changes of them. All runs see the same batches. Finished runs are kept and skipped, so an
-interrupted experiment goes on where it was. ``--jobs`` runs several at once. The result is one JSON with configuration,
-machine and commit, and a table, last.
+The YAML names the tokenizer and the token files of train, validation and test texts, ``base`` options, and ``runs``:
+what each run changes of them, and its ``seeds`` where it has several. All runs see the same batches. f-grams are
+counted once, before the first run. Finished runs are kept and skipped, so an interrupted experiment goes on where it
+was. ``--jobs`` runs several at once, those that compute most first. After ``--deadline_s`` seconds nothing more is
+started and what runs is ended: its loss curve up to there is kept, marked as unfinished. The result is one JSON with
+configuration, machine and commit, and a table, last.
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
+import os
+import shutil
+import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,101 +29,244 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks")]
 
 from common import commit, machine  # noqa: E402
+from comparison import table  # noqa: E402
 
 from scone.configs.loading import from_mapping  # noqa: E402
+from scone.configs.schema import SconeOptions  # noqa: E402
+from scone.utils.command_line import run_main  # noqa: E402
+from scone.utils.errors import SconeError  # noqa: E402
 from scone.utils.files import read_json, write_json  # noqa: E402
 
+POLL_SECONDS = 0.5
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything an experiment reads lies on this machine
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("experiment", type=Path)
-    parser.add_argument("--data", type=Path, required=True, help="folder of the token files that the YAML names")
-    parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--jobs", type=int, default=1, help="runs at once")
-    parser.add_argument("--only", nargs="*", help="these runs alone")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
-    parser.add_argument("--json", type=Path, help="write the merged result here (default OUTPUT_DIR/result.json)")
-    arguments = parser.parse_args()
-    experiment = yaml.safe_load(arguments.experiment.read_text(encoding="utf-8"))
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run what is not finished yet, merge and print. Raises SconeError."""
+    arguments = parse(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # workers are ended, not left behind
+    plan = Plan.read(arguments)
     if arguments.worker:
-        run_one(experiment, arguments.worker, arguments.data, arguments.output_dir)
+        plan.run(arguments.worker, arguments.keep_models)
         return 0
-    names = [name for name in experiment["runs"] if not arguments.only or name in arguments.only]
-    pending = [name for name in names if not (arguments.output_dir / f"{name}.json").exists()]
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        failed = [name for name, status in zip(pending, pool.map(start_worker, pending), strict=True) if status]
-    result = merge(experiment, arguments.output_dir)
-    write_json(arguments.json or arguments.output_dir / "result.json", result)
+    names = [name for name in plan.options if chosen(name, arguments.only, arguments.skip)]
+    if not names:
+        raise SconeError(f"found no run of {arguments.experiment} to start; it has {', '.join(plan.options)}")
+    started = time.monotonic()
+    estimates = plan.estimates(names)
+    ordered = sorted(names, key=lambda name: -estimates[name])
+    if arguments.list:
+        print("\n".join(f"{estimates[name]:10.3g} FLOPs  {name}" for name in ordered))
+        return 0
+    pending = [name for name in ordered if not is_finished(plan.output_dir / f"{name}.json")]
+    print(f"{len(names)} runs, {len(names) - len(pending)} of them finished before", flush=True)
+    if pending:
+        plan.prepare()
+        print(f"counted and compiled in {time.monotonic() - started:.0f} s", flush=True)
+    deadline = None if arguments.deadline_s is None else started + arguments.deadline_s
+    failed, cut = run_all(pending, plan.output_dir, arguments.jobs, deadline, [sys.executable, *sys.argv])
+    result = plan.merge()
+    write_json(arguments.json or plan.output_dir / "result.json", result)
     print(table(result))
+    if cut:
+        print(f"cut off or not started: {', '.join(cut)}", file=sys.stderr)
     if failed:
-        print(f"failed: {', '.join(failed)} (see their .log files in {arguments.output_dir})", file=sys.stderr)
+        print(f"failed: {', '.join(failed)} (see their .log files in {plan.output_dir})", file=sys.stderr)
     return 1 if failed else 0
 
 
-def start_worker(name: str) -> int:
-    """Run one configuration in its own process, so that one failure or leak stays its own."""
-    output_dir = Path(sys.argv[sys.argv.index("--output_dir") + 1])
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiment", type=Path)
+    parser.add_argument("--data", type=Path, required=True, help="folder of the tokenizer and token files it names")
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once")
+    parser.add_argument("--only", nargs="*", help="these runs alone (all seeds of a run, or one)")
+    parser.add_argument("--skip", nargs="*", default=[], help="all but these runs")
+    parser.add_argument("--set", nargs="*", default=[], metavar="OPTION=VALUE", help="changes to the base options")
+    parser.add_argument("--deadline_s", type=float, help="start nothing and end everything after so many seconds")
+    parser.add_argument("--keep_models", action="store_true", help="keep the trained models too")
+    parser.add_argument("--list", action="store_true", help="show the runs and their estimated cost, and stop")
+    parser.add_argument("--json", type=Path, help="write the merged result here (default OUTPUT_DIR/result.json)")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An experiment's YAML and where it reads and writes. ``runs``: full name → (run, changes); the rest by it."""
+
+    experiment: Mapping[str, Any]
+    data: Path
+    output_dir: Path
+    runs: Mapping[str, tuple[str, Mapping[str, Any]]]
+    options: Mapping[str, SconeOptions]
+
+    @classmethod
+    def read(cls, arguments: argparse.Namespace) -> Plan:
+        """Every run's options, checked before anything starts. Raises SconeError."""
+        experiment = yaml.safe_load(arguments.experiment.read_text(encoding="utf-8"))
+        overrides = dict(pair.split("=", 1) for pair in arguments.set)
+        runs: dict[str, tuple[str, Mapping[str, Any]]] = {}
+        for name, changes in experiment["runs"].items():
+            seeds = changes.get("seeds")
+            rest = {option: value for option, value in changes.items() if option != "seeds"}
+            if seeds is None:
+                runs[name] = (name, rest)
+            for seed in seeds or ():
+                runs[f"{name}-seed{seed}"] = (name, rest | {"training.seed": seed})
+        options = {}
+        for name, (_, changes) in runs.items():
+            places = {
+                "training.output_dir": str(arguments.output_dir / name),
+                "data.cache_dir": str(arguments.output_dir / "cache"),
+                "training.save_steps": 10**9,
+                "training.report_to": "none",
+            }
+            options[name] = from_mapping(nested({**experiment["base"], **places, **changes, **overrides}), name)
+        return cls(experiment, arguments.data, arguments.output_dir, runs, options)
+
+    def corpus(self) -> Any:
+        """Tokenizer, train and validation tokens."""
+        from scone.data.token_file import TokenFile
+        from scone.tokenization.tokenizers import load_tokenizer
+        from scone.training.run import Corpus
+
+        return Corpus(
+            load_tokenizer(self.experiment["tokenizer"].format(data=self.data)),
+            TokenFile.open(self.data / self.experiment["train"]),
+            TokenFile.open(self.data / self.experiment["validation"]),
+        )
+
+    def estimates(self, names: Sequence[str]) -> dict[str, float]:
+        """About the operations of each of these runs."""
+        from scone.evaluation.experiment import estimated_flops
+
+        logging.getLogger("scone.models.trunk").setLevel(logging.ERROR)  # it would speak of the hub once a run
+        corpus = self.corpus()
+        known: dict[str, float] = {}
+        for name in names:
+            if (run := self.runs[name][0]) not in known:
+                known[run] = estimated_flops(self.options[name], corpus)
+        return {name: known[self.runs[name][0]] for name in names}
+
+    def prepare(self) -> None:
+        """Count all vocabularies, and compile what workers would each compile for themselves."""
+        from scone.data.collator import Collator
+        from scone.data.dataset import BlockDataset
+        from scone.evaluation.experiment import count_once, shared_matcher
+
+        corpus = self.corpus()
+        count_once(list(self.options.values()), corpus, quiet=True)
+        matcher = shared_matcher(list(self.options.values()), corpus)
+        if matcher is not None:
+            Collator(matcher.vocabulary, num_rows=1)([BlockDataset(corpus.train, 32)[0]])
+        for test in {self.experiment["validation"], *self.experiment["tests"]}:
+            if not (self.data / test).is_dir():
+                raise SconeError(f"found no token file {test} in {self.data}; the experiment names it; make it first")
+
+    def run(self, name: str, keep_model: bool) -> None:
+        """Train and test one configuration; its JSON is marked as finished when it is done."""
+        from scone.data.token_file import TokenFile
+        from scone.evaluation.experiment import Tests, measured_run, shared_matcher
+
+        run, changes = self.runs[name]
+        corpus, options = self.corpus(), self.options[name]
+        path = self.output_dir / f"{name}.json"
+        tests = Tests(
+            {test: TokenFile.open(self.data / test) for test in self.experiment["tests"]},
+            shared_matcher(list(self.options.values()), corpus),
+            self.experiment.get("stride"),
+            self.experiment.get("shuffled_tests", ()),
+        )
+        # a fresh start: what a killed run left of its folder does not count
+        options = replace(options, training=replace(options.training, output_dir=str(fresh(self.output_dir / name))))
+        result = measured_run(options, corpus, tests, progress_path=path, keep_model=keep_model)
+        write_json(path, {"run": run, "changes": changes} | result)
+
+    def merge(self) -> dict[str, Any]:
+        """All runs that left something, finished or not, in one mapping; without the losses of single windows."""
+        found = {name: read_json(path) for name in self.runs if (path := self.output_dir / f"{name}.json").exists()}
+        for name, result in found.items():
+            run, changes = self.runs[name]
+            result |= {"run": run, "changes": dict(changes)}
+            for test in [*result.get("tests", {}).values(), *result.get("tests_shuffled", {}).values()]:
+                test.pop("window_losses", None)
+        return {"experiment": self.experiment, "machine": machine(), "commit": commit(), "runs": found}
+
+
+def fresh(folder: Path) -> Path:
+    """The folder, empty."""
+    shutil.rmtree(folder, ignore_errors=True)
+    return folder
+
+
+def chosen(name: str, only: Sequence[str] | None, skip: Sequence[str]) -> bool:
+    """Whether the run, or the run that this is a seed of, is asked for."""
+    names = {name, name.rsplit("-seed", 1)[0]}
+    return not names & set(skip) and (not only or bool(names & set(only)))
+
+
+def is_finished(path: Path) -> bool:
+    """Whether the run's JSON is there and says that the run came to its end."""
+    return path.exists() and bool(read_json(path).get("finished", True))
+
+
+def run_all(
+    names: Sequence[str], output_dir: Path, jobs: int, deadline: float | None, command: Sequence[str]
+) -> tuple[list[str], list[str]]:
+    """Run each configuration in its own process, so that one failure or leak stays its own; ``jobs`` at once.
+
+    ``command`` is this script's, to which each worker's name is added.
+
+    Returns those that failed, and those that the deadline cut off or kept from starting.
+    """
     output_dir.mkdir(parents=True, exist_ok=True)
-    with (output_dir / f"{name}.log").open("w") as log:
-        return subprocess.run([sys.executable, *sys.argv, "--worker", name], stdout=log, stderr=log).returncode
+    waiting, failed, cut = list(names), [], []
+    running: dict[str, tuple[subprocess.Popen[bytes], float]] = {}
+    try:
+        while waiting or running:
+            late = deadline is not None and time.monotonic() >= deadline
+            if late:
+                cut = [*running, *waiting]
+                break
+            while waiting and len(running) < jobs:
+                name = waiting.pop(0)
+                running[name] = (
+                    start_worker([*command, "--worker", name], output_dir / f"{name}.log", jobs),
+                    time.monotonic(),
+                )
+            for name, (process, started) in list(running.items()):
+                if process.poll() is not None:
+                    del running[name]
+                    word = "failed" if process.returncode else "finished"
+                    print(f"{name}: {word} after {time.monotonic() - started:.0f} s", flush=True)
+                    if process.returncode:
+                        failed.append(name)
+            time.sleep(POLL_SECONDS)
+    finally:
+        for process, _ in running.values():
+            end(process)
+    return failed, cut
 
 
-def run_one(experiment: dict[str, Any], name: str, data: Path, output_dir: Path) -> None:
-    """Train and evaluate one configuration; its JSON appears when it is done."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from scone.data.token_file import TokenFile
-    from scone.evaluation.perplexity import perplexity
-    from scone.models.accounting import parameter_counts
-    from scone.tokenization.tokenizers import load_tokenizer
-    from scone.training.run import Corpus, train
-
-    changes = experiment["base"] | {
-        "training.output_dir": str(output_dir / name),
-        "data.cache_dir": str(output_dir / "cache"),
-        "training.save_steps": 10**9,
-        "training.report_to": "none",
-        **experiment["runs"][name],
-    }
-    options = from_mapping(nested(changes))
-    corpus = Corpus(
-        load_tokenizer(experiment["tokenizer"].format(data=data)),
-        TokenFile.open(data / experiment["train"]),
-        TokenFile.open(data / experiment["validation"]),
-    )
-    started = time.perf_counter()
-    final_model = train(options, corpus=corpus, quiet=True)
-    seconds = time.perf_counter() - started
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(final_model).to(device).eval()
-    tests = {
-        test: perplexity(
-            model,
-            TokenFile.open(data / test).tokens,
-            max_length=options.data.max_length,
-            batch_size=options.training.batch_size,
-            device=device,
-            matcher=getattr(model, "matcher", None),
-            quiet=True,
-        ).to_dict()
-        for test in experiment["tests"]
-    }
-    log = read_json(output_dir / name / "training_log.json")
-    write_json(
-        output_dir / f"{name}.json",
-        {
-            "changes": experiment["runs"][name],
-            "seconds": seconds,
-            "train_seconds": log["train_seconds"],
-            "parameters": parameter_counts(model).to_dict(),
-            "tests": tests,
-            "log": log["log"],
-        },
-    )
+def start_worker(command: Sequence[str], log_path: Path, jobs: int) -> subprocess.Popen[bytes]:
+    """One run in a process group of its own, with its share of the cores."""
+    threads = max(1, len(os.sched_getaffinity(0)) // jobs)
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    with log_path.open("w") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
 
 
-def nested(flat: dict[str, Any]) -> dict[str, Any]:
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End a worker and its data loaders at once: its log is on disk, and for a checkpoint there is no time."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
     """``{"a.b": 1}`` → ``{"a": {"b": 1}}``."""
     result: dict[str, Any] = {}
     for dotted, value in flat.items():
@@ -128,26 +278,5 @@ def nested(flat: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def merge(experiment: dict[str, Any], output_dir: Path) -> dict[str, Any]:
-    """All finished runs in one mapping."""
-    runs = {name: output_dir / f"{name}.json" for name in experiment["runs"]}
-    return {
-        "experiment": experiment,
-        "machine": machine(),
-        "commit": commit(),
-        "runs": {name: read_json(path) for name, path in runs.items() if path.exists()},
-    }
-
-
-def table(result: dict[str, Any]) -> str:
-    """Perplexity of each run on each test text, as Markdown."""
-    tests = result["experiment"]["tests"]
-    lines = [f"| run | {' | '.join(tests)} | training s |", "|---|" + "---:|" * (len(tests) + 1)]
-    for name, run in result["runs"].items():
-        cells = " | ".join(f"{run['tests'][test]['perplexity']:.2f}" for test in tests)
-        lines.append(f"| {name} | {cells} | {run['train_seconds']:.0f} |")
-    return "\n".join(lines)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

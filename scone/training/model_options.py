@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig
 
 from scone.configs.schema import ModelOptions, SconeOptions
 from scone.models.f_gram_model import FGramModelConfig
@@ -40,14 +40,14 @@ def check_input_embedding(options: SconeOptions) -> None:
         )
 
 
-def f_gram_model_settings(options: ModelOptions, trunk: PreTrainedModel) -> dict[str, Any] | None:
+def f_gram_model_settings(options: ModelOptions, trunk: PreTrainedConfig) -> dict[str, Any] | None:
     """The f-gram model's configuration, its sizes the trunk's where the options leave them open; None for no f-gram
     model.
 
     Raises SconeError: a width that the heads do not divide, or a start that cannot be.
     """
     asked = options.f_gram
-    sizes: dict[str, Any] = trunk_sizes(trunk.config)
+    sizes: dict[str, Any] = trunk_sizes(trunk)
     trunk_width = sizes["hidden_size"]
     if asked.hidden_size is not None and asked.intermediate_size is None:
         sizes["intermediate_size"] = 4 * asked.hidden_size
@@ -62,7 +62,7 @@ def f_gram_model_settings(options: ModelOptions, trunk: PreTrainedModel) -> dict
             "expected a multiple of the heads; give --f_gram_hidden_size and --f_gram_num_attention_heads"
         )
     settings = sizes | {
-        "initializer_range": getattr(trunk.config, "initializer_range", 0.02),
+        "initializer_range": getattr(trunk, "initializer_range", 0.02),
         "start": asked.start,
         "output_norm": asked.output_norm,
         "output_gain": asked.output_gain,

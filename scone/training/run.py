@@ -160,7 +160,7 @@ def build_model(options: SconeOptions, corpus: Corpus, *, quiet: bool = False) -
     model = SconeForCausalLM.from_trunk(
         trunk,
         vocabulary,
-        f_gram_model=f_gram_model_settings(options.model, trunk),
+        f_gram_model=f_gram_model_settings(options.model, trunk.config),
         learned_rows=options.model.learned_rows,
         rows_backoff=options.model.rows_backoff,
         combination=options.model.combination,

@@ -1,0 +1,136 @@
+"""The experiments of the repository: every run of every YAML can be built, and the runner survives interruptions."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from scone.data.token_file import TokenFileWriter
+from scone.tests.training import runs
+from scone.tokenization.tokenizers import load_tokenizer, tokenizer_fingerprint, train_tokenizer, vocabulary_size
+from scone.training.run import build_model, build_trainer
+from scone.utils.errors import SconeError
+
+REPOSITORY = Path(__file__).parents[3]
+RUNNER = REPOSITORY / "experiments" / "run.py"
+TEXTS = ("wikipedia_train", "wikipedia_validation", "novels", "wikitext103_test", "c4")
+SMALL = {
+    "training.max_steps": 2,
+    "training.batch_size": 2,
+    "training.eval_steps": 1,
+    "training.logging_steps": 1,
+    "training.warmup_steps": 0,
+    "training.device": "cpu",
+    "training.bf16": False,
+    "data.max_length": 32,
+    "data.num_workers": 0,
+    "data.min_freq": 2,
+    "model.hidden_size": 8,
+    "model.num_attention_heads": 2,
+    "model.f_gram.num_attention_heads": 2,
+    "model.f_gram.hidden_size": 8,
+}
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tokenizer and the token files that the experiments name, of a few thousand tokens."""
+    folder = tmp_path_factory.mktemp("data")
+    corpus = runs.write_corpus(folder)
+    texts = [json.loads(line)["text"] for line in corpus.read_text().split("\n")]
+    train_tokenizer(iter(texts), 300, folder / "tokenizer")
+    tokenizer = load_tokenizer(str(folder / "tokenizer"))
+    for name in TEXTS:
+        writer = TokenFileWriter(folder / name, vocabulary_size(tokenizer), tokenizer.eos_token_id)
+        for text in texts if name == "wikipedia_train" else texts[:2]:
+            writer.add_document(tokenizer(text, add_special_tokens=False).input_ids)
+        writer.finish({"tokenizer_fingerprint": tokenizer_fingerprint(tokenizer)})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runner():
+    sys.path.insert(0, str(RUNNER.parent))
+    import run
+
+    yield run
+    sys.path.remove(str(RUNNER.parent))
+
+
+def plan_of(runner, experiment: str, data: Path, output_dir: Path):
+    flags = [str(RUNNER.parent / f"{experiment}.yaml"), "--data", str(data), "--output_dir", str(output_dir)]
+    pairs = [f"{name}={value}" for name, value in SMALL.items()]
+    return runner.Plan.read(runner.parse([*flags, "--set", *pairs]))
+
+
+@pytest.mark.parametrize("experiment", ["main_claim", "ablations"])
+def test_every_run_can_be_built_and_computes_a_loss(runner, experiment, data, tmp_path):
+    plan = plan_of(runner, experiment, data, tmp_path)
+    corpus = plan.corpus()
+    plan.prepare()
+    for name in {run: name for name, (run, _) in plan.runs.items()}.values():
+        options = plan.options[name]
+        model = build_model(options, corpus, quiet=True)
+        trainer = build_trainer(options, model, corpus, quiet=True)
+        batch = next(iter(trainer.get_train_dataloader()))
+        with torch.no_grad():
+            assert model(**batch).loss.isfinite(), name
+
+
+def test_runs_of_several_seeds_are_merged_into_one_line(runner, data, tmp_path):
+    plan = plan_of(runner, "main_claim", data, tmp_path)
+    plan.prepare()
+    for name in ("plain-seed1", "plain-seed2", "both-10k"):
+        plan.run(name, keep_model=False)
+        assert not (tmp_path / name).exists()
+    result = plan.merge()
+    plain, both = result["runs"]["plain-seed1"], result["runs"]["both-10k"]
+    assert plain["cost"]["inference_flops_per_token"] == both["cost"]["inference_flops_per_token"]
+    assert plain["cost"]["training_flops"] < both["cost"]["training_flops"]
+    assert 0 < both["cost"]["match_rate"] <= 1
+    assert both["tokens"] == 2 * 2 * 32
+    for test in result["experiment"]["tests"]:
+        for measure in ("perplexity", "bits_per_byte", "num_words"):
+            assert both["tests"][test][measure] > 0
+    assert set(both["tests_shuffled"]) == {"wikitext103_test"}
+    text = runner.table(result)
+    assert "| plain | 2 |" in text
+    assert "| both-10k | 1 |" in text
+
+
+def test_after_the_deadline_nothing_runs_and_the_curves_so_far_are_kept(runner, data, tmp_path, capsys):
+    partial = {"finished": False, "seed": 1, "steps": 1, "max_steps": 2, "log": [{"step": 1, "eval_loss": 5.0}]}
+    (tmp_path / "rows-10k.json").write_text(json.dumps(partial))
+    pairs = [f"{name}={value}" for name, value in SMALL.items()]
+    assert runner.main([*_flags(data, tmp_path), "--only", "rows-10k", "--deadline_s", "0", "--set", *pairs]) == 0
+    printed = capsys.readouterr()
+    assert "0 of them finished before" in printed.out
+    assert "cut off or not started: rows-10k" in printed.err
+    assert "unfinished: rows-10k, 1 of 2 steps, validation loss 5.000 at step 1" in printed.out
+    assert json.loads((tmp_path / "result.json").read_text())["runs"]["rows-10k"]["finished"] is False
+
+
+def test_a_worker_that_fails_is_named_and_the_others_go_on(runner, tmp_path, capsys):
+    """Workers are real processes; here their command line is one that fails at once."""
+    failed, cut = runner.run_all(["first", "second"], tmp_path, 2, None, [sys.executable, "-c", "raise SystemExit(3)"])
+    assert sorted(failed) == ["first", "second"]
+    assert cut == []
+    assert capsys.readouterr().out.count("failed after") == 2
+
+
+def test_a_run_that_does_not_exist_is_refused(runner, data, tmp_path):
+    with pytest.raises(SconeError, match="found no run"):
+        runner.main([*_flags(data, tmp_path), "--only", "nothing"])
+
+
+def _flags(data: Path, output_dir: Path) -> list[str]:
+    return [str(RUNNER.parent / "main_claim.yaml"), "--data", str(data), "--output_dir", str(output_dir)]
