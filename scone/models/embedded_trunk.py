@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
+from transformers.masking_utils import create_masks_for_generate
 
 from scone.models.configuration import EmbeddedTrunkConfig
-from scone.models.token_history import MASKED, extend_history, token_history
+from scone.models.token_history import extend_history, hidden, token_history
 
 
 class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
@@ -86,6 +89,12 @@ class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
             inputs["token_mask"] = attention_mask[:, -inputs["input_ids"].shape[1] :]
         return inputs
 
+    def create_masks_for_generate(self, config: Any, **kwargs: Any) -> Any:
+        """The masks of a static cache, by the trunk's configuration: ours does not say which attention runs."""
+        trunk: Any = self.trunk
+        create = getattr(trunk, "create_masks_for_generate", create_masks_for_generate)
+        return create(config=trunk.config, **kwargs)
+
     # ------------------------------------------------------------------ tokens → vectors → logits
 
     def forward(
@@ -107,7 +116,8 @@ class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
 
         Args:
             input_ids: int64 ``[B, T]``.
-            attention_mask: ``[B, past + T]``, 0 at padding; n-grams do not cross padding.
+            attention_mask: ``[B, past + T]``, 0 at padding. Padding is not there: tokens on both sides of it are
+                neighbours, so that a padded batch gives what its bare rows give.
             inputs_embeds: ``[B, T, D]`` ready-made vectors; nothing is looked up or scaled then.
             labels: int64 ``[B, T]``, unshifted, -100 ignored.
             trie: what the data loader looked up (the arrays of a ``TrieBatch``); looked up here where missing.
@@ -119,8 +129,8 @@ class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
             ValueError: a cache that another model filled, without the token history that looking up needs.
         """
         mask = token_mask
-        if mask is None and attention_mask is not None and attention_mask.ndim == 2 and input_ids is not None:
-            mask = attention_mask[:, -input_ids.shape[1] :]
+        if mask is None and input_ids is not None:
+            mask = _new_columns(attention_mask, input_ids.shape[1], past_key_values)
         if inputs_embeds is None:
             assert input_ids is not None, "give input_ids or inputs_embeds"
             inputs_embeds = self.embed(input_ids, mask, past_key_values, trie)
@@ -145,12 +155,17 @@ class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
             )
         return output
 
-    def with_past(
-        self, input_ids: Tensor, mask: Tensor | None, cache: Cache | None, context: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens int64 and validity bool ``[B, past + T]`` on the host, with at most ``context`` cached tokens in
-        front.
+    def look_up(
+        self,
+        find: Callable[[np.ndarray, np.ndarray], np.ndarray],
+        input_ids: Tensor,
+        mask: Tensor | None,
+        cache: Cache | None,
+        context: int,
+    ) -> np.ndarray:
+        """What ``find`` says of the new positions, ``[B, T, …]``, when it sees at most ``context`` tokens before them.
 
+        ``find`` takes tokens int64 and validity bool ``[B, L]`` on the host and answers ``[B, L, …]``.
         Raises ValueError for a cache without the history of its tokens.
         """
         history = token_history(cache)
@@ -161,14 +176,42 @@ class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
                 f"the cache holds {past} positions but the tokens of {found}; a SCONE model continues only caches "
                 "that it filled from input_ids"
             )
-        tokens = input_ids.cpu().numpy()
-        valid = np.ones(tokens.shape, bool) if mask is None else mask.cpu().numpy().astype(bool)
-        if past:
+        new = input_ids.shape[1]
+        seen = hidden(input_ids, mask)
+        if past and context:
             assert history is not None
-            before = history.last(context).cpu().numpy()
-            tokens = np.concatenate([np.maximum(before, 0), tokens], axis=1)
-            valid = np.concatenate([before != MASKED, valid], axis=1)
-        return tokens, valid
+            seen = torch.cat([history.last(context), seen], dim=1)
+        tokens = seen.cpu().numpy()
+        valid = tokens >= 0
+        if valid.all():
+            return find(tokens, valid)[:, -new:]
+        if past > context and not valid[:, :-new].all():  # further back there may be tokens that padding kept away
+            assert history is not None
+            before = _padding_first(history.last(past).cpu().numpy())[0][:, past - context :]
+            tokens = np.concatenate([before, tokens[:, -new:]], axis=1)
+        tokens, order = _padding_first(tokens)
+        valid = tokens >= 0
+        answers = find(np.where(valid, tokens, ~tokens), valid)
+        in_place = np.empty_like(answers)
+        in_place[np.arange(len(order))[:, None], order] = answers
+        return in_place[:, -new:]
+
+
+def _padding_first(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Each row of ``tokens`` [B, L] with its padding moved to the front, and the columns that they came from."""
+    order = np.argsort(tokens >= 0, axis=1, kind="stable")
+    return np.take_along_axis(tokens, order, axis=1), order
+
+
+def _new_columns(attention_mask: Any, new: int, cache: Cache | None) -> Tensor | None:
+    """The part ``[B, new]`` of a two-dimensional mask that belongs to the new tokens; None where it has another form.
+
+    A mask may be as long as a static cache, which has places after the new tokens.
+    """
+    if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
+        return None
+    past = cache.get_seq_length() if cache is not None else 0
+    return attention_mask[:, past:][:, :new] if attention_mask.shape[1] > past + new else attention_mask[:, -new:]
 
 
 def _remote_code(*classes: type) -> str:

@@ -204,8 +204,7 @@ class SconeForCausalLM(EmbeddedTrunk):
         """Node ids int64 ``[B, T]``: the longest f-gram ending at each position, which may begin in the cached past."""
         assert self.matcher is not None, "the model has no f-gram vocabulary: call set_vocabulary"
         # no f-gram is longer than N, so N - 1 tokens of context decide every match
-        tokens, valid = self.with_past(input_ids, mask, cache, self.config.max_n - 1)
-        return self.matcher.match(tokens, valid)[:, tokens.shape[1] - input_ids.shape[1] :]
+        return self.look_up(self.matcher.match, input_ids, mask, cache, self.config.max_n - 1)
 
     def trie_of(self, nodes: np.ndarray) -> dict[str, Any]:
         """The trie batch of ``nodes``, in a control of their stand-ins; its arrays as tensors on the model's device."""

@@ -96,8 +96,7 @@ class OverEncodingForCausalLM(EmbeddedTrunk):
     ) -> Tensor:
         """Input vectors ``[B, T, D]`` of tokens that follow what ``cache`` holds."""
         if trie is None:
-            tokens, valid = self.with_past(input_ids, mask, cache, CONTEXT)
-            rows = self.grams.rows(tokens, valid)[:, tokens.shape[1] - input_ids.shape[1] :]
+            rows = self.look_up(self.grams.rows, input_ids, mask, cache, CONTEXT)
             device = input_ids.device
             trie = self.grams.lookups(rows, lambda array: torch.from_numpy(array).to(device))
         return self.hashed_embedding(input_ids, self.get_input_embeddings(), trie)

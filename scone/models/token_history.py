@@ -6,8 +6,13 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-MASKED = -1
-"""Stored for a padding position: f-grams do not cross it."""
+
+def hidden(token_ids: Tensor, mask: Tensor | None) -> Tensor:
+    """Tokens ``[B, T]`` with those at padding (0 in ``mask`` [B, T]) as their complement, -1 - token.
+
+    Tokens and mask in one array are one transfer from an accelerator.
+    """
+    return token_ids if mask is None else torch.where(mask.bool(), token_ids, ~token_ids)
 
 
 class TokenHistory(DynamicLayer):
@@ -23,12 +28,11 @@ class TokenHistory(DynamicLayer):
 
     def append(self, token_ids: Tensor, mask: Tensor | None) -> None:
         """Add int64 tokens ``[B, T]``; ``mask`` [B, T] is 0 at padding."""
-        tokens = token_ids if mask is None else torch.where(mask.bool(), token_ids, MASKED)
-        states = tokens[:, None, :, None]
+        states = hidden(token_ids, mask)[:, None, :, None]
         self.update(states, states[..., :0])
 
     def last(self, count: int) -> Tensor:
-        """The last ``count`` tokens (fewer if there are fewer), int64 ``[B, ≤ count]``."""
+        """The last ``count`` tokens (fewer if there are fewer), int64 ``[B, ≤ count]``, as `hidden` writes them."""
         assert self.keys is not None
         tokens = self.keys[:, 0, :, 0]
         return tokens[:, max(tokens.shape[1] - count, 0) :]

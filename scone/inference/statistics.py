@@ -1,0 +1,133 @@
+"""What generating took: latencies, speed, rows read from the table, memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from scone.utils.text import human_bytes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SHOWN_REQUESTS = 20
+
+
+@dataclass(frozen=True)
+class RequestStats:
+    """One prompt's share. Both times are seconds since the call began, waiting for other prompts included."""
+
+    num_prompt_tokens: int
+    num_new_tokens: int
+    first_token_seconds: float | None
+    seconds: float
+
+
+@dataclass
+class TableReads:
+    """Positions that were looked up (padding not counted) and rows that were read for them."""
+
+    num_positions: int = 0
+    num_rows: int = 0
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of positions at which an f-gram ended."""
+        return self.num_rows / self.num_positions if self.num_positions else 0.0
+
+
+@dataclass(frozen=True)
+class GenerationStats:
+    """What a call of `generate` took. ``reads`` is None without a table; ``accelerator_bytes`` (the peak) without an
+    accelerator.
+    """
+
+    num_sequences: int
+    num_prompt_tokens: int
+    num_new_tokens: int
+    seconds: float
+    model_bytes: int
+    table_bytes: int
+    first_token_seconds: float | None = None
+    reads: TableReads | None = None
+    process_bytes: int | None = None
+    accelerator_bytes: int | None = None
+    requests: tuple[RequestStats, ...] = field(default=())
+
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens a second, prefill included."""
+        return self.num_new_tokens / self.seconds if self.seconds else 0.0
+
+    def __str__(self) -> str:
+        """A small report, several lines."""
+        lines = [
+            f"{self.num_sequences} sequence(s), {self.num_prompt_tokens} prompt tokens, "
+            f"{self.num_new_tokens} new tokens in {self.seconds:.2f} s: {self.tokens_per_second:.1f} tokens/s"
+        ]
+        if self.first_token_seconds is not None:
+            lines[0] += f", first token after {1000 * self.first_token_seconds:.0f} ms"
+        if len(self.requests) > 1:
+            lines += [_request_line(*item) for item in enumerate(self.requests[:SHOWN_REQUESTS], 1)]
+        if len(self.requests) > SHOWN_REQUESTS:
+            lines.append(f"  … and {len(self.requests) - SHOWN_REQUESTS} more")
+        if self.reads is not None:
+            lines.append(
+                f"table reads: {self.reads.num_rows:,} rows for {self.reads.num_positions:,} positions: "
+                f"an f-gram ended at {self.reads.hit_rate:.1%}"
+            )
+        memory = [f"model {human_bytes(self.model_bytes)}", f"table {human_bytes(self.table_bytes)}"]
+        if self.process_bytes is not None:
+            memory.append(f"process {human_bytes(self.process_bytes)}")
+        if self.accelerator_bytes is not None:
+            memory.append(f"accelerator peak {human_bytes(self.accelerator_bytes)}")
+        return "\n".join([*lines, "memory: " + ", ".join(memory)])
+
+
+def _request_line(number: int, request: RequestStats) -> str:
+    first = "" if request.first_token_seconds is None else f"first after {1000 * request.first_token_seconds:.0f} ms, "
+    return (
+        f"  [{number}] {request.num_prompt_tokens} prompt tokens, {request.num_new_tokens} new: "
+        f"{first}all after {request.seconds:.2f} s"
+    )
+
+
+@contextmanager
+def counted_reads(model: PreTrainedModel) -> Iterator[TableReads | None]:
+    """Count what ``model`` looks up in its table inside the block; None for a model without a table."""
+    layer = getattr(model, "table_embedding", None)
+    if layer is None:
+        yield None
+        return
+    reads = TableReads()
+
+    def count(_: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
+        node_ids, vocab_size = inputs[1], inputs[3]
+        reads.num_positions += node_ids.numel()
+        reads.num_rows += int((node_ids >= vocab_size).sum())
+
+    hook = layer.register_forward_pre_hook(count)
+    try:
+        yield reads
+    finally:
+        hook.remove()
+
+
+def process_bytes() -> int | None:
+    """Resident memory of this process now, shared pages included; None where the system does not tell."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except OSError:
+        return None
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def accelerator_peak_bytes(device: torch.device) -> int | None:
+    """The most memory that PyTorch held on a CUDA device since its statistics were reset; None elsewhere."""
+    return int(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else None

@@ -1,0 +1,184 @@
+"""Sequences while they are being continued: new tokens become text, limits are kept, any of them can be called off."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import StoppingCriteria
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FinishReason = Literal["stop", "length", "cancelled", "time"]
+_CONTEXT_TOKENS = 8  # tokens of the prompt that decide how the first new one is written (a space before it, or none)
+_INCOMPLETE = "\ufffd"  # what tokenizers write for bytes that are not a whole character yet
+
+
+class TextPieces:
+    """Tokens to text, piece by piece: the pieces together are what decoding all tokens at once adds to the prompt.
+
+    A character whose bytes lie in several tokens comes with the last of them.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self._ids = list(prompt_ids[-_CONTEXT_TOKENS:])
+        self._start, self._read = 0, len(self._ids)
+
+    def add(self, token: int) -> str:
+        """The text that ``token`` completes, maybe none."""
+        self._ids.append(token)
+        piece = self._unread()
+        return "" if not piece or piece.endswith(_INCOMPLETE) else self._take(piece)
+
+    def rest(self) -> str:
+        """What is left at the end: bytes that never became a character."""
+        return self._take(self._unread())
+
+    def _unread(self) -> str:
+        known = self._text(self._ids[self._start : self._read])
+        return self._text(self._ids[self._start :])[len(known) :]
+
+    def _take(self, piece: str) -> str:
+        self._start, self._read = self._read, len(self._ids)
+        return piece
+
+    def _text(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+
+
+@dataclass
+class Continuation:
+    """One prompt being continued.
+
+    Args:
+        prompt_ids: its tokens.
+        max_new_tokens: at most so many more.
+        stop: strings that end the text before them.
+        on_text: called with each new piece of text, on the thread that generates; it must not block.
+        deadline: `time.perf_counter` time after which it ends with what there is.
+
+        wants_text: keep the new text in ``text``, also without ``stop`` and ``on_text``.
+
+    After it was run: ``token_ids`` are the new tokens (with the end-of-text token), ``finish_reason`` says why it
+    ended; ``first_token_at`` and ``finished_at`` are `time.perf_counter` times.
+    """
+
+    prompt_ids: list[int]
+    max_new_tokens: int
+    stop: tuple[str, ...] = ()
+    on_text: Callable[[str], None] | None = None
+    wants_text: bool = False
+    deadline: float | None = None
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    finish_reason: FinishReason | None = None
+    first_token_at: float | None = None
+    finished_at: float | None = None
+    _cancelled: bool = False
+    _pieces: TextPieces | None = None
+    _held_back: str = ""
+
+    def cancel(self) -> None:
+        """End it at the next token; may be called from any thread."""
+        self._cancelled = True
+
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether somebody called it off."""
+        return self._cancelled
+
+    def begin(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Get ready to receive tokens."""
+        if self.wants_text or self.stop or self.on_text is not None:
+            self._pieces = TextPieces(tokenizer, self.prompt_ids)
+
+    def add(self, token: int, ends: set[int], now: float) -> None:
+        """Receive the next token; ``ends`` are the end-of-text tokens. What comes after the end is ignored."""
+        if self.finish_reason is not None:
+            return
+        self.token_ids.append(token)
+        if self.first_token_at is None:
+            self.first_token_at = now
+        if self._pieces is not None and token not in ends:
+            self._write(self._pieces.add(token))  # may end it at a stop string; then the rest changes nothing
+        if token in ends:
+            self.finish("stop", now)
+        elif len(self.token_ids) >= self.max_new_tokens:
+            self.finish("length", now)
+        elif self._cancelled:
+            self.finish("cancelled", now)
+        elif self.deadline is not None and now > self.deadline:
+            self.finish("time", now)
+
+    def finish(self, reason: FinishReason, now: float) -> None:
+        """End it, for whatever reason; one that has ended stays as it is."""
+        if self.finish_reason is None and self._pieces is not None:
+            self._write(self._pieces.rest(), last=True)
+        if self.finish_reason is None:
+            self.finish_reason, self.finished_at = reason, now
+
+    def _write(self, piece: str, last: bool = False) -> None:
+        """Pass text on, up to a stop string; hold back what may be the beginning of one."""
+        fresh = self._held_back + piece
+        found = [place for place in (fresh.find(stop) for stop in self.stop) if place >= 0]
+        if found:
+            fresh, self._held_back = fresh[: min(found)], ""
+        else:
+            kept = 0 if last else _start_of_stop(fresh, self.stop)
+            fresh, self._held_back = fresh[: len(fresh) - kept], fresh[len(fresh) - kept :]
+        self.text += fresh
+        if fresh and self.on_text is not None:
+            self.on_text(fresh)
+        if found:
+            self.finish_reason, self.finished_at = "stop", time.perf_counter()
+
+
+def _start_of_stop(text: str, stops: Sequence[str]) -> int:
+    """Length of the longest end of ``text`` that begins one of ``stops``, which ``text`` does not contain."""
+    for length in range(min(len(text), max(map(len, stops), default=1) - 1), 0, -1):
+        if any(stop.startswith(text[-length:]) for stop in stops):
+            return length
+    return 0
+
+
+class RowControl(StoppingCriteria):
+    """Hands each row's new tokens to its `Continuation` after every step, and tells ``generate`` which rows are done.
+
+    Not for beam search, whose rows change places.
+    """
+
+    def __init__(self, continuations: Sequence[Continuation], ends: set[int], width: int) -> None:
+        """``width``: columns of the padded prompts."""
+        self._continuations = continuations
+        self._ends = ends
+        self._seen = width
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """bool [B]: the rows that are done."""
+        fresh = input_ids[:, self._seen :].tolist()
+        self._seen = input_ids.shape[1]
+        now = time.perf_counter()
+        for continuation, tokens in zip(self._continuations, fresh, strict=True):
+            for token in tokens:
+                continuation.add(token, self._ends, now)
+        done = [continuation.finish_reason is not None for continuation in self._continuations]
+        return torch.tensor(done, device=input_ids.device)
+
+
+class FirstStep(StoppingCriteria):
+    """Notes when the first token of a batch was there; ends nothing."""
+
+    def __init__(self) -> None:
+        self.at: float | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """bool [B], all False."""
+        if self.at is None:
+            self.at = time.perf_counter()
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
