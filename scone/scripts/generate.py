@@ -5,11 +5,15 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from scone.configs.loading import parse_options
 from scone.configs.schema import SconeOptions
 from scone.utils.command_line import run_main
 from scone.utils.errors import SconeError
+
+if TYPE_CHECKING:
+    from scone.inference.engine import GenerationOptions, SconeInferenceEngine
 
 EXAMPLES = (
     'scone generate --model_path ./outputs/scone-model/final_model --prompt "Once upon a time" --max_length 100',
@@ -56,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         num_return_sequences=extra.num_return_sequences,
         seed=options.training.seed,
     )
+    if extra.stream:
+        return _stream(engine, extra.prompt, wanted)
     generations, stats = engine.generate(extra.prompt, wanted)
     texts = [text for generation in generations for text in generation.texts]
     print("\n\n".join(f"[{number}] {text}" for number, text in enumerate(texts, 1)) if len(texts) > 1 else texts[0])
@@ -64,6 +70,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         for part in (engine.loaded.quantization, engine.loaded.table and engine.loaded.table.describe()):
             if part is not None:
                 print(part, file=sys.stderr)
+    return 0
+
+
+def _stream(engine: SconeInferenceEngine, prompts: list[str], options: GenerationOptions) -> int:
+    """Print each prompt and its continuation as it comes."""
+    for number, prompt in enumerate(prompts):
+        pieces = engine.stream(prompt, options)  # what cannot be continued is refused here, before anything is printed
+        print("\n\n" if number else "", prompt, sep="", end="", flush=True)
+        for piece in pieces:
+            print(piece, end="", flush=True)
+    print()
     return 0
 
 
@@ -87,6 +104,8 @@ def _check(extra: argparse.Namespace) -> None:
     for name in ("temperature", "repetition_penalty"):
         if getattr(extra, name) <= 0:
             raise SconeError(f"--{name}: found {getattr(extra, name)}; expected more than 0")
+    if extra.stream and extra.stats:
+        raise SconeError("found both --stream and --stats; expected one of them; leave --stream out")
     choices = extra.num_return_sequences
     if not extra.do_sample and choices > extra.num_beams:
         raise SconeError(
@@ -119,7 +138,10 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num_return_sequences", type=int, default=1, help="continuations a prompt (default: 1)")
     parser.add_argument("--quantization", metavar="TYPE", help="quantise the trunk: fp16, int8 or int4")
     parser.add_argument("--placement", default="ram", help="where the table is kept: ram, mmap, direct, or tiers")
-    parser.add_argument("--stats", action="store_true", help="print times and memory on the error stream")
+    parser.add_argument("--stream", action="store_true", help="print the text while it is being generated")
+    parser.add_argument(
+        "--stats", action="store_true", help="print latencies, speed, table reads and memory on the error stream"
+    )
 
 
 if __name__ == "__main__":

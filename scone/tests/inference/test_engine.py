@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
@@ -15,8 +18,10 @@ from scone.evaluation.perplexity import perplexity
 from scone.inference.engine import GenerationOptions, SconeInferenceEngine
 from scone.inference.loading import LoadedModel, choose_device, load_model
 from scone.inference.precompute import precompute_table
+from scone.inference.streaming import Continuation
 from scone.models.language_model import SconeForCausalLM
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
+from scone.tokenization.tokenizers import train_tokenizer
 from scone.utils.errors import SconeError
 
 WORDS = [
@@ -221,3 +226,83 @@ def test_quantised_scone_generates(
     assert engine.loaded.quantization is not None
     assert engine.loaded.quantization.bytes_after < engine.loaded.quantization.bytes_before
     assert len(engine.generate(PROMPTS, GenerationOptions(max_length=20))[0]) == 3
+
+
+def test_streamed_text_equals_generated_text(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    folder = tiny_scone(tmp_path, tokenizer)
+    engine = SconeInferenceEngine.from_pretrained(folder, folder / "embeddings.cache", device="cpu")
+    for options in (GenerationOptions(max_length=24), GenerationOptions(max_length=24, do_sample=True, seed=3)):
+        for prompt in PROMPTS:
+            pieces = list(engine.stream(prompt, options))
+            assert len(pieces) > 1
+            assert prompt + "".join(pieces) == engine.generate(prompt, options)[0][0].texts[0]
+
+
+def test_streams_are_refused_before_they_start(engine: SconeInferenceEngine) -> None:
+    with pytest.raises(SconeError, match="found an empty prompt"):
+        engine.stream("")
+    with pytest.raises(SconeError, match="found 2 beams"):
+        engine.stream("the cat", GenerationOptions(num_beams=2))
+
+
+def test_a_stream_that_nobody_reads_on_ends(engine: SconeInferenceEngine) -> None:
+    pieces = engine.stream("the cat", GenerationOptions(max_length=60))
+    next(pieces)
+    pieces.close()  # waits for the thread that generates
+    assert not [thread for thread in threading.enumerate() if thread.name == "scone-stream"]
+
+
+def test_rows_end_at_their_own_limits_and_stop_strings(engine: SconeInferenceEngine) -> None:
+    options = GenerationOptions(max_length=40)
+    whole = [engine.generate(prompt, options)[0][0] for prompt in PROMPTS]
+    rows = [engine.continuation(prompt, options) for prompt in PROMPTS]
+    first_words = whole[1].texts[0][len(PROMPTS[1]) :].split()
+    rows[0].max_new_tokens, rows[1].stop, rows[2].wants_text = 3, (f" {first_words[2]} ",), True
+    rows[2].cancel()
+    engine.run(rows, options)
+    assert [row.finish_reason for row in rows] == ["length", "stop", "cancelled"]
+    assert rows[0].prompt_ids + rows[0].token_ids == whole[0].token_ids[0][:5]
+    assert rows[1].text.split() == first_words[: first_words.index(first_words[2])]
+    assert len(rows[2].token_ids) == 1
+    assert PROMPTS[2] + rows[2].text == engine.text_of(whole[2].token_ids[0][:2])
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    text=st.text(st.characters(codec="utf-8"), max_size=30),
+    seed=st.integers(0, 99),
+    stop=st.text("ab\U0001f600é", max_size=2),
+)
+def test_pieces_of_text_are_the_text(byte_tokenizer: PreTrainedTokenizerFast, text: str, seed: int, stop: str) -> None:
+    """Characters of several tokens included; nothing of a stop string or after it is passed on."""
+    prompt, ids = byte_tokenizer("bé ").input_ids, byte_tokenizer(text).input_ids
+    ids += np.random.default_rng(seed).integers(1, 200, 5).tolist()  # bytes that are no characters
+    pieces: list[str] = []
+    row = Continuation(prompt, len(ids), stop=(stop,) if stop else (), on_text=pieces.append)
+    row.begin(byte_tokenizer)
+    for token in ids:
+        row.add(token, set(), 0.0)
+    whole = byte_tokenizer.decode(prompt + ids)[len("bé ") :]
+    assert "".join(pieces) == row.text == (whole.partition(stop)[0] if stop else whole)
+
+
+@pytest.fixture(scope="module")
+def byte_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerFast:
+    return train_tokenizer(iter(["ab é ab \U0001f600 ab"] * 9), 280, tmp_path_factory.mktemp("tokenizer"))
+
+
+def test_stats_count_what_was_read(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    folder = tiny_scone(tmp_path, tokenizer)
+    engine = SconeInferenceEngine.from_pretrained(folder, folder / "embeddings.cache", device="cpu")
+    prompts = ["a cat sat on", "the cat sat"]  # one token of padding
+    generations, stats = engine.generate(prompts, GenerationOptions(max_new_tokens=4))
+    matches = sum(int((engine.model.match(torch.tensor(g.token_ids))[:, :-1] >= len(WORDS)).sum()) for g in generations)
+    assert stats.reads is not None
+    assert (stats.reads.num_positions, stats.reads.num_rows) == (4 + 3 + 2 * 3, matches)
+    assert matches >= 2
+    assert [request.num_new_tokens for request in stats.requests] == [4, 4]
+    for request in stats.requests:
+        assert request.first_token_seconds is not None
+        assert 0 < request.first_token_seconds <= request.seconds <= stats.seconds
+    assert "table reads: " in str(stats)
+    assert "an f-gram ended at" in str(stats)
