@@ -3,9 +3,10 @@
 The YAML names the tokenizer and the token files of train, validation and test texts, ``base`` options, and ``runs``:
 what each run changes of them, and its ``seeds`` where it has several. All runs see the same batches. f-grams are
 counted once, before the first run. Finished runs are kept and skipped, so an interrupted experiment goes on where it
-was. ``--jobs`` runs several at once, those that compute most first. After ``--deadline_s`` seconds nothing more is
-started and what runs is ended: its loss curve up to there is kept, marked as unfinished. The result is one JSON with
-configuration, machine and commit, and a table, last.
+was. ``--jobs`` runs several at once, those that compute most first. With ``--deadline_s`` everything is over by then:
+``--grace_s`` before it nothing more is started and what runs saves a checkpoint, from which the same command goes on;
+its loss curve up to there is kept, marked as unfinished. The result is one JSON with configuration, machine and commit,
+and a table, last.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from scone.utils.errors import SconeError  # noqa: E402
 from scone.utils.files import read_json, write_json  # noqa: E402
 
 POLL_SECONDS = 0.5
+INTERRUPTED = 130
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything an experiment reads lies on this machine
 
 
@@ -63,8 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if pending:
         plan.prepare()
         print(f"counted and compiled in {time.monotonic() - started:.0f} s", flush=True)
-    deadline = None if arguments.deadline_s is None else started + arguments.deadline_s
-    failed, cut = run_all(pending, plan.output_dir, arguments.jobs, deadline, [sys.executable, *sys.argv])
+    last_start = None if arguments.deadline_s is None else started + arguments.deadline_s - arguments.grace_s
+    command = [sys.executable, *sys.argv]
+    failed, cut = run_all(pending, plan.output_dir, arguments.jobs, command, last_start, arguments.grace_s)
     result = plan.merge()
     write_json(arguments.json or plan.output_dir / "result.json", result)
     print(table(result))
@@ -85,7 +88,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="*", help="these runs alone (all seeds of a run, or one)")
     parser.add_argument("--skip", nargs="*", default=[], help="all but these runs")
     parser.add_argument("--set", nargs="*", default=[], metavar="OPTION=VALUE", help="changes to the base options")
-    parser.add_argument("--deadline_s", type=float, help="start nothing and end everything after so many seconds")
+    parser.add_argument("--deadline_s", type=float, help="seconds after which nothing runs any more")
+    parser.add_argument("--grace_s", type=float, default=45, help="seconds of these to save checkpoints in")
     parser.add_argument("--keep_models", action="store_true", help="keep the trained models too")
     parser.add_argument("--list", action="store_true", help="show the runs and their estimated cost, and stop")
     parser.add_argument("--json", type=Path, help="write the merged result here (default OUTPUT_DIR/result.json)")
@@ -180,8 +184,8 @@ class Plan:
             self.experiment.get("stride"),
             self.experiment.get("shuffled_tests", ()),
         )
-        # a fresh start: what a killed run left of its folder does not count
-        options = replace(options, training=replace(options.training, output_dir=str(fresh(self.output_dir / name))))
+        if can_resume(self.output_dir / name):
+            options = replace(options, training=replace(options.training, resume_from_checkpoint="true"))
         result = measured_run(options, corpus, tests, progress_path=path, keep_model=keep_model)
         write_json(path, {"run": run, "changes": changes} | result)
 
@@ -196,10 +200,14 @@ class Plan:
         return {"experiment": self.experiment, "machine": machine(), "commit": commit(), "runs": found}
 
 
-def fresh(folder: Path) -> Path:
-    """The folder, empty."""
+def can_resume(folder: Path) -> bool:
+    """Whether the run left a checkpoint to go on from; what else is left of a killed run is removed."""
+    from scone.training.trainer import complete_checkpoints
+
+    if complete_checkpoints(folder) and not (folder / "final_model").exists():
+        return True
     shutil.rmtree(folder, ignore_errors=True)
-    return folder
+    return False
 
 
 def chosen(name: str, only: Sequence[str] | None, skip: Sequence[str]) -> bool:
@@ -214,41 +222,56 @@ def is_finished(path: Path) -> bool:
 
 
 def run_all(
-    names: Sequence[str], output_dir: Path, jobs: int, deadline: float | None, command: Sequence[str]
+    names: Sequence[str],
+    output_dir: Path,
+    jobs: int,
+    command: Sequence[str],
+    last_start: float | None = None,
+    grace_s: float = 0.0,
 ) -> tuple[list[str], list[str]]:
     """Run each configuration in its own process, so that one failure or leak stays its own; ``jobs`` at once.
 
-    ``command`` is this script's, to which each worker's name is added.
+    Args:
+        command: this script's, to which each worker's name is added.
+        last_start: the monotonic time from which nothing is started and what runs is asked to save and stop.
+        grace_s: how long it may take for that.
 
-    Returns those that failed, and those that the deadline cut off or kept from starting.
+    Returns those that failed, and those that were cut off or never started.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
-    waiting, failed, cut = list(names), [], []
+    waiting, failed = list(names), []
     running: dict[str, tuple[subprocess.Popen[bytes], float]] = {}
     try:
-        while waiting or running:
-            late = deadline is not None and time.monotonic() >= deadline
-            if late:
-                cut = [*running, *waiting]
-                break
+        while (waiting or running) and (last_start is None or time.monotonic() < last_start):
             while waiting and len(running) < jobs:
                 name = waiting.pop(0)
-                running[name] = (
-                    start_worker([*command, "--worker", name], output_dir / f"{name}.log", jobs),
-                    time.monotonic(),
-                )
-            for name, (process, started) in list(running.items()):
-                if process.poll() is not None:
-                    del running[name]
-                    word = "failed" if process.returncode else "finished"
-                    print(f"{name}: {word} after {time.monotonic() - started:.0f} s", flush=True)
-                    if process.returncode:
-                        failed.append(name)
+                worker = start_worker([*command, "--worker", name], output_dir / f"{name}.log", jobs)
+                running[name] = (worker, time.monotonic())
             time.sleep(POLL_SECONDS)
+            failed += collect(running)
+        cut = [*running, *waiting]
+        for process, _ in running.values():
+            process.terminate()
+        while running and last_start is not None and time.monotonic() < last_start + grace_s:
+            time.sleep(POLL_SECONDS)
+            collect(running)
     finally:
         for process, _ in running.values():
             end(process)
-    return failed, cut
+    return failed, [name for name in cut if not is_finished(output_dir / f"{name}.json")]
+
+
+def collect(running: dict[str, tuple[subprocess.Popen[bytes], float]]) -> list[str]:
+    """Take the workers that ended out of ``running``; the names of those that failed."""
+    failed = []
+    for name, (process, started) in list(running.items()):
+        if process.poll() is not None:
+            del running[name]
+            word = {0: "finished", INTERRUPTED: "interrupted"}.get(process.returncode, "failed")
+            print(f"{name}: {word} after {time.monotonic() - started:.0f} s", flush=True)
+            if word == "failed":
+                failed.append(name)
+    return failed
 
 
 def start_worker(command: Sequence[str], log_path: Path, jobs: int) -> subprocess.Popen[bytes]:
@@ -260,7 +283,7 @@ def start_worker(command: Sequence[str], log_path: Path, jobs: int) -> subproces
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """End a worker and its data loaders at once: its log is on disk, and for a checkpoint there is no time."""
+    """End a worker and its data loaders at once: its log is on disk."""
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()

@@ -70,7 +70,10 @@ def measured_run(
     Raises SconeError as ``train`` does.
     """
     started = time.perf_counter()
-    callbacks = [] if progress_path is None else [ProgressFile(progress_path)]
+    before = 0.0
+    if progress_path is not None and progress_path.exists() and options.training.resume_from_checkpoint:
+        before = read_json(progress_path)["train_seconds"]
+    callbacks = [] if progress_path is None else [ProgressFile(progress_path, before)]
     final_model = train(options, corpus=corpus, quiet=quiet, callbacks=callbacks)
     log = read_json(final_model.parent / TRAINING_LOG_FILE)
     model: Any = AutoModelForCausalLM.from_pretrained(final_model)
@@ -82,7 +85,7 @@ def measured_run(
         "steps": log["steps"],
         "tokens": tokens,
         "train_tokens": log["train_tokens"],
-        "train_seconds": log["train_seconds"],
+        "train_seconds": before + log["train_seconds"],
         "cost": log["cost"] | {"training_flops": log["cost"]["training_flops_per_token"] * tokens},
         "parameters": parameter_counts(model).to_dict(),
         "tests": {name: _tested(model, file, options, corpus, tests) for name, file in tests.texts.items()},
@@ -125,11 +128,14 @@ def _tested(
 
 
 class ProgressFile(TrainerCallback):
-    """Writes the log so far to a JSON file at every log line, so that a run that is cut off leaves its curve."""
+    """Writes the log so far to a JSON file at every log line, so that a run that is cut off leaves its curve.
 
-    def __init__(self, path: Path) -> None:
+    ``seconds_before``: those that the run took before it was resumed.
+    """
+
+    def __init__(self, path: Path, seconds_before: float = 0.0) -> None:
         self.path = path
-        self._started = time.perf_counter()
+        self._started = time.perf_counter() - seconds_before
 
     def on_log(self, args: Arguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.is_world_process_zero:

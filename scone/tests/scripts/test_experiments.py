@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import signal
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from scone.data.token_file import TokenFileWriter
 from scone.tests.training import runs
 from scone.tokenization.tokenizers import load_tokenizer, tokenizer_fingerprint, train_tokenizer, vocabulary_size
 from scone.training.run import build_model, build_trainer
+from scone.training.trainer import complete_checkpoints
 from scone.utils.errors import SconeError
 
 REPOSITORY = Path(__file__).parents[3]
 RUNNER = REPOSITORY / "experiments" / "run.py"
-TEXTS = ("wikipedia_train", "wikipedia_validation", "novels", "wikitext103_test", "c4")
+EXPERIMENTS = {path.stem: yaml.safe_load(path.read_text()) for path in RUNNER.parent.glob("*.yaml")}
+EXPERIMENTS = {name: experiment for name, experiment in EXPERIMENTS.items() if "runs" in experiment}
 SMALL = {
     "training.max_steps": 2,
     "training.batch_size": 2,
@@ -47,14 +55,20 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     corpus = runs.write_corpus(folder)
     texts = [json.loads(line)["text"] for line in corpus.read_text().split("\n")]
-    train_tokenizer(iter(texts), 300, folder / "tokenizer")
-    tokenizer = load_tokenizer(str(folder / "tokenizer"))
-    for name in TEXTS:
-        writer = TokenFileWriter(folder / name, vocabulary_size(tokenizer), tokenizer.eos_token_id)
-        for text in texts if name == "wikipedia_train" else texts[:2]:
+    train_tokenizer(iter(texts), 300, folder / "made")
+    tokenizer = load_tokenizer(str(folder / "made"))
+    written = folder / "texts"
+    for name, part in {"train": texts, "test": texts[:2]}.items():
+        writer = TokenFileWriter(written / name, vocabulary_size(tokenizer), tokenizer.eos_token_id)
+        for text in part:
             writer.add_document(tokenizer(text, add_special_tokens=False).input_ids)
         writer.finish({"tokenizer_fingerprint": tokenizer_fingerprint(tokenizer)})
-    return folder
+    for experiment in EXPERIMENTS.values():
+        for name in {experiment["train"], experiment["validation"], *experiment["tests"]}:
+            part = written / ("train" if name == experiment["train"] else "test")
+            shutil.copytree(part, folder / "data" / name, dirs_exist_ok=True)
+        shutil.copytree(folder / "made", experiment["tokenizer"].format(data=folder / "data"), dirs_exist_ok=True)
+    return folder / "data"
 
 
 @pytest.fixture(scope="module")
@@ -66,13 +80,13 @@ def runner():
     sys.path.remove(str(RUNNER.parent))
 
 
-def plan_of(runner, experiment: str, data: Path, output_dir: Path):
+def plan_of(runner, experiment: str, data: Path, output_dir: Path, **changes: object):
     flags = [str(RUNNER.parent / f"{experiment}.yaml"), "--data", str(data), "--output_dir", str(output_dir)]
-    pairs = [f"{name}={value}" for name, value in SMALL.items()]
+    pairs = [f"{name}={value}" for name, value in (SMALL | changes).items()]
     return runner.Plan.read(runner.parse([*flags, "--set", *pairs]))
 
 
-@pytest.mark.parametrize("experiment", ["main_claim", "ablations"])
+@pytest.mark.parametrize("experiment", list(EXPERIMENTS))
 def test_every_run_can_be_built_and_computes_a_loss(runner, experiment, data, tmp_path):
     plan = plan_of(runner, experiment, data, tmp_path)
     corpus = plan.corpus()
@@ -121,10 +135,34 @@ def test_after_the_deadline_nothing_runs_and_the_curves_so_far_are_kept(runner, 
 
 def test_a_worker_that_fails_is_named_and_the_others_go_on(runner, tmp_path, capsys):
     """Workers are real processes; here their command line is one that fails at once."""
-    failed, cut = runner.run_all(["first", "second"], tmp_path, 2, None, [sys.executable, "-c", "raise SystemExit(3)"])
+    failed, cut = runner.run_all(["first", "second"], tmp_path, 2, [sys.executable, "-c", "raise SystemExit(3)"])
     assert sorted(failed) == ["first", "second"]
     assert cut == []
     assert capsys.readouterr().out.count("failed after") == 2
+
+
+def test_an_interrupted_run_goes_on_from_its_checkpoint(runner, data, tmp_path):
+    changes = {"training.max_steps": 100_000, "training.eval_steps": 100_000}
+    plan = plan_of(runner, "main_claim", data, tmp_path, **changes)
+    path = tmp_path / "rows-10k.json"
+
+    def interrupt() -> None:
+        while not path.exists():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        plan.run("rows-10k", keep_model=False)
+    assert not runner.is_finished(path)
+    steps = json.loads(path.read_text())["steps"]
+    (checkpoint,) = complete_checkpoints(tmp_path / "rows-10k")
+    changes = {"training.max_steps": int(checkpoint.name.split("-")[1]) + 2}
+    plan_of(runner, "main_claim", data, tmp_path, **changes).run("rows-10k", keep_model=False)
+    result = json.loads(path.read_text())
+    assert runner.is_finished(path)
+    assert result["steps"] == changes["training.max_steps"] > steps
+    assert result["log"][0]["step"] == 1, "the curve from the start"
 
 
 def test_a_run_that_does_not_exist_is_refused(runner, data, tmp_path):
