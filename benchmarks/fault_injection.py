@@ -2,8 +2,8 @@
 
     python benchmarks/fault_injection.py --kills 100 --json docs/results/fault_injection.json
 
-Runs for minutes to hours and may be stopped at any time: started again with the same ``--json`` it goes on. A small slice
-of it is a test (scone/tests/hardening). The faults and what they hit are in ``scone.tests.hardening``.
+Runs for minutes to hours and may be stopped at any time: started again with the same ``--json`` it goes on. A small
+slice of it is a test (scone/tests/hardening). The faults and what they hit are in ``scone.tests.hardening``.
 """
 
 from __future__ import annotations

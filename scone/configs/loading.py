@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from scone.configs.flags import build_parser, flag_values
+from scone.configs.plain_yaml import load_plain_yaml
 from scone.configs.schema import SECTIONS, SconeOptions
-from scone.configs.values import convert, entries
-from scone.utils.command_line import did_you_mean, is_first_process, one_line
+from scone.configs.values import convert, entries, shortened, shown
+from scone.utils.command_line import did_you_mean, is_first_process
 from scone.utils.errors import SconeError
 from scone.utils.files import atomic_path
 
@@ -139,14 +140,7 @@ def print_notices(notices: Sequence[str]) -> None:
 
 def load_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file, as it stands there. Raises SconeError (missing, damaged, not a mapping)."""
-    import yaml
-
-    try:
-        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise SconeError(f"found no file {path}; expected a YAML file of options; check --config") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise SconeError(f"cannot read {path} as YAML: {one_line(str(error))}; mend the file") from error
+    loaded = load_plain_yaml(path)
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
@@ -219,11 +213,14 @@ def _leaves(mapping: Mapping[str, Any], group: str, prefix: str) -> Iterator[tup
         if name in known:
             yield name, value
         elif name not in groups:
-            raise SconeError(f"{prefix}found the unknown {'option' if group else 'section'} {name}; {suggestion(name)}")
+            kind = "option" if group else "section"
+            raise SconeError(f"{prefix}found the unknown {kind} {shortened(name)}; {suggestion(name)}")
         elif value is None:
             continue  # a section whose options are all commented out
         elif not isinstance(value, Mapping):
-            raise SconeError(f"{prefix}{name}: found {value!r}; expected a section of options; indent them below it")
+            raise SconeError(
+                f"{prefix}{name}: found {shown(value)}; expected a section of options; indent them below it"
+            )
         else:
             yield from _leaves(value, name, prefix)
 

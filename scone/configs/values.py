@@ -107,8 +107,24 @@ def expectation(entry: Entry) -> str:
 def _refusal(entry: Entry, value: Any, shown_as: str) -> SconeError:
     meaning = entry.info.help + (f" ({entry.info.unit})" if entry.info.unit else "")
     hint = "; put it in quotes" if entry.type is str and not isinstance(value, (str, dict, list, type(None))) else ""
-    shown = repr(value) if not isinstance(value, str) or not value or " " in value else value
-    return SconeError(f"{shown_as}: found {shown}; expected {expectation(entry)}{hint}; meaning: {meaning}")
+    return SconeError(f"{shown_as}: found {shown(value)}; expected {expectation(entry)}{hint}; meaning: {meaning}")
+
+
+def shown(value: Any) -> str:
+    """A value that was found, as a message shows it: never longer than a line."""
+    if isinstance(value, str) and value and " " not in value:
+        return shortened(value)
+    if isinstance(value, int) and value.bit_length() > 1000:
+        return f"a number of {value.bit_length():,} bits"
+    try:
+        return shortened(repr(value))
+    except ValueError:  # a number inside that Python refuses to write out
+        return f"a {type(value).__name__}"
+
+
+def shortened(text: str) -> str:
+    """``text``, its middle left out where it is longer than 200 characters."""
+    return text if len(text) <= 200 else f"{text[:150]} … {text[-30:]}"
 
 
 def _within_bounds(info: OptionInfo, value: Any) -> bool:

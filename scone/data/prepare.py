@@ -18,6 +18,7 @@ import filelock
 import scone
 from scone.data.encoding import CorpusEncoder, map_in_order
 from scone.data.sources import Group, Source, empty_split, open_documents, open_source, plan
+from scone.data.splits import ALL, SPLITS
 from scone.data.token_file import METADATA_NAME, TokenFile, TokenFileWriter
 from scone.tokenization.tokenizers import (
     document_separator_id,
@@ -122,6 +123,17 @@ def prepare_tokenizer(
     return load_tokenizer(folder)
 
 
+def splits_of_corpus(folder: Path) -> list[str]:
+    """The splits of a prepared corpus, each a folder inside ``folder``. Raises SconeError when its list is damaged."""
+    found = read_json(folder / RESULT_NAME)
+    splits = found.get("splits") if isinstance(found, dict) else None
+    if not isinstance(splits, list) or not all(split in (*SPLITS, ALL) for split in splits):
+        raise SconeError(
+            f"found {folder / RESULT_NAME} damaged: it lists no splits; delete its folder to make it again"
+        )
+    return splits
+
+
 def _cache_folder(cache_dir: str | Path | None) -> Path:
     return Path(cache_dir).expanduser() if cache_dir else default_cache_folder()
 
@@ -202,7 +214,7 @@ class _Job:
         return {split: TokenFile.open(self.folder / split) for split in self._finished_splits()}
 
     def _finished_splits(self) -> list[str]:
-        return read_json(self.folder / RESULT_NAME)["splits"]
+        return splits_of_corpus(self.folder)
 
     def _is_complete(self) -> bool:
         if not (self.folder / RESULT_NAME).is_file():
@@ -242,7 +254,7 @@ class _Job:
             try:
                 noted = read_json(self.folder / JOURNAL_NAME)
                 return _Position(**noted["position"]), self._writers(noted["splits"])
-            except (SconeError, KeyError, TypeError) as error:
+            except (SconeError, KeyError, TypeError, ValueError, AttributeError) as error:
                 logger.warning("cannot go on from %s (%s); starting again", self.folder / JOURNAL_NAME, error)
         if self.folder.exists():
             shutil.rmtree(self.folder)

@@ -28,6 +28,8 @@ FORMATS = {
 COMPRESSIONS = (".zst", ".gz", ".xz")
 
 PIECE_BYTES = 1 << 16
+COMPRESSED_PIECE_BYTES = 1 << 10  # of a file of nothing but zeros this becomes 40 MiB
+LONGEST_LINE_BYTES = 1 << 30
 PIECE_CHARACTERS = 1 << 14  # a plain text is cut at the first blank line after this many,
 LINE_PIECE_CHARACTERS = 1 << 16  # where there is none at the first line end after this many,
 LONGEST_PIECE_CHARACTERS = 1 << 18  # and at the latest here
@@ -159,7 +161,7 @@ def _json_documents(path: Path, pieces: Iterable[bytes], text_column: str) -> It
 
 def _json_rows(path: Path, pieces: Iterable[bytes]) -> Iterator[tuple[str, dict[str, Any]]]:
     """(where it stands, for messages, and the row) of every line that is not blank."""
-    for number, line in enumerate(_byte_lines(pieces), start=1):
+    for number, line in enumerate(_byte_lines(path, pieces), start=1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
@@ -169,7 +171,7 @@ def _json_rows(path: Path, pieces: Iterable[bytes]) -> Iterator[tuple[str, dict[
             raise SconeError(
                 f"{where} is not UTF-8 ({error.reason} at byte {error.start}); convert the file"
             ) from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise SconeError(
                 f"{where} is not JSON ({error}); expected one JSON object a line (`jq -c '.[]'` makes them of an array)"
             ) from error
@@ -202,15 +204,22 @@ def unknown_column(where: str, text_column: str, columns: Iterable[str]) -> str:
     return f"{where} has no column {text_column!r}; its columns are {names}; choose one by --text_column"
 
 
-def _byte_lines(pieces: Iterable[bytes]) -> Iterator[bytes]:
+def _byte_lines(path: Path, pieces: Iterable[bytes]) -> Iterator[bytes]:
     waiting: list[bytes] = []
+    size = 0
     for piece in pieces:
         *complete, rest = piece.split(b"\n")
         for line in complete:
             yield b"".join(waiting) + line if waiting else line
             waiting.clear()
+            size = 0
         if rest:
             waiting.append(rest)
+            size += len(rest)
+        if size > LONGEST_LINE_BYTES:
+            raise SconeError(
+                f"{path} has a line longer than {LONGEST_LINE_BYTES:,} bytes; expected documents; split it"
+            )
     if waiting:
         yield b"".join(waiting)
 
@@ -279,7 +288,7 @@ def _decompressed(raw_pieces: Iterable[bytes], compression: str) -> Iterator[byt
     """Frames one after the other. The libraries' own file objects take a cut-off zstd file for a whole one."""
     decompressor: _Decompressor | None = None
     anything = False
-    for piece in raw_pieces:
+    for piece in chain.from_iterable(map(_small_pieces, raw_pieces)):
         raw = piece
         while raw:
             if decompressor is None:
@@ -295,6 +304,11 @@ def _decompressed(raw_pieces: Iterable[bytes], compression: str) -> Iterator[byt
                 yield text
     if decompressor is not None or not anything:
         raise EOFError("it ends too early")
+
+
+def _small_pieces(piece: bytes) -> Iterator[bytes]:
+    """Little at a time, because nobody knows how much text it becomes."""
+    return (piece[at : at + COMPRESSED_PIECE_BYTES] for at in range(0, len(piece), COMPRESSED_PIECE_BYTES))
 
 
 def _parquet_documents(path: Path, compression: str, text_column: str, count_bytes: CountBytes) -> Iterator[str]:
@@ -322,6 +336,6 @@ def _parquet_rows(path: Path, shown_path: Path, text_column: str, count_bytes: C
                 count_bytes(round(batch.num_rows * bytes_a_row))
                 for text in batch.column(0).to_pylist():
                     yield text_of_row({text_column: text}, text_column, str(shown_path))
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise SconeError(f"{shown_path} is damaged as a parquet file ({reason}); copy or make it again") from error

@@ -237,8 +237,10 @@ def _checked_metadata(path: Path) -> dict[str, Any]:
     if metadata.get("metadata_sha256") != _metadata_checksum(metadata):
         raise SconeError(_damaged(path, "it is not as it was written"))
     for name, kind in _FIELDS.items():
-        if not isinstance(metadata.get(name), kind):
-            raise SconeError(_damaged(path, f"its {name!r} is {metadata.get(name)!r}"))
+        if type(metadata.get(name)) is not kind:
+            raise SconeError(_damaged(path, f"its {name!r} is no {kind.__name__}"))
+    if not 0 <= metadata["separator_id"] < metadata["vocab_size"] <= 1 << 32 or metadata["num_tokens"] < 0:
+        raise SconeError(_damaged(path, "its numbers cannot be those of tokens"))
     return metadata
 
 

@@ -136,7 +136,9 @@ def _verify_tokens(path: Path) -> list[str]:
 
 
 def _verify_corpus(path: Path) -> list[str]:
-    return [line for split in read_json(path / "corpus.json")["splits"] for line in _verify_tokens(path / split)]
+    from scone.data.prepare import splits_of_corpus
+
+    return [line for split in splits_of_corpus(path) for line in _verify_tokens(path / split)]
 
 
 def _verify_run(path: Path) -> list[str]:

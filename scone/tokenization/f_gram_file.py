@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import mmap
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from scone.kernels.child_index import num_slots, rank_bits
-from scone.tokenization.f_gram_links import node_dtype
+from scone.tokenization.f_gram_links import check_limits, node_dtype
 from scone.utils.errors import SconeError
 from scone.utils.files import atomic_path, fingerprint_of
 
@@ -78,37 +80,53 @@ def open_file(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     if len(mapped) < 8 or size > min(len(mapped) - 8, _HEADER_LIMIT):
         raise damaged(path, "its header is cut off")
     header = _decoded(path, mapped[8 : 8 + size])
+    metadata = header.pop("__metadata__")
+    expected = _expected_entries(path, header, metadata)
+    end = 8 + size + next(reversed(expected.values()))["data_offsets"][1]
+    if end != len(mapped):
+        raise damaged(path, f"it has {len(mapped)} bytes and should have {end}")
+    if header != expected or list(header) != list(expected):
+        raise damaged(path, f"it has the arrays {str(header)[:300]}, not {expected}")
     arrays = {}
-    end = 0
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
+    for name, entry in expected.items():
         dtype = next(dtype for dtype, known in _DTYPE_NAMES.items() if known == entry["dtype"])
-        begin, end = entry["data_offsets"]
         count = int(np.prod(entry["shape"], dtype=np.int64))
-        if 8 + size + end > len(mapped):
-            raise damaged(path, f"it has {len(mapped)} bytes and should have {8 + size + end} or more")
-        arrays[name] = np.frombuffer(mapped, dtype, count, 8 + size + begin).reshape(entry["shape"])
-    if 8 + size + end != len(mapped):
-        raise damaged(path, f"it has {len(mapped)} bytes and should have {8 + size + end}")
-    _check_shapes(path, arrays, header["__metadata__"])
-    return arrays, header["__metadata__"]
+        arrays[name] = np.frombuffer(mapped, dtype, count, 8 + size + entry["data_offsets"][0]).reshape(entry["shape"])
+    return arrays, metadata
 
 
-def _check_shapes(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
-    """Refuse arrays that a kernel would read out of bounds. Raises SconeError."""
-    found = {name: (array.dtype.name, array.shape) for name, array in arrays.items()}
-    size = len(arrays["keys"]) if "keys" in arrays else 0
-    nodes = node_dtype(int(metadata["vocab_size"]), size).name
-    expected = {
-        "slots": ("uint32", (num_slots(size),)),
-        "counts": ("uint64", (size,)),
-        "keys": (nodes, (size, 2)),
-        "suffixes": (nodes, (size,)),
-        "lengths": ("uint8", (size,)),
-    }
-    if found != expected or int(metadata["rank_bits"]) != rank_bits(size):
-        raise damaged(path, f"it has the arrays {found}, not {expected}")
+def _expected_entries(path: Path, header: Mapping[str, Any], metadata: Mapping[str, Any]) -> dict[str, dict]:
+    """What the header of a vocabulary of so many f-grams must say of its arrays, so that no kernel reads beyond them.
+
+    Nothing is allocated from its numbers. Raises SconeError when they are not those of a vocabulary.
+    """
+    try:
+        size = header["keys"]["shape"][0]
+        texts = [metadata[name] for name in ("fingerprint", "tokenizer_fingerprint", "data_sha256")]
+        if not all(isinstance(value, str) for value in (*texts, *metadata.values())) or type(size) is not int:
+            raise TypeError("a value of another type")
+        vocab_size, max_n, bits, max_probes = (
+            int(metadata[name]) for name in ("vocab_size", "max_n", "rank_bits", "max_probes")
+        )
+        separators = json.loads(metadata["separator_ids"])
+        if not 0 <= size < 1 << 48 or not all(type(separator) is int for separator in separators):
+            raise ValueError("a number that is out of bounds")
+        check_limits(vocab_size, max_n, separators)
+        if bits != rank_bits(size) or not 0 <= max_probes <= num_slots(size):
+            raise ValueError("an index of another size")
+    except (KeyError, TypeError, ValueError, IndexError, RecursionError) as error:
+        raise damaged(
+            path, f"its header is not that of a vocabulary ({type(error).__name__}: {error!s:.80})"
+        ) from error
+    nodes = node_dtype(vocab_size, size).name
+    shapes = {"slots": [num_slots(size)], "counts": [size], "keys": [size, 2], "suffixes": [size], "lengths": [size]}
+    dtypes = {"slots": "uint32", "counts": "uint64", "keys": nodes, "suffixes": nodes, "lengths": "uint8"}
+    entries: dict[str, dict] = {}
+    end = 0
+    for name, shape in shapes.items():
+        begin, end = end, end + math.prod(shape) * np.dtype(dtypes[name]).itemsize
+        entries[name] = {"dtype": _DTYPE_NAMES[dtypes[name]], "shape": shape, "data_offsets": [begin, end]}
+    return entries
 
 
 def check_data(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
@@ -137,13 +155,13 @@ def _decoded(path: Path, raw: bytes) -> dict[str, dict]:
         metadata = header["__metadata__"]
         found = (metadata["format"], metadata["format_version"])
         checksum = metadata.pop("header_sha256")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise SconeError(
             f"found {path}, which has no f-gram vocabulary header; expected a file that scone wrote"
         ) from error
     if found != (FORMAT, VERSION):
         raise SconeError(
-            f"found {path} of format {found[0]} version {found[1]}; expected {FORMAT} version {VERSION}; "
+            f"found {path} of format {found[0]!s:.40} version {found[1]!s:.40}; expected {FORMAT} version {VERSION}; "
             "count f-grams again with this version"
         )
     is_intact = fingerprint_of(_encoded(header)) == checksum
