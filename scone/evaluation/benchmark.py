@@ -2,34 +2,34 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-import scone
 from scone.data.prepare import prepare_corpus
 from scone.evaluation import measure
 from scone.evaluation.benchmark_config import BaselineEntry, BenchmarkConfig, DatasetEntry, ModelEntry
 from scone.evaluation.perplexity import perplexity
-from scone.evaluation.text_size import text_bytes
-from scone.inference.loading import LoadedModel, device_of, load_model, position_limit
+from scone.evaluation.results import PLAIN, STEM, RunResult, write_report
+from scone.evaluation.speed import measure_speed
+from scone.evaluation.text_size import text_size
+from scone.inference.loading import LoadedModel, choose_device, load_model, position_limit
 from scone.models.accounting import parameter_counts
+from scone.models.f_gram_model import FGramModel
+from scone.models.language_model import SconeForCausalLM
+from scone.models.over_encoding import OverEncodingForCausalLM
 from scone.tokenization.tokenizers import load_tokenizer
 from scone.utils.errors import SconeError
-from scone.utils.files import atomic_path, write_json
-from scone.utils.text import human_bytes, human_count
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-NEW_TOKENS = 32
-"""Decode speed is measured over this many tokens after the prompt."""
+    from scone.data.token_file import TokenFile
+    from scone.inference.embedding_table import EmbeddingTable
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,10 @@ class BenchmarkSettings:
 
 @dataclass
 class Subject:
-    """A model that was loaded, with its tokenizer and its name in the results."""
+    """A model that was loaded, with its tokenizer, its name in the results and where it came from."""
 
     name: str
-    kind: str
+    path: str
     loaded: LoadedModel
     tokenizer: PreTrainedTokenizerBase
 
@@ -60,108 +60,197 @@ class Subject:
 
 def run_benchmark(
     config: BenchmarkConfig, output_dir: Path, settings: BenchmarkSettings, say: Callable[[str], None] = print
-) -> dict[str, Any]:
-    """Measure every model of ``config``; write benchmark.json and benchmark.md to ``output_dir``; return what is in
-    the JSON.
+) -> list[RunResult]:
+    """Measure every model of ``config``; write the report (`write_report`) to ``output_dir``; return the results.
 
-    What is missing (a model, a table, a data set) is named, listed under ``missing``, and the rest goes on.
+    What is missing (a model, a data set) is named, listed in the report, and the rest goes on; a SCONE model whose
+    table is missing is measured live.
     Raises SconeError when no model could be measured.
     """
     torch.manual_seed(settings.seed)
     missing: list[dict[str, str]] = []
-    records = []
+    results: list[RunResult] = []
     for entry in config.entries:
         say(f"{entry.name}")
         try:
-            subject = _load(entry, settings)
+            results.append(_measure_entry(entry, config, settings, missing, say))
         except SconeError as error:
             missing.append({"what": entry.name, "why": str(error)})
             say(f"    left out: {error}")
-            continue
-        records.append(_measure(subject, entry, config, settings, missing, say))
-    result = {
-        "benchmark": "models",
-        "scone_version": scone.__version__,
-        "machine": measure.describe_machine(),
-        "config": asdict(config),
-        "settings": asdict(settings),
-        "records": records,
-        "missing": missing,
-    }
-    if not records:
+        except torch.OutOfMemoryError:
+            missing.append({"what": entry.name, "why": "the accelerator's memory is too small for it"})
+            say("    left out: the accelerator's memory is too small for it")
+    if not results:
         raise SconeError(
             f"nothing could be measured: {len(missing)} of {len(missing)} models are missing "
             f"(the first: {missing[0]['why']}); train them or change the paths in the configuration"
         )
-    write_json(output_dir / "benchmark.json", result)
-    with atomic_path(output_dir / "benchmark.md") as temporary:
-        temporary.write_text(markdown(result), encoding="utf-8")
-    return result
+    facts = {
+        "machine": measure.describe_machine(),
+        "config": asdict(config),
+        "settings": asdict(settings),
+        "notes": _notes(config, settings),
+    }
+    write_report(results, output_dir, facts=facts, missing=missing)
+    return results
 
 
-def _load(entry: ModelEntry | BaselineEntry, settings: BenchmarkSettings) -> Subject:
+def _notes(config: BenchmarkConfig, settings: BenchmarkSettings) -> list[str]:
+    """How it was measured, in sentences, for whoever reads the report without us."""
+    return [
+        f"Perplexity: the first {settings.max_tokens:,} tokens of each data set in windows of the longest sequence "
+        "length that the model has positions for, without overlap; the first token of a window is not predicted. "
+        "Intervals: 95 %, normal over documents (another sample of texts, not another training run).",
+        "Perplexities per token compare models of one tokenizer only; across tokenizers compare bits per byte "
+        f"({STEM}.csv).",
+        f"Speed: medians of {config.num_runs} runs after {config.warmup_runs} that do not count, models one after the "
+        "other. Prefill is one forward pass over the whole prompt; decoding is greedy, as generate does it.",
+        "FLOPs: a multiply-add is two; matrix products and attention over all pairs of positions, output head "
+        "included. Training FLOPs per token count forward and backward of trunk and f-gram model on a batch of this "
+        "text, whose f-grams share their prefixes.",
+        "Memory: the process's peak holds libraries and everything else too; the table's pages in RAM are part of it.",
+    ]
+
+
+def _load(
+    entry: ModelEntry | BaselineEntry,
+    settings: BenchmarkSettings,
+    missing: list[dict[str, str]],
+    say: Callable[[str], None],
+) -> Subject:
+    """Raises SconeError where the model is missing; one whose table is missing is measured live."""
     if isinstance(entry, BaselineEntry):
-        path, table, kind = entry.model_name, None, "plain"
+        path, table = entry.model_name, None
     else:
         path, table = entry.model_path, entry.embedding_cache_path
-        kind = "SCONE, table" if table else "SCONE, live"
+    if table is not None and not Path(table).exists() and Path(path).is_dir():
+        why = f"found no file {table}; the model is measured with its f-gram model running live; make it with "
+        why += f"scone precompute --model_path {path} --output_path {table}"
+        missing.append({"what": f"the table of {entry.name}", "why": why})
+        say(f"    without its table: {why}")
+        table = None
     loaded = load_model(path, table, settings.placement, settings.device, settings.quantization)
-    return Subject(entry.name, kind, loaded, load_tokenizer(path))
+    return Subject(entry.name, path, loaded, load_tokenizer(path))
+
+
+def _measure_entry(
+    entry: ModelEntry | BaselineEntry,
+    config: BenchmarkConfig,
+    settings: BenchmarkSettings,
+    missing: list[dict[str, str]],
+    say: Callable[[str], None],
+) -> RunResult:
+    """Load one model and measure everything; nothing of it stays in memory. Raises SconeError when it cannot be."""
+    with measure.PeakMemory(choose_device(settings.device)) as peak:
+        subject = _load(entry, settings, missing, say)
+        texts = _texts(subject, config.dataset_configs, settings, missing, say)
+        result = _measure(subject, entry, config, texts, settings, missing, say)
+    result.peak_process_bytes, result.peak_accelerator_bytes = peak.process_bytes, peak.accelerator_bytes
+    return result
 
 
 def _measure(
     subject: Subject,
     entry: ModelEntry | BaselineEntry,
     config: BenchmarkConfig,
+    texts: Mapping[str, TokenFile],
     settings: BenchmarkSettings,
     missing: list[dict[str, str]],
     say: Callable[[str], None],
-) -> dict[str, Any]:
+) -> RunResult:
     model, table = subject.model, subject.loaded.table
     limit = position_limit(model)
     lengths = [length for length in config.sequence_lengths if limit is None or length <= limit]
     for length in sorted(set(config.sequence_lengths) - set(lengths)):
         missing.append({"what": f"{subject.name} at {length} tokens", "why": f"the model has {limit} positions"})
     window = max(lengths, default=limit or 512)
-    texts = _texts(subject, config.dataset_configs, settings, missing, say)
-    sample = next(iter(texts.values()), None)
-    if sample is None:  # no text: any tokens will do for the speed, though fewer f-grams match
+    text = next(iter(texts.values()), None)
+    if text is None:  # no text: any tokens will do for the speed, though fewer f-grams match
         sample = np.random.default_rng(settings.seed).integers(0, model.config.get_text_config().vocab_size, 1 << 16)
-    record: dict[str, Any] = {
-        "name": subject.name,
-        "kind": subject.kind,
-        "entry": asdict(entry),
-        "parameters": parameter_counts(model).to_dict(),
-        "resident_bytes": measure.resident_bytes(model),
-        "table_bytes": table.num_rows * table.row_bytes if table is not None else 0,
-        "process_bytes": measure.process_bytes(),
-        "inference_flops_per_token": measure.inference_flops_per_token(model, _batch(sample, 1, window)[0]),
-        "quantization": str(subject.loaded.quantization) if subject.loaded.quantization else None,
-        "perplexity": {},
-        "speed": [],
-    }
-    for name, tokens in texts.items():
-        result = perplexity(
-            model,
-            tokens,
-            window,
-            max(config.batch_sizes),
-            num_bytes=text_bytes(subject.tokenizer, tokens),
-            matcher=getattr(model, "matcher", None),
-        )
-        record["perplexity"][name] = result.to_dict()
-        say(f"    {name}: perplexity {result.perplexity:.3f} ({result.num_predicted:,} tokens)")
+    else:
+        sample = text.tokens
+    result = RunResult(
+        subject.name,
+        kind_of(model),
+        f_gram_model_size=getattr(entry, "f_gram_model_size", None),
+        resident_bytes=measure.resident_bytes(model),
+        table_bytes=table.num_rows * table.row_bytes if table is not None else None,
+        table_memory_bytes=table.memory.ram + table.memory.mapped if table is not None else None,
+        facts={"entry": asdict(entry)} | _served(model, table),
+        **_sizes(subject, model),
+    )
+    if subject.loaded.quantization:
+        result.facts["quantization"] = str(subject.loaded.quantization)
+    flops = measure.flops_per_token(model, batch_of(sample, max(config.batch_sizes), window))
+    result.inference_flops_per_token = flops.pop("inference_flops_per_token")
+    result.training_flops_per_token = flops.pop("training_flops_per_token")
+    result.facts |= flops
+    for name, file in texts.items():
+        result.perplexity[name] = _perplexity(subject, file, window, config, settings)
+        predicted = result.perplexity[name]["num_predicted"]
+        say(f"    {name}: perplexity {result.perplexity[name]['perplexity']:.3f} ({predicted:,} tokens)")
     for batch_size in config.batch_sizes:
         for length in lengths:
-            speed = measure_speed(model, _batch(sample, batch_size, length), config.num_runs, config.warmup_runs)
-            record["speed"].append({"batch_size": batch_size, "sequence_length": length} | speed)
+            speed = measure_speed(model, batch_of(sample, batch_size, length), config.num_runs, config.warmup_runs)
+            result.speed.append({"batch_size": batch_size, "sequence_length": length} | speed)
+            decoded = speed.get("decode_tokens_per_second")
             say(
-                f"    batch {batch_size}, {length} tokens: prefill {speed['prefill_tokens_per_second']:,.0f} tokens/s, "
-                f"decode {speed['decode_tokens_per_second']:,.0f} tokens/s"
+                f"    batch {batch_size}, {length} tokens: prefill {speed['prefill_tokens_per_second']:,.0f} tokens/s"
+                + (f", decode {decoded:,.0f} tokens/s" if decoded else "")
             )
-    device = device_of(model)
-    record["peak_accelerator_bytes"] = measure.peak_memory_bytes(device) if device.type == "cuda" else None
-    return record
+    return result
+
+
+def _served(model: PreTrainedModel, table: EmbeddingTable | None) -> dict[str, str]:
+    if not isinstance(model, SconeForCausalLM):
+        return {}
+    return {"served": "live" if table is None else "table"}
+
+
+def _sizes(subject: Subject, model: PreTrainedModel) -> dict[str, Any]:
+    """Numbers of f-grams and parameters; what only training needs is looked up where a table serves."""
+    parameters = parameter_counts(model).to_dict()
+    if subject.loaded.table is not None:
+        parameters["training_only"] = measure.training_only_parameters(subject.path) or 0
+    sizes = getattr(model.config, "f_gram_model_config", None)
+    if sizes is None:
+        f_gram_parameters = 0
+    else:
+        with torch.device("meta"):
+            f_gram_model = FGramModel(sizes, model.config.hidden_size, model.config.max_n)
+        f_gram_parameters = sum(parameter.numel() for parameter in f_gram_model.parameters())
+    return {
+        "parameters": parameters,
+        "num_f_grams": getattr(model.config, "num_f_grams", None),
+        "f_gram_model_parameters": f_gram_parameters,
+    }
+
+
+def kind_of(model: PreTrainedModel) -> str:
+    """The model's input embedding in words."""
+    if isinstance(model, OverEncodingForCausalLM):
+        return "over-encoding"
+    if not isinstance(model, SconeForCausalLM):
+        return PLAIN
+    parts = ["f-gram model"] if model.config.f_gram_model is not None else []
+    return " + ".join(parts + (["learned rows"] if model.config.learned_rows else []))
+
+
+def _perplexity(
+    subject: Subject, file: TokenFile, window: int, config: BenchmarkConfig, settings: BenchmarkSettings
+) -> dict[str, Any]:
+    tokens = file.tokens[: settings.max_tokens]
+    size = text_size(subject.tokenizer, tokens)
+    return perplexity(
+        subject.model,
+        tokens,
+        window,
+        max(config.batch_sizes),
+        matcher=getattr(subject.model, "matcher", None),
+        num_bytes=size.num_bytes if size else None,
+        num_words=size.num_words if size else None,
+        separator_id=file.separator_id,
+    ).to_dict()
 
 
 def _texts(
@@ -170,9 +259,9 @@ def _texts(
     settings: BenchmarkSettings,
     missing: list[dict[str, str]],
     say: Callable[[str], None],
-) -> dict[str, np.ndarray]:
-    """Tokens of each data set that can be had, at most ``max_tokens`` of each."""
-    found: dict[str, np.ndarray] = {}
+) -> dict[str, TokenFile]:
+    """The token file of each data set that can be had."""
+    found: dict[str, TokenFile] = {}
     for dataset in datasets:
         try:
             splits = prepare_corpus(
@@ -187,131 +276,10 @@ def _texts(
             missing.append({"what": f"{dataset.name} for {subject.name}", "why": str(error)})
             say(f"    {dataset.name} left out: {error}")
             continue
-        found[dataset.name] = splits[dataset.split].tokens[: settings.max_tokens]
+        found[dataset.name] = splits[dataset.split]
     return found
 
 
-def _batch(tokens: np.ndarray, batch_size: int, length: int) -> np.ndarray:
+def batch_of(tokens: np.ndarray, batch_size: int, length: int) -> np.ndarray:
     """[B, T] int64 tokens from ``tokens``, begun again where they end."""
     return np.resize(np.asarray(tokens[: batch_size * length], dtype=np.int64), (batch_size, length))
-
-
-def measure_speed(model: PreTrainedModel, tokens: np.ndarray, num_runs: int, warmup_runs: int) -> dict[str, float]:
-    """Median speeds on prompts ``tokens`` [B, T].
-
-    ``prefill``: the forward pass that fills the cache, over B · T tokens. ``decode``: new tokens a second after it,
-    greedy, over up to `NEW_TOKENS` steps that still fit the model's positions (the prompt is shortened by as many).
-    """
-    device = device_of(model)
-    input_ids = torch.from_numpy(tokens).to(device)
-    new_tokens = min(NEW_TOKENS, max(1, tokens.shape[1] // 2))
-    prompt = input_ids[:, : max(1, tokens.shape[1] - new_tokens)]
-
-    def prefill() -> None:
-        with torch.inference_mode():
-            model(input_ids=input_ids, use_cache=True, logits_to_keep=1)
-
-    def generate() -> tuple[float, float]:
-        """Seconds until the first new token, and of the rest."""
-        times: list[float] = []
-
-        def note(*_: Any) -> None:
-            _wait(device)
-            times.append(time.perf_counter())
-
-        hook = model.register_forward_hook(note)
-        started = time.perf_counter()
-        model.generate(  # type: ignore[operator]
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=new_tokens,
-            min_new_tokens=new_tokens,
-            do_sample=False,
-            pad_token_id=0,
-        )
-        hook.remove()
-        return times[0] - started, times[-1] - times[0]
-
-    prefills, first, rest = [], [], []
-    for run in range(warmup_runs + num_runs):
-        seconds = _timed(prefill, device)
-        until_first, after = generate()
-        if run >= warmup_runs:
-            prefills.append(seconds)
-            first.append(until_first)
-            rest.append(after)
-    batch_size = tokens.shape[0]
-    return {
-        "prefill_tokens_per_second": tokens.size / median(prefills),
-        "first_token_seconds": median(first),
-        "decode_tokens_per_second": batch_size * (new_tokens - 1) / median(rest) if new_tokens > 1 else float("nan"),
-    }
-
-
-def _timed(work: Callable[[], None], device: torch.device) -> float:
-    _wait(device)
-    started = time.perf_counter()
-    work()
-    _wait(device)
-    return time.perf_counter() - started
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def markdown(result: dict[str, Any]) -> str:
-    """The results as Markdown tables: quality and cost, then speeds; what is missing at the end."""
-    records = result["records"]
-    datasets = list(dict.fromkeys(name for record in records for name in record["perplexity"]))
-    flops = [record["inference_flops_per_token"] for record in records]
-    head = ["model", "kind", *datasets, "inference FLOPs/token", "parameters", "model", "table"]
-    rows = [
-        [
-            record["name"],
-            record["kind"],
-            *(_perplexity_of(record, name) for name in datasets),
-            f"{human_count(flop)} ({flop / flops[0]:.2f}×)",
-            human_count(record["parameters"]["resident"]),
-            human_bytes(record["resident_bytes"]),
-            human_bytes(record["table_bytes"]) if record["table_bytes"] else "–",
-        ]
-        for record, flop in zip(records, flops, strict=True)
-    ]
-    speed_head = ["model", "batch", "tokens", "prefill tokens/s", "first token ms", "decode tokens/s"]
-    speed_rows = [
-        [
-            record["name"],
-            str(speed["batch_size"]),
-            str(speed["sequence_length"]),
-            f"{speed['prefill_tokens_per_second']:,.0f}",
-            f"{1000 * speed['first_token_seconds']:,.1f}",
-            f"{speed['decode_tokens_per_second']:,.0f}",
-        ]
-        for record in records
-        for speed in record["speed"]
-    ]
-    machine = result["machine"]
-    device = machine["accelerator"] or f"{machine['processor']}, {machine['num_threads']} threads"
-    parts = [
-        "# Benchmark",
-        f"{device}, PyTorch {machine['torch']}.",
-        "## Perplexity and cost",
-        _table(head, rows),
-        "## Speed",
-        _table(speed_head, speed_rows),
-    ]
-    if result["missing"]:
-        parts += ["## Missing", "\n".join(f"- {item['what']}: {item['why']}" for item in result["missing"])]
-    return "\n\n".join(parts) + "\n"
-
-
-def _perplexity_of(record: dict[str, Any], dataset: str) -> str:
-    found = record["perplexity"].get(dataset)
-    return "–" if found is None else f"{found['perplexity']:.2f}"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import math
 import os
 import platform
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +14,10 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from scone.inference.loading import device_of
+from scone.inference.loading import F_GRAM_WEIGHTS, device_of
 from scone.inference.quantization import model_bytes
+from scone.models.language_model import SconeForCausalLM
+from scone.training.step_cost import RunCost
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -58,23 +63,89 @@ def training_flops_per_token(model: PreTrainedModel, tokens: np.ndarray) -> floa
     return counter.get_total_flops() / input_ids.numel()
 
 
+def flops_per_token(model: PreTrainedModel, tokens: np.ndarray) -> dict[str, Any]:
+    """What ``model`` computes per token of a batch like ``tokens`` [B, T], by the formulas of `models.accounting`.
+
+    ``inference_flops_per_token``: as the model is served here (the f-gram model counts only where it runs live).
+    ``training_flops_per_token``: forward and backward of trunk and input embedding; of a SCONE model also
+    ``nodes_per_position`` and ``match_rate``. Both depend on ``tokens``: f-grams share their prefixes within a batch.
+    Works for a model served from a table too: what training costs follows from its configuration and vocabulary.
+    """
+    cost = RunCost(model)
+    input_ids = torch.from_numpy(np.asarray(tokens, dtype=np.int64))
+    inputs: dict[str, Any] = {"input_ids": input_ids}
+    scone = isinstance(model, SconeForCausalLM)
+    if isinstance(model, SconeForCausalLM):
+        inputs["trie"] = model.trie_of(model.match(input_ids))
+    cost.count(inputs)
+    figures = cost.to_dict()
+    live = scone and getattr(model, "f_gram_embedding", None) is not None
+    inference = figures["inference_flops_per_token"] + (figures["f_gram_flops_per_token"] if live else 0.0)
+    kept = ("training_flops_per_token", "nodes_per_position", "match_rate")
+    return {"inference_flops_per_token": inference} | {name: figures[name] for name in kept if name in figures}
+
+
+def training_only_parameters(folder: str | Path) -> int | None:
+    """Values of the f-gram model, gain and learned rows in a model folder's weights, read from the files' headers.
+
+    None where there are no weights (a hub name), 0 for a plain model.
+    """
+    from safetensors import safe_open
+
+    paths = sorted(Path(folder).glob("model*.safetensors"))
+    if not paths:
+        return None
+    total = 0
+    for path in paths:
+        with safe_open(path, framework="np") as file:
+            names = [name for name in file.keys() if name.startswith(F_GRAM_WEIGHTS)]  # noqa: SIM118 (no mapping)
+            total += sum(math.prod(file.get_slice(name).get_shape()) for name in names)
+    return total
+
+
 def resident_bytes(model: PreTrainedModel) -> int:
     """Bytes that the model holds on its device: parameters, buffers, scales; a table is not part of it."""
     return model_bytes(model)
 
 
-def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory that PyTorch held on a CUDA device since its statistics were reset."""
-    return int(torch.cuda.max_memory_allocated(device))
+class PeakMemory:
+    """Most memory that a ``with`` block held: of this process (all of it, libraries too), and on the accelerator.
+
+    None for what the system does not tell. Process memory is sampled by the kernel, pages mapped from files included.
+    """
+
+    process_bytes: int | None = None
+    accelerator_bytes: int | None = None
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def __enter__(self) -> PeakMemory:
+        gc.collect()  # what an earlier model left
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets the peak (VmHWM) to the present
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process_bytes = _status_bytes("VmHWM")
+        if self.device.type == "cuda":
+            self.accelerator_bytes = int(torch.cuda.max_memory_allocated(self.device))
 
 
 def process_bytes() -> int | None:
     """Resident memory of this process now, shared pages included; None where the system does not tell."""
+    return _status_bytes("VmRSS")
+
+
+def _status_bytes(name: str) -> int | None:
     try:
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     except OSError:
         return None
-    return pages * os.sysconf("SC_PAGE_SIZE")
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(name)), None)
 
 
 def describe_machine() -> dict[str, Any]:

@@ -74,7 +74,7 @@ def logarithmic_axis(values: Sequence[float]) -> Axis:
 
 def short_number(value: float) -> str:
     """Tick and bar labels: 1500000 → "1.5M", 0.25 → "0.25"."""
-    for size, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+    for size, suffix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:.3g}{suffix}"
     return f"{value:.4g}"
@@ -113,9 +113,9 @@ def line_chart(
     if not x_logarithmic:
         x_axis = Axis(x_axis.low, x_axis.high, round_ticks(x_axis.low, x_axis.high))
     y_axis = linear_axis(ys, y_from_zero)
-    parts = [_grid(x_axis, y_axis, x_label, y_label, y_format)]
+    parts = [grid(x_axis, y_axis, x_label, y_label, y_format)]
     parts += [_line(line, x_axis, y_axis, y_format) for line in drawn]
-    return _svg(parts, description or f"{y_label} over {x_label}")
+    return svg(parts, description or f"{y_label} over {x_label}")
 
 
 def bar_chart(
@@ -136,24 +136,24 @@ def bar_chart(
     inner = WIDTH - LEFT - RIGHT
     slot = inner / len(groups)
     bar = min(slot * 0.8 / len(series), 46.0)
-    parts = [_grid(None, y_axis, x_label, y_label, y_format)]
+    parts = [grid(None, y_axis, x_label, y_label, y_format)]
     for index, group in enumerate(groups):
         center = LEFT + slot * (index + 0.5)
-        parts.append(_text("tick", center, HEIGHT - BOTTOM + 16, "middle", group))
+        parts.append(text_at("tick", center, HEIGHT - BOTTOM + 16, "middle", group))
         for position, (name, color, row) in enumerate(series):
             value = row[index]
             if value is None:
                 continue
             x = center + (position - len(series) / 2) * bar
-            y = _y(y_axis, value)
-            height = _y(y_axis, 0.0) - y
+            y = y_place(y_axis, value)
+            height = y_place(y_axis, 0.0) - y
             parts.append(
                 f'<rect x="{x + 1:.1f}" y="{y:.1f}" width="{bar - 2:.1f}" height="{max(height, 0):.1f}" rx="2" '
                 f'style="fill:{color}"><title>{escape(name)}, {escape(group)}: {y_format(value)}</title></rect>'
             )
             if bar >= 26:
-                parts.append(_text("value", x + bar / 2, y - 4, "middle", y_format(value)))
-    return _svg(parts, description or f"{y_label} by {x_label}")
+                parts.append(text_at("value", x + bar / 2, y - 4, "middle", y_format(value)))
+    return svg(parts, description or f"{y_label} by {x_label}")
 
 
 def legend(entries: Sequence[tuple[str, str, bool]]) -> str:
@@ -166,27 +166,30 @@ def legend(entries: Sequence[tuple[str, str, bool]]) -> str:
     return f'<div class="legend">{items}</div>'
 
 
-def _x(axis: Axis, value: float) -> float:
+def x_place(axis: Axis, value: float) -> float:
+    """Where ``value`` lies from left to right, in the plot's units."""
     return LEFT + axis.position(value) * (WIDTH - LEFT - RIGHT)
 
 
-def _y(axis: Axis, value: float) -> float:
+def y_place(axis: Axis, value: float) -> float:
+    """Where ``value`` lies from top to bottom, in the plot's units."""
     return HEIGHT - BOTTOM - axis.position(value) * (HEIGHT - TOP - BOTTOM)
 
 
-def _grid(x_axis: Axis | None, y_axis: Axis, x_label: str, y_label: str, y_format: Callable[[float], str]) -> str:
+def grid(x_axis: Axis | None, y_axis: Axis, x_label: str, y_label: str, y_format: Callable[[float], str]) -> str:
+    """Axes with ticks and labels; no ticks on the horizontal one where ``x_axis`` is None."""
     base = HEIGHT - BOTTOM
     parts = [f'<line class="axis" x1="{LEFT}" y1="{base}" x2="{WIDTH - RIGHT}" y2="{base}"/>']
     for tick in y_axis.ticks:
-        y = _y(y_axis, tick)
+        y = y_place(y_axis, tick)
         parts.append(f'<line class="grid" x1="{LEFT}" y1="{y:.1f}" x2="{WIDTH - RIGHT}" y2="{y:.1f}"/>')
-        parts.append(_text("tick", LEFT - 8, y + 4, "end", y_format(tick)))
+        parts.append(text_at("tick", LEFT - 8, y + 4, "end", y_format(tick)))
     for tick in x_axis.ticks if x_axis else ():
-        x = _x(x_axis, tick)  # type: ignore[arg-type]
+        x = x_place(x_axis, tick)  # type: ignore[arg-type]
         parts.append(f'<line class="axis" x1="{x:.1f}" y1="{base}" x2="{x:.1f}" y2="{base + 4}"/>')
-        parts.append(_text("tick", x, base + 17, "middle", short_number(tick)))
+        parts.append(text_at("tick", x, base + 17, "middle", short_number(tick)))
     middle = (TOP + base) / 2
-    parts.append(_text("label", (LEFT + WIDTH - RIGHT) / 2, HEIGHT - 8, "middle", x_label))
+    parts.append(text_at("label", (LEFT + WIDTH - RIGHT) / 2, HEIGHT - 8, "middle", x_label))
     parts.append(
         f'<text class="label" x="14" y="{middle}" text-anchor="middle" transform="rotate(-90 14 {middle})">'
         f"{escape(y_label)}</text>"
@@ -194,12 +197,13 @@ def _grid(x_axis: Axis | None, y_axis: Axis, x_label: str, y_label: str, y_forma
     return "".join(parts)
 
 
-def _text(kind: str, x: float, y: float, anchor: str, text: str) -> str:
+def text_at(kind: str, x: float, y: float, anchor: str, text: str) -> str:
+    """Text of the CSS class ``kind``; ``anchor`` is start, middle or end."""
     return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
 def _line(line: Series, x_axis: Axis, y_axis: Axis, y_format: Callable[[float], str]) -> str:
-    points = [(_x(x_axis, x), _y(y_axis, y)) for x, y in line.points]
+    points = [(x_place(x_axis, x), y_place(y_axis, y)) for x, y in line.points]
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
     dash = ' stroke-dasharray="5 4"' if line.dashed else ""
     parts = [
@@ -215,9 +219,10 @@ def _line(line: Series, x_axis: Axis, y_axis: Axis, y_format: Callable[[float], 
     return "".join(parts)
 
 
-def _svg(parts: Sequence[str], description: str) -> str:
+def svg(parts: Sequence[str], description: str, height: float = HEIGHT) -> str:
+    """The picture of ``parts``; ``description`` is what a screen reader says."""
     return (
-        f'<svg class="plot" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(description, quote=True)}">'
+        f'<svg class="plot" viewBox="0 0 {WIDTH} {height:g}" role="img" aria-label="{escape(description, quote=True)}">'
         + "".join(parts)
         + "</svg>"
     )

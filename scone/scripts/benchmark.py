@@ -15,7 +15,8 @@ from scone.utils.errors import SconeError
 EXAMPLES = ("scone benchmark --config scone/configs/benchmark_config.json --output_dir ./benchmark_results",)
 DESCRIPTION = """\
 Measure perplexity, prefill and decode speed, memory, parameters and FLOPs of every model and baseline of a JSON file.
-What is missing is named and left out. Writes benchmark.json and benchmark.md."""
+What is missing is named and left out; only when no model could be measured the command fails. Writes benchmark.json,
+benchmark.csv, benchmark_speed.csv, benchmark.md and benchmark.html, a report with plots."""
 
 
 def read_arguments(argv: Sequence[str] | None) -> tuple[SconeOptions, argparse.Namespace]:
@@ -36,8 +37,9 @@ def read_arguments(argv: Sequence[str] | None) -> tuple[SconeOptions, argparse.N
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark and print its tables."""
     options, extra = read_arguments(argv)
-    from scone.evaluation.benchmark import BenchmarkSettings, markdown, run_benchmark
+    from scone.evaluation.benchmark import BenchmarkSettings, run_benchmark
     from scone.evaluation.benchmark_config import read_benchmark_config
+    from scone.evaluation.results import STEM
 
     config = read_benchmark_config(extra.config)
     settings = BenchmarkSettings(
@@ -48,9 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         quantization=extra.quantization,
         seed=options.training.seed,
     )
-    result = run_benchmark(config, Path(extra.output_dir), settings, say=_say)
-    print(f"\n{markdown(result)}")
-    print(f"results: {Path(extra.output_dir) / 'benchmark.json'}")
+    folder = Path(extra.output_dir)
+    run_benchmark(config, folder, settings, say=_say)
+    print("\n" + (folder / f"{STEM}.md").read_text(encoding="utf-8"))
+    print(f"report: {folder / f'{STEM}.html'}")
     return 0
 
 

@@ -6,26 +6,19 @@ import gzip
 import json
 import math
 import sys
-from collections import Counter
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from transformers import GPT2Config, GPT2LMHeadModel
 
 import scone
 from scone.cli import main
 from scone.evaluation.zero_shot import TASKS, TaskResult, describe_tasks, evaluate_tasks, task_names
-from scone.models.language_model import SconeForCausalLM
 from scone.tests import tiny
-from scone.tokenization.f_gram_vocabulary import FGramVocabulary
-from scone.tokenization.tokenizers import train_tokenizer
 from scone.utils.errors import SconeError
 
 TASK_FOLDER = Path(scone.__file__).parent / "evaluation" / "tasks"
-WORDS = "which animal barks? a dog a cat the sun is hot and cold today yes no Question: Answer: " * 30
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -35,26 +28,9 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A saved SCONE model with its tokenizer, and its table beside it."""
+def folder(served_model: Path) -> Path:
     pytest.importorskip("lm_eval")
-    folder = tmp_path_factory.mktemp("zero_shot") / "final_model"
-    tokenizer = train_tokenizer(iter([WORDS]), 300, folder)
-    tokens = tokenizer(WORDS, add_special_tokens=False)["input_ids"]
-    counts = Counter(pairwise(tokens))
-    separator = tokenizer.all_special_ids[0]
-    frequent = {pair: count for pair, count in counts.items() if count >= 5 and separator not in pair}
-    vocabulary = FGramVocabulary.from_counts(frequent, vocab_size=300, max_n=2, separator_ids=(separator,))
-    torch.manual_seed(0)
-    sizes = GPT2Config(vocab_size=300, n_embd=16, n_layer=2, n_head=2, n_positions=640, bos_token_id=0, eos_token_id=0)
-    model = SconeForCausalLM.from_trunk(
-        GPT2LMHeadModel(sizes), vocabulary, f_gram_model=tiny.F_GRAM_SIZES, learned_rows=20
-    ).eval()
-    torch.nn.init.normal_(model.f_gram_embedding.gain, std=0.5)
-    torch.nn.init.normal_(model.f_gram_embedding.rows.weight, std=0.5)
-    model.save_pretrained(folder)
-    assert main(["precompute", "--model_path", str(folder), "--output_path", str(folder.parent / "table")]) == 0
-    return folder
+    return served_model
 
 
 def write_items(folder: Path, name: str, items: list[dict]) -> None:

@@ -1,0 +1,100 @@
+"""Speed of generation: prefill and decode, in tokens a second and as percentiles of latency."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from scone.inference.loading import device_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+NEW_TOKENS = 32
+"""Decoding is measured over this many tokens after the prompt."""
+PERCENTILES = (50, 90, 99)
+
+
+def measure_speed(model: PreTrainedModel, tokens: np.ndarray, num_runs: int, warmup_runs: int) -> dict[str, float]:
+    """Speeds on prompts ``tokens`` [B, T], over ``num_runs`` runs after ``warmup_runs`` that do not count.
+
+    Prefill is the forward pass that fills the cache, over B · T tokens. Decoding is greedy, up to `NEW_TOKENS` steps
+    that still fit the model's positions (the prompt is shortened by as many), as `generate` does it, all its own work
+    included; ``first_token`` is the time until the first of them.
+
+    Returns median tokens a second, and percentiles 50, 90 and 99 of the seconds of a prefill and of the first token
+    (over runs: with few runs the upper ones are the slowest run) and of one decoding step of all B sequences (over all
+    steps of all runs).
+    """
+    device = device_of(model)
+    input_ids = torch.from_numpy(tokens).to(device)
+    new_tokens = min(NEW_TOKENS, max(1, tokens.shape[1] // 2))
+    prompt = input_ids[:, : max(1, tokens.shape[1] - new_tokens)]
+
+    def prefill() -> None:
+        with torch.inference_mode():
+            model(input_ids=input_ids, use_cache=True, logits_to_keep=1)
+
+    prefills: list[float] = []
+    first: list[float] = []
+    steps: list[float] = []
+    for run in range(warmup_runs + num_runs):
+        seconds = timed(prefill, device)
+        until_each = _generation_times(model, prompt, new_tokens)
+        if run >= warmup_runs:
+            prefills.append(seconds)
+            first.append(until_each[0])
+            steps += np.diff(until_each).tolist()
+    batch_size = tokens.shape[0]
+    result = {"prefill_tokens_per_second": tokens.size / float(np.median(prefills))}
+    if steps:
+        per_run = np.asarray(steps).reshape(num_runs, -1).sum(axis=1)
+        result["decode_tokens_per_second"] = batch_size * (new_tokens - 1) / float(np.median(per_run))
+    for name, sample in (("prefill", prefills), ("first_token", first), ("decode_step", steps)):
+        if sample:
+            values = np.percentile(sample, PERCENTILES)
+            result |= {f"{name}_seconds_p{p}": float(value) for p, value in zip(PERCENTILES, values, strict=True)}
+    return result
+
+
+def _generation_times(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int) -> list[float]:
+    """Seconds from the start until each new token's forward pass was done."""
+    device = device_of(model)
+    times: list[float] = []
+
+    def note(*_: Any) -> None:
+        wait(device)
+        times.append(time.perf_counter())
+
+    hook = model.register_forward_hook(note)
+    wait(device)
+    started = time.perf_counter()
+    model.generate(  # type: ignore[operator]
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
+        do_sample=False,
+        pad_token_id=0,
+    )
+    hook.remove()
+    return [moment - started for moment in times]
+
+
+def timed(work: Callable[[], None], device: torch.device) -> float:
+    """Seconds that ``work`` takes, until the device is done with it."""
+    wait(device)
+    started = time.perf_counter()
+    work()
+    wait(device)
+    return time.perf_counter() - started
+
+
+def wait(device: torch.device) -> None:
+    """Until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,140 @@
+"""The benchmark end to end: table, live and plain models side by side; what is missing is named, the rest measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from scone.cli import main
+from scone.evaluation import measure
+from scone.evaluation.benchmark import kind_of
+from scone.inference.loading import load_model
+from scone.tests import tiny
+from scone.tests.evaluation.conftest import WORDS
+
+pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning")]
+
+
+@pytest.fixture
+def config(served_model: Path, tmp_path: Path) -> dict:
+    text = "".join(json.dumps({"text": WORDS[start : start + 400]}) + "\n" for start in range(0, 2400, 400))
+    (tmp_path / "text.jsonl").write_text(text)
+    model, table = str(served_model), str(served_model.parent / "table")
+    return {
+        "model_configs": [
+            {"name": "from the table", "model_path": model, "embedding_cache_path": table, "f_gram_model_size": "tiny"},
+            {"name": "without its table", "model_path": model, "embedding_cache_path": str(tmp_path / "nowhere")},
+            {"name": "nowhere", "model_path": str(tmp_path / "nowhere")},
+        ],
+        "baseline_configs": [{"name": "plain", "model_name": str(served_model.parent / "plain")}],
+        "dataset_configs": [
+            {"name": "words", "dataset_name": str(tmp_path / "text.jsonl"), "split": "all"},
+            {"name": "lost", "dataset_name": str(tmp_path / "lost.jsonl"), "split": "all"},
+        ],
+        "batch_sizes": [1, 2],
+        "sequence_lengths": [32, 2048],
+        "num_runs": 2,
+        "warmup_runs": 0,
+    }
+
+
+def run(config: dict, folder: Path) -> int:
+    (folder / "config.json").write_text(json.dumps(config))
+    command = ["benchmark", "--config", str(folder / "config.json"), "--output_dir", str(folder / "out")]
+    return main([*command, "--device", "cpu", "--cache_dir", str(folder / "cache"), "--max_tokens", "900"])
+
+
+def test_everything_is_measured_and_what_is_missing_is_named(
+    config: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(config, tmp_path) == 0
+    shown = capsys.readouterr().out
+    result = json.loads((tmp_path / "out" / "benchmark.json").read_text())
+    table, live, plain = result["records"]
+    assert [record["name"] for record in result["records"]] == ["from the table", "without its table", "plain"]
+    assert table["perplexity"]["words"]["perplexity"] == pytest.approx(
+        live["perplexity"]["words"]["perplexity"], rel=1e-4
+    )
+    assert (table["facts"]["served"], live["facts"]["served"]) == ("table", "live")
+    for record in result["records"]:
+        found = record["perplexity"]["words"]
+        low, high = found["perplexity_interval"]
+        assert low < found["perplexity"] < high
+        assert found["word_perplexity"] > 1
+        assert record["peak_process_bytes"] > record["resident_bytes"]
+        assert [(speed["batch_size"], speed["sequence_length"]) for speed in record["speed"]] == [(1, 32), (2, 32)]
+        for speed in record["speed"]:
+            for name in ("prefill", "first_token", "decode_step"):
+                percentiles = [speed[f"{name}_seconds_p{p}"] for p in (50, 90, 99)]
+                assert 0 < percentiles[0] <= percentiles[1] <= percentiles[2]
+    assert table["inference_flops_per_token"] == plain["inference_flops_per_token"] < live["inference_flops_per_token"]
+    assert table["training_flops_per_token"] == live["training_flops_per_token"] > plain["training_flops_per_token"]
+    assert plain["training_flops_per_token"] == 3 * plain["inference_flops_per_token"]
+    assert table["parameters"] == live["parameters"]
+    assert table["parameters"]["training_only"] > table["f_gram_model_parameters"] > 0
+    assert table["table_bytes"] > 0
+    assert plain["table_bytes"] is None
+    missing = {item["what"]: item["why"] for item in result["missing"]}
+    assert "scone precompute --model_path" in missing["the table of without its table"]
+    assert {"nowhere", "lost for plain", "plain at 2048 tokens"} <= set(missing)
+    assert all("\n" not in why for why in missing.values()), "one line each"
+    assert "found no folder" in shown
+    assert "report:" in shown
+    assert (tmp_path / "out" / "benchmark.html").read_text().count("<svg") >= 5
+
+
+def test_nothing_to_measure_fails(config: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config |= {"model_configs": config["model_configs"][2:], "baseline_configs": []}
+    assert run(config, tmp_path) == 2
+    assert "nothing could be measured: 1 of 1 models are missing" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_without_any_text_is_timed(config: dict, tmp_path: Path) -> None:
+    config |= {"model_configs": [], "dataset_configs": config["dataset_configs"][1:], "batch_sizes": [1]}
+    assert run(config, tmp_path) == 0
+    (plain,) = json.loads((tmp_path / "out" / "benchmark.json").read_text())["records"]
+    assert plain["perplexity"] == {}
+    assert plain["speed"][0]["decode_tokens_per_second"] > 0
+
+
+def test_flops_of_a_table_model_are_those_of_its_trunk(served_model: Path) -> None:
+    tokens = torch.randint(1, 300, (2, 32)).numpy()
+    live = load_model(served_model, device="cpu").model
+    served = load_model(served_model, served_model.parent / "table", device="cpu").model
+    plain = load_model(served_model.parent / "plain", device="cpu").model
+    models = {"live": live, "served": served, "plain": plain}
+    figures = {name: measure.flops_per_token(model, tokens) for name, model in models.items()}
+    assert figures["served"]["inference_flops_per_token"] == figures["plain"]["inference_flops_per_token"]
+    assert figures["live"]["inference_flops_per_token"] > figures["plain"]["inference_flops_per_token"]
+    assert figures["served"]["training_flops_per_token"] == figures["live"]["training_flops_per_token"]
+    counted = measure.training_flops_per_token(plain.requires_grad_(True), tokens)  # of the real operations
+    assert figures["plain"]["training_flops_per_token"] == pytest.approx(counted, rel=0.1)
+
+
+def test_training_only_parameters_are_those_of_the_live_model(served_model: Path) -> None:
+    live = load_model(served_model, device="cpu").model
+    expected = sum(parameter.numel() for parameter in live.f_gram_embedding.parameters())
+    assert measure.training_only_parameters(served_model) == expected
+    assert measure.training_only_parameters(served_model.parent / "plain") == 0
+    assert measure.training_only_parameters("gpt2-somewhere-else") is None
+
+
+def test_peak_memory_sees_what_was_freed() -> None:
+    with measure.PeakMemory(torch.device("cpu")) as peak:
+        before = measure.process_bytes()
+        block = torch.ones(40_000_000)
+        del block
+    assert peak.process_bytes is not None
+    assert peak.process_bytes >= before + 150_000_000
+    assert peak.accelerator_bytes is None
+
+
+def test_kinds_are_named_by_what_was_learned() -> None:
+    assert kind_of(tiny.trunk()) == "plain"
+    assert kind_of(tiny.scone()) == "f-gram model + learned rows"
+    assert kind_of(tiny.scone(learned_rows=0)) == "f-gram model"
+    assert kind_of(tiny.scone(f_gram_model=False)) == "learned rows"

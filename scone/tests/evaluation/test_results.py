@@ -1,0 +1,122 @@
+"""The report of a comparison: every file is written, every number is in them, what nobody measured is left out."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from scone.evaluation.comparison_page import colors_of_kinds, render_comparison
+from scone.evaluation.results import RunResult, csv_text, markdown, speed_csv, write_report
+from scone.tests.evaluation.test_demo import BalancedTags
+
+
+def speed(batch_size: int, length: int, factor: float = 1.0) -> dict[str, float]:
+    names = ("prefill", "first_token", "decode_step")
+    latencies = {f"{name}_seconds_p{p}": 0.01 * p for name in names for p in (50, 90, 99)}
+    rates = {"prefill_tokens_per_second": 9000.0 * factor, "decode_tokens_per_second": 120.0 * factor}
+    return {"batch_size": batch_size, "sequence_length": length} | rates | latencies
+
+
+@pytest.fixture
+def results() -> list[RunResult]:
+    def result(name: str, kind: str, perplexity: float, s: int | None, size: int | None, flops: float) -> RunResult:
+        return RunResult(
+            name,
+            kind,
+            {"Wiki & Text": {"perplexity": perplexity, "perplexity_interval": [perplexity - 1, perplexity + 1]}},
+            num_f_grams=s,
+            f_gram_model_parameters=size,
+            parameters={"resident": 1000, "training_only": size or 0, "table": (s or 0) * 8},
+            inference_flops_per_token=flops,
+            training_flops_per_token=3 * flops,
+            resident_bytes=4000,
+            table_bytes=s and 32 * s,
+            table_memory_bytes=s and 32 * s,
+            peak_process_bytes=10**9,
+            speed=[speed(1, 64), speed(4, 64, 2.0)],
+        )
+
+    return [
+        result("<small> 1k", "f-gram model", 31.0, 1000, 500, 1e6),
+        result("<small> 9k", "f-gram model", 30.0, 9000, 500, 1e6),
+        result("large 1k", "f-gram model", 29.5, 1000, 5000, 1e6),
+        result("plain", "plain", 33.0, None, None, 1e6),
+        result("plain, doubled", "plain", 29.8, None, None, 2e6),
+    ]
+
+
+def test_report_writes_every_form(results: list[RunResult], tmp_path: Path) -> None:
+    missing = [{"what": "SCONE-Large", "why": "found no folder <x>"}]
+    facts = {"machine": {"processor": "P", "num_threads": 2, "torch": "2", "accelerator": None}, "notes": ["As <is>."]}
+    written = write_report(results, tmp_path / "report", title="A & B", facts=facts, missing=missing)
+    assert sorted(path.name for path in written) == [
+        "benchmark.csv", "benchmark.html", "benchmark.json", "benchmark.md", "benchmark_speed.csv",
+    ]  # fmt: skip
+    record = json.loads((tmp_path / "report" / "benchmark.json").read_text())
+    assert [RunResult(**entry) for entry in record["records"]] == results
+    assert record["missing"] == missing
+    page = (tmp_path / "report" / "benchmark.html").read_text(encoding="utf-8")
+    assert not re.search(r"(src|href)\s*=|url\(|@import|http", page)
+    checker = BalancedTags()
+    checker.feed(page)
+    assert checker.open == []
+    # FLOPs of inference and training, memory, S, f-gram model size; two charts of memory; prefill and decode
+    assert page.count("<svg") == 5 + 2 + 2
+    for text in ("&lt;small&gt; 1k", "Wiki &amp; Text", "SCONE-Large", "As &lt;is&gt;.", "Pareto front"):
+        assert text in page
+    text = (tmp_path / "report" / "benchmark.md").read_text(encoding="utf-8")
+    assert "| plain, doubled | plain | 29.80 (28.80–30.80) |" in text
+    assert "2 M (2.00×)" in text
+    assert "- SCONE-Large: found no folder <x>" in text
+
+
+def test_costs_are_compared_with_the_first_plain_model(results: list[RunResult]) -> None:
+    assert "2 M (2.00×)" in markdown(results, "t")
+    assert "1 M (0.50×)" in markdown([results[0], results[4]], "t")
+
+
+def test_tables_of_numbers_hold_every_value(results: list[RunResult]) -> None:
+    rows = list(csv.DictReader(io.StringIO(csv_text(results))))
+    assert [row["name"] for row in rows] == [result.name for result in results]
+    assert [float(row["perplexity:Wiki & Text"]) for row in rows] == [31.0, 30.0, 29.5, 33.0, 29.8]
+    assert float(rows[0]["perplexity_low:Wiki & Text"]) == 30.0
+    assert rows[3]["num_f_grams"] == ""
+    speeds = list(csv.DictReader(io.StringIO(speed_csv(results))))
+    assert len(speeds) == 10
+    assert float(speeds[1]["decode_tokens_per_second"]) == 240.0
+
+
+def test_what_nobody_measured_is_left_out(tmp_path: Path) -> None:
+    """Another command may know perplexities alone; and a model may have none at all."""
+    few = [RunResult(name, name, {"x": {"perplexity": value}}) for name, value in (("a", 3.0), ("b", float("inf")))]
+    written = write_report([*few, RunResult("c", "rows")], tmp_path)
+    assert "benchmark_speed.csv" not in {path.name for path in written}
+    page = (tmp_path / "benchmark.html").read_text(encoding="utf-8")
+    assert "<svg" not in page
+    for heading in ("Memory", "Speed", "Parameters", "Missing"):
+        assert heading not in page
+    assert "## Memory" not in (tmp_path / "benchmark.md").read_text(encoding="utf-8")
+
+
+def test_seeds_are_whiskers(results: list[RunResult]) -> None:
+    results[0].perplexity["Wiki & Text"]["perplexity_spread"] = [30.5, 31.5]
+    page = render_comparison(results, "t", {}, ())
+    assert page.count('class="whisker"') == 3
+    assert "31.00 (30.50–31.50)" in page
+
+
+def test_plain_is_grey_and_kinds_differ(results: list[RunResult]) -> None:
+    colors = colors_of_kinds(results)
+    assert list(colors) == ["plain", "f-gram model"]
+    assert len(set(colors.values())) == 2
+
+
+def test_a_live_model_says_so(results: list[RunResult]) -> None:
+    results[0].facts["served"] = "live"
+    results[1].facts["served"] = "table"
+    assert markdown(results, "t").count("f-gram model, live") == 1
