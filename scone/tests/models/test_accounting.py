@@ -9,9 +9,18 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from scone.models.accounting import f_gram_forward_flops, parameter_counts, training_flops, trunk_forward_flops
+from scone.data.collator import Collator
+from scone.models.accounting import (
+    f_gram_forward_flops,
+    input_embedding_flops,
+    parameter_counts,
+    training_flops,
+    trunk_forward_flops,
+)
 from scone.models.f_gram_model import FGramModel, FGramModelConfig, padded_f_gram_model
+from scone.models.language_model import SconeForCausalLM
 from scone.tests import tiny
+from scone.training.step_cost import RunCost
 
 
 @pytest.mark.parametrize("kind", list(tiny.TRUNKS))
@@ -72,3 +81,40 @@ def test_parameters_are_counted_where_they_live():
     assert counts.table == model.vocabulary.num_f_grams * tiny.WIDTH
     plain = parameter_counts(model.trunk)
     assert (plain.resident, plain.training_only, plain.table) == (counts.resident, 0, 0)
+
+
+def test_a_layer_costs_its_f_gram_model_and_its_gate():
+    """The operations that torch counts in the whole layer, attention besides; own tokens are looked up, not mapped."""
+    sizes = tiny.F_GRAM_SIZES | {"own_tokens": True}
+    model = SconeForCausalLM.from_trunk(
+        tiny.trunk(), tiny.vocabulary(), f_gram_model=sizes, learned_rows=20, combination="gate"
+    ).eval()
+    tokens = torch.from_numpy(tiny.corpus(60)[None])
+    trie = model.trie_of(model.match(tokens))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.f_gram_embedding(tokens, model.get_input_embeddings(), trie)
+    nodes, f_grams = (
+        [stop - start for start, stop in itertools.pairwise(trie[name])] for name in ("depth_offsets", "f_gram_offsets")
+    )
+    places = [sum((depth + 1) * count for depth, count in enumerate(counts)) for counts in (nodes, f_grams)]
+    attention = 4 * sizes["hidden_size"] * ((sizes["num_hidden_layers"] - 1) * places[0] + places[1])
+    assert input_embedding_flops(model.config, nodes, f_grams) - attention == counter.get_total_flops()
+
+
+def test_a_run_counts_what_its_batches_computed():
+    model = tiny.scone()
+    cost = RunCost(model)
+    collate = Collator(model.vocabulary, model.config.learned_rows)
+    batches = [collate([{"input_ids": row} for row in tiny.corpus(80, seed).reshape(2, 40)]) for seed in (1, 2)]
+    for batch in batches:
+        cost.count(batch)
+    figures = cost.to_dict()
+    assert figures["nodes_per_position"] * 160 == pytest.approx(sum(len(batch["trie"]["tokens"]) for batch in batches))
+    matched = sum(int(batch["trie"]["position_index"].count_nonzero()) for batch in batches)
+    assert figures["match_rate"] == matched / 160
+    assert figures["inference_flops_per_token"] == trunk_forward_flops(model.trunk.config, 40)
+    forward = figures["inference_flops_per_token"] + figures["f_gram_flops_per_token"]
+    assert figures["training_flops_per_token"] == 3 * forward
+    plain = RunCost(model.trunk)
+    plain.count({"input_ids": batches[0]["input_ids"]})
+    assert plain.to_dict()["training_flops_per_token"] == 3 * figures["inference_flops_per_token"]
