@@ -9,6 +9,10 @@ from typing import Any
 
 from scone.utils.text import parse_bytes
 
+SMALLEST_ROWS_LEARNING_RATE = 1e-3
+"""Learned rows start at zero and each is touched in few steps. The trunk's learning rate suits them where it is large
+(3 and 10 times it did worse, docs/experiments.md); a small one would leave them where they start."""
+
 
 @dataclass(frozen=True)
 class OptionInfo:
