@@ -1,0 +1,266 @@
+"""Quality: the best of our input embeddings against plain, doubled plain, over-encoding and its own parts.
+
+Nothing is trained here without --quick: the numbers come from an experiment's JSON (docs/results/main_claim.json, made
+by experiments/run.py). ``ratio`` is one of perplexities, ours ÷ the peer's: below 1, ours is better. A perplexity is
+that of several texts, the geometric mean, and of all seeds of a run.
+
+* The best is chosen by validation loss, which the tests have no part in. Candidates: f-gram model, learned rows, both.
+* Equal tokens: plain, and plain of about twice the inference FLOPs, that saw as many tokens as ours.
+* Equal training FLOPs: plain's loss at ours' training FLOPs, linear in log FLOPs between plain runs of several budgets.
+  Beyond them nothing is said (null).
+* Equal rows: peers with the same number of f-grams, or of hashed rows.
+
+--quick runs a tiny version of the experiment first (models of about a million weights on Python's standard library).
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from common import REPOSITORY, Report
+
+from scone.evaluation.experiment_results import (
+    MODEL,
+    OURS,
+    OVER_ENCODING,
+    ROWS,
+    mean_loss,
+    plain_loss_at,
+    run_results,
+)
+from scone.evaluation.results import PLAIN, RunResult
+from scone.utils.files import read_json
+
+RESULTS = REPOSITORY / "docs" / "results" / "main_claim.json"
+DOUBLED = (1.8, 2.3)
+"""What counts as twice the inference FLOPs."""
+QUICK_SECONDS = 240
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    report = Report.from_arguments("quality", __doc__, argv, add_options)
+    if report.quick:
+        with tempfile.TemporaryDirectory(prefix="scone-quality-") as folder:
+            experiment = quick_experiment(Path(folder))
+    else:
+        path = Path(report.config["results"])
+        if not path.exists():
+            print(f"no {path}: run experiments/run.py experiments/main_claim.yaml first, or use --quick")
+            return 1
+        experiment = read_json(path)
+    compare(report, experiment)
+    report.finish()
+    return 0
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FILE", help="the experiment's JSON")
+
+
+def compare(report: Report, experiment: dict[str, Any]) -> None:
+    """Add all records of the experiment to ``report``."""
+    results = run_results(experiment)
+    tests = list(experiment["experiment"]["tests"])
+    sizes = sorted({int(result.num_f_grams) for result in results if result.kind in OURS and result.num_f_grams})
+    report.config |= {
+        "tests": tests,
+        "experiment_commit": experiment.get("commit"),
+        "experiment_machine": (experiment.get("machine") or {}).get("accelerators"),
+        "num_f_grams": sizes,
+    }
+    ours = [result for result in results if result.kind in OURS]
+    if not ours:
+        print("the experiment has no finished run of ours: nothing to compare")
+        return
+    best = best_of(ours)
+    report.config["best"] = best.name
+    against_plain(report, results, best, tests)
+    against_peers(report, results, best.num_f_grams, tests)
+    for size in sizes:
+        suffix = f"_{short(size)}"
+        at_size = best_of([result for result in ours if result.num_f_grams == size])
+        report.config[f"best{suffix}"] = at_size.name
+        against_plain(report, results, at_size, tests, suffix)
+        against_peers(report, results, size, tests, suffix)
+    for test in tests:
+        against_plain(report, results, best, [test], f"_{test}")
+
+
+def best_of(candidates: Sequence[RunResult]) -> RunResult:
+    """The one of lowest validation loss; of the lowest loss on all tests where an experiment logged none."""
+
+    def loss(result: RunResult) -> float:
+        logged = result.facts["validation_loss"]
+        return float(logged) if logged is not None else mean_loss(result, result.perplexity)
+
+    return min(candidates, key=loss)
+
+
+def against_plain(
+    report: Report, results: Sequence[RunResult], ours: RunResult, tests: Sequence[str], suffix: str = ""
+) -> None:
+    """Equal tokens, equal training FLOPs, and the doubled plain trunk."""
+    own = mean_loss(ours, tests)
+    plain = [result for result in results if result.kind == PLAIN and result.training_tokens == ours.training_tokens]
+    same = [result for result in plain if math.isclose(flops_ratio(result, ours), 1, rel_tol=0.02)]
+    doubled = [result for result in plain if DOUBLED[0] <= flops_ratio(result, ours) <= DOUBLED[1]]
+    add(report, f"perplexity_vs_plain_equal_tokens{suffix}", own, loss_of(same, tests), name_of(same), 0.90)
+    budget = plain_loss_at(results, ours.training_flops or 1.0, tests)
+    name = "plain at equal training FLOPs" if budget is not None else "plain: budget outside its runs"
+    add(report, f"perplexity_vs_plain_equal_train_flops{suffix}", own, budget, name, 0.97)
+    best_doubled = [min(doubled, key=lambda result: mean_loss(result, tests))] if doubled else []
+    add(report, f"perplexity_vs_doubled_plain{suffix}", own, loss_of(best_doubled, tests), name_of(best_doubled), 1.0)
+
+
+def against_peers(
+    report: Report, results: Sequence[RunResult], size: int | None, tests: Sequence[str], suffix: str = ""
+) -> None:
+    """Over-encoding, rows alone and the f-gram model alone, at equal rows."""
+    at_size = [result for result in results if result.num_f_grams == size]
+    ours = best_of([result for result in at_size if result.kind in OURS])
+    own = mean_loss(ours, tests)
+    for metric, kind, target in (
+        ("perplexity_vs_over_encoding", OVER_ENCODING, 0.98),
+        ("perplexity_vs_rows_only", ROWS, 1.0),
+        ("perplexity_vs_model_only", MODEL, 1.0),
+    ):
+        peers = [result for result in at_size if result.kind == kind]
+        best = [best_of(peers)] if peers else []
+        add(report, f"{metric}{suffix}", own, loss_of(best, tests), name_of(best), target)
+
+
+def add(
+    report: Report, metric: str, own_loss: float, peer_loss: float | None, peer_name: str | None, target: float
+) -> None:
+    """One record of perplexities; without a peer, the ratio is null and no target is met or missed."""
+    report.add(
+        metric,
+        "perplexity",
+        math.exp(own_loss),
+        peer=None if peer_loss is None else math.exp(peer_loss),
+        peer_name=peer_name,
+        target=target,
+        better="lower",
+    )
+
+
+def flops_ratio(result: RunResult, reference: RunResult) -> float:
+    """Inference FLOPs as a multiple of the reference's."""
+    return (result.inference_flops_per_token or 0.0) / (reference.inference_flops_per_token or 1.0)
+
+
+def loss_of(found: Sequence[RunResult], tests: Sequence[str]) -> float | None:
+    """Mean loss of the first, None where there is none."""
+    return mean_loss(found[0], tests) if found else None
+
+
+def name_of(found: Sequence[RunResult]) -> str | None:
+    """Name of the first, with its number of seeds."""
+    if not found:
+        return None
+    seeds = len(found[0].facts["seeds"])
+    return found[0].name + (f", {seeds} seeds" if seeds > 1 else "")
+
+
+def short(size: int) -> str:
+    """10000 → "10k"."""
+    for unit, suffix in ((1_000_000, "1m"), (1_000, "1k")):
+        if size >= unit and size % unit == 0:
+            return f"{size // unit}{suffix[1]}"
+    return str(size)
+
+
+# ---------------------------------------------------------------------- the tiny experiment of --quick
+
+QUICK = {
+    "tokenizer": "{data}/tokenizer",
+    "train": "train",
+    "validation": "validation",
+    "tests": ["test"],
+    "base": {
+        "data.max_length": 128,
+        "data.max_n": 4,
+        "data.min_freq": 5,
+        "data.max_f_grams": 30_000,
+        "data.num_workers": 0,
+        "model.base_model_name": "gpt2",
+        "model.hidden_size": 96,
+        "model.num_hidden_layers": 3,
+        "model.num_attention_heads": 3,
+        "model.max_position_embeddings": 128,
+        "model.hidden_dropout_prob": 0.0,
+        "model.attention_probs_dropout_prob": 0.0,
+        "model.learned_rows": 0,
+        "model.f_gram.num_hidden_layers": 1,
+        "training.batch_size": 16,
+        "training.max_steps": 120,
+        "training.learning_rate": 3e-3,
+        "training.lr_scheduler_type": "cosine",
+        "training.warmup_steps": 10,
+        "training.weight_decay": 0.1,
+        "training.eval_steps": 120,
+        "training.logging_steps": 60,
+        "training.device": "cpu",
+    },
+    "runs": {
+        "plain": {"model.use_f_gram_embeddings": False},
+        "plain-2x-steps": {"model.use_f_gram_embeddings": False, "training.max_steps": 240},
+        "plain-2x-deep": {"model.use_f_gram_embeddings": False, "model.num_hidden_layers": 10},
+        "model": {},
+        "rows": {"model.f_gram.num_hidden_layers": 0, "model.learned_rows": 30_000},
+        "both": {"model.learned_rows": 30_000},
+        "over-encoding": {"model.over_encoding_rows": 30_000},
+    },
+}
+QUICK_TEST_TOKENS = 40_000
+
+
+def quick_experiment(folder: Path) -> dict[str, Any]:
+    """Run the tiny experiment in ``folder``; returns its JSON. Raises RuntimeError with its output when it fails."""
+    prepare_quick_data(folder / "data")
+    (folder / "quick.yaml").write_text(yaml.safe_dump(QUICK, sort_keys=False), encoding="utf-8")
+    command = [sys.executable, str(REPOSITORY / "experiments" / "run.py"), str(folder / "quick.yaml")]
+    command += ["--data", str(folder / "data"), "--output_dir", str(folder / "out"), "--jobs", "2"]
+    done = subprocess.run(
+        [*command, "--deadline_s", str(QUICK_SECONDS)], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
+    result = folder / "out" / "result.json"
+    if not result.exists():
+        raise RuntimeError(f"{' '.join(command)} exited with {done.returncode}: {done.stderr[-2000:]}")
+    print(done.stdout, flush=True)
+    return read_json(result)
+
+
+def prepare_quick_data(folder: Path) -> None:
+    """Tokenizer and token files of Python's standard library; little to test on, as it is read often."""
+    from scone.data.prepare import prepare_corpus
+    from scone.data.stdlib_corpus import stdlib_files
+    from scone.data.token_file import TokenFileWriter
+    from scone.tokenization.tokenizers import train_tokenizer
+
+    texts = (path.read_text(encoding="utf-8", errors="replace") for path in stdlib_files()[::3])
+    tokenizer = train_tokenizer(texts, 4096, folder / "tokenizer")
+    splits = prepare_corpus("python-stdlib", tokenizer, cache_dir=folder / "cache", quiet=True)
+    for name, file in splits.items():
+        if name == "train":
+            (folder / name).symlink_to(file.folder, target_is_directory=True)
+            continue
+        writer = TokenFileWriter(folder / name, file.vocab_size, file.separator_id)
+        tokens = np.asarray(file.tokens[:QUICK_TEST_TOKENS])
+        for document in np.split(tokens, np.flatnonzero(tokens == file.separator_id) + 1):
+            if len(document):
+                writer.add_document(document[document != file.separator_id])
+        writer.finish({"tokenizer_fingerprint": file.metadata["tokenizer_fingerprint"]})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,69 @@
+"""A made-up experiment of the form that experiments/run.py writes: losses follow a formula, so answers are known."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+TESTS = ["validation", "novels", "news"]
+BASE = {"model.hidden_size": 8, "model.f_gram.num_hidden_layers": 2, "model.learned_rows": 0, "data.max_f_grams": 1000}
+PLAIN = {"model.use_f_gram_embeddings": False}
+ROWS = {"model.f_gram.num_hidden_layers": 0, "model.learned_rows": 1000}
+
+
+def run(
+    name: str,
+    loss: float,
+    changes: dict[str, Any],
+    inference: float = 1e6,
+    training: float = 1e12,
+    seed: int = 1,
+    tokens: int = 10_000,
+) -> dict[str, Any]:
+    """One run's JSON: ``loss`` on the first test, 0.1 and 0.2 more on the others."""
+    tests = {
+        test: {"loss": loss + index / 10, "perplexity": math.exp(loss + index / 10), "num_predicted": 1000}
+        for index, test in enumerate(TESTS)
+    }
+    return {
+        "run": name,
+        "changes": changes,
+        "finished": True,
+        "seed": seed,
+        "steps": 10,
+        "tokens": tokens,
+        "train_seconds": 5.0,
+        "cost": {
+            "inference_flops_per_token": inference,
+            "training_flops_per_token": training / tokens,
+            "training_flops": training,
+        },
+        "parameters": {"resident": 100, "training_only": 8500, "table": 8000},
+        "tests": tests,
+        "log": [{"step": 5, "eval_loss": loss + 1.0}, {"step": 10, "eval_loss": loss + 0.5}],
+    }
+
+
+def experiment() -> dict[str, Any]:
+    """Plain falls by 0.1 nats with each doubling of its budget; ours, peers, a control and an unfinished run."""
+    runs = {
+        "plain-seed1": run("plain", 4.0 - 0.01, PLAIN),
+        "plain-seed2": run("plain", 4.0 + 0.01, PLAIN | {"training.seed": 2}, seed=2),
+        "plain-2x-steps": run("plain-2x-steps", 3.9, PLAIN, training=2e12, tokens=20_000),
+        "plain-4x-steps": run("plain-4x-steps", 3.8, PLAIN, training=4e12, tokens=40_000),
+        "plain-2x-deep": run("plain-2x-deep", 3.88, PLAIN, inference=2e6, training=2e12),
+        "model-100": run("model-100", 3.95, {"data.max_f_grams": 100}, training=1.5e12),
+        "model-1k": run("model-1k", 3.92, {}, training=2e12),
+        "rows-100": run("rows-100", 3.9, ROWS | {"model.learned_rows": 100, "data.max_f_grams": 100}),
+        "rows-1k": run("rows-1k", 3.86, ROWS),
+        "both-1k": run("both-1k", 3.83, {"model.learned_rows": 1000}, training=2e12),
+        "over-encoding-1k": run("over-encoding-1k", 3.89, {"model.over_encoding_rows": 1000}),
+        "rows-1k-shuffled": run("rows-1k-shuffled", 3.7, ROWS | {"model.control": "shuffled"}),
+        "late": {"run": "late", "changes": {}, "finished": False, "seed": 1, "steps": 3, "max_steps": 10, "log": []},
+    }
+    return {
+        "experiment": {"tests": TESTS, "base": BASE},
+        "machine": {"processor": "P", "cores": 2, "accelerators": ["G"]},
+        "commit": "0123456789abcdef",
+        "runs": runs,
+    }
