@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -173,7 +172,7 @@ class Plan:
     def run(self, name: str, keep_model: bool) -> None:
         """Train and test one configuration; its JSON is marked as finished when it is done."""
         from scone.data.token_file import TokenFile
-        from scone.evaluation.experiment import Tests, measured_run, shared_matcher
+        from scone.evaluation.experiment import Tests, can_resume, measured_run, shared_matcher
 
         run, changes = self.runs[name]
         corpus, options = self.corpus(), self.options[name]
@@ -198,16 +197,6 @@ class Plan:
             for test in [*result.get("tests", {}).values(), *result.get("tests_shuffled", {}).values()]:
                 test.pop("window_losses", None)
         return {"experiment": self.experiment, "machine": machine(), "commit": commit(), "runs": found}
-
-
-def can_resume(folder: Path) -> bool:
-    """Whether the run left a checkpoint to go on from; what else is left of a killed run is removed."""
-    from scone.training.trainer import complete_checkpoints
-
-    if complete_checkpoints(folder) and not (folder / "final_model").exists():
-        return True
-    shutil.rmtree(folder, ignore_errors=True)
-    return False
 
 
 def chosen(name: str, only: Sequence[str] | None, skip: Sequence[str]) -> bool:

@@ -12,6 +12,10 @@ Runs = Mapping[str, Mapping[str, Any]]
 """Run name → dotted option → value."""
 
 
+_MODEL, _ROWS = "an f-gram model", "learned rows"
+_SIZES = "--f_gram_hidden_size, --f_gram_num_hidden_layers and --f_gram_num_attention_heads"
+
+
 @dataclass(frozen=True)
 class Ablation:
     """What is tried (``help``), the runs for a base configuration, and the part that a base must have for them."""
@@ -22,12 +26,11 @@ class Ablation:
 
     def missing(self, base: SconeOptions) -> str | None:
         """The part that ``base`` lacks, None where the ablation applies."""
+        sizes = base.model.f_gram
         has = {
-            "an f-gram model": base.model.f_gram.num_hidden_layers != 0,
-            "learned rows": base.model.learned_rows > 0,
-            "an f-gram model of given sizes (--f_gram_hidden_size, --f_gram_num_hidden_layers)": bool(
-                base.model.f_gram.hidden_size and base.model.f_gram.num_hidden_layers
-            ),
+            _MODEL: base.model.f_gram.num_hidden_layers != 0,
+            _ROWS: base.model.learned_rows > 0,
+            _SIZES: all((sizes.hidden_size, sizes.num_hidden_layers, sizes.num_attention_heads)),
         }
         return None if self.needs is None or has[self.needs] else self.needs
 
@@ -75,11 +78,11 @@ def _depths(base: SconeOptions) -> Runs:
     sizes = base.model.f_gram
     assert sizes.hidden_size is not None
     assert sizes.num_hidden_layers is not None
+    assert sizes.num_attention_heads is not None
     width, layers = sizes.hidden_size, sizes.num_hidden_layers
-    heads = sizes.num_attention_heads or base.model.num_attention_heads or 1
+    heads = sizes.num_attention_heads
 
     def shape(name: str, more_layers: float, wider: float) -> Runs:
-        # a multiple of the base's heads, so that any number of them that is tried divides it
         new_heads = max(1, round(heads * wider))
         new_width = round(width * wider / new_heads) * new_heads
         values = (round(layers * more_layers), new_width, new_heads, 4 * new_width)
@@ -91,7 +94,7 @@ def _depths(base: SconeOptions) -> Runs:
 
 
 def _rates(option: str, rate: float, name: str) -> Runs:
-    return {f"{name}-lr-x{factor}": {option: rate * factor} for factor in (0.3, 3)}
+    return {f"{name}-lr-x{factor}": {option: float(f"{rate * factor:.3g}")} for factor in (0.3, 3)}
 
 
 def _f_gram_rates(base: SconeOptions) -> Runs:
@@ -106,7 +109,6 @@ def _row_rates(base: SconeOptions) -> Runs:
     return _rates("training.rows_learning_rate", default if rate is None else rate, "rows")
 
 
-_MODEL, _ROWS = "an f-gram model", "learned rows"
 ABLATIONS: Mapping[str, Ablation] = {
     "baselines": Ablation("over-encoding with as many rows; f-gram model or learned rows alone", _baselines),
     "controls": Ablation(
@@ -148,7 +150,7 @@ ABLATIONS: Mapping[str, Ablation] = {
     "depth": Ablation(
         "an f-gram model that is shallow and wide, deep and narrow, or deeper",
         _depths,
-        "an f-gram model of given sizes (--f_gram_hidden_size, --f_gram_num_hidden_layers)",
+        _SIZES,
     ),
     "f_gram_learning_rate": Ablation("0.3 and 3 times the f-gram model's learning rate", _f_gram_rates, _MODEL),
     "rows_learning_rate": Ablation("0.3 and 3 times the rows' learning rate", _row_rates, _ROWS),

@@ -5,6 +5,7 @@ Every input embedding and baseline goes through here, so that runs differ in the
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
 from transformers import TrainingArguments as Arguments
@@ -19,6 +21,7 @@ from transformers import TrainingArguments as Arguments
 from scone.configs.schema import SconeOptions
 from scone.data.token_file import TokenFile
 from scone.evaluation.perplexity import perplexity
+from scone.evaluation.results import RunResult
 from scone.evaluation.text_size import text_size
 from scone.models.accounting import f_gram_forward_flops, parameter_counts, training_flops, trunk_forward_flops
 from scone.models.f_gram_model import FGramModelConfig
@@ -28,6 +31,8 @@ from scone.tokenization.matcher import Matcher
 from scone.tokenization.tokenizers import vocabulary_size
 from scone.training.model_options import f_gram_model_settings
 from scone.training.run import TRAINING_LOG_FILE, Corpus, run_vocabulary, train
+from scone.training.run_folder import FINAL_MODEL
+from scone.training.trainer import complete_checkpoints
 from scone.utils.files import read_json, write_json
 
 TYPICAL_NODES_PER_POSITION = 0.8
@@ -102,6 +107,14 @@ def measured_run(
     if not keep_model:
         shutil.rmtree(final_model.parent)
     return result | {"seconds": time.perf_counter() - started}
+
+
+def can_resume(folder: Path) -> bool:
+    """Whether an interrupted run left a checkpoint to go on from; what else is left of a killed run is removed."""
+    if complete_checkpoints(folder) and not (folder / FINAL_MODEL).exists():
+        return True
+    shutil.rmtree(folder, ignore_errors=True)
+    return False
 
 
 def _device(options: SconeOptions) -> str:
@@ -198,3 +211,38 @@ def estimated_flops(options: SconeOptions, corpus: Corpus) -> float:
             forward += f_gram_forward_flops(sizes, config.hidden_size, [0, TYPICAL_NODES_PER_POSITION])
     tokens = training.max_steps * training.batch_size * training.gradient_accumulation_steps * options.data.max_length
     return training_flops(forward) * tokens
+
+
+def run_result(name: str, kind: str, options: SconeOptions, runs: Sequence[Mapping[str, Any]]) -> RunResult:
+    """What `measured_run` found, for the report; several ``runs`` are seeds of one configuration: means and spreads."""
+    first = runs[0]
+    perplexities = {}
+    for test, found in first["tests"].items():
+        losses = [run["tests"][test]["loss"] for run in runs]
+        perplexities[test] = {key: value for key, value in found.items() if key != "window_losses"}
+        if len(runs) > 1:
+            spread = (math.exp(min(losses)), math.exp(max(losses)))
+            mean = math.exp(sum(losses) / len(losses))
+            perplexities[test] = {"perplexity": mean, "perplexity_spread": spread, "seeds": len(runs)}
+    model = options.model
+    with_f_grams = model.use_f_gram_embeddings and not model.over_encoding_rows
+    return RunResult(
+        name,
+        kind,
+        perplexities,
+        num_f_grams=options.data.max_f_grams if with_f_grams else model.over_encoding_rows or None,
+        parameters=first["parameters"],
+        inference_flops_per_token=first["cost"]["inference_flops_per_token"],
+        training_flops_per_token=first["cost"]["training_flops_per_token"],
+        training_flops=first["cost"]["training_flops"],
+        training_tokens=first["tokens"],
+        facts={name: first["cost"][name] for name in ("match_rate", "nodes_per_position") if name in first["cost"]},
+    )
+
+
+def paired_difference(first: Sequence[float], second: Sequence[float]) -> tuple[float, float]:
+    """Mean of (second − first) over the windows of one text, and half of its 95 % interval (normal); in nats."""
+    differences = np.asarray(second) - np.asarray(first)
+    if len(differences) < 2:
+        return float(differences.mean()), math.inf
+    return float(differences.mean()), 1.96 * float(differences.std(ddof=1)) / math.sqrt(len(differences))
