@@ -1,7 +1,8 @@
 """Fill the tables of README.md and docs/ from the JSON of real runs, so that no number is typed by hand.
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->`` and is made from ``docs/results/NAME.json``:
-a benchmark's report (``benchmarks/common.py``) or a demo's ``report.json``.
+a benchmark's report (``benchmarks/common.py``), a demo's ``report.json`` or an experiment (``experiments/run.py``).
+``NAME_summary`` gives of an experiment's runs the plain ones and those with the most f-grams.
 
     python benchmarks/fill_tables.py            fill them
     python benchmarks/fill_tables.py --check    exit 1 if one is out of date
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -18,6 +20,7 @@ from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "docs" / "results"
+sys.path.insert(0, str(REPOSITORY))
 _TABLE = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -40,7 +43,8 @@ def main() -> int:
 
 def table(name: str) -> str:
     """The Markdown of one table, with the machine and commit that it was measured on."""
-    path = RESULTS / f"{name}.json"
+    summary = name.endswith("_summary")
+    path = RESULTS / f"{name.removesuffix('_summary')}.json"
     if not path.exists():
         return f"*Not measured yet: no {path.relative_to(REPOSITORY)}.*\n"
     report = json.loads(path.read_text(encoding="utf-8"))
@@ -52,6 +56,8 @@ def table(name: str) -> str:
         return transcript(report)
     if "costs" in report:
         return cost_tables(report)
+    if "runs" in report and any("cost" in run for run in report["runs"].values()):
+        return comparison_table(report, summary)
     if "runs" in report:
         return experiment_table(report)
     raise SystemExit(
@@ -152,6 +158,59 @@ def experiment_table(report: dict[str, Any]) -> str:
         lines.append(f"| {name} | {losses} | {run['final_validation_loss'] - base:+.3f} |")
     where = ", ".join(report["machine"].get("accelerators") or [])
     return "\n".join(lines) + f"\n\n*Measured on {where} at commit {report['commit'][:10]}.*\n"
+
+
+def comparison_table(report: dict[str, Any], summary: bool = False) -> str:
+    """Each run's perplexities (± half the range over seeds) beside its FLOPs and its change to plain.
+
+    Bold: the lowest of each text at plain's inference FLOPs and tokens. ``summary``: what the picture shows.
+    """
+    from scone.evaluation.claim_plot import shown_results
+    from scone.evaluation.experiment_results import mean_loss, run_results
+
+    tests = report["experiment"]["tests"]
+    results = run_results(report)
+    base = results[0]
+    own = mean_loss(base, tests)
+
+    def multiple(result: Any, field: str) -> float:
+        return getattr(result, field) / getattr(base, field)
+
+    equal = [
+        result
+        for result in results
+        if multiple(result, "inference_flops_per_token") < 1.02 and result.training_tokens == base.training_tokens
+    ]
+    best = {test: min(result.perplexity_of(test) or math.inf for result in equal) for test in tests}
+    names = " | ".join(test.replace("_", " ") for test in tests)
+    lines = [
+        f"| run | input embedding | f-grams | inference FLOPs | training FLOPs | {names} | mean, to {base.name} |",
+        "|---|---|---:|---:|---:|" + "---:|" * (len(tests) + 1),
+    ]
+    for result in shown_results(results) if summary else results:
+        cells = [_perplexity(result, test, best if result in equal else {}) for test in tests]
+        change = math.exp(mean_loss(result, tests) - own) - 1
+        flops = [f"{multiple(result, field):.2f}×" for field in ("inference_flops_per_token", "training_flops")]
+        f_grams = f"{result.num_f_grams:,}" if result.num_f_grams else "–"
+        last = "–" if result is base else f"{100 * change:+.1f} %".replace("-", "−")
+        lines.append(f"| {result.name} | {result.kind} | {f_grams} | {' | '.join([*flops, *cells])} | {last} |")
+    unfinished = sum(not run.get("finished", True) for run in report["runs"].values())
+    seeds = max(len(result.facts["seeds"]) for result in results)
+    where = ", ".join(report["machine"].get("accelerators") or [report["machine"].get("processor", "")])
+    note = (
+        f"{base.training_tokens:,} training tokens; FLOPs as multiples of {base.name}'s; {seeds} seeds where a ± stands"
+    )
+    note += f"; {unfinished} runs unfinished" if unfinished else ""
+    return "\n".join(lines) + f"\n\n*{note}. Measured on {where} at commit {report['commit'][:10]}.*\n"
+
+
+def _perplexity(result: Any, test: str, best: dict[str, float]) -> str:
+    value = result.perplexity_of(test)
+    if value is None:
+        return "–"
+    spread = result.perplexity[test].get("perplexity_spread")
+    text = f"{value:.2f}" + (f" ± {(spread[1] - spread[0]) / 2:.2f}" if spread else "")
+    return f"**{text}**" if best.get(test) == value else text
 
 
 def _number(value: float | None) -> str:

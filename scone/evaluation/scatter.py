@@ -62,8 +62,13 @@ def scatter_chart(
     front: bool = True,
     y_format: Callable[[float], str] = short_number,
     description: str = "",
+    trend: Sequence[tuple[float, float]] = (),
+    character_width: float = CHARACTER_WIDTH,
 ) -> str:
     """An SVG of named points, with the Pareto front (low x and low y are good) as a dotted staircase.
+
+    ``trend``: a line to compare the points with, such as one model at several budgets. ``character_width``: of a
+    label's font, for pages that set another one.
 
     Empty text when there is nothing to draw. Points with a non-finite coordinate are left out.
     """
@@ -73,19 +78,24 @@ def scatter_chart(
         return ""
     xs = [point.x for point in drawn]
     ys = [y for point in drawn for y in (point.y, *(point.spread or ()))]
+    xs += [x for x, _ in trend]
+    ys += [y for _, y in trend]
     x_axis = widened(logarithmic_axis(xs)) if x_logarithmic else linear_axis(xs)
-    y_axis = linear_axis(ys)
+    y_axis = _with_room_for_labels(linear_axis(ys))
     parts = [plots.grid(x_axis, y_axis, x_label, y_label, y_format)]
     places = [(plots.x_place(x_axis, point.x), plots.y_place(y_axis, point.y)) for point in drawn]
     if front and len(drawn) > 1:
         parts.append(_staircase(pareto_front([(point.x, point.y) for point in drawn]), x_axis, y_axis))
+    if trend:
+        path = " ".join(f"{plots.x_place(x_axis, x):.1f},{plots.y_place(y_axis, y):.1f}" for x, y in trend)
+        parts.append(f'<polyline class="trend" points="{path}"/>')
     parts += [_whisker(point, place, y_axis) for point, place in zip(drawn, places, strict=True) if point.spread]
     for point, (x, y) in zip(drawn, places, strict=True):
         parts.append(
             f'<circle class="point" cx="{x:.1f}" cy="{y:.1f}" r="{POINT_RADIUS}" style="fill:{point.color}">'
             f"<title>{escape(point.name)}: {y_format(point.y)} at {short_number(point.x)}</title></circle>"
         )
-    parts += _labels([point.name for point in drawn], places)
+    parts += _labels([point.name for point in drawn], places, character_width)
     return plots.svg(parts, description or f"{y_label} over {x_label}")
 
 
@@ -95,6 +105,12 @@ def widened(axis: Axis) -> Axis:
     low, high = axis.low / room, axis.high * room
     ticks = axis.ticks if len(axis.ticks) >= FEWEST_TICKS else round_ticks(low, high, FEWEST_TICKS)
     return Axis(low, high, ticks, True)
+
+
+def _with_room_for_labels(axis: Axis) -> Axis:
+    """Room below the lowest and above the highest point, so that a label of theirs can make way to there."""
+    room = (axis.high - axis.low) * 0.07
+    return Axis(axis.low - room, axis.high + room, round_ticks(axis.low - room, axis.high + room))
 
 
 def _staircase(front: Sequence[tuple[float, float]], x_axis: Axis, y_axis: Axis) -> str:
@@ -118,7 +134,7 @@ def _whisker(point: Point, place: tuple[float, float], y_axis: Axis) -> str:
     )
 
 
-def _labels(names: Sequence[str], places: Sequence[tuple[float, float]]) -> list[str]:
+def _labels(names: Sequence[str], places: Sequence[tuple[float, float]], character_width: float) -> list[str]:
     """Each name beside its point, moved up or down (with a leader) where others are in the way."""
     points = [Box(x - POINT_RADIUS, y - POINT_RADIUS, x + POINT_RADIUS, y + POINT_RADIUS) for x, y in places]
     taken: list[Box] = []
@@ -127,7 +143,7 @@ def _labels(names: Sequence[str], places: Sequence[tuple[float, float]]) -> list
         if not names[index]:
             continue
         x, y = places[index]
-        box, right = _free_place(len(names[index]) * CHARACTER_WIDTH, x, y, [*taken, *points])
+        box, right = _free_place(len(names[index]) * character_width, x, y, [*taken, *points])
         taken.append(box)
         middle = (box.top + box.bottom) / 2
         near = box.left - 2 if right else box.right + 2
