@@ -162,18 +162,23 @@ def count_once(runs: Sequence[SconeOptions], corpus: Corpus, *, quiet: bool = Fa
 
     Of runs with the same N one is counted, with the lowest floor and the highest limit; the others are its beginnings.
     """
-    vocab_size = vocabulary_size(corpus.tokenizer)
     for largest in _largest_by_length(runs):
-        run_vocabulary(largest, corpus, vocab_size, quiet=quiet)
+        run_vocabulary(largest, corpus, _trunk_tokens(largest, corpus), quiet=quiet)
     sizes = {(run.data.max_n, run.data.min_freq, run.data.max_f_grams): run for run in _with_f_grams(runs)}
     for run in sizes.values():
-        run_vocabulary(run, corpus, vocab_size, quiet=quiet)
+        run_vocabulary(run, corpus, _trunk_tokens(run, corpus), quiet=quiet)
+
+
+def _trunk_tokens(options: SconeOptions, corpus: Corpus) -> int:
+    """V: of a trunk from scratch the tokenizer's, a pretrained one keeps its own."""
+    pretrained = options.model.init == "pretrained"
+    return trunk_configuration(options.model).vocab_size if pretrained else vocabulary_size(corpus.tokenizer)
 
 
 def shared_matcher(runs: Sequence[SconeOptions], corpus: Corpus) -> Matcher | None:
     """Of the longest f-grams among ``runs``, and of these the most; None where no run has f-grams."""
-    largest = _largest_by_length(runs)
-    return Matcher(run_vocabulary(largest[-1], corpus, vocabulary_size(corpus.tokenizer))) if largest else None
+    largest = _largest_by_length(runs)[-1:]
+    return next((Matcher(run_vocabulary(run, corpus, _trunk_tokens(run, corpus))) for run in largest), None)
 
 
 def _with_f_grams(runs: Sequence[SconeOptions]) -> list[SconeOptions]:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from scone.configs.loading import (
     Layer,
@@ -24,11 +25,16 @@ from scone.configs.schema import SconeOptions
 from scone.configs.values import entries
 from scone.utils.command_line import did_you_mean, run_main
 from scone.utils.errors import SconeError
+from scone.utils.files import read_json
+
+if TYPE_CHECKING:
+    from scone.evaluation.results import RunResult
 
 DESCRIPTION = """\
 Train one model per named configuration, each in OUTPUT_DIR/scone-NAME/final_model. The corpus is tokenised and
 counted once. A configuration fixes the f-gram model's sizes, max_n, min_freq and max_f_grams; it wins over a --config
-file, and a flag wins over it. Finished configurations are kept: after an interruption run the same command again."""
+file, and a flag wins over it. Finished configurations are kept: after an interruption run the same command again. At
+the end OUTPUT_DIR gets a report on all of them: benchmark.html, .md, .csv and .json."""
 EXAMPLES = (
     "scone train-configurations --base_model_name gpt2 --output_dir ./outputs --configs small-100k medium-100k",
     "scone train-configurations --distributed --num_gpus 4 --fp16 --configs medium-100k medium-500k",
@@ -67,17 +73,18 @@ def read_arguments(argv: Sequence[str] | None) -> tuple[dict[str, SconeOptions],
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train what is not finished yet and print where the models are."""
+    """Train what is not finished yet, print where the models are, and write the report."""
     options_of, extra = read_arguments(argv)
     processes = _processes(extra) if extra.distributed else 1
     waiting = {name: options for name, options in options_of.items() if not is_finished(name, options)}
-    count_once(list(waiting.values()))
+    prepare(list(waiting.values()))
     for position, (name, options) in enumerate(options_of.items(), start=1):
         print(f"[{position}/{len(options_of)}] scone-{name}", flush=True)
         if name in waiting:
             train_one(name, options, processes)
         else:
             print(f"final model: {Path(options.training.output_dir) / 'final_model'} (finished before)", flush=True)
+    print("\n" + write_family_report(Path(next(iter(options_of.values())).training.output_dir).parent, options_of))
     return 0
 
 
@@ -99,28 +106,58 @@ def is_finished(name: str, options: SconeOptions) -> bool:
     return (folder / "final_model" / "options.yaml").is_file()  # the last file that a run writes
 
 
-def count_once(runs: Sequence[SconeOptions]) -> None:
-    """Tokenise the corpus, and count its f-grams for all ``runs`` together.
-
-    Every run's vocabulary is the beginning of the one with the lowest ``min_freq`` and the highest ``max_f_grams``, and
-    is cut from it when the run asks for it.
-    """
+def prepare(runs: Sequence[SconeOptions]) -> None:
+    """Tokenise the corpus, and count its f-grams for all ``runs`` together."""
     if len(runs) < 2 or not runs[0].model.use_f_gram_embeddings:
         return
-    from scone.models.trunk import trunk_configuration
-    from scone.tokenization.tokenizers import vocabulary_size
-    from scone.training.run import prepare_run_corpus, run_vocabulary
+    from scone.evaluation.experiment import count_once
+    from scone.training.run import prepare_run_corpus
 
-    data = replace(
-        runs[0].data,
-        min_freq=min(run.data.min_freq for run in runs),
-        max_f_grams=max(run.data.max_f_grams for run in runs),
+    count_once(runs, prepare_run_corpus(runs[0]))
+
+
+def write_family_report(folder: Path, options_of: Mapping[str, SconeOptions]) -> str:
+    """Write the report on all configurations, of what their training logs say; returns its tables and its path."""
+    from scone.evaluation.measure import describe_machine
+    from scone.evaluation.results import markdown, write_report
+
+    results: list[RunResult] = []
+    missing: list[dict[str, str]] = []
+    for name, options in options_of.items():
+        try:
+            results.append(_family_member(name, Path(options.training.output_dir)))
+        except SconeError as error:  # a model trained before there were such logs is finished all the same
+            missing.append({"what": f"scone-{name}", "why": str(error)})
+    if not results:
+        return f"no report: {missing[0]['why']}"
+    title = "f-gram configurations"
+    notes = ["Perplexity is that of the finished models on the validation split, in blocks of --max_length tokens."]
+    facts = {"machine": describe_machine(), "notes": notes}
+    write_report(results, folder, title=title, facts=facts, missing=missing)
+    return f"{markdown(results, title, missing, facts)}\nreport: {folder / 'benchmark.html'}"
+
+
+def _family_member(name: str, run: Path) -> RunResult:
+    """What the log of one run says. Raises SconeError where there is none."""
+    from scone.evaluation.results import RunResult
+
+    log, config = read_json(run / "training_log.json"), read_json(run / "final_model" / "config.json")
+    final, cost, tokens = log["final"], log.get("cost", {}), log["steps"] * log["tokens_per_step"]
+    per_token = cost.get("training_flops_per_token")
+    size = name.split("-")[0]
+    return RunResult(
+        f"scone-{name}",
+        f"{size} f-gram model",
+        {"validation": {"perplexity": final["eval_perplexity"]}} if "eval_perplexity" in final else {},
+        num_f_grams=config.get("num_f_grams"),
+        f_gram_model_size=size,
+        parameters=log.get("parameters"),
+        inference_flops_per_token=cost.get("inference_flops_per_token"),
+        training_flops_per_token=per_token,
+        training_flops=None if per_token is None else per_token * tokens,
+        training_tokens=tokens,
+        facts={figure: cost[figure] for figure in ("match_rate", "nodes_per_position") if figure in cost},
     )
-    corpus = prepare_run_corpus(runs[0])
-    model = runs[0].model
-    pretrained = model.init == "pretrained"  # such a trunk keeps its own number of tokens
-    vocab_size = trunk_configuration(model).vocab_size if pretrained else vocabulary_size(corpus.tokenizer)
-    run_vocabulary(replace(runs[0], data=data), corpus, vocab_size)
 
 
 def train_one(name: str, options: SconeOptions, processes: int) -> None:

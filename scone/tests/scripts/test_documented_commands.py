@@ -235,6 +235,8 @@ def test_train_configurations(name: str) -> None:
     output = Path("outputs") if name == "plain" else Path("outputs", name)
     for configuration in configurations:
         check_model(str(output / f"scone-{configuration}" / "final_model"))
+        assert f"scone-{configuration}" in (output / "benchmark.md").read_text(encoding="utf-8")
+    assert (output / "benchmark.html").is_file()
 
 
 def test_evaluate(model: str, capsys: pytest.CaptureFixture[str]) -> None:
