@@ -135,6 +135,9 @@ class TableFile:
             check_fingerprints(self.path, self.layout.fingerprints, expected_fingerprints)
             self.data_start = self.layout.data_start
             self._state = self._stat()
+        except OSError as error:
+            os.close(self.descriptor)
+            raise SconeError(f"cannot read {self.path}: {error.strerror}; check the disk") from error
         except BaseException:
             os.close(self.descriptor)
             raise

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
+from scone.utils.command_line import one_line
 from scone.utils.errors import SconeError
 
 _GLOO_SAYS = ("gloo", "Connection closed by peer", "Connection reset by peer", "Socket Timeout")
@@ -34,6 +35,12 @@ def one_line_for_lost_processes() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if "DataLoader worker" in str(error):
+            raise SconeError(
+                f"a process that prepares batches ended or was killed ({one_line(str(error))[:120]}), most often for "
+                "want of memory; expected it to live; give a lower --num_workers, and go on with "
+                "--resume_from_checkpoint"
+            ) from error
         if not tells_of_a_lost_process(error):
             raise
         raise SconeError(

@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,15 @@ from transformers import (
 )
 
 from scone.configs.loading import save_options
-from scone.configs.schema import SconeOptions, TrainingOptions
+from scone.configs.schema import SMALLEST_ROWS_LEARNING_RATE, SconeOptions, TrainingOptions
 from scone.data.collator import Collator
 from scone.data.dataset import BlockDataset
 from scone.data.prepare import default_cache_folder, prepare_corpus, prepare_tokenizer
 from scone.data.token_file import TokenFile
+from scone.models.accounting import parameter_counts
 from scone.models.embedded_trunk import EmbeddedTrunk
 from scone.models.language_model import SconeForCausalLM
+from scone.models.model_card import write_model_card
 from scone.models.over_encoding import OverEncodingForCausalLM
 from scone.models.trunk import build_trunk, longest_sequence
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
@@ -35,9 +38,11 @@ from scone.tokenization.tokenizers import separator_ids, tokenizer_fingerprint
 from scone.training.model_options import check_input_embedding, f_gram_model_settings
 from scone.training.precision import resolve_precision
 from scone.training.processes import meet_after_restart, one_line_for_lost_processes
-from scone.training.run_folder import FINAL_MODEL, OPTIONS_FILE, resume_point
+from scone.training.run_folder import FINAL_MODEL, OPTIONS_FILE, one_run_at_a_time, resume_point
 from scone.training.trainer import CheckpointKeeper, SconeTrainer, StopOnSignal, learned_rows
 from scone.training.vocabulary import prepare_vocabulary
+from scone.utils.command_line import is_first_process
+from scone.utils.environment import environment
 from scone.utils.errors import SconeError
 from scone.utils.files import write_json
 from scone.utils.progress import bars_are_visible, hide_library_bars
@@ -46,9 +51,7 @@ from scone.utils.text import parse_bytes
 logger = logging.getLogger(__name__)
 
 TRAINING_LOG_FILE = "training_log.json"
-SMALLEST_ROWS_LEARNING_RATE = 1e-3
-"""Learned rows start at zero and each is touched in few steps. The trunk's learning rate suits them where it is large
-(3 and 10 times it did worse, docs/experiments.md); a small one would leave them where they start."""
+ENVIRONMENT_FILE = "environment.json"
 
 
 @dataclass(frozen=True)
@@ -70,8 +73,9 @@ def train(
     """Train one model as ``options`` say and return ``OUTPUT_DIR/final_model``.
 
     ``model.use_f_gram_embeddings=False`` trains the plain trunk on the same batches: the baseline. The folder also gets
-    the resolved options, checkpoints, TensorBoard events under ``runs``, and the log as JSON. ``corpus`` stands in for
-    the one that the options name. ``callbacks`` are told of steps and logs, as the trainer's own are.
+    the resolved options, the environment, checkpoints, TensorBoard events under ``runs``, and the log as JSON.
+    ``corpus`` stands in for the one that the options name. ``callbacks`` are told of steps and logs, as the trainer's
+    own are.
 
     Raises:
         SconeError: whatever is wrong with corpus, tokenizer, model or folder, before anything is trained.
@@ -79,24 +83,26 @@ def train(
     """
     hide_library_bars(quiet)
     output_dir = Path(options.training.output_dir)
-    checkpoint = resume_point(output_dir, options.training.resume_from_checkpoint)
-    corpus = corpus or prepare_run_corpus(options, quiet=quiet)
-    model = build_model(options, corpus, quiet=quiet)
-    trainer = build_trainer(options, model, corpus, quiet=quiet)
-    if quiet:
-        trainer.remove_callback(PrinterCallback)  # it stands in for the bar, and prints every log line
-    for callback in callbacks:
-        trainer.add_callback(callback)
-    if trainer.is_world_process_zero():
-        output_dir.mkdir(parents=True, exist_ok=True)
-        save_options(options, output_dir / OPTIONS_FILE)
-    started = time.perf_counter()
-    with one_line_for_lost_processes():
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    stop = next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, StopOnSignal))
-    if stop.received is not None:
-        raise KeyboardInterrupt
-    return _save_result(options, trainer, corpus, time.perf_counter() - started)
+    resume_point(output_dir, options.training.resume_from_checkpoint)  # refuses before anything is touched
+    with one_run_at_a_time(output_dir) if is_first_process() else nullcontext():
+        checkpoint = resume_point(output_dir, options.training.resume_from_checkpoint)
+        corpus = corpus or prepare_run_corpus(options, quiet=quiet)
+        model = build_model(options, corpus, quiet=quiet)
+        trainer = build_trainer(options, model, corpus, quiet=quiet)
+        if quiet:
+            trainer.remove_callback(PrinterCallback)  # it stands in for the bar, and prints every log line
+        for callback in callbacks:
+            trainer.add_callback(callback)
+        if trainer.is_world_process_zero():
+            save_options(options, output_dir / OPTIONS_FILE)
+            write_json(output_dir / ENVIRONMENT_FILE, environment())
+        started = time.perf_counter()
+        with one_line_for_lost_processes():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        stop = next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, StopOnSignal))
+        if stop.received is not None:
+            raise KeyboardInterrupt
+        return _save_result(options, trainer, corpus, time.perf_counter() - started)
 
 
 def prepare_run_corpus(options: SconeOptions, *, quiet: bool = False) -> Corpus:
@@ -296,6 +302,7 @@ def _save_result(options: SconeOptions, trainer: SconeTrainer, corpus: Corpus, s
     trainer.save_model(str(final_model))
     if trainer.is_world_process_zero():
         (final_model / "training_args.bin").unlink(missing_ok=True)  # a pickle; the options are beside it as YAML
+        write_model_card(final_model, options, model, corpus.train.num_tokens, trainer.state.global_step, metrics)
         save_options(options, final_model / OPTIONS_FILE)
         write_json(
             Path(options.training.output_dir) / TRAINING_LOG_FILE,
@@ -307,6 +314,7 @@ def _save_result(options: SconeOptions, trainer: SconeTrainer, corpus: Corpus, s
                 * trainer.args.world_size
                 * options.data.max_length,
                 "train_tokens": corpus.train.num_tokens,
+                "parameters": parameter_counts(model).to_dict(),
                 "cost": trainer.run_cost.to_dict(options.training.gradient_checkpointing),
                 "log": trainer.state.log_history,
                 "final": metrics,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from scone.training.trainer import complete_checkpoints
@@ -10,6 +13,27 @@ from scone.utils.errors import SconeError
 
 OPTIONS_FILE = "options.yaml"
 FINAL_MODEL = "final_model"
+LOCK_FILE = ".lock"
+
+
+@contextmanager
+def one_run_at_a_time(output_dir: Path) -> Iterator[None]:
+    """Keep other runs out of the folder while the block runs. Raises SconeError when one is in it.
+
+    The lock is the process's own: it ends with it, however it ends, and workers that outlive it do not hold it.
+    """
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with (output_dir / LOCK_FILE).open("w", encoding="ascii") as lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise SconeError(
+                f"found another run that is writing to {output_dir}; expected one at a time; wait for it, or choose "
+                "another --output_dir"
+            ) from None
+        except OSError:  # some network file systems have no locks
+            pass
+        yield
 
 
 def resume_point(output_dir: Path, resume_from_checkpoint: str | None) -> Path | None:
@@ -38,7 +62,8 @@ def resume_point(output_dir: Path, resume_from_checkpoint: str | None) -> Path |
 
 def _refuse_foreign_content(output_dir: Path, checkpoints: list[Path]) -> None:
     content = {path.name for path in output_dir.iterdir()} if output_dir.is_dir() else set()
-    content -= {".hydra", "runs", "logs"} | {name for name in content if name.endswith(".log")}
+    content -= {name for name in content if name.startswith(f".{OPTIONS_FILE}.")}  # left by a kill at the very start
+    content -= {LOCK_FILE, ".hydra", "runs", "logs"} | {name for name in content if name.endswith(".log")}
     if not content:
         return
     if OPTIONS_FILE not in content:

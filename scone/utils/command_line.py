@@ -6,6 +6,7 @@ import difflib
 import errno
 import logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
@@ -19,6 +20,7 @@ EXIT_BROKEN_PIPE = 141
 
 _ADVICE = {
     errno.ENOSPC: "free some disk space and run again",
+    errno.EFBIG: "raise the limit on file sizes (ulimit -f) and run again",
     errno.EDQUOT: "free some of the disk quota and run again",
     errno.EACCES: "check the permissions, or choose another path",
     errno.EPERM: "check the permissions, or choose another path",
@@ -72,6 +74,9 @@ def describe_error(error: Exception) -> tuple[str, int]:
         what = error.strerror or one_line(str(error)) or type(error).__name__
         advice = _ADVICE.get(error.errno or 0, "run again with --debug for the traceback")
         return f"{what}{where}; {advice}", EXIT_USER_ERROR
+    full = _disk_error_of_a_library(error)
+    if full is not None:
+        return f"{os.strerror(full)} while a library wrote a file; {_ADVICE[full]}", EXIT_USER_ERROR
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return f"out of memory ({one_line(str(error))[:200]}); use a smaller batch size or model", EXIT_USER_ERROR
     return (
@@ -79,6 +84,15 @@ def describe_error(error: Exception) -> tuple[str, int]:
         "run again with --debug for the traceback, and please report it",
         EXIT_UNEXPECTED,
     )
+
+
+def _disk_error_of_a_library(error: Exception) -> int | None:
+    """The number of the disk's error that a library's error of its own kind stands for, None for any other."""
+    if type(error).__name__ == "SafetensorError" and (found := re.search(r"os error (\d+)", str(error))):
+        return int(found[1]) if int(found[1]) in _ADVICE else None
+    # what torch.save says, whatever the disk said to it
+    wrote = re.search(r"PytorchStreamWriter failed|inline_container.*unexpected pos", str(error), re.DOTALL)
+    return errno.ENOSPC if isinstance(error, RuntimeError) and wrote else None
 
 
 def is_first_process() -> bool:

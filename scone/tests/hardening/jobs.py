@@ -132,7 +132,7 @@ def convert(inputs: Path, work: Path) -> int:
 JOBS = {
     job.name: job
     for job in (
-        Job("tokenise", tokenise, ("tokens/**/*",)),
+        Job("tokenise", tokenise, ("tokens/*/corpus.json", "tokens/*/*/tokens.*")),
         Job("count", count, ("f_grams.safetensors",)),
         Job("train", train, ("run/final_model/*", "run/checkpoint-8/model.safetensors")),
         Job("precompute", precompute, ("embeddings.cache",)),

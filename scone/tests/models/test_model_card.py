@@ -1,0 +1,32 @@
+"""The model card of a saved model, and the record of what a run was made with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from scone.models.model_card import CARD_FILE, write_model_card
+from scone.tests import tiny
+from scone.tests.training.runs import options
+from scone.utils.environment import environment
+
+
+def test_a_card_says_what_the_model_is_and_keeps_what_people_wrote(tmp_path: Path) -> None:
+    (tmp_path / "corpus.jsonl").touch()
+    chosen = options(tmp_path / "corpus.jsonl", tmp_path / "my-run")
+    for model in (tiny.scone(), tiny.trunk()):
+        path = write_model_card(tmp_path, chosen, model, 1234, 6, {"eval_loss": 1.5, "eval_perplexity": 4.4817})
+        text = path.read_text(encoding="utf-8")
+        for words in ("# my-run", "corpus.jsonl", "1,234", "4.4817", "scone generate", "licence"):
+            assert words in text, words
+        assert ("f-grams |" in text) == hasattr(model.config, "num_f_grams")
+        assert str(tmp_path) not in text  # a folder of its author's machine says nothing to others
+    (tmp_path / CARD_FILE).write_text("mine")
+    write_model_card(tmp_path, chosen, tiny.trunk(), 1, 1, {})
+    assert (tmp_path / CARD_FILE).read_text() == "mine"
+
+
+def test_the_environment_names_versions_and_no_person() -> None:
+    found = environment()
+    assert found["libraries"]["torch"]
+    assert found["commit"] is None or len(found["commit"].removesuffix("-dirty")) == 40
+    assert str(Path.home()) not in str(found)
