@@ -17,6 +17,8 @@ from scone.utils.errors import SconeError
 from scone.utils.files import atomic_path, read_json, write_json
 from scone.utils.text import human_bytes
 
+_FINISHED = ".finished"
+
 
 @contextmanager
 def work_folder(work_dir: Path | None, key: str, temporary_bytes: int) -> Iterator[Path | None]:
@@ -31,6 +33,8 @@ def work_folder(work_dir: Path | None, key: str, temporary_bytes: int) -> Iterat
         return
     keep_on_failure = work_dir is not None
     folder = Path(tempfile.mkdtemp(prefix="scone-count-")) if work_dir is None else work_dir / f"count-{key[:16]}"
+    for finished in folder.parent.glob(f"{folder.name}{_FINISHED}"):  # its removal was cut short by a kill
+        shutil.rmtree(finished, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w", encoding="ascii") as lock:
         try:
@@ -47,7 +51,10 @@ def work_folder(work_dir: Path | None, key: str, temporary_bytes: int) -> Iterat
             done = True
         finally:
             if done or not keep_on_failure:
-                shutil.rmtree(folder)
+                # at once under another name: half of a work folder would look like an interrupted count's
+                finished = folder.with_name(f"{folder.name}{_FINISHED}")
+                os.replace(folder, finished)
+                shutil.rmtree(finished)
 
 
 def _check_room(folder: Path, temporary_bytes: int) -> None:
