@@ -1,0 +1,260 @@
+"""Generation: the plain trunk beside SCONE with its table (RAM, mapped, direct, tiered), live, and quantised.
+
+    python benchmarks/bench_generation.py [--quick] [--json FILE] [--device D] [--dtype T] [--rows S] [--dir DIR]
+
+A trunk of GPT-2-small size with random weights reads Wikipedia in GPT-2's tokens: a prompt at once (prefill), then
+token by token through the KV cache (decode), always the text's own next token, so that f-grams match as often as in
+real text. All models take turns, prompt by prompt; numbers are medians. Peak memory is that of a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from common import Report, in_child
+from torch import nn
+from training_data import SEPARATOR, VOCAB_SIZE, gpt2_tokens
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+
+from scone.evaluation.measure import PeakMemory
+from scone.evaluation.speed import wait
+from scone.inference.embedding_table import EmbeddingTable
+from scone.inference.quantization import QUANTIZATIONS, model_bytes, quantize_trunk
+from scone.inference.row_types import RowFormat
+from scone.inference.table_format import TableLayout
+from scone.inference.table_writer import TablePlan, TableWriter
+from scone.models.configuration import SconeConfig
+from scone.models.language_model import SconeForCausalLM
+from scone.tokenization.counting import count_f_grams
+from scone.tokenization.f_gram_vocabulary import FGramVocabulary
+
+MAX_N = 5
+BATCHES = (1, 8, 32)
+WIDTH, LAYERS, HEADS = 768, 12, 12
+TABLE = "embeddings.cache"
+
+
+def main() -> None:
+    """Measure, print the table of records, write the JSON."""
+    report = Report.from_arguments("generation", __doc__, add_options=_add_options)
+    options = report.config
+    if options.pop("child"):
+        print(json.dumps(peak_memory(Path(options["folder"]), options["subject"], options)))
+        return
+    rows = options["rows"] or (100_000 if report.quick else 1_000_000)
+    tokens, source = gpt2_tokens(1 if report.quick else 4)
+    limits: dict[str, Any] = {"vocab_size": VOCAB_SIZE, "max_n": MAX_N, "min_freq": 2, "max_f_grams": rows}
+    vocabulary = count_f_grams([tokens], **limits, separator_ids=[SEPARATOR], quiet=True).vocabulary
+    options |= {"tokens": source, "rows": vocabulary.num_f_grams, "max_n": MAX_N, "trunk": [WIDTH, LAYERS, HEADS]}
+    options |= {"threads": torch.get_num_threads(), "prompt": 96 if report.quick else 256}
+    options |= {"steps": 12 if report.quick else 32, "turns": 3 if report.quick else 9}
+    print(f"{vocabulary.num_f_grams:,} f-grams of {source}", flush=True)
+    with tempfile.TemporaryDirectory(dir=options["dir"], prefix="bench_generation.") as name:
+        folder = Path(name)
+        vocabulary.save(folder)
+        write_table(folder / TABLE, vocabulary, trunk_of(options).transformer.wte)
+        subjects = dict(all_subjects(folder, options))
+        for batch in BATCHES:
+            measure_batch(report, subjects, tokens, batch)
+        measure_bytes(report, subjects)
+        for subject in subjects.values():
+            subject.close()
+        subjects.clear()
+        measure_peaks(report, folder)
+    report.finish()
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"), help="of the trunk")
+    parser.add_argument("--rows", type=int, help="f-grams of the table (1,000,000; quick: 100,000)")
+    parser.add_argument("--dir", default=".", help="where the table goes: the disk that is measured")
+    for name in ("folder", "subject"):
+        parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+
+
+# ---------------------------------------------------------------------- what is measured
+
+
+class Subject:
+    """A model that decodes, its table if it has one, and how long its input embeddings took."""
+
+    def __init__(self, model: PreTrainedModel, table: EmbeddingTable | None = None) -> None:
+        self.model, self.table = model, table
+        self.embedding_seconds = 0.0
+        self.device = next(model.parameters()).device
+        if isinstance(model, SconeForCausalLM):
+            self._embed = model.embed
+            model.embed = self._timed_embed  # type: ignore[method-assign]
+
+    def _timed_embed(self, *arguments: Any) -> torch.Tensor:
+        started = time.perf_counter()
+        vectors = self._embed(*arguments)
+        self.embedding_seconds += time.perf_counter() - started  # on an accelerator: what the host is busy with
+        return vectors
+
+    @torch.inference_mode()
+    def run(self, prompt: torch.Tensor, following: torch.Tensor) -> tuple[float, list[float], float]:
+        """Seconds of the prefill, of each decoding step, and of the steps' input embeddings on average."""
+        started = time.perf_counter()
+        cache = self.model(input_ids=prompt, use_cache=True, logits_to_keep=1).past_key_values
+        wait(self.device)
+        prefill = time.perf_counter() - started
+        self.embedding_seconds = 0.0
+        steps = []
+        for step in range(following.shape[1]):
+            started = time.perf_counter()
+            output = self.model(input_ids=following[:, step : step + 1], past_key_values=cache, use_cache=True)
+            output.logits[:, -1].argmax(-1)
+            wait(self.device)
+            steps.append(time.perf_counter() - started)
+        return prefill, steps, self.embedding_seconds / following.shape[1]
+
+    def close(self) -> None:
+        """Release the table."""
+        if self.table is not None:
+            self.table.close()
+
+
+def trunk_of(options: dict[str, Any]) -> GPT2LMHeadModel:
+    """GPT-2 small with random weights, the same in every process."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=VOCAB_SIZE, n_embd=WIDTH, n_layer=LAYERS, n_head=HEADS)
+    model = GPT2LMHeadModel(config).eval().requires_grad_(False)
+    return model.to(options["device"], getattr(torch, options["dtype"]))
+
+
+def all_subjects(folder: Path, options: dict[str, Any]) -> Iterator[tuple[str, Subject]]:
+    """Every subject by its name; they share one trunk, but for the quantised ones."""
+    trunk, vocabulary = trunk_of(options), FGramVocabulary.load(folder)
+    for name in ("plain", *placements(vocabulary.num_f_grams), "live", *QUANTIZATIONS):
+        yield name, subject_of(name, trunk, vocabulary, folder, options)
+
+
+def placements(num_rows: int) -> dict[str, str]:
+    """Name of a subject → placement of its table."""
+    return {"ram": "ram", "mmap": "mmap", "direct": "direct", "tiered": f"ram:{num_rows // 10},disk"}
+
+
+def subject_of(
+    name: str, trunk: GPT2LMHeadModel, vocabulary: FGramVocabulary, folder: Path, options: dict[str, Any]
+) -> Subject:
+    """The plain trunk, or a SCONE around it (around a quantised copy, for the name of a quantisation)."""
+    if name == "plain":
+        return Subject(trunk)
+    if name == "live":
+        sizes = {"hidden_size": WIDTH, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 3072}
+        model = SconeForCausalLM.from_trunk(trunk, vocabulary, f_gram_model=sizes).eval()
+        return Subject(model.to(options["device"]))
+    if name in QUANTIZATIONS:
+        trunk = copy.deepcopy(trunk)
+    facts = {"max_n": MAX_N, "num_f_grams": vocabulary.num_f_grams, "vocabulary_fingerprint": vocabulary.fingerprint}
+    config = SconeConfig(text_config=copy.deepcopy(trunk.config), requires_table=True, **facts)
+    model = SconeForCausalLM(config, trunk=trunk).eval()
+    model.set_vocabulary(vocabulary)
+    placement = placements(vocabulary.num_f_grams).get(name, "ram")
+    table = EmbeddingTable.open(folder / TABLE, placement, options["device"])
+    model.attach_table(table)
+    if name in QUANTIZATIONS:
+        quantize_trunk(model, name)
+    return Subject(model, table)
+
+
+def write_table(path: Path, vocabulary: FGramVocabulary, tokens: nn.Module) -> None:
+    """Rows as training leaves them: the last token's embedding and something of the same scale."""
+    weight, random = tokens.weight.detach().float().cpu(), torch.Generator().manual_seed(1)
+    row_format = RowFormat.of("fp32", WIDTH)
+    with TableWriter(path, TablePlan(TableLayout(vocabulary.num_f_grams, row_format), 1, {})) as writer:
+        for first in range(0, vocabulary.num_f_grams, 8192):
+            last = torch.from_numpy(vocabulary.last_tokens[first : first + 8192].astype(np.int64))
+            rows = weight[last] + 0.02 * torch.randn(len(last), WIDTH, generator=random)
+            writer.write(np.arange(first, first + len(last)), row_format.encode(rows))
+        writer.mark_finished(0)
+        writer.finish()
+
+
+# ---------------------------------------------------------------------- measurements
+
+
+def measure_batch(report: Report, subjects: dict[str, Subject], tokens: np.ndarray, batch: int) -> None:
+    """Prefill and decode of every subject at one batch size, in turn, against the plain trunk in the same turns."""
+    options, random = report.config, np.random.default_rng(batch)
+    length = options["prompt"] + options["steps"]
+    prefill, steps, embedding = (defaultdict(list) for _ in range(3))
+    hits: list[float] = []
+    for turn in range(options["turns"] + 1):
+        starts = random.integers(0, len(tokens) - length, batch)
+        text = torch.from_numpy(np.stack([tokens[start : start + length] for start in starts]).astype(np.int64))
+        prompt, following = text.to(options["device"]).split([options["prompt"], options["steps"]], dim=1)
+        hits.append(float((subjects["ram"].model.match(text) >= VOCAB_SIZE).mean()))  # type: ignore[operator]
+        for name, subject in subjects.items():
+            found = subject.run(prompt, following)
+            if turn:  # the first one warms up
+                prefill[name].append(found[0])
+                steps[name] += found[1]
+                embedding[name].append(found[2])
+    options[f"positions_with_f_gram_b{batch}"] = round(statistics.mean(hits), 3)
+    step = {name: statistics.median(values) for name, values in steps.items()}
+    fill = {name: statistics.median(values) for name, values in prefill.items()}
+    for name in [name for name in subjects if name != "plain"]:
+        suffix, target = ("", 0.97) if name == "ram" else (f"_{name}", None)
+        rates = {"ours": batch / step[name], "peer": batch / step["plain"], "peer_name": "plain trunk"}
+        report.add(f"decode_vs_plain_b{batch}{suffix}", "tokens/s", **rates, target=target)
+        count = batch * options["prompt"]
+        rates = {"ours": count / fill[name], "peer": count / fill["plain"], "peer_name": "plain trunk"}
+        # the batch in the middle gives the metric its plain name
+        at = "" if batch == BATCHES[1] else f"_b{batch}"
+        report.add(f"prefill_vs_plain{at}{suffix}", "tokens/s", **rates, target=target if not at else None)
+        seconds = statistics.median(embedding[name])
+        where = ("" if batch == 1 else f"_b{batch}") + suffix
+        report.add(f"embedding_us_per_token{where}", "µs", 1e6 * seconds / batch, ratio=None)
+        report.add(f"embedding_share{where}", "share of a step", seconds / step[name], ratio="ours")
+
+
+def measure_bytes(report: Report, subjects: dict[str, Subject]) -> None:
+    """Bytes of each model's parameters, and of what its table holds."""
+    plain = model_bytes(subjects["plain"].model)
+    for name in ("live", *QUANTIZATIONS):
+        size = model_bytes(subjects[name].model)
+        report.add(f"model_bytes_{name}", "bytes", size, peer=plain, peer_name="plain trunk")
+    for name, subject in subjects.items():
+        if subject.table is not None and name not in QUANTIZATIONS:
+            report.add(f"table_ram_bytes_{name}", "bytes", subject.table.memory.ram, ratio=None)
+
+
+def measure_peaks(report: Report, folder: Path) -> None:
+    """Peak memory of a process of each one's own, from loading's end on (mapped pages that it read included)."""
+    options, plain = report.config, None
+    for name in ("plain", *placements(options["rows"]), "live"):
+        shared = ["--device", options["device"], "--dtype", options["dtype"]]
+        arguments = ["--child", "--folder", str(folder), "--subject", name, *shared]
+        found = in_child(Path(__file__), arguments)
+        plain = plain or found
+        for key, peak in found.items():
+            if peak is not None:
+                report.add(f"{key}_{name}", "bytes", peak, peer=plain[key], peer_name="plain trunk")
+
+
+def peak_memory(folder: Path, name: str, options: dict[str, Any]) -> dict[str, int | None]:
+    """Peaks of one subject that reads 8 texts of 64 tokens and 8 more tokens each."""
+    subject = subject_of(name, trunk_of(options), FGramVocabulary.load(folder), folder, options)
+    text = torch.randint(0, VOCAB_SIZE, (8, 72), device=options["device"])
+    with PeakMemory(torch.device(options["device"])) as peak:
+        subject.run(text[:, :64], text[:, 64:])
+    return {"peak_process_bytes": peak.process_bytes, "peak_accelerator_bytes": peak.accelerator_bytes}
+
+
+if __name__ == "__main__":
+    main()
