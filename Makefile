@@ -6,7 +6,7 @@ EXTRAS ?= dev,quantization
 DEMO_FLAGS ?=
 TEST_FLAGS ?= -n auto --dist worksteal
 
-.PHONY: demo test lint type bench clean
+.PHONY: demo test lint type bench docs wheel licences faults clean
 
 demo: $(VENV)/installed-demo
 	$(BIN)/scone demo $(DEMO_FLAGS)
@@ -24,6 +24,20 @@ type: $(VENV)/installed-$(EXTRAS)
 bench: $(VENV)/installed-$(EXTRAS)
 	for bench in benchmarks/bench_*.py; do $(BIN)/python $$bench --quick || exit 1; done
 
+docs: $(VENV)/installed-dev,docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# the wheel, installed into an empty environment and used there
+wheel: $(VENV)/installed-demo
+	PYTHON=$(PYTHON) bash .ci/test_wheel
+
+licences: $(VENV)/installed-$(EXTRAS)
+	$(BIN)/python deploy/licences.py
+
+# kills, full disks, two runs at once …: for minutes to hours; stopped and started again it goes on
+faults: $(VENV)/installed-$(EXTRAS)
+	nice -n 19 $(BIN)/python benchmarks/fault_injection.py --json docs/results/fault_injection.json
+
 # torch first and pinned: a later range would be free to fetch another build of it
 $(VENV)/bin/pip:
 	$(PYTHON) -m venv $(VENV)
@@ -33,8 +47,8 @@ $(VENV)/installed-demo: $(VENV)/bin/pip pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
 	touch $@
 
-$(VENV)/installed-$(EXTRAS): $(VENV)/installed-demo
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$(EXTRAS)]"
+$(VENV)/installed-%: $(VENV)/installed-demo
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$*]"
 	touch $@
 
 clean:

@@ -1,0 +1,133 @@
+"""Every code block of the documentation runs or says why not; commands, options and links in it exist."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from scone.configs.values import entries
+from scone.tests.docs.blocks import REPOSITORY, Block, blocks_of, pages, run, script_of
+
+pytestmark = [
+    pytest.mark.skipif(not (REPOSITORY / "mkdocs.yml").exists(), reason="an installed package has no documentation"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
+]
+# In the order in which a reader would: the tutorial makes what the guides use. Pages that are not named here are of
+# fixed commands (README.md: the same as those that scone/tests/scripts runs) and are checked by parsing.
+RUN = (
+    *("docs/tutorial.md", "docs/how-to/large-table.md", "docs/how-to/read-a-report.md", "docs/how-to/sweeps.md"),
+    *("docs/how-to/tracking.md", "docs/how-to/retrofit.md", "docs/how-to/several-gpus.md", "docs/how-to/spark.md"),
+    *("docs/how-to/azure.md", "docs/how-to/container.md", "docs/index.md", "docs/hardening.md"),
+)
+ALL_BLOCKS = [block for page in pages() for block in blocks_of(page)] if (REPOSITORY / "mkdocs.yml").exists() else []
+_LINK = re.compile(r"\[[^\]\n]+\]\((?P<target>[^)\s]+)\)")
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SCONE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("COLUMNS", "100")
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_every_block_of_tutorial_and_guides_runs_or_says_why_not(workspace: Path) -> None:
+    ran = 0
+    for page in RUN:
+        names: dict[str, object] = {"__name__": "__main__"}
+        for block in blocks_of(REPOSITORY / page):
+            if not block.reason:
+                run(block, workspace, names)
+                ran += 1
+    assert ran > 10
+    assert (workspace / "outputs" / "tutorial" / "embeddings.int8").exists()
+
+
+@pytest.mark.parametrize("block", ALL_BLOCKS, ids=str)
+def test_every_command_of_ours_is_understood(block: Block, workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flags and values of every documented command are read by the command's own parser, run or not."""
+    monkeypatch.chdir(REPOSITORY)  # where configs/ is
+    if block.language == "yaml":
+        assert yaml.safe_load(block.text) is not None
+    elif block.language == "json":
+        json.loads(block.text)
+    elif block.language == "python":
+        compile(block.text.replace("…", "..."), str(block), "exec")
+    else:
+        for command in block.commands():
+            script = script_of(command.split(" | ")[0])
+            if script is not None:
+                understood(*script)
+
+
+def understood(script: str, arguments: list[str]) -> None:
+    module = importlib.import_module(f"scone.scripts.{script}")
+    if script == "hydra_train":
+        module.check_override_names(module.without_local_rank(arguments))
+    elif script == "table":
+        assert arguments[0] in module._VERBS
+    elif "…" not in arguments:
+        module.read_arguments(arguments)
+
+
+def test_links_lead_somewhere() -> None:
+    broken = []
+    for page in [*pages(), *REPOSITORY.glob("*.md")]:
+        text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+        for match in _LINK.finditer(text):
+            target, _, anchor = match["target"].partition("#")
+            if re.match(r"[a-z]+:", target):
+                continue
+            path = (page.parent / target) if target else page
+            if not path.exists():
+                broken.append(f"{page.name}: {match['target']}")
+            elif anchor and path.suffix == ".md" and anchor not in anchors(path):
+                broken.append(f"{page.name}: no heading for {match['target']}")
+    assert not broken
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub and the site give the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    plain = (re.sub(r"[^\w\- ]", "", re.sub(r"[`*]", "", heading)).strip().lower() for heading in headings)
+    return {heading.replace(" ", "-") for heading in plain}
+
+
+def test_the_reference_has_every_option_and_command() -> None:
+    from scone.cli import VERBS
+
+    specification = importlib.util.spec_from_file_location("reference", REPOSITORY / "docs" / "reference.py")
+    assert specification is not None
+    assert specification.loader is not None
+    reference = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(reference)
+    made = reference.pages()
+    for name, entry in entries().items():
+        assert f"| `{name}` | `--{entry.flag}` |" in made["reference/options.md"], name
+    for verb in VERBS:
+        text = made["reference/commands.md"].partition(f"## `scone {verb}`\n")[2]
+        assert text.lstrip("\n`tex").startswith("usage: "), verb
+    for names in reference.API.values():
+        for name in names:
+            assert f"## `{name}`" in made["reference/python.md"]
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_warnings(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs", reason="the extra [docs] is not installed")
+    pytest.importorskip("material")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "--max_n" in (tmp_path / "site" / "reference" / "options.html").read_text(encoding="utf-8")
