@@ -174,7 +174,7 @@ class SconeInferenceEngine:
         Lengths in ``options`` are not looked at: each row has its own. With beams, the ``num_return_sequences`` rows of
         a prompt are neighbours. Padding is taken out of ``reads``.
         """
-        groups = self._groups(rows)
+        groups = self._groups(rows, options)
         for number, group in enumerate(groups):
             if number == 0:
                 self._prefetch(group)
@@ -234,11 +234,13 @@ class SconeInferenceEngine:
             )
         return total
 
-    def _groups(self, rows: Sequence[Continuation]) -> list[list[Continuation]]:
-        """Rows that run together: all, unless padded they would walk past the model's positions; then by length."""
-        limit = position_limit(self.model)
-        longest = max(len(row.prompt_ids) for row in rows)
-        if limit is None or longest + max(row.max_new_tokens for row in rows) <= limit:
+    def _groups(self, rows: Sequence[Continuation], options: GenerationOptions) -> list[list[Continuation]]:
+        """Rows that run together: all, unless padding would walk past the model's positions, or be punished as repeated
+        text; then by length.
+        """
+        limit, lengths = position_limit(self.model), {len(row.prompt_ids) for row in rows}
+        fits = limit is None or max(lengths) + max(row.max_new_tokens for row in rows) <= limit
+        if fits and (options.repetition_penalty == 1 or len(lengths) == 1):
             return [list(rows)]
         by_shape: dict[tuple[int, int], list[Continuation]] = {}
         for row in rows:

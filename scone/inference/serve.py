@@ -10,10 +10,12 @@ import hmac
 import json
 import signal
 import socket
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import uvicorn
@@ -42,7 +44,8 @@ from scone.utils.errors import SconeError
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 DISCONNECT_POLL_SECONDS = 0.1
-SHUTDOWN_SECONDS = 5  # what runs may finish for so long; then it is ended
+SHUTDOWN_SECONDS = 5  # what runs may finish for so long; then it is ended, and
+FAREWELL_SECONDS = 5  # so long it may take to tell the clients
 MAX_PROMPTS = 64
 ENDPOINTS = ("/v1/completions", "/v1/chat/completions", "/v1/models")
 
@@ -347,6 +350,21 @@ async def _unknown(request: Request, error: Exception) -> Response:
     return JSONResponse(RequestError(error.status_code, message).body(), status_code=error.status_code)
 
 
+class _Server(uvicorn.Server):
+    """Told to stop, it ends what still runs after a while, so that streams end as streams and not as broken lines."""
+
+    def __init__(self, config: uvicorn.Config, batcher: Batcher) -> None:
+        super().__init__(config)
+        self._batcher = batcher
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Called once for each signal."""
+        super().handle_exit(sig, frame)
+        timer = threading.Timer(SHUTDOWN_SECONDS, self._batcher.close)
+        timer.daemon = True
+        timer.start()
+
+
 def serve(service: Service, host: str, port: int, announce: Callable[[str], None] = print) -> None:
     """Serve until SIGTERM or SIGINT; port 0 takes a free one. ``announce`` gets the address once it answers.
 
@@ -360,13 +378,13 @@ def serve(service: Service, host: str, port: int, announce: Callable[[str], None
         service.app(hosts, lambda: announce(address)),
         log_level="warning",
         access_log=False,
-        timeout_graceful_shutdown=SHUTDOWN_SECONDS,
+        timeout_graceful_shutdown=SHUTDOWN_SECONDS + FAREWELL_SECONDS,
         server_header=False,
     )
     # uvicorn hands the signal on once it has shut down; a server that was told to stop has not failed
     before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        uvicorn.Server(config).run(sockets=[listener])
+        _Server(config, service.batcher).run(sockets=[listener])
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -374,12 +392,15 @@ def serve(service: Service, host: str, port: int, announce: Callable[[str], None
 
 
 def _listen(host: str, port: int) -> socket.socket:
+    listener = None
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         listener = socket.socket(family)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
     except (OSError, OverflowError) as error:
+        if listener is not None:
+            listener.close()
         reason = getattr(error, "strerror", None) or str(error)
         raise SconeError(f"cannot listen on {host}:{port}: {reason}; choose another --host or --port") from error
     return listener

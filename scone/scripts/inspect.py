@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from scone.configs.loading import parse_options
 from scone.configs.schema import SconeOptions
+from scone.scripts.serve import add_serving_arguments, serve_model
 from scone.utils.command_line import run_main
 from scone.utils.errors import SconeError
 
@@ -25,6 +26,7 @@ EXAMPLES = (
     'scone inspect "Once upon a time" --model_path ./outputs/scone-model/final_model',
     'scone inspect "Once upon a time" --vocabulary f_grams.safetensors --tokenizer gpt2',
     "scone inspect --model_path ./outputs/scone-model/final_model < story.txt",
+    "scone inspect --serve --model_path ./outputs/scone-model/final_model --baseline gpt2",
 )
 
 
@@ -43,12 +45,19 @@ def read_arguments(argv: Sequence[str] | None) -> tuple[SconeOptions, argparse.N
         raise SconeError(f"found {found} of --model_path and --vocabulary; expected one of them; give either")
     if extra.model_path is None and options.model.tokenizer is None:
         raise SconeError("found --vocabulary without --tokenizer; expected the tokenizer that made its tokens; give it")
+    if extra.serve and (extra.model_path is None or extra.text is not None):
+        found = "a text" if extra.model_path else "--vocabulary"
+        raise SconeError(
+            f"found --serve with {found}; expected a model alone; give --model_path, and the text in the page"
+        )
     return options, extra
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print one line a token, or JSON."""
     options, extra = read_arguments(argv)
+    if extra.serve:
+        return serve_model(extra, extra.placement, None)
     import numpy as np
 
     import scone.models.language_model  # noqa: F401 (registers itself: else AutoTokenizer asks to run a folder's code)
@@ -135,6 +144,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model_path", metavar="FOLDER", help="a model: its f-grams and its tokenizer")
     parser.add_argument("--vocabulary", metavar="PATH", help="f-grams alone, as `scone count --output` writes them")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--serve", action="store_true", help="show it in a browser instead, as `scone serve` does")
+    add_serving_arguments(parser)
 
 
 if __name__ == "__main__":

@@ -92,24 +92,25 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_serving_arguments(parser: argparse.ArgumentParser) -> None:
     """All but the model: what `scone inspect --serve` takes too."""
-    parser.add_argument(
+    group = parser.add_argument_group("serving")
+    group.add_argument(
         "--embedding_cache_path", metavar="FILE", help="its embedding table (default: f-grams are embedded live)"
     )
-    parser.add_argument("--tokenizer_path", metavar="FOLDER", help="tokenizer (default: the model's own)")
-    parser.add_argument("--placement", default="ram", help="where the table is kept: ram, mmap, direct, or tiers")
-    parser.add_argument("--quantization", metavar="TYPE", help="quantise the trunk: fp16, int8 or int4")
-    parser.add_argument("--baseline", metavar="FOLDER", help="a plain model whose next tokens the page shows beside")
-    parser.add_argument("--model_name", metavar="NAME", help="the name that clients ask for (default: the folder's)")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
-    parser.add_argument("--port", type=int, default=8000, help="port to listen on, 0: a free one (default: 8000)")
-    parser.add_argument(
+    group.add_argument("--tokenizer_path", metavar="FOLDER", help="tokenizer (default: the model's own)")
+    group.add_argument("--placement", default="ram", help="where the table is kept: ram, mmap, direct, or tiers")
+    group.add_argument("--quantization", metavar="TYPE", help="quantise the trunk: fp16, int8 or int4")
+    group.add_argument("--baseline", metavar="FOLDER", help="a plain model whose next tokens the page shows beside")
+    group.add_argument("--model_name", metavar="NAME", help="the name that clients ask for (default: the folder's)")
+    group.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
+    group.add_argument("--port", type=int, default=8000, help="port to listen on, 0: a free one (default: 8000)")
+    group.add_argument(
         "--api_key", metavar="KEY", help=f"ask clients for this key (better: the environment's {KEY_VARIABLE})"
     )
-    parser.add_argument("--max_prompt_tokens", type=int, metavar="N", help="longest prompt (default: the model's)")
-    parser.add_argument("--max_new_tokens", type=int, default=1024, metavar="N", help="most new tokens (default: 1024)")
-    parser.add_argument("--max_batch", type=int, default=16, metavar="N", help="sequences that run together (16)")
-    parser.add_argument("--max_waiting", type=int, default=128, metavar="N", help="requests that may wait (128)")
-    parser.add_argument("--max_seconds", type=float, default=120.0, metavar="S", help="longest time of a request (120)")
+    group.add_argument("--max_prompt_tokens", type=int, metavar="N", help="longest prompt (default: the model's)")
+    group.add_argument("--max_new_tokens", type=int, default=1024, metavar="N", help="most new tokens (default: 1024)")
+    group.add_argument("--max_batch", type=int, default=16, metavar="N", help="sequences that run together (16)")
+    group.add_argument("--max_waiting", type=int, default=128, metavar="N", help="requests that may wait (128)")
+    group.add_argument("--max_seconds", type=float, default=120.0, metavar="S", help="longest time of a request (120)")
 
 
 if __name__ == "__main__":

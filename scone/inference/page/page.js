@@ -12,7 +12,11 @@ function element(tag, properties = {}, ...children) {
 }
 
 function shown(text) {
-  return text.replaceAll("\n", "⏎\n").replaceAll("\t", "⇥");
+  return text.replaceAll("\r", "␍").replaceAll("\n", "⏎\n").replaceAll("\t", "⇥");
+}
+
+function shownInLine(text) {
+  return text.replaceAll("\r", "␍").replaceAll("\n", "⏎").replaceAll("\t", "⇥").replaceAll(" ", "·");
 }
 
 function complain(error) {
@@ -78,7 +82,7 @@ function choose(index) {
       `${token.count.toLocaleString("en")} times in the corpus`;
   const neighbours = element("div", { id: "neighbours" });
   $("f-gram").replaceChildren(
-    element("p", { className: "name" }, shown(token.f_gram ?? token.text)),
+    element("p", { className: "name" }, shownInLine(token.f_gram ?? token.text)),
     element("p", { className: "quiet" }, facts),
     neighbours,
   );
@@ -113,7 +117,7 @@ function bar(share) {
 
 function row(word, share, number) {
   return element("tr", {},
-    element("td", { className: "word", title: word }, shown(word)),
+    element("td", { className: "word", title: word }, shownInLine(word)),
     element("td", {}, bar(share)),
     element("td", { className: "number" }, number));
 }
@@ -125,10 +129,11 @@ function table(title, rows) {
 
 function drawNext(found) {
   const names = { scone: "SCONE", baseline: "plain model" };
+  const largest = Math.max(...Object.values(found).flat().map((one) => one.probability));
   $("next").replaceChildren(...Object.entries(found).map(([name, words]) => element("div", { className: name },
     element("h3", {}, names[name] ?? name),
-    table("probability", words.map((one) =>
-      row(one.text, one.probability, `${(100 * one.probability).toFixed(1)} %`))))));
+    table("probability of each", words.map((one) =>
+      row(one.text, one.probability / largest, `${(100 * one.probability).toFixed(1)} %`))))));
 }
 
 // ---------------------------------------------------------------- asking
@@ -143,6 +148,8 @@ async function look() {
     tokens = found.tokens;
     chosen = null;
     drawTokens();
+    const longest = tokens.reduce((best, token, index) => (token.length > tokens[best].length ? index : best), 0);
+    if (tokens.length) choose(longest);
     if (!text) return $("next").replaceChildren();
     const next = await question("next", { text });
     if (mine === latest) drawNext(next);

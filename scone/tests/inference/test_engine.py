@@ -106,6 +106,12 @@ def test_min_length_holds_for_every_prompt(engine: SconeInferenceEngine) -> None
     assert all(len(generation.token_ids[0]) >= 25 for generation in generations)
 
 
+def test_padding_is_no_repetition(engine: SconeInferenceEngine) -> None:
+    options = GenerationOptions(max_length=20, repetition_penalty=1.5)
+    for generation in engine.generate(PROMPTS, options)[0]:
+        assert engine.generate(generation.prompt, options)[0] == [generation]
+
+
 def test_max_new_tokens_wins_over_max_length(engine: SconeInferenceEngine) -> None:
     generations, _ = engine.generate("the cat", GenerationOptions(max_length=3, max_new_tokens=5, min_length=7))
     assert len(generations[0].token_ids[0]) == 7

@@ -1,0 +1,68 @@
+"""A tiny model in a folder, and real server processes over it, for the tests of serving."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from scone.inference.precompute import precompute_table
+from scone.models.language_model import SconeForCausalLM
+from scone.tokenization.counting import count_f_grams
+from scone.tokenization.tokenizers import train_tokenizer
+
+TEXT = "the cat sat on the mat and the dog ran under the hill; then it slept. é \U0001f600 <b>bold</b> & more. " * 9
+TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+
+
+def make_model(folder: Path) -> Path:
+    """A random SCONE with a chat template, its table, and its trunk alone in ``FOLDER/plain``."""
+    tokenizer = train_tokenizer(iter([TEXT]), 300, folder)
+    tokenizer.chat_template = TEMPLATE
+    tokens = np.array(tokenizer(TEXT).input_ids, np.int64)
+    vocabulary = count_f_grams([tokens], vocab_size=300, max_n=4, min_freq=2, separator_ids=[0], quiet=True).vocabulary
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=300, n_embd=32, n_layer=2, n_head=2, n_positions=256, bos_token_id=0, eos_token_id=0,
+        initializer_range=0.4,
+    )  # fmt: skip
+    model = SconeForCausalLM.from_trunk(GPT2LMHeadModel(config), vocabulary, f_gram_model=None, learned_rows=10**6)
+    assert model.f_gram_embedding is not None
+    torch.nn.init.normal_(model.f_gram_embedding.rows.weight, std=0.5)
+    model.eval().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    model.trunk.save_pretrained(folder / "plain")
+    tokenizer.save_pretrained(folder / "plain")
+    precompute_table(model, folder / "embeddings.cache", quiet=True)
+    return folder
+
+
+@contextmanager
+def server(
+    folder: Path, *options: str, script: str = "serve", key: str | None = None
+) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """The address of a server process over `make_model`'s folder, and the process; stopped at the end."""
+    table = ["--embedding_cache_path", str(folder / "embeddings.cache")]
+    command = [sys.executable, "-m", f"scone.scripts.{script}", "--model_path", str(folder), *table, "--port", "0"]
+    environment = {name: value for name, value in os.environ.items() if name != "SCONE_API_KEY"}
+    environment |= {} if key is None else {"SCONE_API_KEY": key}
+    with subprocess.Popen(
+        [*command, "--model_name", "tiny", *options], stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            assert line.startswith("serving tiny at http://127.0.0.1:"), line
+            yield line.split()[3], process
+        finally:
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+            process.wait(timeout=60)

@@ -1,0 +1,293 @@
+"""The server as its clients see it: a real process, the `openai` package, bad requests, clients that leave."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scone.inference.engine import GenerationOptions, SconeInferenceEngine
+from scone.scripts import serve as serve_script
+from scone.tests.inference.served import TEMPLATE, make_model, server
+from scone.utils.errors import SconeError
+
+pytest.importorskip("fastapi", reason="the extra serve is not installed")
+openai = pytest.importorskip("openai", reason="the openai client is not installed")
+
+from scone.inference.serve import Service  # noqa: E402 (needs the extra)
+from scone.inference.serve_batching import Batcher, Job, QueueFullError  # noqa: E402
+
+PROMPTS = ["the cat", "a dog ran under the hill and then", "it slept", "é \U0001f600", "mat"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("served"))
+
+
+@pytest.fixture(scope="module")
+def engine(folder: Path) -> SconeInferenceEngine:
+    return SconeInferenceEngine.from_pretrained(folder, folder / "embeddings.cache", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def address(folder: Path) -> Iterator[str]:
+    with server(folder, "--max_new_tokens", "200") as (address, _):
+        yield address
+
+
+@pytest.fixture(scope="module")
+def client(address: str) -> Iterator[Any]:
+    with openai.OpenAI(base_url=f"{address}/v1", api_key="unused", max_retries=0) as client:
+        yield client
+
+
+def expected(engine: SconeInferenceEngine, prompt: str, new_tokens: int) -> str:
+    """What the engine adds to the prompt, greedily."""
+    return "".join(engine.stream(prompt, GenerationOptions(max_new_tokens=new_tokens)))
+
+
+def post(address: str, path: str, body: Any, **headers: str) -> tuple[int, dict[str, Any]]:
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    request = urllib.request.Request(address + path, data, {"Content-Type": "application/json"} | headers)
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return response.status, json.load(response)
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, json.loads(error.read())
+
+
+def metrics(address: str) -> dict[str, float]:
+    with urllib.request.urlopen(f"{address}/metrics", timeout=60) as response:
+        lines = response.read().decode().splitlines()
+    return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
+
+
+def completion(prompt: Any = "the cat", **options: Any) -> dict[str, Any]:
+    return {"model": "tiny", "prompt": prompt, "max_tokens": 8, "temperature": 0} | options
+
+
+BAD = {
+    "empty prompt": (completion(""), 400, "found an empty prompt"),
+    "no prompt": (completion([]), 400, "found no prompt"),
+    "beyond the context": (completion("the cat " * 200), 400, "the model has 256 positions"),
+    "outside the vocabulary": (completion([5, 300]), 400, "found token 300"),
+    "negative token": (completion([-1]), 400, "found token -1"),
+    "too many tokens": (completion(max_tokens=201), 400, "expected at most 200"),
+    "another model": (completion(model="other"), 404, "this server has 'tiny'"),
+    "unknown option": (completion(logit_bias={}), 400, "logit_bias"),
+    "what is not offered": (completion(logprobs=3), 400, "logprobs"),
+    "wrong type": (completion(temperature="hot"), 400, "temperature"),
+    "not a number": (b'{"model": "tiny", "prompt": "x", "temperature": NaN}', 400, ""),
+    "not JSON": (b"{", 400, "the body"),
+    "not UTF-8": (b'{"model": "\xff"}', 400, ""),
+    "not an object": (b"[]", 400, "the body"),
+    "empty stop": (completion(stop=[""]), 400, "stop strings"),
+    "too large": (b" " * (5 << 20), 413, "bytes"),
+}
+
+
+@pytest.mark.parametrize("name", list(BAD))
+def test_bad_requests_get_one_clear_line(address: str, name: str) -> None:
+    body, status, message = BAD[name]
+    found, answer = post(address, "/v1/completions", body)
+    assert found == status
+    assert message in answer["error"]["message"]
+    assert "\n" not in answer["error"]["message"]
+
+
+def test_32_clients_at_once_get_the_engines_answers(address: str, client: Any, engine: SconeInferenceEngine) -> None:
+    """Every fourth request is a bad one; the others are batched together and differ in length."""
+
+    def ask(number: int) -> tuple[int, str]:
+        if number % 4 == 3:
+            body, status, _ = list(BAD.values())[number // 4]
+            assert post(address, "/v1/completions", body)[0] == status
+            return number, ""
+        prompt, length = PROMPTS[number % len(PROMPTS)], 5 + number
+        arguments = {"model": "tiny", "prompt": prompt, "max_tokens": length, "temperature": 0}
+        if number % 2:
+            pieces = client.completions.create(**arguments, stream=True)
+            return number, "".join(piece.choices[0].text for piece in pieces)
+        return number, client.completions.create(**arguments).choices[0].text
+
+    with ThreadPoolExecutor(32) as clients:
+        answers = dict(clients.map(ask, range(32)))
+    for number, text in answers.items():
+        if number % 4 != 3:
+            assert text == expected(engine, PROMPTS[number % len(PROMPTS)], 5 + number), number
+    found = metrics(address)
+    assert found["scone_batch_rows_sum"] > found["scone_batch_rows_count"], "some requests shared a batch"
+    assert found['scone_requests_total{endpoint="/v1/completions",status="200"}'] >= 24
+    assert 0 < found["scone_table_rows_total"] < found["scone_table_positions_total"]
+    assert found["scone_waiting_requests"] == found["scone_running_rows"] == 0
+
+
+def test_completions_know_the_options_that_clients_use(client: Any, engine: SconeInferenceEngine) -> None:
+    whole = expected(engine, "the cat", 20)
+    stop = whole[6:9]
+    stopped = client.completions.create(model="tiny", prompt="the cat", max_tokens=20, temperature=0, stop=[stop])
+    assert stopped.choices[0].text == whole.partition(stop)[0]
+    assert stopped.choices[0].finish_reason == "stop"
+    several = client.completions.create(model="tiny", prompt=["mat", "the cat"], max_tokens=4, temperature=0, n=2)
+    assert [choice.index for choice in several.choices] == [0, 1, 2, 3]
+    assert several.choices[2].text == several.choices[3].text == expected(engine, "the cat", 4)
+    assert several.usage.completion_tokens == 16
+    ids = engine.tokenizer("the cat").input_ids
+    echoed = client.completions.create(model="tiny", prompt=ids, max_tokens=4, temperature=0, extra_body={"echo": True})
+    assert echoed.choices[0].text == "the cat" + expected(engine, "the cat", 4)
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("other")
+
+
+def test_a_seed_decides_its_sample_whoever_else_asks(client: Any) -> None:
+    arguments = {"model": "tiny", "prompt": "the cat", "max_tokens": 12, "temperature": 1.5}
+    alone = client.completions.create(**arguments, seed=3).choices[0].text
+    with ThreadPoolExecutor(8) as clients:
+        crowd = [clients.submit(client.completions.create, **arguments, seed=seed) for seed in (3, 4, 3, 5)]
+        texts = [one.result().choices[0].text for one in crowd]
+    assert texts[0] == texts[2] == alone
+    assert len(set(texts)) == 3
+
+
+def test_chat(client: Any, engine: SconeInferenceEngine) -> None:
+    messages = [{"role": "user", "content": "the cat"}, {"role": "user", "content": [{"type": "text", "text": "sat"}]}]
+    arguments = {"model": "tiny", "messages": messages, "max_completion_tokens": 9, "temperature": 0}
+    text = expected(engine, "user: the cat\nuser: sat\nassistant:", 9)
+    assert client.chat.completions.create(**arguments).choices[0].message.content == text
+    chunks = list(client.chat.completions.create(**arguments, stream=True, stream_options={"include_usage": True}))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == text
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert chunks[-1].usage.completion_tokens == 9
+
+
+def test_chat_without_a_template_is_refused(engine: SconeInferenceEngine) -> None:
+    from scone.inference.serve_protocol import ChatRequest, RequestError
+
+    asked = ChatRequest(model="tiny", messages=[{"role": "user", "content": "x"}])
+    engine.tokenizer.chat_template = None
+    try:
+        with pytest.raises(RequestError, match="without a chat template"):
+            asked.prompt_ids(engine)
+    finally:
+        engine.tokenizer.chat_template = TEMPLATE
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_clients_that_leave_free_their_work(address: str, stream: bool) -> None:
+    before = metrics(address)["scone_disconnects_total"]
+    body = json.dumps(completion(max_tokens=200, stream=stream, prompt=["the cat"] * 16)).encode()
+    with socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2]))) as connection:
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
+        connection.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + body)
+        if stream:
+            connection.recv(100)
+    for _ in range(600):
+        found = metrics(address)
+        if found["scone_running_rows"] == 0 and found["scone_disconnects_total"] > before:
+            break
+        time.sleep(0.05)
+    assert found["scone_disconnects_total"] == before + 1
+    assert found["scone_running_rows"] == 0
+    assert post(address, "/v1/completions", completion())[0] == 200
+
+
+def test_strangers_are_kept_out(address: str) -> None:
+    """A web page elsewhere can neither send JSON without being asked first, nor use a name of its own for us."""
+    assert post(address, "/v1/completions", completion(), **{"Content-Type": "text/plain"})[0] == 415
+    request = urllib.request.Request(f"{address}/health", headers={"Host": "evil.example"})
+    with pytest.raises(urllib.error.HTTPError, match="400"):
+        urllib.request.urlopen(request, timeout=60)
+    assert post(address, "/nowhere", {})[0] in (404, 405)
+
+
+def test_key_and_shutdown_while_a_client_is_served(folder: Path) -> None:
+    with server(folder, key="secret") as (address, process):
+        assert post(address, "/v1/completions", completion())[0] == 401
+        assert post(address, "/page/about", {})[0] == 401
+        authorized = {"Authorization": "Bearer secret"}
+        assert post(address, "/v1/completions", completion(), **authorized)[0] == 200
+        with openai.OpenAI(base_url=f"{address}/v1", api_key="secret", max_retries=0) as client:
+            stream = client.completions.create(model="tiny", prompt="the cat", max_tokens=240, stream=True)
+            next(iter(stream))
+            process.send_signal(signal.SIGTERM)
+            for _ in stream:
+                pass
+        assert process.wait(timeout=60) == 0
+
+
+def test_a_full_queue_is_refused_and_closing_tells_those_who_wait(engine: SconeInferenceEngine) -> None:
+    batcher = Batcher(engine, max_batch=4, max_waiting=1)
+    hold = threading.Event()
+    running = batcher.call(hold.wait)
+    while batcher.num_waiting:
+        time.sleep(0.001)
+    options = GenerationOptions(max_new_tokens=3)
+    waiting = Job([engine.continuation("the cat", options)], options)
+    batcher.submit(waiting)
+    with pytest.raises(QueueFullError):
+        batcher.submit(Job([engine.continuation("mat", options)], options))
+    closing = threading.Thread(target=batcher.close)
+    closing.start()
+    with pytest.raises(SconeError, match="shutting down"):
+        waiting.done.result(timeout=60)
+    hold.set()
+    closing.join(timeout=60)
+    assert running.result()
+    with pytest.raises(SconeError, match="shutting down"):
+        batcher.submit(waiting)
+
+
+def test_a_failing_batch_is_told_and_the_next_one_runs(engine: SconeInferenceEngine) -> None:
+    batcher = Batcher(engine, max_batch=4, max_waiting=9)
+    broken = Job([engine.continuation("mat", GenerationOptions())], GenerationOptions(do_sample=True, temperature=-1.0))
+    batcher.submit(broken)
+    with pytest.raises(ValueError):
+        broken.done.result(timeout=60)
+    options = GenerationOptions(max_new_tokens=3)
+    fine = Job([engine.continuation("mat", options)], options)
+    batcher.submit(fine)
+    fine.done.result(timeout=60)
+    batcher.close()
+    assert len(fine.rows[0].token_ids) == 3
+
+
+def test_mistakes_are_told_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    arguments = ["--model_path", str(folder)]
+    with pytest.raises(SconeError, match="--max_batch: found 0"):
+        serve_script.main([*arguments, "--max_batch", "0"])
+    with pytest.raises(SconeError, match="found an empty API key"):
+        serve_script.main([*arguments, "--api_key", ""])
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(SconeError, match="cannot listen on"):
+            serve_script.main([*arguments, "--device", "cpu", "--port", str(taken.getsockname()[1])])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SconeError, match=r'pip install "scone\[serve\]"'):
+        serve_script.main(["--model_path", "missing"])
+
+
+def test_limits_by_time(engine: SconeInferenceEngine) -> None:
+    options = GenerationOptions(max_new_tokens=200)
+    service = Service(engine, "tiny")
+    rows = [engine.continuation("mat", options) for _ in range(2)]
+    rows[0].deadline, rows[1].deadline = time.perf_counter() - 1, time.perf_counter() + 0.05
+    job = Job(rows, options)
+    service.batcher.submit(job)
+    job.done.result(timeout=60)
+    service.batcher.close()
+    assert [row.finish_reason for row in rows] == ["time", "time"]
+    assert len(rows[0].token_ids) == 0 < len(rows[1].token_ids) < 200

@@ -1,0 +1,78 @@
+"""The page in a real browser: tokens, f-grams with their neighbours, next tokens, generating, hostile text."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from scone.inference.engine import GenerationOptions, SconeInferenceEngine
+from scone.tests.inference.chromium import Browser
+from scone.tests.inference.served import make_model, server
+
+pytest.importorskip("fastapi", reason="the extra serve is not installed")
+
+TEXT = "the cat sat on the mat"
+HOSTILE = '<b>bold</b> & <script>document.title="owned"</script><img src=x onerror=document.title="owned">'
+TOKENS = "[...document.querySelectorAll('#tokens .token')]"
+
+
+def type_text(browser: Browser, text: str) -> None:
+    browser.evaluate(f"(() => {{ const t = $('text'); t.value = {json.dumps(text)}; "
+                     "t.dispatchEvent(new Event('input')); })()")  # fmt: skip
+    browser.wait_for(f"{TOKENS}.map((one) => one.textContent).join('') === {json.dumps(text)}")
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_the_page_shows_what_the_model_sees(tmp_path: Path, dark: bool) -> None:
+    folder = make_model(tmp_path / "model")
+    engine = SconeInferenceEngine.from_pretrained(folder, folder / "embeddings.cache", device="cpu")
+    with (
+        server(folder, "--serve", "--baseline", str(folder / "plain"), script="inspect") as (address, _),
+        Browser(tmp_path / "profile", dark=dark) as browser,
+    ):
+        browser.open(f"{address}/")
+        type_text(browser, TEXT)
+
+        # tokens are coloured by the length of their match
+        ids = engine.tokenizer(TEXT).input_ids
+        vocabulary = engine.model.vocabulary
+        nodes = engine.model.matcher.match(ids).tolist()
+        lengths = [len(vocabulary.tokens(node)) for node in nodes]
+        assert max(lengths) > 2
+        classes = browser.evaluate(f"{TOKENS}.map((one) => one.className)")
+        assert [f"length-{length}" in name for length, name in zip(lengths, classes, strict=True)] == [True] * len(ids)
+        legend = browser.evaluate("getComputedStyle(document.querySelector('#legend .length-2')).backgroundColor")
+        assert legend == ("rgb(74, 53, 36)" if dark else "rgb(251, 227, 200)")
+
+        # pointing at one shows its f-gram, rank, count, and neighbours
+        place = lengths.index(max(lengths))
+        browser.point_at(f"{TOKENS}[{place}]")
+        rank = nodes[place] - vocabulary.vocab_size
+        browser.wait_for(f"$('f-gram').innerText.includes('rank {rank} · {vocabulary.counts[rank]} times')")
+        browser.wait_for("document.querySelectorAll('#neighbours tr').length > 3")
+        assert browser.evaluate(f"{TOKENS}.filter((one) => one.classList.contains('part')).length") == lengths[place]
+        cosines = browser.evaluate("[...document.querySelectorAll('#neighbours .number')].map((one) => +one.innerText)")
+        assert cosines == sorted(cosines, reverse=True)
+
+        # next tokens of both models
+        browser.wait_for("document.querySelectorAll('#next .scone tr, #next .baseline tr').length === 26")
+        shares = browser.evaluate(
+            "[...document.querySelectorAll('#next .number')].map((one) => parseFloat(one.innerText))"
+        )
+        assert shares[:12] != shares[12:]
+
+        # generating
+        browser.evaluate("$('generate').click()")
+        continued = "".join(engine.stream(TEXT, GenerationOptions(max_new_tokens=40)))
+        browser.wait_for(f"$('written')?.textContent === {json.dumps(continued)} && !$('take').disabled")
+        if folder_for_pictures := os.environ.get("SCONE_PICTURES"):
+            browser.screenshot(Path(folder_for_pictures) / f"page-{'dark' if dark else 'light'}.png")
+
+        # text is text, whatever it looks like
+        type_text(browser, HOSTILE)
+        assert browser.evaluate("document.querySelectorAll('main img, main script, main b').length") == 0
+        assert browser.evaluate("document.title") == "SCONE"
+        assert browser.evaluate("$('error').hidden")
