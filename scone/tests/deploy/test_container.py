@@ -1,4 +1,4 @@
-"""The Dockerfile: linted where the linter is, and what it copies exists; its steps in a bare root where one is given."""
+"""The Dockerfile: linted where the linter is; what it copies exists; its steps in a bare root where one is given."""
 
 from __future__ import annotations
 
