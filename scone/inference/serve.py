@@ -23,6 +23,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from scone.inference.engine import SconeInferenceEngine
@@ -47,6 +48,7 @@ DISCONNECT_POLL_SECONDS = 0.1
 SHUTDOWN_SECONDS = 5  # what runs may finish for so long; then it is ended, and
 FAREWELL_SECONDS = 5  # so long it may take to tell the clients
 MAX_PROMPTS = 64
+LISTEN_BACKLOG = 2048
 ENDPOINTS = ("/v1/completions", "/v1/chat/completions", "/v1/models")
 
 
@@ -211,8 +213,7 @@ class Service:
                 return
         finally:
             job.cancel()
-        self.metrics.disconnects.inc()
-        raise RequestError(499, "the client went away")
+        raise self._left()
 
     def _events(self, job: Job, answer: Answer, echoed: list[str]) -> AsyncIterator[dict[str, Any]]:
         """The chunks of a job that is submitted afterwards; closing the iterator ends the job."""
@@ -257,11 +258,18 @@ class Service:
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise RequestError(415, "found another content type; expected application/json")
         body, limit = bytearray(), self.limits.max_body_bytes
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > limit:
-                raise RequestError(413, f"found a body of more than {limit:,} bytes; send less at once")
+        try:
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > limit:
+                    raise RequestError(413, f"found a body of more than {limit:,} bytes; send less at once")
+        except ClientDisconnect as error:
+            raise self._left() from error
         return bytes(body)
+
+    def _left(self) -> RequestError:
+        self.metrics.disconnects.inc()
+        return RequestError(499, "the client went away")
 
     def _check_model(self, name: str) -> None:
         if name != self.model_name:
@@ -398,6 +406,7 @@ def _listen(host: str, port: int) -> socket.socket:
         listener = socket.socket(family)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
+        listener.listen(LISTEN_BACKLOG)  # who comes before uvicorn is ready waits instead of being turned away
     except (OSError, OverflowError) as error:
         if listener is not None:
             listener.close()

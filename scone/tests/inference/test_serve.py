@@ -188,7 +188,9 @@ def test_chat_without_a_template_is_refused(engine: SconeInferenceEngine) -> Non
 @pytest.mark.parametrize("stream", [True, False])
 def test_clients_that_leave_free_their_work(address: str, stream: bool) -> None:
     before = metrics(address)["scone_disconnects_total"]
-    body = json.dumps(completion(max_tokens=200, stream=stream, prompt=["the cat"] * 16)).encode()
+    # at random, so that not all of them end early
+    wanted = completion(["the cat"] * 16, max_tokens=200, stream=stream, temperature=10)
+    body = json.dumps(wanted).encode()
     with socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2]))) as connection:
         head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
         connection.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + body)
