@@ -104,6 +104,8 @@ class Report:
         record = Record(metric, unit, ours, peer, peer_name, bound, ratio, target, met)
         self.records.append(record)
         print("  ".join(_cells(record)), flush=True)
+        if self.json_path:  # what is measured is kept, should the rest not come to its end
+            write_json(self.json_path, self.to_json())
         return record
 
     def finish(self) -> None:

@@ -60,7 +60,13 @@ class TieredStore(RowStore):
     def _each_tier(self, ranks: np.ndarray, read: Callable[[RowStore, np.ndarray], None]) -> None:
         """Call ``read`` for every tier that is concerned: the fastest here, the others on threads of their own."""
         parts = list(self._split(ranks))
-        tasks = [self._pool.submit(read, *part) for part in parts[1:]]
+        is_inference = torch.is_inference_mode_enabled()  # which threads do not share
+
+        def read_there(store: RowStore, positions: np.ndarray) -> None:
+            with torch.inference_mode(is_inference):
+                read(store, positions)
+
+        tasks = [self._pool.submit(read_there, *part) for part in parts[1:]]
         try:
             for part in parts[:1]:
                 read(*part)

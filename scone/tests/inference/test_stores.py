@@ -104,6 +104,13 @@ class StoreContract:
             thread.join()
         assert not wrong
 
+    def test_inference_mode_changes_nothing(self, store: RowStore) -> None:
+        """Stores read on threads of their own, which know nothing of the mode that the caller is in."""
+        ranks = np.random.default_rng(2).permutation(NUM_ROWS)
+        expected = store.raw_rows(ranks)
+        with torch.inference_mode():
+            assert torch.equal(store.raw_rows(ranks), expected)
+
     def test_memory_and_place_are_stated(self, store: RowStore) -> None:
         store.raw_rows(np.arange(5))
         assert store.memory.ram + store.memory.mapped + store.memory.device > 0
