@@ -16,6 +16,20 @@ from scone.utils.errors import SconeError
 _METAVARS = {bool: "true|false", int: "N", float: "X", str: "TEXT"}
 
 
+class Described(Exception):
+    """Raised by the hidden flag --describe: the parser of a command, for who wants to know its flags (completion)."""
+
+    def __init__(self, parser: OptionParser) -> None:
+        super().__init__(parser.prog)
+        self.parser = parser
+
+
+class _Describe(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        assert isinstance(parser, OptionParser)
+        raise Described(parser)
+
+
 class OptionParser(argparse.ArgumentParser):
     """An argument parser whose complaints are SconeErrors; only flags that were given are in its result."""
 
@@ -31,6 +45,7 @@ class OptionParser(argparse.ArgumentParser):
         )
         self.entries_by_flag: dict[str, Entry] = {}
         self.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks of errors")
+        self.add_argument("--describe", action=_Describe, nargs=0, help=argparse.SUPPRESS)
 
     def error(self, message: str) -> NoReturn:
         raise SconeError(f"{message}; see {self.prog} --help")

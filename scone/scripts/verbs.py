@@ -1,0 +1,22 @@
+"""The commands by their verb: where each script is, and what it does in one line."""
+
+from __future__ import annotations
+
+VERBS = {
+    "demo": ("demo", "the whole method on real text: train plain and SCONE, compare, write a report"),
+    "train": ("train", "count f-grams on a corpus and train one model"),
+    "train-configurations": ("train_configurations", "train several f-gram configurations on one corpus"),
+    "ablate": ("ablate", "what each choice is worth: vary one at a time from a base configuration, and compare"),
+    "hydra-train": ("hydra_train", "train by Hydra's overrides and sweeps"),
+    "count": ("count", "count the f-grams of a corpus, and show what they cover"),
+    "precompute": ("precompute_embeddings", "write a model's embedding table"),
+    "table": ("table", "look at an embedding table, or change its row type or length"),
+    "evaluate": ("evaluate", "perplexity of a model on a data set"),
+    "generate": ("generate", "continue a prompt"),
+    "serve": ("serve", "serve a model over HTTP: an OpenAI-compatible API, metrics, and a page"),
+    "benchmark": ("benchmark", "compare models: perplexity, speed, memory, FLOPs"),
+    "inspect": ("inspect", "show a text's tokens with their f-grams, ranks and counts"),
+    "verify": ("verify", "check a model folder, vocabulary, table or token file"),
+    "completion": ("completion", "completion of commands and options for bash, zsh or fish"),
+}
+"""Verb → (module in scone.scripts, one line of help)."""
