@@ -195,10 +195,11 @@ def comparison_table(report: dict[str, Any], summary: bool = False) -> str:
         last = "–" if result is base else f"{100 * change:+.1f} %".replace("-", "−")
         lines.append(f"| {result.name} | {result.kind} | {f_grams} | {' | '.join([*flops, *cells])} | {last} |")
     unfinished = sum(not run.get("finished", True) for run in report["runs"].values())
-    seeds = max(len(result.facts["seeds"]) for result in results)
+    counts = sorted({len(result.facts["seeds"]) for result in results} - {1})
+    seeds = " or ".join(map(str, counts))
     where = ", ".join(report["machine"].get("accelerators") or [report["machine"].get("processor", "")])
-    note = (
-        f"{base.training_tokens:,} training tokens; FLOPs as multiples of {base.name}'s; {seeds} seeds where a ± stands"
+    note = f"{base.training_tokens:,} training tokens; FLOPs as multiples of {base.name}'s" + (
+        f"; {seeds} seeds where a ± stands" if seeds else "; one seed"
     )
     note += f"; {unfinished} runs unfinished" if unfinished else ""
     return "\n".join(lines) + f"\n\n*{note}. Measured on {where} at commit {report['commit'][:10]}.*\n"
