@@ -57,6 +57,15 @@ def _combinations(base: SconeOptions) -> Runs:
     return {f"combination-{one}": {"model.combination": one} for one in others if one != base.model.combination}
 
 
+def _scales(base: SconeOptions) -> Runs:
+    plain = {"model.use_f_gram_embeddings": False}
+    return {
+        f"{name}scale-{factor:g}": part | {"model.embedding_scale": factor}
+        for factor in (2.0, 4.0, 8.0)
+        for name, part in (("", {}), ("plain-", plain))
+    }
+
+
 def _rows(base: SconeOptions) -> Runs:
     most = min(base.model.learned_rows, base.data.max_f_grams)
     return {f"rows-{most // part}": {"model.learned_rows": most // part} for part in (3, 10, 30) if most >= part}
@@ -117,10 +126,7 @@ ABLATIONS: Mapping[str, Ablation] = {
     ),
     "start": Ablation("a random start of the f-gram model, or the identity", _starts, _MODEL),
     "combination": Ablation("replacing the token embedding, or gating the correction", _combinations),
-    "scale": Ablation(
-        "larger input vectors against the position embeddings",
-        lambda base: {f"scale-{factor:g}": {"model.embedding_scale": factor} for factor in (2.0, 4.0)},
-    ),
+    "scale": Ablation("larger input vectors against the position embeddings, for plain too", _scales),
     "rows": Ablation("learned rows for fewer of the most frequent f-grams", _rows, _ROWS),
     "backoff": Ablation(
         "the longest f-gram's row, or the sum over its suffixes",

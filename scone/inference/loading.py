@@ -147,7 +147,9 @@ def _check_table_weights(folder: Path, model: SconeForCausalLM, table: Embedding
 def _load_plain(model_path: str | Path) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
-    import scone.models.over_encoding  # noqa: F401 (the Auto classes know this peer of ours from then on)
+    # the Auto classes know our baselines from then on
+    import scone.models.over_encoding
+    import scone.models.scaled_trunk  # noqa: F401
 
     if Path(model_path).is_file():
         raise SconeError(f"found the file {model_path}; expected a model folder such as OUTPUT_DIR/final_model")

@@ -1,4 +1,4 @@
-"""What a saved model needs to be built again: SconeConfig, and OverEncodingConfig for the hashed peer."""
+"""What a saved model needs to be built again: SconeConfig, and the configurations of its baselines."""
 
 from __future__ import annotations
 
@@ -97,3 +97,9 @@ class OverEncodingConfig(EmbeddedTrunkConfig):
     num_rows: int = 0
     start: str = "zero"
     separator_ids: list[int] | tuple[int, ...] = ()
+
+
+class ScaledTrunkConfig(EmbeddedTrunkConfig):
+    """Configuration of ``ScaledTrunkForCausalLM``: the trunk and ``embedding_scale``."""
+
+    model_type = "scone_scaled_trunk"

@@ -84,7 +84,7 @@ def _trunk_config(folder: Path) -> dict[str, Any]:
 
     path = folder / "config.json"
     found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if found.get("model_type") not in ("scone", "scone_over_encoding"):
+    if not str(found.get("model_type")).startswith("scone"):
         return {}
     trunk = dict(found["text_config"])
     return {"config": AutoConfig.for_model(trunk.pop("model_type"), **trunk)}

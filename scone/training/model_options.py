@@ -27,11 +27,6 @@ def check_input_embedding(options: SconeOptions) -> None:
             f"found --over_encoding_rows {model.over_encoding_rows} with --use_f_gram_embeddings false; expected at "
             "most one of these baselines; leave one out"
         )
-    if plain and model.embedding_scale != 1.0:
-        raise SconeError(
-            f"found --embedding_scale {model.embedding_scale} with the plain trunk, whose own code embeds its tokens; "
-            "expected 1; leave it out, or compare with --control single"
-        )
     rows_alone = model.f_gram.num_hidden_layers == 0 and not model.over_encoding_rows
     if rows_alone and model.combination == "replace" and not plain:
         raise SconeError(

@@ -32,6 +32,7 @@ from scone.models.embedded_trunk import EmbeddedTrunk
 from scone.models.language_model import SconeForCausalLM
 from scone.models.model_card import write_model_card
 from scone.models.over_encoding import OverEncodingForCausalLM
+from scone.models.scaled_trunk import ScaledTrunkForCausalLM
 from scone.models.trunk import build_trunk, longest_sequence
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 from scone.tokenization.tokenizers import separator_ids, tokenizer_fingerprint
@@ -143,7 +144,8 @@ def build_model(options: SconeOptions, corpus: Corpus, *, quiet: bool = False) -
     if options.training.freeze_trunk:
         trunk.requires_grad_(False)
     if not options.model.use_f_gram_embeddings:
-        return trunk
+        scale = options.model.embedding_scale
+        return trunk if scale == 1.0 else ScaledTrunkForCausalLM.from_trunk(trunk, scale)
     if options.model.over_encoding_rows:
         return _place_rows(
             OverEncodingForCausalLM.from_trunk(

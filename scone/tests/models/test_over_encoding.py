@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from scone.data.collator import Collator
 from scone.models.accounting import parameter_counts
 from scone.models.over_encoding import OverEncodingForCausalLM
+from scone.models.scaled_trunk import ScaledTrunkForCausalLM
 from scone.tests import tiny
 from scone.tokenization.hashed_grams import HashedGrams
 
@@ -130,3 +131,17 @@ def test_its_rows_count_as_a_table():
 
 
 MODEL = over_encoding()
+
+
+def test_a_scaled_plain_trunk_scales_its_token_embeddings_and_nothing_else(tmp_path):
+    trunk = tiny.trunk("llama")
+    ids = tokens(2, 20)
+    model = ScaledTrunkForCausalLM.from_trunk(trunk, 4.0).eval()
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        expected = trunk(inputs_embeds=4.0 * trunk.get_input_embeddings()(ids)).logits
+        assert torch.equal(model(ids).logits, expected)
+        assert torch.equal(loaded(ids).logits, expected)
+    arguments = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    assert model.generate(ids, **arguments).tolist() == model.generate(ids, use_cache=False, **arguments).tolist()
