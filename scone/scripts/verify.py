@@ -119,7 +119,9 @@ def _verify_table_of_model(path: Path, model_folder: Path) -> list[str]:
     """A table, and some of its rows against those of the model that it was made from."""
     from scone.inference.table_check import verify_table
     from scone.models.language_model import SconeForCausalLM
+    from scone.utils.progress import hide_library_bars
 
+    hide_library_bars()
     check = verify_table(path, model=SconeForCausalLM.from_pretrained(model_folder))
     layout = check.layout
     return [
