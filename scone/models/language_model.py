@@ -192,7 +192,8 @@ class SconeForCausalLM(EmbeddedTrunk):
             return self.f_gram_embedding(input_ids, tokens, trie)
         nodes = self.match(input_ids, mask, cache)
         if self.table_embedding is not None:
-            return self.table_embedding(input_ids, torch.from_numpy(nodes), tokens, self.config.vocab_size)
+            assert self.vocabulary is not None  # whose attributes cost a tenth of the configuration's
+            return self.table_embedding(input_ids, torch.from_numpy(nodes), tokens, self.vocabulary.vocab_size)
         if self.f_gram_embedding is None:
             raise SconeError(
                 "found a model that was saved without its f-gram model; expected its embedding table; "
@@ -204,7 +205,7 @@ class SconeForCausalLM(EmbeddedTrunk):
         """Node ids int64 ``[B, T]``: the longest f-gram ending at each position, which may begin in the cached past."""
         assert self.matcher is not None, "the model has no f-gram vocabulary: call set_vocabulary"
         # no f-gram is longer than N, so N - 1 tokens of context decide every match
-        return self.look_up(self.matcher.match, input_ids, mask, cache, self.config.max_n - 1)
+        return self.look_up(self.matcher.match, input_ids, mask, cache, self.matcher.vocabulary.max_n - 1)
 
     def trie_of(self, nodes: np.ndarray) -> dict[str, Any]:
         """The trie batch of ``nodes``, in a control of their stand-ins; its arrays as tensors on the model's device."""
