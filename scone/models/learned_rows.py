@@ -50,7 +50,10 @@ class LearnedRows(nn.Module):
             row_chains: int64 ``[M, N - 1]``, 1 + index into ``row_ids``; 0 adds nothing.
         """
         device = row_chains.device
-        ids = torch.from_numpy(row_ids).to(self.weight.device, non_blocking=True)
+        ids = torch.from_numpy(row_ids)
+        if self.weight.device.type == "cuda":
+            ids = ids.pin_memory()  # from ordinary memory the copy would wait until the last step is through
+        ids = ids.to(self.weight.device, non_blocking=True)
         rows = self._pinned_rows(ids) if self._must_travel(device) else self.weight.index_select(0, ids)
         rows = rows.to(device, non_blocking=True)
         if self.training and torch.is_grad_enabled():

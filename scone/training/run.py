@@ -286,6 +286,7 @@ def training_arguments(training: TrainingOptions, num_workers: int, evaluate: bo
         bf16=precision == "bf16",
         **checkpointing,
         dataloader_num_workers=num_workers,
+        accelerator_config={"non_blocking": True},  # batches come in page-locked memory: nothing waits for their copy
         remove_unused_columns=False,
         report_to=reporters,
         use_cpu=use_cpu,
