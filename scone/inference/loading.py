@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from scone.inference.quantization import QuantizationReport, check_quantization, quantize_trunk
-from scone.utils.errors import SconeError
+from scone.utils.errors import SconeError, library_refusal
 from scone.utils.files import read_json
 from scone.utils.progress import hide_library_bars
 
@@ -103,7 +103,8 @@ def load_model(
 
             expected = {"vocabulary": read_json(folder / "config.json").get("vocabulary_fingerprint", "")}
             table = EmbeddingTable.open(table_path, placement, where, expected)
-        model: Any = SconeForCausalLM.from_pretrained(folder, table=table)
+        with library_refusal(f"cannot load the model in {folder}", "see what `scone verify` says of it; copy it again"):
+            model: Any = SconeForCausalLM.from_pretrained(folder, table=table)
         if table is not None:
             _check_table_weights(folder, model, table)
     elif table_path is not None:
@@ -159,12 +160,8 @@ def _load_plain(model_path: str | Path) -> PreTrainedModel:
         raise SconeError(
             f"found no folder {model_path}; expected a model folder such as OUTPUT_DIR/final_model; train one first"
         )
-    try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model_path)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise SconeError(
-            f"cannot load a causal language model from {model_path}: {reason}; "
-            "give a model folder, or a hub name within reach"
-        ) from error
+    advice = "give a model folder that `scone verify` finds whole, or a hub name within reach"
+    with library_refusal(f"cannot load a causal language model from {model_path}", advice):
+        # code that comes with a model is never run, and nobody is asked on the terminal whether it may
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model_path, trust_remote_code=False)
     return model

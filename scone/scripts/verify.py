@@ -10,7 +10,7 @@ from pathlib import Path
 
 from scone.configs.loading import load_options, parse_options
 from scone.utils.command_line import run_main
-from scone.utils.errors import SconeError
+from scone.utils.errors import SconeError, library_refusal
 from scone.utils.files import read_json
 from scone.utils.text import human_bytes
 
@@ -159,7 +159,8 @@ def _verify_model(folder: Path) -> list[str]:
     import scone.models.language_model  # noqa: F401 (registers itself: else AutoTokenizer asks to run the folder's code)
     from scone.tokenization.tokenizers import load_tokenizer, tokenizer_fingerprint
 
-    fingerprint = tokenizer_fingerprint(load_tokenizer(folder))
+    with library_refusal(f"cannot use the tokenizer in {folder}", "copy it again"):
+        fingerprint = tokenizer_fingerprint(load_tokenizer(folder))
     lines.append(f"{folder}: whole: tokenizer")
     if config.get("num_f_grams"):
         lines += _verify_vocabulary(folder / "f_grams.safetensors")

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scone.utils.errors import SconeError
+from scone.utils.errors import SconeError, library_refusal
 from scone.utils.files import fingerprint_of
 from scone.utils.hub import why_hub_is_unreachable
 
@@ -45,6 +45,9 @@ def load_tokenizer(name_or_folder: str | Path) -> PreTrainedTokenizerBase:
     folder = Path(name).expanduser()
     if folder.is_dir():
         tokenizer = _from_folder(folder)
+        with library_refusal(f"cannot use the tokenizer in {str(folder)!r}", "copy or save it again"):
+            _check_usable(tokenizer, name)
+        return tokenizer
     elif folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise SconeError(f"found no tokenizer folder {name!r}; expected a folder with tokenizer files; check the path")
     else:
@@ -57,18 +60,15 @@ def _from_folder(folder: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer, BertTokenizer, GPT2Tokenizer
 
     names = {path.name for path in folder.iterdir()}
-    try:
+    with library_refusal(f"cannot load the tokenizer in {str(folder)!r}", "copy or save it again"):
         if names & {"tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model"}:
-            return AutoTokenizer.from_pretrained(folder, **_trunk_config(folder))
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **_trunk_config(folder))
         if {"vocab.json", "merges.txt"} <= names:
             return GPT2Tokenizer(**_gpt2_files(folder / "vocab.json", folder / "merges.txt"))
         if {"encoder.json", "vocab.bpe"} <= names:
             return GPT2Tokenizer(**_gpt2_files(folder / "encoder.json", folder / "vocab.bpe"))
         if "vocab.txt" in names:
             return BertTokenizer(vocab=str(folder / "vocab.txt"), do_lower_case=_is_lower_case(folder / "vocab.txt"))
-    except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise SconeError(f"cannot load the tokenizer in {str(folder)!r} ({reason}); copy or save it again") from error
     raise SconeError(
         f"found no tokenizer in {str(folder)!r}; expected tokenizer.json, vocab.json with merges.txt, or vocab.txt; "
         "give another folder or name by --tokenizer"
