@@ -1,4 +1,4 @@
-"""Model folders whose files are damaged or forged: verify and load say so in one line, and run nothing that is in them."""
+"""Model folders that are damaged or forged: verify and load say so in one line, and run nothing that is in them."""
 
 from __future__ import annotations
 
