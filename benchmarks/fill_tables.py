@@ -58,11 +58,30 @@ def table(name: str) -> str:
         return cost_tables(report)
     if "runs" in report and any("cost" in run for run in report["runs"].values()):
         return comparison_table(report, summary)
+    if "batches" in report:
+        return fault_tables(report)
     if "runs" in report:
         return experiment_table(report)
     raise SystemExit(
         f"{path}: expected a benchmark's report with records, an experiment's with runs, costs, or a transcript"
     )
+
+
+def fault_tables(report: dict[str, Any]) -> str:
+    """Kills by job, then the scenarios, and what was lost."""
+    summary = report["summary"]
+    lines = [
+        "| job | kills before its first file | kills at work | runs to the end | lost |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for job, counted in summary["by_job"].items():
+        lost = sum(len(batch["failures"]) for batch in report["batches"] if batch["job"] == job)
+        lines.append(f"| {job} | {counted['before']} | {counted['while']} | {counted['trials']} | {lost} |")
+    machine = report["machine"]
+    kills = f"{summary['kills']} kills (another {summary['came_too_late']} came after the end)"
+    others = f"{summary['scenarios_survived']} of {len(report['scenarios'])} other scenarios survived"
+    where = f"{machine['processor']}, {machine['cores']} cores, at commit {report['commit'][:10]}"
+    return "\n".join(lines) + f"\n\n*{kills}; {others}. On {where}.*\n"
 
 
 def benchmark_table(report: dict[str, Any]) -> str:
