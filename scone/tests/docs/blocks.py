@@ -91,6 +91,7 @@ def run(block: Block, folder: Path, names: dict[str, Any]) -> None:
             assert not importlib.import_module(f"scone.scripts.{script}").main(arguments), (str(block), command)
             continue
         environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        environment["SCONE_REPOSITORY"] = str(REPOSITORY)
         done = subprocess.run(
             ["bash", "-ec", command], cwd=folder, env=environment, capture_output=True, text=True, check=False
         )
