@@ -58,6 +58,8 @@ def table(name: str) -> str:
         return cost_tables(report)
     if "runs" in report and any("cost" in run for run in report["runs"].values()):
         return comparison_table(report, summary)
+    if "before" in report and "after" in report:
+        return retrofit_table(report)
     if "batches" in report:
         return fault_tables(report)
     if "runs" in report:
@@ -101,6 +103,19 @@ def benchmark_table(report: dict[str, Any]) -> str:
     where = ", ".join(str(part) for part in (machine.get("processor"), cores, machine.get("accelerators")) if part)
     size = "Quick size, m" if report["config"].get("quick") else "M"
     return "\n".join(lines) + f"\n\n*{size}easured on {where} at commit {report['commit'][:10]}.*\n"
+
+
+def retrofit_table(report: dict[str, Any]) -> str:
+    """A pretrained model before and after it was given f-grams, on text that neither was trained on."""
+    before, after = report["before"], report["after"]
+    lines = ["| | perplexity | loss, nats |", "|---|---:|---:|"]
+    for name, part in (("the pretrained trunk", before), ("with f-grams, the trunk frozen", after)):
+        lines.append(f"| {name} | {part['perplexity']:.3f} | {part['loss']:.4f} |")
+    seconds = f"{report['train_seconds']:,.0f} s"
+    where = f"{report['machine']['processor']}, {report['machine']['cores']} cores"
+    note = f"{report['train_tokens']:,} training tokens in {seconds} on {where}, other work beside it"
+    held_out = f"{before['num_predicted']:,} held-out tokens"
+    return "\n".join(lines) + f"\n\n*{note}; {held_out}; at commit {report['commit'][:10]}.*\n"
 
 
 def demo_table(report: dict[str, Any]) -> str:
