@@ -44,7 +44,8 @@ def help_text() -> str:
         "Scale a language model's input embeddings with frequent n-grams, at fixed inference cost.\n\n"
         f"commands:\n{verbs}\n\n"
         "scone COMMAND --help explains a command. Every command also runs as python -m scone.scripts.NAME.\n"
-        "--version shows the version, --debug the traceback of an error."
+        "--version shows the version, --debug the traceback of an error, --quiet nothing but results.\n"
+        "count, evaluate, inspect, table info and verify also take --json."
     )
 
 

@@ -45,6 +45,9 @@ class OptionParser(argparse.ArgumentParser):
         )
         self.entries_by_flag: dict[str, Entry] = {}
         self.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks of errors")
+        self.add_argument(  # like --debug, it is taken out before (utils/command_line.py) and here for the help only
+            "--quiet", action="store_true", default=argparse.SUPPRESS, help="no progress, notices or logs: results only"
+        )
         self.add_argument("--describe", action=_Describe, nargs=0, help=argparse.SUPPRESS)
 
     def error(self, message: str) -> NoReturn:

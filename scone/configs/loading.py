@@ -16,6 +16,7 @@ from scone.configs.values import convert, entries, shortened, shown
 from scone.utils.command_line import did_you_mean, is_first_process
 from scone.utils.errors import SconeError
 from scone.utils.files import atomic_path
+from scone.utils.progress import is_quiet
 
 FLAG = "flag"
 
@@ -133,7 +134,7 @@ def merge(layers: Sequence[Layer], defaults: Mapping[str, Any] | None = None) ->
 
 def print_notices(notices: Sequence[str]) -> None:
     """One line each on the error stream; of several processes of a run only the first speaks."""
-    if is_first_process():
+    if is_first_process() and not is_quiet():
         for notice in notices:
             print(f"notice: {notice}", file=sys.stderr)
 

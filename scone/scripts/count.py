@@ -14,6 +14,7 @@ from scone.configs.presets import trunk_configuration
 from scone.configs.schema import SconeOptions
 from scone.utils.command_line import run_main
 from scone.utils.errors import SconeError
+from scone.utils.progress import is_quiet
 from scone.utils.text import human_bytes, parse_bytes
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def read_arguments(argv: Sequence[str] | None) -> tuple[SconeOptions, argparse.N
 def main(argv: Sequence[str] | None = None) -> int:
     """Count or merge as the command line says, and print what was found."""
     options, extra = read_arguments(argv)
-    report, vocabulary = _merge(options, extra) if extra.merge else _count(options, extra.json)
+    report, vocabulary = _merge(options, extra) if extra.merge else _count(options, extra.json or is_quiet())
     report["table_bytes"] = table_bytes(vocabulary.num_f_grams, extra.width or _trunk_width(options))
     if extra.output:
         report["vocabulary"] = str(vocabulary.save(extra.output))

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import io
+import json
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stdout
 from typing import TYPE_CHECKING
 
 from scone.configs.loading import parse_options
@@ -76,14 +79,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     tokenizer = load_tokenizer(extra.tokenizer_path or extra.model_path)
     facts: dict[str, object] = {"model_path": str(extra.model_path)}
-    if extra.tasks is None or "data.dataset_name" in options.given:
-        facts |= _measure_perplexity(options, extra, loaded.model, tokenizer)
-    if extra.tasks is not None:
-        facts |= _measure_accuracy(options, extra, loaded.model, tokenizer)
-    if loaded.table is not None:
-        print(loaded.table.describe())
-    if loaded.quantization is not None:
-        print(loaded.quantization)
+    with redirect_stdout(io.StringIO()) if extra.json else nullcontext():
+        if extra.tasks is None or "data.dataset_name" in options.given:
+            facts |= _measure_perplexity(options, extra, loaded.model, tokenizer)
+        if extra.tasks is not None:
+            facts |= _measure_accuracy(options, extra, loaded.model, tokenizer)
+        if loaded.table is not None:
+            print(loaded.table.describe())
+        if loaded.quantization is not None:
+            print(loaded.quantization)
+    if extra.json:
+        print(json.dumps(facts, indent=2))
     if extra.output is not None:
         write_json(extra.output, facts)
     return 0
@@ -162,6 +168,7 @@ def _print_perplexity(result: PerplexityResult) -> None:
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print the result as JSON instead")
     parser.add_argument("--model_path", required=True, metavar="FOLDER", help="the model: a final_model folder")
     parser.add_argument(
         "--embedding_cache_path", metavar="FILE", help="its embedding table (default: f-grams are embedded live)"

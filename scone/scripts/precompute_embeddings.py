@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from scone.configs.loading import parse_options
 from scone.configs.schema import SconeOptions
 from scone.utils.command_line import run_main
+from scone.utils.progress import is_quiet
 
 if TYPE_CHECKING:
     import torch
@@ -79,6 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         compute_dtype=arguments.compute_dtype,
         rank=rank,
         world_size=world_size,
+        quiet=is_quiet(),
     )
     if complete:
         with EmbeddingTable.open(arguments.output_path, placement="mmap") as table:

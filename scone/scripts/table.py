@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 from scone.configs.loading import parse_options
 from scone.utils.command_line import did_you_mean, run_main
 from scone.utils.errors import SconeError
+from scone.utils.progress import is_quiet
 
 EXAMPLES = (
     "scone table info outputs/scone-model/embeddings.cache",
@@ -42,6 +44,12 @@ def _info(argv: Sequence[str]) -> None:
 
     with TableFile(extra.path) as file:
         layout, start = file.layout, file.data_start
+    if extra.json:
+        facts = {"row_type": layout.row_format.row_type, "width": layout.row_format.width, "num_rows": layout.num_rows}
+        facts |= {"row_bytes": layout.row_bytes, "group_size": layout.row_format.group_size}
+        facts |= {"file_bytes": layout.file_bytes, "data_start": start, "compute_dtype": layout.compute_dtype}
+        print(json.dumps(facts | {"fingerprints": dict(layout.fingerprints)}, indent=2))
+        return
     row = layout.row_format
     grouping = f", groups of {row.group_size}" if row.group_size else ""
     lines = {
@@ -78,6 +86,7 @@ def _convert(argv: Sequence[str]) -> None:
         group_size=extra.group_size,
         num_rows=num_rows,
         fingerprints=fingerprints,
+        quiet=is_quiet(),
     )
     print(
         f"{extra.output}: {layout.num_rows:,} rows × {layout.row_format.width} {layout.row_format.row_type}, "
@@ -87,6 +96,7 @@ def _convert(argv: Sequence[str]) -> None:
 
 def _add_info(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="PATH", help="the table")
+    parser.add_argument("--json", action="store_true", help="print it as JSON")
 
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from scone.configs.loading import parse_options
 from scone.configs.schema import SconeOptions
 from scone.utils.command_line import is_first_process, run_main
+from scone.utils.progress import is_quiet
 
 EXAMPLES = (
     "scone train --dataset_name wikitext --dataset_config_name wikitext-103-v1 --output_dir ./outputs/scone-model",
@@ -33,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = read_arguments(argv)
     from scone.training.run import train
 
-    final_model = train(options)
+    final_model = train(options, quiet=is_quiet())
     if is_first_process():
         print(f"final model: {final_model}")
     return 0

@@ -12,6 +12,7 @@ from scone.configs.loading import load_options, parse_options
 from scone.utils.command_line import run_main
 from scone.utils.errors import SconeError, library_refusal
 from scone.utils.files import read_json
+from scone.utils.progress import is_quiet
 from scone.utils.text import human_bytes
 
 EXAMPLES = (
@@ -38,9 +39,13 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Check every path and print a line for each that is whole. Raises SconeError at the first that is not."""
     extra = read_arguments(argv)
+    found: dict[str, list[str]] = {}
     for path in map(Path, extra.paths):
-        for line in verify(path, Path(extra.model_path) if extra.model_path else None):
-            print(line, flush=True)
+        found[str(path)] = verify(path, Path(extra.model_path) if extra.model_path else None)
+        if not extra.json and not is_quiet():
+            print("\n".join(found[str(path)]), flush=True)
+    if extra.json:
+        print(json.dumps({"whole": found}, indent=2))
     return 0
 
 
@@ -85,6 +90,7 @@ def recognise(path: Path) -> str:
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("paths", nargs="+", metavar="PATH", help="what to check")
+    parser.add_argument("--json", action="store_true", help="print what was found whole as JSON")
     parser.add_argument("--model_path", metavar="FOLDER", help="model whose rows an embedding table must hold")
 
 

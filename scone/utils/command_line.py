@@ -35,9 +35,14 @@ def run_main(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | 
     """Run ``main(argv)`` and return the exit status; every failure becomes one line on the error stream.
 
     0 success (or what ``main`` returns), 1 a defect, 2 a user's mistake or a file system error, 130 Ctrl-C,
-    141 the reader of our output went away. ``--debug`` anywhere in ``argv`` is taken out and shows tracebacks.
+    141 the reader of our output went away. ``--debug`` anywhere in ``argv`` is taken out and shows tracebacks;
+    ``--quiet`` is too, and leaves only results and errors.
     """
-    arguments, debug = _take_debug(sys.argv[1:] if argv is None else argv)
+    arguments, debug = _take(sys.argv[1:] if argv is None else argv, "--debug")
+    arguments, quiet = _take(arguments, "--quiet")
+    if quiet:
+        os.environ["SCONE_PROGRESS"] = "0"  # for the processes that this one starts, too
+        logging.disable(logging.WARNING)
     if not debug:
         _quiet_optional_libraries()
     try:
@@ -113,10 +118,10 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"did you mean {by_lower[nearest[0]]}?" if nearest else ""
 
 
-def _take_debug(argv: Sequence[str]) -> tuple[list[str], bool]:
-    """``argv`` without ``--debug`` (up to a ``--``), and whether it was there."""
+def _take(argv: Sequence[str], flag: str) -> tuple[list[str], bool]:
+    """``argv`` without ``flag`` (up to a ``--``), and whether it was there."""
     end = argv.index("--") if "--" in argv else len(argv)
-    kept = [word for word in argv[:end] if word != "--debug"]
+    kept = [word for word in argv[:end] if word != flag]
     return [*kept, *argv[end:]], len(kept) < end
 
 

@@ -29,8 +29,13 @@ def progress(total: int | None, unit: str, description: str, quiet: bool = False
 
 
 def bars_are_visible() -> bool:
-    """Whether progress bars are drawn: on a terminal, or where ``SCONE_PROGRESS=1`` asks for them."""
-    return sys.stderr.isatty() or os.environ.get("SCONE_PROGRESS") == "1"
+    """Whether progress bars are drawn: on a terminal, or where ``SCONE_PROGRESS=1`` asks for them; never when quiet."""
+    return not is_quiet() and (sys.stderr.isatty() or os.environ.get("SCONE_PROGRESS") == "1")
+
+
+def is_quiet() -> bool:
+    """Whether ``--quiet`` was given (or ``SCONE_PROGRESS=0`` is set): results and errors only."""
+    return os.environ.get("SCONE_PROGRESS") == "0"
 
 
 def hide_library_bars(quiet: bool = False) -> None:

@@ -144,3 +144,21 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
 def test_suggestions_are_near_or_none() -> None:
     assert did_you_mean("trian", ["train", "count"]) == "did you mean train?"
     assert did_you_mean("zzz", ["train", "count"]) == ""
+
+
+def test_quiet_is_taken_out_and_reaches_everything_that_talks(monkeypatch: pytest.MonkeyPatch) -> None:
+    from scone.utils.progress import bars_are_visible, is_quiet
+
+    monkeypatch.setenv("SCONE_PROGRESS", "1")
+    monkeypatch.setattr("logging.disable", lambda level: None)
+    seen: list[Sequence[str]] = []
+
+    def script(argv: Sequence[str]) -> int | None:
+        seen.append(argv)
+        assert is_quiet()
+        assert not bars_are_visible()
+        return None
+
+    assert bars_are_visible()
+    assert run_main(script, ["--quiet", "--seed", "1"]) == 0
+    assert seen == [["--seed", "1"]]
