@@ -31,11 +31,11 @@ def results(module: str, *arguments: str) -> list[dict]:
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are watched through Linux's system calls")
 def test_killed_jobs_go_on_to_the_same_bytes(folder: Path) -> None:
     seed = str(int.from_bytes(os.urandom(2), "little")) if not os.environ.get("CI") else "0"
-    batches = results("kills", "tokenise", "count", "convert", "--kills", "3", "--seed", seed, "--folder", str(folder))
+    batches = results("kills", "tokenise", "count", "convert", "--kills", "2", "--seed", seed, "--folder", str(folder))
     assert len(batches) == 3
     for batch in batches:
         assert not batch["failures"], batch
-        assert sum(batch["kills"].values()) >= 3
+        assert sum(batch["kills"].values()) >= 2
 
 
 @pytest.mark.slow
