@@ -39,6 +39,7 @@ from scone.tokenization.tokenizers import separator_ids, tokenizer_fingerprint
 from scone.training.model_options import check_input_embedding, f_gram_model_settings
 from scone.training.precision import resolve_precision
 from scone.training.processes import meet_after_restart, one_line_for_lost_processes
+from scone.training.reporters import reporter_names
 from scone.training.run_folder import FINAL_MODEL, OPTIONS_FILE, one_run_at_a_time, resume_point
 from scone.training.trainer import CheckpointKeeper, SconeTrainer, StopOnSignal, learned_rows
 from scone.training.vocabulary import prepare_vocabulary
@@ -84,7 +85,8 @@ def train(
     """
     hide_library_bars(quiet)
     output_dir = Path(options.training.output_dir)
-    resume_point(output_dir, options.training.resume_from_checkpoint)  # refuses before anything is touched
+    reporter_names(options.training.report_to)  # these two refuse before anything is touched
+    resume_point(output_dir, options.training.resume_from_checkpoint)
     with one_run_at_a_time(output_dir) if is_first_process() else nullcontext():
         checkpoint = resume_point(output_dir, options.training.resume_from_checkpoint)
         corpus = corpus or prepare_run_corpus(options, quiet=quiet)
@@ -258,7 +260,6 @@ def training_arguments(training: TrainingOptions, num_workers: int, evaluate: bo
     if training.fsdp != "none" and precision == "fp16":
         raise SconeError("found --fp16 with --fsdp; expected bf16 or fp32 in a sharded run; use --bf16")
     meet_after_restart("gloo" if use_cpu else None)
-    reporters = [name.strip() for name in training.report_to.split(",") if name.strip()]
     # transformers 5.23 renamed it, and warns of the old name
     renamed = "activation_checkpointing" in TrainingArguments.__dataclass_fields__
     checkpointing: dict[str, Any] = {
@@ -288,7 +289,7 @@ def training_arguments(training: TrainingOptions, num_workers: int, evaluate: bo
         dataloader_num_workers=num_workers,
         accelerator_config={"non_blocking": True},  # batches come in page-locked memory: nothing waits for their copy
         remove_unused_columns=False,
-        report_to=reporters,
+        report_to=reporter_names(training.report_to),
         use_cpu=use_cpu,
         disable_tqdm=quiet or not bars_are_visible(),
     )

@@ -131,6 +131,8 @@ def test_kill_9_loses_at_most_the_steps_since_the_last_checkpoint(corpus, tmp_pa
         ({"model.base_model_name": "no/such/model"}, r"cannot find the model"),
         ({"model.learned_rows": 0, "model.f_gram.num_hidden_layers": 0}, r"neither an f-gram model nor learned rows"),
         ({"training.resume_from_checkpoint": "nowhere"}, r"no complete checkpoint"),
+        ({"training.report_to": "dvclive"}, r"not installed; install it"),
+        ({"training.report_to": "tensorbord"}, r"did you mean tensorboard"),
         ({"training.freeze_trunk": True, "model.use_f_gram_embeddings": False}, r"nothing to train"),
         ({"model.init": "pretrained", "model.base_model_name": "gpt2"}, r"cannot load pretrained weights"),
     ],
