@@ -81,7 +81,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"), help="of the trunk")
     parser.add_argument("--rows", type=int, help="f-grams of the table (1,000,000; quick: 100,000)")
-    parser.add_argument("--dir", default=".", help="where the table goes: the disk that is measured")
+    parser.add_argument("--dir", type=Path, default=Path(), help="where the table goes: the disk that is measured")
     for name in ("folder", "subject"):
         parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)

@@ -55,7 +55,7 @@ def main() -> None:
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", type=int, help="rows of the table (500,000; quick: 100,000)")
-    parser.add_argument("--dir", default=".", help="where the files go: the disk that is measured")
+    parser.add_argument("--dir", type=Path, default=Path(), help="where the files go: the disk that is measured")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw latency and memory against the cut points")
     parser.add_argument("--skip_perplexity", action="store_true", help="do not train the small model")
 
@@ -233,14 +233,16 @@ def _draw(points: list[tuple[float, float, int]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, latency_axes = pyplot.subplots(figsize=(6, 3.5), layout="constrained")
+    figure, axes = pyplot.subplots(1, 2, figsize=(8, 3), layout="constrained")
     shares = [100 * share for share, _, _ in points]
-    latency_axes.plot(shares, [latency / 1000 for _, latency, _ in points], "o-", color="tab:blue")
-    latency_axes.set(xscale="symlog", yscale="log", xlabel="first rows kept in RAM, % of the table")
-    latency_axes.set_ylabel("ms for 1,024 rows", color="tab:blue")
-    memory_axes = latency_axes.twinx()
-    memory_axes.plot(shares, [memory / 2**20 for _, _, memory in points], "s--", color="tab:red")
-    memory_axes.set_ylabel("RAM, MiB", color="tab:red")
+    values = ([latency / 1000 for _, latency, _ in points], [memory / 2**20 for _, _, memory in points])
+    for place, heights, title in zip(axes, values, ("milliseconds for 1,024 rows", "RAM, MiB"), strict=True):
+        place.plot(shares, heights, "o-", color="tab:blue")
+        place.set_xscale("symlog", linthresh=0.1)
+        place.set_xticks(shares, [f"{share:g}" for share in shares])
+        place.set(title=title, xlabel="first rows kept in RAM, % of the table", ylim=(0, None))
+        place.spines[["top", "right"]].set_visible(False)
+        place.grid(axis="y", alpha=0.3)
     figure.savefig(path, dpi=150)
     print(f"plot: {path}")
 

@@ -62,7 +62,7 @@ def main() -> None:
 def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--f_grams", type=int, help="f-grams of the vocabulary (1,000,000; quick: 300,000)")
     parser.add_argument("--f_gram_model", choices=SIZES, help="size of the f-gram model (small; quick: tiny)")
-    parser.add_argument("--dir", default=".", help="where the tables go")
+    parser.add_argument("--dir", type=Path, default=Path(), help="where the tables go")
 
 
 def _model(vocabulary: FGramVocabulary, size: str) -> SconeForCausalLM:

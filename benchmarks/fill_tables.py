@@ -2,7 +2,8 @@
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->`` and is made from ``docs/results/NAME.json``:
 a benchmark's report (``benchmarks/common.py``), a demo's ``report.json`` or an experiment (``experiments/run.py``).
-``NAME_summary`` gives of an experiment's runs the plain ones and those with the most f-grams.
+``NAME_summary`` gives of a benchmark's records those that have a target, and of an experiment's runs the plain ones and
+those with the most f-grams.
 
     python benchmarks/fill_tables.py            fill them
     python benchmarks/fill_tables.py --check    exit 1 if one is out of date
@@ -49,7 +50,7 @@ def table(name: str) -> str:
         return f"*Not measured yet: no {path.relative_to(REPOSITORY)}.*\n"
     report = json.loads(path.read_text(encoding="utf-8"))
     if "records" in report:
-        return benchmark_table(report)
+        return benchmark_table(report, summary)
     if "comparison" in report:
         return demo_table(report)
     if "commands" in report:
@@ -86,10 +87,12 @@ def fault_tables(report: dict[str, Any]) -> str:
     return "\n".join(lines) + f"\n\n*{kills}; {others}. On {where}.*\n"
 
 
-def benchmark_table(report: dict[str, Any]) -> str:
-    """Metric, ours, peer, ratio, target; a missed target says so."""
+def benchmark_table(report: dict[str, Any], summary: bool = False) -> str:
+    """Metric, ours, peer, ratio, target; a missed target says so. ``summary``: only what has a target."""
     lines = ["| metric | ours | peer | ratio | target | |", "|---|---:|---:|---:|---:|---|"]
     for record in report["records"]:
+        if summary and record.get("target") is None:
+            continue
         name = f" ({record['peer_name']})" if record.get("peer_name") else ""
         peer = f"{_number(record['peer'])}{name}" if record.get("peer") is not None else ""
         met = {True: "met", False: "**missed**", None: ""}[record.get("met")]

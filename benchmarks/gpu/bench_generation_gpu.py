@@ -77,7 +77,7 @@ def main() -> None:
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=Path, required=True, help="folder of a token file")
-    parser.add_argument("--dir", default=".", help="where the table goes: the disk that is measured")
+    parser.add_argument("--dir", type=Path, default=Path(), help="where the table goes: the disk that is measured")
     parser.add_argument("--tiny", action="store_true", help="a rehearsal at toy size, on any device")
     parser.add_argument("--captured", action="store_true", help="also with the trunk as a CUDA graph")
 
