@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from scone.evaluation.results import PLAIN, STEM, RunResult, write_report
 from scone.evaluation.speed import measure_speed
 from scone.evaluation.text_size import text_size
 from scone.inference.loading import LoadedModel, choose_device, load_model, position_limit
+from scone.inference.quantization import check_quantization
 from scone.models.accounting import parameter_counts
 from scone.models.f_gram_model import FGramModel
 from scone.models.language_model import SconeForCausalLM
@@ -40,7 +42,8 @@ class BenchmarkSettings:
     cache_dir: str | None = None
     max_tokens: int = 500_000
     placement: str = "ram"
-    quantization: str | None = None
+    quantizations: tuple[str, ...] = ()
+    """Every model is measured as it is, and once more with its trunk in each of these forms."""
     seed: int = 42
 
 
@@ -70,10 +73,14 @@ def run_benchmark(
     torch.manual_seed(settings.seed)
     missing: list[dict[str, str]] = []
     results: list[RunResult] = []
-    for entry in config.entries:
+    for wanted in settings.quantizations:
+        check_quantization(wanted)
+    forms: tuple[str | None, ...] = (None, *settings.quantizations)
+    for found, quantization in product(config.entries, forms):
+        entry = found if quantization is None else replace(found, name=f"{found.name} {quantization}")
         say(f"{entry.name}")
         try:
-            results.append(_measure_entry(entry, config, settings, missing, say))
+            results.append(_measure_entry(entry, quantization, config, settings, missing, say))
         except SconeError as error:
             missing.append({"what": entry.name, "why": str(error)})
             say(f"    left out: {error}")
@@ -114,6 +121,7 @@ def _notes(config: BenchmarkConfig, settings: BenchmarkSettings) -> list[str]:
 
 def _load(
     entry: ModelEntry | BaselineEntry,
+    quantization: str | None,
     settings: BenchmarkSettings,
     missing: list[dict[str, str]],
     say: Callable[[str], None],
@@ -129,12 +137,13 @@ def _load(
         missing.append({"what": f"the table of {entry.name}", "why": why})
         say(f"    without its table: {why}")
         table = None
-    loaded = load_model(path, table, settings.placement, settings.device, settings.quantization)
+    loaded = load_model(path, table, settings.placement, settings.device, quantization)
     return Subject(entry.name, path, loaded, load_tokenizer(path))
 
 
 def _measure_entry(
     entry: ModelEntry | BaselineEntry,
+    quantization: str | None,
     config: BenchmarkConfig,
     settings: BenchmarkSettings,
     missing: list[dict[str, str]],
@@ -142,7 +151,7 @@ def _measure_entry(
 ) -> RunResult:
     """Load one model and measure everything; nothing of it stays in memory. Raises SconeError when it cannot be."""
     with measure.PeakMemory(choose_device(settings.device)) as peak:
-        subject = _load(entry, settings, missing, say)
+        subject = _load(entry, quantization, settings, missing, say)
         texts = _texts(subject, config.dataset_configs, settings, missing, say)
         result = _measure(subject, entry, config, texts, settings, missing, say)
     result.peak_process_bytes, result.peak_accelerator_bytes = peak.process_bytes, peak.accelerator_bytes

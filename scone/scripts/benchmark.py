@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         cache_dir=options.data.cache_dir,
         max_tokens=extra.max_tokens,
         placement=extra.placement,
-        quantization=extra.quantization,
+        quantizations=tuple(extra.quantization),
         seed=options.training.seed,
     )
     folder = Path(extra.output_dir)
@@ -68,7 +68,13 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max_tokens", type=int, default=500_000, metavar="N", help="tokens of each data set (default: 500000)"
     )
     parser.add_argument("--placement", default="ram", help="where tables are kept: ram, mmap, direct, or tiers")
-    parser.add_argument("--quantization", metavar="TYPE", help="quantise the trunks: fp16, int8 or int4")
+    parser.add_argument(
+        "--quantization",
+        nargs="+",
+        default=[],
+        metavar="TYPE",
+        help="measure every model with its trunk quantised too: fp16, int8, int4",
+    )
 
 
 if __name__ == "__main__":

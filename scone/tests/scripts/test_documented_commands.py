@@ -307,7 +307,7 @@ def test_benchmark(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     run(
         "python -m scone.scripts.benchmark --config scone/configs/benchmark_config.json "
         "--output_dir ./benchmark_results",
-        "--device cpu --max_tokens 2000",
+        "--device cpu --max_tokens 2000 --quantization fp16",
     )
     assert "SCONE-Small-500K" in capsys.readouterr().out
     result = json.loads(Path("benchmark_results/benchmark.json").read_text())
@@ -319,6 +319,9 @@ def test_benchmark(model: str, capsys: pytest.CaptureFixture[str]) -> None:
         assert [(speed["batch_size"], speed["sequence_length"]) for speed in record["speed"]] == [(1, 32), (2, 32)]
         assert all(value > 0 for speed in record["speed"] for value in speed.values())
     assert scone_record["table_bytes"] > 0
+    half = records["SCONE-Small-100K fp16"]
+    assert half["resident_bytes"] < 0.7 * scone_record["resident_bytes"]
+    assert half["perplexity"]["WikiText-103"]["perplexity"] > 1
     assert scone_record["inference_flops_per_token"] == plain_record["inference_flops_per_token"]
     missing = {item["what"] for item in result["missing"]}
     assert {"SCONE-Small-1M", "C4 for GPT2-Small", "GPT2-Small at 2048 tokens"} <= missing
