@@ -114,7 +114,8 @@ class FGramModel(nn.Module):
             token_vectors: ``[U, D]`` embeddings of the nodes' last tokens, see ``token_vectors``.
             trie: the arrays of a ``TrieBatch``. Its last layer computes only the M nodes that positions read.
         """
-        hidden = self.map_in(token_vectors) + self.positions(trie["depths"])
+        # a trunk that was made fp16 for inference speaks another type than an f-gram model that was left as it is
+        hidden = self.map_in(token_vectors.to(self.positions.weight.dtype)) + self.positions(trie["depths"])
         ancestors, wanted = trie["ancestors"], trie["f_gram_index"]
         *blocks, last_block = self.blocks
         for block in blocks:

@@ -11,6 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers.pytorch_utils import Conv1D
 
 from scone.inference.quantization import HalfStorageLinear, computes_in_fp16, model_bytes, quantize_trunk
+from scone.tests.inference.tables import small_model
 from scone.utils.errors import SconeError
 
 # The largest relative error of the logits, and the layers' size relative to fp32 (scales included).
@@ -71,6 +72,18 @@ def test_processors_without_fp16_store_in_fp16(monkeypatch: pytest.MonkeyPatch, 
     input_ids = torch.randint(0, 50, (2, 20))
     with torch.no_grad():
         torch.testing.assert_close(quantised(input_ids).logits, model(input_ids).logits, atol=2e-3, rtol=0)
+
+
+def test_a_trunk_in_fp16_takes_a_live_f_gram_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The f-gram model stays as it is, and its width is not the trunk's: both of its maps are fp32."""
+    monkeypatch.setattr("scone.inference.quantization.computes_in_fp16", lambda device: True)
+    live = small_model()
+    quantised = copy.deepcopy(live)
+    quantize_trunk(quantised, "fp16")
+    input_ids = torch.randint(0, 23, (2, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found = quantised(input_ids).logits
+        torch.testing.assert_close(found.float(), live(input_ids).logits, atol=2e-2, rtol=0)
 
 
 def test_accelerators_compute_in_fp16() -> None:
