@@ -3,9 +3,10 @@
     python benchmarks/gpu/bench_training_gpu.py --tokens TOKEN_FOLDER [--json FILE] [--tiny] [--no_compile]
 
 bf16 autocast, compiled, batches from a loader with workers. Trunks are those of the paper's GPT-2 experiments
-(width 1,024 × 6 layers) and GPT2-Small; f-grams (N = 5, S = 1 M) are counted on the tokens. Utilisation is the
-formula's operations a second, attention over all pairs, against ``--peak_tflops``. ``--tiny`` rehearses everything on
-a CPU.
+(width 1,024 × 6 layers) and GPT2-Small; f-grams (N = 5, S = 1 M) are counted on the tokens. Batches of
+``--positions``; where there are several, the largest stands in the names without a number. What does not fit the memory
+is named in the configuration's ``did_not_fit``. Utilisation is the formula's operations a second, attention over all
+pairs, against ``--peak_tflops``. ``--tiny`` rehearses everything on a CPU.
 """
 
 from __future__ import annotations
@@ -61,28 +62,37 @@ def main() -> None:
         separator_ids=[file.separator_id],
         quiet=True,
     ).vocabulary
-    positions = (2, 64) if tiny else (32, 1024)
-    options |= {"f_grams": counted.num_f_grams, "max_n": 5, "batch": positions[0], "length": positions[1]}
+    length = 64 if tiny else 1024
+    options |= {"f_grams": counted.num_f_grams, "max_n": 5, "length": length, "did_not_fit": []}
     options |= {"num_tokens": file.num_tokens, "tokenizer_tokens": file.vocab_size}
     trunks = {"tiny": (32, 2, 2)} if tiny else TRUNKS
     for name, sizes in trunks.items():
-        variants = VARIANTS if name != "gpt2" else ("plain", "shared")
-        measured: dict[str, Measured] = {}
-        for variant in variants:
-            measured[variant] = measure(variant, sizes, file, counted, positions, options)
-            report_variant(report, name, variant, measured)
+        chosen = [variant for variant in options["variants"] if name != "gpt2" or variant in ("plain", "shared")]
+        plain: dict[int, Measured] = {}
+        shared: dict[int, Measured] = {}
+        for variant in chosen:
+            for positions, now in measure(variant, sizes, file, counted, length, options):
+                known = {"plain": plain, "shared": shared}.get(variant)
+                if known is not None:
+                    known[positions] = now
+                number = "" if positions == max(options["positions"]) else f"_{positions}"
+                report_variant(report, f"{name}_{variant}{number}", now, plain.get(positions))
+                if variant == "padded":
+                    report_speedup(report, name, number, now, plain.get(positions), shared.get(positions))
             gc.collect()
             torch.cuda.empty_cache()
     report.finish()
 
 
-VARIANTS = ("plain", "shared", "shared_half", "padded", "rows", "both")
+VARIANTS = ("plain", "shared", "rows", "both", "padded", "shared_half", "shared_double")
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=Path, required=True, help="folder of a token file")
     parser.add_argument("--tiny", action="store_true", help="a rehearsal at toy size, on any device")
     parser.add_argument("--no_compile", action="store_true")
+    parser.add_argument("--positions", type=int, nargs="*", default=[16_384, 65_536], help="positions of a batch")
+    parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=VARIANTS)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--workers", type=int, default=6)
     parser.add_argument("--peak_tflops", type=float, default=H100_BF16_TFLOPS)
@@ -101,30 +111,49 @@ def measure(
     sizes: tuple[int, int, int],
     file: TokenFile,
     vocabulary: FGramVocabulary,
-    positions: tuple[int, int],
+    length: int,
     options: Mapping[str, Any],
-) -> Measured:
-    """Build the model of ``variant``, warm up, and time steps from the loader, then on prepared batches."""
+) -> Iterator[tuple[int, Measured]]:
+    """Build the model of ``variant`` and measure it at every batch size, the smallest first."""
     model = build(variant, sizes, vocabulary)
     scone = model if isinstance(model, SconeForCausalLM) else None
-    compiled = not options["no_compile"] and DEVICE.type == "cuda"
-    if compiled:
-        (scone.trunk if scone else model).compile()
+    if not options["no_compile"] and DEVICE.type == "cuda":
+        (scone.trunk if scone else model).compile(dynamic=True)  # one compilation for all batch sizes
         if scone and scone.f_gram_embedding and scone.f_gram_embedding.f_gram_model and variant != "padded":
             scone.f_gram_embedding.f_gram_model.compile(dynamic=True)
-    collate = Collator(scone.vocabulary if scone else None, scone.config.learned_rows if scone else 0, 0, compiled)
+    step = Step(model)
+    for positions in sorted(options["positions"]):
+        try:
+            yield positions, measured_steps(variant, model, step, file, (positions // length, length), options)
+        except torch.OutOfMemoryError:
+            options["did_not_fit"].append(f"{variant} of {sizes[0]} x {sizes[1]} at {positions} positions")
+            step.optimizer.zero_grad()
+            print(f"out of memory: {options['did_not_fit'][-1]}", flush=True)
+
+
+def measured_steps(
+    variant: str,
+    model: PreTrainedModel,
+    step: Step,
+    file: TokenFile,
+    shape: tuple[int, int],
+    options: Mapping[str, Any],
+) -> Measured:
+    """Warm up, then time steps on prepared batches, then on batches from the loader; sequences × length in a batch."""
+    scone = model if isinstance(model, SconeForCausalLM) else None
+    rounded = not options["no_compile"] and DEVICE.type == "cuda"
+    workers = 0 if options["tiny"] else options["workers"]
     loader = torch.utils.data.DataLoader(
-        BlockDataset(file, positions[1], drop_last=True),
-        batch_size=positions[0],
+        BlockDataset(file, shape[1], drop_last=True),
+        batch_size=shape[0],
         shuffle=True,
         generator=torch.Generator().manual_seed(0),
-        collate_fn=collate,
-        num_workers=0 if options["tiny"] else options["workers"],
+        collate_fn=Collator(scone.vocabulary if scone else None, scone.config.learned_rows if scone else 0, 0, rounded),
+        num_workers=workers,
         pin_memory=DEVICE.type == "cuda",
-        prefetch_factor=None if options["tiny"] else 4,
+        prefetch_factor=4 if workers else None,
     )
     batches = iter(loader)
-    step = Step(model)
     some = [to_device(next(batches)) for _ in range(4)]
     for batch in [*some, *some[:2]]:
         step(batch)
@@ -134,8 +163,8 @@ def measure(
         torch.cuda.reset_peak_memory_stats()
     loaded = seconds_a_step(step, map(to_device, batches), steps)
     peak = torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else 0
-    flops, nodes = operations(variant, model, some, positions)
-    return Measured(loaded, at_hand, peak, flops, nodes, positions[0] * positions[1])
+    flops, nodes = operations(variant, model, some, shape)
+    return Measured(loaded, at_hand, peak, flops, nodes, shape[0] * shape[1])
 
 
 def build(variant: str, sizes: tuple[int, int, int], vocabulary: FGramVocabulary) -> PreTrainedModel:
@@ -147,7 +176,7 @@ def build(variant: str, sizes: tuple[int, int, int], vocabulary: FGramVocabulary
     trunk = AutoModelForCausalLM.from_config(config)
     if variant == "plain":
         return trunk.to(DEVICE).train()
-    its_layers = max(1, layers // 2) if variant == "shared_half" else layers
+    its_layers = {"shared_half": max(1, layers // 2), "shared_double": 2 * layers}.get(variant, layers)
     f_gram_model = FGramModelConfig(width, its_layers, heads, 4 * width).to_dict()
     rows = vocabulary.num_f_grams if variant in ("rows", "both") else 0
     model = SconeForCausalLM.from_trunk(
@@ -250,34 +279,33 @@ def operations(
     return training_flops(forward + total / len(batches)), nodes / tokens
 
 
-def report_variant(report: Report, trunk: str, variant: str, measured: dict[str, Measured]) -> None:
-    """Records of one variant, against the plain model where it is not that one."""
-    now, plain = measured[variant], measured["plain"]
-    name = f"{trunk}_{variant}"
+def report_variant(report: Report, name: str, now: Measured, plain: Measured | None) -> None:
+    """Records of one variant at one batch size, against the plain model where it is not that one."""
     peak = report.config["peak_tflops"] * 1e12
-    is_plain = variant == "plain"
+    other = None if plain is now else plain
     report.add(
         f"{name}_tokens_per_second",
         "tokens/s",
         now.tokens / now.loaded,
-        peer=None if is_plain else plain.tokens / plain.loaded,
-        peer_name=None if is_plain else "plain",
-        ratio=None if is_plain else "ours/peer",
+        peer=other and other.tokens / other.loaded,
+        peer_name=other and "plain",
+        ratio="ours/peer" if other else None,
     )
     report.add(f"{name}_utilisation", "of peak", now.flops / now.at_hand / peak, ratio=None)
     report.add(f"{name}_peak_memory", "GiB", now.peak_bytes / 2**30, ratio=None)
-    if is_plain:
+    if plain is now:
         return
     report.add(f"{name}_tokens_per_position", "f-gram-model tokens", now.nodes, ratio=None)
-    report.add(
-        f"{name}_step_vs_flops",
-        "plain steps",
-        now.at_hand / plain.at_hand,
-        peer=now.flops / plain.flops,
-        peer_name="predicted from FLOPs",
-        target=1.15 if variant in ("shared", "shared_half") else None,
-        better="lower",
-    )
+    if other:
+        report.add(
+            f"{name}_step_vs_flops",
+            "plain steps",
+            now.at_hand / other.at_hand,
+            peer=now.flops / other.flops,
+            peer_name="predicted from FLOPs",
+            target=1.15 if "shared" in name else None,
+            better="lower",
+        )
     report.add(
         f"{name}_loader_hidden",
         "s",
@@ -287,16 +315,30 @@ def report_variant(report: Report, trunk: str, variant: str, measured: dict[str,
         target=1.05,
         better="lower",
     )
-    if variant == "padded" and "shared" in measured:
-        shared = measured["shared"]
-        report.add(
-            f"{trunk}_f_gram_speedup_over_padded",
-            "s",
-            shared.at_hand - plain.at_hand,
-            peer=now.at_hand - plain.at_hand,
-            peer_name="padded, added to the plain step",
-            ratio="peer/ours",
-        )
+
+
+def report_speedup(
+    report: Report, trunk: str, number: str, padded: Measured, plain: Measured | None, shared: Measured | None
+) -> None:
+    """What the f-gram model adds to a plain step, with shared prefixes and padded; and the whole steps."""
+    if plain is None or shared is None:
+        return
+    report.add(
+        f"{trunk}_f_gram_speedup_over_padded{number}",
+        "s",
+        shared.at_hand - plain.at_hand,
+        peer=padded.at_hand - plain.at_hand,
+        peer_name="padded, added to the plain step",
+        ratio="peer/ours",
+    )
+    report.add(
+        f"{trunk}_step_speedup_over_padded{number}",
+        "s",
+        shared.at_hand,
+        peer=padded.at_hand,
+        peer_name="a whole step, padded",
+        ratio="peer/ours",
+    )
 
 
 if __name__ == "__main__":
