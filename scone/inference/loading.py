@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,8 +106,10 @@ def load_model(
 
             expected = {"vocabulary": read_json(folder / "config.json").get("vocabulary_fingerprint", "")}
             table = EmbeddingTable.open(table_path, placement, where, expected)
-        with library_refusal(f"cannot load the model in {folder}", "see what `scone verify` says of it; copy it again"):
-            model: Any = SconeForCausalLM.from_pretrained(folder, table=table)
+        advice = "see what `scone verify` says of it; copy it again"
+        with library_refusal(f"cannot load the model in {folder}", advice), _no_loading_report():
+            loaded: Any = SconeForCausalLM.from_pretrained(folder, table=table, output_loading_info=True)
+        model = _complete(loaded, folder, exactly=True)
         if table is not None:
             _check_table_weights(folder, model, table)
     elif table_path is not None:
@@ -117,6 +122,33 @@ def load_model(
     model = model.to(where).eval().requires_grad_(False)
     report = None if quantization is None else quantize_trunk(model, quantization)
     return LoadedModel(model, table, report)
+
+
+def _complete(loaded: tuple[Any, dict[str, Any]], source: str | Path, exactly: bool = False) -> Any:
+    """The model of what ``from_pretrained`` gave with its loading info. Raises SconeError where weights were missing
+    (transformers puts random numbers in their place) or, if it must be ``exactly`` so, where some were left over.
+    """
+    model, info = loaded
+    missing, left = sorted(info["missing_keys"]), sorted(info["unexpected_keys"]) if exactly else []
+    if missing or left:
+        what = f"no weights for {len(missing)} parts of the model" if missing else f"{len(left)} weights too many"
+        raise SconeError(
+            f"found {what} in {source}, such as {(missing or left)[0]}; expected those that config.json speaks of; "
+            "copy the whole folder again"
+        )
+    return model
+
+
+@contextmanager
+def _no_loading_report() -> Iterator[None]:
+    """Without the table that transformers prints of weights that are missing or left over: `_complete` says it."""
+    log = logging.getLogger("transformers.modeling_utils")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
 
 
 def _check_table_weights(folder: Path, model: SconeForCausalLM, table: EmbeddingTable) -> None:
@@ -161,7 +193,10 @@ def _load_plain(model_path: str | Path) -> PreTrainedModel:
             f"found no folder {model_path}; expected a model folder such as OUTPUT_DIR/final_model; train one first"
         )
     advice = "give a model folder that `scone verify` finds whole, or a hub name within reach"
-    with library_refusal(f"cannot load a causal language model from {model_path}", advice):
+    with library_refusal(f"cannot load a causal language model from {model_path}", advice), _no_loading_report():
         # code that comes with a model is never run, and nobody is asked on the terminal whether it may
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model_path, trust_remote_code=False)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            model_path, trust_remote_code=False, output_loading_info=True
+        )
+    model: PreTrainedModel = _complete(loaded, model_path)
     return model

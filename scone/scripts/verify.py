@@ -171,10 +171,19 @@ def _verify_model(folder: Path) -> list[str]:
     if config.get("num_f_grams"):
         lines += _verify_vocabulary(folder / "f_grams.safetensors")
         _verify_fit(folder, config, fingerprint)
+    lines.append(_verify_loads(folder))
     if (folder / "options.yaml").exists():
         load_options(folder / "options.yaml")
         lines.append(f"{folder / 'options.yaml'}: whole: options")
     return lines
+
+
+def _verify_loads(folder: Path) -> str:
+    """The weights are those of the model that config.json speaks of: none missing, none of another shape."""
+    from scone.inference.loading import load_model
+
+    parameters = sum(parameter.numel() for parameter in load_model(folder, device="cpu").model.parameters())
+    return f"{folder}: whole: model, {parameters:,} parameters"
 
 
 def _verify_fit(folder: Path, config: dict[str, object], tokenizer: str) -> None:

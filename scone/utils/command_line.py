@@ -106,8 +106,13 @@ def is_first_process() -> bool:
 
 
 def one_line(text: str) -> str:
-    """``text`` with every run of white space made one space."""
-    return " ".join(text.split())
+    """``text`` with every run of white space made one space, and what a terminal would obey written out: files that
+    strangers wrote are quoted in messages.
+    """
+    words = " ".join(text.split())
+    if words.isprintable():
+        return words
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode("ascii") for c in words)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

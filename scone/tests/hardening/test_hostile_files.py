@@ -1,184 +1,118 @@
-"""Vocabularies, tables, token files and half-done work that are damaged or forged: one line, or read safely."""
+"""Every reader of files with bad inputs of every kind: one line, or read safely, and the files stay as they were."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import struct
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from scone.data.token_file import METADATA_NAME, TOKENS_NAME, TokenFile, TokenFileWriter, _metadata_checksum
-from scone.inference import table_format
-from scone.inference.embedding_table import EmbeddingTable
-from scone.inference.table_check import verify_table
+from scone.data.token_file import METADATA_NAME, TOKENS_NAME, TokenFileWriter, _metadata_checksum
 from scone.scripts.verify import verify
 from scone.tests import tiny
-from scone.tests.hardening.hostile import HOSTILE_VALUES, damaged, forged, refused_or_read
-from scone.tests.inference.tables import write_table
+from scone.tests.hardening.bad_files import (
+    READERS,
+    TABLE,
+    VOCABULARY,
+    Files,
+    Reader,
+    good_table,
+    good_tokens,
+    good_vocabulary,
+    use_tokens,
+)
+from scone.tests.hardening.bad_inputs import MEMORY_LIMIT_BYTES, READ, REFUSED, judge_files, try_kind
+from scone.tests.hardening.hostile import HOSTILE_VALUES, refused_or_read
 from scone.tokenization import f_gram_file
-from scone.tokenization.counting import count_f_grams
-from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 from scone.tokenization.matcher import Matcher
+from scone.utils.errors import SconeError
 from scone.utils.files import fingerprint_of
 
-FUZZ = settings(
-    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+KINDS = [(reader, kind) for reader in READERS for kind in READERS[reader].kinds]
+
+
+@pytest.mark.parametrize(("name", "kind"), KINDS)
+def test_bad_inputs_are_refused_or_read(tmp_path: Path, name: str, kind: str) -> None:
+    reader = READERS[name]
+    (tmp_path / "good").mkdir()
+    good = reader.good(tmp_path / "good")
+    judge = judge_files(reader, kind, good, tmp_path / "input")
+
+    examples = 120 if kind.startswith("forged") else 60
+
+    @settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(reader.kinds[kind](good))
+    def law(files: Files) -> None:
+        assert judge(files) in (READ, REFUSED)
+
+    law()
+
+
+def change(folder: Path) -> None:
+    (folder / "a").write_bytes(b"changed")
+
+
+def hoard(folder: Path) -> None:
+    assert bytearray(MEMORY_LIMIT_BYTES + (64 << 20))
+
+
+def refuse_without_a_reason(folder: Path) -> None:
+    raise SconeError("no")
+
+
+def fail(folder: Path) -> None:
+    raise KeyError(folder)
+
+
+@pytest.mark.parametrize(
+    ("bad_reader", "outcome"),
+    [
+        (change, "the input was changed"),
+        (hoard, "memory grew"),
+        (refuse_without_a_reason, "refused with"),
+        (fail, "KeyError"),
+        (lambda folder: (folder / "a").read_bytes(), "damage was let pass"),
+    ],
 )
+def test_whatever_is_neither_refused_nor_read_is_told(
+    tmp_path: Path, bad_reader: Callable[[Path], Any], outcome: str
+) -> None:
+    """The judge of all this, judged."""
 
+    def use(folder: Path) -> Any:
+        content = (folder / "a").read_bytes()
+        return content if content == b"good" else bad_reader(folder)
 
-def use_vocabulary(path: Path) -> None:
-    """All that a program does with a vocabulary; every node that comes back exists."""
-    vocabulary = FGramVocabulary.load(path)
-    nodes = Matcher(vocabulary).match(np.random.default_rng(0).integers(0, min(24, vocabulary.vocab_size), 200))
-    assert ((nodes >= 0) & (nodes < vocabulary.num_nodes)).all()
-    vocabulary.depth_first_order()
-    vocabulary.verify()
+    good = {"a": b"good"}
+    reader = Reader("bad reader", lambda _: good, {}, use, sealed=True)
+    judge = judge_files(reader, "damaged", good, tmp_path / "input")
+    counted = try_kind(st.sampled_from([good, {"a": b"bad"}]), good, judge, wanted=5, seed=0)
+    assert counted["inputs"] == len(counted["failures"]) == 1
+    assert outcome in counted["failures"][0]
 
 
 @pytest.fixture(scope="module")
 def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    return tiny.vocabulary().save(tmp_path_factory.mktemp("vocabulary")).read_bytes()
-
-
-@FUZZ
-@given(data=st.data())
-def test_vocabularies_of_any_bytes(tmp_path: Path, vocabulary: bytes, data: st.DataObject) -> None:
-    path = tmp_path / "f_grams.safetensors"
-    path.write_bytes(data.draw(damaged(vocabulary) | st.binary(max_size=100)))
-    refused_or_read(lambda: use_vocabulary(path))
-    refused_or_read(lambda: verify(path))
-
-
-@settings(FUZZ, max_examples=200)
-@given(data=st.data())
-def test_vocabularies_with_a_forged_header_and_a_checksum_that_fits(
-    tmp_path: Path, vocabulary: bytes, data: st.DataObject
-) -> None:
-    size = int.from_bytes(vocabulary[:8], "little")
-    header = data.draw(forged(json.loads(vocabulary[8 : 8 + size])))
-    if isinstance(header, dict) and isinstance(header.get("__metadata__"), dict):
-        header["__metadata__"].pop("header_sha256", None)
-        header["__metadata__"]["header_sha256"] = fingerprint_of(f_gram_file._encoded(header))
-    text = f_gram_file._encoded(header)
-    path = tmp_path / "f_grams.safetensors"
-    path.write_bytes(len(text).to_bytes(8, "little") + text + vocabulary[8 + size :])
-    refused_or_read(lambda: use_vocabulary(path))
-    refused_or_read(lambda: verify(path))
-
-
-@FUZZ
-@given(data=st.data())
-def test_vocabularies_with_forged_data_and_a_checksum_that_fits(
-    tmp_path: Path, vocabulary: bytes, data: st.DataObject
-) -> None:
-    """Whoever writes the file may write any numbers into it: they are read, or refused, but never out of bounds."""
-    size = 8 + int.from_bytes(vocabulary[:8], "little")
-    content = bytearray(vocabulary[size:])
-    for _ in range(data.draw(st.integers(1, 20))):
-        at = data.draw(st.integers(0, len(content) - 1))
-        content[at] = data.draw(st.sampled_from([0, 1, 0x7F, 0x80, 0xFF]))
-    header = json.loads(vocabulary[8:size])
-    header["__metadata__"]["data_sha256"] = hashlib.sha256(content).hexdigest()
-    del header["__metadata__"]["header_sha256"]
-    header["__metadata__"]["header_sha256"] = fingerprint_of(f_gram_file._encoded(header))
-    text = f_gram_file._encoded(header)
-    path = tmp_path / "f_grams.safetensors"
-    path.write_bytes(len(text).to_bytes(8, "little") + text + content)
-    refused_or_read(lambda: use_vocabulary(path))
-
-
-def use_table(path: Path) -> None:
-    """Open it in every placement and read rows, the first and the last among them."""
-    for placement in ("ram", "mmap", "direct"):
-        with EmbeddingTable.open(path, placement) as table:
-            if table.num_rows:
-                table.rows(torch.tensor([0, table.num_rows - 1, 0]))
-    verify_table(path)
+    return good_vocabulary(tmp_path_factory.mktemp("vocabulary"))[VOCABULARY]
 
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    path = tmp_path_factory.mktemp("table") / "embeddings.cache"
-    write_table(path, torch.randn(40, 16, generator=torch.Generator().manual_seed(0)), "int8")
-    return path.read_bytes()
-
-
-@FUZZ
-@given(data=st.data())
-def test_tables_of_any_bytes(tmp_path: Path, table: bytes, data: st.DataObject) -> None:
-    path = tmp_path / "embeddings.cache"
-    path.write_bytes(data.draw(damaged(table) | st.binary(max_size=100)))
-    refused_or_read(lambda: use_table(path))
-    refused_or_read(lambda: verify(path))
-
-
-@settings(FUZZ, max_examples=200)
-@given(data=st.data())
-def test_tables_with_a_forged_header_and_a_checksum_that_fits(
-    tmp_path: Path, table: bytes, data: st.DataObject
-) -> None:
-    (size,) = struct.unpack("<Q", table[:8])
-    header = data.draw(forged(json.loads(table[8 : 8 + size])))
-    if isinstance(header, dict) and isinstance(header.get("__metadata__"), dict):
-        header["__metadata__"].pop("header_checksum", None)
-        header["__metadata__"]["header_checksum"] = table_format._metadata_checksum(header["__metadata__"])
-    text = json.dumps(header, separators=(",", ":")).encode("ascii")
-    size = -(-(8 + len(text)) // 4096) * 4096 - 8
-    path = tmp_path / "embeddings.cache"
-    path.write_bytes(struct.pack("<Q", size) + text.ljust(size) + table[4096:])
-    refused_or_read(lambda: use_table(path))
-    refused_or_read(lambda: verify(path))
+    return good_table(tmp_path_factory.mktemp("table"))[TABLE]
 
 
 @pytest.fixture(scope="module")
 def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tokens")
-    writer = TokenFileWriter(folder, vocab_size=100, separator_id=0)
-    for document in range(5):
-        writer.add_document(np.arange(document + 1, document + 20))
-    writer.finish({"tokenizer_fingerprint": "abc"})
+    good_tokens(folder)
     return folder
-
-
-def use_tokens(folder: Path) -> None:
-    opened = TokenFile.open(folder, check_content=True)
-    if opened.num_tokens:
-        assert int(opened.tokens[-1]) >= 0
-        count_f_grams(
-            [opened.tokens], vocab_size=opened.vocab_size, max_n=2, separator_ids=[opened.separator_id], quiet=True
-        )
-
-
-@FUZZ
-@given(data=st.data(), name=st.sampled_from([METADATA_NAME, TOKENS_NAME]))
-def test_token_files_of_any_bytes(tmp_path: Path, tokens: Path, name: str, data: st.DataObject) -> None:
-    for each in (METADATA_NAME, TOKENS_NAME):
-        (tmp_path / each).write_bytes((tokens / each).read_bytes())
-    (tmp_path / name).write_bytes(data.draw(damaged((tokens / name).read_bytes()) | st.binary(max_size=100)))
-    refused_or_read(lambda: use_tokens(tmp_path))
-    refused_or_read(lambda: verify(tmp_path))
-
-
-@settings(FUZZ, max_examples=200)
-@given(data=st.data())
-def test_token_files_with_forged_facts_and_a_checksum_that_fits(
-    tmp_path: Path, tokens: Path, data: st.DataObject
-) -> None:
-    facts = data.draw(forged(json.loads((tokens / METADATA_NAME).read_text())))
-    if isinstance(facts, dict):
-        facts["metadata_sha256"] = _metadata_checksum(facts)
-    (tmp_path / METADATA_NAME).write_text(json.dumps(facts), encoding="utf-8")
-    (tmp_path / TOKENS_NAME).write_bytes((tokens / TOKENS_NAME).read_bytes())
-    refused_or_read(lambda: use_tokens(tmp_path))
 
 
 def test_tokens_beyond_the_vocabulary_are_refused_wherever_they_would_index_memory(tmp_path: Path) -> None:

@@ -8,64 +8,68 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from scone.inference.loading import load_model
 from scone.scripts.verify import verify
 from scone.tests import tiny
-from scone.tests.hardening.hostile import damaged, forged, refused_or_read
-from scone.tokenization.tokenizers import load_tokenizer, train_tokenizer
+from scone.tests.hardening.bad_files import Files, files_below
+from scone.tests.hardening.bad_inputs import READ, REFUSED, judge_files
+from scone.tests.hardening.bad_models import MODEL, good_model, use_model
+from scone.tests.hardening.hostile import refused_or_read
 from scone.utils.errors import SconeError
 
-FUZZ = settings(
-    max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-)
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
-JSON_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model") / "final_model"
-    tiny.scone().save_pretrained(folder)
-    train_tokenizer(iter(["the cat sat on the mat and the dog ran"] * 5), 257, folder)
+    good_model(folder)
     return folder
 
 
-def use(folder: Path) -> None:
-    """What every command does with a model folder, each part of it whatever becomes of the others."""
-    refused_or_read(lambda: verify(folder))
-    refused_or_read(lambda: load_tokenizer(folder))
-    loaded = refused_or_read(lambda: load_model(folder, device="cpu"))
-    assert loaded is None or loaded.model is not None
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*JSON_FILES, "model.safetensors", "f_grams.safetensors"])
-@FUZZ
-@given(data=st.data())
-def test_model_folders_of_any_bytes(tmp_path: Path, model: Path, name: str, data: st.DataObject) -> None:
-    folder = tmp_path / "m"
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(model, folder)
-    (folder / name).write_bytes(data.draw(damaged((model / name).read_bytes())))
-    use(folder)
+@pytest.mark.parametrize("kind", MODEL.kinds)
+def test_bad_model_folders_are_refused_or_read(tmp_path: Path, model: Path, kind: str) -> None:
+    good = files_below(model)
+    judge = judge_files(MODEL, kind, good, tmp_path / "input")
+
+    @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(MODEL.kinds[kind](good))
+    def law(files: Files) -> None:
+        assert judge(files) in (READ, REFUSED)
+
+    law()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", JSON_FILES)
-@FUZZ
-@given(data=st.data())
-def test_model_folders_with_forged_json(tmp_path: Path, model: Path, name: str, data: st.DataObject) -> None:
+@pytest.mark.parametrize("change", ["missing", "left over"])
+def test_weights_that_do_not_fit_the_configuration_are_refused(tmp_path: Path, model: Path, change: str) -> None:
+    """Libraries put random numbers where weights are missing, and drop those that the configuration does not name."""
     folder = tmp_path / "m"
-    shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(model, folder)
-    (folder / name).write_text(json.dumps(data.draw(forged(json.loads((model / name).read_text())))), encoding="utf-8")
-    use(folder)
+    if change == "missing":
+        weights = load_file(folder / "model.safetensors")
+        del weights["trunk.transformer.h.1.mlp.c_fc.weight"]
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    else:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"learned_rows": 0}))
+    for use in (verify, lambda path: load_model(path, device="cpu")):
+        with pytest.raises(SconeError, match="weights"):
+            use(folder)
+
+
+def test_a_plain_model_with_missing_weights_is_refused(tmp_path: Path) -> None:
+    tiny.trunk("gpt2").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"n_layer": 3, "layer_types": None}))
+    with pytest.raises(SconeError, match="no weights for"):
+        load_model(tmp_path, device="cpu")
 
 
 @pytest.mark.parametrize("kind", ["scone", "gpt2", "unknown"])
@@ -84,7 +88,7 @@ def test_code_in_a_model_folder_is_not_run(
         if name == "config.json" and kind != "scone":
             content["model_type"] = kind
         (folder / name).write_text(json.dumps(content))
-    use(folder)
+    refused_or_read(lambda: use_model(folder))
     assert not (tmp_path / "ran").exists()
 
 
@@ -101,7 +105,7 @@ def test_pickled_weights_are_not_run(tmp_path: Path, model: Path) -> None:
     shutil.copytree(model, folder)
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Evil()))
-    use(folder)
+    refused_or_read(lambda: use_model(folder))
     with pytest.raises(SconeError):
         load_model(folder, device="cpu")
     assert not (tmp_path / "ran").exists()

@@ -1,0 +1,435 @@
+"""Every reader of the package with the bad inputs that it must survive; for the tests and benchmarks/bad_inputs.py.
+
+A ``Reader`` has a good input, a strategy for each kind of bad one, and what programs do with it. An input is the
+files of a folder by name.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import lzma
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from hypothesis import strategies as st
+
+import scone
+from scone.configs.loading import load_options, parse_options, to_mapping
+from scone.configs.schema import SconeOptions
+from scone.data.readers import read_documents
+from scone.data.token_file import METADATA_NAME, TokenFile, TokenFileWriter, _metadata_checksum
+from scone.evaluation.benchmark_config import BenchmarkConfig, read_benchmark_config
+from scone.inference import table_format
+from scone.inference.embedding_table import EmbeddingTable
+from scone.inference.table_check import verify_table
+from scone.scripts.verify import verify
+from scone.tests import tiny
+from scone.tests.hardening.hostile import HOSTILE_VALUES, damaged, deep_json, forged, yaml_bomb
+from scone.tests.inference.tables import write_table
+from scone.tokenization import f_gram_file
+from scone.tokenization.counting import count_f_grams
+from scone.tokenization.f_gram_vocabulary import FGramVocabulary
+from scone.tokenization.matcher import Matcher
+from scone.utils.files import fingerprint_of, read_json
+
+Files = dict[str, bytes]
+BadInputs = Callable[[Files], st.SearchStrategy[Files]]
+
+VOCABULARY = "f_grams.safetensors"
+TABLE = "embeddings.cache"
+OPTIONS = """\
+data:
+  dataset_name: texts
+  max_n: 4
+model: {base_model_name: gpt2, f_gram: {hidden_size: 8}}
+training:
+  learning_rate: 5e-5
+  fp16: yes
+"""
+ROWS = "".join(json.dumps({"text": f"line {n} ä", "id": n}) + "\n" for n in range(20)).encode()
+NUMBERS = ("1" * 5000, "0x" + "f" * 6000, "-" + "9" * 5000, "1e999999", "1" + "_1" * 3000, "190:20:30:15" * 400)
+SHIPPED = Path(scone.__file__).parent / "configs" / "benchmark_config.json"
+TEXT_NAMES = ("a.jsonl", "a.txt", "a.tokens", "a.py", "a.jsonl.gz", "a.jsonl.xz", "a.txt.zst")
+
+
+@dataclass(frozen=True)
+class Reader:
+    """``use(folder)`` raises SconeError or returns what it read. ``sealed``: checksums cover every byte, so whatever
+    damage is let pass must have changed nothing. ``cost``: about how many times the cheapest reader's time.
+    """
+
+    name: str
+    good: Callable[[Path], Files]
+    kinds: dict[str, BadInputs]
+    use: Callable[[Path], Any]
+    sealed: bool = False
+    cost: int = 1
+
+
+def files_below(folder: Path) -> Files:
+    """Name and content of every file of a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def write_files(folder: Path, files: Files) -> None:
+    """The opposite."""
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+
+
+def any_bytes(*names: str) -> BadInputs:
+    """Any bytes in the place of one of the named files (of any file where none is named)."""
+    return _one_changed(names, lambda _: st.binary(max_size=300))
+
+
+def damages(*names: str) -> BadInputs:
+    """One of the named files (of any) damaged."""
+    return _one_changed(names, damaged)
+
+
+def _one_changed(names: tuple[str, ...], change: Callable[[bytes], st.SearchStrategy[bytes]]) -> BadInputs:
+    def inputs(good: Files) -> st.SearchStrategy[Files]:
+        return st.sampled_from(names or sorted(good)).flatmap(
+            lambda name: change(good[name]).map(lambda content: good | {name: content})
+        )
+
+    return inputs
+
+
+def forged_json(*names: str) -> BadInputs:
+    """One of the named JSON files with parts removed, renamed, or replaced by something hostile."""
+
+    def change(content: bytes) -> st.SearchStrategy[bytes]:
+        return forged(json.loads(content)).map(lambda value: json.dumps(value).encode())
+
+    return _one_changed(names, change)
+
+
+# ------------------------------------------------------------------ f-gram vocabularies
+
+
+def good_vocabulary(folder: Path) -> Files:
+    return {VOCABULARY: tiny.vocabulary().save(folder).read_bytes()}
+
+
+def _vocabulary_of(header: Any, data: bytes) -> Files:
+    """A file with this header, whose checksum is made to fit."""
+    if isinstance(header, dict) and isinstance(header.get("__metadata__"), dict):
+        header["__metadata__"].pop("header_sha256", None)
+        header["__metadata__"]["header_sha256"] = fingerprint_of(f_gram_file._encoded(header))
+    text = f_gram_file._encoded(header)
+    return {VOCABULARY: len(text).to_bytes(8, "little") + text + data}
+
+
+def _vocabulary_parts(good: Files) -> tuple[Any, bytes]:
+    content = good[VOCABULARY]
+    start = 8 + int.from_bytes(content[:8], "little")
+    return json.loads(content[8:start]), content[start:]
+
+
+def vocabularies_with_a_forged_header(good: Files) -> st.SearchStrategy[Files]:
+    header, data = _vocabulary_parts(good)
+    return forged(header).map(lambda forgery: _vocabulary_of(forgery, data))
+
+
+@st.composite
+def vocabularies_with_forged_data(draw: st.DrawFn, good: Files) -> Files:
+    """Whoever writes the file may write any numbers into it: they are read, or refused, but never out of bounds."""
+    header, data = _vocabulary_parts(good)
+    content = bytearray(data)
+    for _ in range(draw(st.integers(1, 20))):
+        at = draw(st.integers(0, len(content) - 1))
+        content[at] = draw(st.sampled_from([0, 1, 0x7F, 0x80, 0xFF]))
+    header["__metadata__"]["data_sha256"] = hashlib.sha256(content).hexdigest()
+    return _vocabulary_of(header, bytes(content))
+
+
+def use_vocabulary(folder: Path) -> str:
+    """All that a program does with a vocabulary; every node that comes back exists."""
+    vocabulary = FGramVocabulary.load(folder / VOCABULARY)
+    nodes = Matcher(vocabulary).match(np.random.default_rng(0).integers(0, min(24, vocabulary.vocab_size), 200))
+    assert ((nodes >= 0) & (nodes < vocabulary.num_nodes)).all()
+    vocabulary.depth_first_order()
+    vocabulary.verify()
+    verify(folder / VOCABULARY)
+    return vocabulary.fingerprint
+
+
+# ------------------------------------------------------------------ tables
+
+
+def good_table(folder: Path) -> Files:
+    path = folder / TABLE
+    write_table(path, torch.randn(40, 16, generator=torch.Generator().manual_seed(0)), "int8")
+    return {TABLE: path.read_bytes()}
+
+
+def tables_with_a_forged_header(good: Files) -> st.SearchStrategy[Files]:
+    content = good[TABLE]
+    (size,) = struct.unpack("<Q", content[:8])
+
+    def written(header: Any) -> Files:
+        if isinstance(header, dict) and isinstance(header.get("__metadata__"), dict):
+            header["__metadata__"].pop("header_checksum", None)
+            header["__metadata__"]["header_checksum"] = table_format._metadata_checksum(header["__metadata__"])
+        text = json.dumps(header, separators=(",", ":")).encode("ascii")
+        length = -(-(8 + len(text)) // 4096) * 4096 - 8
+        return {TABLE: struct.pack("<Q", length) + text.ljust(length) + content[4096:]}
+
+    return forged(json.loads(content[8 : 8 + size])).map(written)
+
+
+def use_table(folder: Path) -> str:
+    """Open it in every placement, read rows, the first and the last among them, and check all; the rows' digest."""
+    digest = hashlib.sha256()
+    for placement in ("ram", "mmap", "direct"):
+        with EmbeddingTable.open(folder / TABLE, placement) as table:
+            if table.num_rows:
+                digest.update(table.rows(torch.tensor([0, table.num_rows - 1, 0])).numpy().tobytes())
+    verify_table(folder / TABLE)
+    verify(folder / TABLE)
+    return digest.hexdigest()
+
+
+# ------------------------------------------------------------------ token files, corpus folders
+
+
+def good_tokens(folder: Path) -> Files:
+    writer = TokenFileWriter(folder, vocab_size=100, separator_id=0)
+    for document in range(5):
+        writer.add_document(np.arange(document + 1, document + 20))
+    writer.finish({"tokenizer_fingerprint": "abc"})
+    return files_below(folder)
+
+
+def tokens_with_forged_facts(good: Files) -> st.SearchStrategy[Files]:
+    def written(facts: Any) -> Files:
+        if isinstance(facts, dict):
+            facts["metadata_sha256"] = _metadata_checksum(facts)
+        return good | {METADATA_NAME: json.dumps(facts).encode()}
+
+    return forged(json.loads(good[METADATA_NAME])).map(written)
+
+
+def use_tokens(folder: Path) -> str:
+    """Open, check and count."""
+    opened = TokenFile.open(folder, check_content=True)
+    if opened.num_tokens:
+        assert int(opened.tokens[-1]) >= 0
+        count_f_grams(
+            [opened.tokens], vocab_size=opened.vocab_size, max_n=2, separator_ids=[opened.separator_id], quiet=True
+        )
+    verify(folder)
+    return hashlib.sha256(np.asarray(opened.tokens)).hexdigest()
+
+
+def good_corpus(folder: Path) -> Files:
+    split = {f"train/{name}": content for name, content in good_tokens(folder).items()}
+    return {"corpus.json": json.dumps({"splits": ["train"]}).encode(), **split}
+
+
+def corpora_that_lead_outside(good: Files) -> st.SearchStrategy[Files]:
+    """Splits that are other folders, or no names at all."""
+    names = st.sampled_from(("..", "../x", "/etc", "train/../train", "train/", ".", *HOSTILE_VALUES)) | st.text(
+        max_size=9
+    )
+    contents = st.lists(names, max_size=3).map(lambda splits: {"splits": splits}) | names.map(lambda x: {"splits": x})
+    return contents.map(lambda content: good | {"corpus.json": json.dumps(content).encode()})
+
+
+# ------------------------------------------------------------------ JSON, YAML, flags
+
+
+def good_json(_: Path) -> Files:
+    return {"a.json": json.dumps({"a": [1, {"b": None}], "c": "ä"}).encode()}
+
+
+def nested_json(_: Files) -> st.SearchStrategy[Files]:
+    """Nested without end, numbers of thousands of digits: of any depth and length."""
+    deep = st.integers(500, 200_000).map(deep_json)
+    objects = st.integers(500, 100_000).map(lambda depth: '{"a":' * depth)
+    digits = st.integers(4000, 100_000).map(lambda length: "[" + "9" * length + "]")
+    return (deep | objects | digits).map(lambda text: {"a.json": text.encode()})
+
+
+def good_options(_: Path) -> Files:
+    return {"a.yaml": OPTIONS.encode()}
+
+
+def any_yaml(_: Files) -> st.SearchStrategy[Files]:
+    text = st.text(alphabet="&*!<:{}[],-'\"|>%@?#\n ~abc0.123tf_datmoel", max_size=200)
+    return text.map(lambda content: {"a.yaml": content.encode()})
+
+
+@st.composite
+def options_with_absurd_values(draw: st.DrawFn, _: Files) -> Files:
+    """Any option of the schema with a number without end, something hostile, or a value that stands for billions."""
+    schema = to_mapping(SconeOptions())
+    section = draw(st.sampled_from(sorted(schema)))
+    name = draw(st.sampled_from(sorted(schema[section])))
+    if draw(st.booleans()):
+        text = f"{section}:\n  {name}: {draw(st.sampled_from(NUMBERS))}\n"
+    elif draw(st.booleans()):
+        text = f"{yaml_bomb(draw(st.integers(6, 14)))}\n{section}: {{{name}: *a5}}\n"
+    else:
+        text = yaml.safe_dump({section: {name: draw(st.sampled_from(HOSTILE_VALUES))}})
+    return {"a.yaml": text.encode()}
+
+
+def use_options(folder: Path) -> Any:
+    options = load_options(folder / "a.yaml")
+    assert isinstance(options, SconeOptions)
+    return options
+
+
+@st.composite
+def flags_with_absurd_values(draw: st.DrawFn, _: Files) -> Files:
+    """Words of a command line: known and unknown flags, hostile values."""
+    schema = to_mapping(SconeOptions())
+    flags = [f"--{name}" for section in ("data", "model", "training") for name in schema[section]]
+    values = st.sampled_from([str(value) for value in (*HOSTILE_VALUES, *NUMBERS)]) | st.text(max_size=20)
+    words = st.lists(st.sampled_from([*flags, "--", "--no", "-x", "@a", "--config"]) | values, min_size=1, max_size=8)
+    return {"words.json": json.dumps(draw(words)).encode()}
+
+
+def use_flags(folder: Path) -> Any:
+    words = json.loads((folder / "words.json").read_bytes())
+    try:
+        return parse_options(words, ("data", "model", "training"), "Train.")[0]
+    except SystemExit as left:  # somebody asked for help
+        if left.code:
+            raise
+        return None
+
+
+def use_benchmark_config(folder: Path) -> BenchmarkConfig:
+    config = read_benchmark_config(folder / "a.json")
+    assert isinstance(config, BenchmarkConfig)
+    return config
+
+
+# ------------------------------------------------------------------ texts
+
+
+def compressed(content: bytes, name: str) -> bytes:
+    """``content`` as the ending of ``name`` says."""
+    import zstandard
+
+    ways = {".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstandard.ZstdCompressor().compress}
+    return ways.get(Path(name).suffix, bytes)(content)
+
+
+def _texts(change: Callable[[bytes], st.SearchStrategy[bytes]]) -> BadInputs:
+    def inputs(_: Files) -> st.SearchStrategy[Files]:
+        return st.sampled_from(TEXT_NAMES).flatmap(
+            lambda name: change(compressed(ROWS, name)).map(lambda content: {name: content})
+        )
+
+    return inputs
+
+
+def forged_rows(_: Files) -> st.SearchStrategy[Files]:
+    """JSON lines of hostile values, compressed or not."""
+    values = st.sampled_from([*map(json.dumps, HOSTILE_VALUES), deep_json(5000), "1" * 5000, '"\\ud800"', "NaN", "[1]"])
+    rows = st.lists(values.map(lambda value: f'{{"text": {value}}}'), min_size=1, max_size=4).map("\n".join)
+    names = st.sampled_from(["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.json"])
+    return st.builds(lambda name, text: {name: compressed(text.encode(), name)}, names, rows)
+
+
+def use_text(folder: Path) -> list[str]:
+    (path,) = (path for path in folder.iterdir() if path.is_file())
+    found = list(read_documents(path, "text"))
+    assert all(isinstance(text, str) and text.encode("utf-8") is not None for text in found)
+    return found
+
+
+def good_parquet(folder: Path) -> Files:
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = {"text": [f"text {n}" for n in range(30)], "n": list(range(30))}
+    pyarrow.parquet.write_table(pyarrow.table(rows), folder / "a.parquet", compression="none")
+    return files_below(folder)
+
+
+READERS: dict[str, Reader] = {
+    reader.name: reader
+    for reader in (
+        Reader(
+            "f-gram vocabulary",
+            good_vocabulary,
+            {
+                "any bytes": any_bytes(),
+                "damaged": damages(),
+                "forged header": vocabularies_with_a_forged_header,
+                "forged data": vocabularies_with_forged_data,
+            },
+            use_vocabulary,
+            sealed=True,
+        ),
+        Reader(
+            "embedding table",
+            good_table,
+            {"any bytes": any_bytes(), "damaged": damages(), "forged header": tables_with_a_forged_header},
+            use_table,
+            sealed=True,
+        ),
+        Reader(
+            "token file",
+            good_tokens,
+            {"any bytes": any_bytes(), "damaged": damages(), "forged header": tokens_with_forged_facts},
+            use_tokens,
+            sealed=True,
+        ),
+        Reader(
+            "corpus folder",
+            good_corpus,
+            {
+                "any bytes": any_bytes("corpus.json"),
+                "damaged": damages("corpus.json"),
+                "forged": corpora_that_lead_outside,
+            },
+            verify,
+        ),
+        Reader(
+            "JSON",
+            good_json,
+            {"any bytes": any_bytes(), "damaged": damages(), "nested": nested_json},
+            lambda folder: read_json(folder / "a.json"),
+        ),
+        Reader(
+            "YAML options",
+            good_options,
+            {
+                "any bytes": any_bytes(),
+                "damaged": damages(),
+                "any YAML": any_yaml,
+                "forged": options_with_absurd_values,
+            },
+            use_options,
+        ),
+        Reader("flags", lambda _: {"words.json": b"[]"}, {"forged": flags_with_absurd_values}, use_flags),
+        Reader(
+            "benchmark configuration",
+            lambda _: {"a.json": SHIPPED.read_bytes()},
+            {"any bytes": any_bytes(), "damaged": damages(), "forged": forged_json()},
+            use_benchmark_config,
+        ),
+        Reader(
+            "text, JSON lines, compressed",
+            lambda _: {"a.jsonl": ROWS},
+            {"any bytes": _texts(lambda _: st.binary(max_size=200)), "damaged": _texts(damaged), "forged": forged_rows},
+            use_text,
+        ),
+        Reader("parquet", good_parquet, {"any bytes": any_bytes(), "damaged": damages()}, use_text),
+    )
+}
