@@ -61,6 +61,8 @@ def table(name: str) -> str:
         return comparison_table(report, summary)
     if "before" in report and "after" in report:
         return retrofit_table(report)
+    if "bad_inputs" in report:
+        return bad_input_table(report)
     if "batches" in report:
         return fault_tables(report)
     if "runs" in report:
@@ -85,6 +87,22 @@ def fault_tables(report: dict[str, Any]) -> str:
     others = f"{summary['scenarios_survived']} of {len(report['scenarios'])} other scenarios survived"
     where = f"{machine['processor']}, {machine['cores']} cores, at commit {report['commit'][:10]}"
     return "\n".join(lines) + f"\n\n*{kills}; {others}. On {where}.*\n"
+
+
+def bad_input_table(report: dict[str, Any]) -> str:
+    """By reader: inputs tried, read, refused, and what else happened."""
+    summary = report["summary"]
+    lines = [
+        "| reader of | bad inputs | read, as they say | refused in one line | anything else |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for reader, counted in summary["by_reader"].items():
+        lines.append("| " + " | ".join([reader, *(f"{counted[key]:,}" for key in counted)]) + " |")
+    machine = report["machine"]
+    limits = f"{summary['seconds_limit']} s or {summary['memory_limit_bytes'] >> 20} MiB"
+    note = f"{summary['inputs']:,} different inputs, {len(summary['failures'])} of them not read or refused within {limits}"
+    where = f"{machine['processor']}, {machine['cores']} cores, at commit {report['commit'][:10]}"
+    return "\n".join(lines) + f"\n\n*{note}. On {where}.*\n"
 
 
 def benchmark_table(report: dict[str, Any], summary: bool = False) -> str:

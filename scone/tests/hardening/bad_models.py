@@ -44,5 +44,5 @@ MODEL = Reader(
     good_model,
     {"damaged": damages(*MODEL_FILES), "forged": forged_json(*JSON_FILES)},
     use_model,
-    cost=20,
+    cost=10,
 )
