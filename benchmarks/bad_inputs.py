@@ -2,8 +2,8 @@
 
     python benchmarks/bad_inputs.py --json docs/results/bad_inputs.json
 
-Any bytes, damaged bytes, forged numbers with checksums that fit, bombs; each reader in a process of its own, with limits
-of time and memory. Stopped and started again with the same ``--json`` it goes on; another ``--seed`` tries other inputs.
+Any bytes, damaged bytes, forged numbers with checksums that fit, bombs; each reader in a process of its own, with
+limits of time and memory. Started again with the same ``--json`` it goes on; another ``--seed`` tries other inputs.
 The inputs and the judge of what becomes of them are in ``scone.tests.hardening``; a small slice of them is a test.
 """
 

@@ -100,7 +100,8 @@ def bad_input_table(report: dict[str, Any]) -> str:
         lines.append("| " + " | ".join([reader, *(f"{counted[key]:,}" for key in counted)]) + " |")
     machine = report["machine"]
     limits = f"{summary['seconds_limit']} s or {summary['memory_limit_bytes'] >> 20} MiB"
-    note = f"{summary['inputs']:,} different inputs, {len(summary['failures'])} of them not read or refused within {limits}"
+    failed = f"{len(summary['failures'])} of them not read or refused within {limits}"
+    note = f"{summary['inputs']:,} different inputs, {failed}"
     where = f"{machine['processor']}, {machine['cores']} cores, at commit {report['commit'][:10]}"
     return "\n".join(lines) + f"\n\n*{note}. On {where}.*\n"
 

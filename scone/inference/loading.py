@@ -131,10 +131,10 @@ def _complete(loaded: tuple[Any, dict[str, Any]], source: str | Path, exactly: b
     model, info = loaded
     missing, left = sorted(info["missing_keys"]), sorted(info["unexpected_keys"]) if exactly else []
     if missing or left:
-        what = f"no weights for {len(missing)} parts of the model" if missing else f"{len(left)} weights too many"
+        what = f"no weights for {missing[0]}" if missing else f"weights {left[0]} that have no place"
         raise SconeError(
-            f"found {what} in {source}, such as {(missing or left)[0]}; expected those that config.json speaks of; "
-            "copy the whole folder again"
+            f"found {what} in the model in {source} ({len(missing or left)} in all); expected those that config.json "
+            "speaks of; copy the whole folder again"
         )
     return model
 
@@ -143,12 +143,15 @@ def _complete(loaded: tuple[Any, dict[str, Any]], source: str | Path, exactly: b
 def _no_loading_report() -> Iterator[None]:
     """Without the table that transformers prints of weights that are missing or left over: `_complete` says it."""
     log = logging.getLogger("transformers.modeling_utils")
-    before = log.level
-    log.setLevel(logging.ERROR)
+
+    def speaks_of_else(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    log.addFilter(speaks_of_else)  # a level would do more: below WARNING, transformers looks for other things to say
     try:
         yield
     finally:
-        log.setLevel(before)
+        log.removeFilter(speaks_of_else)
 
 
 def _check_table_weights(folder: Path, model: SconeForCausalLM, table: EmbeddingTable) -> None:
