@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -26,15 +27,17 @@ TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node=2")
 TORCH_LAUNCH = ("torch.distributed.launch", "--standalone", "--nproc_per_node=2")
 ACCELERATE_LAUNCH = (
     *("accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no"),
-    *("--dynamo_backend=no", "--main_process_port=0", "--num_cpu_threads_per_process=1"),
+    *("--dynamo_backend=no", "--main_process_port={free_port}", "--num_cpu_threads_per_process=1"),
 )
 LAW = {"atol": 2e-4, "rtol": 2e-3}
 """How far sums in another order may move the weights of six steps."""
 
 
 def launch(launcher: tuple[str, ...], *program: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:  # accelerate 1.4 does not look for a free port itself
+        port = str(free.getsockname()[1])
     done = subprocess.run(
-        [sys.executable, "-m", *launcher, *program],
+        [sys.executable, "-m", *(word.replace("{free_port}", port) for word in launcher), *program],
         capture_output=True,
         text=True,
         timeout=300,
