@@ -15,7 +15,7 @@ _BYTE_UNITS = {"b": 1} | {
 
 def parse_bytes(text: str | int) -> int:
     """Bytes in "4GiB", "500MB" (10⁶), "2g" (binary) or a plain number. Raises SconeError."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(text))
+    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([a-zA-Z]*)\s*", str(text))
     unit = match[2].lower() or "b" if match else ""
     if not match or unit not in _BYTE_UNITS:
         raise SconeError(f"found {text!r} for a size in bytes; expected a number with a unit; write for example 4GiB")

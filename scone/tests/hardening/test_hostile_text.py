@@ -28,7 +28,10 @@ def test_json_that_nothing_should_hold_is_refused(tmp_path: Path, text: str) -> 
 
 
 @pytest.mark.parametrize("number", NUMBERS)
-@pytest.mark.parametrize("option", ["training.seed", "training.learning_rate", "data.dataset_name", "training.fp16"])
+@pytest.mark.parametrize(
+    "option",
+    ["training.seed", "training.learning_rate", "data.dataset_name", "data.memory_budget", "training.fp16"],
+)
 def test_options_of_absurd_numbers(tmp_path: Path, option: str, number: str) -> None:
     section, name = option.split(".")
     (tmp_path / "a.yaml").write_text(f"{section}:\n  {name}: {number}\n", encoding="utf-8")
