@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_TRAINED_VOCABULARY = 257  # 256 bytes and the separator
+LARGEST_TOKEN_ID = (1 << 24) - 1  # ten times the largest vocabularies that there are
 TRAINING_CHARACTERS = 200_000_000  # enough for any vocabulary; more only costs memory and time
 
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2")
@@ -136,7 +137,15 @@ def _from_hub(name: str) -> PreTrainedTokenizerBase:
 
 
 def _check_usable(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Refuse a tokenizer that loses text: class and files that do not fit give one of a single entry, silently."""
+    """Refuse a tokenizer that loses text (class and files that do not fit give one of a single entry, silently), or
+    whose ids have no bound: libraries and models keep something for each number up to the largest.
+    """
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    if largest > LARGEST_TOKEN_ID:
+        raise SconeError(
+            f"tokenizer {name!r} gives a token the id {largest:,}; expected ids up to {LARGEST_TOKEN_ID:,}; copy or "
+            "save it again"
+        )
     entries = [token for token in list(tokenizer.get_vocab())[:1000] if token.isalpha() and token.isascii()]
     special = set(tokenizer.all_special_ids)
     for text in ["Hello world", *entries[:3]]:

@@ -17,6 +17,7 @@ from scone.tests.hardening.bad_files import Files, files_below
 from scone.tests.hardening.bad_inputs import READ, REFUSED, judge_files
 from scone.tests.hardening.bad_models import MODEL, good_model, use_model
 from scone.tests.hardening.hostile import refused_or_read
+from scone.tokenization.tokenizers import load_tokenizer
 from scone.utils.errors import SconeError
 
 pytestmark = [
@@ -61,6 +62,19 @@ def test_weights_that_do_not_fit_the_configuration_are_refused(tmp_path: Path, m
         (folder / "config.json").write_text(json.dumps(config | {"learned_rows": 0}))
     for use in (verify, lambda path: load_model(path, device="cpu")):
         with pytest.raises(SconeError, match="weights"):
+            use(folder)
+
+
+def test_a_tokenizer_with_an_absurd_id_is_refused(tmp_path: Path, model: Path) -> None:
+    """The library that writes it out would ask for memory for every number below."""
+    folder = tmp_path / "m"
+    shutil.copytree(model, folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    token = next(iter(content["model"]["vocab"]))
+    content["model"]["vocab"][token] = 2**31
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    for use in (verify, load_tokenizer):
+        with pytest.raises(SconeError, match="the id 2,147,483,648; expected ids up to"):
             use(folder)
 
 
