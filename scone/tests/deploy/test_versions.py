@@ -1,0 +1,52 @@
+"""The versions that we ask for: the lowest ones are those that are tested, and the pinned ones are allowed."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+from pathlib import Path
+
+import pytest
+
+import scone
+
+REPOSITORY = Path(scone.__file__).parents[1]
+pytestmark = pytest.mark.skipif(not (REPOSITORY / "constraints.txt").exists(), reason="a package has no constraints")
+
+
+def normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version.partition("+")[0]))
+
+
+def pinned(name: str) -> dict[str, str]:
+    lines = (REPOSITORY / name).read_text(encoding="utf-8").splitlines()
+    return {normal(line.split("==")[0]): line.split("==")[1] for line in lines if "==" in line}
+
+
+def floors() -> dict[str, str]:
+    """Lowest version by package, as the installed package states it."""
+    found = {}
+    for line in importlib.metadata.requires("scone") or ():
+        match = re.match(r"([\w.-]+)(?:\[[\w,]+\])?\s*>=\s*([\w.]+)", line)
+        if match:
+            found[normal(match[1])] = match[2]
+    return found
+
+
+def test_the_lowest_versions_are_those_that_make_test_minimum_installs() -> None:
+    assert pinned("constraints-minimum.txt") == floors()
+
+
+def test_every_requirement_has_a_lowest_version() -> None:
+    named = {normal(re.match(r"[\w.-]+", line)[0]) for line in importlib.metadata.requires("scone") or ()}  # type: ignore[index]
+    assert named - {"scone"} == set(floors())
+
+
+def test_the_pinned_versions_are_allowed() -> None:
+    lowest = floors()
+    for name, version in pinned("constraints.txt").items():
+        assert numbers(version) >= numbers(lowest.get(name, "0")), name
