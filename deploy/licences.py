@@ -11,20 +11,49 @@ import importlib.metadata
 import re
 import sys
 
+_TEXTS = {
+    "BSD-3-Clause": ("Redistribution and use in source and binary forms", "endorse or promote products"),
+    "BSD-2-Clause": ("Redistribution and use in source and binary forms",),
+    "MIT": ("Permission is hereby granted, free of charge",),
+    "Apache-2.0": ("Apache License", "Version 2.0"),
+}
 _NEEDS_A_LOOK = re.compile(r"(?<!L)GPL|AGPL|unknown", re.IGNORECASE)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--extras", nargs="*", default=[], help="extras whose requirements are listed too")
-    found = requirements("scone", set(parser.parse_args().extras))
+    parser.add_argument("--markdown", action="store_true", help="as the page docs/licences.md")
+    chosen = parser.parse_args()
+    found = requirements("scone", set(chosen.extras))
     rows = [(name, importlib.metadata.version(name), licence(name)) for name in sorted(found)]
+    if chosen.markdown:
+        print(page(rows))
+        return 0
     width = max(len(name) for name, _, _ in rows)
     for name, version, text in rows:
         print(f"{name:<{width}}  {version:<14} {text}")
     doubtful = [name for name, _, text in rows if _NEEDS_A_LOOK.search(text)]
     print(f"\n{len(rows)} packages; to look at: {', '.join(doubtful) or 'none'}")
     return 1 if doubtful else 0
+
+
+_PAGE = """\
+# Licences of what comes along
+
+SCONE is under the MIT licence. These packages are installed with it and the extras `serve`, `quantization`, `spark`,
+`offline` and `gguf`: what each states of itself, in the versions of `constraints.txt` on Linux. PyTorch is its CPU
+build here; the CUDA build brings NVIDIA's libraries under NVIDIA's own terms. Made by `deploy/licences.py --markdown`;
+`make licences` lists what is installed with you.
+
+| package | version | licence |
+|---|---|---|
+"""
+
+
+def page(rows: list[tuple[str, str, str]]) -> str:
+    """The list as a page of the documentation."""
+    return _PAGE + "\n".join(f"| {name} | {version.partition('+')[0]} | {text} |" for name, version, text in rows)
 
 
 def requirements(name: str, extras: set[str]) -> set[str]:
@@ -64,7 +93,19 @@ def licence(name: str) -> str:
     ]
     if classified and classified != ["OSI Approved"]:
         return ", ".join(classified)
-    return ((facts.get("License") or "").strip().splitlines() or ["unknown"])[0][:60]
+    stated = (facts.get("License") or "").strip().splitlines()
+    return stated[0][:60] if stated else _by_its_text(name)
+
+
+def _by_its_text(name: str) -> str:
+    """The licence of a package that states none but ships its text."""
+    for file in importlib.metadata.distribution(name).files or ():
+        if file.name.upper().startswith(("LICENSE", "LICENCE")) and ".dist-info" in str(file):
+            text = " ".join(file.read_text().split())
+            for licence_name, words in _TEXTS.items():
+                if all(each in text for each in words):
+                    return licence_name
+    return "unknown"
 
 
 if __name__ == "__main__":

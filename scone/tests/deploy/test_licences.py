@@ -1,0 +1,40 @@
+"""The list of licences: it names all that we ask for, and nothing in it needs a lawyer's look."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from scone.tests.deploy.test_versions import REPOSITORY, floors, normal, pinned
+
+LIST = REPOSITORY / "docs" / "licences.md"
+pytestmark = pytest.mark.skipif(not LIST.exists(), reason="an installed package has no documentation")
+NOT_LISTED = {"lm-eval", "mkdocs", "mkdocs-material", "mypy", "openai", "pytest", "pytest-xdist", "ruff", "hypothesis"}
+"""For who tests, builds the site, or asks for zero-shot tasks."""
+
+
+def rows(text: str) -> dict[str, tuple[str, str]]:
+    """Version and licence by package."""
+    found = re.findall(r"^\| ([\w.-]+) \| ([\w.]+) \| (.+) \|$", text, re.MULTILINE)
+    return {name: (version, licence) for name, version, licence in found}
+
+
+def test_the_list_names_what_we_ask_for_in_the_versions_that_we_pin() -> None:
+    listed = rows(LIST.read_text(encoding="utf-8"))
+    versions = pinned("constraints.txt")
+    for name in set(floors()) - NOT_LISTED - {"types-pyyaml"}:
+        assert listed[normal(name)][0] == versions[normal(name)], name
+    assert not [name for name, (_, licence) in listed.items() if re.search(r"unknown|(?<!L)GPL", licence)]
+
+
+def test_what_is_installed_has_the_licence_that_is_listed() -> None:
+    command = [sys.executable, str(REPOSITORY / "deploy" / "licences.py"), "--markdown", "--extras", "serve"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    installed, listed = rows(done.stdout), rows(LIST.read_text(encoding="utf-8"))
+    assert "torch" in installed
+    for name, (version, licence) in installed.items():
+        if listed.get(name, ("", ""))[0] == version:
+            assert listed[name][1] == licence
