@@ -29,6 +29,7 @@ _ADVICE = {
     errno.ENOTDIR: "check the path",
     errno.EISDIR: "give a file, not a folder",
 }
+_SEE_TRACEBACK = "run again with --debug for the traceback"
 
 
 def run_main(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
@@ -75,9 +76,11 @@ def describe_error(error: Exception) -> tuple[str, int]:
     if isinstance(error, SconeError):
         return one_line(str(error)), EXIT_USER_ERROR
     if isinstance(error, OSError):
-        where = f": {error.filename}" if error.filename else ""
+        where = f": {one_line(str(error.filename))}" if error.filename else ""
         what = error.strerror or one_line(str(error)) or type(error).__name__
-        advice = _ADVICE.get(error.errno or 0, "run again with --debug for the traceback")
+        advice = _ADVICE.get(error.errno or 0, _SEE_TRACEBACK)
+        if error.errno in (errno.EACCES, errno.EPERM) and not error.filename:
+            advice = _SEE_TRACEBACK  # no path to check: shared memory, a semaphore
         return f"{what}{where}; {advice}", EXIT_USER_ERROR
     full = _disk_error_of_a_library(error)
     if full is not None:

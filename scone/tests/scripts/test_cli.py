@@ -102,6 +102,8 @@ def _seconds(*argv: str) -> float:
             2,
             "error: Permission denied: a; check the permissions",
         ),
+        (PermissionError(errno.EACCES, "Permission denied"), 2, "error: Permission denied; run again with --debug"),
+        (OSError(errno.ENOENT, "No such file", "a\x1b[2J"), 2, "error: No such file: a\\x1b[2J; check the path"),
         (MemoryError(), 2, "error: out of memory"),
         (KeyboardInterrupt(), 130, "interrupted; what was finished is kept"),
         (
