@@ -93,15 +93,14 @@ def bad_input_table(report: dict[str, Any]) -> str:
     """By reader: inputs tried, read, refused, and what else happened."""
     summary = report["summary"]
     lines = [
-        "| reader of | bad inputs | read, as they say | refused in one line | anything else |",
+        "| reader of | bad inputs | read | refused in one line | anything else |",
         "|---|---:|---:|---:|---:|",
     ]
     for reader, counted in summary["by_reader"].items():
         lines.append("| " + " | ".join([reader, *(f"{counted[key]:,}" for key in counted)]) + " |")
     machine = report["machine"]
-    limits = f"{summary['seconds_limit']} s or {summary['memory_limit_bytes'] >> 20} MiB"
-    failed = f"{len(summary['failures'])} of them not read or refused within {limits}"
-    note = f"{summary['inputs']:,} different inputs, {failed}"
+    limits = f"{summary['seconds_limit']} s and {summary['memory_limit_bytes'] >> 20} MiB"
+    note = f"{summary['inputs']:,} different inputs, each within {limits}; {len(summary['failures'])} had any other end"
     where = f"{machine['processor']}, {machine['cores']} cores, at commit {report['commit'][:10]}"
     return "\n".join(lines) + f"\n\n*{note}. On {where}.*\n"
 
