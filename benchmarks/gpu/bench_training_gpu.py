@@ -36,6 +36,7 @@ from scone.models.f_gram_model import FGramModel, FGramModelConfig, padded_f_gra
 from scone.models.language_model import SconeForCausalLM
 from scone.tokenization.counting import count_f_grams
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
+from scone.training.compilation import compile_for_training
 from scone.training.optimizer import AdamWWithRows
 from scone.training.trainer import learned_rows
 
@@ -116,11 +117,8 @@ def measure(
 ) -> Iterator[tuple[int, Measured]]:
     """Build the model of ``variant`` and measure it at every batch size, the smallest first."""
     model = build(variant, sizes, vocabulary)
-    scone = model if isinstance(model, SconeForCausalLM) else None
     if not options["no_compile"] and DEVICE.type == "cuda":
-        (scone.trunk if scone else model).compile(dynamic=True)  # one compilation for all batch sizes
-        if scone and scone.f_gram_embedding and scone.f_gram_embedding.f_gram_model and variant != "padded":
-            scone.f_gram_embedding.f_gram_model.compile(dynamic=True)
+        compile_for_training(model, dynamic=True)  # one compilation for all batch sizes
     step = Step(model)
     for positions in sorted(options["positions"]):
         try:
@@ -195,6 +193,9 @@ class PaddedFGramModel(FGramModel):
 
     Positions that read the same f-gram get the same vector, so their mean is exact, in values and in gradients.
     """
+
+    def compile(self, *_: Any, **__: Any) -> None:
+        """Only the padded pass is compiled, in ``forward``."""
 
     def forward(self, token_vectors: Tensor, trie: Mapping[str, Any]) -> Tensor:
         which = trie["position_index"].reshape(-1)

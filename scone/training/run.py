@@ -28,7 +28,6 @@ from scone.data.dataset import BlockDataset
 from scone.data.prepare import default_cache_folder, prepare_corpus, prepare_tokenizer
 from scone.data.token_file import TokenFile
 from scone.models.accounting import parameter_counts
-from scone.models.embedded_trunk import EmbeddedTrunk
 from scone.models.language_model import SconeForCausalLM
 from scone.models.model_card import write_model_card
 from scone.models.over_encoding import OverEncodingForCausalLM
@@ -36,6 +35,7 @@ from scone.models.scaled_trunk import ScaledTrunkForCausalLM
 from scone.models.trunk import build_trunk, longest_sequence
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 from scone.tokenization.tokenizers import separator_ids, tokenizer_fingerprint
+from scone.training.compilation import compile_for_training
 from scone.training.model_options import check_input_embedding, f_gram_model_settings
 from scone.training.precision import resolve_precision
 from scone.training.processes import meet_after_restart, one_line_for_lost_processes
@@ -212,10 +212,7 @@ def build_trainer(
     arguments = training_arguments(training, data.num_workers, evaluate=corpus.validation is not None, quiet=quiet)
     scone = model if isinstance(model, SconeForCausalLM) else None
     if training.torch_compile:
-        (model.trunk if isinstance(model, EmbeddedTrunk) else model).compile()
-        f_gram_model = scone.f_gram_embedding.f_gram_model if scone and scone.f_gram_embedding else None
-        if f_gram_model is not None:
-            f_gram_model.compile(dynamic=True)  # a trie's size changes from batch to batch: one graph for all
+        compile_for_training(model)
     return SconeTrainer(
         model=model,
         args=arguments,
