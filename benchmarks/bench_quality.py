@@ -1,8 +1,8 @@
 """Quality: the best of our input embeddings against plain, doubled plain, over-encoding and its own parts.
 
 Nothing is trained here without --quick: the numbers come from an experiment's JSON, made by experiments/run.py
-(docs/results/main_claim_tuned.json). ``ratio`` is one of perplexities, ours ÷ the peer's: below 1, ours is better. A perplexity is
-that of several texts, the geometric mean, and of all seeds of a run.
+(docs/results/main_claim_tuned.json). ``ratio`` is one of perplexities, ours ÷ the peer's: below 1, ours is better. A
+perplexity is that of several texts, the geometric mean, and of all seeds of a run.
 
 * The best is chosen by validation loss, which the tests have no part in. Candidates: f-gram model, learned rows, both.
 * Equal tokens: plain, and plain of about twice the inference FLOPs, that saw as many tokens as ours.

@@ -1,4 +1,4 @@
-"""Draw docs/results/main_claim_tuned.svg from docs/results/main_claim_tuned.json: ``python benchmarks/plot_claim.py``."""
+"""Draw docs/results/main_claim_tuned.svg from the JSON beside it: ``python benchmarks/plot_claim.py``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="the picture (default: beside the JSON, as .svg)")
     arguments = parser.parse_args()
     if not arguments.results.exists():
-        print(f"no {arguments.results}: run experiments/run.py experiments/main_claim_tuned.yaml first", file=sys.stderr)
+        print(f"no {arguments.results}: run experiments/run.py with main_claim_tuned.yaml first", file=sys.stderr)
         return 1
     output = arguments.output or arguments.results.with_suffix(".svg")
     with atomic_path(output) as temporary:
