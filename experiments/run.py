@@ -47,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # workers are ended, not left behind
     plan = Plan.read(arguments)
+    plan.check_folder()
     if arguments.worker:
         plan.run(arguments.worker, arguments.keep_models)
         return 0
@@ -100,6 +101,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 class Plan:
     """An experiment's YAML and where it reads and writes. ``runs``: full name → (run, changes); the rest by it."""
 
+    name: str
     experiment: Mapping[str, Any]
     data: Path
     output_dir: Path
@@ -128,7 +130,17 @@ class Plan:
                 "training.report_to": "none",
             }
             options[name] = from_mapping(nested({**experiment["base"], **places, **changes, **overrides}), name)
-        return cls(experiment, arguments.data, arguments.output_dir, runs, options)
+        return cls(arguments.experiment.stem, experiment, arguments.data, arguments.output_dir, runs, options)
+
+    def check_folder(self) -> None:
+        """Raises SconeError when a run's result is another experiment's: it would count as finished."""
+        for path in (self.output_dir / f"{name}.json" for name in self.runs):
+            owner = read_json(path).get("experiment", self.name) if path.exists() else self.name
+            if owner != self.name:
+                raise SconeError(
+                    f"found {path}, a run of the experiment {owner}; expected those of {self.name}, which has one of that "
+                    "name; give each experiment its own --output_dir"
+                )
 
     def corpus(self) -> Any:
         """Tokenizer, train and validation tokens."""
@@ -186,7 +198,7 @@ class Plan:
         if can_resume(self.output_dir / name):
             options = replace(options, training=replace(options.training, resume_from_checkpoint="true"))
         result = measured_run(options, corpus, tests, progress_path=path, keep_model=keep_model)
-        write_json(path, {"run": run, "changes": changes} | result)
+        write_json(path, {"experiment": self.name, "run": run, "changes": changes} | result)
 
     def merge(self) -> dict[str, Any]:
         """All runs that left something, finished or not, in one mapping; without the losses of single windows."""

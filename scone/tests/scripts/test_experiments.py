@@ -123,6 +123,12 @@ def test_runs_of_several_seeds_are_merged_into_one_line(runner, data, tmp_path):
     assert "| both-10k | 1 |" in text
 
 
+def test_results_of_another_experiment_are_not_taken_for_its_own(runner, data, tmp_path):
+    (tmp_path / "rows-10k.json").write_text(json.dumps({"experiment": "ablations", "finished": True}))
+    with pytest.raises(SconeError, match="a run of the experiment ablations; expected those of main_claim"):
+        runner.main([*_flags(data, tmp_path), "--list"])
+
+
 def test_after_the_deadline_nothing_runs_and_the_curves_so_far_are_kept(runner, data, tmp_path, capsys):
     partial = {"finished": False, "seed": 1, "steps": 1, "max_steps": 2, "log": [{"step": 1, "eval_loss": 5.0}]}
     (tmp_path / "rows-10k.json").write_text(json.dumps(partial))
