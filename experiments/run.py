@@ -138,7 +138,7 @@ class Plan:
             owner = read_json(path).get("experiment", self.name) if path.exists() else self.name
             if owner != self.name:
                 raise SconeError(
-                    f"found {path}, a run of the experiment {owner}; expected those of {self.name}, which has one of that "
+                    f"found {path}, a run of the experiment {owner}; expected those of {self.name}, which has that "
                     "name; give each experiment its own --output_dir"
                 )
 
