@@ -1,12 +1,12 @@
 """Train several input embeddings under one budget and compare: ``python experiments/run.py experiments/NAME.yaml``.
 
 The YAML names the tokenizer and the token files of train, validation and test texts, ``base`` options, and ``runs``:
-what each run changes of them, and its ``seeds`` where it has several. All runs see the same batches. f-grams are
-counted once, before the first run. Finished runs are kept and skipped, so an interrupted experiment goes on where it
-was. ``--jobs`` runs several at once, those that compute most first. With ``--deadline_s`` everything is over by then:
-``--grace_s`` before it nothing more is started and what runs saves a checkpoint, from which the same command goes on;
-its loss curve up to there is kept, marked as unfinished. The result is one JSON with configuration, machine and commit,
-and a table, last.
+what each run changes of them, and its ``seeds`` where it has several; ``{data}`` in it is the folder of ``--data``. All
+runs see the same batches. f-grams are counted once, before the first run. Finished runs are kept and skipped, so an
+interrupted experiment goes on where it was. ``--jobs`` runs several at once, those that compute most first. With
+``--deadline_s`` everything is over by then: ``--grace_s`` before it nothing more is started and what runs saves a
+checkpoint, from which the same command goes on; its loss curve up to there is kept, marked as unfinished. The result is
+one JSON with configuration, machine and commit, and a table, last.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from scone.utils.command_line import run_main  # noqa: E402
 from scone.utils.errors import SconeError  # noqa: E402
 from scone.utils.files import read_json, write_json  # noqa: E402
 
+TRUNK = "model.base_model_name"
 POLL_SECONDS = 0.5
 INTERRUPTED = 130
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything an experiment reads lies on this machine
@@ -129,7 +130,10 @@ class Plan:
                 "training.save_steps": 10**9,
                 "training.report_to": "none",
             }
-            options[name] = from_mapping(nested({**experiment["base"], **places, **changes, **overrides}), name)
+            values = {**experiment["base"], **places, **changes, **overrides}
+            if TRUNK in values:  # a pretrained one lies beside the token files, as the tokenizer does
+                values[TRUNK] = values[TRUNK].format(data=arguments.data)
+            options[name] = from_mapping(nested(values), name)
         return cls(arguments.experiment.stem, experiment, arguments.data, arguments.output_dir, runs, options)
 
     def check_folder(self) -> None:

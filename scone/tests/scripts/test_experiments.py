@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from scone.data.token_file import TokenFileWriter
 from scone.tests.training import runs
@@ -44,6 +46,7 @@ SMALL = {
     "model.f_gram.num_attention_heads": 2,
     "model.f_gram.hidden_size": 8,
 }
+SMALL_TRUNK = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -70,6 +73,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
             part = written / ("train" if name == experiment["train"] else "test")
             shutil.copytree(part, folder / "data" / name, dirs_exist_ok=True)
         shutil.copytree(folder / "made", experiment["tokenizer"].format(data=folder / "data"), dirs_exist_ok=True)
+        if experiment["base"].get("model.init") == "pretrained":
+            trunk = LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary_size(tokenizer), **SMALL_TRUNK))
+            trunk.save_pretrained(experiment["base"]["model.base_model_name"].format(data=folder / "data"))
     return folder / "data"
 
 
@@ -121,6 +127,21 @@ def test_runs_of_several_seeds_are_merged_into_one_line(runner, data, tmp_path):
     text = runner.table(result)
     assert "| plain | 2 |" in text
     assert "| both-10k | 1 |" in text
+
+
+@pytest.mark.parametrize("name", ["before", "frozen-both", "both-default-rates"])
+def test_only_a_trunk_that_is_fine_tuned_changes(runner, data, tmp_path, name):
+    changes = {"training.weight_decay": 0.1, "model.learned_rows": 100}
+    plan = plan_of(runner, "pretrained", data, tmp_path, **changes)
+    assert plan.options[name].model.base_model_name == str(data / "trunk")
+    plan.prepare()
+    plan.run(name, keep_model=True)
+    before = load_file(data / "trunk" / "model.safetensors")
+    after = load_file(tmp_path / name / "final_model" / "model.safetensors")
+    after = {key.removeprefix("trunk."): weight for key, weight in after.items()}
+    assert before.keys() <= after.keys()
+    same = {key for key, weight in before.items() if torch.equal(weight, after[key])}
+    assert same == (set() if name == "both-default-rates" else before.keys())
 
 
 def test_results_of_another_experiment_are_not_taken_for_its_own(runner, data, tmp_path):
