@@ -208,6 +208,13 @@ class TrainingOptions:
     rows_learning_rate: float | None = option(
         None, "that of the learned rows (none: learning_rate, at least 1e-3)", minimum=0
     )
+    f_gram_dropout: float = option(
+        0.0,
+        "probability with which a position uses its token in place of its f-gram in a training batch (models without "
+        "f-grams have nothing to leave out)",
+        minimum=0,
+        maximum=0.99,
+    )
     weight_decay: float = option(0.01, "weight decay of matrices", minimum=0)
     warmup_steps: int = option(0, "steps over which the learning rate rises", unit="steps", minimum=0)
     lr_scheduler_type: str = option(

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from scone.data.f_gram_use import FGramUse
+from scone.data.training_order import Place
 from scone.kernels.trie_batch import build_trie_batch
 from scone.tokenization.controls import replaced, stand_ins
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
@@ -28,6 +30,7 @@ class Collator:
         backoff: an f-gram's vector sums the rows of its whole suffix chain.
         control: "none", or a control of ``scone.tokenization.controls``.
         hashed: the hashed n-grams of an over-encoding model, in place of a vocabulary.
+        use: which matches training uses (None: all). Items without a ``place`` are no training data: all are used.
     """
 
     def __init__(
@@ -40,6 +43,7 @@ class Collator:
         backoff: bool = True,
         control: str = "none",
         hashed: HashedGrams | None = None,
+        use: FGramUse | None = None,
     ) -> None:
         assert vocabulary is None or hashed is None, "a batch has f-grams or hashed n-grams"
         self.matcher = Matcher(vocabulary) if vocabulary is not None else None
@@ -49,11 +53,14 @@ class Collator:
         self.backoff = backoff
         self.stand_ins = stand_ins(vocabulary, control, num_rows) if vocabulary is not None else None
         self.hashed = hashed
+        self.use = use
 
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Items with ``input_ids`` int64 [≤ T] → ``input_ids`` and ``labels`` [B, T], ``attention_mask`` [B, T] only
-        where a block is short (without one, attention takes its fastest path), and ``trie`` (see ``TrieBatch``; of
-        hashed n-grams what ``HashedGrams.lookups`` gives).
+        """Items with ``input_ids`` int64 [≤ T], and in training their ``place`` → a batch.
+
+        It has ``input_ids`` and ``labels`` [B, T], ``attention_mask`` [B, T] only where a block is short (without one,
+        attention takes its fastest path), and ``trie`` (see ``TrieBatch``; of hashed n-grams what
+        ``HashedGrams.lookups`` gives).
         """
         blocks = [np.asarray(item["input_ids"], dtype=np.int64) for item in items]
         longest = max(len(block) for block in blocks)
@@ -68,16 +75,19 @@ class Collator:
         if not mask.all():
             batch["attention_mask"] = torch.from_numpy(mask.astype(np.int64))
         if self.matcher is not None:
-            batch["trie"] = self._trie(tokens, mask)
+            places = [item["place"] for item in items if "place" in item]
+            batch["trie"] = self._trie(tokens, mask, places)
         elif self.hashed is not None:
             batch["trie"] = self.hashed.lookups(self.hashed.rows(tokens, mask), torch.from_numpy)
         return batch
 
-    def _trie(self, tokens: np.ndarray, mask: np.ndarray) -> dict[str, Any]:
+    def _trie(self, tokens: np.ndarray, mask: np.ndarray, places: Sequence[Place]) -> dict[str, Any]:
         assert self.matcher is not None
         vocabulary = self.matcher.vocabulary
         # one thread: the workers already share out the cores, and a forked worker must not start a thread pool
         nodes = self.matcher.match(tokens, mask, num_threads=1)
+        if self.use is not None and places:
+            nodes = self.use.used(nodes, tokens, places)
         trie = build_trie_batch(
             replaced(nodes, vocabulary.vocab_size, self.stand_ins),
             vocabulary.keys,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
 from scone.data.token_file import TokenFile
+from scone.data.training_order import Place
 from scone.utils.errors import SconeError
 
 
@@ -19,6 +22,7 @@ def num_blocks(num_tokens: int, max_length: int, drop_last: bool) -> int:
 class BlockDataset(Dataset):
     """Item i is ``{"input_ids": int64 [T]}``: tokens i·T … (i+1)·T−1 of the file, T = ``max_length``.
 
+    Asked for a `Place` of the training order, an item also tells it, as ``"place"``.
     ``drop_last`` leaves the last block out when it is short (training); otherwise it is kept if it has two tokens or
     more (evaluation: one token alone predicts nothing). Blocks run on over document separators.
     Pickles as the file's path. Raises SconeError when the file does not fill one block.
@@ -46,7 +50,9 @@ class BlockDataset(Dataset):
         whole = self.token_file.num_tokens // self.max_length * self.max_length
         return whole if self._length * self.max_length == whole else self.token_file.num_tokens
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+    def __getitem__(self, index: int | Place) -> dict[str, Any]:
+        if isinstance(index, Place):
+            return self[index.block] | {"place": index}
         if not -self._length <= index < self._length:
             raise IndexError(index)
         start = index % self._length * self.max_length

@@ -21,6 +21,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from scone.data.training_order import TrainingOrder
 from scone.models.language_model import SconeForCausalLM
 from scone.models.learned_rows import LearnedRows
 from scone.training.optimizer import AdamWWithRows
@@ -95,6 +96,17 @@ class SconeTrainer(Trainer):
                 eps=self.args.adam_epsilon,
             )
         return self.optimizer
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> TrainingOrder:
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
+        return TrainingOrder(
+            len(dataset),
+            seed=self.args.seed,
+            batch_size=self._train_batch_size,
+            processes=self.args.world_size,
+            accumulation=self.args.gradient_accumulation_steps,
+            steps_done=lambda: self.state.global_step,
+        )
 
     def _gradient_scale(self) -> float:
         scaler = self.accelerator.scaler

@@ -59,8 +59,12 @@ def test_the_plain_baseline_is_an_ordinary_model_on_the_same_batches(corpus, tmp
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_resumed_training_equals_uninterrupted(corpus, tmp_path, accumulation):
-    """Dropout, order, optimizer, learned rows and schedule all go on where they were."""
-    changes = {"training.gradient_accumulation_steps": accumulation, "training.batch_size": 4 // accumulation}
+    """Dropout, order, matches left out, optimizer, learned rows and schedule all go on where they were."""
+    changes = {
+        "training.gradient_accumulation_steps": accumulation,
+        "training.batch_size": 4 // accumulation,
+        "training.f_gram_dropout": 0.25,
+    }
     whole = train(options(corpus, tmp_path / "whole", **changes), quiet=True)
     train(options(corpus, tmp_path / "cut", **changes), quiet=True)
     last = complete_checkpoints(tmp_path / "cut")[-1]
