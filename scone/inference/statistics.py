@@ -34,7 +34,17 @@ class TableReads:
     """Positions that were looked up (padding not counted) and rows that were read for them."""
 
     num_positions: int = 0
-    num_rows: int = 0
+    _found: torch.Tensor | int = field(default=0, repr=False)
+
+    def add(self, is_row: torch.Tensor) -> None:
+        """Count a step: bool, any shape, True where a row is read."""
+        self.num_positions += is_row.numel()
+        self._found = is_row.sum() + self._found
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that were read. The accelerator is waited for here, and not in each step."""
+        return int(self._found)
 
     @property
     def hit_rate(self) -> float:
@@ -109,8 +119,7 @@ def counted_reads(model: PreTrainedModel) -> Iterator[TableReads | None]:
 
     def count(_: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
         node_ids, vocab_size = inputs[1], inputs[3]
-        reads.num_positions += node_ids.numel()
-        reads.num_rows += int((node_ids >= vocab_size).sum())
+        reads.add(node_ids >= vocab_size)
 
     hook = layer.register_forward_pre_hook(count)
     try:

@@ -1,4 +1,4 @@
-"""The matcher on an accelerator: where tokens and table rows are within its reach, a step need not wait for the host."""
+"""The matcher on an accelerator: where table rows are within its reach too, a step need not wait for the host."""
 
 from __future__ import annotations
 

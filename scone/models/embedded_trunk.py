@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import create_masks_for_generate
 
 from scone.models.configuration import EmbeddedTrunkConfig
-from scone.models.token_history import extend_history, hidden, token_history
+from scone.models.token_history import extend_history, hidden, known_past
 
 
 class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
@@ -168,18 +168,11 @@ class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
         ``find`` takes tokens int64 and validity bool ``[B, L]`` on the host and answers ``[B, L, …]``.
         Raises ValueError for a cache without the history of its tokens.
         """
-        history = token_history(cache)
-        past = cache.get_seq_length() if cache is not None else 0
-        if past and (history is None or history.get_seq_length() != past):
-            found = history.get_seq_length() if history else 0
-            raise ValueError(
-                f"the cache holds {past} positions but the tokens of {found}; a SCONE model continues only caches "
-                "that it filled from input_ids"
-            )
+        history = known_past(cache)
+        past = 0 if history is None else history.get_seq_length()
         new = input_ids.shape[1]
         seen = hidden(input_ids, mask)
-        if past and context:
-            assert history is not None
+        if history is not None and past and context:
             seen = torch.cat([history.last(context), seen], dim=1)
         tokens = seen.cpu().numpy()
         valid = tokens >= 0

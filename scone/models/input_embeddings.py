@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from scone.kernels.transfer import to_device
 from scone.models.f_gram_model import FGramModel, FGramModelConfig, unit_rms
 from scone.models.learned_rows import LearnedRows
 
@@ -131,8 +132,16 @@ class RowSource(Protocol):
     num_rows: int
     width: int
 
-    def rows(self, ranks: Tensor) -> Tensor:
-        """fp32 rows ``[n, D]`` on the host for int64 ranks ``[n]``."""
+    def rows(self, ranks: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Rows ``[n, D]`` for int64 ranks ``[n]`` on the host."""
+        ...
+
+    def within_reach(self, device: torch.device) -> bool:
+        """Whether `write_rows` works on ``device``."""
+        ...
+
+    def write_rows(self, vectors: Tensor, nodes: Tensor, first_node: int) -> None:
+        """On an accelerator: over ``vectors`` [n, D] the rows of those of its ``nodes`` [n] that are f-grams."""
         ...
 
 
@@ -144,12 +153,22 @@ class TableInputEmbedding(nn.Module):
         self.table = table
 
     def forward(self, token_ids: Tensor, node_ids: Tensor, token_embedding: nn.Module, vocab_size: int) -> Tensor:
-        """``token_ids`` int64 [B, T] on the trunk's device and ``node_ids`` int64 [B, T] on the host → [B, T, D]."""
+        """``token_ids`` int64 [B, T] on the trunk's device → [B, T, D].
+
+        ``node_ids`` int64 [B, T]: on the host, which then gathers; or beside the tokens, where the table is within
+        reach.
+        """
         vectors = token_embedding(token_ids)
-        positions = (node_ids.reshape(-1) >= vocab_size).nonzero().squeeze(1)
+        flat = vectors.reshape(-1, vectors.shape[-1])
+        nodes = node_ids.reshape(-1)
+        if nodes.is_cuda:
+            written = flat.detach().clone() if flat.requires_grad else flat
+            self.table.write_rows(written, nodes, vocab_size)
+            # gradients reach the token embeddings of the other positions alone
+            flat = torch.where((nodes >= vocab_size)[:, None], written, flat) if flat.requires_grad else written
+            return flat.view_as(vectors)
+        positions = (nodes >= vocab_size).nonzero().squeeze(1)
         if len(positions):
-            rows = self.table.rows(node_ids.reshape(-1)[positions] - vocab_size)
-            flat = vectors.view(-1, vectors.shape[-1])
-            rows = rows.to(flat.device, flat.dtype, non_blocking=True)
-            vectors = flat.index_copy(0, positions.to(flat.device), rows).view_as(vectors)
-        return vectors
+            rows = self.table.rows(nodes[positions] - vocab_size, flat.dtype)
+            flat = flat.index_copy(0, to_device(positions, flat.device), rows.to(flat.device))
+        return flat.view_as(vectors)

@@ -16,10 +16,12 @@ from transformers.utils import cached_file
 
 from scone.kernels.trie_batch import build_trie_batch
 from scone.models.configuration import SconeConfig
+from scone.models.device_matcher import DeviceMatcher
 from scone.models.embedded_trunk import EmbeddedTrunk
 from scone.models.f_gram_model import FGramBlock, FGramModel
 from scone.models.input_embeddings import FGramInputEmbedding, RowSource, TableInputEmbedding
 from scone.models.learned_rows import LearnedRows
+from scone.models.token_history import known_past
 from scone.tokenization.controls import replaced, stand_ins
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 from scone.tokenization.matcher import Matcher
@@ -45,6 +47,7 @@ class SconeForCausalLM(EmbeddedTrunk):
         self.table_embedding: TableInputEmbedding | None = None
         self.vocabulary: FGramVocabulary | None = None
         self.matcher: Matcher | None = None
+        self._device_matchers: dict[torch.device, DeviceMatcher | None] = {}
         self._stand_ins: np.ndarray | None = None
         # the layers that sharding and device maps take as one
         self._no_split_modules = [*(self._no_split_modules or []), FGramBlock.__name__]
@@ -150,6 +153,7 @@ class SconeForCausalLM(EmbeddedTrunk):
             )
         self.vocabulary = vocabulary
         self.matcher = Matcher(vocabulary)
+        self._device_matchers.clear()
         self._stand_ins = stand_ins(vocabulary, self.config.control, self.config.learned_rows)
 
     def attach_table(self, table: RowSource) -> None:
@@ -187,19 +191,34 @@ class SconeForCausalLM(EmbeddedTrunk):
     ) -> Tensor:
         """Input vectors ``[B, T, D]`` of tokens that follow what ``cache`` holds."""
         tokens = self.get_input_embeddings()
-        if trie is not None and self.table_embedding is None:
-            assert self.f_gram_embedding is not None
-            return self.f_gram_embedding(input_ids, tokens, trie)
-        nodes = self.match(input_ids, mask, cache)
         if self.table_embedding is not None:
             assert self.vocabulary is not None  # whose attributes cost a tenth of the configuration's
-            return self.table_embedding(input_ids, torch.from_numpy(nodes), tokens, self.vocabulary.vocab_size)
+            nodes = self._match_for_table(self.table_embedding.table, input_ids, mask, cache)
+            return self.table_embedding(input_ids, nodes, tokens, self.vocabulary.vocab_size)
         if self.f_gram_embedding is None:
             raise SconeError(
                 "found a model that was saved without its f-gram model; expected its embedding table; "
                 "give --embedding_cache_path"
             )
-        return self.f_gram_embedding(input_ids, tokens, self.trie_of(nodes))
+        if trie is None:
+            trie = self.trie_of(self.match(input_ids, mask, cache))
+        return self.f_gram_embedding(input_ids, tokens, trie)
+
+    def _match_for_table(self, table: RowSource, input_ids: Tensor, mask: Tensor | None, cache: Cache | None) -> Tensor:
+        """Node ids int64 ``[B, T]``: on the accelerator where it can match and read the table's rows by itself."""
+        matcher = self._device_matcher(input_ids.device) if table.within_reach(input_ids.device) else None
+        if matcher is None:
+            return torch.from_numpy(self.match(input_ids, mask, cache))
+        history = known_past(cache)
+        return matcher.match(input_ids, mask, None if history is None else history.all())
+
+    def _device_matcher(self, device: torch.device) -> DeviceMatcher | None:
+        """The matcher on ``device``, made when it is first wanted; None where the host has to match."""
+        assert self.vocabulary is not None
+        if device not in self._device_matchers:
+            fits = DeviceMatcher.fits(self.vocabulary, device)
+            self._device_matchers[device] = DeviceMatcher(self.vocabulary, device) if fits else None
+        return self._device_matchers[device]
 
     def match(self, input_ids: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> np.ndarray:
         """Node ids int64 ``[B, T]``: the longest f-gram ending at each position, which may begin in the cached past."""

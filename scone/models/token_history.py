@@ -31,10 +31,19 @@ class TokenHistory(DynamicLayer):
         states = hidden(token_ids, mask)[:, None, :, None]
         self.update(states, states[..., :0])
 
+    def reset(self) -> None:
+        """Forget all tokens: zeros in their place would be tokens too."""
+        self.keys = self.values = None
+        self.is_initialized = False
+
+    def all(self) -> Tensor:
+        """All tokens, int64 ``[B, P]``, as `hidden` writes them."""
+        assert self.keys is not None
+        return self.keys[:, 0, :, 0]
+
     def last(self, count: int) -> Tensor:
         """The last ``count`` tokens (fewer if there are fewer), int64 ``[B, ≤ count]``, as `hidden` writes them."""
-        assert self.keys is not None
-        tokens = self.keys[:, 0, :, 0]
+        tokens = self.all()
         return tokens[:, max(tokens.shape[1] - count, 0) :]
 
 
@@ -43,6 +52,28 @@ def token_history(cache: Cache | None) -> TokenHistory | None:
     if cache is None:
         return None
     return next((layer for layer in cache.layers if isinstance(layer, TokenHistory)), None)
+
+
+def known_past(cache: Cache | None) -> TokenHistory | None:
+    """The tokens of the positions that ``cache`` holds; None where it holds none.
+
+    Raises ValueError for a cache without the history of its tokens.
+    """
+    if cache is None:
+        return None
+    history, past = token_history(cache), cache.get_seq_length()
+    if isinstance(past, Tensor) and past.is_cuda and history is not None:
+        # A static cache counts on the accelerator. Asking would wait for all that runs there, in every step.
+        return history if history.get_seq_length() else None
+    if not past:
+        return None
+    found = history.get_seq_length() if history else 0
+    if history is None or found != past:
+        raise ValueError(
+            f"the cache holds {past} positions but the tokens of {found}; a SCONE model continues only caches that it "
+            "filled from input_ids"
+        )
+    return history
 
 
 def extend_history(cache: Cache, token_ids: Tensor, mask: Tensor | None) -> None:

@@ -111,5 +111,8 @@ class RowsInMemory:
         self.data = model.embed_nodes(torch.arange(VOCAB_SIZE, VOCAB_SIZE + self.num_rows))
         self.width = self.data.shape[1]
 
-    def rows(self, ranks: torch.Tensor) -> torch.Tensor:
-        return self.data[ranks]
+    def rows(self, ranks: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return self.data[ranks].to(dtype)
+
+    def within_reach(self, device: torch.device) -> bool:
+        return False

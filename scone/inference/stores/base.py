@@ -42,6 +42,14 @@ class StoreMemory:
         return StoreMemory(self.ram + other.ram, self.mapped + other.mapped, self.device + other.device)
 
 
+@dataclass(frozen=True)
+class RowBlock:
+    """Consecutive rows as they are stored: uint8 [m, row_bytes], the first of them of rank ``first_row``."""
+
+    rows: Tensor
+    first_row: int
+
+
 class RowStore(ABC):
     """Rows of a table by rank.
 
@@ -119,6 +127,11 @@ class RowStore(ABC):
         """The rows as ``dtype`` [n, D] on ``device``; they travel as they are stored and are decoded there."""
         raw = self.raw_rows(ranks, device)
         return decode_rows(raw, torch.arange(len(raw), device=device), self.row_format, dtype)
+
+    def within_reach(self, device: torch.device) -> list[RowBlock] | None:
+        """All rows, where kernels on ``device`` can read them by themselves; None where the host has to (default)."""
+        del device
+        return None
 
     def prefetch(self, ranks: np.ndarray) -> None:
         """Start reading these rows in the background, so that a later `rows_into` waits less (default: nothing)."""

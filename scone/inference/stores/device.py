@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scone.inference.stores.base import RowStore, StoreMemory, decode_rows
+from scone.inference.stores.base import RowBlock, RowStore, StoreMemory, decode_rows
 from scone.inference.stores.ram import load_rows
 from scone.inference.table_format import TableFile
+from scone.kernels.transfer import to_device
 from scone.utils.errors import SconeError
 from scone.utils.text import human_bytes
 
@@ -44,12 +45,16 @@ class DeviceStore(RowStore):
         yield raw.numpy().reshape(-1), np.arange(len(ranks), dtype=np.int64) * self.row_format.row_bytes
 
     def raw_rows(self, ranks: np.ndarray, device: torch.device | None = None) -> Tensor:
-        wanted = torch.from_numpy(ranks - self.first_row).to(self._device)
-        return self._rows.index_select(0, wanted).to(device or "cpu")
+        return self._rows.index_select(0, self._wanted(ranks)).to(device or "cpu")
 
     def rows_on_device(self, ranks: np.ndarray, device: torch.device, dtype: torch.dtype) -> Tensor:
-        wanted = torch.from_numpy(ranks - self.first_row).to(self._device)
-        return decode_rows(self._rows, wanted, self.row_format, dtype).to(device)
+        return decode_rows(self._rows, self._wanted(ranks), self.row_format, dtype).to(device)
+
+    def _wanted(self, ranks: np.ndarray) -> Tensor:
+        return to_device(torch.from_numpy(ranks - self.first_row), self._device)
+
+    def within_reach(self, device: torch.device) -> list[RowBlock] | None:
+        return [RowBlock(self._rows, self.first_row)] if device == self._rows.device else None
 
     @property
     def memory(self) -> StoreMemory:

@@ -87,5 +87,5 @@ def _open_tier(file: TableFile, tier: Tier, device: torch.device, num_threads: i
             )
         return DeviceStore(file, device, tier.first_row, tier.num_rows)
     if tier.kind == "ram":
-        return RamStore(file, tier.first_row, tier.num_rows, num_threads)
+        return RamStore(file, tier.first_row, tier.num_rows, num_threads, device)
     return MmapStore(file, num_threads) if tier.kind == "mmap" else DirectStore(file, num_threads)

@@ -12,17 +12,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scone.inference.stores.base import RowStore, StoreMemory
+from scone.inference.stores.base import RowBlock, RowStore, StoreMemory
+from scone.inference.stores.page_locked import page_lock
 from scone.inference.table_format import TableFile, damaged
 from scone.utils.errors import SconeError
 from scone.utils.text import human_bytes
 
+_CPU = torch.device("cpu")
+
 
 class RamStore(RowStore):
-    """``num_rows`` rows (default: the rest) from ``first_row`` on, copied to memory and checked while they are read."""
+    """``num_rows`` rows (default: the rest) from ``first_row`` on, copied to memory and checked while they are read.
+
+    For a CUDA device the memory is page-locked where the system allows it: kernels there read the rows over the bus.
+    """
 
     def __init__(
-        self, file: TableFile, first_row: int = 0, num_rows: int | None = None, num_threads: int | None = None
+        self,
+        file: TableFile,
+        first_row: int = 0,
+        num_rows: int | None = None,
+        num_threads: int | None = None,
+        device: torch.device = _CPU,
     ) -> None:
         """Raises SconeError: a chunk does not fit its checksum, the memory is not there, the disk fails."""
         super().__init__(file.layout.row_format, num_threads)
@@ -30,6 +41,7 @@ class RamStore(RowStore):
         self.num_rows = file.layout.num_rows - first_row if num_rows is None else num_rows
         self._bytes = load_rows(file, first_row, self.num_rows, self._team.num_threads)
         self._use_matrix(self._bytes)
+        self._lock = page_lock(self._bytes, device)
 
     @contextmanager
     def located(self, ranks: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -40,15 +52,24 @@ class RamStore(RowStore):
             return None
         return torch.index_select(self._matrix, 0, ranks, out=out)
 
+    def within_reach(self, device: torch.device) -> list[RowBlock] | None:
+        if self._lock is None or device.type != "cuda":
+            return None
+        rows = torch.from_numpy(self._bytes).view(self.num_rows, self.row_format.row_bytes)
+        return [RowBlock(rows, self.first_row)]
+
     @property
     def memory(self) -> StoreMemory:
         return StoreMemory(ram=self._bytes.nbytes)
 
     def describe(self) -> str:
-        return f"{self.num_rows:,} rows in RAM"
+        return f"{self.num_rows:,} rows in {'' if self._lock is None else 'page-locked '}RAM"
 
     def close(self) -> None:
         super().close()
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
         self._bytes = np.empty(0, dtype=np.uint8)
 
 

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scone.inference.stores.base import RowStore, StoreMemory
+from scone.inference.stores.base import RowBlock, RowStore, StoreMemory
+from scone.kernels.transfer import to_device
 
 
 class TieredStore(RowStore):
@@ -52,7 +53,7 @@ class TieredStore(RowStore):
 
         def read(store: RowStore, positions: np.ndarray) -> None:
             rows = store.raw_rows(ranks[positions], device)
-            out.index_copy_(0, torch.from_numpy(positions).to(out.device), rows)
+            out.index_copy_(0, to_device(torch.from_numpy(positions), out.device), rows)
 
         self._each_tier(ranks, read)
         return out
@@ -74,6 +75,15 @@ class TieredStore(RowStore):
             wait(tasks)
         for task in tasks:
             task.result()
+
+    def within_reach(self, device: torch.device) -> list[RowBlock] | None:
+        blocks: list[RowBlock] = []
+        for store in self.stores:
+            part = store.within_reach(device)
+            if part is None:
+                return None
+            blocks += part
+        return blocks
 
     def prefetch(self, ranks: np.ndarray) -> None:
         for store, positions in self._split(ranks):

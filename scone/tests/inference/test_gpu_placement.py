@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from scone.inference.embedding_table import EmbeddingTable
 from scone.inference.row_types import ROW_TYPES
-from scone.tests.inference.tables import write_table
+from scone.models.language_model import SconeForCausalLM
+from scone.tests.inference.tables import VOCAB_SIZE, small_model, write_table
 
 pytestmark = [
     pytest.mark.gpu,
@@ -30,3 +33,58 @@ def test_rows_on_a_gpu_are_those_on_the_cpu(tmp_path: Path, row_type: str, place
             assert torch.equal(rows.cpu(), on_cpu.rows(ranks, dtype))
         if placement.startswith("gpu"):
             assert on_gpu.memory.device > 0
+
+
+PADDED = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 1], [1, 1, 0, 1, 1, 1, 0, 0]])
+
+
+@pytest.mark.parametrize("placement", ["gpu", "ram", "gpu:100,ram"])
+@pytest.mark.parametrize("is_padded", [False, True])
+def test_the_accelerator_looks_up_what_the_host_does(tmp_path: Path, placement: str, is_padded: bool) -> None:
+    """The same vectors, bit for bit, for a prompt and for the steps that continue it, wherever padding lies."""
+    model = small_model()
+    rows = model.embed_nodes(torch.arange(VOCAB_SIZE, VOCAB_SIZE + model.config.num_f_grams))
+    path = tmp_path / "embeddings.cache"
+    write_table(path, rows, "bf16")
+    text = torch.randint(0, 6, (3, 24), generator=torch.Generator().manual_seed(0))
+    mask = torch.cat([PADDED, torch.ones(3, 16, dtype=torch.int64)], dim=1) if is_padded else None
+    model = model.cuda()
+    with EmbeddingTable.open(path) as by_host, EmbeddingTable.open(path, placement, device="cuda") as by_itself:
+        assert by_itself.within_reach(torch.device("cuda", 0))
+        assert not by_host.within_reach(torch.device("cuda", 0))
+        found = []
+        for table in (by_host, by_itself):
+            model.attach_table(table)
+            found.append(list(vectors_of(model, text, mask)))
+    for expected, vectors in zip(*found, strict=True):
+        assert torch.equal(expected, vectors)
+
+
+@torch.inference_mode()
+def vectors_of(model: SconeForCausalLM, text: torch.Tensor, mask: torch.Tensor | None) -> Iterator[torch.Tensor]:
+    """Input vectors of the first eight tokens, of three more, and of each after these."""
+    cache = DynamicCache()
+    for low, high in [(0, 8), (8, 11), *((at, at + 1) for at in range(11, text.shape[1]))]:
+        tokens = text[:, low:high].cuda()
+        seen = None if mask is None else mask[:, :high].cuda()
+        yield model.embed(tokens, None if seen is None else seen[:, low:], cache if low else None)
+        model(input_ids=tokens, attention_mask=seen, past_key_values=cache, use_cache=True)
+
+
+def test_gradients_pass_by_the_rows(tmp_path: Path) -> None:
+    """With a table, the token embedding of a position that reads a row has no part in it."""
+    model = small_model()
+    size = model.config.num_f_grams
+    path = tmp_path / "embeddings.cache"
+    write_table(path, torch.randn(size, model.config.hidden_size))
+    model = model.cuda()
+    tokens = torch.randint(0, 6, (2, 20), generator=torch.Generator().manual_seed(0)).cuda()
+    gradients = []
+    for device in ("cpu", "cuda"):
+        with EmbeddingTable.open(path, device=device) as table:
+            model.attach_table(table)
+            model.zero_grad()
+            model.embed(tokens).square().sum().backward()
+            gradients.append(model.get_input_embeddings().weight.grad.clone())
+    assert torch.equal(*gradients)
+    assert gradients[0].abs().sum() > 0
