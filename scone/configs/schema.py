@@ -215,6 +215,12 @@ class TrainingOptions:
         minimum=0,
         maximum=0.99,
     )
+    f_gram_length_warmup_steps: int = option(
+        0,
+        "steps over which the longest f-gram that training uses grows from 2 to max_n; a longer match gives its suffix",
+        unit="steps",
+        minimum=0,
+    )
     weight_decay: float = option(0.01, "weight decay of matrices", minimum=0)
     warmup_steps: int = option(0, "steps over which the learning rate rises", unit="steps", minimum=0)
     lr_scheduler_type: str = option(

@@ -87,7 +87,7 @@ class Collator:
         # one thread: the workers already share out the cores, and a forked worker must not start a thread pool
         nodes = self.matcher.match(tokens, mask, num_threads=1)
         if self.use is not None and places:
-            nodes = self.use.used(nodes, tokens, places)
+            nodes = self.use.used(nodes, tokens, places, vocabulary)
         trie = build_trie_batch(
             replaced(nodes, vocabulary.vocab_size, self.stand_ins),
             vocabulary.keys,

@@ -227,7 +227,7 @@ def build_trainer(
             backoff=options.model.rows_backoff,
             control=options.model.control,
             hashed=model.grams if isinstance(model, OverEncodingForCausalLM) else None,
-            use=FGramUse(training.seed, training.f_gram_dropout),
+            use=FGramUse(training.seed, training.f_gram_dropout, training.f_gram_length_warmup_steps),
         ),
         processing_class=corpus.tokenizer,
         callbacks=[CheckpointKeeper(training.save_total_limit), StopOnSignal()],

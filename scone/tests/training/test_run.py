@@ -64,6 +64,7 @@ def test_resumed_training_equals_uninterrupted(corpus, tmp_path, accumulation):
         "training.gradient_accumulation_steps": accumulation,
         "training.batch_size": 4 // accumulation,
         "training.f_gram_dropout": 0.25,
+        "training.f_gram_length_warmup_steps": 5,
     }
     whole = train(options(corpus, tmp_path / "whole", **changes), quiet=True)
     train(options(corpus, tmp_path / "cut", **changes), quiet=True)
