@@ -22,7 +22,7 @@ class AdamWWithRows(torch.optim.AdamW):
     steps; there is no weight decay, since a row that stays at zero is a row that was never needed.
 
     Args:
-        groups: AdamW parameter groups.
+        groups: AdamW parameter groups; may be none where there are rows.
         rows: the learned rows, or None.
         rows_learning_rate: theirs; schedulers scale it like any other group's.
         gradient_scale: the factor by which the loss was multiplied before ``backward`` (fp16), read at each step.
@@ -37,7 +37,8 @@ class AdamWWithRows(torch.optim.AdamW):
         gradient_scale: Callable[[], float] | None = None,
         **adamw: Any,
     ) -> None:
-        super().__init__(groups, **adamw)
+        # nothing dense where rows are all there is to train: AdamW wants one group even so
+        super().__init__(list(groups) or [{"params": []}], **adamw)
         self.rows = rows
         self.gradient_scale = gradient_scale
         if rows is not None:

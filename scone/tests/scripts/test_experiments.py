@@ -129,7 +129,7 @@ def test_runs_of_several_seeds_are_merged_into_one_line(runner, data, tmp_path):
     assert "| both-10k | 1 |" in text
 
 
-@pytest.mark.parametrize("name", ["before", "frozen-both", "both-default-rates"])
+@pytest.mark.parametrize("name", ["before", "frozen-rows-lr2e-3", "frozen-both", "both-default-rates"])
 def test_only_a_trunk_that_is_fine_tuned_changes(runner, data, tmp_path, name):
     changes = {"training.weight_decay": 0.1, "model.learned_rows": 100}
     plan = plan_of(runner, "pretrained", data, tmp_path, **changes)
