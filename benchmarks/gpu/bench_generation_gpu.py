@@ -3,9 +3,11 @@
     python benchmarks/gpu/bench_generation_gpu.py --tokens TOKEN_FOLDER [--json FILE] [--tiny] [--captured]
 
 GPT2-Small's shape in bf16 with random weights (speed does not depend on them), 1 M f-grams counted on the tokens, a
-bf16 table. Every step feeds the next token of real text, so that matches are those of text; it waits for the last
-step's choice first, as decoding does. Milliseconds a step, medians of interleaved rounds. ``--captured`` also decodes
-with static caches and the trunk as a CUDA graph; the rows are gathered before it. ``--tiny`` rehearses on a CPU.
+bf16 table. Every step feeds the next token of real text, so that matches are those of text; the host waits for each
+step's choice, as it does to stream it. Milliseconds a step, medians of interleaved rounds. ``--captured`` also decodes
+with static caches and the trunk as a CUDA graph, with the rows gathered before it: waiting for every choice, and
+``queued``, where choices stay on the GPU and the host prepares the next step while this one runs. ``--tiny`` rehearses
+on a CPU.
 """
 
 from __future__ import annotations
@@ -65,13 +67,13 @@ def main() -> None:
         width = 64 if tiny else 768
         write_table(path, counted.num_f_grams, width)
         models = build_all(counted, path, width, layers)
-        report_memory(report, models)
         text = torch.from_numpy(file.tokens[: 4_000_000 if not tiny else 40_000].astype(np.int64))
         for batch in batches:
             measure(report, models, text, batch, prompt, steps, rounds=2 if tiny else 3)
         if options["captured"]:
             for batch in batches[:1] if tiny else (1, 32):
                 measure_captured(report, models, text, batch, prompt, steps)
+        report_memory(report, models)
     report.finish()
 
 
@@ -120,12 +122,13 @@ def build_all(vocabulary: FGramVocabulary, path: Path, width: int, layers: int) 
 
 
 def report_memory(report: Report, models: dict[str, PreTrainedModel]) -> None:
-    """Accelerator and host bytes of weights and tables."""
+    """Accelerator bytes of weights, tables and the index of f-grams, and host bytes of tables."""
     for name, model in models.items():
         weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
         table = getattr(model, "table_embedding", None)
         memory = table.table.memory if table is not None else None
-        report.add(f"accelerator_bytes_{name}", "MiB", (weights + (memory.device if memory else 0)) / 2**20, ratio=None)
+        there = weights + (memory.device if memory else 0) + getattr(model, "accelerator_index_bytes", 0)
+        report.add(f"accelerator_bytes_{name}", "MiB", there / 2**20, ratio=None)
         if memory is not None:
             report.add(f"host_bytes_{name}", "MiB", (memory.ram + memory.mapped) / 2**20, ratio=None)
 
@@ -142,8 +145,8 @@ def some_text(text: Tensor, batch: int, length: int, seed: int) -> Tensor:
 
 
 @torch.inference_mode()
-def decode(model: PreTrainedModel, tokens: Tensor, prompt: int, cache: Any) -> tuple[float, float]:
-    """Seconds of the prefill and of one decoding step."""
+def decode(model: PreTrainedModel, tokens: Tensor, prompt: int, cache: Any, waits: bool = True) -> tuple[float, float]:
+    """Seconds of the prefill and of one decoding step; the host ``waits`` for each choice, or for the last alone."""
     synchronize()
     start = time.perf_counter()
     logits = model(input_ids=tokens[:, :prompt], past_key_values=cache, use_cache=True, logits_to_keep=1).logits
@@ -153,7 +156,9 @@ def decode(model: PreTrainedModel, tokens: Tensor, prompt: int, cache: Any) -> t
         # the real next token, once the model has chosen its own
         following = torch.where(logits[:, -1:].argmax(-1) >= 0, tokens[:, place : place + 1], 0)
         logits = model(input_ids=following, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-        logits[:, -1].argmax(-1).cpu()
+        if waits:
+            logits[:, -1].argmax(-1).cpu()
+    synchronize()
     return prefilled - start, (time.perf_counter() - prefilled) / (tokens.shape[1] - prompt)
 
 
@@ -204,22 +209,25 @@ def measure_captured(
     report: Report, models: dict[str, PreTrainedModel], text: Tensor, batch: int, prompt: int, steps: int
 ) -> None:
     """The same with static caches and the trunk compiled to a CUDA graph, where launching kernels costs nothing."""
-    found: dict[str, float] = {}
-    for name in ("plain", "doubled", "ram", *(["gpu"] if "gpu" in models else [])):
+    found: dict[bool, dict[str, float]] = {True: {}, False: {}}
+    for name in ("plain", "doubled", "ram", "mmap", *(["gpu"] if "gpu" in models else [])):
         model = models[name]
         part = model if name in ("plain", "doubled") else model.trunk
         usual: Callable[..., Any] = part.forward
         part.forward = torch.compile(usual, mode="reduce-overhead" if DEVICE.type == "cuda" else "default")
         cache = StaticCache(part.config, max_cache_len=prompt + steps)
-        taken = []
-        for turn in range(4):
-            with torch.inference_mode():
-                cache.reset()
-            cache.layers = [layer for layer in cache.layers if type(layer).__name__ != "TokenHistory"]
-            taken.append(decode(model, some_text(text, batch, prompt + steps, seed=turn), prompt, cache)[1])
+        taken: dict[bool, list[float]] = {True: [], False: []}
+        for turn in range(5):
+            for waits, times in taken.items():
+                with torch.inference_mode():
+                    cache.reset()
+                tokens = some_text(text, batch, prompt + steps, seed=turn)
+                times.append(decode(model, tokens, prompt, cache, waits)[1])
         part.forward = usual
-        found[name] = statistics.median(taken[2:]) * 1e3
-    add_times(report, found, f"captured_decode_ms_b{batch}")
+        for waits, times in taken.items():
+            found[waits][name] = statistics.median(times[2:]) * 1e3
+    add_times(report, found[True], f"captured_decode_ms_b{batch}")
+    add_times(report, found[False], f"queued_decode_ms_b{batch}")
 
 
 if __name__ == "__main__":

@@ -220,6 +220,11 @@ class SconeForCausalLM(EmbeddedTrunk):
             self._device_matchers[device] = DeviceMatcher(self.vocabulary, device) if fits else None
         return self._device_matchers[device]
 
+    @property
+    def accelerator_index_bytes(self) -> int:
+        """Accelerator memory that finding f-grams takes there: 0 where the host does it."""
+        return sum(matcher.nbytes for matcher in self._device_matchers.values() if matcher is not None)
+
     def match(self, input_ids: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> np.ndarray:
         """Node ids int64 ``[B, T]``: the longest f-gram ending at each position, which may begin in the cached past."""
         assert self.matcher is not None, "the model has no f-gram vocabulary: call set_vocabulary"
