@@ -232,6 +232,9 @@ class TrainingOptions:
     logging_steps: int = option(100, "steps between log lines", unit="steps", minimum=1)
     save_steps: int = option(1000, "steps between checkpoints", unit="steps", minimum=1)
     eval_steps: int = option(1000, "steps between evaluations on the validation split", unit="steps", minimum=1)
+    max_eval_tokens: int | None = option(
+        None, "evaluate on the first so many tokens of the validation split (none: all)", unit="tokens", minimum=2
+    )
     save_total_limit: int | None = option(None, "checkpoints to keep, the newest (none: all)", minimum=1)
     seed: int = option(42, "seed of weights, order and sampling", minimum=0, maximum=2**32 - 1)
     gradient_accumulation_steps: int = option(1, "batches that make one optimizer step", unit="batches", minimum=1)

@@ -24,20 +24,24 @@ class BlockDataset(Dataset):
 
     Asked for a `Place` of the training order, an item also tells it, as ``"place"``.
     ``drop_last`` leaves the last block out when it is short (training); otherwise it is kept if it has two tokens or
-    more (evaluation: one token alone predicts nothing). Blocks run on over document separators.
+    more (evaluation: one token alone predicts nothing). ``max_tokens`` takes the file's beginning only (None: all of
+    it). Blocks run on over document separators.
     Pickles as the file's path. Raises SconeError when the file does not fill one block.
     """
 
-    def __init__(self, token_file: TokenFile, max_length: int, drop_last: bool = False) -> None:
+    def __init__(
+        self, token_file: TokenFile, max_length: int, drop_last: bool = False, max_tokens: int | None = None
+    ) -> None:
         if max_length < 2:
             raise SconeError(f"found max_length {max_length}; expected at least 2; give a larger --max_length")
         self.token_file = token_file
         self.max_length = max_length
         self.drop_last = drop_last
-        self._length = num_blocks(token_file.num_tokens, max_length, drop_last)
+        self._available = min(token_file.num_tokens, token_file.num_tokens if max_tokens is None else max_tokens)
+        self._length = num_blocks(self._available, max_length, drop_last)
         if not self._length:
             raise SconeError(
-                f"{token_file.folder} has {token_file.num_tokens} tokens; expected at least one block of {max_length}; "
+                f"{token_file.folder} has {self._available} tokens; expected at least one block of {max_length}; "
                 "give more text or a smaller --max_length"
             )
 
@@ -47,8 +51,7 @@ class BlockDataset(Dataset):
     @property
     def num_tokens(self) -> int:
         """Tokens in all blocks together."""
-        whole = self.token_file.num_tokens // self.max_length * self.max_length
-        return whole if self._length * self.max_length == whole else self.token_file.num_tokens
+        return min(self._length * self.max_length, self._available)
 
     def __getitem__(self, index: int | Place) -> dict[str, Any]:
         if isinstance(index, Place):
@@ -56,5 +59,5 @@ class BlockDataset(Dataset):
         if not -self._length <= index < self._length:
             raise IndexError(index)
         start = index % self._length * self.max_length
-        block = self.token_file.tokens[start : start + self.max_length]
+        block = self.token_file.tokens[start : min(start + self.max_length, self._available)]
         return {"input_ids": torch.from_numpy(block.astype(np.int64))}

@@ -48,7 +48,9 @@ def model_card(
         f"# {name}\n\n{_what(options, model)}",
         _table("Model", _sizes(options, model)),
         _table("Training", _training(options, train_tokens, steps)),
-        _table("Measured", _measured(metrics)) if metrics else "## Measured\n\nThe corpus has no validation split.",
+        _table("Measured", _measured(options, metrics))
+        if metrics
+        else "## Measured\n\nThe corpus has no validation split.",
         _usage(name, hasattr(model.config, "num_f_grams")),
         _LICENCE,
     ]
@@ -113,9 +115,11 @@ def _training(options: SconeOptions, train_tokens: int, steps: int) -> dict[str,
     }
 
 
-def _measured(metrics: Mapping[str, float]) -> dict[str, str]:
+def _measured(options: SconeOptions, metrics: Mapping[str, float]) -> dict[str, str]:
+    limit = options.training.max_eval_tokens
+    where = "" if limit is None else f" (first {limit:,} tokens)"
     names = {"eval_loss": "validation loss, nats a token", "eval_perplexity": "validation perplexity"}
-    return {name: f"{metrics[key]:.4f}" for key, name in names.items() if key in metrics}
+    return {name + where: f"{metrics[key]:.4f}" for key, name in names.items() if key in metrics}
 
 
 def _table(title: str, rows: Mapping[str, str]) -> str:

@@ -52,6 +52,19 @@ def build_trunk(options: ModelOptions, tokenizer: PreTrainedTokenizerBase | None
     return AutoModelForCausalLM.from_config(config)
 
 
+def alone(trunk: PreTrainedModel) -> PreTrainedModel:
+    """The same trunk, told what it would guess and warn of when it is trained by itself.
+
+    Its loss is that of a causal language model, which transformers reads from a class's name, and GPT-2's does not say
+    it. And batches without a mask have no padding: looking for it among the tokens finds the separators of ours, and
+    makes every step wait for the accelerator.
+    """
+    body: Any = trunk.base_model
+    trunk.loss_type = "ForCausalLM"
+    body.warn_if_padding_and_no_attention_mask = lambda *_, **__: None
+    return trunk
+
+
 def trunk_configuration(options: ModelOptions) -> PreTrainedConfig:
     """The architecture's configuration with the options' sizes in place. Raises SconeError."""
     config = _named_configuration(options.base_model_name)

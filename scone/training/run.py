@@ -33,7 +33,7 @@ from scone.models.language_model import SconeForCausalLM
 from scone.models.model_card import write_model_card
 from scone.models.over_encoding import OverEncodingForCausalLM
 from scone.models.scaled_trunk import ScaledTrunkForCausalLM
-from scone.models.trunk import build_trunk, longest_sequence
+from scone.models.trunk import alone, build_trunk, longest_sequence
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 from scone.tokenization.tokenizers import separator_ids, tokenizer_fingerprint
 from scone.training.compilation import compile_for_training
@@ -148,7 +148,7 @@ def build_model(options: SconeOptions, corpus: Corpus, *, quiet: bool = False) -
         trunk.requires_grad_(False)
     if not options.model.use_f_gram_embeddings:
         scale = options.model.embedding_scale
-        return trunk if scale == 1.0 else ScaledTrunkForCausalLM.from_trunk(trunk, scale)
+        return alone(trunk) if scale == 1.0 else ScaledTrunkForCausalLM.from_trunk(trunk, scale)
     if options.model.over_encoding_rows:
         return _place_rows(
             OverEncodingForCausalLM.from_trunk(
@@ -218,7 +218,11 @@ def build_trainer(
         model=model,
         args=arguments,
         train_dataset=BlockDataset(corpus.train, data.max_length, drop_last=True),
-        eval_dataset=evaluation_blocks(corpus.validation, data.max_length) if corpus.validation else None,
+        eval_dataset=(
+            evaluation_blocks(corpus.validation, data.max_length, training.max_eval_tokens)
+            if corpus.validation
+            else None
+        ),
         data_collator=Collator(
             scone.vocabulary if scone else None,
             scone.config.learned_rows if scone else 0,
@@ -241,12 +245,13 @@ def build_trainer(
     )
 
 
-def evaluation_blocks(tokens: TokenFile, length: int) -> BlockDataset:
+def evaluation_blocks(tokens: TokenFile, length: int, max_tokens: int | None = None) -> BlockDataset:
     """Blocks of equal length, so that the mean over blocks, however they are batched, is the mean over tokens.
 
-    A file shorter than a block is one short block.
+    A file shorter than a block is one short block. No more than the first ``max_tokens`` are read (None: all).
     """
-    return BlockDataset(tokens, length, drop_last=tokens.num_tokens >= length)
+    available = tokens.num_tokens if max_tokens is None else min(tokens.num_tokens, max_tokens)
+    return BlockDataset(tokens, length, available >= length, available)
 
 
 def training_arguments(training: TrainingOptions, num_workers: int, evaluate: bool, quiet: bool) -> TrainingArguments:
@@ -286,7 +291,8 @@ def training_arguments(training: TrainingOptions, num_workers: int, evaluate: bo
         bf16=precision == "bf16",
         **checkpointing,
         dataloader_num_workers=num_workers,
-        accelerator_config={"non_blocking": True},  # batches come in page-locked memory: nothing waits for their copy
+        # batches for an accelerator come in page-locked memory: nothing waits for their copy
+        accelerator_config={"non_blocking": not use_cpu},
         remove_unused_columns=False,
         report_to=reporter_names(training.report_to),
         use_cpu=use_cpu,

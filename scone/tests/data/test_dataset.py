@@ -22,14 +22,15 @@ def token_file(folder, num_tokens: int):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 50), st.integers(2, 20), st.booleans())
-def test_blocks_are_the_tokens_in_order(tmp_path_factory, num_tokens, max_length, drop_last):
+@given(st.integers(1, 50), st.integers(2, 20), st.booleans(), st.none() | st.integers(2, 60))
+def test_blocks_are_the_tokens_in_order(tmp_path_factory, num_tokens, max_length, drop_last, limit):
     tokens = token_file(tmp_path_factory.mktemp("tokens"), num_tokens)
+    num_tokens = num_tokens if limit is None else min(num_tokens, limit)
     if num_blocks(num_tokens, max_length, drop_last) == 0:
         with pytest.raises(SconeError, match="expected at least one block"):
-            BlockDataset(tokens, max_length, drop_last)
+            BlockDataset(tokens, max_length, drop_last, limit)
         return
-    dataset = BlockDataset(tokens, max_length, drop_last)
+    dataset = BlockDataset(tokens, max_length, drop_last, limit)
     blocks = [dataset[index]["input_ids"] for index in range(len(dataset))]
     together = torch.cat(blocks).tolist()
     assert together == tokens.tokens.tolist()[: len(together)]

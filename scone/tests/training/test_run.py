@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from scone.tests.training.runs import STILL, assert_same_weights, command_line, options, weights
-from scone.training.run import train
+from scone.training.run import build_model, build_trainer, prepare_run_corpus, train
 from scone.training.trainer import complete_checkpoints
 from scone.utils.errors import SconeError
 
@@ -55,6 +56,34 @@ def test_the_plain_baseline_is_an_ordinary_model_on_the_same_batches(corpus, tmp
         first_losses.append(json.loads((tmp_path / name / "training_log.json").read_text())["log"][0]["loss"])
     assert first_losses[0] == first_losses[1]
     assert json.loads((tmp_path / "plain/final_model/config.json").read_text())["model_type"] == "gpt2"
+
+
+def test_a_plain_run_warns_of_nothing_that_does_not_apply(corpus, tmp_path, caplog, monkeypatch):
+    """Neither of padding that is not there, nor of a loss that GPT-2's name does not tell, nor of memory."""
+    library = logging.getLogger("transformers")
+    monkeypatch.setattr(library, "handlers", [*library.handlers, caplog.handler])
+    logging.Logger.warning_once.cache_clear()  # transformers' own; other tests may have used the one time up
+    plain = {"model.use_f_gram_embeddings": False, "training.max_steps": 70}
+    train(options(corpus, tmp_path, **plain), quiet=True)
+    assert [record.getMessage() for record in caplog.records if record.name.startswith("transformers")] == []
+
+
+def test_evaluation_reads_no_more_than_the_tokens_it_is_given(corpus, tmp_path):
+    def evaluation(name, limit):
+        run = options(corpus, tmp_path / name, **{"training.max_eval_tokens": limit, "training.max_steps": 1})
+        trainer = build_trainer(run, build_model(run, files, quiet=True), files, quiet=True)
+        return trainer.evaluate()["eval_loss"], trainer.eval_dataset.num_tokens
+
+    files = prepare_run_corpus(options(corpus, tmp_path / "run"), quiet=True)
+    assert files.validation is not None
+    whole = files.validation.num_tokens
+    losses = {limit: evaluation(str(limit), limit) for limit in (None, 10 * whole, 100, 20)}
+    assert losses[None] == losses[10 * whole]
+    assert losses[None][1] > losses[100][1] == 96
+    assert losses[20][1] == 20
+    assert len({loss for loss, _ in losses.values()}) == 3
+    final_model = train(options(corpus, tmp_path / "run", **{"training.max_eval_tokens": 100}), quiet=True)
+    assert "validation perplexity (first 100 tokens)" in (final_model / "README.md").read_text()
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -178,8 +207,6 @@ def test_a_frozen_trunk_keeps_its_weights(corpus, tmp_path):
     run = options(corpus, tmp_path / "run", **{"training.freeze_trunk": True})
     final = weights(train(run, quiet=True))
     torch.manual_seed(0)
-    from scone.training.run import build_model, prepare_run_corpus
-
     start = build_model(run, prepare_run_corpus(run, quiet=True), quiet=True).state_dict()
     for name, tensor in final.items():
         moved = not torch.equal(tensor, start[name])
