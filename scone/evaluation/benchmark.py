@@ -20,8 +20,7 @@ from scone.evaluation.speed import measure_speed
 from scone.evaluation.text_size import text_size
 from scone.inference.loading import LoadedModel, choose_device, load_model, position_limit
 from scone.inference.quantization import check_quantization
-from scone.models.accounting import parameter_counts
-from scone.models.f_gram_model import FGramModel
+from scone.models.accounting import f_gram_model_parameters, parameter_counts
 from scone.models.language_model import SconeForCausalLM
 from scone.models.over_encoding import OverEncodingForCausalLM
 from scone.tokenization.tokenizers import load_tokenizer
@@ -221,17 +220,10 @@ def _sizes(subject: Subject, model: PreTrainedModel) -> dict[str, Any]:
     parameters = parameter_counts(model).to_dict()
     if subject.loaded.table is not None:
         parameters["training_only"] = measure.training_only_parameters(subject.path) or 0
-    sizes = getattr(model.config, "f_gram_model_config", None)
-    if sizes is None:
-        f_gram_parameters = 0
-    else:
-        with torch.device("meta"):
-            f_gram_model = FGramModel(sizes, model.config.hidden_size, model.config.max_n)
-        f_gram_parameters = sum(parameter.numel() for parameter in f_gram_model.parameters())
     return {
         "parameters": parameters,
         "num_f_grams": getattr(model.config, "num_f_grams", None),
-        "f_gram_model_parameters": f_gram_parameters,
+        "f_gram_model_parameters": f_gram_model_parameters(model.config),
     }
 
 

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from scone.models.configuration import SconeConfig
-from scone.models.f_gram_model import FGramModelConfig
+from scone.models.f_gram_model import FGramModel, FGramModelConfig
 from scone.models.language_model import SconeForCausalLM
 from scone.models.over_encoding import OverEncodingForCausalLM
 
@@ -47,6 +47,14 @@ def parameter_counts(model: PreTrainedModel) -> ParameterCounts:
         return ParameterCounts(_count(model), 0, 0)
     extra = 0 if model.f_gram_embedding is None else _count(model.f_gram_embedding)
     return ParameterCounts(_count(model.trunk), extra, model.config.num_f_grams * model.config.hidden_size)
+
+
+def f_gram_model_parameters(config: PreTrainedConfig) -> int:
+    """Parameters of the f-gram model that ``config`` describes, wherever its weights are; 0 for a model without one."""
+    if not isinstance(config, SconeConfig) or config.f_gram_model_config is None:
+        return 0
+    with torch.device("meta"):
+        return _count(FGramModel(config.f_gram_model_config, config.hidden_size, config.max_n))
 
 
 def _count(module: torch.nn.Module) -> int:

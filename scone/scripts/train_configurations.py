@@ -131,7 +131,9 @@ def write_family_report(folder: Path, options_of: Mapping[str, SconeOptions]) ->
     if not results:
         return f"no report: {missing[0]['why']}"
     title = "f-gram configurations"
-    notes = ["Perplexity is that of the finished models on the validation split, in blocks of --max_length tokens."]
+    limit = next(iter(options_of.values())).training.max_eval_tokens
+    where = "the validation split" if limit is None else f"the first {limit:,} tokens of the validation split"
+    notes = [f"Perplexity is that of the finished models on {where}, in blocks of --max_length tokens."]
     facts = {"machine": describe_machine(), "notes": notes}
     write_report(results, folder, title=title, facts=facts, missing=missing)
     return f"{markdown(results, title, missing, facts)}\nreport: {folder / 'benchmark.html'}"
@@ -140,16 +142,19 @@ def write_family_report(folder: Path, options_of: Mapping[str, SconeOptions]) ->
 def _family_member(name: str, run: Path) -> RunResult:
     """What the log of one run says. Raises SconeError where there is none."""
     from scone.evaluation.results import RunResult
+    from scone.models.accounting import f_gram_model_parameters
+    from scone.models.configuration import SconeConfig
 
     log, config = read_json(run / "training_log.json"), read_json(run / "final_model" / "config.json")
     final, cost, tokens = log["final"], log.get("cost", {}), log["steps"] * log["tokens_per_step"]
     per_token = cost.get("training_flops_per_token")
-    size = name.split("-")[0]
+    size, with_f_grams = name.split("-")[0], config["model_type"] == SconeConfig.model_type
     return RunResult(
         f"scone-{name}",
-        f"{size} f-gram model",
+        "f-gram model",
         {"validation": {"perplexity": final["eval_perplexity"]}} if "eval_perplexity" in final else {},
         num_f_grams=config.get("num_f_grams"),
+        f_gram_model_parameters=f_gram_model_parameters(SconeConfig.from_dict(config)) if with_f_grams else None,
         f_gram_model_size=size,
         parameters=log.get("parameters"),
         inference_flops_per_token=cost.get("inference_flops_per_token"),
