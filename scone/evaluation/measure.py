@@ -130,22 +130,17 @@ class PeakMemory:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.process_bytes = _status_bytes("VmHWM")
+        self.process_bytes = _peak_process_bytes()
         if self.device.type == "cuda":
             self.accelerator_bytes = int(torch.cuda.max_memory_allocated(self.device))
 
 
-def process_bytes() -> int | None:
-    """Resident memory of this process now, shared pages included; None where the system does not tell."""
-    return _status_bytes("VmRSS")
-
-
-def _status_bytes(name: str) -> int | None:
+def _peak_process_bytes() -> int | None:
     try:
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     except OSError:
         return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(name)), None)
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), None)
 
 
 def describe_machine() -> dict[str, Any]:

@@ -12,6 +12,7 @@ from scone.cli import main
 from scone.evaluation import measure
 from scone.evaluation.benchmark import kind_of
 from scone.inference.loading import load_model
+from scone.inference.statistics import process_bytes
 from scone.tests import tiny
 from scone.tests.evaluation.conftest import WORDS
 
@@ -125,7 +126,7 @@ def test_training_only_parameters_are_those_of_the_live_model(served_model: Path
 
 def test_peak_memory_sees_what_was_freed() -> None:
     with measure.PeakMemory(torch.device("cpu")) as peak:
-        before = measure.process_bytes()
+        before = process_bytes()
         block = torch.ones(40_000_000)
         del block
     assert peak.process_bytes is not None

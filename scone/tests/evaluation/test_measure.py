@@ -8,6 +8,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from scone.evaluation import measure
+from scone.inference.statistics import process_bytes
 from scone.models.accounting import parameter_counts, trunk_forward_flops
 
 WIDTH, LAYERS, VOCAB_SIZE, LENGTH = 16, 2, 40, 8
@@ -54,4 +55,4 @@ def test_machine_is_described() -> None:
     machine = measure.describe_machine()
     assert machine["num_cores"] >= 1
     assert machine["processor"]
-    assert (measure.process_bytes() or 1) > 0
+    assert (process_bytes() or 1) > 0
