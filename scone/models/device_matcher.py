@@ -20,6 +20,7 @@ class DeviceMatcher:
     """
 
     def __init__(self, vocabulary: FGramVocabulary, device: torch.device) -> None:
+        assert vocabulary.keys.dtype == np.uint32, "nodes beyond 32 bits are matched on the host"
         index = vocabulary.index
         self._keys = _bits(vocabulary.keys, device)
         self._slots = _bits(index.slots, device)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 
+import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from scone.tests.tokenization.f_gram_strategies import Case, batches, cases
@@ -33,6 +34,7 @@ def test_triton_equals_trying_every_length(case: Case, data: st.DataObject) -> N
     cut = data.draw(st.integers(0, length))
     is_padded = data.draw(st.booleans())
     hidden = torch.where(mask != 0, tokens, ~tokens) if is_padded else tokens
+    assume(case.vocabulary.keys.dtype == np.uint32)  # what the accelerator matches; beyond 2³² nodes the host does
     matcher = DeviceMatcher(case.vocabulary, DEVICE)
     found = matcher.match(tokens[:, cut:], mask[:, cut:] if is_padded else None, hidden[:, :cut] if cut else None)
     for row, bare, nodes in zip(rows, masks, found.tolist(), strict=True):
