@@ -57,6 +57,8 @@ def table(name: str) -> str:
         return transcript(report)
     if "costs" in report:
         return cost_tables(report)
+    if report.get("experiment", {}).get("by_budget"):
+        return budget_table(report)
     if "runs" in report and any("cost" in run for run in report["runs"].values()):
         return comparison_table(report, summary)
     if "before" in report and "after" in report:
@@ -257,6 +259,34 @@ def comparison_table(report: dict[str, Any], summary: bool = False) -> str:
         f"; {seeds} seeds where a ± stands" if seeds else "; one seed"
     )
     note += f"; {unfinished} runs unfinished" if unfinished else ""
+    return "\n".join(lines) + f"\n\n*{note}. Measured on {where} at commit {report['commit'][:10]}.*\n"
+
+
+def budget_table(report: dict[str, Any]) -> str:
+    """Perplexity of each kind after so many tokens, and its distance to plain's of as many tokens."""
+    from scone.evaluation.experiment_results import mean_loss, run_results
+    from scone.evaluation.results import PLAIN
+
+    tests = report["experiment"]["tests"]
+    results = run_results(report)
+    kinds = sorted({result.kind for result in results}, key=lambda kind: (kind != PLAIN, len(kind), kind))
+    names = " | ".join(kinds)
+    lines = [f"| training tokens | {names} |", "|---:|" + "---:|" * len(kinds)]
+    for tokens in sorted({result.training_tokens for result in results}):
+        of_kind = {result.kind: result for result in results if result.training_tokens == tokens}
+        cells = []
+        for kind in kinds:
+            if kind not in of_kind:
+                cells.append("–")
+                continue
+            loss = mean_loss(of_kind[kind], tests)
+            change = math.exp(loss - mean_loss(of_kind[PLAIN], tests)) - 1
+            to_plain = "" if kind == PLAIN else f" ({100 * change:+.1f} %)".replace("-", "−")
+            cells.append(f"{math.exp(loss):,.1f}{to_plain}")
+        lines.append(f"| {tokens:,} | {' | '.join(cells)} |")
+    texts = " and ".join(test.replace("_", " ") for test in tests)
+    where = ", ".join(report["machine"].get("accelerators") or [report["machine"].get("processor", "")])
+    note = f"Geometric mean of the perplexities of {texts}; one seed"
     return "\n".join(lines) + f"\n\n*{note}. Measured on {where} at commit {report['commit'][:10]}.*\n"
 
 

@@ -100,7 +100,10 @@ def claim_svg(experiment: Mapping[str, Any]) -> str:
 
 
 def shown_results(results: Sequence[RunResult]) -> list[RunResult]:
-    """Plain, plain of more inference FLOPs at equal tokens, and each kind's runs with the most f-grams."""
+    """Plain, plain of more inference FLOPs at equal tokens, and each kind's runs with the most f-grams.
+
+    Of runs that differ in their settings alone, the one of lowest validation loss.
+    """
     plain = plain_of_equal_inference(results)[:1]
     base = next(result for result in results if result.kind == PLAIN)
     larger = [
@@ -112,7 +115,18 @@ def shown_results(results: Sequence[RunResult]) -> list[RunResult]:
     ]
     peers = [result for result in results if result.kind in (*OURS, OVER_ENCODING)]
     most = max((result.num_f_grams or 0 for result in peers), default=0)
-    return [*(plain or [base]), *larger, *(result for result in peers if result.num_f_grams == most)]
+    best: dict[str, RunResult] = {}
+    for result in peers:
+        if result.num_f_grams == most:
+            rival = best.setdefault(label_of(result), result)
+            if _validation_loss(result) < _validation_loss(rival):
+                best[label_of(result)] = result
+    return [*(plain or [base]), *larger, *best.values()]
+
+
+def _validation_loss(result: RunResult) -> float:
+    logged = result.facts["validation_loss"]
+    return math.inf if logged is None else float(logged)
 
 
 def _size(shown: Sequence[RunResult]) -> str:

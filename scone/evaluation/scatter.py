@@ -137,14 +137,15 @@ def _whisker(point: Point, place: tuple[float, float], y_axis: Axis) -> str:
 def _labels(names: Sequence[str], places: Sequence[tuple[float, float]], character_width: float) -> list[str]:
     """Each name beside its point, moved up or down (with a leader) where others are in the way."""
     points = [Box(x - POINT_RADIUS, y - POINT_RADIUS, x + POINT_RADIUS, y + POINT_RADIUS) for x, y in places]
-    taken: list[Box] = []
-    parts = []
+    placed: dict[int, tuple[Box, bool]] = {}
     for index in sorted(range(len(names)), key=lambda i: places[i][1]):
-        if not names[index]:
-            continue
+        if names[index]:
+            taken = [box for box, _ in placed.values()]
+            placed[index] = _free_place(len(names[index]) * character_width, *places[index], [*taken, *points])
+    _in_order(placed, places)
+    parts = []
+    for index, (box, right) in placed.items():
         x, y = places[index]
-        box, right = _free_place(len(names[index]) * character_width, x, y, [*taken, *points])
-        taken.append(box)
         middle = (box.top + box.bottom) / 2
         near = box.left - 2 if right else box.right + 2
         if abs(middle - y) > LABEL_HEIGHT / 2:
@@ -152,6 +153,23 @@ def _labels(names: Sequence[str], places: Sequence[tuple[float, float]], charact
         text_x, anchor = (box.left, "start") if right else (box.right, "end")
         parts.append(plots.text_at("point-label", text_x, middle + 4, anchor, names[index]))
     return parts
+
+
+def _in_order(placed: dict[int, tuple[Box, bool]], places: Sequence[tuple[float, float]]) -> None:
+    """Of points above each other, let the labels lie in the points' order, so that their leaders do not cross."""
+    columns: dict[tuple[int, bool], list[int]] = {}
+    for index, (_, right) in placed.items():
+        columns.setdefault((round(places[index][0]), right), []).append(index)
+    for (_, right), column in columns.items():
+        heights = sorted((placed[index][0].top for index in column))
+        moved = {}
+        for index, top in zip(sorted(column, key=lambda i: places[i][1]), heights, strict=True):
+            box = placed[index][0]
+            moved[index] = Box(box.left, top, box.right, top + box.bottom - box.top), right
+        others = [box for index, (box, _) in placed.items() if index not in moved]
+        boxes = [box for box, _ in moved.values()]
+        if not any(box.overlaps(other) for box in boxes for other in others):
+            placed.update(moved)
 
 
 def _free_place(width: float, x: float, y: float, taken: Sequence[Box]) -> tuple[Box, bool]:

@@ -35,6 +35,14 @@ def test_picture_shows_the_most_f_grams() -> None:
     assert shown == ["plain", "plain-2x-deep", "model-1k", "rows-1k", "both-1k", "over-encoding-1k"]
 
 
+def test_picture_shows_the_better_settings() -> None:
+    experiment = experiments.experiment()
+    worse, better = (experiments.run(name, loss, experiments.ROWS) for name, loss in (("a", 3.87), ("b", 3.85)))
+    experiment["runs"] = {"rows-worse": worse} | experiment["runs"] | {"rows-better": better}
+    shown = [result.name for result in shown_results(run_results(experiment)) if result.kind == "learned rows"]
+    assert shown == ["b"]
+
+
 def test_without_plain_there_is_no_picture() -> None:
     experiment = experiments.experiment()
     experiment["runs"] = {"rows-1k": experiment["runs"]["rows-1k"]}

@@ -56,6 +56,18 @@ def test_models_of_equal_flops_are_told_apart() -> None:
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
 
 
+def test_labels_of_a_column_lie_as_their_points_do() -> None:
+    """A leader that crosses others leads to the wrong point."""
+    values = [190.0, 173.0, 159.0, 158.0, 149.0, 147.0, 141.0]
+    points = [Point(f"model-{y}", 1.0, y, "red") for y in values]
+    svg = scatter_chart([*points, Point("other", 2.0, 218.0, "red")], "x", "y", x_logarithmic=False)
+    labels = [box.top for box in label_boxes(svg) if box.left < plots.WIDTH / 2]
+    assert len(labels) == len(points)
+    names = [text.text for text in ElementTree.fromstring(svg).iter("text") if text.get("class") == "point-label"]
+    by_height = [name for _, name in sorted(zip(labels, names[-len(labels) :], strict=True))]
+    assert by_height == [point.name for point in points]
+
+
 def test_points_that_cannot_be_drawn_are_left_out() -> None:
     assert scatter_chart([], "x", "y") == ""
     assert scatter_chart([Point("a", 0.0, 1.0, "red"), Point("b", 1.0, math.inf, "red")], "x", "y") == ""
