@@ -161,7 +161,7 @@ def _in_order(placed: dict[int, tuple[Box, bool]], places: Sequence[tuple[float,
     for index, (_, right) in placed.items():
         columns.setdefault((round(places[index][0]), right), []).append(index)
     for (_, right), column in columns.items():
-        heights = sorted((placed[index][0].top for index in column))
+        heights = sorted(placed[index][0].top for index in column)
         moved = {}
         for index, top in zip(sorted(column, key=lambda i: places[i][1]), heights, strict=True):
             box = placed[index][0]
