@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scone.inference.stores.base import RowBlock, RowStore, StoreMemory
+from scone.inference.stores.base import RowStore, StoreMemory
 from scone.inference.stores.placement import open_store
 from scone.inference.table_format import TableFile
 from scone.kernels.installed import triton_is_installed
+from scone.kernels.reachable_rows import ReachableRows
 from scone.utils.errors import SconeError
 from scone.utils.text import human_bytes
 
@@ -33,7 +34,7 @@ class EmbeddingTable:
         self.path = file.path
         self.device = device
         self._on_cpu = device.type == "cpu"
-        self._reach: dict[torch.device, list[RowBlock] | None] = {}
+        self._reach: dict[torch.device, ReachableRows | None] = {}
 
     @classmethod
     def open(
@@ -116,31 +117,18 @@ class EmbeddingTable:
         self.store.rows_into(wanted, out.numpy())
         return out.to(dtype)
 
-    def within_reach(self, device: torch.device) -> bool:
-        """Whether `write_rows` works with node ids on ``device``: kernels there can read all rows by themselves."""
-        return self._blocks_within_reach(device) is not None
-
-    def write_rows(self, vectors: Tensor, nodes: Tensor, first_node: int) -> None:
-        """Write the row of each f-gram over its vector; vectors of other nodes stay. The host does not wait.
-
-        Args:
-            vectors: float [n, D] on a CUDA device that the rows are `within_reach` of, contiguous.
-            nodes: int64 [n] there.
-            first_node: the node id of rank 0 (V). Node ids are not checked.
-        """
-        from scone.kernels.dequantize_triton import write_rows_triton
-
-        blocks = self._blocks_within_reach(vectors.device)
-        assert blocks is not None, "the rows are out of the reach of this device"
-        row = self.layout.row_format
-        for block in blocks:
-            first = first_node + block.first_row
-            write_rows_triton(vectors, block.rows, row.row_type, row.group_size, wanted=nodes, first=first)
-
-    def _blocks_within_reach(self, device: torch.device) -> list[RowBlock] | None:
+    def within_reach(self, device: torch.device) -> ReachableRows | None:
+        """The rows, where kernels on ``device`` read them by themselves and are there; None where the host has to."""
         if device not in self._reach:
-            self._reach[device] = self.store.within_reach(device) if triton_is_installed() else None
+            self._reach[device] = self._rows_within_reach(device) if triton_is_installed() else None
         return self._reach[device]
+
+    def _rows_within_reach(self, device: torch.device) -> ReachableRows | None:
+        blocks = self.store.within_reach(device)
+        if blocks is None or len(blocks) > 2:  # more than the GPU's and the host's can only be given on purpose
+            return None
+        row = self.layout.row_format
+        return ReachableRows(blocks[0], blocks[1] if len(blocks) > 1 else None, row.row_type, row.width, row.group_size)
 
     def prefetch(self, ranks: Tensor) -> None:
         """Start fetching these rows in the background (int64 [n]), so that `rows` of them waits less."""

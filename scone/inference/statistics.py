@@ -6,8 +6,9 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -34,17 +35,17 @@ class TableReads:
     """Positions that were looked up (padding not counted) and rows that were read for them."""
 
     num_positions: int = 0
-    _found: torch.Tensor | int = field(default=0, repr=False)
+    _found: list[torch.Tensor | int] = field(default_factory=list, repr=False)
 
-    def add(self, is_row: torch.Tensor) -> None:
-        """Count a step: bool, any shape, True where a row is read."""
-        self.num_positions += is_row.numel()
-        self._found = is_row.sum() + self._found
+    def add(self, num_positions: int, found: list[torch.Tensor | int]) -> None:
+        """Count positions, and rows in parts that are to be added up."""
+        self.num_positions += num_positions
+        self._found += found
 
     @property
     def num_rows(self) -> int:
-        """Rows that were read. The accelerator is waited for here, and not in each step."""
-        return int(self._found)
+        """Rows that were read. An accelerator that counted them is waited for here, and not in each step."""
+        return sum(int(part) for part in self._found)
 
     @property
     def hit_rate(self) -> float:
@@ -110,22 +111,18 @@ def _request_line(number: int, request: RequestStats) -> str:
 
 @contextmanager
 def counted_reads(model: PreTrainedModel) -> Iterator[TableReads | None]:
-    """Count what ``model`` looks up in its table inside the block; None for a model without a table."""
+    """Count what ``model`` looks up in its table inside the block (known at its end); None for one without a table."""
     layer = getattr(model, "table_embedding", None)
     if layer is None:
         yield None
         return
-    reads = TableReads()
-
-    def count(_: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
-        node_ids, vocab_size = inputs[1], inputs[3]
-        reads.add(node_ids >= vocab_size)
-
-    hook = layer.register_forward_pre_hook(count)
+    reads, (first_position, found_before) = TableReads(), layer.reads()
     try:
         yield reads
     finally:
-        hook.remove()
+        num_positions, found = layer.reads()
+        parts = zip_longest(found, found_before, fillvalue=0)
+        reads.add(num_positions - first_position, [after - before for after, before in parts])
 
 
 def process_bytes() -> int | None:

@@ -12,9 +12,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from scone.kernels.reachable_rows import ReachableRows
 from scone.kernels.transfer import to_device
+from scone.models.device_look_up import DeviceLookUp
 from scone.models.f_gram_model import FGramModel, FGramModelConfig, unit_rms
 from scone.models.learned_rows import LearnedRows
+from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 
 COMBINATIONS = ("add", "replace", "gate")
 
@@ -136,12 +139,8 @@ class RowSource(Protocol):
         """Rows ``[n, D]`` for int64 ranks ``[n]`` on the host."""
         ...
 
-    def within_reach(self, device: torch.device) -> bool:
-        """Whether `write_rows` works on ``device``."""
-        ...
-
-    def write_rows(self, vectors: Tensor, nodes: Tensor, first_node: int) -> None:
-        """On an accelerator: over ``vectors`` [n, D] the rows of those of its ``nodes`` [n] that are f-grams."""
+    def within_reach(self, device: torch.device) -> ReachableRows | None:
+        """The rows, where kernels on ``device`` read them by themselves; None where the host has to."""
         ...
 
 
@@ -151,24 +150,65 @@ class TableInputEmbedding(nn.Module):
     def __init__(self, table: RowSource) -> None:
         super().__init__()
         self.table = table
+        self._look_ups: dict[torch.device, DeviceLookUp | None] = {}
+        self._num_positions = 0
+        self._num_rows = 0
 
     def forward(self, token_ids: Tensor, node_ids: Tensor, token_embedding: nn.Module, vocab_size: int) -> Tensor:
         """``token_ids`` int64 [B, T] on the trunk's device → [B, T, D].
 
-        ``node_ids`` int64 [B, T]: on the host, which then gathers; or beside the tokens, where the table is within
-        reach.
+        ``node_ids``: int64 [B, T] on the host, which gathers the rows.
         """
         vectors = token_embedding(token_ids)
         flat = vectors.reshape(-1, vectors.shape[-1])
         nodes = node_ids.reshape(-1)
-        if nodes.is_cuda:
-            written = flat.detach().clone() if flat.requires_grad else flat
-            self.table.write_rows(written, nodes, vocab_size)
-            # gradients reach the token embeddings of the other positions alone
-            flat = torch.where((nodes >= vocab_size)[:, None], written, flat) if flat.requires_grad else written
-            return flat.view_as(vectors)
         positions = (nodes >= vocab_size).nonzero().squeeze(1)
         if len(positions):
             rows = self.table.rows(nodes[positions] - vocab_size, flat.dtype)
             flat = flat.index_copy(0, to_device(positions, flat.device), rows.to(flat.device))
+        self._num_positions += len(nodes)
+        self._num_rows += len(positions)
         return flat.view_as(vectors)
+
+    def on_device(
+        self,
+        look_up: DeviceLookUp,
+        token_ids: Tensor,
+        token_embedding: nn.Module,
+        mask: Tensor | None,
+        past: Tensor | None,
+    ) -> Tensor:
+        """The same without the host: ``look_up`` (of `look_up_on`) finds the nodes, and knows the other arguments."""
+        vectors = token_embedding(token_ids).contiguous()
+        self._num_positions += token_ids.numel()
+        if not vectors.requires_grad:
+            look_up.write(vectors, token_ids, mask, past)
+            return vectors
+        # NaN is no row's, so it tells the positions that read none; gradients reach the embeddings of these alone
+        rows = torch.full_like(vectors, torch.nan)
+        look_up.write(rows, token_ids, mask, past)
+        return torch.where(rows.isnan(), vectors, rows)
+
+    def look_up_on(self, device: torch.device, vocabulary: FGramVocabulary) -> DeviceLookUp | None:
+        """What looks up on ``device`` by itself, made when it is first wanted; None where the host has to."""
+        rows = self.table.within_reach(device)
+        if rows is None:
+            return None
+        if device not in self._look_ups:
+            fits = DeviceLookUp.fits(vocabulary, device)
+            self._look_ups[device] = DeviceLookUp(vocabulary, rows, device) if fits else None
+        return self._look_ups[device]
+
+    @property
+    def accelerator_index_bytes(self) -> int:
+        """Accelerator memory that finding f-grams takes there: 0 where the host does it."""
+        return sum(look_up.nbytes for look_up in self._look_ups.values() if look_up is not None)
+
+    def reads(self) -> tuple[int, list[Tensor | int]]:
+        """Positions looked up so far, padding too, and the rows that were read, in parts that are to be added up.
+
+        Parts only become more; the first is the host's, the others int64 ``[1]`` on accelerators, which are not waited
+        for.
+        """
+        on_devices = [look_up.num_found.clone() for look_up in self._look_ups.values() if look_up is not None]
+        return self._num_positions, [self._num_rows, *on_devices]

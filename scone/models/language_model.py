@@ -16,7 +16,6 @@ from transformers.utils import cached_file
 
 from scone.kernels.trie_batch import build_trie_batch
 from scone.models.configuration import SconeConfig
-from scone.models.device_matcher import DeviceMatcher
 from scone.models.embedded_trunk import EmbeddedTrunk
 from scone.models.f_gram_model import FGramBlock, FGramModel
 from scone.models.input_embeddings import FGramInputEmbedding, RowSource, TableInputEmbedding
@@ -47,7 +46,6 @@ class SconeForCausalLM(EmbeddedTrunk):
         self.table_embedding: TableInputEmbedding | None = None
         self.vocabulary: FGramVocabulary | None = None
         self.matcher: Matcher | None = None
-        self._device_matchers: dict[torch.device, DeviceMatcher | None] = {}
         self._stand_ins: np.ndarray | None = None
         # the layers that sharding and device maps take as one
         self._no_split_modules = [*(self._no_split_modules or []), FGramBlock.__name__]
@@ -153,7 +151,6 @@ class SconeForCausalLM(EmbeddedTrunk):
             )
         self.vocabulary = vocabulary
         self.matcher = Matcher(vocabulary)
-        self._device_matchers.clear()
         self._stand_ins = stand_ins(vocabulary, self.config.control, self.config.learned_rows)
 
     def attach_table(self, table: RowSource) -> None:
@@ -192,9 +189,7 @@ class SconeForCausalLM(EmbeddedTrunk):
         """Input vectors ``[B, T, D]`` of tokens that follow what ``cache`` holds."""
         tokens = self.get_input_embeddings()
         if self.table_embedding is not None:
-            assert self.vocabulary is not None  # whose attributes cost a tenth of the configuration's
-            nodes = self._match_for_table(self.table_embedding.table, input_ids, mask, cache)
-            return self.table_embedding(input_ids, nodes, tokens, self.vocabulary.vocab_size)
+            return self._embed_from_table(self.table_embedding, input_ids, tokens, mask, cache)
         if self.f_gram_embedding is None:
             raise SconeError(
                 "found a model that was saved without its f-gram model; expected its embedding table; "
@@ -204,26 +199,28 @@ class SconeForCausalLM(EmbeddedTrunk):
             trie = self.trie_of(self.match(input_ids, mask, cache))
         return self.f_gram_embedding(input_ids, tokens, trie)
 
-    def _match_for_table(self, table: RowSource, input_ids: Tensor, mask: Tensor | None, cache: Cache | None) -> Tensor:
-        """Node ids int64 ``[B, T]``: on the accelerator where it can match and read the table's rows by itself."""
-        matcher = self._device_matcher(input_ids.device) if table.within_reach(input_ids.device) else None
-        if matcher is None:
-            return torch.from_numpy(self.match(input_ids, mask, cache))
+    def _embed_from_table(
+        self,
+        table: TableInputEmbedding,
+        input_ids: Tensor,
+        tokens: nn.Module,
+        mask: Tensor | None,
+        cache: Cache | None,
+    ) -> Tensor:
+        """On the accelerator, where it finds f-grams and reads the table's rows by itself; else by the host."""
+        vocabulary = self.vocabulary
+        assert vocabulary is not None  # whose attributes cost a tenth of the configuration's
+        look_up = table.look_up_on(input_ids.device, vocabulary)
+        if look_up is None:
+            nodes = torch.from_numpy(self.match(input_ids, mask, cache))
+            return table(input_ids, nodes, tokens, vocabulary.vocab_size)
         history = known_past(cache)
-        return matcher.match(input_ids, mask, None if history is None else history.all())
-
-    def _device_matcher(self, device: torch.device) -> DeviceMatcher | None:
-        """The matcher on ``device``, made when it is first wanted; None where the host has to match."""
-        assert self.vocabulary is not None
-        if device not in self._device_matchers:
-            fits = DeviceMatcher.fits(self.vocabulary, device)
-            self._device_matchers[device] = DeviceMatcher(self.vocabulary, device) if fits else None
-        return self._device_matchers[device]
+        return table.on_device(look_up, input_ids, tokens, mask, None if history is None else history.all())
 
     @property
     def accelerator_index_bytes(self) -> int:
         """Accelerator memory that finding f-grams takes there: 0 where the host does it."""
-        return sum(matcher.nbytes for matcher in self._device_matchers.values() if matcher is not None)
+        return 0 if self.table_embedding is None else self.table_embedding.accelerator_index_bytes
 
     def match(self, input_ids: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> np.ndarray:
         """Node ids int64 ``[B, T]``: the longest f-gram ending at each position, which may begin in the cached past."""

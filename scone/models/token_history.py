@@ -16,7 +16,7 @@ def hidden(token_ids: Tensor, mask: Tensor | None) -> Tensor:
 
 
 class TokenHistory(DynamicLayer):
-    """One more layer of the cache, whose states are the cached token ids.
+    """One more layer of the cache, whose states, ``[B, P, 1]``, are the cached token ids.
 
     A cache applies cropping, beam reordering, repetition and selection to all of its layers, so the history can never
     disagree with the keys and values, whoever drives the decoding (``generate``, assisted decoding, or code by hand).
@@ -28,8 +28,14 @@ class TokenHistory(DynamicLayer):
 
     def append(self, token_ids: Tensor, mask: Tensor | None) -> None:
         """Add int64 tokens ``[B, T]``; ``mask`` [B, T] is 0 at padding."""
-        states = hidden(token_ids, mask)[:, None, :, None]
-        self.update(states, states[..., :0])
+        tokens = hidden(token_ids, mask).unsqueeze(-1)
+        if self.keys is None:
+            self.lazy_initialization(tokens, tokens)
+            self.keys = tokens.clone()  # whoever gave them may write over them
+        else:
+            self.keys = torch.cat([self.keys, tokens], dim=1)
+        # the second array that a cache operates on; one of its own would be concatenated in every step
+        self.values = self.keys
 
     def reset(self) -> None:
         """Forget all tokens: zeros in their place would be tokens too."""
@@ -39,7 +45,7 @@ class TokenHistory(DynamicLayer):
     def all(self) -> Tensor:
         """All tokens, int64 ``[B, P]``, as `hidden` writes them."""
         assert self.keys is not None
-        return self.keys[:, 0, :, 0]
+        return self.keys.squeeze(-1)
 
     def last(self, count: int) -> Tensor:
         """The last ``count`` tokens (fewer if there are fewer), int64 ``[B, ≤ count]``, as `hidden` writes them."""
@@ -51,7 +57,10 @@ def token_history(cache: Cache | None) -> TokenHistory | None:
     """The history that ``cache`` carries, if any."""
     if cache is None:
         return None
-    return next((layer for layer in cache.layers if isinstance(layer, TokenHistory)), None)
+    layers = cache.layers
+    if layers and isinstance(layers[-1], TokenHistory):  # where it is, unless layers were added later
+        return layers[-1]
+    return next((layer for layer in layers if isinstance(layer, TokenHistory)), None)
 
 
 def known_past(cache: Cache | None) -> TokenHistory | None:

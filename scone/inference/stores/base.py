@@ -42,14 +42,6 @@ class StoreMemory:
         return StoreMemory(self.ram + other.ram, self.mapped + other.mapped, self.device + other.device)
 
 
-@dataclass(frozen=True)
-class RowBlock:
-    """Consecutive rows as they are stored: uint8 [m, row_bytes], the first of them of rank ``first_row``."""
-
-    rows: Tensor
-    first_row: int
-
-
 class RowStore(ABC):
     """Rows of a table by rank.
 
@@ -128,8 +120,10 @@ class RowStore(ABC):
         raw = self.raw_rows(ranks, device)
         return decode_rows(raw, torch.arange(len(raw), device=device), self.row_format, dtype)
 
-    def within_reach(self, device: torch.device) -> list[RowBlock] | None:
-        """All rows, where kernels on ``device`` can read them by themselves; None where the host has to (default)."""
+    def within_reach(self, device: torch.device) -> list[Tensor] | None:
+        """All rows as they are stored, by rank, in blocks uint8 [m, row_bytes], where kernels on ``device`` can read
+        them by themselves; None where the host has to (default).
+        """
         del device
         return None
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scone.inference.stores.base import RowBlock, RowStore, StoreMemory, decode_rows
+from scone.inference.stores.base import RowStore, StoreMemory, decode_rows
 from scone.inference.stores.ram import load_rows
 from scone.inference.table_format import TableFile
 from scone.kernels.transfer import to_device
@@ -53,8 +53,8 @@ class DeviceStore(RowStore):
     def _wanted(self, ranks: np.ndarray) -> Tensor:
         return to_device(torch.from_numpy(ranks - self.first_row), self._device)
 
-    def within_reach(self, device: torch.device) -> list[RowBlock] | None:
-        return [RowBlock(self._rows, self.first_row)] if device == self._rows.device else None
+    def within_reach(self, device: torch.device) -> list[Tensor] | None:
+        return [self._rows] if device == self._rows.device else None
 
     @property
     def memory(self) -> StoreMemory:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scone.inference.stores.base import RowBlock, RowStore, StoreMemory
+from scone.inference.stores.base import RowStore, StoreMemory
 from scone.inference.stores.page_locked import page_lock
 from scone.inference.table_format import TableFile, damaged
 from scone.utils.errors import SconeError
@@ -52,11 +52,11 @@ class RamStore(RowStore):
             return None
         return torch.index_select(self._matrix, 0, ranks, out=out)
 
-    def within_reach(self, device: torch.device) -> list[RowBlock] | None:
+    def within_reach(self, device: torch.device) -> list[Tensor] | None:
         if self._lock is None or device.type != "cuda":
             return None
         rows = torch.from_numpy(self._bytes).view(self.num_rows, self.row_format.row_bytes)
-        return [RowBlock(rows, self.first_row)]
+        return [rows]
 
     @property
     def memory(self) -> StoreMemory:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scone.inference.stores.base import RowBlock, RowStore, StoreMemory
+from scone.inference.stores.base import RowStore, StoreMemory
 from scone.kernels.transfer import to_device
 
 
@@ -76,8 +76,8 @@ class TieredStore(RowStore):
         for task in tasks:
             task.result()
 
-    def within_reach(self, device: torch.device) -> list[RowBlock] | None:
-        blocks: list[RowBlock] = []
+    def within_reach(self, device: torch.device) -> list[Tensor] | None:
+        blocks: list[Tensor] = []
         for store in self.stores:
             part = store.within_reach(device)
             if part is None:

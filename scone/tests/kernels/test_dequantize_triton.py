@@ -14,7 +14,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not (INTERPRETED or torch.cuda.is_available()):
     pytest.skip("no CUDA device (set TRITON_INTERPRET=1 to interpret the kernel)", allow_module_level=True)
 
-from scone.kernels.dequantize_triton import gather_rows_triton, write_rows_triton  # noqa: E402
+from scone.kernels.dequantize_triton import gather_rows_triton  # noqa: E402
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 
@@ -33,21 +33,3 @@ def test_triton_equals_torch(row_type: str, width: int, group_size: int) -> None
     halves = gather_rows_triton(table, ranks, row_type, width, row.group_size, torch.bfloat16)
     assert INTERPRETED or torch.equal(halves, expected.to(torch.bfloat16))  # the interpreter cuts where a GPU rounds
     assert gather_rows_triton(table, ranks[:0], row_type, width, row.group_size).shape == (0, width)
-
-
-@pytest.mark.parametrize("row_type", ROW_TYPES)
-def test_rows_are_written_where_they_are_wanted(row_type: str) -> None:
-    """Over the vectors of their nodes, and of no others; or in order, over the vectors that are named."""
-    row = RowFormat.of(row_type, 7, 4)
-    table = torch.from_numpy(row.encode(torch.randn(5, 7, generator=torch.Generator().manual_seed(0)))).to(DEVICE)
-    decoded, before = row.decode(table), torch.full((6, 7), 9.0, device=DEVICE)
-    out = before.clone()
-    nodes = torch.tensor([100, 104, 99, 105, 3, 102], device=DEVICE)
-    write_rows_triton(out, table, row_type, row.group_size, wanted=nodes, first=100)
-    assert torch.equal(out[[0, 1, 5]], decoded[[0, 4, 2]])
-    assert torch.equal(out[[2, 3, 4]], before[[2, 3, 4]])
-    out = before.clone()
-    targets = torch.tensor([5, 0, 3, 2, 1], device=DEVICE)
-    write_rows_triton(out, table, row_type, row.group_size, targets=targets)
-    assert torch.equal(out[targets], decoded)
-    assert torch.equal(out[4], before[4])
