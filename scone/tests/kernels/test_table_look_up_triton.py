@@ -6,6 +6,7 @@ On a GPU, or interpreted (TRITON_INTERPRET=1) without one.
 from __future__ import annotations
 
 import os
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -14,8 +15,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from scone.inference.row_types import ROW_TYPES, RowFormat
+from scone.kernels import reference_matching
 from scone.kernels.reachable_rows import ReachableRows
 from scone.tests.tokenization.f_gram_strategies import Case, batches, cases
+from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 
 pytest.importorskip("triton", reason="Triton is not installed")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -28,45 +31,80 @@ DEVICE = torch.device("cpu") if INTERPRETED else torch.device("cuda", 0)
 pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
 
 
-@settings(max_examples=60, deadline=None)
-@given(cases(), st.sampled_from(ROW_TYPES), st.sampled_from([1, 7, 1030]), st.data())
-def test_a_look_up_is_the_longest_f_grams_row(case: Case, row_type: str, width: int, data: st.DataObject) -> None:
-    """Any batch, any padding in it, cut anywhere into tokens that are past and tokens that are new, twice; rows of any
-    type in one block or in two.
-    """
+@settings(max_examples=25, deadline=None)
+@given(cases(), st.sampled_from(ROW_TYPES), st.data())
+def test_a_look_up_is_the_longest_f_grams_row(case: Case, row_type: str, data: st.DataObject) -> None:
+    """Any f-grams, any batch, any padding in it, cut anywhere into tokens that are past and tokens that are new."""
     rows, masks = data.draw(batches(case.alphabet))
-    length = len(rows[0]) if rows else 0
-    tokens = torch.tensor(rows, dtype=torch.int64, device=DEVICE).reshape(len(rows), length)
-    mask = torch.tensor(masks, dtype=data.draw(st.sampled_from([torch.int64, torch.bool])), device=DEVICE)
-    mask = mask.reshape(len(rows), length)
-    is_padded = data.draw(st.booleans())
-    hidden = torch.where(mask != 0, tokens, ~tokens) if is_padded else tokens
     assume(case.vocabulary.keys.dtype == np.uint32)  # what the accelerator matches; beyond 2³² nodes the host does
-    row_format, raw, decoded = some_rows(len(case.f_grams), row_type, width)
-    blocks = (raw, None)
-    if data.draw(st.booleans()):
-        split = data.draw(st.integers(0, len(raw)))
-        blocks = (raw[:split], raw[split:])
-    look_up = DeviceLookUp(case.vocabulary, ReachableRows(*blocks, row_type, width, row_format.group_size), DEVICE)
-    expected, num_found = [], 0
-    for row, bare in zip(rows, masks, strict=True):
-        kept = [i for i in range(length) if bare[i] or not is_padded]
-        found = dict(zip(kept, case.matches([row[i] for i in kept]), strict=True))
-        expected.append([found.get(i, 0) - case.vocab_size for i in range(length)])
-    for cut in data.draw(st.lists(st.integers(0, length), min_size=1, max_size=2)):
-        before = torch.randn(len(rows), length - cut, width, device=DEVICE)
-        vectors = before.clone()
-        look_up.write(vectors, tokens[:, cut:], mask[:, cut:] if is_padded else None, hidden[:, :cut] if cut else None)
-        for b, of_row in enumerate(expected):
-            for i, rank in enumerate(of_row[cut:]):
-                assert torch.equal(vectors[b, i], decoded[rank] if rank >= 0 else before[b, i])
-                num_found += rank >= 0
-    assert int(look_up.num_found) == num_found
+    length = len(rows[0]) if rows else 0
+    tokens, mask = (np.array(part, kind).reshape(len(rows), length) for part, kind in ((rows, np.int64), (masks, bool)))
+    is_padded, cut = data.draw(st.booleans()), data.draw(st.integers(0, length))
+    check(case, tokens, mask if is_padded else None, [cut], row_type, 7, None)
 
 
-def some_rows(count: int, row_type: str, width: int) -> tuple[RowFormat, torch.Tensor, torch.Tensor]:
-    """Their format, ``count`` rows as they are stored, and decoded."""
+@settings(max_examples=25, deadline=None)
+@given(
+    st.integers(0, 2**32),
+    st.integers(1, 6),
+    st.sampled_from([1.0, 0.7, 0.2]),
+    st.sampled_from(ROW_TYPES),
+    st.sampled_from([5, 1030]),
+    st.data(),
+)
+def test_where_f_grams_are_dense(
+    seed: int, max_n: int, kept: float, row_type: str, width: int, data: st.DataObject
+) -> None:
+    """Text of which nearly all is f-grams, behind much padding; rows in one block or in two; two steps of one table."""
+    random = np.random.default_rng(seed)
+    text = random.integers(0, 2, 70).tolist()
+    grams = Counter(tuple(text[at : at + n]) for n in range(2, max_n + 1) for at in range(len(text) - n + 1))
+    vocabulary = FGramVocabulary.from_counts(grams, vocab_size=5, max_n=max_n)
+    case = Case(vocabulary, reference_matching.ranked(grams), (0, 1), grams)
+    split = data.draw(st.none() | st.integers(0, len(grams)))
+    mask = random.random((2, 30)) < kept if kept < 1 else None
+    cuts = data.draw(st.lists(st.integers(20, 30), min_size=2, max_size=2))
+    # a token that is outside the vocabulary has the node of an f-gram's number
+    check(case, random.choice([0, 1, 7], (2, 30), p=[0.48, 0.48, 0.04]), mask, cuts, row_type, width, split)
+
+
+def check(
+    case: Case,
+    tokens: np.ndarray,
+    mask: np.ndarray | None,
+    cuts: list[int],
+    row_type: str,
+    width: int,
+    split: int | None,
+) -> None:
+    """That ``tokens`` int64 [B, L] are looked up by the law when they follow what is before each cut; rows from
+    ``split`` on are a block of their own.
+    """
     row_format = RowFormat.of(row_type, width, 4)
-    rows = torch.randn(count, width, generator=torch.Generator().manual_seed(0))
-    raw = torch.from_numpy(row_format.encode(rows)).to(DEVICE) if count else torch.empty(0, row_format.row_bytes).byte()
-    return row_format, raw.to(DEVICE), row_format.decode(raw.to(DEVICE))
+    size = len(case.f_grams)
+    raw = torch.empty(0, row_format.row_bytes, dtype=torch.uint8, device=DEVICE)
+    if size:
+        rows = torch.randn(size, width, generator=torch.Generator().manual_seed(0))
+        raw = torch.from_numpy(row_format.encode(rows)).to(DEVICE)
+    decoded = row_format.decode(raw)
+    # apart in memory, so that reading beyond a block gives no row of the other
+    near, far = (raw, None) if split is None else (raw[:split].clone(), raw[split:].clone())
+    look_up = DeviceLookUp(case.vocabulary, ReachableRows(near, far, row_type, width, row_format.group_size), DEVICE)
+    kept = np.ones_like(tokens, bool) if mask is None else mask
+    ranks = np.full_like(tokens, -1)
+    for b, i in enumerate(kept):
+        ranks[b, i] = np.array(case.matches(tokens[b, i].tolist()), np.int64) - case.vocab_size
+    ranks[tokens >= case.vocab_size] = -1
+    num_found = 0
+    new = torch.from_numpy(tokens).to(DEVICE)
+    past = torch.from_numpy(np.where(kept, tokens, ~tokens)).to(DEVICE)
+    for cut in cuts:
+        before = torch.randn(len(tokens), tokens.shape[1] - cut, width, device=DEVICE)
+        vectors, expected = before.clone(), before
+        padding = None if mask is None else torch.from_numpy(mask[:, cut:]).to(DEVICE)
+        look_up.write(vectors, new[:, cut:], padding, past[:, :cut] if cut else None)
+        b, i = np.nonzero(ranks[:, cut:] >= 0)
+        expected[b, i] = decoded[ranks[:, cut:][b, i]]
+        assert torch.equal(vectors, expected)
+        num_found += len(b)
+    assert int(look_up.num_found) == num_found
