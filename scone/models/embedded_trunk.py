@@ -38,6 +38,7 @@ class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.trunk = AutoModelForCausalLM.from_config(config.text_config) if trunk is None else trunk
         self._no_split_modules = list(self.trunk._no_split_modules or [])
+        self._embedding_place: tuple[str, ...] = ()
 
     @abstractmethod
     def embed(
@@ -65,7 +66,15 @@ class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
     # ------------------------------------------------------------------ Hugging Face's questions
 
     def get_input_embeddings(self) -> nn.Module:
-        return self.trunk.get_input_embeddings()
+        """T of the trunk. Searching takes as long as embedding a token, so where it was found is looked at first."""
+        module: nn.Module | None = self._modules["trunk"]
+        for name in self._embedding_place:
+            module = None if module is None else module._modules.get(name)
+        if module is None or not self._embedding_place:
+            module = self.trunk.get_input_embeddings()
+            places = (name.split(".") for name, part in self.trunk.named_modules() if part is module)
+            self._embedding_place = tuple(next(places, ()))
+        return module
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.trunk.set_input_embeddings(value)
