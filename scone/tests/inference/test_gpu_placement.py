@@ -11,6 +11,7 @@ from transformers import DynamicCache
 
 from scone.inference.embedding_table import EmbeddingTable
 from scone.inference.row_types import ROW_TYPES
+from scone.inference.statistics import counted_reads
 from scone.models.language_model import SconeForCausalLM
 from scone.tests.inference.tables import VOCAB_SIZE, small_model, write_table
 
@@ -41,7 +42,9 @@ PADDED = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 1], [1, 1
 @pytest.mark.parametrize("placement", ["gpu", "ram", "gpu:100,ram"])
 @pytest.mark.parametrize("is_padded", [False, True])
 def test_the_accelerator_looks_up_what_the_host_does(tmp_path: Path, placement: str, is_padded: bool) -> None:
-    """The same vectors, bit for bit, for a prompt and for the steps that continue it, wherever padding lies."""
+    """The same vectors, bit for bit, for a prompt and for the steps that continue it, wherever padding lies; and the
+    same numbers of positions and rows.
+    """
     model = small_model()
     rows = model.embed_nodes(torch.arange(VOCAB_SIZE, VOCAB_SIZE + model.config.num_f_grams))
     path = tmp_path / "embeddings.cache"
@@ -52,10 +55,15 @@ def test_the_accelerator_looks_up_what_the_host_does(tmp_path: Path, placement: 
     with EmbeddingTable.open(path) as by_host, EmbeddingTable.open(path, placement, device="cuda") as by_itself:
         assert by_itself.within_reach(torch.device("cuda", 0))
         assert not by_host.within_reach(torch.device("cuda", 0))
-        found = []
+        found, counts = [], []
         for table in (by_host, by_itself):
             model.attach_table(table)
-            found.append(list(vectors_of(model, text, mask)))
+            with counted_reads(model) as reads:
+                found.append(list(vectors_of(model, text, mask)))
+            assert reads is not None
+            counts.append((reads.num_positions, reads.num_rows))
+        assert model.accelerator_index_bytes > 0
+    assert counts[0] == counts[1]
     for expected, vectors in zip(*found, strict=True):
         assert torch.equal(expected, vectors)
 

@@ -86,7 +86,8 @@ def check(
     if size:
         rows = torch.randn(size, width, generator=torch.Generator().manual_seed(0))
         raw = torch.from_numpy(row_format.encode(rows)).to(DEVICE)
-    decoded = row_format.decode(raw)
+    dtype = row_format.float_dtype or torch.float32
+    decoded = row_format.decode(raw, dtype)
     # apart in memory, so that reading beyond a block gives no row of the other
     near, far = (raw, None) if split is None else (raw[:split].clone(), raw[split:].clone())
     look_up = DeviceLookUp(case.vocabulary, ReachableRows(near, far, row_type, width, row_format.group_size), DEVICE)
@@ -98,9 +99,10 @@ def check(
     num_found = 0
     new = torch.from_numpy(tokens).to(DEVICE)
     past = torch.from_numpy(np.where(kept, tokens, ~tokens)).to(DEVICE)
-    for cut in cuts:
-        before = torch.randn(len(tokens), tokens.shape[1] - cut, width, device=DEVICE)
-        vectors, expected = before.clone(), before
+    for start, cut in enumerate(cuts):  # of the second, vectors start where whole words do not
+        shape = (len(tokens), tokens.shape[1] - cut, width)
+        expected = torch.randn(shape, device=DEVICE).to(dtype)
+        vectors = torch.empty(start + expected.numel(), dtype=dtype, device=DEVICE)[start:].view(shape).copy_(expected)
         padding = None if mask is None else torch.from_numpy(mask[:, cut:]).to(DEVICE)
         look_up.write(vectors, new[:, cut:], padding, past[:, :cut] if cut else None)
         b, i = np.nonzero(ranks[:, cut:] >= 0)
