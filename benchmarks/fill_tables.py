@@ -2,8 +2,8 @@
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->`` and is made from ``docs/results/NAME.json``:
 a benchmark's report (``benchmarks/common.py``), a demo's ``report.json`` or an experiment (``experiments/run.py``).
-``NAME_summary`` gives of a benchmark's records those that have a target, and of an experiment's runs the plain ones and
-those with the most f-grams.
+``NAME__summary`` gives of a benchmark's records those that have a target, and of an experiment's runs the plain ones
+and those with the most f-grams; ``NAME__groups`` an experiment's losses by the f-grams that end at a position.
 
     python benchmarks/fill_tables.py            fill them
     python benchmarks/fill_tables.py --check    exit 1 if one is out of date
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import re
 import sys
 from pathlib import Path
@@ -21,7 +20,11 @@ from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "docs" / "results"
-sys.path.insert(0, str(REPOSITORY))
+sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks")]
+
+from experiment_tables import budget_table, comparison_table, experiment_table, groups_table  # noqa: E402
+from gpu_tables import generation_tables, training_table  # noqa: E402
+
 _TABLE = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -44,13 +47,20 @@ def main() -> int:
 
 def table(name: str) -> str:
     """The Markdown of one table, with the machine and commit that it was measured on."""
-    summary = name.endswith("_summary")
-    path = RESULTS / f"{name.removesuffix('_summary')}.json"
+    base, _, view = name.partition("__")
+    path = RESULTS / f"{base}.json"
     if not path.exists():
         return f"*Not measured yet: no {path.relative_to(REPOSITORY)}.*\n"
     report = json.loads(path.read_text(encoding="utf-8"))
+    if view == "groups":
+        columns = {"plain": "plain", "rows-1M-scale-8": "learned rows", "both-1M": "f-gram model + learned rows"}
+        return groups_table(report, report["experiment"]["tests"][0], columns)
+    if report.get("benchmark") == "gpu_generation":
+        return generation_tables(report)
+    if report.get("benchmark") == "gpu_training":
+        return training_table(report)
     if "records" in report:
-        return benchmark_table(report, summary)
+        return benchmark_table(report, view == "summary")
     if "comparison" in report:
         return demo_table(report)
     if "commands" in report:
@@ -60,7 +70,7 @@ def table(name: str) -> str:
     if report.get("experiment", {}).get("by_budget"):
         return budget_table(report)
     if "runs" in report and any("cost" in run for run in report["runs"].values()):
-        return comparison_table(report, summary)
+        return comparison_table(report, view == "summary")
     if "before" in report and "after" in report:
         return retrofit_table(report)
     if "bad_inputs" in report:
@@ -199,104 +209,6 @@ def transcript(report: dict[str, Any]) -> str:
     ]
     machine = report["machine"]
     return "\n".join(blocks) + f"\n*Run on {machine['processor']} at commit {report['commit'][:10]}.*\n"
-
-
-def experiment_table(report: dict[str, Any]) -> str:
-    """Validation loss of each run after so many steps, and its distance to the first run's."""
-    runs = report["runs"]
-    steps = [step for step, _ in next(iter(runs.values()))["validation_loss"]]
-    lines = [
-        f"| validation loss after steps | {' | '.join(f'{step:,}' for step in steps)} | to {next(iter(runs))} |",
-        "|---|" + "---:|" * (len(steps) + 1),
-    ]
-    base = next(iter(runs.values()))["final_validation_loss"]
-    for name, run in runs.items():
-        losses = " | ".join(f"{loss:.3f}" for _, loss in run["validation_loss"])
-        lines.append(f"| {name} | {losses} | {run['final_validation_loss'] - base:+.3f} |")
-    where = ", ".join(report["machine"].get("accelerators") or [])
-    return "\n".join(lines) + f"\n\n*Measured on {where} at commit {report['commit'][:10]}.*\n"
-
-
-def comparison_table(report: dict[str, Any], summary: bool = False) -> str:
-    """Each run's perplexities (± half the range over seeds) beside its FLOPs and its change to plain.
-
-    Bold: the lowest of each text at plain's inference FLOPs and tokens. ``summary``: what the picture shows.
-    """
-    from scone.evaluation.claim_plot import shown_results
-    from scone.evaluation.experiment_results import mean_loss, run_results
-
-    tests = report["experiment"]["tests"]
-    results = run_results(report)
-    base = results[0]
-    own = mean_loss(base, tests)
-
-    def multiple(result: Any, field: str) -> float:
-        return getattr(result, field) / getattr(base, field)
-
-    equal = [
-        result
-        for result in results
-        if multiple(result, "inference_flops_per_token") < 1.02 and result.training_tokens == base.training_tokens
-    ]
-    best = {test: min(result.perplexity_of(test) or math.inf for result in equal) for test in tests}
-    names = " | ".join(test.replace("_", " ") for test in tests)
-    lines = [
-        f"| run | input embedding | f-grams | inference FLOPs | training FLOPs | {names} | mean, to {base.name} |",
-        "|---|---|---:|---:|---:|" + "---:|" * (len(tests) + 1),
-    ]
-    for result in shown_results(results) if summary else results:
-        cells = [_perplexity(result, test, best if result in equal else {}) for test in tests]
-        change = math.exp(mean_loss(result, tests) - own) - 1
-        flops = [f"{multiple(result, field):.2f}×" for field in ("inference_flops_per_token", "training_flops")]
-        f_grams = f"{result.num_f_grams:,}" if result.num_f_grams else "–"
-        last = "–" if result is base else f"{100 * change:+.1f} %".replace("-", "−")
-        lines.append(f"| {result.name} | {result.kind} | {f_grams} | {' | '.join([*flops, *cells])} | {last} |")
-    unfinished = sum(not run.get("finished", True) for run in report["runs"].values())
-    counts = sorted({len(result.facts["seeds"]) for result in results} - {1})
-    seeds = " or ".join(map(str, counts))
-    where = ", ".join(report["machine"].get("accelerators") or [report["machine"].get("processor", "")])
-    note = f"{base.training_tokens:,} training tokens; FLOPs as multiples of {base.name}'s" + (
-        f"; {seeds} seeds where a ± stands" if seeds else "; one seed"
-    )
-    note += f"; {unfinished} runs unfinished" if unfinished else ""
-    return "\n".join(lines) + f"\n\n*{note}. Measured on {where} at commit {report['commit'][:10]}.*\n"
-
-
-def budget_table(report: dict[str, Any]) -> str:
-    """Perplexity of each kind after so many tokens, and its distance to plain's of as many tokens."""
-    from scone.evaluation.experiment_results import mean_loss, run_results
-    from scone.evaluation.results import PLAIN
-
-    tests = report["experiment"]["tests"]
-    results = run_results(report)
-    kinds = sorted({result.kind for result in results}, key=lambda kind: (kind != PLAIN, len(kind), kind))
-    names = " | ".join(kinds)
-    lines = [f"| training tokens | {names} |", "|---:|" + "---:|" * len(kinds)]
-    for tokens in sorted({result.training_tokens for result in results}):
-        of_kind = {result.kind: result for result in results if result.training_tokens == tokens}
-        cells = []
-        for kind in kinds:
-            if kind not in of_kind:
-                cells.append("–")
-                continue
-            loss = mean_loss(of_kind[kind], tests)
-            change = math.exp(loss - mean_loss(of_kind[PLAIN], tests)) - 1
-            to_plain = "" if kind == PLAIN else f" ({100 * change:+.1f} %)".replace("-", "−")
-            cells.append(f"{math.exp(loss):,.1f}{to_plain}")
-        lines.append(f"| {tokens:,} | {' | '.join(cells)} |")
-    texts = " and ".join(test.replace("_", " ") for test in tests)
-    where = ", ".join(report["machine"].get("accelerators") or [report["machine"].get("processor", "")])
-    note = f"Geometric mean of the perplexities of {texts}; one seed"
-    return "\n".join(lines) + f"\n\n*{note}. Measured on {where} at commit {report['commit'][:10]}.*\n"
-
-
-def _perplexity(result: Any, test: str, best: dict[str, float]) -> str:
-    value = result.perplexity_of(test)
-    if value is None:
-        return "–"
-    spread = result.perplexity[test].get("perplexity_spread")
-    text = f"{value:.2f}" + (f" ± {(spread[1] - spread[0]) / 2:.2f}" if spread else "")
-    return f"**{text}**" if best.get(test) == value else text
 
 
 def _number(value: float | None) -> str:

@@ -13,6 +13,7 @@ on a CPU.
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import sys
 import tempfile
@@ -69,7 +70,7 @@ def main() -> None:
         models = build_all(counted, path, width, layers)
         text = torch.from_numpy(file.tokens[: 4_000_000 if not tiny else 40_000].astype(np.int64))
         for batch in batches:
-            measure(report, models, text, batch, prompt, steps, rounds=2 if tiny else 3)
+            measure(report, models, text, batch, prompt, steps, rounds=2 if tiny else 5)
         if options["captured"]:
             for batch in batches[:1] if tiny else (1, 32):
                 measure_captured(report, models, text, batch, prompt, steps)
@@ -148,19 +149,26 @@ def some_text(text: Tensor, batch: int, length: int, seed: int) -> Tensor:
 
 @torch.inference_mode()
 def decode(model: PreTrainedModel, tokens: Tensor, prompt: int, cache: Any, waits: bool = True) -> tuple[float, float]:
-    """Seconds of the prefill and of one decoding step; the host ``waits`` for each choice, or for the last alone."""
+    """Seconds of the prefill and of one decoding step; the host ``waits`` for each choice, or for the last alone.
+
+    Waiting, a step is the median of all; else they cannot be told apart, and it is their mean.
+    """
     synchronize()
     start = time.perf_counter()
     logits = model(input_ids=tokens[:, :prompt], past_key_values=cache, use_cache=True, logits_to_keep=1).logits
     synchronize()
     prefilled = time.perf_counter()
+    ends = [prefilled]
     for place in range(prompt, tokens.shape[1]):
         # the real next token, once the model has chosen its own
         following = torch.where(logits[:, -1:].argmax(-1) >= 0, tokens[:, place : place + 1], 0)
         logits = model(input_ids=following, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
         if waits:
             logits[:, -1].argmax(-1).cpu()
+            ends.append(time.perf_counter())
     synchronize()
+    if waits:
+        return prefilled - start, statistics.median(end - begin for begin, end in itertools.pairwise(ends))
     return prefilled - start, (time.perf_counter() - prefilled) / (tokens.shape[1] - prompt)
 
 

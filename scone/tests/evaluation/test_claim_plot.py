@@ -54,8 +54,8 @@ def test_table_compares_with_plain(monkeypatch: pytest.MonkeyPatch) -> None:
     if not BENCHMARKS.is_dir():
         pytest.skip("the benchmarks are in the repository, and this is an installed package")
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    tables = importlib.import_module("fill_tables")
-    sys.modules.pop("fill_tables")
+    tables = importlib.import_module("experiment_tables")
+    sys.modules.pop("experiment_tables")
     lines = tables.comparison_table(experiments.experiment()).splitlines()
     rows = {line.split("|")[1].strip(): line for line in lines if line.startswith("| ")}
     assert rows["plain"].endswith("| – |")
