@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from scone.kernels.transfer import launching_on
+
 _NODES = 16
 """Nodes of one program; each works on one head of them."""
 
@@ -29,14 +31,15 @@ def attention_forward_triton(query: Tensor, key: Tensor, value: Tensor, ancestor
     output = query.new_empty(query.shape)
     weights = query.new_empty((num_nodes, heads, ancestors.shape[1]), dtype=torch.float32)
     if output.numel():
-        _forward[(triton.cdiv(num_nodes, _NODES), heads)](
-            *(query, key, value, ancestors, output, weights),
-            *(query.stride(0), key.stride(0), value.stride(0)),
-            *(num_nodes, heads, size, size**-0.5),
-            max_n=ancestors.shape[1],
-            nodes_at_once=_NODES,
-            block=triton.next_power_of_2(size),
-        )
+        with launching_on(query.device):
+            _forward[(triton.cdiv(num_nodes, _NODES), heads)](
+                *(query, key, value, ancestors, output, weights),
+                *(query.stride(0), key.stride(0), value.stride(0)),
+                *(num_nodes, heads, size, size**-0.5),
+                max_n=ancestors.shape[1],
+                nodes_at_once=_NODES,
+                block=triton.next_power_of_2(size),
+            )
     return output, weights
 
 
@@ -52,14 +55,15 @@ def attention_backward_triton(
     grad_key = torch.zeros(key.shape, dtype=torch.float32, device=key.device)
     grad_value = torch.zeros(value.shape, dtype=torch.float32, device=value.device)
     if grad_query.numel():
-        _backward[(triton.cdiv(num_nodes, _NODES), heads)](
-            *(grad_output, query, key, value, weights, ancestors, grad_query, grad_key, grad_value),
-            *(grad_output.stride(0), query.stride(0), key.stride(0), value.stride(0)),
-            *(num_nodes, heads, size, size**-0.5),
-            max_n=ancestors.shape[1],
-            nodes_at_once=_NODES,
-            block=triton.next_power_of_2(size),
-        )
+        with launching_on(query.device):
+            _backward[(triton.cdiv(num_nodes, _NODES), heads)](
+                *(grad_output, query, key, value, weights, ancestors, grad_query, grad_key, grad_value),
+                *(grad_output.stride(0), query.stride(0), key.stride(0), value.stride(0)),
+                *(num_nodes, heads, size, size**-0.5),
+                max_n=ancestors.shape[1],
+                nodes_at_once=_NODES,
+                block=triton.next_power_of_2(size),
+            )
     return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype)
 
 

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from scone.kernels.transfer import launching_on
+
 _BLOCK = 256
 _FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -31,11 +33,12 @@ def gather_rows_triton(
     if out.numel():
         source = typed_rows(table, row_type)
         group_size = max(group_size, 1)
-        _gather[(len(ranks), triton.cdiv(width, _BLOCK))](
-            *(source, ranks, out, source.shape[1], width, group_size, triton.cdiv(width, group_size)),
-            row_type="" if row_type in _FLOATS else row_type,
-            block=_BLOCK,
-        )
+        with launching_on(table.device):
+            _gather[(len(ranks), triton.cdiv(width, _BLOCK))](
+                *(source, ranks, out, source.shape[1], width, group_size, triton.cdiv(width, group_size)),
+                row_type="" if row_type in _FLOATS else row_type,
+                block=_BLOCK,
+            )
     return out
 
 

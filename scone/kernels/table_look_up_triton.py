@@ -14,6 +14,7 @@ from scone.kernels.dequantize_triton import decoded, typed_rows
 from scone.kernels.kept_launch import KeptLaunch
 from scone.kernels.longest_match_triton import longest_match
 from scone.kernels.reachable_rows import ReachableRows
+from scone.kernels.transfer import launching_on
 
 _BLOCK = 1024
 """Numbers of a row that the four warps of a program write at a time."""
@@ -85,14 +86,15 @@ class TableLookUp:
             past_length = past.shape[1]
         # what else the kernel is compiled for never changes
         key = (vectors.dtype, vectors.data_ptr() % 16 == 0, tokens.dtype, mask_type, past_.dtype)
-        self._launch(
-            key,
-            num_programs,
-            *(vectors, tokens, mask_, past_, tokens.shape[1], past_length, token_row, mask_row, past_row),
-            *self._constants,
-            mask is not None,
-            *self._choices,
-        )
+        with launching_on(vectors.device):
+            self._launch(
+                key,
+                num_programs,
+                *(vectors, tokens, mask_, past_, tokens.shape[1], past_length, token_row, mask_row, past_row),
+                *self._constants,
+                mask is not None,
+                *self._choices,
+            )
 
 
 def _with_row_stride(values: Tensor) -> tuple[Tensor, int]:
