@@ -56,9 +56,9 @@ def table(name: str) -> str:
         columns = {"plain": "plain", "rows-1M-scale-8": "learned rows", "both-1M": "f-gram model + learned rows"}
         return groups_table(report, report["experiment"]["tests"][0], columns)
     if report.get("benchmark") == "gpu_generation":
-        return generation_tables(report)
+        return generation_tables(report, view == "summary")
     if report.get("benchmark") == "gpu_training":
-        return training_table(report)
+        return training_table(report, view == "summary")
     if "records" in report:
         return benchmark_table(report, view == "summary")
     if "comparison" in report:

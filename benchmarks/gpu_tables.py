@@ -35,8 +35,11 @@ VARIANTS = {
 }
 
 
-def generation_tables(report: Mapping[str, Any]) -> str:
-    """Milliseconds by placement and batch size, with plain's time ÷ theirs; bold where that misses its target."""
+def generation_tables(report: Mapping[str, Any], summary: bool = False) -> str:
+    """Milliseconds by placement and batch size, with plain's time ÷ theirs; bold where that misses its target.
+
+    ``summary``: only steps and prefills without graphs.
+    """
     found: dict[str, dict[str, dict[int, Record]]] = {}
     memory: dict[str, dict[str, float]] = {}
     for record in report["records"]:
@@ -46,7 +49,7 @@ def generation_tables(report: Mapping[str, Any]) -> str:
             memory.setdefault(match[2], {})[match[1]] = record["ours"]
     parts = []
     for kind, title in TIMES.items():
-        if kind in found:
+        if kind in found and not (summary and "_" in kind):
             batches = sorted({batch for records in found[kind].values() for batch in records})
             head = [title, *(f"batch {batch}" for batch in batches)]
             rows = [
@@ -55,7 +58,7 @@ def generation_tables(report: Mapping[str, Any]) -> str:
                 if name in found[kind]
             ]
             parts.append(_table(head, rows))
-    if memory:
+    if memory and not summary:
         rows = [
             [PLACES[name], *(f"{memory[name].get(where, 0):,.0f} MiB" for where in ("accelerator", "host"))]
             for name in PLACES
@@ -67,8 +70,11 @@ def generation_tables(report: Mapping[str, Any]) -> str:
     return "\n".join(parts) + f"\n*{note}*\n"
 
 
-def training_table(report: Mapping[str, Any]) -> str:
-    """Tokens a second, steps in plain steps beside what their FLOPs predict, utilisation and memory of each variant."""
+def training_table(report: Mapping[str, Any], summary: bool = False) -> str:
+    """Tokens a second, steps in plain steps beside what their FLOPs predict, utilisation and memory of each variant.
+
+    ``summary``: only the largest batches.
+    """
     largest = max(report["config"]["positions"])
     found: dict[tuple[str, str, int], dict[str, Record]] = {}
     speedups = []
@@ -90,6 +96,8 @@ def training_table(report: Mapping[str, Any]) -> str:
     ]
     rows = []
     for (trunk, variant, positions), records in found.items():
+        if summary and positions < largest:
+            continue
         step = records.get("step_vs_flops")
         cells = ["1", "1", ""] if variant == "plain" else ["", "", ""]
         if step is not None:
@@ -106,7 +114,7 @@ def training_table(report: Mapping[str, Any]) -> str:
         )
     lines = _table([*head, "peak memory", "loader ÷ batches at hand"], rows)
     note = f"Bold: above the target, 1.15 for steps and 1.05 for the loader. {_where(report)}"
-    more = f"\nFaster than padded: {', '.join(speedups)}.\n" if speedups else ""
+    more = f"\nFaster than padded: {', '.join(speedups)}.\n" if speedups and not summary else ""
     return f"{lines}{more}\n*{note}*\n"
 
 
