@@ -29,7 +29,6 @@ class DeviceLookUp:
         keys, slots = _bits(vocabulary.keys, device), _bits(index.slots, device)
         numbers = (index.rank_bits, index.max_probes, vocabulary.vocab_size, vocabulary.longest)
         self._kernel = TableLookUp(keys, slots, *numbers, rows)
-        self._device = device
         self.rows = rows
         self.nbytes = keys.nbytes + slots.nbytes
         self.num_found = self._kernel.num_found
@@ -52,11 +51,7 @@ class DeviceLookUp:
             mask: ``[B, T]``, 0 at padding; padding is not there, wherever it is.
             past: int64 ``[B, P]``, the tokens before, as a `TokenHistory` keeps them.
         """
-        if self._device.type == "cuda" and self._device.index != torch.cuda.current_device():
-            with torch.cuda.device(self._device):  # kernels start on the current one
-                self._kernel.write(vectors, tokens, mask, past)
-        else:
-            self._kernel.write(vectors, tokens, mask, past)
+        self._kernel.write(vectors, tokens, mask, past)
 
 
 def _bits(array: np.ndarray, device: torch.device) -> Tensor:

@@ -214,7 +214,7 @@ class SconeForCausalLM(EmbeddedTrunk):
         if look_up is None:
             nodes = torch.from_numpy(self.match(input_ids, mask, cache))
             return table(input_ids, nodes, tokens, vocabulary.vocab_size)
-        history = known_past(cache)
+        history = known_past(cache, may_wait=False)
         return table.on_device(look_up, input_ids, tokens, mask, None if history is None else history.all())
 
     @property

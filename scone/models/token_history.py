@@ -63,16 +63,18 @@ def token_history(cache: Cache | None) -> TokenHistory | None:
     return next((layer for layer in layers if isinstance(layer, TokenHistory)), None)
 
 
-def known_past(cache: Cache | None) -> TokenHistory | None:
+def known_past(cache: Cache | None, may_wait: bool = True) -> TokenHistory | None:
     """The tokens of the positions that ``cache`` holds; None where it holds none.
+
+    A static cache counts its positions on the accelerator. Unless this ``may_wait`` for all that runs there, the
+    history of such a cache is taken at its word.
 
     Raises ValueError for a cache without the history of its tokens.
     """
     if cache is None:
         return None
     history, past = token_history(cache), cache.get_seq_length()
-    if isinstance(past, Tensor) and past.is_cuda and history is not None:
-        # A static cache counts on the accelerator. Asking would wait for all that runs there, in every step.
+    if not may_wait and history is not None and isinstance(past, Tensor):
         return history if history.get_seq_length() else None
     if not past:
         return None

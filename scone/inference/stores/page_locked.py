@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 
 import numpy as np
@@ -29,4 +30,11 @@ def page_lock(array: np.ndarray, device: torch.device) -> PageLock | None:
     try:
         return PageLock(array)
     except (OSError, RuntimeError):
+        _forget_last_error(device)
         return None
+
+
+def _forget_last_error(device: torch.device) -> None:
+    """CUDA keeps a refusal as its last error, which the next kernel's check would take for that kernel's own."""
+    with contextlib.suppress(RuntimeError):
+        torch.zeros(1, device=device)

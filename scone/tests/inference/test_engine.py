@@ -301,6 +301,7 @@ def test_stats_count_what_was_read(tmp_path: Path, tokenizer: PreTrainedTokenize
     folder = tiny_scone(tmp_path, tokenizer)
     engine = SconeInferenceEngine.from_pretrained(folder, folder / "embeddings.cache", device="cpu")
     prompts = ["a cat sat on", "the cat sat"]  # one token of padding
+    engine.generate(prompts, GenerationOptions(max_new_tokens=4))  # what an earlier call read is not this one's
     generations, stats = engine.generate(prompts, GenerationOptions(max_new_tokens=4))
     matches = sum(int((engine.model.match(torch.tensor(g.token_ids))[:, :-1] >= len(WORDS)).sum()) for g in generations)
     assert stats.reads is not None

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, StaticCache
 
 from scone.models.language_model import SconeForCausalLM
 from scone.tests import tiny
@@ -132,6 +132,15 @@ def test_a_cache_of_another_model_is_refused():
     with torch.no_grad():
         cache = MODEL.trunk(tokens(1, 5), use_cache=True).past_key_values
         with pytest.raises(ValueError, match="5 positions but the tokens of 0"):
+            MODEL(tokens(1, 2), past_key_values=cache)
+
+
+def test_a_cache_that_went_on_without_its_history_is_refused():
+    cache = StaticCache(config=MODEL.trunk.config, max_cache_len=16)
+    with torch.no_grad():
+        MODEL(tokens(1, 5), past_key_values=cache, use_cache=True)
+        MODEL.trunk(tokens(1, 3), past_key_values=cache, use_cache=True)
+        with pytest.raises(ValueError, match="8 positions but the tokens of 5"):
             MODEL(tokens(1, 2), past_key_values=cache)
 
 
