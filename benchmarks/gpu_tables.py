@@ -21,8 +21,8 @@ PLACES = {
 TIMES = {
     "decode": "ms a decoding step",
     "prefill": "ms a prefill",
-    "captured_decode": "ms a decoding step, the trunk as a CUDA graph",
-    "queued_decode": "ms a decoding step, the trunk as a CUDA graph, choices stay on the GPU",
+    "captured_decode": "ms a decoding step, each step one CUDA graph",
+    "queued_decode": "ms a decoding step, each step one CUDA graph, choices stay on the GPU",
 }
 VARIANTS = {
     "plain": "plain",

@@ -3,10 +3,10 @@
 The YAML names the tokenizer and the token files of train, validation and test texts, ``base`` options, and ``runs``:
 what each run changes of them, and its ``seeds`` where it has several; ``{data}`` in it is the folder of ``--data``. All
 runs see the same batches. f-grams are counted once, before the first run. Finished runs are kept and skipped, so an
-interrupted experiment goes on where it was. ``--jobs`` runs several at once, those that compute most first. With
-``--deadline_s`` everything is over by then: ``--grace_s`` before it nothing more is started and what runs saves a
-checkpoint, from which the same command goes on; its loss curve up to there is kept, marked as unfinished. The result is
-one JSON with configuration, machine and commit, and a table, last.
+interrupted experiment goes on where it was. ``--jobs`` runs several at once, those that compute most first, spread over
+``--gpus`` GPUs. With ``--deadline_s`` everything is over by then: ``--grace_s`` before it nothing more is started and
+what runs saves a checkpoint, from which the same command goes on; its loss curve up to there is kept, marked as
+unfinished. The result is one JSON with configuration, machine and commit, and a table, last.
 """
 
 from __future__ import annotations
@@ -68,7 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"counted and compiled in {time.monotonic() - started:.0f} s", flush=True)
     last_start = None if arguments.deadline_s is None else started + arguments.deadline_s - arguments.grace_s
     command = [sys.executable, *sys.argv]
-    failed, cut = run_all(pending, plan.output_dir, arguments.jobs, command, last_start, arguments.grace_s)
+    failed, cut = run_all(
+        pending, plan.output_dir, arguments.jobs, command, last_start, arguments.grace_s, arguments.gpus
+    )
     result = plan.merge()
     write_json(arguments.json or plan.output_dir / "result.json", result)
     print(table(result))
@@ -86,6 +88,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="folder of the tokenizer and token files it names")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--jobs", type=int, default=1, help="runs at once")
+    parser.add_argument("--gpus", type=int, help="give each run one of so many GPUs (default: all see all)")
     parser.add_argument("--only", nargs="*", help="these runs alone (all seeds of a run, or one)")
     parser.add_argument("--skip", nargs="*", default=[], help="all but these runs")
     parser.add_argument("--set", nargs="*", default=[], metavar="OPTION=VALUE", help="changes to the base options")
@@ -233,6 +236,7 @@ def run_all(
     command: Sequence[str],
     last_start: float | None = None,
     grace_s: float = 0.0,
+    gpus: int | None = None,
 ) -> tuple[list[str], list[str]]:
     """Run each configuration in its own process, so that one failure or leak stays its own; ``jobs`` at once.
 
@@ -240,51 +244,66 @@ def run_all(
         command: this script's, to which each worker's name is added.
         last_start: the monotonic time from which nothing is started and what runs is asked to save and stop.
         grace_s: how long it may take for that.
+        gpus: each worker sees one of the first so many GPUs, the one with the fewest others; None: what we see.
 
     Returns those that failed, and those that were cut off or never started.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
     waiting, failed = list(names), []
-    running: dict[str, tuple[subprocess.Popen[bytes], float]] = {}
+    running: dict[str, Worker] = {}
     try:
         while (waiting or running) and (last_start is None or time.monotonic() < last_start):
             while waiting and len(running) < jobs:
                 name = waiting.pop(0)
-                worker = start_worker([*command, "--worker", name], output_dir / f"{name}.log", jobs)
-                running[name] = (worker, time.monotonic())
+                taken = [worker.gpu for worker in running.values()]
+                gpu = None if gpus is None else min(range(gpus), key=taken.count)
+                running[name] = start_worker([*command, "--worker", name], output_dir / f"{name}.log", jobs, gpu)
             time.sleep(POLL_SECONDS)
             failed += collect(running)
         cut = [*running, *waiting]
-        for process, _ in running.values():
-            process.terminate()
+        for worker in running.values():
+            worker.process.terminate()
         while running and last_start is not None and time.monotonic() < last_start + grace_s:
             time.sleep(POLL_SECONDS)
             collect(running)
     finally:
-        for process, _ in running.values():
-            end(process)
+        for worker in running.values():
+            end(worker.process)
     return failed, [name for name in cut if not is_finished(output_dir / f"{name}.json")]
 
 
-def collect(running: dict[str, tuple[subprocess.Popen[bytes], float]]) -> list[str]:
+@dataclass(frozen=True)
+class Worker:
+    """A run's process, when it started (monotonic), and the one GPU that it sees, if it was given one."""
+
+    process: subprocess.Popen[bytes]
+    started: float
+    gpu: int | None
+
+
+def collect(running: dict[str, Worker]) -> list[str]:
     """Take the workers that ended out of ``running``; the names of those that failed."""
     failed = []
-    for name, (process, started) in list(running.items()):
-        if process.poll() is not None:
+    for name, worker in list(running.items()):
+        if worker.process.poll() is not None:
             del running[name]
-            word = {0: "finished", INTERRUPTED: "interrupted"}.get(process.returncode, "failed")
-            print(f"{name}: {word} after {time.monotonic() - started:.0f} s", flush=True)
+            word = {0: "finished", INTERRUPTED: "interrupted"}.get(worker.process.returncode, "failed")
+            print(f"{name}: {word} after {time.monotonic() - worker.started:.0f} s", flush=True)
             if word == "failed":
                 failed.append(name)
     return failed
 
 
-def start_worker(command: Sequence[str], log_path: Path, jobs: int) -> subprocess.Popen[bytes]:
+def start_worker(command: Sequence[str], log_path: Path, jobs: int, gpu: int | None) -> Worker:
     """One run in a process group of its own, with its share of the cores."""
     threads = max(1, len(os.sched_getaffinity(0)) // jobs)
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    if gpu is not None:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[gpu] if visible else str(gpu)
     with log_path.open("w") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+    return Worker(process, time.monotonic(), gpu)
 
 
 def end(process: subprocess.Popen[bytes]) -> None:

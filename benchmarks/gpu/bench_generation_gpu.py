@@ -5,8 +5,8 @@
 GPT2-Small's shape in bf16 with random weights (speed does not depend on them), 1 M f-grams counted on the tokens, a
 bf16 table. Every step feeds the next token of real text, so that matches are those of text; the host waits for each
 step's choice, as it does to stream it. Milliseconds a step, medians of interleaved rounds. ``--captured`` also decodes
-with static caches and the trunk as a CUDA graph, with the rows gathered before it: waiting for every choice, and
-``queued``, where choices stay on the GPU and the host prepares the next step while this one runs. ``--tiny`` rehearses
+with static caches, the trunk compiled and every step one CUDA graph, the look-up in it: waiting for every choice, and
+``queued``, where choices stay on the GPU and the host launches the next step while this one runs. ``--tiny`` rehearses
 on a CPU.
 """
 
@@ -35,6 +35,7 @@ from scone.inference.embedding_table import EmbeddingTable
 from scone.inference.row_types import RowFormat
 from scone.inference.table_format import TableLayout
 from scone.inference.table_writer import TablePlan, TableWriter
+from scone.models.captured_calls import CapturedCalls, options_within_a_graph
 from scone.models.f_gram_model import FGramModelConfig
 from scone.models.language_model import SconeForCausalLM
 from scone.tokenization.counting import count_f_grams
@@ -72,8 +73,8 @@ def main() -> None:
         for batch in batches:
             measure(report, models, text, batch, prompt, steps, rounds=2 if tiny else 5)
         if options["captured"]:
-            for batch in batches[:1] if tiny else (1, 32):
-                measure_captured(report, models, text, batch, prompt, steps)
+            for batch in batches[:1] if tiny else batches:
+                measure_captured(report, models, text, batch, prompt, steps, rounds=2 if tiny else 5)
         report_memory(report, models)
     report.finish()
 
@@ -148,11 +149,20 @@ def some_text(text: Tensor, batch: int, length: int, seed: int) -> Tensor:
 
 
 @torch.inference_mode()
-def decode(model: PreTrainedModel, tokens: Tensor, prompt: int, cache: Any, waits: bool = True) -> tuple[float, float]:
+def decode(
+    model: PreTrainedModel,
+    tokens: Tensor,
+    prompt: int,
+    cache: Any,
+    waits: bool = True,
+    call: Callable[..., Any] | None = None,
+) -> tuple[float, float]:
     """Seconds of the prefill and of one decoding step; the host ``waits`` for each choice, or for the last alone.
 
-    Waiting, a step is the median of all; else they cannot be told apart, and it is their mean.
+    Waiting, a step is the median of all; else they cannot be told apart, and it is their mean. ``call``: what takes a
+    step (the model, where there is none).
     """
+    call = model if call is None else call
     synchronize()
     start = time.perf_counter()
     logits = model(input_ids=tokens[:, :prompt], past_key_values=cache, use_cache=True, logits_to_keep=1).logits
@@ -162,7 +172,7 @@ def decode(model: PreTrainedModel, tokens: Tensor, prompt: int, cache: Any, wait
     for place in range(prompt, tokens.shape[1]):
         # the real next token, once the model has chosen its own
         following = torch.where(logits[:, -1:].argmax(-1) >= 0, tokens[:, place : place + 1], 0)
-        logits = model(input_ids=following, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        logits = call(input_ids=following, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
         if waits:
             logits[:, -1].argmax(-1).cpu()
             ends.append(time.perf_counter())
@@ -216,31 +226,26 @@ def add_times(report: Report, milliseconds: dict[str, float], metric: str) -> No
 
 
 def measure_captured(
-    report: Report, models: dict[str, PreTrainedModel], text: Tensor, batch: int, prompt: int, steps: int
+    report: Report, models: dict[str, PreTrainedModel], text: Tensor, batch: int, prompt: int, steps: int, rounds: int
 ) -> None:
-    """The same with static caches and the trunk compiled to a CUDA graph, where launching kernels costs nothing."""
-    found: dict[bool, dict[str, float]] = {True: {}, False: {}}
-    for name in ("plain", "doubled", "ram", *(["gpu"] if "gpu" in models else [])):
-        model = models[name]
-        part = model if name in ("plain", "doubled") else model.trunk
-        usual: Callable[..., Any] = part.forward
-        cache = StaticCache(part.config, max_cache_len=prompt + steps)
-        # its memory is made here: what is made while compiling cannot be part of a graph
-        decode(model, some_text(text, batch, prompt + 1, seed=0), prompt, cache)
-        mode = "reduce-overhead" if DEVICE.type == "cuda" else "default"
-        part.forward = torch.compile(usual, mode=mode, dynamic=False)
-        taken: dict[bool, list[float]] = {True: [], False: []}
-        for turn in range(5):
-            for waits, times in taken.items():
+    """The same with static caches and whole steps as CUDA graphs, where launching kernels costs nothing."""
+    calls: dict[str, tuple[CapturedCalls, StaticCache]] = {}
+    for name in ("plain", "doubled", "ram", "gpu"):
+        if name in models:
+            config = getattr(models[name], "trunk", models[name]).config
+            cache = StaticCache(config, max_cache_len=prompt + steps)
+            calls[name] = CapturedCalls(models[name], **options_within_a_graph(None)), cache
+    for waits, metric in ((True, "captured_decode_ms"), (False, "queued_decode_ms")):
+        taken: dict[str, list[float]] = {name: [] for name in calls}
+        for turn in range(rounds + 1):  # the first compiles and captures
+            tokens = some_text(text, batch, prompt + steps, seed=turn)
+            for name, (call, cache) in calls.items():
                 with torch.inference_mode():
                     cache.reset()
-                tokens = some_text(text, batch, prompt + steps, seed=turn)
-                times.append(decode(model, tokens, prompt, cache, waits)[1])
-        part.forward = usual
-        for waits, times in taken.items():
-            found[waits][name] = statistics.median(times[2:]) * 1e3
-    add_times(report, found[True], f"captured_decode_ms_b{batch}")
-    add_times(report, found[False], f"queued_decode_ms_b{batch}")
+                seconds = decode(models[name], tokens, prompt, cache, waits, call)[1]
+                if turn:
+                    taken[name].append(seconds * 1e3)
+        add_times(report, {name: statistics.median(times) for name, times in taken.items()}, f"{metric}_b{batch}")
 
 
 if __name__ == "__main__":

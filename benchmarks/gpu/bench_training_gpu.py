@@ -66,7 +66,7 @@ def main() -> None:
     length = 64 if tiny else 1024
     options |= {"f_grams": counted.num_f_grams, "max_n": 5, "length": length, "did_not_fit": []}
     options |= {"num_tokens": file.num_tokens, "tokenizer_tokens": file.vocab_size}
-    trunks = {"tiny": (32, 2, 2)} if tiny else TRUNKS
+    trunks = {"tiny": (32, 2, 2)} if tiny else {name: TRUNKS[name] for name in options["trunks"]}
     for name, sizes in trunks.items():
         chosen = [
             variant for variant in options["variants"] if name != "gpt2" or variant in ("plain", "shared", "padded")
@@ -95,6 +95,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tiny", action="store_true", help="a rehearsal at toy size, on any device")
     parser.add_argument("--no_compile", action="store_true")
     parser.add_argument("--positions", type=int, nargs="*", default=[16_384, 65_536], help="positions of a batch")
+    parser.add_argument("--trunks", nargs="*", choices=list(TRUNKS), default=list(TRUNKS))
     parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=VARIANTS)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--workers", type=int, default=6)

@@ -13,6 +13,8 @@ from scone.evaluation.experiment_results import (
     OURS,
     OVER_ENCODING,
     ROWS,
+    best_of,
+    family,
     mean_loss,
     plain_of_equal_inference,
     run_results,
@@ -106,27 +108,19 @@ def shown_results(results: Sequence[RunResult]) -> list[RunResult]:
     """
     plain = plain_of_equal_inference(results)[:1]
     base = next(result for result in results if result.kind == PLAIN)
-    larger = [
-        result
-        for result in results
-        if result.kind == PLAIN
-        and result.training_tokens == base.training_tokens
-        and (result.inference_flops_per_token or 0) > 1.5 * (base.inference_flops_per_token or 1)
-    ]
-    peers = [result for result in results if result.kind in (*OURS, OVER_ENCODING)]
+    larger: dict[Any, list[RunResult]] = {}
+    for result in results:
+        if result.kind == PLAIN and result.training_tokens == base.training_tokens:
+            flops, resident = result.inference_flops_per_token or 0, (result.parameters or {}).get("resident")
+            if flops > 1.5 * (base.inference_flops_per_token or 1):
+                larger.setdefault((flops, resident), []).append(result)
+    peers = [result for result in results if family(result.kind) in (*OURS, OVER_ENCODING)]
     most = max((result.num_f_grams or 0 for result in peers), default=0)
-    best: dict[str, RunResult] = {}
+    kinds: dict[str, list[RunResult]] = {}
     for result in peers:
         if result.num_f_grams == most:
-            rival = best.setdefault(label_of(result), result)
-            if _validation_loss(result) < _validation_loss(rival):
-                best[label_of(result)] = result
-    return [*(plain or [base]), *larger, *best.values()]
-
-
-def _validation_loss(result: RunResult) -> float:
-    logged = result.facts["validation_loss"]
-    return math.inf if logged is None else float(logged)
+            kinds.setdefault(label_of(result), []).append(result)
+    return [*(plain or [base]), *map(best_of, larger.values()), *map(best_of, kinds.values())]
 
 
 def _size(shown: Sequence[RunResult]) -> str:
@@ -144,7 +138,7 @@ def _point(result: RunResult, base: RunResult, field: str, tests: Sequence[str])
     if all("perplexity_spread" in found for found in losses):
         ends = [[math.log(found["perplexity_spread"][end]) for found in losses] for end in (0, 1)]
         spread = (math.exp(sum(ends[0]) / len(tests)), math.exp(sum(ends[1]) / len(tests)))
-    color = f"var(--c{COLORS[result.kind]})"
+    color = f"var(--c{COLORS[family(result.kind)]})"
     return Point(label_of(result), _ratio(result, base, field), math.exp(mean_loss(result, tests)), color, spread)
 
 
@@ -152,7 +146,7 @@ def label_of(result: RunResult) -> str:
     """A plain run by its own name; others by kind, and the f-gram model's size where it has one."""
     if result.kind == PLAIN:
         return result.name
-    return NAMES[result.kind] + (f" {result.f_gram_model_size}" if result.f_gram_model_size else "")
+    return NAMES[family(result.kind)] + (f" {result.f_gram_model_size}" if result.f_gram_model_size else "")
 
 
 def _placed(svg: str, left: float) -> str:

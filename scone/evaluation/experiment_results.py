@@ -13,7 +13,7 @@ from scone.evaluation.results import PLAIN, RunResult
 
 MODEL, ROWS, BOTH, OVER_ENCODING = "f-gram model", "learned rows", "f-gram model + learned rows", "over-encoding"
 OURS = (MODEL, ROWS, BOTH)
-"""The input embeddings of this project in their default form."""
+"""The input embeddings of this project, without or with a gate (`family`)."""
 
 
 def run_results(experiment: Mapping[str, Any]) -> list[RunResult]:
@@ -102,6 +102,24 @@ def kind_of_options(options: Mapping[str, Any]) -> str:
     return ", ".join([kind, *variants])
 
 
+def family(kind: str) -> str:
+    """A kind without its gate, which is a setting like a learning rate where kinds are compared."""
+    return kind.removesuffix(", gate")
+
+
+def best_of(candidates: Sequence[RunResult]) -> RunResult:
+    """The one of lowest validation loss; of the lowest loss on all tests where an experiment logged none.
+
+    Tests have no part in the choice where they need not. Raises ValueError where there is no candidate.
+    """
+
+    def loss(result: RunResult) -> float:
+        logged = result.facts["validation_loss"]
+        return float(logged) if logged is not None else mean_loss(result, result.perplexity)
+
+    return min(candidates, key=loss)
+
+
 def _mean_perplexity(tests: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     losses = [float(test["loss"]) for test in tests]
     kept = ("bits_per_byte", "num_predicted", "num_documents")
@@ -122,13 +140,14 @@ def mean_loss(result: RunResult, tests: Iterable[str]) -> float:
 
 
 def plain_of_equal_inference(results: Sequence[RunResult]) -> list[RunResult]:
-    """The plain runs of the first plain run's inference FLOPs, by rising training FLOPs: one trunk, several budgets."""
+    """The best plain run of each budget at the first one's inference FLOPs, by rising training FLOPs."""
     plain = [result for result in results if result.kind == PLAIN]
     if not plain:
         return []
     flops = plain[0].inference_flops_per_token
     same = [result for result in plain if math.isclose(result.inference_flops_per_token or 0, flops or 1, rel_tol=0.02)]
-    return sorted(same, key=lambda result: result.training_flops or 0)
+    budgets = sorted({result.training_tokens or 0 for result in same})
+    return [best_of([result for result in same if (result.training_tokens or 0) == budget]) for budget in budgets]
 
 
 def plain_loss_at(results: Sequence[RunResult], training_flops: float, tests: Sequence[str]) -> float | None:

@@ -60,7 +60,15 @@ class TableLookUp:
         )
         self._launch = KeptLaunch(_look_up, num_warps=4)
 
-    def write(self, vectors: Tensor, tokens: Tensor, mask: Tensor | None = None, past: Tensor | None = None) -> None:
+    def write(
+        self,
+        vectors: Tensor,
+        tokens: Tensor,
+        mask: Tensor | None = None,
+        past: Tensor | None = None,
+        places: Tensor | None = None,
+        count: Tensor | None = None,
+    ) -> None:
         """Write its row over the vector of each position at which an f-gram ends; the others stay.
 
         Args:
@@ -69,6 +77,9 @@ class TableLookUp:
             mask: ``[B, T]``, 0 at padding, where no f-gram ends. Padding is not there: the tokens on both sides of it
                 are neighbours.
             past: integers ``[B, P]``, tokens before those, with padding as its complement (-1 − token).
+            places, count: int64 ``[]`` on the device, for a history of fixed size: only the first ``places`` tokens of
+                ``past`` are there, the new ones are written behind them, as far as there is room, and ``count`` grows
+                by their number.
 
         Slow equal: `reference_matching.longest_matches` of each row without its padding, and `RowFormat.decode`.
         """
@@ -78,6 +89,7 @@ class TableLookUp:
         tokens, token_row = _with_row_stride(tokens)
         mask_type = None
         mask_, mask_row, past_, past_row, past_length = tokens, 0, tokens, 0, 0
+        records = places is not None and past is not None
         if mask is not None:
             mask_, mask_row = _with_row_stride(mask)
             mask_type = mask.dtype
@@ -85,14 +97,16 @@ class TableLookUp:
             past_, past_row = _with_row_stride(past)
             past_length = past.shape[1]
         # what else the kernel is compiled for never changes
-        key = (vectors.dtype, vectors.data_ptr() % 16 == 0, tokens.dtype, mask_type, past_.dtype)
+        key = (vectors.dtype, vectors.data_ptr() % 16 == 0, tokens.dtype, mask_type, past_.dtype, records)
         with launching_on(vectors.device):
             self._launch(
                 key,
                 num_programs,
                 *(vectors, tokens, mask_, past_, tokens.shape[1], past_length, token_row, mask_row, past_row),
+                *((places, count) if records else (self.num_found, self.num_found)),
                 *self._constants,
                 mask is not None,
+                records,
                 *self._choices,
             )
 
@@ -111,7 +125,7 @@ def _with_row_stride(values: Tensor) -> tuple[Tensor, int]:
         *("length", "past_length", "token_row", "mask_row", "past_row"),
         *("num_f_grams", "num_buckets", "rank_bits", "max_probes", "vocab_size", "num_near"),
     ],
-    do_not_specialize_on_alignment=["tokens", "mask", "past"],
+    do_not_specialize_on_alignment=["tokens", "mask", "past", "places", "count"],
 )
 def _look_up(
     vectors,
@@ -123,6 +137,8 @@ def _look_up(
     token_row: tl.int64,
     mask_row: tl.int64,
     past_row: tl.int64,
+    places,
+    count,
     keys,
     slots,
     num_f_grams: tl.int64,
@@ -139,6 +155,7 @@ def _look_up(
     num_groups,
     num_found,
     has_mask: tl.constexpr,
+    records: tl.constexpr,
     longest: tl.constexpr,
     context_size: tl.constexpr,
     row_type: tl.constexpr,
@@ -148,6 +165,12 @@ def _look_up(
     """One program a position: many rows are on their way at a time, which those across the bus need."""
     place = tl.program_id(0).to(tl.int64)
     sequence, column = place // length, place % length
+    if records:
+        room = past_length
+        past_length = tl.load(places)
+        _record(tokens, mask, past, sequence, column, token_row, mask_row, past_row, past_length, room, has_mask)
+        if place == 0:  # of which no other program knows
+            tl.store(count, tl.load(count) + length)
     rank = longest_match(
         keys,
         slots,
@@ -174,6 +197,17 @@ def _look_up(
         else:
             row = far + (rank - num_near) * row_length
             _write_row(vector, row, width, group_size, num_groups, row_type, num_blocks, block)
+
+
+@triton.jit
+def _record(
+    tokens, mask, past, sequence, column, token_row, mask_row, past_row, past_length, room, has_mask: tl.constexpr
+):
+    """Write the token behind those that are there, which are all that the other programs read."""
+    token = tl.load(tokens + sequence * token_row + column)
+    if has_mask:
+        token = tl.where(tl.load(mask + sequence * mask_row + column) != 0, token, ~token)
+    tl.store(past + sequence * past_row + past_length + column, token, mask=past_length + column < room)
 
 
 @triton.jit

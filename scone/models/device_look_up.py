@@ -8,6 +8,7 @@ from torch import Tensor
 
 from scone.kernels.installed import triton_is_installed
 from scone.kernels.reachable_rows import ReachableRows
+from scone.models.token_history import StaticTokenHistory, TokenHistory
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 
 LARGEST_SHARE = 0.02
@@ -41,7 +42,9 @@ class DeviceLookUp:
         size = vocabulary.keys.nbytes + vocabulary.index.slots.nbytes
         return size <= LARGEST_SHARE * torch.cuda.get_device_properties(device).total_memory
 
-    def write(self, vectors: Tensor, tokens: Tensor, mask: Tensor | None = None, past: Tensor | None = None) -> None:
+    def write(
+        self, vectors: Tensor, tokens: Tensor, mask: Tensor | None = None, history: TokenHistory | None = None
+    ) -> None:
         """Write rows over the vectors of the positions at which f-grams end.
 
         Args:
@@ -49,9 +52,14 @@ class DeviceLookUp:
             tokens: int64 ``[B, T]``. They are not checked (the host would have to wait for that): one outside the
                 vocabulary is in no f-gram.
             mask: ``[B, T]``, 0 at padding; padding is not there, wherever it is.
-            past: int64 ``[B, P]``, the tokens before, as a `TokenHistory` keeps them.
+            history: the tokens before. To one of fixed size the new ones are added.
         """
-        self._kernel.write(vectors, tokens, mask, past)
+        past = None if history is None else history.all()
+        if isinstance(history, StaticTokenHistory):
+            self._kernel.write(vectors, tokens, mask, past, history.places, history.count)
+            history.is_written = True
+        else:
+            self._kernel.write(vectors, tokens, mask, past)
 
 
 def _bits(array: np.ndarray, device: torch.device) -> Tensor:

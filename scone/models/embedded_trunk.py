@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
+from transformers.generation.configuration_utils import CompileConfig
 from transformers.masking_utils import create_masks_for_generate
 
 from scone.models.configuration import EmbeddedTrunkConfig
@@ -104,6 +105,10 @@ class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
         create = getattr(trunk, "create_masks_for_generate", create_masks_for_generate)
         return create(config=trunk.config, **kwargs)
 
+    def get_compiled_call(self, compile_config: CompileConfig | None) -> Callable[..., Any]:
+        """What ``generate`` calls for steps over a static cache: plain calls, since the host looks up between them."""
+        return self.__call__
+
     # ------------------------------------------------------------------ tokens → vectors → logits
 
     def forward(
@@ -178,7 +183,7 @@ class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
         Raises ValueError for a cache without the history of its tokens.
         """
         history = known_past(cache)
-        past = 0 if history is None else history.get_seq_length()
+        past = 0 if history is None else int(history.get_seq_length())
         new = input_ids.shape[1]
         seen = hidden(input_ids, mask)
         if history is not None and past and context:

@@ -17,6 +17,7 @@ from scone.kernels.transfer import to_device
 from scone.models.device_look_up import DeviceLookUp
 from scone.models.f_gram_model import FGramModel, FGramModelConfig, unit_rms
 from scone.models.learned_rows import LearnedRows
+from scone.models.token_history import TokenHistory
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 
 COMBINATIONS = ("add", "replace", "gate")
@@ -145,13 +146,16 @@ class RowSource(Protocol):
 
 
 class TableInputEmbedding(nn.Module):
-    """The serving layer: a matched position reads one precomputed row, any other its token's own embedding."""
+    """The serving layer: a matched position reads one precomputed row, any other its token's own embedding.
+
+    Attributes: ``num_positions``, looked up so far, padding too; whoever replays a look-up adds to it.
+    """
 
     def __init__(self, table: RowSource) -> None:
         super().__init__()
         self.table = table
         self._look_ups: dict[torch.device, DeviceLookUp | None] = {}
-        self._num_positions = 0
+        self.num_positions = 0
         self._num_rows = 0
 
     def forward(self, token_ids: Tensor, node_ids: Tensor, token_embedding: nn.Module, vocab_size: int) -> Tensor:
@@ -166,7 +170,7 @@ class TableInputEmbedding(nn.Module):
         if len(positions):
             rows = self.table.rows(nodes[positions] - vocab_size, flat.dtype)
             flat = flat.index_copy(0, to_device(positions, flat.device), rows.to(flat.device))
-        self._num_positions += len(nodes)
+        self.num_positions += len(nodes)
         self._num_rows += len(positions)
         return flat.view_as(vectors)
 
@@ -176,17 +180,17 @@ class TableInputEmbedding(nn.Module):
         token_ids: Tensor,
         token_embedding: nn.Module,
         mask: Tensor | None,
-        past: Tensor | None,
+        history: TokenHistory | None,
     ) -> Tensor:
         """The same without the host: ``look_up`` (of `look_up_on`) finds the nodes, and knows the other arguments."""
         vectors = token_embedding(token_ids).contiguous()
-        self._num_positions += token_ids.numel()
+        self.num_positions += token_ids.numel()
         if not vectors.requires_grad:
-            look_up.write(vectors, token_ids, mask, past)
+            look_up.write(vectors, token_ids, mask, history)
             return vectors
         # NaN is no row's, so it tells the positions that read none; gradients reach the embeddings of these alone
         rows = torch.full_like(vectors, torch.nan)
-        look_up.write(rows, token_ids, mask, past)
+        look_up.write(rows, token_ids, mask, history)
         return torch.where(rows.isnan(), vectors, rows)
 
     def look_up_on(self, device: torch.device, vocabulary: FGramVocabulary) -> DeviceLookUp | None:
@@ -211,4 +215,4 @@ class TableInputEmbedding(nn.Module):
         for.
         """
         on_devices = [look_up.num_found.clone() for look_up in self._look_ups.values() if look_up is not None]
-        return self._num_positions, [self._num_rows, *on_devices]
+        return self.num_positions, [self._num_rows, *on_devices]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache
+from transformers.generation.configuration_utils import CompileConfig
 from transformers.utils import cached_file
 
 from scone.kernels.trie_batch import build_trie_batch
+from scone.models.captured_calls import CapturedCalls, options_within_a_graph
 from scone.models.configuration import SconeConfig
 from scone.models.embedded_trunk import EmbeddedTrunk
 from scone.models.f_gram_model import FGramBlock, FGramModel
@@ -47,6 +49,7 @@ class SconeForCausalLM(EmbeddedTrunk):
         self.vocabulary: FGramVocabulary | None = None
         self.matcher: Matcher | None = None
         self._stand_ins: np.ndarray | None = None
+        self._captured: CapturedCalls | None = None
         # the layers that sharding and device maps take as one
         self._no_split_modules = [*(self._no_split_modules or []), FGramBlock.__name__]
         width = self._token_weight().shape[1]
@@ -214,13 +217,22 @@ class SconeForCausalLM(EmbeddedTrunk):
         if look_up is None:
             nodes = torch.from_numpy(self.match(input_ids, mask, cache))
             return table(input_ids, nodes, tokens, vocabulary.vocab_size)
-        history = known_past(cache, may_wait=False)
-        return table.on_device(look_up, input_ids, tokens, mask, None if history is None else history.all())
+        return table.on_device(look_up, input_ids, tokens, mask, known_past(cache, may_wait=False))
 
     @property
     def accelerator_index_bytes(self) -> int:
         """Accelerator memory that finding f-grams takes there: 0 where the host does it."""
         return 0 if self.table_embedding is None else self.table_embedding.accelerator_index_bytes
+
+    def get_compiled_call(self, compile_config: CompileConfig | None) -> Callable[..., Any]:
+        """What ``generate`` calls for steps over a static cache: CUDA graphs, if the accelerator looks up by itself."""
+        table, vocabulary = self.table_embedding, self.vocabulary
+        if table is None or vocabulary is None or table.look_up_on(self.device, vocabulary) is None:
+            return super().get_compiled_call(compile_config)
+        options = options_within_a_graph(compile_config)
+        if self._captured is None or self._captured.compile_options != options:
+            self._captured = CapturedCalls(self, **options)
+        return self._captured
 
     def match(self, input_ids: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> np.ndarray:
         """Node ids int64 ``[B, T]``: the longest f-gram ending at each position, which may begin in the cached past."""

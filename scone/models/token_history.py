@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 
 def hidden(token_ids: Tensor, mask: Tensor | None) -> Tensor:
@@ -53,6 +55,55 @@ class TokenHistory(DynamicLayer):
         return tokens[:, max(tokens.shape[1] - count, 0) :]
 
 
+class StaticTokenHistory(TokenHistory):
+    """The history of a static cache, in memory that stays where it is: steps of a CUDA graph read it and write it.
+
+    Attributes: ``places``, int64 ``[]``, the positions that the cache holds, as its layers count them on their device;
+    ``count``, int64 ``[]``, how many of them came with tokens. The others are padding here.
+    """
+
+    def __init__(self, layer: StaticLayer) -> None:
+        super().__init__()
+        self._layer = layer
+        self.count = torch.zeros_like(layer.cumulative_length)
+        self.is_written = False
+        """Whether a look-up wrote the tokens of this forward pass already."""
+
+    @property
+    def places(self) -> Tensor:
+        return self._layer.cumulative_length
+
+    def append(self, token_ids: Tensor, mask: Tensor | None) -> None:
+        """Add int64 tokens ``[B, T]``, whose keys and values the cache holds by now."""
+        if self.is_written:
+            self.is_written = False
+            return
+        num_sequences, length = token_ids.shape
+        if self.keys is None:
+            self.dtype, self.device = token_ids.dtype, token_ids.device
+            self.keys = token_ids.new_full((num_sequences, self._layer.max_cache_len, 1), -1)
+            self.is_initialized = True
+        at = torch.arange(-length, 0, device=token_ids.device) + self.places
+        self.keys.index_copy_(1, at, hidden(token_ids, mask).unsqueeze(-1))
+        self.count.add_(length)
+        self.values = self.keys
+
+    def get_seq_length(self) -> Any:
+        """How many tokens it holds: on the device, as a static layer answers; 0 before the first."""
+        return self.count if self.is_initialized else 0
+
+    def reset(self) -> None:
+        """Forget all tokens, and keep the memory."""
+        self.count.zero_()
+        self.is_written = False
+        if self.keys is not None:
+            self.keys.fill_(-1)
+
+    def last(self, count: int) -> Tensor:
+        end = int(self.places)
+        return self.all()[:, max(end - count, 0) : end]
+
+
 def token_history(cache: Cache | None) -> TokenHistory | None:
     """The history that ``cache`` carries, if any."""
     if cache is None:
@@ -75,7 +126,7 @@ def known_past(cache: Cache | None, may_wait: bool = True) -> TokenHistory | Non
         return None
     history, past = token_history(cache), cache.get_seq_length()
     if not may_wait and history is not None and isinstance(past, Tensor):
-        return history if history.get_seq_length() else None
+        return history if history.is_initialized else None
     if not past:
         return None
     found = history.get_seq_length() if history else 0
@@ -91,6 +142,8 @@ def extend_history(cache: Cache, token_ids: Tensor, mask: Tensor | None) -> None
     """Record the tokens of a forward pass in ``cache``, after the trunk has recorded its keys and values."""
     history = token_history(cache)
     if history is None:
-        history = TokenHistory()
+        # layers of a sliding window do not keep a place for every token
+        static = next((layer for layer in cache.layers if type(layer) is StaticLayer), None)
+        history = TokenHistory() if static is None else StaticTokenHistory(static)
         cache.layers.append(history)
     history.append(token_ids, mask)

@@ -72,6 +72,27 @@ def test_what_was_not_run_is_null(bench: ModuleType, tmp_path: Path) -> None:
     assert found["perplexity_vs_plain_equal_tokens"]["met"]
 
 
+def test_each_kind_speaks_by_its_best_settings(bench: ModuleType, tmp_path: Path) -> None:
+    """By validation loss; a gate is a setting, and so is plain's own learning rate, at one budget or at another."""
+    experiment = experiments.experiment()
+    more = {
+        "plain-fast": experiments.run("plain-fast", 3.95, experiments.PLAIN),
+        "plain-2x-fast": experiments.run("plain-2x-fast", 3.89, experiments.PLAIN, training=2e12, tokens=20_000),
+        "plain-slow": experiments.run("plain-slow", 4.2, experiments.PLAIN),
+        "rows-gate": experiments.run("rows-gate", 3.84, experiments.ROWS | {"model.combination": "gate"}),
+        "both-gate": experiments.run(
+            "both-gate", 3.8, {"model.combination": "gate", "model.learned_rows": 1000}, training=2e12
+        ),
+    }
+    experiment["runs"] = more | experiment["runs"]
+    found = records(bench, tmp_path, experiment)
+    assert found["config"]["best"] == "both-gate"
+    expected = {"plain_equal_tokens": 3.95, "plain_equal_train_flops": 3.89, "rows_only": 3.84, "model_only": 3.92}
+    for metric, loss in expected.items():
+        assert found[f"perplexity_vs_{metric}"]["ratio"] == pytest.approx(math.exp(3.8 - loss), rel=1e-3), metric
+    assert found["perplexity_vs_plain_equal_tokens"]["peer_name"] == "plain-fast"
+
+
 def test_plain_of_other_tokens_is_no_equal_peer(bench: ModuleType, tmp_path: Path) -> None:
     experiment = experiments.experiment()
     for name in ("plain-seed1", "plain-seed2"):

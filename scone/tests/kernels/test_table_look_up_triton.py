@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from transformers.cache_utils import StaticLayer
 
 from scone.inference.row_types import ROW_TYPES, RowFormat
 from scone.kernels import reference_matching
@@ -26,9 +27,23 @@ if not (INTERPRETED or torch.cuda.is_available()):
     pytest.skip("no CUDA device (set TRITON_INTERPRET=1 to interpret the kernel)", allow_module_level=True)
 
 from scone.models.device_look_up import DeviceLookUp  # noqa: E402
+from scone.models.token_history import StaticTokenHistory, TokenHistory  # noqa: E402
 
 DEVICE = torch.device("cpu") if INTERPRETED else torch.device("cuda", 0)
 pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
+
+
+def history_of(past: torch.Tensor, room: int | None) -> TokenHistory:
+    """The history of ``past`` [B, P], as `hidden` writes it; with ``room``, one of that size."""
+    if room is None:
+        history = TokenHistory()
+        history.append(past, None)
+        return history
+    layer = StaticLayer(room)
+    layer.cumulative_length = torch.tensor(past.shape[1], device=DEVICE)
+    static = StaticTokenHistory(layer)
+    static.append(past, None)
+    return static
 
 
 @settings(max_examples=25, deadline=None)
@@ -40,7 +55,7 @@ def test_a_look_up_is_the_longest_f_grams_row(case: Case, row_type: str, data: s
     length = len(rows[0]) if rows else 0
     tokens, mask = (np.array(part, kind).reshape(len(rows), length) for part, kind in ((rows, np.int64), (masks, bool)))
     is_padded, cut = data.draw(st.booleans()), data.draw(st.integers(0, length))
-    check(case, tokens, mask if is_padded else None, [cut], row_type, 7, None)
+    check(case, tokens, mask if is_padded else None, [cut], row_type, 7, None, data.draw(st.booleans()))
 
 
 @settings(max_examples=25, deadline=None)
@@ -65,7 +80,8 @@ def test_where_f_grams_are_dense(
     mask = random.random((2, 30)) < kept if kept < 1 else None
     cuts = data.draw(st.lists(st.integers(20, 30), min_size=2, max_size=2))
     # a token that is outside the vocabulary has the node of an f-gram's number
-    check(case, random.choice([0, 1, 7], (2, 30), p=[0.48, 0.48, 0.04]), mask, cuts, row_type, width, split)
+    tokens = random.choice([0, 1, 7], (2, 30), p=[0.48, 0.48, 0.04])
+    check(case, tokens, mask, cuts, row_type, width, split, data.draw(st.booleans()))
 
 
 def check(
@@ -76,9 +92,10 @@ def check(
     row_type: str,
     width: int,
     split: int | None,
+    is_static: bool,
 ) -> None:
     """That ``tokens`` int64 [B, L] are looked up by the law when they follow what is before each cut; rows from
-    ``split`` on are a block of their own.
+    ``split`` on are a block of their own. A history that ``is_static`` holds them afterwards, as far as it has room.
     """
     row_format = RowFormat.of(row_type, width, 4)
     size = len(case.f_grams)
@@ -104,7 +121,13 @@ def check(
         expected = torch.randn(shape, device=DEVICE).to(dtype)
         vectors = torch.empty(start + expected.numel(), dtype=dtype, device=DEVICE)[start:].view(shape).copy_(expected)
         padding = None if mask is None else torch.from_numpy(mask[:, cut:]).to(DEVICE)
-        look_up.write(vectors, new[:, cut:], padding, past[:, :cut] if cut else None)
+        room = max(cut, tokens.shape[1] - start)
+        history = history_of(past[:, :cut], room if is_static else None) if cut else None
+        look_up.write(vectors, new[:, cut:], padding, history)
+        if isinstance(history, StaticTokenHistory):
+            assert history.is_written
+            assert int(history.count) == tokens.shape[1]
+            assert torch.equal(history.all(), past[:, :room])
         b, i = np.nonzero(ranks[:, cut:] >= 0)
         expected[b, i] = decoded[ranks[:, cut:][b, i]]
         assert torch.equal(vectors, expected)

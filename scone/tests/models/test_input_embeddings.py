@@ -52,7 +52,9 @@ def test_every_variant_is_a_function_of_the_node(variant, tmp_path):
     ids = tokens(3, 40)
     with torch.no_grad():
         logits = live(ids).logits
-        assert torch.equal(loaded(ids).logits, logits)
+        # weights bit for bit; what is computed from them may differ by where in memory they lie
+        torch.testing.assert_close(loaded.state_dict(), live.state_dict(), atol=0, rtol=0)
+        torch.testing.assert_close(loaded(ids).logits, logits, atol=1e-6, rtol=1e-6)
         torch.testing.assert_close(served(ids).logits, logits, atol=1e-5, rtol=1e-5)
 
 

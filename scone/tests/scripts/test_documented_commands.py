@@ -22,6 +22,7 @@ import torch
 
 import scone
 from scone.data.stdlib_corpus import stdlib_files
+from scone.inference.quantization import computes_in_fp16
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
@@ -320,7 +321,9 @@ def test_benchmark(model: str, capsys: pytest.CaptureFixture[str]) -> None:
         assert all(value > 0 for speed in record["speed"] for value in speed.values())
     assert scone_record["table_bytes"] > 0
     half = records["SCONE-Small-100K fp16"]
-    assert half["resident_bytes"] < 0.7 * scone_record["resident_bytes"]
+    # a processor without fp16 arithmetic keeps the token embeddings in fp32
+    share = 0.7 if computes_in_fp16(torch.device("cpu")) else 0.9
+    assert half["resident_bytes"] < share * scone_record["resident_bytes"]
     assert half["perplexity"]["WikiText-103"]["perplexity"] > 1
     assert scone_record["inference_flops_per_token"] == plain_record["inference_flops_per_token"]
     missing = {item["what"] for item in result["missing"]}

@@ -1,0 +1,144 @@
+"""Make the folder that experiments read with ``--data``: a tokenizer and the token files that their YAMLs name.
+
+    python experiments/prepare_data.py --output_dir DATA [--trunk FOLDER]
+
+Articles and novels are divided by the content of their documents, as ``scone train`` divides a corpus; training tokens
+are half articles, half novels, in the order of their files. The byte-level BPE of 16,384 entries is trained on them.
+With ``--trunk``, a pretrained model's folder (``retrofit_smollm2.py`` writes one), the same texts in its tokens too,
+for ``pretrained.yaml``. A token file that is there is kept, so an interrupted call goes on with the next.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import shutil
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks")]
+
+from common import shared_data  # noqa: E402
+
+from scone.data.encoding import CorpusEncoder, map_in_order  # noqa: E402
+from scone.data.sources import open_documents  # noqa: E402
+from scone.data.token_file import TokenFile, TokenFileWriter  # noqa: E402
+from scone.tokenization.tokenizers import (  # noqa: E402
+    document_separator_id,
+    load_tokenizer,
+    tokenizer_fingerprint,
+    train_tokenizer,
+    vocabulary_size,
+)
+from scone.utils.command_line import run_main  # noqa: E402
+from scone.utils.errors import SconeError  # noqa: E402
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+VOCAB_SIZE = 16_384
+HELD_OUT = {
+    "wikipedia_validation": ("wikipedia", "validation", 250_000),
+    "wikipedia_test": ("wikipedia", "test", 475_000),
+    "novels": ("novels", "test", 350_000),
+    "wikitext103_test": ("wikitext-103/wiki.test.tokens", "all", 10**9),
+    "c4": ("c4", "all", 10**9),
+}
+"""Token file → text, its split, and after how many tokens no further document is taken."""
+OF_TRUNK = {
+    "smollm2_validation": ("wikipedia", "validation", 100_000),
+    "smollm2_wikipedia_test": ("wikipedia", "test", 250_000),
+    "smollm2_wikitext103_test": ("wikitext-103/wiki.test.tokens", "all", 10**9),
+    "smollm2_novels": ("novels", "test", 250_000),
+}
+BATCH_CHARACTERS = 1 << 18
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write what is missing. Raises SconeError."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--texts", type=Path, help="folder of the texts (default: the maintainers' shared data)")
+    parser.add_argument("--train_tokens", type=int, default=44_000_000)
+    parser.add_argument("--trunk", type=Path, help="a pretrained model, for the data of pretrained.yaml")
+    parser.add_argument("--trunk_train_tokens", type=int, default=8_000_000)
+    arguments = parser.parse_args(argv)
+    texts, folder = arguments.texts or shared_data(), arguments.output_dir
+    if texts is None or not texts.is_dir():
+        raise SconeError(
+            f"found no texts in {texts}; expected wikipedia/, novels/, c4/ and wikitext-103/ there; give --texts FOLDER"
+        )
+    if not (folder / "tokenizer").exists():
+        part = folder / "tokenizer.part"
+        shutil.rmtree(part, ignore_errors=True)
+        train_tokenizer(mixture(texts), VOCAB_SIZE, part)
+        part.rename(folder / "tokenizer")
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    half = arguments.train_tokens // 2
+    write(folder / "train", tokenizer, [(articles(texts), half), (novels(texts), half)])
+    for name, (text, split, limit) in HELD_OUT.items():
+        write(folder / name, tokenizer, [(open_documents(str(texts / text), split=split), limit)])
+    if arguments.trunk is not None:
+        tokenizer = load_tokenizer(arguments.trunk)
+        write(folder / "smollm2_train", tokenizer, [(articles(texts), arguments.trunk_train_tokens)])
+        for name, (text, split, limit) in OF_TRUNK.items():
+            write(folder / name, tokenizer, [(open_documents(str(texts / text), split=split), limit)])
+    return 0
+
+
+def articles(texts: Path) -> Iterator[str]:
+    return open_documents(str(texts / "wikipedia"), split="train")
+
+
+def novels(texts: Path) -> Iterator[str]:
+    return open_documents(str(texts / "novels"), split="train")
+
+
+def mixture(texts: Path) -> Iterator[str]:
+    """Of both in turn, as long as there are both, so that a tokenizer sees as much of each."""
+    balance = 0
+    one, other = articles(texts), novels(texts)
+    while (text := next(one if balance <= 0 else other, None)) is not None:
+        balance += len(text) if balance <= 0 else -len(text)
+        yield text
+
+
+def write(folder: Path, tokenizer: PreTrainedTokenizerBase, parts: Iterable[tuple[Iterator[str], int]]) -> None:
+    """The documents of each part until its number of tokens is reached, in one token file."""
+    if not folder.exists():
+        part = folder.with_name(f"{folder.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        writer = TokenFileWriter(part, vocabulary_size(tokenizer), document_separator_id(tokenizer))
+        encoder, threads = CorpusEncoder(tokenizer), len(os.sched_getaffinity(0))
+        for documents, limit in parts:
+            end = writer.num_tokens + limit
+            encoded = map_in_order(encoder.encode, ((batch, None) for batch in batches(documents)), threads)
+            for tokens in itertools.chain.from_iterable(batch for batch, _ in encoded):
+                if writer.num_tokens >= end:
+                    encoded.close()
+                    break
+                writer.add_document(tokens)
+        writer.finish({"tokenizer_fingerprint": tokenizer_fingerprint(tokenizer)})
+        part.rename(folder)
+    file = TokenFile.open(folder, check_content=False)
+    print(f"{folder.name}: {file.num_tokens:,} tokens, {file.num_documents:,} documents", flush=True)
+
+
+def batches(documents: Iterator[str]) -> Iterator[list[str]]:
+    """Of some 256 Ki characters each."""
+    batch: list[str] = []
+    for text in documents:
+        batch.append(text)
+        if sum(map(len, batch)) >= BATCH_CHARACTERS:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

@@ -1,0 +1,131 @@
+"""Decoding steps as CUDA graphs give what ordinary calls give, whatever happens to the cache between them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import StaticCache
+
+from scone.inference.embedding_table import EmbeddingTable
+from scone.inference.statistics import counted_reads
+from scone.models.captured_calls import WARM_UP_CALLS, CapturedCalls, options_within_a_graph
+from scone.models.language_model import SconeForCausalLM
+from scone.tests.inference.tables import VOCAB_SIZE, small_model, write_table
+
+LENGTH, PROMPT = 24, 5
+
+
+def some_text(rows: int, seed: int) -> torch.Tensor:
+    return torch.randint(0, 6, (rows, LENGTH), generator=torch.Generator().manual_seed(seed))
+
+
+def test_on_a_cpu_every_call_is_an_ordinary_one():
+    model = small_model()
+    calls, text = CapturedCalls(model), some_text(2, 0)
+    assert model.get_compiled_call(None) == model.__call__
+    cache = StaticCache(model.trunk.config, max_cache_len=LENGTH)
+    with torch.inference_mode():
+        expected = model(text).logits
+        for at in range(LENGTH):
+            logits = calls(input_ids=text[:, at : at + 1], past_key_values=cache, use_cache=True).logits
+            torch.testing.assert_close(logits[:, 0], expected[:, at])
+    assert not captured(calls)
+
+
+def captured(calls: CapturedCalls) -> int:
+    return sum(step.graph is not None for step in calls._graphs.values())
+
+
+@pytest.fixture(params=["gpu", "ram", "gpu:100,ram"])
+def model(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[SconeForCausalLM]:
+    """On the GPU, with its table in a placement that the GPU reads by itself."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    model = small_model()
+    path = tmp_path / "embeddings.cache"
+    write_table(path, model.embed_nodes(torch.arange(VOCAB_SIZE, VOCAB_SIZE + model.config.num_f_grams)))
+    with EmbeddingTable.open(path, request.param, device="cuda") as table:
+        model.cuda().attach_table(table)
+        yield model
+
+
+def steps(model: Any, calls: Any, cache: StaticCache, text: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Logits [B, V] after the prompt and after each token that follows."""
+    text = text.cuda()
+    yield model(input_ids=text[:, :PROMPT], past_key_values=cache, use_cache=True).logits[:, -1]
+    for at in range(PROMPT, LENGTH):
+        yield calls(input_ids=text[:, at : at + 1], past_key_values=cache, use_cache=True).logits[:, -1]
+
+
+@pytest.mark.gpu
+@torch.inference_mode()
+def test_captured_steps_equal_the_full_forward(model: SconeForCausalLM) -> None:
+    """Through a text, another one in the same memory, reordered rows, and another number of rows."""
+    calls = model.get_compiled_call(None)
+    assert isinstance(calls, CapturedCalls)
+    for rows, seeds in ((2, (0, 1)), (3, (2,))):
+        cache = StaticCache(model.trunk.config, max_cache_len=LENGTH)
+        for seed in seeds:
+            text = some_text(rows, seed)
+            with counted_reads(model) as reads:
+                found = [logits.clone() for logits in steps(model, calls, cache, text)]
+            assert captured(calls) == 1
+            with counted_reads(model) as at_once:
+                expected = model(text.cuda()).logits[:, PROMPT - 1 :]
+            torch.testing.assert_close(torch.stack(found, 1), expected, atol=1e-4, rtol=1e-4)
+            assert reads is not None
+            assert at_once is not None
+            assert (reads.num_positions, reads.num_rows) == (at_once.num_positions, at_once.num_rows)
+            cache.reset()
+    assert calls is model.get_compiled_call(None)
+
+
+@pytest.mark.gpu
+@torch.inference_mode()
+def test_a_reordered_cache_is_captured_anew(model: SconeForCausalLM) -> None:
+    text, order = some_text(2, 0), torch.tensor([1, 0])
+    calls, cache = model.get_compiled_call(None), StaticCache(model.trunk.config, max_cache_len=LENGTH)
+    model(input_ids=text[:, :PROMPT].cuda(), past_key_values=cache, use_cache=True)
+    for at in range(PROMPT, LENGTH):
+        if at in (PROMPT + 4, PROMPT + 6):
+            cache.reorder_cache(order.cuda())
+            text = text[order]
+        logits = calls(input_ids=text[:, at : at + 1].cuda(), past_key_values=cache, use_cache=True).logits
+        expected = model(text[:, : at + 1].cuda()).logits
+        torch.testing.assert_close(logits[:, -1], expected[:, -1], atol=1e-4, rtol=1e-4)
+    assert captured(calls) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("beams", [1, 2])
+def test_generate_over_a_static_cache_gives_what_it_gives_without(model: SconeForCausalLM, beams: int) -> None:
+    prompts = some_text(3, 4)[:, :8].cuda()
+    mask = torch.ones_like(prompts)
+    mask[0, :3] = 0
+    how: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "num_beams": beams, "eos_token_id": None}
+    expected = model.generate(prompts, attention_mask=mask, use_cache=False, **how)
+    for _ in range(2):  # the second time in the memory of the first
+        found = model.generate(prompts, attention_mask=mask, cache_implementation="static", **how)
+        assert found.tolist() == expected.tolist()
+    assert model._captured is not None
+    assert beams > 1 or captured(model._captured) == 1
+
+
+@pytest.mark.gpu
+@torch.inference_mode()
+def test_a_plain_trunk_and_a_copy_of_a_model_are_captured_too(model: SconeForCausalLM) -> None:
+    plain = model.trunk
+    text = some_text(2, 0)
+    calls = CapturedCalls(plain, **options_within_a_graph(None))
+    found = [one.clone() for one in steps(plain, calls, StaticCache(plain.config, max_cache_len=LENGTH), text)]
+    torch.testing.assert_close(torch.stack(found, 1), plain(text.cuda()).logits[:, PROMPT - 1 :], atol=1e-4, rtol=1e-4)
+    assert captured(calls) == 1
+    again = copy.deepcopy(calls)
+    assert again._model is not plain
+    assert again._graphs == {}
+    assert LENGTH - PROMPT > WARM_UP_CALLS + 1
