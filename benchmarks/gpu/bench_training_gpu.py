@@ -68,12 +68,9 @@ def main() -> None:
     options |= {"num_tokens": file.num_tokens, "tokenizer_tokens": file.vocab_size}
     trunks = {"tiny": (32, 2, 2)} if tiny else {name: TRUNKS[name] for name in options["trunks"]}
     for name, sizes in trunks.items():
-        chosen = [
-            variant for variant in options["variants"] if name != "gpt2" or variant in ("plain", "shared", "padded")
-        ]
         plain: dict[int, Measured] = {}
         shared: dict[int, Measured] = {}
-        for variant in chosen:
+        for variant in options["variants"]:
             for positions, now in measure(variant, sizes, file, counted, length, options):
                 known = {"plain": plain, "shared": shared}.get(variant)
                 if known is not None:

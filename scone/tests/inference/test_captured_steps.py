@@ -17,6 +17,9 @@ from scone.models.captured_calls import WARM_UP_CALLS, CapturedCalls, options_wi
 from scone.models.language_model import SconeForCausalLM
 from scone.tests.inference.tables import VOCAB_SIZE, small_model, write_table
 
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"
+)  # the compiler's own
 LENGTH, PROMPT = 24, 5
 
 

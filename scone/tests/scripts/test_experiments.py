@@ -170,6 +170,19 @@ def test_a_worker_that_fails_is_named_and_the_others_go_on(runner, tmp_path, cap
     assert capsys.readouterr().out.count("failed after") == 2
 
 
+def test_runs_are_spread_over_gpus(runner, tmp_path, monkeypatch):
+    """Each worker sees one; of those that we were given, where we were given some."""
+    program = "import os, time; print(os.environ['CUDA_VISIBLE_DEVICES']); time.sleep(1)"
+    names = ["first", "second", "third", "fourth"]
+    for visible, expected in ((None, ["0", "0", "1", "1"]), ("5,7", ["5", "5", "7", "7"])):
+        if visible is None:
+            monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        else:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert runner.run_all(names, tmp_path, 4, [sys.executable, "-c", program], gpus=2) == ([], [])
+        assert sorted((tmp_path / f"{name}.log").read_text().strip() for name in names) == expected
+
+
 def test_an_interrupted_run_goes_on_from_its_checkpoint(runner, data, tmp_path):
     changes = {"training.max_steps": 100_000, "training.eval_steps": 100_000}
     plan = plan_of(runner, "main_claim", data, tmp_path, **changes)
