@@ -40,7 +40,7 @@ class TableLookUp:
         Args:
             keys: int32 ``[S, 2]``, the bits of uint32: prefix node and last token of every rank.
             slots: int32 ``[M]``, the bits of uint32; with ``rank_bits`` and ``max_probes`` the index of `child_index`.
-            longest: N, the length of the longest f-gram.
+            longest: N ≥ 2, the length of the longest f-gram.
             rows: of all ranks.
         """
         self.num_found = torch.zeros(1, dtype=torch.int64, device=keys.device)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -49,14 +48,18 @@ class CapturedCalls:
             self._graphs.clear()
             self._memory = memory
         key = tuple(_facts(name, value) for name, value in inputs.items())
-        step = self._graphs.setdefault(key, _Step())
+        step = self._graphs.get(key)
+        if step is None:
+            step = self._graphs[key] = _Step(inputs)
+        step.take(inputs)
         if step.graph is None:
             with self._compiled_trunk():
-                return step.begin(self._model, inputs)
+                return step.begin(self._model)
         table = getattr(self._model, "table_embedding", None)
         if table is not None:
             table.num_positions += inputs["input_ids"].numel()
-        return step.replay(inputs)
+        step.graph.replay()
+        return step.output
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CapturedCalls:
         return CapturedCalls(copy.deepcopy(self._model, memo), **self.compile_options)
@@ -109,32 +112,37 @@ def options_within_a_graph(config: CompileConfig | None) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
-@dataclass
 class _Step:
-    """One kind of step: counted until it is captured, replayed from then on."""
+    """One kind of step: counted until it is captured, replayed from then on. All calls read the same memory, so that
+    what is compiled in the first ones is what is captured.
+    """
 
-    calls: int = 0
-    graph: torch.cuda.CUDAGraph | None = None
-    output: Any = None
+    def __init__(self, inputs: Mapping[str, Any]) -> None:
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.output: Any = None
+        self._calls = 0
+        self._inputs = dict(inputs)
+        self._tensors = {
+            name: torch.empty(value.shape, dtype=value.dtype, device=value.device)
+            for name, value in inputs.items()
+            if isinstance(value, Tensor)
+        }
+        self._inputs |= self._tensors
 
-    def begin(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> Any:
+    def take(self, inputs: Mapping[str, Any]) -> None:
+        """Copy what the next call reads to where it reads it."""
+        for name, kept in self._tensors.items():
+            kept.copy_(inputs[name], non_blocking=True)
+
+    def begin(self, model: PreTrainedModel) -> Any:
         """An ordinary call, or the one that is captured, and then replayed for the first time."""
-        self.calls += 1
-        if self.calls <= WARM_UP_CALLS:
-            return model(**inputs)
-        self._inputs = {name: value.clone() for name, value in inputs.items() if isinstance(value, Tensor)}
+        self._calls += 1
+        if self._calls <= WARM_UP_CALLS:
+            return model(**self._inputs)
         graph = torch.cuda.CUDAGraph()
         # other threads may go on with work of their own
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self.output = model(**{**inputs, **self._inputs})
+            self.output = model(**self._inputs)
         self.graph = graph
         graph.replay()
-        return self.output
-
-    def replay(self, inputs: Mapping[str, Any]) -> Any:
-        """Run the step on what is in ``inputs`` now."""
-        assert self.graph is not None
-        for name, kept in self._inputs.items():
-            kept.copy_(inputs[name], non_blocking=True)
-        self.graph.replay()
         return self.output

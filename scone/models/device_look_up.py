@@ -29,6 +29,7 @@ class DeviceLookUp:
         index = vocabulary.index
         keys, slots = _bits(vocabulary.keys, device), _bits(index.slots, device)
         numbers = (index.rank_bits, index.max_probes, vocabulary.vocab_size, vocabulary.longest)
+        self._is_empty = not len(vocabulary.keys)  # for which Triton compiles no kernel
         self._kernel = TableLookUp(keys, slots, *numbers, rows)
         self.rows = rows
         self.nbytes = keys.nbytes + slots.nbytes
@@ -54,6 +55,8 @@ class DeviceLookUp:
             mask: ``[B, T]``, 0 at padding; padding is not there, wherever it is.
             history: the tokens before. To one of fixed size the new ones are added.
         """
+        if self._is_empty:
+            return
         past = None if history is None else history.all()
         if isinstance(history, StaticTokenHistory):
             self._kernel.write(vectors, tokens, mask, past, history.places, history.count)
