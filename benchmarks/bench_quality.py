@@ -1,7 +1,7 @@
 """Quality: the best of our input embeddings against plain, doubled plain, over-encoding and its own parts.
 
 Nothing is trained here without --quick: the numbers come from an experiment's JSON, made by experiments/run.py
-(docs/results/main_claim_tuned.json). ``ratio`` is one of perplexities, ours ÷ the peer's: below 1, ours is better. A
+(docs/results/main_claim_best.json). ``ratio`` is one of perplexities, ours ÷ the peer's: below 1, ours is better. A
 perplexity is that of several texts, the geometric mean, and of all seeds of a run.
 
 * The best of each kind's settings is chosen by validation loss, which the tests have no part in; the doubled plain, by
@@ -43,7 +43,7 @@ from scone.evaluation.experiment_results import (
 from scone.evaluation.results import PLAIN, RunResult
 from scone.utils.files import read_json
 
-RESULTS = REPOSITORY / "docs" / "results" / "main_claim_tuned.json"
+RESULTS = REPOSITORY / "docs" / "results" / "main_claim_best.json"
 DOUBLED = (1.8, 2.3)
 """What counts as twice the inference FLOPs."""
 QUICK_SECONDS = 270
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         path = Path(report.config["results"])
         if not path.exists():
-            print(f"no {path}: run experiments/run.py experiments/main_claim_tuned.yaml first, or use --quick")
+            print(f"no {path}: run experiments/run.py experiments/main_claim_best.yaml first, or use --quick")
             return 1
         experiment = read_json(path)
     compare(report, experiment)

@@ -28,13 +28,14 @@ def experiment_table(report: dict[str, Any]) -> str:
 
 
 def comparison_table(report: dict[str, Any], summary: bool = False) -> str:
-    """Each run's perplexities (± half the range over seeds) beside its FLOPs and its change to plain.
+    """Each run's perplexities (± half the range over seeds) beside its FLOPs and its change to the first, plain.
 
-    Bold: the lowest of each text at plain's inference FLOPs and tokens. ``summary``: what the picture shows.
+    Bold: the lowest of each text at plain's inference FLOPs and tokens. ``summary``: what the picture shows, and
+    changes to its plain run, which has the best settings.
     """
     tests = report["experiment"]["tests"]
     results = run_results(report)
-    base = results[0]
+    base = shown_results(results)[0] if summary else results[0]
     own = mean_loss(base, tests)
 
     def multiple(result: Any, field: str) -> float:

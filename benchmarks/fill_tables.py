@@ -23,7 +23,7 @@ RESULTS = REPOSITORY / "docs" / "results"
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks")]
 
 from experiment_tables import budget_table, comparison_table, experiment_table, groups_table  # noqa: E402
-from gpu_tables import generation_tables, training_table  # noqa: E402
+from gpu_tables import generation_tables, scaling_table, training_table  # noqa: E402
 
 _TABLE = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -53,12 +53,15 @@ def table(name: str) -> str:
         return f"*Not measured yet: no {path.relative_to(REPOSITORY)}.*\n"
     report = json.loads(path.read_text(encoding="utf-8"))
     if view == "groups":
-        columns = {"plain": "plain", "rows-1M-scale-8": "learned rows", "both-1M": "f-gram model + learned rows"}
+        rows = next(run for run in ("rows-1M-scale-8", "rows-1M") if f"{run}-seed1" in report["runs"])
+        columns = {"plain": "plain", rows: "learned rows", "both-1M": "f-gram model + learned rows"}
         return groups_table(report, report["experiment"]["tests"][0], columns)
     if report.get("benchmark") == "gpu_generation":
         return generation_tables(report, view == "summary")
     if report.get("benchmark") == "gpu_training":
         return training_table(report, view == "summary")
+    if report.get("benchmark") == "gpu_scaling":
+        return scaling_table(report)
     if "records" in report:
         return benchmark_table(report, view == "summary")
     if "comparison" in report:

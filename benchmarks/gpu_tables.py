@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -32,13 +34,15 @@ VARIANTS = {
     "rows": "learned rows",
     "both": "f-gram model + learned rows",
     "padded": "f-gram model, padded as in the paper",
+    "model": "f-gram model",
 }
+STRATEGIES = {"ddp": "DDP", "fsdp": "FSDP, full_shard"}
 
 
 def generation_tables(report: Mapping[str, Any], summary: bool = False) -> str:
     """Milliseconds by placement and batch size, with plain's time ÷ theirs; bold where that misses its target.
 
-    ``summary``: only steps and prefills without graphs.
+    ``summary``: only decoding steps.
     """
     found: dict[str, dict[str, dict[int, Record]]] = {}
     memory: dict[str, dict[str, float]] = {}
@@ -49,7 +53,7 @@ def generation_tables(report: Mapping[str, Any], summary: bool = False) -> str:
             memory.setdefault(match[2], {})[match[1]] = record["ours"]
     parts = []
     for kind, title in TIMES.items():
-        if kind in found and not (summary and "_" in kind):
+        if kind in found and not (summary and kind == "prefill"):
             batches = sorted({batch for records in found[kind].values() for batch in records})
             head = [title, *(f"batch {batch}" for batch in batches)]
             rows = [
@@ -118,6 +122,58 @@ def training_table(report: Mapping[str, Any], summary: bool = False) -> str:
     return f"{lines}{more}\n*{note}*\n"
 
 
+def scaling_table(report: Mapping[str, Any]) -> str:
+    """Tokens a second on one GPU and on more of each variant and strategy, efficiency and memory; then precomputing."""
+    found: Mapping[str, Record] = {record["metric"]: record for record in report["records"]}
+    several = [count for count in report["config"]["gpus"] if count > 1]
+    head = ["input embedding", "strategy", "tokens/s on 1 GPU"]
+    for count in several:
+        head += [f"on {count}", "efficiency"]
+    head += ["peak memory of a GPU, on 1", *(f"on {count}" for count in several)]
+    rows = []
+    for strategy, variant in itertools.product(STRATEGIES, VARIANTS):
+        speeds = [found.get(f"{strategy}_efficiency_{variant}_{count}") for count in several]
+        if any(speeds):
+            memory = [found.get(f"peak_memory_{variant}_1")]
+            memory += [found.get(f"{strategy}_peak_memory_{variant}_{count}") for count in several]
+            cells = [VARIANTS[variant], STRATEGIES[strategy], _figure(found.get(f"tokens_per_second_{variant}_1"))]
+            for speed in speeds:
+                cells += [_figure(speed), _efficiency(speed)]
+            rows.append([*cells, *(_figure(record, ".1f", " GiB") for record in memory)])
+    lines = [_table(head, rows)]
+    if one := found.get("f_grams_per_second_table_1"):
+        lines.append(f"Precomputing: {_figure(one)} f-grams/s on 1 GPU{_precomputed(found, several)}.\n")
+    if failed := report["config"]["failed"]:
+        lines.append(f"Failed: {', '.join(f'`{name}`' for name in failed)}.\n")
+    config = report["config"]
+    of_its_own = f"{config['positions']:,} positions for each GPU, {'' if config['compile'] else 'not '}compiled"
+    note = f"Efficiency: tokens/s ÷ what as many single GPUs do; bold: below 0.9. {of_its_own}. {_where(report)}"
+    return "\n".join(lines) + f"\n*{note}*\n"
+
+
+def _precomputed(found: Mapping[str, Record], several: Sequence[int]) -> str:
+    """What more GPUs do, and whether their tables have the rows of one GPU's."""
+    text = ""
+    for count in several:
+        speed, difference = (found.get(f"precompute_{what}_{count}") for what in ("efficiency", "difference"))
+        if speed is not None:
+            text += f", {_figure(speed)} on {count} (efficiency {_efficiency(speed)}"
+            if difference is not None:
+                text += ", same rows" if difference["ours"] == 0 else f", rows differ by up to {difference['ours']:.2g}"
+            text += ")"
+    return text
+
+
+def _figure(record: Record | None, form: str = ",.0f", unit: str = "") -> str:
+    return "–" if record is None else f"{record['ours']:{form}}{unit}"
+
+
+def _efficiency(record: Record | None) -> str:
+    if record is None or record["ratio"] is None:
+        return "–"
+    return f"**{record['ratio']:.2f}**" if record["met"] is False else f"{record['ratio']:.2f}"
+
+
 def _hidden(records: Mapping[str, Record]) -> str:
     record = records.get("loader_hidden")
     if record is None:
@@ -142,5 +198,6 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def _where(report: Mapping[str, Any]) -> str:
     machine = report["machine"]
     versions = ", ".join(f"{name} {machine['libraries'][name]}" for name in ("torch", "transformers"))
-    where = ", ".join(machine["accelerators"])
+    cards = Counter(machine["accelerators"] or [machine["processor"]])
+    where = ", ".join(f"{count} × {card}" if count > 1 else card for card, count in cards.items())
     return f"Measured on {where}, {machine['cores']} cores, {versions}, at commit {report['commit'][:10]}."

@@ -1,4 +1,4 @@
-"""Draw docs/results/main_claim_tuned.svg from the JSON beside it: ``python benchmarks/plot_claim.py``."""
+"""Draw docs/results/main_claim_best.svg from the JSON beside it: ``python benchmarks/plot_claim.py``."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ RESULTS = REPOSITORY / "docs" / "results"
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--results", type=Path, default=RESULTS / "main_claim_tuned.json", help="an experiment's JSON")
+    parser.add_argument("--results", type=Path, default=RESULTS / "main_claim_best.json", help="an experiment's JSON")
     parser.add_argument("--output", type=Path, help="the picture (default: beside the JSON, as .svg)")
     arguments = parser.parse_args()
     if not arguments.results.exists():
-        print(f"no {arguments.results}: run experiments/run.py with main_claim_tuned.yaml first", file=sys.stderr)
+        print(f"no {arguments.results}: run experiments/run.py with main_claim_best.yaml first", file=sys.stderr)
         return 1
     output = arguments.output or arguments.results.with_suffix(".svg")
     with atomic_path(output) as temporary:

@@ -102,7 +102,7 @@ def precompute_table(
     with TableWriter(path, plan, rank, drop_page_cache=use_memory_map) as writer:
         if writer.notice:
             say(writer.notice)
-        _compute_chunks(model, writer, compute_dtype, rank, world_size, quiet, say)
+        _compute_chunks(model, writer, compute_dtype, rank, world_size, quiet)
         complete = writer.finish()
     if not complete and world_size > 1:
         _say(f"rank {rank}: all chunks of this rank are finished; the last rank to finish completes the table")
@@ -138,7 +138,6 @@ def _compute_chunks(
     rank: int,
     world_size: int,
     quiet: bool,
-    say: Callable[[str], None],
 ) -> None:
     """Compute this rank's chunks that nobody has finished yet, a few at a time."""
     plan, chunk_rows = writer.plan, writer.plan.settings["chunk_rows"]
@@ -166,7 +165,9 @@ def _compute_chunks(
             computed += rows
             bar.update(rows)
     seconds = time.perf_counter() - started
-    say(f"computed {computed:,} rows in {seconds:.1f} s: {human_count(computed / seconds)} rows/s")
+    if not quiet:  # every rank says it: one that is slower than the others shows
+        who = f"rank {rank}: " if world_size > 1 else ""
+        _say(f"{who}computed {computed:,} rows in {seconds:.2f} s: {human_count(computed / seconds)} rows/s")
 
 
 @contextmanager

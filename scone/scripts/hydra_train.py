@@ -30,6 +30,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     the last job when jobs failed.
     """
     run_jobs(sys.argv[1:] if argv is None else argv, _train)
+    if "RANK" in os.environ:  # a launcher started this process, and others
+        from scone.training.processes import leave_processes
+
+        leave_processes()
     return 0
 
 

@@ -32,9 +32,11 @@ def read_arguments(argv: Sequence[str] | None) -> SconeOptions:
 def main(argv: Sequence[str] | None = None) -> int:
     """Train as the command line says and print where the model is."""
     options = read_arguments(argv)
+    from scone.training.processes import leave_processes
     from scone.training.run import train
 
     final_model = train(options, quiet=is_quiet())
+    leave_processes()
     if is_first_process():
         print(f"final model: {final_model}")
     return 0

@@ -1,7 +1,8 @@
-"""The processes of one run: how they find each other again after a restart, and what is said when one is lost."""
+"""The processes of one run: how they meet again after a restart and part at the end, and what is said of a lost one."""
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +28,17 @@ def meet_after_restart(backend: str | None) -> None:
     store, rank, world_size = next(rendezvous("env://"))
     store = dist.PrefixStore(f"restart {restarts}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+
+
+def leave_processes() -> None:
+    """Leave the process group of this program's runs, where there is one; for its end, once no model is held any more.
+
+    What is left of a group of gloo's can abort a process that exits (pytorch issue 190489), and its launcher then ends
+    the others, who may still be saving. A sharded model holds the group, and is held by cycles of the trainer's.
+    """
+    if dist.is_available() and dist.is_initialized():
+        gc.collect()
+        dist.destroy_process_group()
 
 
 @contextmanager

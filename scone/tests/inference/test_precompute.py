@@ -138,7 +138,7 @@ def test_killed_between_any_two_steps_it_goes_on(tmp_path: Path) -> None:
                     journal.write("1")  # the beginning of "10\n"
             else:
                 with TableWriter(path, plan) as writer:
-                    precompute._compute_chunks(model, writer, "fp32", 0, 1, True, lambda line: None)
+                    precompute._compute_chunks(model, writer, "fp32", 0, 1, quiet=True)
         else:
             path.write_bytes(whole.read_bytes())
             folder.mkdir()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -30,8 +31,10 @@ def test_it_writes_the_table_as_documented(folder: Path, tmp_path: Path, capsys:
         torch.testing.assert_close(table.rows(torch.arange(354)), live, rtol=1e-5, atol=1e-6)
 
 
-def test_processes_share_the_work(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The variables that torchrun sets are all that they need."""
+def test_processes_share_the_work(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The variables that torchrun sets are all that they need; each says what it did."""
     path = tmp_path / "table"
     arguments = ["--model_path", str(folder), "--output_path", str(path), "--batch_size", "1", "--row_type", "int8"]
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -40,6 +43,8 @@ def test_processes_share_the_work(folder: Path, tmp_path: Path, monkeypatch: pyt
         monkeypatch.setenv("RANK", str(rank))
         assert main([*arguments, "--device", "cpu", f"--local-rank={rank}"]) == 0
     EmbeddingTable.open(path).close()
+    shares = re.findall(r"^rank (\d): computed (\d+) rows in ", capsys.readouterr().err, re.MULTILINE)
+    assert shares == [("1", "128"), ("0", "226")]
 
 
 def test_mistakes_are_one_line(folder: Path, tmp_path: Path) -> None:

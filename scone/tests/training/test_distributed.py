@@ -114,6 +114,12 @@ def test_max_restarts_brings_a_killed_rank_back_to_the_last_checkpoint(corpus, o
     assert_same_weights(one, tmp_path / "run" / "final_model", **LAW)
 
 
+def test_no_process_exits_with_what_connects_it_to_the_others(corpus, tmp_path):
+    """Else some abort as they exit, and torchrun ends the others while they save."""
+    flags = command_line(corpus, tmp_path / "run", "--batch_size", "2", "--max_steps", "1", "--fsdp", "full_shard")
+    launch(TORCHRUN, str(Path(__file__).with_name("leaving_rank.py")), *flags)
+
+
 def test_a_lost_process_is_one_line(monkeypatch):
     closed = RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:9999")
     with pytest.raises(RuntimeError, match=r"pair\.cc"), one_line_for_lost_processes():
