@@ -7,14 +7,21 @@ DEMO_FLAGS ?=
 TEST_FLAGS ?= -n auto --dist worksteal
 MINIMUM ?= .venv-minimum
 BARE_ROOT ?= build/bareroot
+TRITON := build/triton
 
-.PHONY: demo test test-minimum lint type bench docs wheel licences audit bare-root faults bad-inputs clean
+.PHONY: demo test test-triton test-minimum lint type bench docs wheel licences audit bare-root faults bad-inputs clean
 
 demo: $(VENV)/installed-demo
 	$(BIN)/scone demo $(DEMO_FLAGS)
 
 test: $(VENV)/installed-$(EXTRAS)
 	$(BIN)/python -m pytest $(TEST_FLAGS)
+
+# the GPU's kernels without a GPU: interpreted against their references, and compiled (Linux; Triton lies apart, since
+# libraries that find it behave otherwise)
+test-triton: $(VENV)/installed-$(EXTRAS) $(TRITON)/installed
+	TRITON_INTERPRET=1 PYTHONPATH=$(TRITON) $(BIN)/python -m pytest $(TEST_FLAGS) $(wildcard scone/tests/kernels/test_*_triton.py)
+	PYTHONPATH=$(TRITON) $(BIN)/python -m pytest $(TEST_FLAGS) scone/tests/kernels/test_gpu_compilation.py
 
 # the tests with the lowest versions that pyproject.toml allows, in an environment of their own
 test-minimum:
@@ -67,6 +74,10 @@ $(VENV)/bin/pip:
 $(VENV)/installed-demo: $(VENV)/bin/pip pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(TRITON)/installed: $(VENV)/bin/pip
+	$(BIN)/python -m pip install --quiet --no-deps --target $(TRITON) triton==3.6.0
 	touch $@
 
 $(VENV)/installed-%: $(VENV)/installed-demo

@@ -115,8 +115,9 @@ def test_generate_over_a_static_cache_gives_what_it_gives_without(model: SconeFo
     for _ in range(2):  # the second time in the memory of the first
         found = model.generate(prompts, attention_mask=mask, cache_implementation="static", **how)
         assert found.tolist() == expected.tolist()
-    assert model._captured is not None
-    assert beams > 1 or captured(model._captured) == 1
+    if beams == 1:  # transformers' beam search makes ordinary calls
+        assert model._captured is not None
+        assert captured(model._captured) == 1
 
 
 @pytest.mark.gpu
