@@ -39,6 +39,7 @@ from scone.evaluation.experiment_results import (
     mean_loss,
     plain_loss_at,
     run_results,
+    same_tokens,
 )
 from scone.evaluation.results import PLAIN, RunResult
 from scone.utils.files import read_json
@@ -103,7 +104,7 @@ def against_plain(
 ) -> None:
     """Equal tokens, equal training FLOPs, and the doubled plain trunk."""
     own = mean_loss(ours, tests)
-    plain = [result for result in results if result.kind == PLAIN and result.training_tokens == ours.training_tokens]
+    plain = [result for result in results if result.kind == PLAIN and same_tokens(result, ours)]
     same = [result for result in plain if math.isclose(flops_ratio(result, ours), 1, rel_tol=0.02)]
     doubled = [result for result in plain if DOUBLED[0] <= flops_ratio(result, ours) <= DOUBLED[1]]
     best_same = [best_of(same)] if same else []

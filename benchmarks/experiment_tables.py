@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from gpu_tables import accelerators
+
 from scone.evaluation.claim_plot import shown_results
-from scone.evaluation.experiment_results import mean_loss, run_results
-from scone.evaluation.results import PLAIN
+from scone.evaluation.experiment_results import best_of, mean_loss, run_results, same_tokens
+from scone.evaluation.results import PLAIN, RunResult
 
 
 def experiment_table(report: dict[str, Any]) -> str:
@@ -23,19 +26,19 @@ def experiment_table(report: dict[str, Any]) -> str:
     for name, run in runs.items():
         losses = " | ".join(f"{loss:.3f}" for _, loss in run["validation_loss"])
         lines.append(f"| {name} | {losses} | {run['final_validation_loss'] - base:+.3f} |")
-    where = ", ".join(report["machine"].get("accelerators") or [])
+    where = accelerators(report["machine"])
     return "\n".join(lines) + f"\n\n*Measured on {where} at commit {report['commit'][:10]}.*\n"
 
 
 def comparison_table(report: dict[str, Any], summary: bool = False) -> str:
-    """Each run's perplexities (± half the range over seeds) beside its FLOPs and its change to the first, plain.
+    """Each run's perplexities (± half the range over seeds) beside its FLOPs and its change to the first's.
 
     Bold: the lowest of each text at plain's inference FLOPs and tokens. ``summary``: what the picture shows, and
     changes to its plain run, which has the best settings.
     """
     tests = report["experiment"]["tests"]
     results = run_results(report)
-    base = shown_results(results)[0] if summary else results[0]
+    base = shown_results(results)[0] if summary else reference(results)
     own = mean_loss(base, tests)
 
     def multiple(result: Any, field: str) -> float:
@@ -44,7 +47,7 @@ def comparison_table(report: dict[str, Any], summary: bool = False) -> str:
     equal = [
         result
         for result in results
-        if multiple(result, "inference_flops_per_token") < 1.02 and result.training_tokens == base.training_tokens
+        if multiple(result, "inference_flops_per_token") < 1.02 and same_tokens(result, base)
     ]
     best = {test: min(result.perplexity_of(test) or math.inf for result in equal) for test in tests}
     names = " | ".join(test.replace("_", " ") for test in tests)
@@ -62,12 +65,20 @@ def comparison_table(report: dict[str, Any], summary: bool = False) -> str:
     unfinished = sum(not run.get("finished", True) for run in report["runs"].values())
     counts = sorted({len(result.facts["seeds"]) for result in results} - {1})
     seeds = " or ".join(map(str, counts))
-    where = ", ".join(report["machine"].get("accelerators") or [report["machine"].get("processor", "")])
+    where = accelerators(report["machine"]) or report["machine"].get("processor", "")
     note = f"{base.training_tokens:,} training tokens; FLOPs as multiples of {base.name}'s" + (
         f"; {seeds} seeds where a ± stands" if seeds else "; one seed"
     )
     note += f"; {unfinished} runs unfinished" if unfinished else ""
     return "\n".join(lines) + f"\n\n*{note}. Measured on {where} at commit {report['commit'][:10]}.*\n"
+
+
+def reference(results: Sequence[RunResult]) -> RunResult:
+    """The first run; where it saw other tokens than most (a model as it was before), the best plain one of theirs."""
+    usual, _ = Counter(result.training_tokens for result in results).most_common(1)[0]
+    if results[0].training_tokens == usual:
+        return results[0]
+    return best_of([result for result in results if result.training_tokens == usual and result.kind == PLAIN])
 
 
 def budget_table(report: dict[str, Any]) -> str:
@@ -90,7 +101,7 @@ def budget_table(report: dict[str, Any]) -> str:
             cells.append(f"{math.exp(loss):,.1f}{to_plain}")
         lines.append(f"| {tokens:,} | {' | '.join(cells)} |")
     texts = " and ".join(test.replace("_", " ") for test in tests)
-    where = ", ".join(report["machine"].get("accelerators") or [report["machine"].get("processor", "")])
+    where = accelerators(report["machine"]) or report["machine"].get("processor", "")
     note = f"Geometric mean of the perplexities of {texts}; one seed"
     return "\n".join(lines) + f"\n\n*{note}. Measured on {where} at commit {report['commit'][:10]}.*\n"
 

@@ -3,7 +3,8 @@
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->`` and is made from ``docs/results/NAME.json``:
 a benchmark's report (``benchmarks/common.py``), a demo's ``report.json`` or an experiment (``experiments/run.py``).
 ``NAME__summary`` gives of a benchmark's records those that have a target, and of an experiment's runs the plain ones
-and those with the most f-grams; ``NAME__groups`` an experiment's losses by the f-grams that end at a position.
+and those with the most f-grams; ``NAME__groups_PLAIN_ROWS_BOTH`` losses of three runs by the f-grams that end at a
+position; ``NAME__graphs`` and ``NAME__trunk_graphs`` see `gpu_tables.generation_tables`.
 
     python benchmarks/fill_tables.py            fill them
     python benchmarks/fill_tables.py --check    exit 1 if one is out of date
@@ -52,12 +53,11 @@ def table(name: str) -> str:
     if not path.exists():
         return f"*Not measured yet: no {path.relative_to(REPOSITORY)}.*\n"
     report = json.loads(path.read_text(encoding="utf-8"))
-    if view == "groups":
-        rows = next(run for run in ("rows-1M-scale-8", "rows-1M") if f"{run}-seed1" in report["runs"])
-        columns = {"plain": "plain", rows: "learned rows", "both-1M": "f-gram model + learned rows"}
+    if view.startswith("groups"):  # __groups_PLAIN_ROWS_BOTH: the runs of these kinds
+        columns = dict(zip(view.split("_")[1:], ("plain", "learned rows", "f-gram model + learned rows"), strict=True))
         return groups_table(report, report["experiment"]["tests"][0], columns)
     if report.get("benchmark") == "gpu_generation":
-        return generation_tables(report, view == "summary")
+        return generation_tables(report, view)
     if report.get("benchmark") == "gpu_training":
         return training_table(report, view == "summary")
     if report.get("benchmark") == "gpu_scaling":

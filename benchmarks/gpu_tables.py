@@ -39,10 +39,10 @@ VARIANTS = {
 STRATEGIES = {"ddp": "DDP", "fsdp": "FSDP, full_shard"}
 
 
-def generation_tables(report: Mapping[str, Any], summary: bool = False) -> str:
+def generation_tables(report: Mapping[str, Any], view: str = "") -> str:
     """Milliseconds by placement and batch size, with plain's time ÷ theirs; bold where that misses its target.
 
-    ``summary``: only decoding steps.
+    ``view``: "graphs", only steps that are CUDA graphs; "trunk_graphs", all, of a time when they held the trunk alone.
     """
     found: dict[str, dict[str, dict[int, Record]]] = {}
     memory: dict[str, dict[str, float]] = {}
@@ -53,7 +53,9 @@ def generation_tables(report: Mapping[str, Any], summary: bool = False) -> str:
             memory.setdefault(match[2], {})[match[1]] = record["ours"]
     parts = []
     for kind, title in TIMES.items():
-        if kind in found and not (summary and kind == "prefill"):
+        if view == "trunk_graphs":
+            title = title.replace("each step one CUDA graph", "the trunk as a CUDA graph")
+        if kind in found and (view != "graphs" or "_" in kind):
             batches = sorted({batch for records in found[kind].values() for batch in records})
             head = [title, *(f"batch {batch}" for batch in batches)]
             rows = [
@@ -62,7 +64,7 @@ def generation_tables(report: Mapping[str, Any], summary: bool = False) -> str:
                 if name in found[kind]
             ]
             parts.append(_table(head, rows))
-    if memory and not summary:
+    if memory and view != "graphs":
         rows = [
             [PLACES[name], *(f"{memory[name].get(where, 0):,.0f} MiB" for where in ("accelerator", "host"))]
             for name in PLACES
@@ -195,9 +197,14 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"
 
 
+def accelerators(machine: Mapping[str, Any]) -> str:
+    """The accelerators of a machine, equal ones counted; empty where there are none."""
+    cards = Counter(machine.get("accelerators") or [])
+    return ", ".join(f"{count} × {card}" if count > 1 else card for card, count in cards.items())
+
+
 def _where(report: Mapping[str, Any]) -> str:
     machine = report["machine"]
     versions = ", ".join(f"{name} {machine['libraries'][name]}" for name in ("torch", "transformers"))
-    cards = Counter(machine["accelerators"] or [machine["processor"]])
-    where = ", ".join(f"{count} × {card}" if count > 1 else card for card, count in cards.items())
+    where = accelerators(machine) or machine["processor"]
     return f"Measured on {where}, {machine['cores']} cores, {versions}, at commit {report['commit'][:10]}."

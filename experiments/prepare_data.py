@@ -70,7 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     texts, folder = arguments.texts or shared_data(), arguments.output_dir
     if texts is None or not texts.is_dir():
         raise SconeError(
-            f"found no texts in {texts}; expected wikipedia/, novels/, c4/ and wikitext-103/ there; give --texts FOLDER"
+            f"found no texts in {texts or 'shared/data'}; expected wikipedia/, novels/, c4/ and wikitext-103/ there; "
+            "give --texts FOLDER"
         )
     if not (folder / "tokenizer").exists():
         part = folder / "tokenizer.part"
@@ -131,11 +132,13 @@ def write(folder: Path, tokenizer: PreTrainedTokenizerBase, parts: Iterable[tupl
 def batches(documents: Iterator[str]) -> Iterator[list[str]]:
     """Of some 256 Ki characters each."""
     batch: list[str] = []
+    size = 0
     for text in documents:
         batch.append(text)
-        if sum(map(len, batch)) >= BATCH_CHARACTERS:
+        size += len(text)
+        if size >= BATCH_CHARACTERS:
             yield batch
-            batch = []
+            batch, size = [], 0
     if batch:
         yield batch
 

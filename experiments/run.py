@@ -30,6 +30,7 @@ sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks")]
 
 from common import commit, machine  # noqa: E402
 from comparison import table  # noqa: E402
+from side_by_side import gpu_for  # noqa: E402
 
 from scone.configs.loading import from_mapping  # noqa: E402
 from scone.configs.schema import SconeOptions  # noqa: E402
@@ -49,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # workers are ended, not left behind
     plan = Plan.read(arguments)
     plan.check_folder()
+    if arguments.gpus is not None:
+        check_gpus(arguments.gpus)
     if arguments.worker:
         plan.run(arguments.worker, arguments.keep_models)
         return 0
@@ -224,6 +227,16 @@ def chosen(name: str, only: Sequence[str] | None, skip: Sequence[str]) -> bool:
     return not names & set(skip) and (not only or bool(names & set(only)))
 
 
+def check_gpus(wanted: int) -> None:
+    """Raises SconeError where there are not so many: a run that sees none would train on the CPU."""
+    import torch
+
+    if not 1 <= wanted <= torch.cuda.device_count():
+        raise SconeError(
+            f"found {torch.cuda.device_count()} GPUs; expected {wanted}, at least one; give --gpus what is there"
+        )
+
+
 def is_finished(path: Path) -> bool:
     """Whether the run's JSON is there and says that the run came to its end."""
     return path.exists() and bool(read_json(path).get("finished", True))
@@ -299,8 +312,7 @@ def start_worker(command: Sequence[str], log_path: Path, jobs: int, gpu: int | N
     threads = max(1, len(os.sched_getaffinity(0)) // jobs)
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
     if gpu is not None:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[gpu] if visible else str(gpu)
+        environment |= gpu_for(gpu)
     with log_path.open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
     return Worker(process, time.monotonic(), gpu)

@@ -18,6 +18,7 @@ from scone.evaluation.experiment_results import (
     mean_loss,
     plain_of_equal_inference,
     run_results,
+    same_tokens,
 )
 from scone.evaluation.results import PLAIN, RunResult
 from scone.evaluation.scatter import Point, scatter_chart
@@ -110,7 +111,7 @@ def shown_results(results: Sequence[RunResult]) -> list[RunResult]:
     base = next(result for result in results if result.kind == PLAIN)
     larger: dict[Any, list[RunResult]] = {}
     for result in results:
-        if result.kind == PLAIN and result.training_tokens == base.training_tokens:
+        if result.kind == PLAIN and same_tokens(result, base):
             flops, resident = result.inference_flops_per_token or 0, (result.parameters or {}).get("resident")
             if flops > 1.5 * (base.inference_flops_per_token or 1):
                 larger.setdefault((flops, resident), []).append(result)

@@ -139,6 +139,11 @@ def mean_loss(result: RunResult, tests: Iterable[str]) -> float:
     return sum(values) / len(values)
 
 
+def same_tokens(first: RunResult, second: RunResult) -> bool:
+    """Whether both saw as many training tokens, give or take a step: one that is resumed at its end takes one more."""
+    return math.isclose(first.training_tokens or 0, second.training_tokens or 0, rel_tol=2e-3)
+
+
 def plain_of_equal_inference(results: Sequence[RunResult]) -> list[RunResult]:
     """The best plain run of each budget at the first one's inference FLOPs, by rising training FLOPs."""
     plain = [result for result in results if result.kind == PLAIN]
@@ -146,8 +151,13 @@ def plain_of_equal_inference(results: Sequence[RunResult]) -> list[RunResult]:
         return []
     flops = plain[0].inference_flops_per_token
     same = [result for result in plain if math.isclose(result.inference_flops_per_token or 0, flops or 1, rel_tol=0.02)]
-    budgets = sorted({result.training_tokens or 0 for result in same})
-    return [best_of([result for result in same if (result.training_tokens or 0) == budget]) for budget in budgets]
+    by_budget: list[list[RunResult]] = []
+    for result in sorted(same, key=lambda result: result.training_tokens or 0):
+        if by_budget and same_tokens(by_budget[-1][0], result):
+            by_budget[-1].append(result)
+        else:
+            by_budget.append([result])
+    return [best_of(results) for results in by_budget]
 
 
 def plain_loss_at(results: Sequence[RunResult], training_flops: float, tests: Sequence[str]) -> float | None:

@@ -16,7 +16,7 @@ from transformers.generation.configuration_utils import CompileConfig
 from transformers.utils import cached_file
 
 from scone.kernels.trie_batch import build_trie_batch
-from scone.models.captured_calls import CapturedCalls, options_within_a_graph
+from scone.models.captured_calls import CapturedCalls, lies_on_one_device, options_within_a_graph
 from scone.models.configuration import SconeConfig
 from scone.models.embedded_trunk import EmbeddedTrunk
 from scone.models.f_gram_model import FGramBlock, FGramModel
@@ -225,14 +225,30 @@ class SconeForCausalLM(EmbeddedTrunk):
         return 0 if self.table_embedding is None else self.table_embedding.accelerator_index_bytes
 
     def get_compiled_call(self, compile_config: CompileConfig | None) -> Callable[..., Any]:
-        """What ``generate`` calls for steps over a static cache: CUDA graphs, if the accelerator looks up by itself."""
+        """What ``generate`` calls for steps over a static cache: CUDA graphs, if the accelerator looks up by itself.
+
+        Graphs outlive a call of ``generate`` only with a cache that its caller made, and may use again.
+        """
         table, vocabulary = self.table_embedding, self.vocabulary
         if table is None or vocabulary is None or table.look_up_on(self.device, vocabulary) is None:
+            return super().get_compiled_call(compile_config)
+        if not lies_on_one_device(self):
             return super().get_compiled_call(compile_config)
         options = options_within_a_graph(compile_config)
         if self._captured is None or self._captured.compile_options != options:
             self._captured = CapturedCalls(self, **options)
+        elif not getattr(self._captured.cache, "_is_user_defined", False):
+            self._captured.forget()
         return self._captured
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        """As PyTorch's; what moves or casts weights leaves graphs that read where they were."""
+        self._captured = None
+        return super()._apply(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy captures steps of its own."""
+        return self.__dict__ | {"_captured": None}
 
     def match(self, input_ids: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> np.ndarray:
         """Node ids int64 ``[B, T]``: the longest f-gram ending at each position, which may begin in the cached past."""

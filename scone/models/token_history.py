@@ -84,7 +84,7 @@ class StaticTokenHistory(TokenHistory):
             self.keys = token_ids.new_full((num_sequences, self._layer.max_cache_len, 1), -1)
             self.is_initialized = True
         at = torch.arange(-length, 0, device=token_ids.device) + self.places
-        self.keys.index_copy_(1, at, hidden(token_ids, mask).unsqueeze(-1))
+        self.keys.index_copy_(1, at, hidden(token_ids, mask).unsqueeze(-1).to(self.keys.dtype))
         self.count.add_(length)
         self.values = self.keys
 
@@ -124,9 +124,10 @@ def known_past(cache: Cache | None, may_wait: bool = True) -> TokenHistory | Non
     """
     if cache is None:
         return None
-    history, past = token_history(cache), cache.get_seq_length()
-    if not may_wait and history is not None and isinstance(past, Tensor):
+    history = token_history(cache)
+    if not may_wait and isinstance(history, StaticTokenHistory):
         return history if history.is_initialized else None
+    past = cache.get_seq_length()
     if not past:
         return None
     found = history.get_seq_length() if history else 0

@@ -29,11 +29,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     Works in every process of torchrun and torch.distributed.launch. Raises SconeError for a bad override, and after
     the last job when jobs failed.
     """
-    run_jobs(sys.argv[1:] if argv is None else argv, _train)
-    if "RANK" in os.environ:  # a launcher started this process, and others
-        from scone.training.processes import leave_processes
+    try:
+        run_jobs(sys.argv[1:] if argv is None else argv, _train)
+    finally:
+        if "RANK" in os.environ:  # a launcher started this process, and others
+            from scone.training.processes import leave_processes
 
-        leave_processes()
+            leave_processes()
     return 0
 
 

@@ -93,6 +93,15 @@ def test_each_kind_speaks_by_its_best_settings(bench: ModuleType, tmp_path: Path
     assert found["perplexity_vs_plain_equal_tokens"]["peer_name"] == "plain-fast"
 
 
+def test_a_run_that_took_a_step_more_is_an_equal(bench: ModuleType, tmp_path: Path) -> None:
+    experiment = experiments.experiment()
+    experiment["runs"]["both-1k"]["tokens"] += 16
+    experiment["runs"]["plain-2x-steps"]["tokens"] += 16
+    found = records(bench, tmp_path, experiment)
+    assert found["perplexity_vs_plain_equal_tokens"]["ratio"] == pytest.approx(math.exp(3.83 - 4.0), rel=1e-3)
+    assert found["perplexity_vs_plain_equal_train_flops"]["ratio"] == pytest.approx(math.exp(3.83 - 3.9), rel=1e-3)
+
+
 def test_plain_of_other_tokens_is_no_equal_peer(bench: ModuleType, tmp_path: Path) -> None:
     experiment = experiments.experiment()
     for name in ("plain-seed1", "plain-seed2"):

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import StaticCache
+from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import StaticSlidingWindowLayer
 
 from scone.inference.embedding_table import EmbeddingTable
 from scone.inference.statistics import counted_reads
-from scone.models.captured_calls import WARM_UP_CALLS, CapturedCalls, options_within_a_graph
+from scone.models.captured_calls import WARM_UP_CALLS, CapturedCalls, is_step, options_within_a_graph
 from scone.models.language_model import SconeForCausalLM
-from scone.tests.inference.tables import VOCAB_SIZE, small_model, write_table
+from scone.tests import tiny
+from scone.tests.inference.tables import small_model, write_table
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"
@@ -41,18 +44,53 @@ def test_on_a_cpu_every_call_is_an_ordinary_one():
 
 
 def captured(calls: CapturedCalls) -> int:
-    return sum(step.graph is not None for step in calls._graphs.values())
+    return sum(step.graph is not None for step in calls._steps.values())
 
 
-@pytest.fixture(params=["gpu", "ram", "gpu:100,ram"])
+@torch.inference_mode()
+def test_what_counts_on_the_host_or_is_kept_by_others_is_no_step():
+    model = small_model()
+    cache = StaticCache(model.trunk.config, max_cache_len=LENGTH)
+    token = torch.tensor([[1], [2]])
+    step = {"input_ids": token, "past_key_values": cache, "use_cache": True}
+    assert not is_step(step), "before the prompt nothing has a place"
+    model(input_ids=token, past_key_values=cache, use_cache=True)
+    mask = torch.ones(2, 1, 1, LENGTH, dtype=torch.bool)
+    assert is_step(step)
+    assert is_step(step | {"attention_mask": mask, "output_hidden_states": False})
+    assert is_step(step | {"attention_mask": {"full_attention": mask, "other": None}})
+    assert not is_step(step | {"attention_mask": mask[:, 0, 0]})
+    assert not is_step(step | {"attention_mask": {"full_attention": mask, "other": mask[0]}})
+    assert not is_step(step | {"input_ids": token.expand(2, 2)})
+    assert not is_step(step | {"output_hidden_states": True})
+    assert not is_step(step | {"past_key_values": DynamicCache()} | {"output_attentions": True})
+    kept = cache.layers[0]
+    cache.layers[0] = StaticSlidingWindowLayer(max_cache_len=LENGTH, sliding_window=4)
+    cache.layers[0].lazy_initialization(kept.keys, kept.values)
+    assert not is_step(step)
+
+
+def test_copies_and_moved_weights_leave_graphs_behind():
+    model = small_model()
+    model._captured = CapturedCalls(model)
+    assert copy.deepcopy(model)._captured is None
+    assert pickle.loads(pickle.dumps(model))._captured is None
+    assert model._captured is not None
+    model.to(torch.float64)
+    assert model._captured is None
+
+
+@pytest.fixture(params=[("gpt2", "gpu"), ("gpt2", "ram"), ("gpt2", "gpu:100,ram"), ("qwen2", "ram")])
 def model(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[SconeForCausalLM]:
     """On the GPU, with its table in a placement that the GPU reads by itself."""
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    model = small_model()
+    kind, placement = request.param
+    model = tiny.scone(kind, min_freq=1)
     path = tmp_path / "embeddings.cache"
-    write_table(path, model.embed_nodes(torch.arange(VOCAB_SIZE, VOCAB_SIZE + model.config.num_f_grams)))
-    with EmbeddingTable.open(path, request.param, device="cuda") as table:
+    size = model.config.vocab_size
+    write_table(path, model.embed_nodes(torch.arange(size, size + model.config.num_f_grams)))
+    with EmbeddingTable.open(path, placement, device="cuda") as table:
         model.cuda().attach_table(table)
         yield model
 
@@ -112,7 +150,7 @@ def test_generate_over_a_static_cache_gives_what_it_gives_without(model: SconeFo
     mask[0, :3] = 0
     how: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "num_beams": beams, "eos_token_id": None}
     expected = model.generate(prompts, attention_mask=mask, use_cache=False, **how)
-    for _ in range(2):  # the second time in the memory of the first
+    for _ in range(2):
         found = model.generate(prompts, attention_mask=mask, cache_implementation="static", **how)
         assert found.tolist() == expected.tolist()
     if beams == 1:  # transformers' beam search makes ordinary calls
@@ -122,14 +160,11 @@ def test_generate_over_a_static_cache_gives_what_it_gives_without(model: SconeFo
 
 @pytest.mark.gpu
 @torch.inference_mode()
-def test_a_plain_trunk_and_a_copy_of_a_model_are_captured_too(model: SconeForCausalLM) -> None:
+def test_a_plain_trunk_is_captured_too(model: SconeForCausalLM) -> None:
     plain = model.trunk
     text = some_text(2, 0)
     calls = CapturedCalls(plain, **options_within_a_graph(None))
     found = [one.clone() for one in steps(plain, calls, StaticCache(plain.config, max_cache_len=LENGTH), text)]
     torch.testing.assert_close(torch.stack(found, 1), plain(text.cuda()).logits[:, PROMPT - 1 :], atol=1e-4, rtol=1e-4)
     assert captured(calls) == 1
-    again = copy.deepcopy(calls)
-    assert again._model is not plain
-    assert again._graphs == {}
     assert LENGTH - PROMPT > WARM_UP_CALLS + 1

@@ -183,6 +183,12 @@ def test_runs_are_spread_over_gpus(runner, tmp_path, monkeypatch):
         assert sorted((tmp_path / f"{name}.log").read_text().strip() for name in names) == expected
 
 
+@pytest.mark.parametrize("gpus", ["0", "1000"])
+def test_gpus_that_are_not_there_are_refused(runner, data, tmp_path, gpus):
+    with pytest.raises(SconeError, match=f"GPUs; expected {gpus}, at least one"):
+        runner.main([*_flags(data, tmp_path), "--gpus", gpus])
+
+
 def test_an_interrupted_run_goes_on_from_its_checkpoint(runner, data, tmp_path):
     changes = {"training.max_steps": 100_000, "training.eval_steps": 100_000}
     plan = plan_of(runner, "main_claim", data, tmp_path, **changes)
