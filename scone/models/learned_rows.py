@@ -28,7 +28,8 @@ class LearnedRows(nn.Module):
         self.std = std
         self.weight = nn.Parameter(untouched_zeros(num_rows, width, torch.get_default_device()), requires_grad=False)
         self.on_host = False
-        self.pending: list[tuple[Tensor, Tensor]] = []
+        self.pending: list[tuple[np.ndarray, Tensor]] = []
+        """Of each pass since the last step, the row ids and the leaf whose gradient is theirs."""
 
     def reset(self) -> None:
         """Every row at its start. Memory that is zero already is only read: pages that nobody wrote to take no room."""
@@ -58,7 +59,7 @@ class LearnedRows(nn.Module):
         rows = rows.to(device, non_blocking=True)
         if self.training and torch.is_grad_enabled():
             rows.requires_grad_()
-            self.pending.append((ids, rows))
+            self.pending.append((row_ids, rows))
         # row 0 of the bag is the zero vector that padding points to
         table = torch.cat([rows.new_zeros(1, rows.shape[1]), rows])
         return nn.functional.embedding_bag(row_chains, table, mode="sum", padding_idx=0)

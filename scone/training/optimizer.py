@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from scone.kernels.row_adam import update_rows
+from scone.kernels.transfer import to_device
 from scone.models.learned_rows import LearnedRows, untouched_zeros
 
 
@@ -41,6 +43,7 @@ class AdamWWithRows(torch.optim.AdamW):
         super().__init__(list(groups) or [{"params": []}], **adamw)
         self.rows = rows
         self.gradient_scale = gradient_scale
+        self._hosts: dist.ProcessGroup | None = None
         if rows is not None:
             self.add_param_group({"params": [rows.weight], "lr": rows_learning_rate, "weight_decay": 0.0})
 
@@ -49,17 +52,25 @@ class AdamWWithRows(torch.optim.AdamW):
         loss = super().step(closure)
         if self.rows is not None:
             scale = self.gradient_scale() if self.gradient_scale is not None else 1.0
-            row_ids, gradients = gather_over_ranks(*pending_gradients(self.rows))
+            row_ids, gradients = pending_gradients(self.rows)
+            if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+                row_ids, gradients = gather_over_ranks(row_ids, gradients, self._group_of_hosts())
             self.rows.pending.clear()  # trainers zero the model's gradients, not the optimizer's
             if len(row_ids):
                 device = self.rows.weight.device
-                self._update_rows(row_ids.to(device), gradients.div_(scale).to(device))
+                self._update_rows(to_device(torch.from_numpy(row_ids), device), gradients.div_(scale).to(device))
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
         if self.rows is not None:
             self.rows.pending.clear()
+
+    def _group_of_hosts(self) -> dist.ProcessGroup | None:
+        """Where hosts talk to each other; made by all ranks at their first step. None: the default group."""
+        if self._hosts is None and dist.get_backend() != "gloo":
+            self._hosts = dist.new_group(backend="gloo")
+        return self._hosts
 
     @torch.no_grad()
     def _update_rows(self, row_ids: Tensor, gradients: Tensor) -> None:
@@ -100,40 +111,59 @@ class AdamWWithRows(torch.optim.AdamW):
         weight.index_add_(0, row_ids, update)
 
 
-def pending_gradients(rows: LearnedRows) -> tuple[Tensor, Tensor]:
-    """Distinct row ids ``[R]`` and their summed gradients ``[R, D]`` of the passes since the last step."""
+def pending_gradients(rows: LearnedRows) -> tuple[np.ndarray, Tensor]:
+    """Distinct row ids int64 ``[R]`` and their summed gradients ``[R, D]`` of the passes since the last step."""
     touched = [(ids, leaf.grad) for ids, leaf in rows.pending if leaf.grad is not None]
-    if len(touched) == 1:
-        return touched[0]  # the rows of one pass are distinct
-    return sum_by_row(
-        torch.cat([ids for ids, _ in touched]) if touched else rows.weight.new_zeros(0, dtype=torch.int64),
-        torch.cat([gradient for _, gradient in touched]) if touched else rows.weight.new_zeros(0, rows.weight.shape[1]),
-    )
+    if not touched:
+        return np.empty(0, np.int64), rows.weight.new_zeros(0, rows.weight.shape[1])
+    return sum_by_row(touched)
 
 
-def sum_by_row(row_ids: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum the gradients of equal row ids, so that each row is updated once."""
-    distinct, inverse = torch.unique(row_ids, return_inverse=True)
-    summed = gradients.new_zeros(len(distinct), gradients.shape[1])
-    return distinct, summed.index_add_(0, inverse.to(gradients.device), gradients)
+def sum_by_row(parts: Sequence[tuple[np.ndarray, Tensor]]) -> tuple[np.ndarray, Tensor]:
+    """Distinct row ids and the sums of their gradients ``[r, D]`` over ``parts``, each of which has distinct ids.
+
+    The ids are on the host, so it needs no answer from an accelerator. Parts are added one after the other: the sums
+    are the same bits wherever they are computed.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    row_ids, inverse = np.unique(np.concatenate([ids for ids, _ in parts]), return_inverse=True)
+    first = parts[0][1]
+    total = first.new_zeros(len(row_ids), first.shape[1])
+    places = to_device(torch.from_numpy(inverse.reshape(-1)), first.device)
+    for place, (_, gradients) in zip(places.split([len(ids) for ids, _ in parts]), parts, strict=True):
+        total.index_add_(0, place, gradients)
+    return row_ids, total
 
 
-def gather_over_ranks(row_ids: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
-    """The average over all ranks, the same on each: ranks touch different rows, so ids travel with the gradients."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+def gather_over_ranks(
+    row_ids: np.ndarray, gradients: Tensor, hosts: dist.ProcessGroup | None
+) -> tuple[np.ndarray, Tensor]:
+    """The average over all ranks, the same on each. Ranks touch different rows, so ids travel with the gradients: from
+    host to host, where they are known, while accelerators are still at the backward pass.
+
+    ``hosts``: a group of all ranks in which they can talk.
+    """
+    all_ids = ids_of_all_ranks(row_ids, hosts)
+    longest = max(map(len, all_ids))
+    if not longest:
         return row_ids, gradients
+    padded = nn.functional.pad(gradients, (0, 0, 0, longest - len(gradients)))
+    gathered = [torch.empty_like(padded) for _ in all_ids]
+    dist.all_gather(gathered, padded)
+    distinct, total = sum_by_row([(ids, part[: len(ids)]) for ids, part in zip(all_ids, gathered, strict=True)])
+    return distinct, total.div_(len(all_ids))
+
+
+def ids_of_all_ranks(row_ids: np.ndarray, group: dist.ProcessGroup | None) -> list[np.ndarray]:
+    """``row_ids`` int64 ``[R]`` of every rank, in the order of ranks."""
     world_size = dist.get_world_size()
-    row_ids = row_ids.to(gradients.device)  # rows on the host: their gradients are where the ranks can talk
-    sizes = [torch.zeros(1, dtype=torch.int64, device=row_ids.device) for _ in range(world_size)]
-    dist.all_gather(sizes, torch.tensor([len(row_ids)], device=row_ids.device))
-    longest = int(max(size.item() for size in sizes))
-    padded_ids = nn.functional.pad(row_ids, (0, longest - len(row_ids)))
-    padded_gradients = nn.functional.pad(gradients, (0, 0, 0, longest - len(gradients)))
-    all_ids = [torch.empty_like(padded_ids) for _ in range(world_size)]
-    all_gradients = [torch.empty_like(padded_gradients) for _ in range(world_size)]
-    dist.all_gather(all_ids, padded_ids)
-    dist.all_gather(all_gradients, padded_gradients)
-    counts = [int(size.item()) for size in sizes]
-    ids = torch.cat([part[:count] for part, count in zip(all_ids, counts, strict=True)])
-    summed = torch.cat([part[:count] for part, count in zip(all_gradients, counts, strict=True)])
-    return sum_by_row(ids, summed.div_(world_size))
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size)]
+    dist.all_gather(sizes, torch.tensor([len(row_ids)]), group=group)
+    counts = [int(size) for size in sizes]
+    mine = torch.from_numpy(row_ids)
+    padded = nn.functional.pad(mine, (0, max(counts) - len(mine)))
+    gathered = [torch.empty_like(padded) for _ in counts]
+    if len(padded):
+        dist.all_gather(gathered, padded, group=group)
+    return [ids[:count].numpy() for ids, count in zip(gathered, counts, strict=True)]
