@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ from scone.training.precision import resolve_precision
 from scone.training.processes import meet_after_restart, one_line_for_lost_processes
 from scone.training.reporters import reporter_names
 from scone.training.run_folder import FINAL_MODEL, OPTIONS_FILE, one_run_at_a_time, resume_point
-from scone.training.trainer import CheckpointKeeper, SconeTrainer, StopOnSignal, learned_rows
+from scone.training.trainer import SconeTrainer, StopOnSignal, TrainedAlready, learned_rows
 from scone.training.vocabulary import prepare_vocabulary
 from scone.utils.command_line import is_first_process
 from scone.utils.environment import environment
@@ -101,8 +101,9 @@ def train(
             save_options(options, output_dir / OPTIONS_FILE)
             write_json(output_dir / ENVIRONMENT_FILE, environment())
         started = time.perf_counter()
-        with one_line_for_lost_processes():
+        with one_line_for_lost_processes(), suppress(TrainedAlready):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        trainer.is_in_train = False
         stop = next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, StopOnSignal))
         if stop.received is not None:
             raise KeyboardInterrupt
@@ -234,8 +235,9 @@ def build_trainer(
             use=FGramUse(training.seed, training.f_gram_dropout, training.f_gram_length_warmup_steps),
         ),
         processing_class=corpus.tokenizer,
-        callbacks=[CheckpointKeeper(training.save_total_limit), StopOnSignal()],
+        callbacks=[StopOnSignal()],
         fsdp=training.fsdp,
+        checkpoints_kept=training.save_total_limit,
         f_gram_learning_rate=training.f_gram_learning_rate,
         rows_learning_rate=(
             max(training.learning_rate, SMALLEST_ROWS_LEARNING_RATE)

@@ -58,7 +58,7 @@ class StepCost:
 
 
 class RunCost:
-    """Adds up over a whole run what its batches made the model compute."""
+    """Adds up over a whole run what its batches made the model compute; of several processes, those of this one."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -77,6 +77,16 @@ class RunCost:
             self._matched = self._matched + trie["position_index"].count_nonzero()
             self._nodes = _sum(self._nodes, _by_depth(trie["depth_offsets"]))
             self._f_grams = _sum(self._f_grams, _by_depth(trie["f_gram_offsets"]))
+
+    def counts(self) -> dict[str, Any]:
+        """What was added up so far, JSON-ready: for a checkpoint."""
+        counted = {"positions": self.positions, "length": self.length, "matched": int(self._matched)}
+        return counted | {"nodes": self._nodes, "f_grams": self._f_grams}
+
+    def go_on_from(self, counts: Mapping[str, Any]) -> None:
+        """Go on from the `counts` of a checkpoint."""
+        self.positions, self.length, self._matched = (counts[name] for name in ("positions", "length", "matched"))
+        self._nodes, self._f_grams = list(counts["nodes"]), list(counts["f_grams"])
 
     def to_dict(self, recomputed: bool = False) -> dict[str, Any]:
         """Operations per token, and of a SCONE model what it matched and computed per position; JSON-ready.

@@ -28,7 +28,7 @@ from scone.training.optimizer import AdamWWithRows
 from scone.training.sharding import load_whole_optimizer, load_whole_weights, shard, whole_state, whole_weights
 from scone.training.step_cost import RunCost, StepCost
 from scone.utils.errors import SconeError
-from scone.utils.files import write_json
+from scone.utils.files import read_json, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -39,13 +39,15 @@ class SconeTrainer(Trainer):
     """Trains a SCONE model, an over-encoding one or a plain trunk.
 
     Weight decay acts on matrices. Three groups may have their own learning rate: the trunk, the f-gram model with its
-    gain, and the learned rows. ``fsdp`` ("none", "full_shard", "shard_grad_op") shards the model over the processes.
+    gain, and the learned rows. ``fsdp`` ("none", "full_shard", "shard_grad_op") shards the model over the processes;
+    ``checkpoints_kept`` None keeps all. ``train`` raises TrainedAlready where nothing is left to do, all of it loaded.
     """
 
     def __init__(
         self,
         *args: Any,
         fsdp: str = "none",
+        checkpoints_kept: int | None = None,
         f_gram_learning_rate: float | None,
         rows_learning_rate: float,
         **kwargs: Any,
@@ -59,6 +61,8 @@ class SconeTrainer(Trainer):
             self.add_callback(DropSkippedGradients(rows))
         self.step_cost = StepCost(self.model) if isinstance(self.model, SconeForCausalLM) else None
         self.run_cost = RunCost(self.model)
+        self.add_callback(CheckpointKeeper(checkpoints_kept, self.run_cost))
+        self.add_callback(NothingLeftToTrain())
         if self.is_fsdp_enabled:
             raise SconeError(
                 "found FSDP in the launcher's configuration; expected the option --fsdp full_shard, which knows what "
@@ -175,6 +179,9 @@ class SconeTrainer(Trainer):
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        marker = read_json(Path(resume_from_checkpoint) / COMPLETE_MARKER)
+        if "cost" in marker:  # those of older versions have none
+            self.run_cost.go_on_from(marker["cost"])
         if not self.sharded:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
@@ -197,11 +204,24 @@ def learned_rows(model: nn.Module) -> LearnedRows | None:
     return next((module for module in model.modules() if isinstance(module, LearnedRows)), None)
 
 
+class TrainedAlready(Exception):
+    """The checkpoint that training would go on from is that of its last step."""
+
+
+class NothingLeftToTrain(TrainerCallback):
+    """Ends a run that is resumed where it had come to its end: transformers' loop would take one step more."""
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if 0 < state.max_steps <= state.global_step:
+            raise TrainedAlready
+
+
 class CheckpointKeeper(TrainerCallback):
     """Marks each checkpoint as complete once all of it is on disk, and removes old ones only after that."""
 
-    def __init__(self, limit: int | None) -> None:
+    def __init__(self, limit: int | None, run_cost: RunCost) -> None:
         self.limit = limit
+        self.run_cost = run_cost
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if dist.is_initialized():
@@ -209,7 +229,7 @@ class CheckpointKeeper(TrainerCallback):
         if not state.is_world_process_zero:
             return
         folder = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        write_json(folder / COMPLETE_MARKER, {"step": state.global_step})
+        write_json(folder / COMPLETE_MARKER, {"step": state.global_step, "cost": self.run_cost.counts()})
         if self.limit is not None:
             for old in complete_checkpoints(folder.parent)[: -self.limit]:
                 shutil.rmtree(old)

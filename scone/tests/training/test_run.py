@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import signal
 import subprocess
 import sys
@@ -106,6 +107,23 @@ def test_resumed_training_equals_uninterrupted(corpus, tmp_path, accumulation):
         options(corpus, tmp_path / "cut", **changes, **{"training.resume_from_checkpoint": "true"}), quiet=True
     )
     assert_same_weights(whole, resumed, atol=0.0, rtol=0.0)
+
+
+def test_a_run_resumed_at_its_end_is_that_run(corpus, tmp_path):
+    """As if killed between its last checkpoint and the final model: not a step more, and what all of it computed."""
+    changes = {"training.lr_scheduler_type": "constant"}
+    log = tmp_path / "run" / "training_log.json"
+    found = []
+    for resumed in (False, True):
+        resume = {"training.resume_from_checkpoint": "true"} if resumed else {}
+        final_model = train(options(corpus, tmp_path / "run", **changes, **resume), quiet=True)
+        found.append((weights(final_model), json.loads(log.read_text())))
+        shutil.rmtree(final_model)
+    (trained, whole), (loaded, again) = found
+    torch.testing.assert_close(loaded, trained, atol=0, rtol=0)
+    assert whole["steps"] == again["steps"] == 6
+    assert whole["cost"] == again["cost"]
+    assert whole["final"] == again["final"]
 
 
 def test_accumulated_batches_equal_one_large_batch(corpus, tmp_path):
