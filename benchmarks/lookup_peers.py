@@ -22,13 +22,20 @@ def drop_from_page_cache(path: Path) -> None:
         os.close(descriptor)
 
 
-def fio_reads_per_second(path: Path, block_bytes: int, depth: int, seconds: float) -> float | None:
-    """Random aligned reads a second that fio reaches past the page cache (libaio); None where fio is not installed."""
+def fio_reads_per_second(
+    path: Path, block_bytes: int, depth: int, seconds: float, in_batches: bool = False
+) -> float | None:
+    """Random aligned reads a second that fio reaches past the page cache (libaio); None where fio is not installed.
+
+    ``depth`` reads are under way at a time, each replaced as it ends; ``in_batches``, when all have ended.
+    """
     if shutil.which("fio") is None:
         return None
     command = ["fio", "--name=reads", f"--filename={path}", "--rw=randread", f"--bs={block_bytes}", "--direct=1"]
     command += ["--ioengine=libaio", f"--iodepth={depth}", f"--runtime={seconds}", "--time_based", "--readonly"]
     command += ["--size=" + str(path.stat().st_size // block_bytes * block_bytes), "--output-format=json"]
+    if in_batches:
+        command += [f"--iodepth_batch_submit={depth}", f"--iodepth_batch_complete_min={depth}"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(json.loads(done.stdout[done.stdout.index("{") :])["jobs"][0]["read"]["iops"])
 

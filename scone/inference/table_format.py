@@ -117,7 +117,8 @@ class TableLayout:
 class TableFile:
     """An open table file whose header has been checked. The descriptor stays open, so renaming or deleting is harmless.
 
-    Attributes: ``path``, ``descriptor``, ``layout``, ``data_start`` (byte of row 0).
+    Attributes: ``path``, ``descriptor``, ``layout``; ``data_start`` (byte of row 0) and ``file_bytes``, for which the
+    layout would make its header each time.
     """
 
     def __init__(self, path: str | Path, expected_fingerprints: Mapping[str, str] | None = None) -> None:
@@ -133,7 +134,7 @@ class TableFile:
         try:
             self.layout = _read_layout(self.descriptor, self.path)
             check_fingerprints(self.path, self.layout.fingerprints, expected_fingerprints)
-            self.data_start = self.layout.data_start
+            self.data_start, self.file_bytes = self.layout.data_start, self.layout.file_bytes
             self._state = self._stat()
         except OSError as error:
             os.close(self.descriptor)

@@ -83,10 +83,12 @@ def close_queue(queue):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def read_pieces_queued(queue, depth, descriptor, address, pieces, end):  # type: ignore[no-untyped-def]
+def read_pieces_queued(queue, depth, polls, descriptor, address, pieces, end):  # type: ignore[no-untyped-def]
     """As `read_pieces`, but up to ``depth`` reads are under way at a time; ``descriptor`` must be open for O_DIRECT.
 
-    Returns only when no read is under way any more, so that the buffer may be reused whatever happened.
+    Once all are under way it asks up to ``polls`` times whether some came, before it waits for them: waking up takes a
+    large part of a short batch's time. Returns only when no read is under way any more, so that the buffer may be
+    reused whatever happened.
     """
     requests = np.zeros((depth, 8), dtype=np.int64)  # struct iocb, 64 bytes: data, key, opcode and descriptor, …
     events = np.zeros((depth, 4), dtype=np.int64)  # struct io_event: data, request, result, second result
@@ -113,8 +115,13 @@ def read_pieces_queued(queue, depth, descriptor, address, pieces, end):  # type:
         under_way = depth - num_free
         if under_way == 0:
             break
-        # Waiting for several saves system calls; at the end, for all.
-        enough = under_way if started == len(pieces) or failed < len(pieces) else max(1, under_way // 8)
+        if started < len(pieces) and failed == len(pieces):
+            enough = max(1, under_way // 8)  # waiting for several saves system calls
+        elif polls > 0:
+            enough = 0
+            polls -= 1
+        else:
+            enough = under_way
         done = _syscall(_GETEVENTS, queue, enough, under_way, events.ctypes.data, 0)
         for k in range(max(0, done)):
             i, slot = events[k, 0] // depth, events[k, 0] % depth

@@ -21,6 +21,8 @@ from scone.kernels.reference_read import reference_read
 from scone.utils.errors import SconeError
 
 QUEUE_DEPTH = 128
+_POLLED_PIECES = 64  # a batch of up to so many reads is polled for, so often that a fast disk has answered by then
+_POLLS = 2000
 _MAX_THREADS = 32
 _BATCH_BYTES = 64 << 20  # a larger batch is read in parts, so that its buffer stays small
 _PREFETCHED_BATCHES = 2
@@ -118,14 +120,16 @@ class DirectStore(RowStore):
         self._file.check_unchanged()
 
     def _read_queued(self, queue: int, pieces: np.ndarray, buffer: np.ndarray) -> None:
-        end = self._file.layout.file_bytes
-        failed = read_pieces_queued(queue, self._queue_depth, self._descriptor, buffer.ctypes.data, pieces, end)
+        polls = _POLLS if len(pieces) <= _POLLED_PIECES else 0
+        failed = read_pieces_queued(
+            queue, self._queue_depth, polls, self._descriptor, buffer.ctypes.data, pieces, self._file.file_bytes
+        )
         if failed >= 0:
             # Some that came after it may have come well, but a failure is rare: read the rest again, one by one.
             self._read_in_turn(pieces[failed:], buffer)
 
     def _read_in_turn(self, pieces: np.ndarray, buffer: np.ndarray) -> None:
-        end = self._file.layout.file_bytes
+        end = self._file.file_bytes
         while len(pieces):
             failed = read_pieces(self._descriptor, buffer.ctypes.data, pieces, end)
             if failed < 0:

@@ -46,8 +46,9 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.parametrize("polls", [0, 2, 100_000])
 @pytest.mark.parametrize("depth", [1, 3, 32])
-def test_queued_reads_fill_the_same_buffer(file: Path, depth: int) -> None:
+def test_queued_reads_fill_the_same_buffer(file: Path, depth: int, polls: int) -> None:
     """Also the short piece at the end of the file."""
     descriptor, end = os.open(file, os.O_RDONLY | os.O_DIRECT), file.stat().st_size
     queue = open_queue(depth)
@@ -61,7 +62,7 @@ def test_queued_reads_fill_the_same_buffer(file: Path, depth: int) -> None:
         buffers = [np.frombuffer(mmap.mmap(-1, size), dtype=np.uint8) for _ in range(3)]
         reference_read(descriptor, buffers[0].data, pieces, end)
         assert read_pieces(descriptor, buffers[1].ctypes.data, pieces, end) == -1
-        assert read_pieces_queued(queue, depth, descriptor, buffers[2].ctypes.data, pieces, end) == -1
+        assert read_pieces_queued(queue, depth, polls, descriptor, buffers[2].ctypes.data, pieces, end) == -1
         np.testing.assert_array_equal(buffers[1], buffers[0])
         np.testing.assert_array_equal(buffers[2], buffers[0])
         content = np.fromfile(file, dtype=np.uint8)
@@ -81,9 +82,9 @@ def test_a_piece_that_does_not_come_is_named(file: Path) -> None:
     buffer = np.frombuffer(mmap.mmap(-1, 5 * PAGE_BYTES), dtype=np.uint8)
     queue = open_queue(8)
     assert read_pieces(descriptor, buffer.ctypes.data, pieces, end) == 2
-    assert read_pieces_queued(queue, 8, descriptor, buffer.ctypes.data, pieces, end) == 2
+    assert read_pieces_queued(queue, 8, 100, descriptor, buffer.ctypes.data, pieces, end) == 2
     with pytest.raises(EOFError, match=f"0 of 4096 bytes at {321 * PAGE_BYTES}"):
         reference_read(descriptor, buffer.data, pieces, end)
     close_queue(queue)
-    assert read_pieces_queued(queue, 8, descriptor, buffer.ctypes.data, pieces, end) == 0  # no such queue any more
+    assert read_pieces_queued(queue, 8, 100, descriptor, buffer.ctypes.data, pieces, end) == 0  # no such queue any more
     os.close(descriptor)
