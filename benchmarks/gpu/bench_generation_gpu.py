@@ -6,8 +6,8 @@ GPT2-Small's shape in bf16 with random weights (speed does not depend on them), 
 bf16 table. Every step feeds the next token of real text, so that matches are those of text; the host waits for each
 step's choice, as it does to stream it. Milliseconds a step, medians of interleaved rounds. ``--captured`` also decodes
 with static caches, the trunk compiled and every step one CUDA graph, the look-up in it: waiting for every choice, and
-``queued``, where choices stay on the GPU and the host launches the next step while this one runs. ``--tiny`` rehearses
-on a CPU.
+``queued``, where choices stay on the GPU and the host launches the next step while this one runs; and says where a
+waiting step's time goes. ``--tiny`` rehearses on a CPU.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -246,6 +246,64 @@ def measure_captured(
                 if turn:
                     taken[name].append(seconds * 1e3)
         add_times(report, {name: statistics.median(times) for name, times in taken.items()}, f"{metric}_b{batch}")
+    for name, (call, cache) in calls.items():
+        with torch.inference_mode():
+            cache.reset()
+        steps_taken = timed_parts(models[name], call, some_text(text, batch, prompt + steps, 0), prompt, cache)
+        for part, values in zip(StepParts._fields, zip(*steps_taken, strict=True), strict=False):
+            report.add(f"captured_parts_us_b{batch}_{name}_{part}", "µs", statistics.median(values) * 1e6, ratio=None)
+
+
+class StepParts(NamedTuple):
+    """Seconds of one captured step for whose choice the host waits: until its launch begins, of the launch, of the
+    GPU from there to the last kernel, and from choice to choice.
+    """
+
+    before: float
+    launch: float
+    gpu: float
+    whole: float
+
+
+class TimedGraph:
+    """A captured step's graph that notes when it was launched, and when the GPU began and ended."""
+
+    def __init__(self, graph: torch.cuda.CUDAGraph) -> None:
+        self._graph = graph
+        self.began, self.ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        self.launched = (0.0, 0.0)
+
+    def replay(self) -> None:
+        self.began.record()
+        start = time.perf_counter()
+        self._graph.replay()
+        self.launched = (start, time.perf_counter())
+        self.ended.record()
+
+
+@torch.inference_mode()
+def timed_parts(
+    model: PreTrainedModel, call: CapturedCalls, tokens: Tensor, prompt: int, cache: StaticCache
+) -> list[StepParts]:
+    """Where the time of each step goes, of those that are graphs (none on a CPU)."""
+    timed = []
+    for step in call._steps.values():
+        if step.graph is not None:
+            step.graph = TimedGraph(step.graph)  # type: ignore[assignment]
+            timed.append(step.graph)
+    model(input_ids=tokens[:, :prompt], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    synchronize()
+    parts = []
+    for place in range(prompt, tokens.shape[1] if len(timed) == 1 else prompt):
+        start = time.perf_counter()
+        following = tokens[:, place : place + 1]
+        logits = call(input_ids=following, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        logits[:, -1].argmax(-1).cpu()
+        end = time.perf_counter()
+        began, returned = timed[0].launched
+        gpu = timed[0].began.elapsed_time(timed[0].ended) / 1e3
+        parts.append(StepParts(began - start, returned - began, gpu, end - start))
+    return parts
 
 
 if __name__ == "__main__":
