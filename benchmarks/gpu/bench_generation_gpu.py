@@ -1,13 +1,13 @@
 """Decoding on one GPU: a plain trunk, one twice as deep, and SCONE with its table in every placement and without one.
 
-    python benchmarks/gpu/bench_generation_gpu.py --tokens TOKEN_FOLDER [--json FILE] [--tiny] [--captured]
+    python benchmarks/gpu/bench_generation_gpu.py --tokens TOKEN_FOLDER [--json FILE] [--captured | --only_captured]
 
 GPT2-Small's shape in bf16 with random weights (speed does not depend on them), 1 M f-grams counted on the tokens, a
 bf16 table. Every step feeds the next token of real text, so that matches are those of text; the host waits for each
 step's choice, as it does to stream it. Milliseconds a step, medians of interleaved rounds. ``--captured`` also decodes
 with static caches, the trunk compiled and every step one CUDA graph, the look-up in it: waiting for every choice, and
 ``queued``, where choices stay on the GPU and the host launches the next step while this one runs; and says where a
-waiting step's time goes. ``--tiny`` rehearses on a CPU.
+waiting step's time goes. What fails is named, and the rest goes on. ``--tiny`` rehearses on a CPU.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def main() -> None:
         separator_ids=[file.separator_id],
         quiet=True,
     ).vocabulary
-    batches = [1, 4] if tiny else [1, 4, 32, 128]
+    batches = [1, 4] if tiny else options["batches"]
     prompt, steps = (16, 4) if tiny else (128, 48)
     options |= {"f_grams": counted.num_f_grams, "prompt": prompt, "steps": steps, "batches": batches}
     layers = 2 if tiny else 12
@@ -70,12 +70,15 @@ def main() -> None:
         write_table(path, counted.num_f_grams, width)
         models = build_all(counted, path, width, layers)
         text = torch.from_numpy(file.tokens[: 4_000_000 if not tiny else 40_000].astype(np.int64))
-        for batch in batches:
-            measure(report, models, text, batch, prompt, steps, rounds=2 if tiny else 5)
-        if options["captured"]:
-            for batch in batches[:1] if tiny else batches:
-                measure_captured(report, models, text, batch, prompt, steps, rounds=2 if tiny else 5)
+        options["failed"] = []
+        for model in models.values():  # what is made at the first use takes memory too
+            decode(model, some_text(text, 1, prompt + 1, seed=0), prompt, DynamicCache())
         report_memory(report, models)
+        for batch in batches:
+            if not options["only_captured"]:
+                measure(report, models, text, batch, prompt, steps, rounds=2 if tiny else 5)
+            if options["captured"] or options["only_captured"]:
+                measure_captured(report, models, text, batch, prompt, steps, rounds=2 if tiny else 5)
     report.finish()
 
 
@@ -83,7 +86,9 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=Path, required=True, help="folder of a token file")
     parser.add_argument("--dir", type=Path, default=Path(), help="where the table goes: the disk that is measured")
     parser.add_argument("--tiny", action="store_true", help="a rehearsal at toy size, on any device")
-    parser.add_argument("--captured", action="store_true", help="also with the trunk as a CUDA graph")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 32, 128], help="in this order")
+    parser.add_argument("--captured", action="store_true", help="also with every step as a CUDA graph")
+    parser.add_argument("--only_captured", action="store_true", help="that alone")
 
 
 def write_table(path: Path, num_rows: int, width: int) -> None:
@@ -235,16 +240,25 @@ def measure_captured(
             config = getattr(models[name], "trunk", models[name]).config
             cache = StaticCache(config, max_cache_len=prompt + steps)
             calls[name] = CapturedCalls(models[name], **options_within_a_graph(None)), cache
+    tokens = some_text(text, batch, prompt + steps, seed=0)
+    for name, (call, cache) in list(calls.items()):  # compile and capture
+        try:
+            decode(models[name], tokens, prompt, cache, call=call)
+        except Exception as error:  # of the compiler, or out of memory
+            _failed(report, calls, name, batch, str(error))
+        else:
+            if DEVICE.type == "cuda" and not any(step.graph is not None for step in call._steps.values()):
+                _failed(report, calls, name, batch, "was not captured")
+    if "plain" not in calls:  # which all others are compared with
+        return
     for waits, metric in ((True, "captured_decode_ms"), (False, "queued_decode_ms")):
         taken: dict[str, list[float]] = {name: [] for name in calls}
-        for turn in range(rounds + 1):  # the first compiles and captures
+        for turn in range(1, rounds + 1):
             tokens = some_text(text, batch, prompt + steps, seed=turn)
             for name, (call, cache) in calls.items():
                 with torch.inference_mode():
                     cache.reset()
-                seconds = decode(models[name], tokens, prompt, cache, waits, call)[1]
-                if turn:
-                    taken[name].append(seconds * 1e3)
+                taken[name].append(decode(models[name], tokens, prompt, cache, waits, call)[1] * 1e3)
         add_times(report, {name: statistics.median(times) for name, times in taken.items()}, f"{metric}_b{batch}")
     for name, (call, cache) in calls.items():
         with torch.inference_mode():
@@ -252,6 +266,12 @@ def measure_captured(
         steps_taken = timed_parts(models[name], call, some_text(text, batch, prompt + steps, 0), prompt, cache)
         for part, values in zip(StepParts._fields, zip(*steps_taken, strict=True), strict=False):
             report.add(f"captured_parts_us_b{batch}_{name}_{part}", "µs", statistics.median(values) * 1e6, ratio=None)
+
+
+def _failed(report: Report, calls: dict[str, Any], name: str, batch: int, why: str) -> None:
+    del calls[name]
+    report.config["failed"].append(f"captured {name} at batch {batch}: {why.partition(chr(10))[0]}")
+    print(report.config["failed"][-1], flush=True)
 
 
 class StepParts(NamedTuple):

@@ -214,7 +214,11 @@ def measure(report: Report, folder: Path) -> None:
                 print(f"{run.name} failed; its log ends:\n{log[-3000:]}", file=sys.stderr, flush=True)
             else:
                 measured[run] = found
-                add_records(report, run, measured, folder)
+                try:
+                    add_records(report, run, measured, folder)
+                except Exception as error:  # a table that cannot be compared, say: the other runs go on
+                    options["failed"][run.name] = repr(error)
+                    print(f"{run.name} failed: {error!r}", file=sys.stderr, flush=True)
 
 
 def program(run: Run, place: int, folder: Path, options: Mapping[str, Any]) -> Program:

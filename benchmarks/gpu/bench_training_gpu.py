@@ -64,7 +64,9 @@ def main() -> None:
         quiet=True,
     ).vocabulary
     length = 64 if tiny else 1024
-    options |= {"f_grams": counted.num_f_grams, "max_n": 5, "length": length, "did_not_fit": []}
+    if tiny:
+        options["positions"] = [positions // 64 for positions in options["positions"]]
+    options |= {"f_grams": counted.num_f_grams, "max_n": 5, "length": length, "did_not_fit": [], "failed": []}
     options |= {"num_tokens": file.num_tokens, "tokenizer_tokens": file.vocab_size}
     trunks = {"tiny": (32, 2, 2)} if tiny else {name: TRUNKS[name] for name in options["trunks"]}
     for name, sizes in trunks.items():
@@ -127,6 +129,11 @@ def measure(
             options["did_not_fit"].append(f"{variant} of {sizes[0]} x {sizes[1]} at {positions} positions")
             step.optimizer.zero_grad()
             print(f"out of memory: {options['did_not_fit'][-1]}", flush=True)
+        except Exception as error:  # of the compiler: the other variants go on
+            first_line = str(error).partition("\n")[0]
+            options["failed"].append(f"{variant} of {sizes[0]} x {sizes[1]} at {positions} positions: {first_line}")
+            step.optimizer.zero_grad()
+            print(f"failed: {options['failed'][-1]}", flush=True)
 
 
 def measured_steps(

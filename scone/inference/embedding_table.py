@@ -168,6 +168,10 @@ class EmbeddingTable:
             f"{human_bytes(self.layout.payload_bytes)}; {self.store.describe()}; holds {', '.join(held) or 'nothing'}"
         )
 
+    def __deepcopy__(self, memo: dict[int, object]) -> EmbeddingTable:
+        """A copied model reads the same rows: nobody writes to them, and they may be all that fits into memory."""
+        return self
+
     def close(self) -> None:
         """Release files, memory and threads."""
         self._reach.clear()

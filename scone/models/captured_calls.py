@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Hashable, Iterator, Mapping
+import types
+import warnings
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,25 +23,31 @@ logger = logging.getLogger(__name__)
 WARM_UP_CALLS = 2
 """Ordinary calls before one is captured: they compile, and make what libraries make at their first use."""
 
+MOST_COMPILED = 8
+"""Kinds of steps (batch sizes, lengths of caches) that a model's trunk is compiled for, which takes long each time."""
+
 
 class CapturedCalls:
     """Calls a model. Steps that can be captured are, from the third alike on; all others are ordinary calls.
 
     A step can be captured when it has one new token a row on a CUDA device, with gradients off, over a cache whose
-    memory stays where it is, and when the model does not wait for the host in it (which its owner has to know; a step
-    that turns out to wait stays an ordinary call). What a replayed step returns lies in memory that the next one writes
-    over. Graphs are kept, and with them their cache, for the cache that was used last.
+    memory stays where it is, and when nothing in it waits for the accelerator: the second call is watched for that, and
+    a step that waits stays an ordinary call. What a replayed step returns lies in memory that the next one writes over.
+    Graphs are kept, and with them their cache, for the cache that was used last.
 
-    The trunk is compiled for these steps (``compile_options``: as `torch.compile` takes them), as ``generate`` of
+    The trunk is compiled for each kind of step (``compile_options``: as `torch.compile` takes them), as ``generate`` of
     transformers compiles any model over a static cache. While one is captured, no other thread may call the model.
     """
+
+    gave_up = False
+    """Whether a capture failed in this process: PyTorch cannot begin another one then (pytorch issue 180395)."""
 
     def __init__(self, model: PreTrainedModel, **compile_options: Any) -> None:
         self._model = model
         self.compile_options = compile_options
         self._trunk: PreTrainedModel = getattr(model, "trunk", model)
-        self._compiled = torch.compile(self._trunk.forward, **({"dynamic": False} | compile_options))
         self._lock = threading.RLock()
+        self._forwards: dict[Hashable, Callable[..., Any]] = {}
         self.forget()
 
     def forget(self) -> None:
@@ -53,6 +61,8 @@ class CapturedCalls:
         """As the model's own call, by keyword."""
         tokens = inputs.get("input_ids")
         if tokens is None or tokens.device.type != "cuda" or torch.is_grad_enabled():
+            return self._model(**inputs)
+        if torch.is_autocast_enabled("cuda"):  # which keeps weights of its own, for a while
             return self._model(**inputs)
         if not is_step(inputs) or _asks_for_more(self._trunk.config):
             return self._model(**inputs)
@@ -68,10 +78,11 @@ class CapturedCalls:
         key = (self._model.training, torch.is_inference_mode_enabled(), *_facts(inputs))
         step = self._steps.get(key)
         if step is None:
-            step = self._steps[key] = _Step(inputs)
+            first: Any = cache.layers[0]
+            step = self._steps[key] = _Step(inputs, self._forward_for((first.keys.shape, *key)))
         step.take(inputs)
         if step.graph is None:
-            with self._compiled_trunk():
+            with self._trunk_calls(step.forward):
                 return step.begin(self._model)
         table = getattr(self._model, "table_embedding", None)
         if table is not None:
@@ -84,12 +95,36 @@ class CapturedCalls:
         layers: list[Any] = cache.layers
         weight: Any = self._model.get_input_embeddings().weight
         table = getattr(self._model, "table_embedding", None)
-        return (id(table), weight.data_ptr(), weight.dtype, *(layer.keys.data_ptr() for layer in layers))
+        return (table, weight.data_ptr(), weight.dtype, *(layer.keys.data_ptr() for layer in layers))
+
+    def _forward_for(self, kind: Hashable) -> Callable[..., Any]:
+        """The trunk's forward pass, compiled when it is first called, for one kind of step whatever its cache.
+
+        As code of its own: for each piece of code, which all models of an architecture share, the compiler keeps eight
+        compilations.
+        """
+        if kind in self._forwards:
+            return self._forwards[kind]
+        if len(self._forwards) == MOST_COMPILED:
+            return self._trunk.forward
+        if len(self._forwards) == MOST_COMPILED - 1:
+            logger.warning("%d kinds of decoding steps are compiled; further ones are only captured", MOST_COMPILED)
+        forward = self._forwards[kind] = self._to_be_compiled()
+        return forward
+
+    def _to_be_compiled(self) -> Callable[..., Any]:
+        forward = self._trunk.forward
+
+        def call(*args: Any, **inputs: Any) -> Any:
+            return forward(*args, **inputs)
+
+        alone = types.FunctionType(call.__code__.replace(), call.__globals__, "forward", None, call.__closure__)
+        return torch.compile(alone, **({"dynamic": False} | self.compile_options))
 
     @contextmanager
-    def _compiled_trunk(self) -> Iterator[None]:
+    def _trunk_calls(self, forward: Callable[..., Any]) -> Iterator[None]:
         usual = self._trunk.__dict__.get("forward")
-        self._trunk.forward = self._compiled
+        self._trunk.forward = forward
         try:
             yield
         finally:
@@ -107,8 +142,11 @@ def is_step(inputs: Mapping[str, Any]) -> bool:
     # not those of a sliding window, which count on the host
     if not all(type(layer) in (StaticLayer, StaticTokenHistory) and layer.is_initialized for layer in cache.layers):
         return False
-    # a mask of two dimensions is cut by how full the cache is
-    if any(mask.ndim != 4 for _, mask in _tensors(inputs.get("attention_mask"))):
+    if getattr(cache, "offloading", False):  # its layers come on streams of their own
+        return False
+    masks = inputs.get("attention_mask")
+    # a mask of two dimensions is cut by how full the cache is, and those that are no tensors are new ones each time
+    if not all(isinstance(mask, Tensor) and mask.ndim == 4 for mask in _values(masks) if mask is not None):
         return False
     return not (inputs.get("output_hidden_states") or inputs.get("output_attentions"))
 
@@ -131,6 +169,15 @@ def options_within_a_graph(config: CompileConfig | None) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
+def _values(value: Any) -> Iterator[Any]:
+    """What a mapping holds, those in it too; anything else is itself."""
+    if isinstance(value, dict):
+        for inner in value.values():
+            yield from _values(inner)
+    else:
+        yield value
+
+
 def _tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
     """The tensors among arguments, those in mappings too (a mask for each kind of layer), by name."""
     if isinstance(value, Tensor):
@@ -143,6 +190,8 @@ def _tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
 def _facts(inputs: Mapping[str, Any]) -> Iterator[Hashable]:
     """What of its arguments a graph is made for."""
     for name, value in inputs.items():
+        if isinstance(value, Cache):
+            continue  # of which there is one at a time
         if isinstance(value, Tensor | dict):
             for inner, tensor in _tensors(value, name):
                 yield inner, tensor.shape, tensor.dtype, tensor.device
@@ -159,15 +208,40 @@ def _with(value: Any, kept: Mapping[str, Tensor], name: str = "") -> Any:
     return value
 
 
+@contextmanager
+def _noted_waits() -> Iterator[list[str]]:
+    """Where this thread waits for the accelerator meanwhile, as far as PyTorch knows of it."""
+    waits: list[str] = []
+    thread, before = threading.get_ident(), torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        show = warnings.showwarning
+
+        def note(message: Warning | str, category: type[Warning], filename: str, lineno: int, *more: Any) -> None:
+            if "synchronizing CUDA" not in str(message):
+                show(message, category, filename, lineno, *more)
+            elif threading.get_ident() == thread:
+                waits.append(f"{filename}:{lineno}")
+
+        warnings.showwarning = note  # type: ignore[assignment]
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield waits
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+
+
 class _Step:
     """One kind of step: counted until it is captured, replayed from then on. All calls read the same memory, so that
     what is compiled in the first ones is what is captured.
     """
 
-    def __init__(self, inputs: Mapping[str, Any]) -> None:
+    def __init__(self, inputs: Mapping[str, Any], forward: Callable[..., Any]) -> None:
+        self.forward = forward
         self.graph: torch.cuda.CUDAGraph | None = None
         self.output: Any = None
         self._calls = 0
+        self._waits = False
         self._kept = {
             name: torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
             for name, tensor in _tensors(inputs)
@@ -182,22 +256,43 @@ class _Step:
     def begin(self, model: PreTrainedModel) -> Any:
         """An ordinary call, or the one that is captured, and then replayed for the first time."""
         self._calls += 1
-        if self._calls != WARM_UP_CALLS + 1:
+        if self._calls == WARM_UP_CALLS:
+            with _noted_waits() as waits:
+                output = model(**self._inputs)
+            if waits:
+                self._waits = True
+                _says_ordinary(f"it waits for the accelerator at {waits[0]}")
+            return output
+        if self._calls <= WARM_UP_CALLS or self._waits or CapturedCalls.gave_up:
             return model(**self._inputs)
+        return self._capture(model)
+
+    def _capture(self, model: PreTrainedModel) -> Any:
         device = self._inputs["input_ids"].device
+        table = getattr(model, "table_embedding", None)
+        num_positions = None if table is None else table.num_positions
         graph = torch.cuda.CUDAGraph()
         try:
-            # on a stream of that device, and other threads may go on with work of their own
-            stream = torch.cuda.Stream(device)
-            with torch.cuda.device(device), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                self.output = model(**self._inputs)
+            # Captured on a stream of that device, and other threads may go on with work of their own. The outer block
+            # is for a failure, after which the inner one leaves its stream as the current one.
+            with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
+                stream = torch.cuda.Stream(device)
+                with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                    self.output = model(**self._inputs)
         except RuntimeError as error:
-            reason = str(error).partition("\n")[0]
-            logger.warning("a decoding step cannot be captured as a CUDA graph and stays an ordinary call: %s", reason)
+            CapturedCalls.gave_up = True
+            _says_ordinary(str(error).partition("\n")[0])
+            # nothing of what was captured has run
             history = token_history(self._inputs["past_key_values"])
             if isinstance(history, StaticTokenHistory):
-                history.is_written = False  # nothing of what was captured has run
+                history.is_written = False
+            if table is not None:
+                table.num_positions = num_positions
             return model(**self._inputs)
         self.graph = graph
         graph.replay()
         return self.output
+
+
+def _says_ordinary(reason: str) -> None:
+    logger.warning("a decoding step cannot be captured as a CUDA graph and stays an ordinary call: %s", reason)

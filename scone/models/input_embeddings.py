@@ -203,6 +203,10 @@ class TableInputEmbedding(nn.Module):
             self._look_ups[device] = DeviceLookUp(vocabulary, rows, device) if fits else None
         return self._look_ups[device]
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy makes look-ups of its own: they hold compiled kernels, which cannot be copied."""
+        return self.__dict__ | {"_look_ups": {}}
+
     @property
     def accelerator_index_bytes(self) -> int:
         """Accelerator memory that finding f-grams takes there: 0 where the host does it."""

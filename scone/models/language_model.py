@@ -165,6 +165,7 @@ class SconeForCausalLM(EmbeddedTrunk):
                 f"expected {expected[0]} rows of width {expected[1]}; precompute it again from this model"
             )
         self.table_embedding = TableInputEmbedding(table)
+        self._captured = None
 
     def table_fingerprints(self) -> dict[str, str]:
         """What a table made from this model must carry: the f-gram vocabulary, and the weights that rows depend on.
@@ -225,10 +226,7 @@ class SconeForCausalLM(EmbeddedTrunk):
         return 0 if self.table_embedding is None else self.table_embedding.accelerator_index_bytes
 
     def get_compiled_call(self, compile_config: CompileConfig | None) -> Callable[..., Any]:
-        """What ``generate`` calls for steps over a static cache: CUDA graphs, if the accelerator looks up by itself.
-
-        Graphs outlive a call of ``generate`` only with a cache that its caller made, and may use again.
-        """
+        """What ``generate`` calls for steps over a static cache: CUDA graphs, if the accelerator looks up by itself."""
         table, vocabulary = self.table_embedding, self.vocabulary
         if table is None or vocabulary is None or table.look_up_on(self.device, vocabulary) is None:
             return super().get_compiled_call(compile_config)
@@ -237,9 +235,16 @@ class SconeForCausalLM(EmbeddedTrunk):
         options = options_within_a_graph(compile_config)
         if self._captured is None or self._captured.compile_options != options:
             self._captured = CapturedCalls(self, **options)
-        elif not getattr(self._captured.cache, "_is_user_defined", False):
-            self._captured.forget()
         return self._captured
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As Hugging Face's. Graphs outlive it only with a cache that its caller made, and may use again."""
+        generation: Any = super()
+        try:
+            return generation.generate(*args, **kwargs)
+        finally:
+            if self._captured is not None and not getattr(self._captured.cache, "_is_user_defined", False):
+                self._captured.forget()
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         """As PyTorch's; what moves or casts weights leaves graphs that read where they were."""

@@ -51,7 +51,7 @@ class DeviceStore(RowStore):
         return decode_rows(self._rows, self._wanted(ranks), self.row_format, dtype).to(device)
 
     def _wanted(self, ranks: np.ndarray) -> Tensor:
-        return to_device(torch.from_numpy(ranks - self.first_row), self._device)
+        return to_device(torch.from_numpy(ranks - self.first_row), self._rows.device)
 
     def within_reach(self, device: torch.device) -> list[Tensor] | None:
         return [self._rows] if device == self._rows.device else None

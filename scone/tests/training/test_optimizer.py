@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -136,3 +138,30 @@ def test_rows_on_the_host_stay_there_and_learn_the_same():
         assert model[1].weight.device.type == "meta"
         assert model[0].weight.device.type == expected
     assert models[1][0].weight.dtype == torch.float32
+
+
+def _learn_as_a_rank(rank: int, backend: str, folder: Path) -> None:
+    """Four steps of one of two ranks, which touch different rows, and in two steps one of them none; saves its rows."""
+    dist.init_process_group(backend, init_method=f"file://{folder}/{backend}", rank=rank, world_size=2)
+    rows = LearnedRows(50, 8)
+    optimizer = AdamWWithRows([], rows=rows, rows_learning_rate=0.1)
+    random = np.random.default_rng(rank)
+    for count in ((5, 0, 7, 3), (3, 4, 0, 3))[rank]:
+        if count:
+            chains = torch.from_numpy(random.choice(50, (count, 1), replace=False))
+            touch(rows, chains, torch.from_numpy(random.standard_normal((count, 8), np.float32)))
+        optimizer.step()
+        optimizer.zero_grad()
+    torch.save(rows.weight.detach(), folder / f"{backend}.{rank}")
+    del optimizer
+    dist.destroy_process_group()
+
+
+def test_ranks_agree_whatever_their_default_group(tmp_path: Path) -> None:
+    """On GPUs it is not one in which hosts talk, and the optimizer makes one: "cpu:gloo" is not known to be one."""
+    found = []
+    for backend in ("gloo", "cpu:gloo"):
+        torch.multiprocessing.spawn(_learn_as_a_rank, args=(backend, tmp_path), nprocs=2)
+        found += [torch.load(tmp_path / f"{backend}.{rank}") for rank in range(2)]
+    assert found[0].abs().sum() > 1
+    assert all(torch.equal(rows, found[0]) for rows in found)
