@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -39,6 +40,7 @@ def spark() -> Iterator:
     session.sparkContext.setLogLevel("ERROR")
     yield session
     session.stop()
+    logging.getLogger("py4j").setLevel(logging.ERROR)  # it says more when Python ends, to a stream that is closed by then
 
 
 def skewed(length: int, seed: int) -> np.ndarray:
