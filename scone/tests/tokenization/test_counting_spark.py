@@ -40,7 +40,8 @@ def spark() -> Iterator:
     session.sparkContext.setLogLevel("ERROR")
     yield session
     session.stop()
-    logging.getLogger("py4j").setLevel(logging.ERROR)  # it says more when Python ends, to a stream that is closed by then
+    # what it says as Python ends would go to a stream that is closed by then
+    logging.getLogger("py4j").setLevel(logging.ERROR)
 
 
 def skewed(length: int, seed: int) -> np.ndarray:
