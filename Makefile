@@ -1,4 +1,4 @@
-# Each target sets itself up in .venv: `make demo` needs nothing but Python 3.10+ and pip.
+# Each target sets itself up in .venv: `make demo` needs nothing but Python 3.11+ and pip.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -69,6 +69,8 @@ bad-inputs: $(VENV)/installed-$(EXTRAS)
 
 # torch first and pinned: a later range would be free to fetch another build of it
 $(VENV)/bin/pip:
+	@$(PYTHON) -c "import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else \
+	'found Python %d.%d; expected 3.11 or later; give it as in: make PYTHON=python3.12' % v[:2])"
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/installed-demo: $(VENV)/bin/pip pyproject.toml constraints.txt

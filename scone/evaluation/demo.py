@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,7 +99,7 @@ def run_demo(options: DemoOptions, say: Callable[[str], None] = print) -> Path:
     logs = {name: train_one(run, name) for name in NAMES}
     live, engines = precompute_and_load(run)
     report: dict[str, Any] = {
-        "created": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "created": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "scone_version": scone.__version__,
         "machine": measure.describe_machine(),
         "options": asdict(options),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -50,3 +51,16 @@ def test_the_pinned_versions_are_allowed() -> None:
     lowest = floors()
     for name, version in pinned("constraints.txt").items():
         assert numbers(version) >= numbers(lowest.get(name, "0")), name
+
+
+def test_the_readme_and_the_makefile_say_the_lowest_versions() -> None:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    python, lowest = project["requires-python"].removeprefix(">="), floors()
+    readme = " ".join((REPOSITORY / "README.md").read_text(encoding="utf-8").split())
+    assert f"Python {python} or later and `pip`" in readme
+    assert (
+        f"the floor is Python {python}, PyTorch {lowest['torch']} and transformers {lowest['transformers']}." in readme
+    )
+    makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
+    assert f"v >= {numbers(python)}" in makefile
+    assert f"expected {python} or later" in makefile
