@@ -6,7 +6,10 @@ import copy
 import pickle
 import subprocess
 import sys
+import threading
+import warnings
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from transformers.cache_utils import StaticSlidingWindowLayer
 
 from scone.inference.embedding_table import EmbeddingTable
 from scone.inference.statistics import counted_reads
+from scone.models import captured_calls
 from scone.models.captured_calls import MOST_COMPILED, WARM_UP_CALLS, CapturedCalls, is_step, options_within_a_graph
 from scone.models.language_model import SconeForCausalLM
 from scone.tests import tiny
@@ -98,6 +102,54 @@ def test_each_kind_of_step_is_compiled_once():
             torch.testing.assert_close(logits[:, -1], trunk(text[:, : PROMPT + 1]).logits[:, -1])
             kinds.add(rows)
             assert len(compiled) == model * MOST_COMPILED + min(len(kinds), MOST_COMPILED)
+
+
+def test_waiting_is_noted_for_the_thread_that_asks(
+    monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    modes: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+
+    def wait() -> None:
+        warnings.warn("called a synchronizing CUDA operation", UserWarning, stacklevel=1)
+
+    with captured_calls._noted_waits() as waits:
+        wait()
+        wait()
+        other = threading.Thread(target=wait)
+        other.start()
+        other.join()
+        warnings.warn("something else", UserWarning, stacklevel=1)
+    assert len(waits) == 2
+    assert waits[0].startswith(f"{__file__}:")
+    assert modes == ["warn", 0]
+    assert [str(warning.message) for warning in recwarn] == ["something else"]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("waits", [[], ["some_model.py:7"]])
+def test_the_third_step_is_captured_unless_the_second_waited(
+    waits: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    taken = []
+
+    def capture(step: captured_calls._Step, model: Any) -> Any:
+        taken.append(step)
+        return model(**step._inputs)
+
+    monkeypatch.setattr(captured_calls, "_noted_waits", lambda: nullcontext(waits))
+    monkeypatch.setattr(captured_calls._Step, "_capture", capture)
+    trunk, text = tiny.trunk("gpt2"), some_text(2, 0)
+    calls, cache = CapturedCalls(trunk, backend="eager"), StaticCache(trunk.config, max_cache_len=LENGTH)
+    expected = trunk(text).logits
+    trunk(input_ids=text[:, :PROMPT], past_key_values=cache, use_cache=True)
+    for at in range(PROMPT, PROMPT + WARM_UP_CALLS + 1):
+        assert not taken
+        step = {"input_ids": text[:, at : at + 1], "past_key_values": cache, "use_cache": True}
+        torch.testing.assert_close(calls._call(step).logits[:, -1], expected[:, at])
+    assert len(taken) == (0 if waits else 1)
+    assert ("it waits for the accelerator at some_model.py:7" in caplog.text) == bool(waits)
 
 
 def test_copies_other_tables_and_moved_weights_leave_graphs_behind(tmp_path: Path) -> None:
