@@ -45,7 +45,7 @@ class RowModel(Protocol):
     vocabulary: Any
 
     def embed_nodes(self, nodes: Tensor) -> Tensor:
-        """Live rows e(node): int64 [n] → float32 [n, D]; must be callable from several threads."""
+        """Live rows e(node): int64 [n] → float32 [n, D] on any device; must be callable from several threads."""
 
     def table_fingerprints(self) -> dict[str, str]:
         """Hex digests of what the rows depend on, by name."""

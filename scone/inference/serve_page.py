@@ -140,7 +140,7 @@ class Page:
         model: Any = self._engine.model
         table, size = self._engine.loaded.table, model.config.vocab_size
         if table is None:
-            return model.embed_nodes(torch.from_numpy(nodes))
+            return model.embed_nodes(torch.from_numpy(nodes)).cpu()
         if nodes.min() < size:
             return model.get_input_embeddings().weight[torch.from_numpy(nodes).to(device_of(model))].float().cpu()
         return table.rows(torch.from_numpy(nodes - size)).float().cpu()

@@ -66,7 +66,7 @@ def _compare(file: TableFile, model: RowModel, sample: int, seed: int) -> TableC
     raw = store.raw_rows(ranks)
     store.close()
     stored = layout.row_format.decode(raw)
-    live = model.embed_nodes(torch.from_numpy(ranks) + model.vocabulary.vocab_size)
+    live = model.embed_nodes(torch.from_numpy(ranks) + model.vocabulary.vocab_size).cpu()
     rounding = _ROUNDING.get(layout.row_format.row_type)
     allowed = layout.row_format.steps(raw) / 2 if rounding is None else live.abs() * rounding
     scale = live.abs().amax(1).clamp(min=1e-30)

@@ -279,9 +279,9 @@ class SconeForCausalLM(EmbeddedTrunk):
 
     @torch.no_grad()
     def embed_nodes(self, nodes: Tensor) -> Tensor:
-        """e(node), fp32 ``[n, D]`` on the host, for f-grams (or tokens) ``nodes`` int64 [n], from the live layer.
+        """e(node), fp32 ``[n, D]`` on the model's device, for f-grams (or tokens) ``nodes`` int64 [n] on any.
 
-        This is the row that a table stores; the nodes share their prefixes as in training.
+        From the live layer. This is the row that a table stores; the nodes share their prefixes as in training.
         """
         assert self.vocabulary is not None
         if self.f_gram_embedding is None:
@@ -295,7 +295,7 @@ class SconeForCausalLM(EmbeddedTrunk):
         token_ids = torch.from_numpy(last)[None].to(self._token_weight().device)
         vectors = self.f_gram_embedding(token_ids, tokens, self.trie_of(ids[None]))
         self.train(was_training)
-        return vectors[0].float().cpu()
+        return vectors[0].float()
 
 
 def weights_fingerprint(token_embedding: Tensor, f_gram_embedding: Mapping[str, Tensor]) -> str:

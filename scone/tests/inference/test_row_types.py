@@ -68,6 +68,41 @@ def test_numbers_that_no_row_can_hold_are_refused(row_type: str) -> None:
             row.encode(torch.tensor([[0.0, 70000.0, 1.0]]))
 
 
+@pytest.mark.parametrize("numbers", [[3e38, 3e38], [-3e38, -3e38, 3e38], [65000.0, 65000.0]])
+def test_numbers_whose_sum_is_too_large_are_not(numbers: list[float]) -> None:
+    row = RowFormat.of("fp32", len(numbers))
+    rows = torch.tensor([numbers])
+    assert torch.equal(row.decode(torch.from_numpy(row.encode(rows))), rows)
+    if max(numbers) < 65504:
+        half = RowFormat.of("fp16", len(numbers))
+        assert torch.equal(half.decode(torch.from_numpy(half.encode(rows))), rows.half().float())
+
+
+def test_an_infinite_number_is_refused_even_beside_its_opposite() -> None:
+    for numbers in ([float("inf"), float("-inf")], [float("inf"), 1.0]):
+        with pytest.raises(SconeError, match="not finite"):
+            RowFormat.of("bf16", 2).encode(torch.tensor([numbers]))
+
+
+@pytest.mark.parametrize("row_type", ROW_TYPES)
+def test_a_row_is_the_same_bytes_whatever_is_stored_with_it(row_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("scone.inference.row_types._NUMBERS_ON_A_HOST", 3 * 101 + 5)  # three rows at a time
+    row, rows = RowFormat.of(row_type, 101), torch.randn(10, 101, generator=torch.Generator().manual_seed(0))
+    np.testing.assert_array_equal(row.encode(rows), np.concatenate([row.encode(one) for one in rows.split(1)]))
+    assert row.encode(rows[:0]).shape == (0, row.row_bytes)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("row_type", ROW_TYPES)
+def test_an_accelerator_stores_the_same_bytes(row_type: str) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(300, 101, generator=generator) * 10.0 ** torch.randint(-9, 5, (300, 101), generator=generator)
+    row = RowFormat.of(row_type, 101)
+    np.testing.assert_array_equal(row.encode(rows.cuda()), row.encode(rows))
+
+
 def test_unknown_choices_are_refused() -> None:
     with pytest.raises(SconeError, match="found row type 'int2'; expected one of fp32"):
         RowFormat.of("int2", 4)
