@@ -90,10 +90,12 @@ def test_each_kind_of_step_is_compiled_once():
         compiled.append(graph)
         return graph.forward
 
+    # torch 2.7 compiles anew for the memory of another cache, 2.11 does not
+    again = [1, 2] if tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 11) else []
     for model in range(2):
         trunk = tiny.trunk("gpt2")
         calls, kinds = CapturedCalls(trunk, backend=backend), set()
-        for rows in [*range(1, MOST_COMPILED + 3), 1, 2]:
+        for rows in [*range(1, MOST_COMPILED + 3), *again]:
             text, cache = some_text(rows, 0), StaticCache(trunk.config, max_cache_len=LENGTH)
             trunk(input_ids=text[:, :PROMPT], past_key_values=cache, use_cache=True)
             step = {"input_ids": text[:, PROMPT : PROMPT + 1], "past_key_values": cache, "use_cache": True}
