@@ -62,7 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from scone.inference.embedding_table import EmbeddingTable
     from scone.inference.loading import choose_device
     from scone.inference.precompute import precompute_table
+    from scone.utils.memory import return_large_blocks
 
+    return_large_blocks()
     torch.manual_seed(options.training.seed)
     device = choose_device(options.training.device)
     if device.type == "cuda" and device.index is None and world_size > 1:
