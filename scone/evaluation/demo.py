@@ -238,7 +238,6 @@ def train_one(run: DemoRun, name: str) -> dict[str, Any]:
     if folder.is_dir() and not (folder / OPTIONS_FILE).is_file():
         shutil.rmtree(folder)  # stopped before its first line was written
     size = f"{options.training.batch_size} × {options.data.max_length} tokens"
-    size = f"{options.training.batch_size} × {options.data.max_length} tokens"
     title = f"Train {NAMES[name]}: {run.options.steps} steps of {size}"
     with run.step(title) as notes:
         if (folder / TRAINING_LOG_FILE).is_file():

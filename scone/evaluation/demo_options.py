@@ -80,6 +80,7 @@ def model_options(options: DemoOptions, name: str) -> SconeOptions:
         lr_scheduler_type="cosine",
         logging_steps=max(1, options.steps // 40),
         eval_steps=max(1, options.steps // options.num_evaluations),
+        save_steps=-(-options.steps // 2),  # a demo that is stopped goes on from here
         save_total_limit=1,
         seed=options.seed,
         device="cpu",

@@ -140,7 +140,7 @@ def mean_loss(result: RunResult, tests: Iterable[str]) -> float:
 
 
 def same_tokens(first: RunResult, second: RunResult) -> bool:
-    """Whether both saw as many training tokens, give or take a step: one that is resumed at its end takes one more."""
+    """Whether both saw as many training tokens, give or take a step: runs resumed at their end once took one more."""
     return math.isclose(first.training_tokens or 0, second.training_tokens or 0, rel_tol=2e-3)
 
 

@@ -108,6 +108,25 @@ def test_second_run_uses_what_was_finished(options: DemoOptions, report: dict) -
         assert again["models"][name]["evaluation"]["loss"] == report["models"][name]["evaluation"]["loss"]
 
 
+def test_a_demo_that_is_stopped_goes_on_from_the_middle(options: DemoOptions, report: dict, tmp_path: Path) -> None:
+    stopped = replace(options, output_dir=str(tmp_path / "demo"))
+
+    def stop(line: str) -> None:
+        if re.match(r" *step +18/24", line):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_demo(stopped, stop)
+    said: list[str] = []
+    run_demo(stopped, said.append)
+    steps = [int(found[1]) for line in said if (found := re.match(r" *step +(\d+)/24", line))]
+    assert steps[0] == 13
+    again = json.loads((tmp_path / "demo" / "report.json").read_text())
+    for name in ("plain", "scone"):
+        expected = report["models"][name]["evaluation"]["loss"]
+        assert again["models"][name]["evaluation"]["loss"] == pytest.approx(expected, rel=1e-5)
+
+
 def test_other_options_train_again(options: DemoOptions, report: dict) -> None:
     said: list[str] = []
     run_demo(replace(options, steps=20), said.append)
