@@ -186,7 +186,7 @@ def measure_memory(report: Report, vocabulary: FGramVocabulary, folder: Path) ->
 
 
 def _child(vocabulary_path: Path, size: str, table: Path) -> dict[str, int]:
-    return_large_blocks()  # as the command does
+    return_large_blocks()  # as the command does with that option
     model = _model(FGramVocabulary.load(vocabulary_path), size)
     precompute_table(model, table, use_memory_map=True, quiet=True)
     status = Path("/proc/self/status").read_text(encoding="ascii")

@@ -64,7 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from scone.inference.precompute import precompute_table
     from scone.utils.memory import return_large_blocks
 
-    return_large_blocks()
+    if options.inference.use_memory_map:
+        return_large_blocks()
     torch.manual_seed(options.training.seed)
     device = choose_device(options.training.device)
     if device.type == "cuda" and device.index is None and world_size > 1:

@@ -12,7 +12,8 @@ def return_large_blocks(from_bytes: int = 1 << 20) -> bool:
 
     Otherwise glibc takes a large block that is freed as a sign that more will come, and keeps those of up to 32 MiB for
     the thread, between small ones that pin them: a job that works through many chunks grows for a while, though it
-    holds no more. It is for programs to decide, not for libraries. Returns False where the C library is another one.
+    holds no more. New pages take time: a quarter more with a small f-gram model. Programs should decide, not libraries.
+    Returns False where the C library is another one.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
