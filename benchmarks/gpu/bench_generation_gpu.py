@@ -5,7 +5,8 @@
 GPT2-Small's shape in bf16 with random weights (speed does not depend on them), 1 M f-grams counted on the tokens, a
 bf16 table. Every step feeds the next token of real text, so that matches are those of text; the host waits for each
 step's choice, as it does to stream it. Milliseconds a step, medians of interleaved rounds. ``--captured`` also decodes
-with static caches, the trunk compiled and every step one CUDA graph, the look-up in it: waiting for every choice, and
+with static caches, the trunk compiled and every step one CUDA graph, the look-up in it unless the host has to do it
+before: waiting for every choice, and
 ``queued``, where choices stay on the GPU and the host launches the next step while this one runs; and says where a
 waiting step's time goes. What fails is named, and the rest goes on. ``--tiny`` rehearses on a CPU.
 """
@@ -235,11 +236,9 @@ def measure_captured(
 ) -> None:
     """The same with static caches and whole steps as CUDA graphs, where launching kernels costs nothing."""
     calls: dict[str, tuple[CapturedCalls, StaticCache]] = {}
-    for name in ("plain", "doubled", "ram", "gpu"):
-        if name in models:
-            config = getattr(models[name], "trunk", models[name]).config
-            cache = StaticCache(config, max_cache_len=prompt + steps)
-            calls[name] = CapturedCalls(models[name], **options_within_a_graph(None)), cache
+    for name, model in models.items():
+        cache = StaticCache(getattr(model, "trunk", model).config, max_cache_len=prompt + steps)
+        calls[name] = CapturedCalls(model, **options_within_a_graph(None)), cache
     tokens = some_text(text, batch, prompt + steps, seed=0)
     for name, (call, cache) in list(calls.items()):  # compile and capture
         try:
@@ -247,7 +246,7 @@ def measure_captured(
         except Exception as error:  # of the compiler, or out of memory
             _failed(report, calls, name, batch, str(error))
         else:
-            if DEVICE.type == "cuda" and not any(step.graph is not None for step in call._steps.values()):
+            if DEVICE.type == "cuda" and not call.num_graphs:
                 _failed(report, calls, name, batch, "was not captured")
     if "plain" not in calls:  # which all others are compared with
         return
@@ -307,7 +306,7 @@ def timed_parts(
 ) -> list[StepParts]:
     """Where the time of each step goes, of those that are graphs (none on a CPU)."""
     timed = []
-    for step in call._steps.values():
+    for step in [step for kept in call._kept.values() for step in kept.steps.values()]:
         if step.graph is not None:
             step.graph = TimedGraph(step.graph)  # type: ignore[assignment]
             timed.append(step.graph)

@@ -8,6 +8,7 @@ import types
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,29 +34,50 @@ class CapturedCalls:
     A step can be captured when it has one new token a row on a CUDA device, with gradients off, over a cache whose
     memory stays where it is, and when nothing in it waits for the accelerator: the second call is watched for that, and
     a step that waits stays an ordinary call. What a replayed step returns lies in memory that the next one writes over.
-    Graphs are kept, and with them their cache, for the cache that was used last.
 
-    The trunk is compiled for each kind of step (``compile_options``: as `torch.compile` takes them), as ``generate`` of
-    transformers compiles any model over a static cache. While one is captured, no other thread may call the model.
+    Where the host has to look up, it does so before each step, and all that follows is captured.
+
+    Args:
+        model: a causal language model, ours or a plain one.
+        compiles: compile the trunk for each kind of step, as ``generate`` of transformers compiles any model over a
+            static cache. Else what is captured is the model as it is: ready at once, and slower than compiled.
+        most_caches: graphs are kept, and with them their caches, for so many caches that were used last.
+        compile_options: as `torch.compile` takes them.
+
+    While a step is captured, no other thread may call the model.
     """
 
     gave_up = False
     """Whether a capture failed in this process: PyTorch cannot begin another one then (pytorch issue 180395)."""
 
-    def __init__(self, model: PreTrainedModel, **compile_options: Any) -> None:
+    def __init__(
+        self, model: PreTrainedModel, *, compiles: bool = True, most_caches: int = 1, **compile_options: Any
+    ) -> None:
         self._model = model
         self.compile_options = compile_options
+        self._compiles, self._most_caches = compiles, most_caches
         self._trunk: PreTrainedModel = getattr(model, "trunk", model)
         self._lock = threading.RLock()
         self._forwards: dict[Hashable, Callable[..., Any]] = {}
-        self.forget()
+        self._kept: dict[Cache, _Kept] = {}
 
-    def forget(self) -> None:
-        """Let go of all graphs, and of the cache that they belong to."""
+    def forget(self, cache: Cache | None = None) -> None:
+        """Let go of the graphs of ``cache``, or of all, and of what they keep."""
         with self._lock:
-            self.cache: Cache | None = None
-            self._memory: tuple[Hashable, ...] = ()
-            self._steps: dict[Hashable, _Step] = {}
+            if cache is None:
+                self._kept.clear()
+            else:
+                self._kept.pop(cache, None)
+
+    @property
+    def caches(self) -> list[Cache]:
+        """Those that graphs are kept for, the last used last."""
+        return list(self._kept)
+
+    @property
+    def num_graphs(self) -> int:
+        """Of all caches."""
+        return sum(step.graph is not None for kept in self._kept.values() for step in kept.steps.values())
 
     def __call__(self, **inputs: Any) -> Any:
         """As the model's own call, by keyword."""
@@ -69,26 +91,36 @@ class CapturedCalls:
         with self._lock:
             return self._call(inputs)
 
-    def _call(self, inputs: Mapping[str, Any]) -> Any:
-        cache: Cache = inputs["past_key_values"]
-        memory = self._memory_of(cache)
-        if cache is not self.cache or memory != self._memory:
-            self.forget()
-            self.cache, self._memory = cache, memory
-        key = (self._model.training, torch.is_inference_mode_enabled(), *_facts(inputs))
-        step = self._steps.get(key)
-        if step is None:
-            first: Any = cache.layers[0]
-            step = self._steps[key] = _Step(inputs, self._forward_for((first.keys.shape, *key)))
+    def _call(self, inputs: dict[str, Any]) -> Any:
+        by_host = getattr(self._model, "looks_up_on_host", False)  # a plain model looks nothing up
+        if by_host:
+            model: Any = self._model
+            inputs = inputs | {"inputs_embeds": model.input_vectors(**_of_look_up(inputs))}
+        step = self._step_of(inputs)
         step.take(inputs)
         if step.graph is None:
             with self._trunk_calls(step.forward):
                 return step.begin(self._model)
         table = getattr(self._model, "table_embedding", None)
-        if table is not None:
+        if table is not None and not by_host:
             table.num_positions += inputs["input_ids"].numel()
         step.graph.replay()
         return step.output
+
+    def _step_of(self, inputs: Mapping[str, Any]) -> _Step:
+        cache: Cache = inputs["past_key_values"]
+        kept, memory = self._kept.pop(cache, None), self._memory_of(cache)
+        if kept is None or kept.memory != memory:
+            kept = _Kept(memory)
+        self._kept[cache] = kept
+        while len(self._kept) > self._most_caches:
+            del self._kept[next(iter(self._kept))]
+        key = (self._model.training, torch.is_inference_mode_enabled(), *_facts(inputs))
+        step = kept.steps.get(key)
+        if step is None:
+            first: Any = cache.layers[0]
+            step = kept.steps[key] = _Step(inputs, self._forward_for((first.keys.shape, *key)))
+        return step
 
     def _memory_of(self, cache: Cache) -> tuple[Hashable, ...]:
         """Where everything lies that a graph reads and writes."""
@@ -103,6 +135,8 @@ class CapturedCalls:
         As code of its own: for each piece of code, which all models of an architecture share, the compiler keeps eight
         compilations.
         """
+        if not self._compiles:
+            return self._trunk.forward
         if kind in self._forwards:
             return self._forwards[kind]
         if len(self._forwards) == MOST_COMPILED:
@@ -154,6 +188,16 @@ def is_step(inputs: Mapping[str, Any]) -> bool:
 def _asks_for_more(config: Any) -> bool:
     """Whether a step returns what ``generate`` keeps as it is, and the next step would write over."""
     return bool(getattr(config, "output_hidden_states", False) or getattr(config, "output_attentions", False))
+
+
+def _of_look_up(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a step's arguments decides its input vectors."""
+    return {
+        "input_ids": inputs["input_ids"],
+        "mask": inputs.get("token_mask"),
+        "cache": inputs["past_key_values"],
+        "trie": inputs.get("trie"),
+    }
 
 
 def lies_on_one_device(model: PreTrainedModel) -> bool:
@@ -229,6 +273,14 @@ def _noted_waits() -> Iterator[list[str]]:
             yield waits
         finally:
             torch.cuda.set_sync_debug_mode(before)
+
+
+@dataclass
+class _Kept:
+    """What belongs to one cache: its steps by kind, and where all lay that they read and write."""
+
+    memory: tuple[Hashable, ...]
+    steps: dict[Hashable, _Step] = field(default_factory=dict)
 
 
 class _Step:

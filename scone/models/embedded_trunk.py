@@ -15,8 +15,9 @@ from transformers.cache_utils import Cache
 from transformers.generation.configuration_utils import CompileConfig
 from transformers.masking_utils import create_masks_for_generate
 
+from scone.models.captured_calls import CapturedCalls, lies_on_one_device, options_within_a_graph
 from scone.models.configuration import EmbeddedTrunkConfig
-from scone.models.token_history import extend_history, hidden, known_past
+from scone.models.token_history import StaticTokenHistory, extend_history, hidden, known_past
 
 
 class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
@@ -40,6 +41,7 @@ class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
         self.trunk = AutoModelForCausalLM.from_config(config.text_config) if trunk is None else trunk
         self._no_split_modules = list(self.trunk._no_split_modules or [])
         self._embedding_place: tuple[str, ...] = ()
+        self._captured: CapturedCalls | None = None
 
     @abstractmethod
     def embed(
@@ -52,6 +54,22 @@ class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
         """Input vectors ``[B, T, D]`` of tokens that follow what ``cache`` holds; ``trie`` is what the data loader has
         looked up already.
         """
+
+    def input_vectors(
+        self,
+        input_ids: Tensor,
+        mask: Tensor | None = None,
+        cache: Cache | None = None,
+        trie: dict[str, Any] | None = None,
+    ) -> Tensor:
+        """What the trunk gets, ``[B, T, D]``: as `embed`, which see, times ``embedding_scale``."""
+        vectors = self.embed(input_ids, mask, cache, trie)
+        return vectors if self.config.embedding_scale == 1.0 else vectors * self.config.embedding_scale
+
+    @property
+    def looks_up_on_host(self) -> bool:
+        """Whether `embed` needs the host between the tokens and their vectors."""
+        return True
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
         """As Hugging Face's, plus the file by which ``trust_remote_code`` finds us."""
@@ -106,8 +124,33 @@ class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
         return create(config=trunk.config, **kwargs)
 
     def get_compiled_call(self, compile_config: CompileConfig | None) -> Callable[..., Any]:
-        """What ``generate`` calls for steps over a static cache: plain calls, since the host looks up between them."""
-        return self.__call__
+        """What ``generate`` calls for steps over a static cache: CUDA graphs, if all of the model is on one device."""
+        if self.device.type != "cuda" or not lies_on_one_device(self):
+            return self.__call__
+        options = options_within_a_graph(compile_config)
+        if self._captured is None or self._captured.compile_options != options:
+            self._captured = CapturedCalls(self, **options)
+        return self._captured
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As Hugging Face's. Graphs outlive it only with a cache that its caller made, and may use again."""
+        generation: Any = super()
+        try:
+            return generation.generate(*args, **kwargs)
+        finally:
+            calls = self._captured
+            for cache in [] if calls is None else calls.caches:
+                if calls is not None and not getattr(cache, "_is_user_defined", False):
+                    calls.forget(cache)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        """As PyTorch's; what moves or casts weights leaves graphs that read where they were."""
+        self._captured = None
+        return super()._apply(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy captures steps of its own."""
+        return self.__dict__ | {"_captured": None}
 
     # ------------------------------------------------------------------ tokens → vectors → logits
 
@@ -132,7 +175,8 @@ class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
             input_ids: int64 ``[B, T]``.
             attention_mask: ``[B, past + T]``, 0 at padding. Padding is not there: tokens on both sides of it are
                 neighbours, so that a padded batch gives what its bare rows give.
-            inputs_embeds: ``[B, T, D]`` ready-made vectors; nothing is looked up or scaled then.
+            inputs_embeds: ``[B, T, D]`` ready-made vectors (of `input_vectors`, where ``input_ids`` are given too);
+                nothing is looked up or scaled then.
             labels: int64 ``[B, T]``, unshifted, -100 ignored.
             trie: what the data loader looked up (the arrays of a ``TrieBatch``); looked up here where missing.
             token_mask: ``[B, T]`` 0 at padding, where ``attention_mask`` is not two-dimensional.
@@ -147,9 +191,7 @@ class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
             mask = _new_columns(attention_mask, input_ids.shape[1], past_key_values)
         if inputs_embeds is None:
             assert input_ids is not None, "give input_ids or inputs_embeds"
-            inputs_embeds = self.embed(input_ids, mask, past_key_values, trie)
-            if self.config.embedding_scale != 1.0:
-                inputs_embeds = inputs_embeds * self.config.embedding_scale
+            inputs_embeds = self.input_vectors(input_ids, mask, past_key_values, trie)
         if use_cache is None and labels is not None:
             use_cache = False
         output = self.trunk(
@@ -182,13 +224,15 @@ class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
         ``find`` takes tokens int64 and validity bool ``[B, L]`` on the host and answers ``[B, L, …]``.
         Raises ValueError for a cache without the history of its tokens.
         """
-        history = known_past(cache)
-        past = 0 if history is None else int(history.get_seq_length())
-        new = input_ids.shape[1]
-        seen = hidden(input_ids, mask)
-        if history is not None and past and context:
-            seen = torch.cat([history.last(context), seen], dim=1)
-        tokens = seen.cpu().numpy()
+        history = known_past(cache, may_wait=False)
+        new, seen = input_ids.shape[1], hidden(input_ids, mask)
+        if isinstance(history, StaticTokenHistory):
+            tokens, past = history.followed_by(seen, context)
+        else:
+            past = 0 if history is None else history.get_seq_length()
+            if history is not None and context:
+                seen = torch.cat([history.last(context), seen], dim=1)
+            tokens = seen.cpu().numpy()
         valid = tokens >= 0
         if valid.all():
             return find(tokens, valid)[:, -new:]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.generation.configuration_utils import CompileConfig
 from transformers.utils import cached_file
 
 from scone.kernels.trie_batch import build_trie_batch
-from scone.models.captured_calls import CapturedCalls, lies_on_one_device, options_within_a_graph
 from scone.models.configuration import SconeConfig
 from scone.models.embedded_trunk import EmbeddedTrunk
 from scone.models.f_gram_model import FGramBlock, FGramModel
@@ -49,7 +47,6 @@ class SconeForCausalLM(EmbeddedTrunk):
         self.vocabulary: FGramVocabulary | None = None
         self.matcher: Matcher | None = None
         self._stand_ins: np.ndarray | None = None
-        self._captured: CapturedCalls | None = None
         # the layers that sharding and device maps take as one
         self._no_split_modules = [*(self._no_split_modules or []), FGramBlock.__name__]
         width = self._token_weight().shape[1]
@@ -225,35 +222,11 @@ class SconeForCausalLM(EmbeddedTrunk):
         """Accelerator memory that finding f-grams takes there: 0 where the host does it."""
         return 0 if self.table_embedding is None else self.table_embedding.accelerator_index_bytes
 
-    def get_compiled_call(self, compile_config: CompileConfig | None) -> Callable[..., Any]:
-        """What ``generate`` calls for steps over a static cache: CUDA graphs, if the accelerator looks up by itself."""
+    @property
+    def looks_up_on_host(self) -> bool:
+        """Not where the accelerator finds f-grams and reads the table's rows by itself."""
         table, vocabulary = self.table_embedding, self.vocabulary
-        if table is None or vocabulary is None or table.look_up_on(self.device, vocabulary) is None:
-            return super().get_compiled_call(compile_config)
-        if not lies_on_one_device(self):
-            return super().get_compiled_call(compile_config)
-        options = options_within_a_graph(compile_config)
-        if self._captured is None or self._captured.compile_options != options:
-            self._captured = CapturedCalls(self, **options)
-        return self._captured
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As Hugging Face's. Graphs outlive it only with a cache that its caller made, and may use again."""
-        generation: Any = super()
-        try:
-            return generation.generate(*args, **kwargs)
-        finally:
-            if self._captured is not None and not getattr(self._captured.cache, "_is_user_defined", False):
-                self._captured.forget()
-
-    def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        """As PyTorch's; what moves or casts weights leaves graphs that read where they were."""
-        self._captured = None
-        return super()._apply(*args, **kwargs)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy captures steps of its own."""
-        return self.__dict__ | {"_captured": None}
+        return table is None or vocabulary is None or table.look_up_on(self.device, vocabulary) is None
 
     def match(self, input_ids: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> np.ndarray:
         """Node ids int64 ``[B, T]``: the longest f-gram ending at each position, which may begin in the cached past."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
@@ -103,6 +104,21 @@ class StaticTokenHistory(TokenHistory):
         end = int(self.places)
         return self.all()[:, max(end - count, 0) : end]
 
+    def followed_by(self, new: Tensor, count: int) -> tuple[np.ndarray, int]:
+        """The last ``count`` tokens and ``new`` int64 [B, T], both as `hidden` writes them, on the host: int64
+        ``[B, ≤ count + T]``; and how many positions the cache holds. The accelerator is waited for once.
+
+        Raises ValueError when it holds positions without tokens.
+        """
+        at = torch.arange(-count, 0, device=new.device) + self.places
+        before = self.all()[:, at.clamp(min=0)]
+        counts = torch.stack([self.places, self.count]).expand(len(new), 2)
+        found = torch.cat([counts, before, new], dim=1).cpu().numpy()
+        past, known = found[0, :2].tolist()
+        if known != past:
+            raise _unknown(past, known)
+        return found[:, 2 + max(count - past, 0) :], past
+
 
 def token_history(cache: Cache | None) -> TokenHistory | None:
     """The history that ``cache`` carries, if any."""
@@ -132,11 +148,15 @@ def known_past(cache: Cache | None, may_wait: bool = True) -> TokenHistory | Non
         return None
     found = history.get_seq_length() if history else 0
     if history is None or found != past:
-        raise ValueError(
-            f"the cache holds {past} positions but the tokens of {found}; a SCONE model continues only caches that it "
-            "filled from input_ids"
-        )
+        raise _unknown(past, found)
     return history
+
+
+def _unknown(past: int, found: int) -> ValueError:
+    return ValueError(
+        f"the cache holds {past} positions but the tokens of {found}; a SCONE model continues only caches that it "
+        "filled from input_ids"
+    )
 
 
 def extend_history(cache: Cache, token_ids: Tensor, mask: Tensor | None) -> None:

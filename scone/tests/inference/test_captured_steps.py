@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 import subprocess
 import sys
@@ -18,11 +19,13 @@ import torch
 from transformers import DynamicCache, LogitsProcessorList, StaticCache
 from transformers.cache_utils import StaticSlidingWindowLayer
 
+import scone
 from scone.inference.embedding_table import EmbeddingTable
 from scone.inference.statistics import counted_reads
 from scone.models import captured_calls
 from scone.models.captured_calls import MOST_COMPILED, WARM_UP_CALLS, CapturedCalls, is_step, options_within_a_graph
 from scone.models.language_model import SconeForCausalLM
+from scone.models.over_encoding import OverEncodingForCausalLM
 from scone.tests import tiny
 from scone.tests.inference.tables import small_model, write_table
 
@@ -30,6 +33,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"
 )  # the compiler's own
 LENGTH, PROMPT = 24, 5
+BY_HOST = [("gpt2", "mmap"), ("gpt2", "direct"), ("qwen2", "gpu:100,disk"), ("gpt2", None)]
 
 
 def some_text(rows: int, seed: int) -> torch.Tensor:
@@ -46,11 +50,7 @@ def test_on_a_cpu_every_call_is_an_ordinary_one():
         for at in range(LENGTH):
             logits = calls(input_ids=text[:, at : at + 1], past_key_values=cache, use_cache=True).logits
             torch.testing.assert_close(logits[:, 0], expected[:, at])
-    assert not captured(calls)
-
-
-def captured(calls: CapturedCalls) -> int:
-    return sum(step.graph is not None for step in calls._steps.values())
+    assert not calls.num_graphs
 
 
 @torch.inference_mode()
@@ -154,6 +154,70 @@ def test_the_third_step_is_captured_unless_the_second_waited(
     assert ("it waits for the accelerator at some_model.py:7" in caplog.text) == bool(waits)
 
 
+class RunAgain:
+    """In place of a graph, without a GPU: replaying calls the model on what was captured, into the same memory."""
+
+    def __init__(self, step: captured_calls._Step, model: Any) -> None:
+        self._step, self._model = step, model
+
+    def replay(self) -> None:
+        table = getattr(self._model, "table_embedding", None)
+        before = None if table is None else table.num_positions
+        self._step.output.logits.copy_(self._model(**self._step._inputs).logits)
+        if table is not None:
+            assert table.num_positions == before, "what a graph does is counted outside of it"
+
+
+def run_again(step: captured_calls._Step, model: Any) -> Any:
+    step.output, step.graph = model(**step._inputs), RunAgain(step, model)  # type: ignore[assignment]
+    return step.output
+
+
+@pytest.mark.parametrize("kind", ["table", "live", "over-encoding", "plain"])
+def test_what_the_host_looks_up_is_given_to_the_captured_rest(
+    kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Through two texts in one cache and a third in another, with padding in front."""
+    monkeypatch.setattr(captured_calls, "_noted_waits", lambda: nullcontext([]))
+    monkeypatch.setattr(captured_calls._Step, "_capture", run_again)
+    model: Any = tiny.trunk("gpt2") if kind in ("plain", "over-encoding") else tiny.scone("gpt2", min_freq=1)
+    if kind == "over-encoding":
+        model = OverEncodingForCausalLM.from_trunk(model, num_rows=997, start="random", separator_ids=[0]).eval()
+    if kind == "table":
+        size = model.config.vocab_size
+        rows = model.embed_nodes(torch.arange(size, size + model.config.num_f_grams))
+        write_table(tmp_path / "table", rows)
+        model.attach_table(EmbeddingTable.open(tmp_path / "table", "mmap"))
+    calls = CapturedCalls(model, compiles=False, most_caches=2)
+    caches = [StaticCache(getattr(model, "trunk", model).config, max_cache_len=LENGTH) for _ in range(2)]
+    padding = torch.ones(2, LENGTH, dtype=torch.long)
+    padding[0, :3] = 0
+    places = (padding.cumsum(1) - 1).clamp(min=0)
+    with torch.inference_mode():
+        for seed, cache in enumerate((caches[0], caches[0], caches[1])):
+            text = some_text(2, seed)
+            cache.reset()
+            with counted_reads(model) as at_once:
+                expected = model(input_ids=text, attention_mask=padding, position_ids=places).logits
+            with counted_reads(model) as reads:
+                prompt = {"input_ids": text, "attention_mask": padding, "position_ids": places}
+                model(**{name: tensor[:, :PROMPT] for name, tensor in prompt.items()}, past_key_values=cache)
+                for at in range(PROMPT, LENGTH):
+                    seen = padding.bool() & (torch.arange(LENGTH) <= at)
+                    step = {"input_ids": text[:, at : at + 1], "past_key_values": cache, "use_cache": True}
+                    step |= {"attention_mask": seen[:, None, None]}
+                    if kind != "plain":
+                        step |= {"token_mask": padding[:, at : at + 1]}
+                    found = calls._call(step | {"position_ids": places[:, at : at + 1]})
+                    torch.testing.assert_close(found.logits[:, -1], expected[:, at], atol=1e-5, rtol=1e-5)
+            if reads is not None and at_once is not None:
+                assert (reads.num_positions, reads.num_rows) == (at_once.num_positions, at_once.num_rows)
+    assert calls.caches == caches
+    assert calls.num_graphs == 2
+    calls.forget(caches[0])
+    assert calls.caches == caches[1:]
+
+
 def test_copies_other_tables_and_moved_weights_leave_graphs_behind(tmp_path: Path) -> None:
     model = small_model()
     model._captured = CapturedCalls(model)
@@ -175,18 +239,22 @@ def test_copies_other_tables_and_moved_weights_leave_graphs_behind(tmp_path: Pat
     assert model._captured is None
 
 
-@pytest.fixture(params=[("gpt2", "gpu"), ("gpt2", "ram"), ("gpt2", "gpu:100,ram"), ("qwen2", "ram")])
+@pytest.fixture(params=[("gpt2", "gpu"), ("gpt2", "ram"), ("gpt2", "gpu:100,ram"), ("qwen2", "ram"), *BY_HOST])
 def model(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[SconeForCausalLM]:
-    """On the GPU, with its table in a placement that the GPU reads by itself."""
+    """On the GPU, with its table in a placement that the GPU reads by itself, or the host, or without one."""
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     kind, placement = request.param
     model = tiny.scone(kind, min_freq=1)
     path = tmp_path / "embeddings.cache"
+    if placement is None:
+        yield model.cuda()
+        return
     size = model.config.vocab_size
     write_table(path, model.embed_nodes(torch.arange(size, size + model.config.num_f_grams)))
     with EmbeddingTable.open(path, placement, device="cuda") as table:
         model.cuda().attach_table(table)
+        assert model.looks_up_on_host == ((kind, placement) in BY_HOST)
         yield model
 
 
@@ -210,13 +278,14 @@ def test_captured_steps_equal_the_full_forward(model: SconeForCausalLM) -> None:
             text = some_text(rows, seed)
             with counted_reads(model) as reads:
                 found = [logits.clone() for logits in steps(model, calls, cache, text)]
-            assert captured(calls) == 1
+            assert calls.num_graphs == 1
             with counted_reads(model) as at_once:
                 expected = model(text.cuda()).logits[:, PROMPT - 1 :]
             torch.testing.assert_close(torch.stack(found, 1), expected, atol=1e-4, rtol=1e-4)
-            assert reads is not None
-            assert at_once is not None
-            assert (reads.num_positions, reads.num_rows) == (at_once.num_positions, at_once.num_rows)
+            if model.table_embedding is not None:
+                assert reads is not None
+                assert at_once is not None
+                assert (reads.num_positions, reads.num_rows) == (at_once.num_positions, at_once.num_rows)
             cache.reset()
     assert calls is model.get_compiled_call(None)
     copied = copy.deepcopy(model)
@@ -236,7 +305,7 @@ def test_a_reordered_cache_is_captured_anew(model: SconeForCausalLM) -> None:
         logits = calls(input_ids=text[:, at : at + 1].cuda(), past_key_values=cache, use_cache=True).logits
         expected = model(text[:, : at + 1].cuda()).logits
         torch.testing.assert_close(logits[:, -1], expected[:, -1], atol=1e-4, rtol=1e-4)
-    assert captured(calls) == 1
+    assert calls.num_graphs == 1
 
 
 @pytest.mark.gpu
@@ -250,7 +319,7 @@ def test_generate_over_a_static_cache_gives_what_it_gives_without(model: SconeFo
     graphs = []
 
     def count(_: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        graphs.append(captured(model._captured) if model._captured is not None else 0)
+        graphs.append(model._captured.num_graphs if model._captured is not None else 0)
         return scores
 
     how["logits_processor"] = LogitsProcessorList([count])
@@ -258,7 +327,7 @@ def test_generate_over_a_static_cache_gives_what_it_gives_without(model: SconeFo
         found = model.generate(prompts, attention_mask=mask, cache_implementation="static", **how)
         assert found.tolist() == expected.tolist()
         assert graphs[-1] == (1 if beams == 1 else 0), "transformers' beam search makes ordinary calls"
-    assert model._captured is None or not model._captured._steps, "memory is kept for a cache that is gone"
+    assert model._captured is None or not model._captured.caches, "memory is kept for a cache that is gone"
 
 
 @pytest.mark.gpu
@@ -269,7 +338,7 @@ def test_a_plain_trunk_is_captured_too(model: SconeForCausalLM) -> None:
     calls = CapturedCalls(plain, **options_within_a_graph(None))
     found = [one.clone() for one in steps(plain, calls, StaticCache(plain.config, max_cache_len=LENGTH), text)]
     torch.testing.assert_close(torch.stack(found, 1), plain(text.cuda()).logits[:, PROMPT - 1 :], atol=1e-4, rtol=1e-4)
-    assert captured(calls) == 1
+    assert calls.num_graphs == 1
     assert LENGTH - PROMPT > WARM_UP_CALLS + 1
 
 
@@ -284,7 +353,7 @@ def test_a_step_that_waits_is_not_captured(model: SconeForCausalLM, caplog: pyte
     cache = StaticCache(model.trunk.config, max_cache_len=LENGTH)
     found = [one.clone() for one in steps(model, calls, cache, text)]
     torch.testing.assert_close(torch.stack(found, 1), model(text.cuda()).logits[:, PROMPT - 1 :], atol=1e-4, rtol=1e-4)
-    assert not captured(calls)
+    assert not calls.num_graphs
     assert not CapturedCalls.gave_up
     assert "it waits for the accelerator at" in caplog.text
 
@@ -295,6 +364,10 @@ def test_decoding_goes_on_after_a_capture_that_failed() -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     program = Path(__file__).with_name("failed_capture.py")
-    done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, timeout=300, check=False)
+    paths = [str(Path(scone.__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+    done = subprocess.run(
+        [sys.executable, str(program)], capture_output=True, text=True, timeout=300, check=False, env=environment
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.strip() == "as without"
