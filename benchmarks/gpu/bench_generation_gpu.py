@@ -6,9 +6,9 @@ GPT2-Small's shape in bf16 with random weights (speed does not depend on them), 
 bf16 table. Every step feeds the next token of real text, so that matches are those of text; the host waits for each
 step's choice, as it does to stream it. Milliseconds a step, medians of interleaved rounds. ``--captured`` also decodes
 with static caches, the trunk compiled and every step one CUDA graph, the look-up in it unless the host has to do it
-before: waiting for every choice, and
-``queued``, where choices stay on the GPU and the host launches the next step while this one runs; and says where a
-waiting step's time goes. What fails is named, and the rest goes on. ``--tiny`` rehearses on a CPU.
+before: waiting for every choice, and ``queued``, where choices stay on the GPU and the host launches the next step
+while this one runs; and says where a waiting step's time goes. Last, the engine that users call, with graphs and
+without. What fails is named, and the rest goes on. ``--tiny`` rehearses on a CPU.
 """
 
 from __future__ import annotations
@@ -28,12 +28,24 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 from common import Report
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel, StaticCache
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DynamicCache,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    StaticCache,
+)
 
 from scone.data.token_file import TokenFile
 from scone.inference.embedding_table import EmbeddingTable
+from scone.inference.engine import GenerationOptions, SconeInferenceEngine
+from scone.inference.loading import LoadedModel
 from scone.inference.row_types import RowFormat
+from scone.inference.streaming import Continuation
 from scone.inference.table_format import TableLayout
 from scone.inference.table_writer import TablePlan, TableWriter
 from scone.models.captured_calls import CapturedCalls, options_within_a_graph
@@ -80,6 +92,8 @@ def main() -> None:
                 measure(report, models, text, batch, prompt, steps, rounds=2 if tiny else 5)
             if options["captured"] or options["only_captured"]:
                 measure_captured(report, models, text, batch, prompt, steps, rounds=2 if tiny else 5)
+        for batch in batches:
+            measure_engine(report, models, text, batch, prompt, steps, rounds=2 if tiny else 5)
     report.finish()
 
 
@@ -267,8 +281,36 @@ def measure_captured(
             report.add(f"captured_parts_us_b{batch}_{name}_{part}", "µs", statistics.median(values) * 1e6, ratio=None)
 
 
+def measure_engine(
+    report: Report, models: dict[str, PreTrainedModel], text: Tensor, batch: int, prompt: int, steps: int, rounds: int
+) -> None:
+    """What users get: ``generate`` of the engine with all its bookkeeping, with CUDA graphs (not compiled) and without.
+
+    Milliseconds a new token, prefill included. The models go on from their own choices, which are no text.
+    """
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"0": 0}, unk_token="0")))
+    for name, model in models.items():
+        taken: dict[bool, list[float]] = {True: [], False: []}
+        loaded = LoadedModel(model, getattr(getattr(model, "table_embedding", None), "table", None), None)
+        engines = {on: SconeInferenceEngine(loaded, tokenizer, cuda_graphs=on) for on in taken}
+        for turn in range(rounds + 1):
+            prompts = some_text(text, batch, prompt, seed=turn).tolist()
+            for on, engine in engines.items():
+                synchronize()
+                start = time.perf_counter()
+                engine.run([Continuation(ids, steps) for ids in prompts], GenerationOptions())
+                if turn:
+                    taken[on].append((time.perf_counter() - start) / steps * 1e3)
+        caches = engines[True]._step_caches
+        if DEVICE.type == "cuda" and not (caches and caches._calls.num_graphs):
+            _failed(report, {}, f"{name} in the engine", batch, "was not captured")
+            continue
+        ours, peer = (statistics.median(taken[on]) for on in (True, False))
+        report.add(f"engine_ms_b{batch}_{name}", "ms", ours, peer=peer, peer_name="no graphs", ratio="peer/ours")
+
+
 def _failed(report: Report, calls: dict[str, Any], name: str, batch: int, why: str) -> None:
-    del calls[name]
+    calls.pop(name, None)
     report.config["failed"].append(f"captured {name} at batch {batch}: {why.partition(chr(10))[0]}")
     print(report.config["failed"][-1], flush=True)
 

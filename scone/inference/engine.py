@@ -6,6 +6,7 @@ import queue
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,11 +25,12 @@ from scone.inference.statistics import (
     counted_reads,
     process_bytes,
 )
+from scone.inference.step_caches import ONE_BATCH_AT_A_TIME, StepCaches
 from scone.inference.streaming import Continuation, FirstStep, RowControl
 from scone.utils.errors import SconeError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, StaticCache
 
 
 DEFAULT_MAX_LENGTH = 100
@@ -73,10 +75,12 @@ class SconeInferenceEngine:
     ``loaded.model`` is an ordinary Hugging Face model: everything that takes one takes it.
     """
 
-    def __init__(self, loaded: LoadedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, loaded: LoadedModel, tokenizer: PreTrainedTokenizerBase, cuda_graphs: bool = True) -> None:
+        """``cuda_graphs``: on a GPU, launch decoding steps as graphs (see `StepCaches`), one batch at a time."""
         self.loaded = loaded
         self.model = loaded.model
         self.tokenizer = tokenizer
+        self._step_caches = StepCaches(self.model) if cuda_graphs and device_of(self.model).type == "cuda" else None
 
     @classmethod
     def from_pretrained(
@@ -87,6 +91,7 @@ class SconeInferenceEngine:
         quantization: str | None = None,
         device: str | torch.device | None = None,
         tokenizer_path: str | Path | None = None,
+        cuda_graphs: bool = True,
     ) -> SconeInferenceEngine:
         """Load model, table and tokenizer (by default the one saved with the model). Raises SconeError as
         `load_model` does.
@@ -94,7 +99,7 @@ class SconeInferenceEngine:
         from scone.tokenization.tokenizers import load_tokenizer
 
         loaded = load_model(model_path, embedding_cache_path, placement, device, quantization)
-        return cls(loaded, load_tokenizer(str(tokenizer_path or model_path)))
+        return cls(loaded, load_tokenizer(str(tokenizer_path or model_path)), cuda_graphs)
 
     def generate(
         self, prompts: str | Sequence[str], options: GenerationOptions | None = None
@@ -276,13 +281,18 @@ class SconeInferenceEngine:
         if reads is not None:
             reads.num_positions -= int((mask == 0).sum()) * options.num_beams
         shortest = min(len(row.prompt_ids) for row in rows)
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        new_tokens = max(row.max_new_tokens for row in rows)
+        with (
+            self._step_cache(len(rows), width, new_tokens, options.num_beams) as cache,
+            torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        ):
             torch.manual_seed(options.seed)
             output: Tensor = self.model.generate(  # type: ignore[operator]
                 input_ids=tokens.to(device),
                 attention_mask=mask.to(device),
-                generation_config=self._generation_config(options, max(row.max_new_tokens for row in rows), shortest),
+                generation_config=self._generation_config(options, new_tokens, shortest),
                 stopping_criteria=[clock],
+                **({} if cache is None else {"past_key_values": cache}),
             )
         now = time.perf_counter()
         if isinstance(clock, FirstStep):
@@ -292,6 +302,21 @@ class SconeInferenceEngine:
                     row.add(token, ends, now)
         for row in rows:
             row.finish("length", now)
+
+    @contextmanager
+    def _step_cache(
+        self, num_rows: int, num_prompt_tokens: int, num_new_tokens: int, num_beams: int
+    ) -> Iterator[StaticCache | None]:
+        """A cache whose steps are captured, where there can be one; beams change places in it, so they get none."""
+        if self._step_caches is None:
+            yield None
+            return
+        with ONE_BATCH_AT_A_TIME:
+            if num_beams > 1:
+                yield None
+            else:
+                with self._step_caches.for_batch(num_rows, num_prompt_tokens + num_new_tokens, num_new_tokens) as cache:
+                    yield cache
 
     def _generation_config(self, options: GenerationOptions, new_tokens: int, shortest: int) -> Any:
         from transformers import GenerationConfig

@@ -44,6 +44,8 @@ class CapturedCalls:
         most_caches: graphs are kept, and with them their caches, for so many caches that were used last.
         compile_options: as `torch.compile` takes them.
 
+    Attributes: ``num_ordinary``, calls so far of kinds that no graph is made for, however often they come.
+
     While a step is captured, no other thread may call the model.
     """
 
@@ -60,6 +62,7 @@ class CapturedCalls:
         self._lock = threading.RLock()
         self._forwards: dict[Hashable, Callable[..., Any]] = {}
         self._kept: dict[Cache, _Kept] = {}
+        self.num_ordinary = 0
 
     def forget(self, cache: Cache | None = None) -> None:
         """Let go of the graphs of ``cache``, or of all, and of what they keep."""
@@ -81,15 +84,19 @@ class CapturedCalls:
 
     def __call__(self, **inputs: Any) -> Any:
         """As the model's own call, by keyword."""
-        tokens = inputs.get("input_ids")
-        if tokens is None or tokens.device.type != "cuda" or torch.is_grad_enabled():
-            return self._model(**inputs)
-        if torch.is_autocast_enabled("cuda"):  # which keeps weights of its own, for a while
-            return self._model(**inputs)
-        if not is_step(inputs) or _asks_for_more(self._trunk.config):
+        if not self._may_be_captured(inputs):
+            self.num_ordinary += 1
             return self._model(**inputs)
         with self._lock:
             return self._call(inputs)
+
+    def _may_be_captured(self, inputs: Mapping[str, Any]) -> bool:
+        tokens = inputs.get("input_ids")
+        if tokens is None or tokens.device.type != "cuda" or torch.is_grad_enabled():
+            return False
+        if torch.is_autocast_enabled("cuda"):  # which keeps weights of its own, for a while
+            return False
+        return is_step(inputs) and not _asks_for_more(self._trunk.config)
 
     def _call(self, inputs: dict[str, Any]) -> Any:
         by_host = getattr(self._model, "looks_up_on_host", False)  # a plain model looks nothing up
@@ -100,7 +107,9 @@ class CapturedCalls:
         step.take(inputs)
         if step.graph is None:
             with self._trunk_calls(step.forward):
-                return step.begin(self._model)
+                output = step.begin(self._model)
+            self.num_ordinary += step.stays_ordinary
+            return output
         table = getattr(self._model, "table_embedding", None)
         if table is not None and not by_host:
             table.num_positions += inputs["input_ids"].numel()
@@ -315,9 +324,14 @@ class _Step:
                 self._waits = True
                 _says_ordinary(f"it waits for the accelerator at {waits[0]}")
             return output
-        if self._calls <= WARM_UP_CALLS or self._waits or CapturedCalls.gave_up:
+        if self._calls <= WARM_UP_CALLS or self.stays_ordinary:
             return model(**self._inputs)
         return self._capture(model)
+
+    @property
+    def stays_ordinary(self) -> bool:
+        """Whether none of its calls will be captured any more."""
+        return self.graph is None and (self._waits or CapturedCalls.gave_up)
 
     def _capture(self, model: PreTrainedModel) -> Any:
         device = self._inputs["input_ids"].device

@@ -10,7 +10,6 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from scone.models.captured_calls import MOST_COMPILED, WARM_UP_CALLS, CapturedCa
 from scone.models.language_model import SconeForCausalLM
 from scone.models.over_encoding import OverEncodingForCausalLM
 from scone.tests import tiny
+from scone.tests.inference.replayed import pretend
 from scone.tests.inference.tables import small_model, write_table
 
 pytestmark = pytest.mark.filterwarnings(
@@ -134,43 +134,18 @@ def test_waiting_is_noted_for_the_thread_that_asks(
 def test_the_third_step_is_captured_unless_the_second_waited(
     waits: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    taken = []
-
-    def capture(step: captured_calls._Step, model: Any) -> Any:
-        taken.append(step)
-        return model(**step._inputs)
-
-    monkeypatch.setattr(captured_calls, "_noted_waits", lambda: nullcontext(waits))
-    monkeypatch.setattr(captured_calls._Step, "_capture", capture)
+    captured = pretend(monkeypatch, waits)
     trunk, text = tiny.trunk("gpt2"), some_text(2, 0)
     calls, cache = CapturedCalls(trunk, backend="eager"), StaticCache(trunk.config, max_cache_len=LENGTH)
     expected = trunk(text).logits
     trunk(input_ids=text[:, :PROMPT], past_key_values=cache, use_cache=True)
     for at in range(PROMPT, PROMPT + WARM_UP_CALLS + 1):
-        assert not taken
+        assert not captured
         step = {"input_ids": text[:, at : at + 1], "past_key_values": cache, "use_cache": True}
-        torch.testing.assert_close(calls._call(step).logits[:, -1], expected[:, at])
-    assert len(taken) == (0 if waits else 1)
+        torch.testing.assert_close(calls(**step).logits[:, -1], expected[:, at])
+    assert len(captured) == calls.num_graphs == (0 if waits else 1)
+    assert calls.num_ordinary == (2 if waits else 0)
     assert ("it waits for the accelerator at some_model.py:7" in caplog.text) == bool(waits)
-
-
-class RunAgain:
-    """In place of a graph, without a GPU: replaying calls the model on what was captured, into the same memory."""
-
-    def __init__(self, step: captured_calls._Step, model: Any) -> None:
-        self._step, self._model = step, model
-
-    def replay(self) -> None:
-        table = getattr(self._model, "table_embedding", None)
-        before = None if table is None else table.num_positions
-        self._step.output.logits.copy_(self._model(**self._step._inputs).logits)
-        if table is not None:
-            assert table.num_positions == before, "what a graph does is counted outside of it"
-
-
-def run_again(step: captured_calls._Step, model: Any) -> Any:
-    step.output, step.graph = model(**step._inputs), RunAgain(step, model)  # type: ignore[assignment]
-    return step.output
 
 
 @pytest.mark.parametrize("kind", ["table", "live", "over-encoding", "plain"])
@@ -178,8 +153,7 @@ def test_what_the_host_looks_up_is_given_to_the_captured_rest(
     kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Through two texts in one cache and a third in another, with padding in front."""
-    monkeypatch.setattr(captured_calls, "_noted_waits", lambda: nullcontext([]))
-    monkeypatch.setattr(captured_calls._Step, "_capture", run_again)
+    captured = pretend(monkeypatch)
     model: Any = tiny.trunk("gpt2") if kind in ("plain", "over-encoding") else tiny.scone("gpt2", min_freq=1)
     if kind == "over-encoding":
         model = OverEncodingForCausalLM.from_trunk(model, num_rows=997, start="random", separator_ids=[0]).eval()
@@ -208,12 +182,13 @@ def test_what_the_host_looks_up_is_given_to_the_captured_rest(
                     step |= {"attention_mask": seen[:, None, None]}
                     if kind != "plain":
                         step |= {"token_mask": padding[:, at : at + 1]}
-                    found = calls._call(step | {"position_ids": places[:, at : at + 1]})
+                    found = calls(**step, position_ids=places[:, at : at + 1])
                     torch.testing.assert_close(found.logits[:, -1], expected[:, at], atol=1e-5, rtol=1e-5)
             if reads is not None and at_once is not None:
                 assert (reads.num_positions, reads.num_rows) == (at_once.num_positions, at_once.num_rows)
     assert calls.caches == caches
-    assert calls.num_graphs == 2
+    assert calls.num_graphs == len(captured) == 2
+    assert not calls.num_ordinary
     calls.forget(caches[0])
     assert calls.caches == caches[1:]
 
