@@ -11,7 +11,9 @@ import torch
 from transformers import PreTrainedModel, StaticCache
 from transformers.cache_utils import StaticLayer
 
-from scone.models.captured_calls import WARM_UP_CALLS, CapturedCalls, lies_on_one_device
+from scone.models.captured_calls import CapturedCalls, lies_on_one_device
+from scone.models.cuda_graphs import Captures
+from scone.models.step_look_up import WARM_UP_CALLS
 
 SHORTEST = 128
 """Positions of the shortest cache; others have twice as many as the one before."""
@@ -114,6 +116,6 @@ def _can_be_captured(model: PreTrainedModel) -> bool:
     trunk: Any = getattr(model, "trunk", model)
     if model.device.type != "cuda" or not lies_on_one_device(model) or not trunk._can_compile_fullgraph:
         return False
-    if CapturedCalls.gave_up:
+    if Captures.gave_up:
         return False
     return all(type(layer) is StaticLayer for layer in StaticCache(trunk.config, max_cache_len=SHORTEST).layers)

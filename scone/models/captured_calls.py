@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import threading
 import types
-import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,12 +16,12 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, StaticLayer
 from transformers.generation.configuration_utils import CompileConfig
 
+from scone.models import cuda_graphs
+from scone.models.cuda_graphs import CaptureError, Captures
+from scone.models.step_look_up import WARM_UP_CALLS, StepLookUp
 from scone.models.token_history import StaticTokenHistory, token_history
 
 logger = logging.getLogger(__name__)
-
-WARM_UP_CALLS = 2
-"""Ordinary calls before one is captured: they compile, and make what libraries make at their first use."""
 
 MOST_COMPILED = 8
 """Kinds of steps (batch sizes, lengths of caches) that a model's trunk is compiled for, which takes long each time."""
@@ -48,9 +47,6 @@ class CapturedCalls:
 
     While a step is captured, no other thread may call the model.
     """
-
-    gave_up = False
-    """Whether a capture failed in this process: PyTorch cannot begin another one then (pytorch issue 180395)."""
 
     def __init__(
         self, model: PreTrainedModel, *, compiles: bool = True, most_caches: int = 1, **compile_options: Any
@@ -98,20 +94,16 @@ class CapturedCalls:
             return False
         return is_step(inputs) and not _asks_for_more(self._trunk.config)
 
-    def _call(self, inputs: dict[str, Any]) -> Any:
-        by_host = getattr(self._model, "looks_up_on_host", False)  # a plain model looks nothing up
-        if by_host:
-            model: Any = self._model
-            inputs = inputs | {"inputs_embeds": model.input_vectors(**_of_look_up(inputs))}
+    def _call(self, inputs: Mapping[str, Any]) -> Any:
         step = self._step_of(inputs)
         step.take(inputs)
         if step.graph is None:
             with self._trunk_calls(step.forward):
-                output = step.begin(self._model)
+                output = step.begin()
             self.num_ordinary += step.stays_ordinary
             return output
         table = getattr(self._model, "table_embedding", None)
-        if table is not None and not by_host:
+        if table is not None and step.look_up is None:
             table.num_positions += inputs["input_ids"].numel()
         step.graph.replay()
         return step.output
@@ -128,7 +120,7 @@ class CapturedCalls:
         step = kept.steps.get(key)
         if step is None:
             first: Any = cache.layers[0]
-            step = kept.steps[key] = _Step(inputs, self._forward_for((first.keys.shape, *key)))
+            step = kept.steps[key] = _Step(self._model, inputs, self._forward_for((first.keys.shape, *key)))
         return step
 
     def _memory_of(self, cache: Cache) -> tuple[Hashable, ...]:
@@ -199,16 +191,6 @@ def _asks_for_more(config: Any) -> bool:
     return bool(getattr(config, "output_hidden_states", False) or getattr(config, "output_attentions", False))
 
 
-def _of_look_up(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a step's arguments decides its input vectors."""
-    return {
-        "input_ids": inputs["input_ids"],
-        "mask": inputs.get("token_mask"),
-        "cache": inputs["past_key_values"],
-        "trie": inputs.get("trie"),
-    }
-
-
 def lies_on_one_device(model: PreTrainedModel) -> bool:
     """Whether all weights do: a graph belongs to one."""
     return len({parameter.device for parameter in model.parameters()}) == 1
@@ -261,29 +243,6 @@ def _with(value: Any, kept: Mapping[str, Tensor], name: str = "") -> Any:
     return value
 
 
-@contextmanager
-def _noted_waits() -> Iterator[list[str]]:
-    """Where this thread waits for the accelerator meanwhile, as far as PyTorch knows of it."""
-    waits: list[str] = []
-    thread, before = threading.get_ident(), torch.cuda.get_sync_debug_mode()
-    with warnings.catch_warnings():
-        warnings.simplefilter("always")
-        show = warnings.showwarning
-
-        def note(message: Warning | str, category: type[Warning], filename: str, lineno: int, *more: Any) -> None:
-            if "synchronizing CUDA" not in str(message):
-                show(message, category, filename, lineno, *more)
-            elif threading.get_ident() == thread:
-                waits.append(f"{filename}:{lineno}")
-
-        warnings.showwarning = note  # type: ignore[assignment]
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            yield waits
-        finally:
-            torch.cuda.set_sync_debug_mode(before)
-
-
 @dataclass
 class _Kept:
     """What belongs to one cache: its steps by kind, and where all lay that they read and write."""
@@ -297,10 +256,11 @@ class _Step:
     what is compiled in the first ones is what is captured.
     """
 
-    def __init__(self, inputs: Mapping[str, Any], forward: Callable[..., Any]) -> None:
+    def __init__(self, model: PreTrainedModel, inputs: Mapping[str, Any], forward: Callable[..., Any]) -> None:
         self.forward = forward
         self.graph: torch.cuda.CUDAGraph | None = None
         self.output: Any = None
+        self._model = model
         self._calls = 0
         self._waits = False
         self._kept = {
@@ -308,57 +268,51 @@ class _Step:
             for name, tensor in _tensors(inputs)
         }
         self._inputs: dict[str, Any] = _with(inputs, self._kept)
+        look_up = getattr(model, "step_look_up", None)  # a plain model looks nothing up
+        self.look_up: StepLookUp | None = None if look_up is None else look_up(self._inputs)
 
     def take(self, inputs: Mapping[str, Any]) -> None:
-        """Copy what the next call reads to where it reads it."""
+        """Copy what the next call reads to where it reads it; the host's part of the look-up, if it has one."""
         for name, tensor in _tensors(inputs):
             self._kept[name].copy_(tensor, non_blocking=True)
+        if self.look_up is not None:
+            self.look_up.prepare()
 
-    def begin(self, model: PreTrainedModel) -> Any:
+    def begin(self) -> Any:
         """An ordinary call, or the one that is captured, and then replayed for the first time."""
         self._calls += 1
         if self._calls == WARM_UP_CALLS:
-            with _noted_waits() as waits:
-                output = model(**self._inputs)
+            with cuda_graphs.noted_waits() as waits:
+                output = self._run()
             if waits:
                 self._waits = True
-                _says_ordinary(f"it waits for the accelerator at {waits[0]}")
+                cuda_graphs.says_ordinary(f"it waits for the accelerator at {waits[0]}")
             return output
         if self._calls <= WARM_UP_CALLS or self.stays_ordinary:
-            return model(**self._inputs)
-        return self._capture(model)
+            return self._run()
+        return self._capture()
 
     @property
     def stays_ordinary(self) -> bool:
         """Whether none of its calls will be captured any more."""
-        return self.graph is None and (self._waits or CapturedCalls.gave_up)
+        return self.graph is None and (self._waits or Captures.gave_up)
 
-    def _capture(self, model: PreTrainedModel) -> Any:
-        device = self._inputs["input_ids"].device
-        table = getattr(model, "table_embedding", None)
+    def _run(self) -> Any:
+        if self.look_up is None:
+            return self._model(**self._inputs)
+        return self._model(**self._inputs, inputs_embeds=self.look_up.vectors())
+
+    def _capture(self) -> Any:
+        table = getattr(self._model, "table_embedding", None)
         num_positions = None if table is None else table.num_positions
-        graph = torch.cuda.CUDAGraph()
         try:
-            # Captured on a stream of that device, and other threads may go on with work of their own. The outer block
-            # is for a failure, after which the inner one leaves its stream as the current one.
-            with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
-                stream = torch.cuda.Stream(device)
-                with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                    self.output = model(**self._inputs)
-        except RuntimeError as error:
-            CapturedCalls.gave_up = True
-            _says_ordinary(str(error).partition("\n")[0])
-            # nothing of what was captured has run
+            self.graph, self.output = cuda_graphs.capture(self._inputs["input_ids"].device, self._run)
+        except CaptureError:
             history = token_history(self._inputs["past_key_values"])
             if isinstance(history, StaticTokenHistory):
                 history.is_written = False
             if table is not None:
                 table.num_positions = num_positions
-            return model(**self._inputs)
-        self.graph = graph
-        graph.replay()
+            return self._run()
+        self.graph.replay()
         return self.output
-
-
-def _says_ordinary(reason: str) -> None:
-    logger.warning("a decoding step cannot be captured as a CUDA graph and stays an ordinary call: %s", reason)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from transformers.masking_utils import create_masks_for_generate
 
 from scone.models.captured_calls import CapturedCalls, lies_on_one_device, options_within_a_graph
 from scone.models.configuration import EmbeddedTrunkConfig
-from scone.models.token_history import StaticTokenHistory, extend_history, hidden, known_past
+from scone.models.step_look_up import OrdinaryLookUp, StepLookUp
+from scone.models.token_history import StaticTokenHistory, TokenHistory, extend_history, hidden, known_past
 
 
 class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
@@ -63,13 +64,15 @@ class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
         trie: dict[str, Any] | None = None,
     ) -> Tensor:
         """What the trunk gets, ``[B, T, D]``: as `embed`, which see, times ``embedding_scale``."""
-        vectors = self.embed(input_ids, mask, cache, trie)
+        return self.scaled(self.embed(input_ids, mask, cache, trie))
+
+    def scaled(self, vectors: Tensor) -> Tensor:
+        """Of `embed`, as the trunk gets them."""
         return vectors if self.config.embedding_scale == 1.0 else vectors * self.config.embedding_scale
 
-    @property
-    def looks_up_on_host(self) -> bool:
-        """Whether `embed` needs the host between the tokens and their vectors."""
-        return True
+    def step_look_up(self, inputs: Mapping[str, Any]) -> StepLookUp | None:
+        """What comes before a captured step with these arguments; None where it can be captured whole."""
+        return OrdinaryLookUp(self, inputs)
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
         """As Hugging Face's, plus the file by which ``trust_remote_code`` finds us."""
@@ -227,25 +230,39 @@ class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
         history = known_past(cache, may_wait=False)
         new, seen = input_ids.shape[1], hidden(input_ids, mask)
         if isinstance(history, StaticTokenHistory):
-            tokens, past = history.followed_by(seen, context)
+            tokens, past = history.unpacked(history.window(seen, context).cpu().numpy(), context)
         else:
             past = 0 if history is None else history.get_seq_length()
             if history is not None and context:
                 seen = torch.cat([history.last(context), seen], dim=1)
             tokens = seen.cpu().numpy()
-        valid = tokens >= 0
-        if valid.all():
-            return find(tokens, valid)[:, -new:]
-        if past > context and not valid[:, :-new].all():  # further back there may be tokens that padding kept away
-            assert history is not None
-            before = _padding_first(history.last(past).cpu().numpy())[0][:, past - context :]
-            tokens = np.concatenate([before, tokens[:, -new:]], axis=1)
-        tokens, order = _padding_first(tokens)
-        valid = tokens >= 0
-        answers = find(np.where(valid, tokens, ~tokens), valid)
-        in_place = np.empty_like(answers)
-        in_place[np.arange(len(order))[:, None], order] = answers
-        return in_place[:, -new:]
+        return answers(find, tokens, past, history, context, new)
+
+
+def answers(
+    find: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    tokens: np.ndarray,
+    past: int,
+    history: TokenHistory | None,
+    context: int,
+    new: int,
+) -> np.ndarray:
+    """As `EmbeddedTrunk.look_up`, of the ``new`` last columns of ``tokens`` [B, ≤ context + new], hidden ones among
+    them; ``history`` has the ``past`` tokens before.
+    """
+    valid = tokens >= 0
+    if valid.all():
+        return find(tokens, valid)[:, -new:]
+    if past > context and not valid[:, :-new].all():  # further back there may be tokens that padding kept away
+        assert history is not None
+        before = _padding_first(history.last(past).cpu().numpy())[0][:, past - context :]
+        tokens = np.concatenate([before, tokens[:, -new:]], axis=1)
+    tokens, order = _padding_first(tokens)
+    valid = tokens >= 0
+    answers = find(np.where(valid, tokens, ~tokens), valid)
+    in_place = np.empty_like(answers)
+    in_place[np.arange(len(order))[:, None], order] = answers
+    return in_place[:, -new:]
 
 
 def _padding_first(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

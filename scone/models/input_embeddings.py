@@ -170,9 +170,13 @@ class TableInputEmbedding(nn.Module):
         if len(positions):
             rows = self.table.rows(nodes[positions] - vocab_size, flat.dtype)
             flat = flat.index_copy(0, to_device(positions, flat.device), rows.to(flat.device))
-        self.num_positions += len(nodes)
-        self._num_rows += len(positions)
+        self.count(len(nodes), len(positions))
         return flat.view_as(vectors)
+
+    def count(self, num_positions: int, num_rows: int) -> None:
+        """Note what the host looked up."""
+        self.num_positions += num_positions
+        self._num_rows += num_rows
 
     def on_device(
         self,

@@ -104,20 +104,24 @@ class StaticTokenHistory(TokenHistory):
         end = int(self.places)
         return self.all()[:, max(end - count, 0) : end]
 
-    def followed_by(self, new: Tensor, count: int) -> tuple[np.ndarray, int]:
-        """The last ``count`` tokens and ``new`` int64 [B, T], both as `hidden` writes them, on the host: int64
-        ``[B, ≤ count + T]``; and how many positions the cache holds. The accelerator is waited for once.
-
-        Raises ValueError when it holds positions without tokens.
+    def window(self, new: Tensor, count: int) -> Tensor:
+        """What `unpacked` reads, int64 ``[B, 2 + count + T]`` on the device, of the last ``count`` tokens and ``new``
+        int64 [B, T], as `hidden` writes them.
         """
         at = torch.arange(-count, 0, device=new.device) + self.places
         before = self.all()[:, at.clamp(min=0)]
         counts = torch.stack([self.places, self.count]).expand(len(new), 2)
-        found = torch.cat([counts, before, new], dim=1).cpu().numpy()
-        past, known = found[0, :2].tolist()
+        return torch.cat([counts, before, new], dim=1)
+
+    @staticmethod
+    def unpacked(window: np.ndarray, count: int) -> tuple[np.ndarray, int]:
+        """The last ``count`` tokens, fewer if there are fewer, and the new ones, ``[B, ≤ count + T]``; and how many
+        positions the cache holds. Raises ValueError when it holds positions without tokens.
+        """
+        past, known = int(window[0, 0]), int(window[0, 1])
         if known != past:
             raise _unknown(past, known)
-        return found[:, 2 + max(count - past, 0) :], past
+        return window[:, 2 + max(count - past, 0) :], past
 
 
 def token_history(cache: Cache | None) -> TokenHistory | None:

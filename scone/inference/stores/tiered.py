@@ -48,6 +48,12 @@ class TieredStore(RowStore):
 
         self._each_tier(ranks, read)
 
+    def raw_rows_into(self, ranks: np.ndarray, out: np.ndarray, targets: np.ndarray | None = None) -> None:
+        def read(store: RowStore, positions: np.ndarray) -> None:
+            store.raw_rows_into(ranks[positions], out, positions if targets is None else targets[positions])
+
+        self._each_tier(ranks, read)
+
     def raw_rows(self, ranks: np.ndarray, device: torch.device | None = None) -> Tensor:
         out = torch.empty(len(ranks), self.row_format.row_bytes, dtype=torch.uint8, device=device or "cpu")
 
@@ -84,6 +90,9 @@ class TieredStore(RowStore):
                 return None
             blocks += part
         return blocks
+
+    def first_rows_on(self, device: torch.device) -> Tensor | None:
+        return self.stores[0].first_rows_on(device)
 
     def prefetch(self, ranks: np.ndarray) -> None:
         for store, positions in self._split(ranks):

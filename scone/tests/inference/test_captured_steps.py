@@ -21,10 +21,12 @@ from transformers.cache_utils import StaticSlidingWindowLayer
 import scone
 from scone.inference.embedding_table import EmbeddingTable
 from scone.inference.statistics import counted_reads
-from scone.models import captured_calls
-from scone.models.captured_calls import MOST_COMPILED, WARM_UP_CALLS, CapturedCalls, is_step, options_within_a_graph
+from scone.models import cuda_graphs
+from scone.models.captured_calls import MOST_COMPILED, CapturedCalls, is_step, options_within_a_graph
+from scone.models.cuda_graphs import Captures
 from scone.models.language_model import SconeForCausalLM
 from scone.models.over_encoding import OverEncodingForCausalLM
+from scone.models.step_look_up import WARM_UP_CALLS
 from scone.tests import tiny
 from scone.tests.inference.replayed import pretend
 from scone.tests.inference.tables import small_model, write_table
@@ -116,7 +118,7 @@ def test_waiting_is_noted_for_the_thread_that_asks(
     def wait() -> None:
         warnings.warn("called a synchronizing CUDA operation", UserWarning, stacklevel=1)
 
-    with captured_calls._noted_waits() as waits:
+    with cuda_graphs.noted_waits() as waits:
         wait()
         wait()
         other = threading.Thread(target=wait)
@@ -229,7 +231,8 @@ def model(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[SconeForCa
     write_table(path, model.embed_nodes(torch.arange(size, size + model.config.num_f_grams)))
     with EmbeddingTable.open(path, placement, device="cuda") as table:
         model.cuda().attach_table(table)
-        assert model.looks_up_on_host == ((kind, placement) in BY_HOST)
+        by_host = model.table_embedding.look_up_on(model.device, model.vocabulary) is None
+        assert by_host == ((kind, placement) in BY_HOST)
         yield model
 
 
@@ -329,7 +332,7 @@ def test_a_step_that_waits_is_not_captured(model: SconeForCausalLM, caplog: pyte
     found = [one.clone() for one in steps(model, calls, cache, text)]
     torch.testing.assert_close(torch.stack(found, 1), model(text.cuda()).logits[:, PROMPT - 1 :], atol=1e-4, rtol=1e-4)
     assert not calls.num_graphs
-    assert not CapturedCalls.gave_up
+    assert not Captures.gave_up
     assert "it waits for the accelerator at" in caplog.text
 
 
