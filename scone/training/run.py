@@ -43,6 +43,7 @@ from scone.training.processes import meet_after_restart, one_line_for_lost_proce
 from scone.training.reporters import reporter_names
 from scone.training.run_folder import FINAL_MODEL, OPTIONS_FILE, one_run_at_a_time, resume_point
 from scone.training.trainer import SconeTrainer, StopOnSignal, TrainedAlready, learned_rows
+from scone.training.unused_parameters import all_are_used
 from scone.training.vocabulary import prepare_vocabulary
 from scone.utils.command_line import is_first_process
 from scone.utils.environment import environment
@@ -213,6 +214,10 @@ def build_trainer(
     training, data = options.training, options.data
     arguments = training_arguments(training, data.num_workers, evaluate=corpus.validation is not None, quiet=quiet)
     scone = model if isinstance(model, SconeForCausalLM) else None
+    if arguments.world_size > 1:
+        arguments.ddp_broadcast_buffers = False  # training changes none
+        if all_are_used(model):  # else transformers looks for the others in every step
+            arguments.ddp_find_unused_parameters = False
     if training.torch_compile:
         compile_for_training(model)
     return SconeTrainer(

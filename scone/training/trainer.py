@@ -63,6 +63,8 @@ class SconeTrainer(Trainer):
         self.run_cost = RunCost(self.model)
         self.add_callback(CheckpointKeeper(checkpoints_kept, self.run_cost))
         self.add_callback(NothingLeftToTrain())
+        if self.accelerator.ddp_handler is not None:  # gradients are reduced where they are, and not copied for it
+            self.accelerator.ddp_handler.gradient_as_bucket_view = True
         if self.is_fsdp_enabled:
             raise SconeError(
                 "found FSDP in the launcher's configuration; expected the option --fsdp full_shard, which knows what "

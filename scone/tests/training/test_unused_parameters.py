@@ -1,0 +1,54 @@
+"""Processes look for parameters without a gradient only where there may be some."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from scone.models.over_encoding import OverEncodingForCausalLM
+from scone.tests import tiny
+from scone.training.unused_parameters import all_are_used
+
+TEXTS = {"f-grams": torch.from_numpy(tiny.corpus()[:64].reshape(2, 32)), "none": torch.zeros(2, 8, dtype=torch.long)}
+
+
+def models() -> dict[str, Any]:
+    kinds = {"add": {}, "gate": {"combination": "gate"}, "replace": {"combination": "replace"}}
+    kinds |= {"rows": {"f_gram_model": False}, "model": {"learned_rows": 0}}
+    made: dict[str, Any] = {name: tiny.scone(**changes) for name, changes in kinds.items()}
+    made |= {kind: tiny.trunk(kind) for kind in tiny.TRUNKS}
+    return made | {"over-encoding": OverEncodingForCausalLM.from_trunk(tiny.trunk(), num_rows=99, separator_ids=[0])}
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("name", models())
+def test_a_model_that_is_said_to_use_all_does_so(name: str, text: str) -> None:
+    """Also for a batch in which no f-gram ends."""
+    model = models()[name].train()
+    assert all_are_used(model)
+    model(input_ids=TEXTS[text], labels=TEXTS[text]).loss.backward()
+    assert [name for name, one in model.named_parameters() if one.requires_grad and one.grad is None] == []
+
+
+def test_what_is_not_used_or_not_known_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = AutoConfig.for_model("gpt2", vocab_size=24, n_embd=16, n_layer=1, n_head=2)
+    model = AutoModelForCausalLM.from_config(config)
+    assert all_are_used(model)
+    build = AutoModelForCausalLM.from_config
+
+    def with_one_more(*args: Any, **kwargs: Any) -> Any:
+        built = build(*args, **kwargs)
+        built.one_more = torch.nn.Linear(2, 2)
+        return built
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_config", with_one_more)
+    assert not all_are_used(model)
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError("data-dependent")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_config", refuse)
+    assert not all_are_used(model)
