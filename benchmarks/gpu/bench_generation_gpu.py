@@ -92,8 +92,8 @@ def main() -> None:
                 measure(report, models, text, batch, prompt, steps, rounds=2 if tiny else 5)
             if options["captured"] or options["only_captured"]:
                 measure_captured(report, models, text, batch, prompt, steps, rounds=2 if tiny else 5)
-        for batch in batches:
-            measure_engine(report, models, text, batch, prompt, steps, rounds=2 if tiny else 5)
+        for batch in options["engine_batches"]:
+            measure_engine(report, models, text, batch, prompt, steps, rounds=2 if tiny else 3)
     report.finish()
 
 
@@ -102,6 +102,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dir", type=Path, default=Path(), help="where the table goes: the disk that is measured")
     parser.add_argument("--tiny", action="store_true", help="a rehearsal at toy size, on any device")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 32, 128], help="in this order")
+    parser.add_argument("--engine_batches", type=int, nargs="*", default=[1, 32], help="of the engine")
     parser.add_argument("--captured", action="store_true", help="also with every step as a CUDA graph")
     parser.add_argument("--only_captured", action="store_true", help="that alone")
 
