@@ -25,6 +25,7 @@ TIMES = {
     "prefill": "ms a prefill",
     "captured_decode": "ms a decoding step, each step one CUDA graph",
     "queued_decode": "ms a decoding step, each step one CUDA graph, choices stay on the GPU",
+    "engine": "ms a new token from the engine, not compiled",
 }
 VARIANTS = {
     "plain": "plain",
@@ -64,6 +65,8 @@ def generation_tables(report: Mapping[str, Any], view: str = "") -> str:
                 if name in found[kind]
             ]
             parts.append(_table(head, rows))
+            if kind == "engine":
+                parts[-1] += "\nHere in brackets: how many times as fast as the engine without graphs.\n"
     if memory and view != "graphs":
         rows = [
             [PLACES[name], *(f"{memory[name].get(where, 0):,.0f} MiB" for where in ("accelerator", "host"))]
