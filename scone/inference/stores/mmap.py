@@ -15,7 +15,11 @@ from scone.inference.table_format import PAGE_BYTES, TableFile
 
 
 class MmapStore(RowStore):
-    """The whole file, mapped read-only and shared. The file's size is checked before every batch (see `TableFile`)."""
+    """The whole file, mapped read-only and shared.
+
+    Before every batch its size is checked, since a page that was cut off would kill the process; after it, whether
+    anybody wrote to it.
+    """
 
     def __init__(self, file: TableFile, num_threads: int | None = None) -> None:
         super().__init__(file.layout.row_format, num_threads)
@@ -29,14 +33,14 @@ class MmapStore(RowStore):
 
     @contextmanager
     def located(self, ranks: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        self._file.check_unchanged()
+        self._file.check_size()
         yield self._bytes, ranks * self.row_format.row_bytes
         self._file.check_unchanged()
 
     def rows_at_once(self, ranks: Tensor, out: Tensor | None) -> Tensor | None:
         if self._matrix is None:
             return None
-        self._file.check_unchanged()
+        self._file.check_size()
         rows = torch.index_select(self._matrix, 0, ranks, out=out)
         self._file.check_unchanged()
         return rows
