@@ -25,7 +25,7 @@ from scone.inference.statistics import (
     counted_reads,
     process_bytes,
 )
-from scone.inference.step_caches import ONE_BATCH_AT_A_TIME, StepCaches
+from scone.inference.step_caches import StepCaches, turn_on_a_gpu
 from scone.inference.streaming import Continuation, FirstStep, RowControl
 from scone.utils.errors import SconeError
 
@@ -187,6 +187,14 @@ class SconeInferenceEngine:
                 self._prefetch(groups[number + 1])
             self._run_group(group, options, reads)
 
+    def forget_graphs(self) -> None:
+        """Give the memory of caches and CUDA graphs back, and capture steps anew.
+
+        Needed after a change to the model that is none of weights or modules, such as adapters that are switched off.
+        """
+        if self._step_caches is not None:
+            self._step_caches.clear()
+
     def text_of(self, ids: Sequence[int]) -> str:
         """The text of tokens, special ones left out."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
@@ -308,11 +316,11 @@ class SconeInferenceEngine:
         self, num_rows: int, num_prompt_tokens: int, num_new_tokens: int, num_beams: int
     ) -> Iterator[StaticCache | None]:
         """A cache whose steps are captured, where there can be one; beams change places in it, so they get none."""
-        if self._step_caches is None:
+        if device_of(self.model).type != "cuda" and self._step_caches is None:
             yield None
             return
-        with ONE_BATCH_AT_A_TIME:
-            if num_beams > 1:
+        with turn_on_a_gpu():
+            if num_beams > 1 or self._step_caches is None:
                 yield None
             else:
                 with self._step_caches.for_batch(num_rows, num_prompt_tokens + num_new_tokens, num_new_tokens) as cache:
@@ -331,6 +339,7 @@ class SconeInferenceEngine:
             num_return_sequences=options.num_return_sequences if options.num_beams > 1 else 1,
             pad_token_id=self._pad_token_id(),
             eos_token_id=sorted(self._eos_token_ids()) or None,
+            use_cache=True,  # a model saved for training with checkpointing may say otherwise
             **(sampling if options.do_sample else {}),
         )
 

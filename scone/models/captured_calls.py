@@ -58,6 +58,7 @@ class CapturedCalls:
         self._lock = threading.RLock()
         self._forwards: dict[Hashable, Callable[..., Any]] = {}
         self._kept: dict[Cache, _Kept] = {}
+        self._known = self._weights_and_modules()
         self.num_ordinary = 0
 
     def forget(self, cache: Cache | None = None) -> None:
@@ -67,6 +68,24 @@ class CapturedCalls:
                 self._kept.clear()
             else:
                 self._kept.pop(cache, None)
+
+    def forget_if_changed(self) -> bool:
+        """`forget` all where a weight or module of the model is another, or lies elsewhere, than when this was last
+        asked, and say so. A tenth of a step's time or more, so it is for the beginning of a text: steps look at less.
+
+        Plain attributes of modules (what switches adapters off, say) are not seen: `forget` is for those.
+        """
+        known = self._weights_and_modules()
+        changed = self._known != known
+        self._known = known
+        if changed:
+            self.forget()
+        return changed
+
+    def _weights_and_modules(self) -> tuple[Hashable, ...]:
+        weights = (*self._model.parameters(), *self._model.buffers())
+        modules = ((id(one), len(one._forward_hooks), len(one._forward_pre_hooks)) for one in self._model.modules())
+        return (*modules, *((weight.data_ptr(), weight.dtype, weight.device) for weight in weights))
 
     @property
     def caches(self) -> list[Cache]:
@@ -124,7 +143,9 @@ class CapturedCalls:
         return step
 
     def _memory_of(self, cache: Cache) -> tuple[Hashable, ...]:
-        """Where everything lies that a graph reads and writes."""
+        """Where the cache, the token embeddings and the table lie: what may change between two steps of a text. For all
+        else that a graph reads see `forget_if_changed`.
+        """
         layers: list[Any] = cache.layers
         weight: Any = self._model.get_input_embeddings().weight
         table = getattr(self._model, "table_embedding", None)

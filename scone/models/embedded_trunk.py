@@ -138,6 +138,8 @@ class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As Hugging Face's. Graphs outlive it only with a cache that its caller made, and may use again."""
         generation: Any = super()
+        if self._captured is not None:
+            self._captured.forget_if_changed()
         try:
             return generation.generate(*args, **kwargs)
         finally:

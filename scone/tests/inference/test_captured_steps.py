@@ -195,6 +195,26 @@ def test_what_the_host_looks_up_is_given_to_the_captured_rest(
     assert calls.caches == caches[1:]
 
 
+def test_generate_over_a_cache_of_ones_own_sees_a_changed_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    captured = pretend(monkeypatch)
+    model = tiny.scone("llama", min_freq=1)
+    model._captured = CapturedCalls(model, compiles=False)
+    monkeypatch.setattr(type(model), "get_compiled_call", lambda self, config: self._captured)
+    monkeypatch.setattr(type(model), "_valid_auto_compile_criteria", lambda *_: True)
+    cache = StaticCache(model.trunk.config, max_cache_len=LENGTH)
+    text = some_text(1, 0)[:, :PROMPT]
+    for turn in range(1, 3):
+        how = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+        expected = model.generate(text, use_cache=False, disable_compile=True, **how)
+        cache.reset()
+        assert model.generate(text, past_key_values=cache, **how).tolist() == expected.tolist()
+        assert len(captured) == turn
+        assert model._captured.caches == [cache], "its caller may use it again"
+        torch.manual_seed(turn)
+        layer = model.trunk.model.layers[0].mlp.down_proj
+        layer.weight = torch.nn.Parameter(torch.randn_like(layer.weight))
+
+
 def test_copies_other_tables_and_moved_weights_leave_graphs_behind(tmp_path: Path) -> None:
     model = small_model()
     model._captured = CapturedCalls(model)

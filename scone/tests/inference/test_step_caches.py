@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, StaticCache
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, StaticCache
 
 from scone.inference import step_caches
 from scone.inference.embedding_table import EmbeddingTable
@@ -103,6 +103,8 @@ def test_a_step_that_waits_ends_the_caches_and_changes_no_text(
     captured = on_a_gpu(engine, monkeypatch, waits=["a_model.py:1"])
     assert [texts_and_reads(engine, *batch) for batch in BATCHES] == expected
     assert not captured
+    assert not engine._step_caches.may_capture
+    assert not engine._step_caches._caches
     with engine._step_caches.for_batch(1, 20, 10) as cache:
         assert cache is None
 
@@ -113,10 +115,10 @@ def test_memory_is_taken_for_what_was_used_last(
     _, engine = engines("plain", tokenizer, tmp_path, "cpu")
     on_a_gpu(engine, monkeypatch)
     caches = engine._step_caches
+    caches._place_bytes *= 3  # a guess that a cache corrects
     with caches.for_batch(2, 20, 10) as cache:
         engine.model(input_ids=torch.ones(2, 3, dtype=torch.long), past_key_values=cache)
-    layers = cache.layers
-    real = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+    real = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert caches._bytes((2, 32)) == real
     caches._largest = 4 * real
     for rows, length, held in (
@@ -133,11 +135,18 @@ def test_memory_is_taken_for_what_was_used_last(
         assert list(caches._caches) == held
     with caches.for_batch(1, 10, 10) as found:
         assert found is not None
+    held = [(1, 16)]
+    assert list(caches._caches) == held, "four times what is wanted was held, and an eighth more was not there"
     monkeypatch.setattr(step_caches, "_free_bytes", lambda _: real)
     with caches.for_batch(1, 10, 10) as again:
         assert again is found, "it is there already"
-    with caches.for_batch(2, 32, 10) as found:
-        assert found is None, "twice its size must be free"
+    with caches.for_batch(2, 32, 10) as refused:
+        assert refused is None, "twice its size must be free"
+    with caches.for_batch(8, 32, 10) as refused:
+        assert refused is None, "also with what is dropped for it"
+    assert list(caches._caches) == held, "a cache that is refused costs no other its place"
+    engine.forget_graphs()
+    assert not caches._caches
 
 
 def test_batches_of_several_threads_take_turns(
@@ -158,6 +167,126 @@ def test_batches_of_several_threads_take_turns(
     for thread in threads:
         thread.join()
     assert [tokenizer.decode([1, 2, 3]) + text for text in found] == [expected[0].texts[0]] * 15
+
+
+def test_a_model_with_settings_of_its_own_generates_as_they_say(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Settings that transformers refuses or mistakes beside a cache."""
+    usual, engine = engines("mmap", tokenizer, tmp_path / "table", "cpu")
+    captured = on_a_gpu(engine, monkeypatch)
+    options = GenerationOptions(max_new_tokens=12)
+    own = engine.model.generation_config
+    expected = texts_and_reads(usual, ["1 2 3", "2 1"], options)
+    for name, value, captures in (
+        ("use_cache", False, True),
+        ("cache_implementation", "static", False),
+        ("cache_implementation", "dynamic", False),
+        ("disable_compile", True, False),
+        (None, None, True),
+    ):
+        captured.clear()
+        engine.forget_graphs()
+        with monkeypatch.context() as patch:
+            if name is not None:
+                patch.setattr(own, name, value)
+            assert texts_and_reads(engine, ["1 2 3", "2 1"], options) == expected
+        assert bool(captured) == captures, name
+    monkeypatch.setattr(own, "prompt_lookup_num_tokens", 2)
+    assert engine.generate("1 2 3", options)[0][0].token_ids == usual.generate("1 2 3", options)[0][0].token_ids
+
+
+def test_a_model_that_no_static_cache_is_made_for_generates_as_ever(tokenizer: PreTrainedTokenizerFast) -> None:
+    config = AutoConfig.for_model(
+        "mamba", vocab_size=tiny.VOCAB_SIZE, hidden_size=16, num_hidden_layers=1, state_size=4, eos_token_id=0
+    )
+    loaded = LoadedModel(AutoModelForCausalLM.from_config(config).eval(), None, None)
+    usual, engine = SconeInferenceEngine(loaded, tokenizer), SconeInferenceEngine(loaded, tokenizer)
+    engine._step_caches = StepCaches(engine.model)
+    assert not engine._step_caches.may_capture
+    batch = ["1 2 3"], GenerationOptions(max_new_tokens=8)
+    assert texts_and_reads(engine, *batch) == texts_and_reads(usual, *batch)
+
+
+def new_head(model: Any) -> None:
+    model.lm_head = torch.nn.Linear(16, tiny.VOCAB_SIZE, bias=False)
+
+
+def new_weight(model: Any) -> None:
+    layer = model.model.layers[0].mlp.down_proj
+    layer.weight = torch.nn.Parameter(torch.randn_like(layer.weight))
+
+
+def new_data(model: Any) -> None:
+    model.model.layers[0].mlp.down_proj.weight.data = torch.randn(16, 32)
+
+
+def hooked(model: Any) -> None:
+    model.model.layers[0].mlp.register_forward_hook(lambda module, inputs, output: -output)
+
+
+def other_type(model: Any) -> None:
+    model.to(torch.float64)
+
+
+@pytest.mark.parametrize("change", [new_head, new_weight, new_data, hooked, other_type])
+def test_a_model_that_was_changed_is_captured_anew(
+    change: Any, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny.trunk("llama", initializer_range=0.6)
+    loaded = LoadedModel(model, None, None)
+    usual, engine = (SconeInferenceEngine(loaded, tokenizer, cuda_graphs=on) for on in (False, True))
+    captured = on_a_gpu(engine, monkeypatch)
+    batch = ["1 2 3"], GenerationOptions(max_new_tokens=12)
+    before = texts_and_reads(engine, *batch)
+    assert texts_and_reads(usual, *batch) == before
+    torch.manual_seed(9)
+    change(model)
+    after = texts_and_reads(usual, *batch)
+    assert texts_and_reads(engine, *batch) == after
+    assert (after != before) == (change is not other_type), "else this test shows nothing"
+    assert len(captured) == 2
+
+
+def test_a_batch_within_a_batch_and_another_thread_s_generate_keep_out(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual, engine = engines("ram", tokenizer, tmp_path / "table", "cpu")
+    options = GenerationOptions(max_new_tokens=12)
+    expected = texts_and_reads(usual, ["1 2 3"], options)[0]
+    on_a_gpu(engine, monkeypatch)
+    inner: list[Any] = []
+
+    def work() -> None:
+        tokens = engine.model.generate(
+            torch.tensor([[1, 2, 3]]), max_new_tokens=12, do_sample=False, cache_implementation="static"
+        )
+        inner.append(tokens.tolist())
+
+    def on_text(_: str) -> None:
+        if not inner:
+            inner.append(engine.generate("1 2 3", options)[0][0].token_ids)
+            other = threading.Thread(target=work)
+            other.start()
+            other.join()
+
+    row = Continuation([1, 2, 3], 12, on_text=on_text)
+    engine.run([row], options)
+    assert [[row.prompt_ids + row.token_ids]] == expected
+    assert inner == [expected[0], expected[0]]
+    assert engine._step_caches._calls.caches == list(engine._step_caches._caches.values())
+    assert texts_and_reads(engine, ["1 2 3"], options)[0] == expected
+
+
+def test_every_number_of_rows_is_captured_once(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, engine = engines("plain", tokenizer, tmp_path, "cpu")
+    captured = on_a_gpu(engine, monkeypatch)
+    for new_tokens in (8, 24, 8, 24):
+        for rows in range(1, 17):
+            engine.run([Continuation([1, 2], new_tokens) for _ in range(rows)], GenerationOptions())
+    assert len(captured) == 32
 
 
 @pytest.fixture(params=KINDS)
@@ -182,23 +311,22 @@ def test_on_a_gpu_texts_and_reads_are_the_same_too(pair: tuple[SconeInferenceEng
 
 @pytest.mark.gpu
 def test_while_others_stream_steps_are_captured(pair: tuple[SconeInferenceEngine, SconeInferenceEngine]) -> None:
-    """Both engines at once, one of them capturing again and again."""
-    usual, engine = pair
-    options = GenerationOptions(max_new_tokens=12)
-    expected = "".join(usual.stream("1 2 3", options))
-    found: list[str] = []
+    """Both engines at once, one of them capturing again and again, the other drawing random numbers."""
+    options = GenerationOptions(max_new_tokens=12, do_sample=True)
+    expected = {one: "".join(one.stream("1 2 3", options)) for one in pair}
+    found: dict[SconeInferenceEngine, list[str]] = {one: [] for one in pair}
 
-    def work() -> None:
+    def work(one: SconeInferenceEngine) -> None:
         for _ in range(4):
-            engine._step_caches.clear()
-            found.append("".join(engine.stream("1 2 3", options)))
+            one.forget_graphs()
+            found[one].append("".join(one.stream("1 2 3", options)))
 
-    threads = [threading.Thread(target=work) for _ in range(2)]
+    threads = [threading.Thread(target=work, args=[one]) for one in pair]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == [expected] * 8
+    assert found == {one: [text] * 4 for one, text in expected.items()}
     assert not torch.cuda.is_current_stream_capturing()
 
 

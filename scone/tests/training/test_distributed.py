@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
@@ -37,7 +38,8 @@ LAW = {"atol": 2e-4, "rtol": 2e-3}
 """How far sums in another order may move the weights of six steps."""
 
 
-def launch(launcher: tuple[str, ...], *program: str) -> None:
+def launch(launcher: tuple[str, ...], *program: str) -> str:
+    """What it prints."""
     with socket.create_server(("127.0.0.1", 0)) as free:  # accelerate 1.4 does not look for a free port itself
         port = str(free.getsockname()[1])
     done = subprocess.run(
@@ -49,6 +51,7 @@ def launch(launcher: tuple[str, ...], *program: str) -> None:
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +121,12 @@ def test_no_process_exits_with_what_connects_it_to_the_others(corpus, tmp_path):
     """Else some abort as they exit, and torchrun ends the others while they save."""
     flags = command_line(corpus, tmp_path / "run", "--batch_size", "2", "--max_steps", "1", "--fsdp", "full_shard")
     launch(TORCHRUN, str(Path(__file__).with_name("leaving_rank.py")), *flags)
+
+
+def test_gradients_are_reduced_where_they_are_and_nothing_is_looked_for(corpus, tmp_path):
+    flags = command_line(corpus, tmp_path / "run", "--max_steps", "1")
+    said = json.loads(launch(TORCHRUN, str(Path(__file__).with_name("ddp_options.py")), *flags).splitlines()[-1])
+    assert said == {"gradient_as_bucket_view": True, "find_unused_parameters": False, "broadcast_buffers": False}
 
 
 def test_a_lost_process_is_one_line(monkeypatch):
