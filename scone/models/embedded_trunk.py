@@ -261,9 +261,9 @@ def answers(
         tokens = np.concatenate([before, tokens[:, -new:]], axis=1)
     tokens, order = _padding_first(tokens)
     valid = tokens >= 0
-    answers = find(np.where(valid, tokens, ~tokens), valid)
-    in_place = np.empty_like(answers)
-    in_place[np.arange(len(order))[:, None], order] = answers
+    found = find(np.where(valid, tokens, ~tokens), valid)
+    in_place = np.empty_like(found)
+    in_place[np.arange(len(order))[:, None], order] = found
     return in_place[:, -new:]
 
 
