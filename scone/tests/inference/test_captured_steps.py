@@ -26,6 +26,7 @@ from scone.models.captured_calls import MOST_COMPILED, CapturedCalls, is_step, o
 from scone.models.cuda_graphs import Captures
 from scone.models.language_model import SconeForCausalLM
 from scone.models.over_encoding import OverEncodingForCausalLM
+from scone.models.scaled_trunk import ScaledTrunkForCausalLM
 from scone.models.step_look_up import WARM_UP_CALLS
 from scone.tests import tiny
 from scone.tests.inference.replayed import pretend
@@ -150,15 +151,17 @@ def test_the_third_step_is_captured_unless_the_second_waited(
     assert ("it waits for the accelerator at some_model.py:7" in caplog.text) == bool(waits)
 
 
-@pytest.mark.parametrize("kind", ["table", "live", "over-encoding", "plain"])
+@pytest.mark.parametrize("kind", ["table", "live", "over-encoding", "plain", "scaled"])
 def test_what_the_host_looks_up_is_given_to_the_captured_rest(
     kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Through two texts in one cache and a third in another, with padding in front."""
     captured = pretend(monkeypatch)
-    model: Any = tiny.trunk("gpt2") if kind in ("plain", "over-encoding") else tiny.scone("gpt2", min_freq=1)
+    model: Any = tiny.trunk("gpt2") if kind in ("plain", "scaled", "over-encoding") else tiny.scone("gpt2", min_freq=1)
     if kind == "over-encoding":
         model = OverEncodingForCausalLM.from_trunk(model, num_rows=997, start="random", separator_ids=[0]).eval()
+    if kind == "scaled":
+        model = ScaledTrunkForCausalLM.from_trunk(model, 4.0).eval()
     if kind == "table":
         size = model.config.vocab_size
         rows = model.embed_nodes(torch.arange(size, size + model.config.num_f_grams))
@@ -191,6 +194,8 @@ def test_what_the_host_looks_up_is_given_to_the_captured_rest(
     assert calls.caches == caches
     assert calls.num_graphs == len(captured) == 2
     assert not calls.num_ordinary
+    steps = [step for kept in calls._kept.values() for step in kept.steps.values()]
+    assert {step.look_up is None for step in steps} == {kind in ("plain", "scaled")}
     calls.forget(caches[0])
     assert calls.caches == caches[1:]
 
