@@ -80,6 +80,9 @@ class StepCaches:
             yield None
             return
         cache = self._caches.pop(key, None)
+        if cache is not None and not _may_be_written(cache):
+            self._calls.forget(cache)
+            cache = None
         if cache is None:
             cache = StaticCache(self._config, max_cache_len=key[1])
         self._caches[key] = cache  # the last used is last
@@ -153,6 +156,12 @@ class StepCaches:
 
     def _bytes(self, key: tuple[int, int]) -> int:
         return key[0] * key[1] * self._place_bytes
+
+
+def _may_be_written(cache: StaticCache) -> bool:
+    """Not outside of the inference mode in which its memory was made."""
+    first: Any = cache.layers[0]
+    return torch.is_inference_mode_enabled() or not (first.is_initialized and first.keys.is_inference())
 
 
 def _length(num_positions: int) -> int:

@@ -278,6 +278,18 @@ def test_a_batch_within_a_batch_and_another_thread_s_generate_keep_out(
     assert texts_and_reads(engine, ["1 2 3"], options)[0] == expected
 
 
+def test_batches_in_inference_mode_and_out_of_it_alternate(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual, engine = engines("mmap", tokenizer, tmp_path / "table", "cpu")
+    batch = ["1 2 3"], GenerationOptions(max_new_tokens=12)
+    expected = texts_and_reads(usual, *batch)
+    on_a_gpu(engine, monkeypatch)
+    for mode in (True, False, True, False):
+        with torch.inference_mode(mode):
+            assert texts_and_reads(engine, *batch) == expected
+
+
 def test_every_number_of_rows_is_captured_once(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
