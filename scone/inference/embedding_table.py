@@ -137,7 +137,7 @@ class EmbeddingTable:
 
         Raises as `rows`.
         """
-        self.store.raw_rows_into(self._checked(torch.from_numpy(ranks)), out, targets)
+        self.store.raw_rows_into(self._in_range(ranks), out, targets)
 
     def num_held_by(self, device: torch.device) -> int:
         """How many rows, from rank 0 on, lie on ``device`` (not the CPU)."""
@@ -167,7 +167,9 @@ class EmbeddingTable:
     def _checked(self, ranks: Tensor) -> np.ndarray:
         if ranks.ndim != 1 or ranks.dtype != torch.int64:
             raise ValueError(f"ranks must be int64 [n], found {ranks.dtype} {list(ranks.shape)}")
-        wanted = np.ascontiguousarray(ranks.cpu().numpy())
+        return self._in_range(np.ascontiguousarray(ranks.cpu().numpy()))
+
+    def _in_range(self, wanted: np.ndarray) -> np.ndarray:
         if len(wanted):
             low, high = int(wanted.min()), int(wanted.max())
             if low < 0 or high >= self.num_rows:

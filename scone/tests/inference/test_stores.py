@@ -180,14 +180,27 @@ def test_tables_read_the_same_from_every_placement(table: Path, rows: torch.Tens
                 opened.rows(torch.tensor([0, wrong]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # which are read in ways of their own
 @pytest.mark.parametrize("placement", ["mmap", "direct", "ram:50,disk"])
-def test_a_file_that_changes_under_a_reader_is_noticed(tmp_path: Path, rows: torch.Tensor, placement: str) -> None:
+@pytest.mark.parametrize("change", ["cut", "overwritten"])
+def test_a_file_that_changes_under_a_reader_is_noticed(
+    tmp_path: Path, rows: torch.Tensor, placement: str, dtype: torch.dtype, change: str
+) -> None:
     path = tmp_path / "embeddings.cache"
     write_table(path, rows)
+    opened_at = path.stat().st_mtime_ns
     with EmbeddingTable.open(path, placement) as opened:
-        os.truncate(path, path.stat().st_size // 2)
+        last = torch.tensor([NUM_ROWS - 1])
+        opened.rows(last, dtype)
+        if change == "cut":
+            os.truncate(path, path.stat().st_size // 2)
+        else:
+            with path.open("r+b") as file:
+                file.seek(-1, os.SEEK_END)
+                file.write(b"\x7f")
+            os.utime(path, ns=(opened_at + 1, opened_at + 1))  # clocks of file systems tick every few milliseconds
         with pytest.raises(SconeError, match="was changed while it was being read"):
-            opened.rows(torch.tensor([NUM_ROWS - 1]))
+            opened.rows(last, dtype)
 
 
 @pytest.mark.parametrize("placement", ["ram", "mmap", "direct"])
