@@ -120,7 +120,9 @@ def load_model(
             "leave --embedding_cache_path out"
         )
     else:
-        model = _load_plain(model_path)
+        from scone.models.trunk import alone
+
+        model = alone(_load_plain(model_path))
     model = model.to(where).eval().requires_grad_(False)
     report = None if quantization is None else quantize_trunk(model, quantization)
     return LoadedModel(model, table, report)

@@ -53,7 +53,7 @@ def build_trunk(options: ModelOptions, tokenizer: PreTrainedTokenizerBase | None
 
 
 def alone(trunk: PreTrainedModel) -> PreTrainedModel:
-    """The same trunk, told what it would guess and warn of when it is trained by itself.
+    """The same trunk, told what it would guess and warn of when it is trained or run by itself.
 
     Its loss is that of a causal language model, which transformers reads from a class's name, and GPT-2's does not say
     it. And batches without a mask have no padding: looking for it among the tokens finds the separators of ours, and

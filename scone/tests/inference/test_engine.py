@@ -69,6 +69,23 @@ def engine(tokenizer: PreTrainedTokenizerFast) -> SconeInferenceEngine:
 PROMPTS = ["the cat", "a dog ran under the hill and then", "it"]
 
 
+def test_a_text_that_begins_with_the_end_of_another_brings_no_warning(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers takes that token for padding, and leaves masks of ones out."""
+    tiny = tiny_model()
+    tiny.config.pad_token_id = 0
+    tiny.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    warned: list[str] = []
+    monkeypatch.setattr("transformers.modeling_utils.logger.warning_once", lambda text, *_: warned.append(text))
+    engine = SconeInferenceEngine.from_pretrained(tmp_path, device="cpu")
+    engine.run([engine.continuation([0, 3], GenerationOptions(max_new_tokens=3))], GenerationOptions())
+    tokens = torch.tensor([[0, 3, 4]])
+    engine.model(input_ids=tokens, labels=tokens)
+    assert warned == []
+
+
 @pytest.mark.parametrize("num_beams", [1, 3])
 @pytest.mark.parametrize("positions", [64, 20])
 def test_batched_generation_equals_one_prompt_at_a_time(
