@@ -41,7 +41,7 @@ def test_vectors_without_tokens_are_refused(kind):
         assert (wrong - right).abs().max() > 0.01, "the refusal is for nothing"
         with pytest.raises(ValueError, match=r"^found inputs_embeds without input_ids; expected .*; give .*$"):
             model(inputs_embeds=vectors)
-        with pytest.raises(ValueError, match="You passed `inputs_embeds` to `.generate"):  # the line of transformers
+        with pytest.raises(ValueError, match="You passed `inputs_embeds`"):  # the line of transformers
             model.generate(inputs_embeds=vectors, max_new_tokens=2)
         ready = model.input_vectors(TEXT)
         assert torch.equal(model(TEXT, inputs_embeds=ready).logits, right)
