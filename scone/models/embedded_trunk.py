@@ -17,6 +17,7 @@ from transformers.masking_utils import create_masks_for_generate
 
 from scone.models.captured_calls import CapturedCalls, lies_on_one_device, options_within_a_graph
 from scone.models.configuration import EmbeddedTrunkConfig
+from scone.models.learned_rows import LearnedRows
 from scone.models.step_look_up import OrdinaryLookUp, StepLookUp
 from scone.models.token_history import StaticTokenHistory, TokenHistory, extend_history, hidden, known_past
 
@@ -106,6 +107,12 @@ class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
         weight = self.trunk.get_input_embeddings().weight
         assert isinstance(weight, Tensor)
         return weight
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """What ``DistributedDataParallel`` leaves alone: rows that a row optimizer keeps alike on all ranks."""
+        rows = [(name, part) for name, part in self.named_modules() if isinstance(part, LearnedRows)]
+        return [f"{name}.weight" for name, part in rows if part.are_collected]
 
     def get_output_embeddings(self) -> nn.Module:
         return self.trunk.get_output_embeddings()

@@ -62,8 +62,6 @@ class SconeForCausalLM(EmbeddedTrunk):
                 config.combination,
                 config.initial_token_scale,
             )
-        # the optimizer keeps the rows alike on all ranks, and they may lie on another device than the rest
-        self._ddp_params_and_buffers_to_ignore = ["f_gram_embedding.rows.weight"]
         self.post_init()
 
     # ------------------------------------------------------------------ building, loading, saving
