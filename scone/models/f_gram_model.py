@@ -73,6 +73,21 @@ class FGramModel(nn.Module):
         self.blocks = nn.ModuleList(FGramBlock(config) for _ in range(config.num_hidden_layers))
         self.map_out = nn.Identity() if same else nn.Linear(config.hidden_size, trunk_width, bias=False)
 
+    def resize_tokens(self, vocab_size: int) -> None:
+        """Where the model has token embeddings of its own: for another number of tokens, the first of them as before.
+
+        No f-gram reads what is added.
+        """
+        if self.own_tokens is None:
+            return
+        old = self.own_tokens.weight
+        self.own_tokens = nn.Embedding(vocab_size, old.shape[1], device=old.device, dtype=old.dtype)
+        self.own_tokens.weight.requires_grad_(old.requires_grad)
+        kept = min(vocab_size, len(old))
+        with torch.no_grad():
+            nn.init.normal_(self.own_tokens.weight, std=self.config.initializer_range)
+            self.own_tokens.weight[:kept] = old[:kept]
+
     def forward(self, token_vectors: Tensor, trie: Mapping[str, Any]) -> Tensor:
         """Last hidden states ``[M, D]`` of the batch's distinct f-grams, normalised to a root mean square of one
         (unless ``output_norm`` is off).
