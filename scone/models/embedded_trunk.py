@@ -40,6 +40,7 @@ class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
     def __init__(self, config: EmbeddedTrunkConfig, trunk: PreTrainedModel | None = None) -> None:
         super().__init__(config)
         self.trunk = AutoModelForCausalLM.from_config(config.text_config) if trunk is None else trunk
+        self.trunk.config.return_dict = True  # tuples are made here
         self._no_split_modules = list(self.trunk._no_split_modules or [])
         self._embedding_place: tuple[str, ...] = ()
         self._body: list[TrunkBody] = []  # in a list it is no part of the model: its parts are ours

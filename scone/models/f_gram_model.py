@@ -45,8 +45,9 @@ class FGramBlock(GradientCheckpointingLayer):
     def _project(self, normed: Tensor, wanted: Tensor | None) -> tuple[Tensor, ...]:
         """Query [M, heads, d] of the wanted nodes, key and value [U, heads, d] of all."""
         heads, width = self.num_heads, normed.shape[1]
-        if wanted is None:
-            return self.attention_in(normed).view(len(normed), 3, heads, -1).unbind(1)
+        if wanted is None or type(self.attention_in) is not nn.Linear:  # adapters put a layer of theirs in its place
+            query, key, value = self.attention_in(normed).view(len(normed), 3, heads, -1).unbind(1)
+            return query if wanted is None else query[wanted], key, value
         weight, bias = self.attention_in.weight, self.attention_in.bias
         query = nn.functional.linear(normed[wanted], weight[:width], bias[:width])
         pair = nn.functional.linear(normed, weight[width:], bias[width:])

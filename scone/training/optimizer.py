@@ -189,8 +189,12 @@ def update_with_adam(
 
 
 def learned_rows(model: nn.Module) -> LearnedRows | None:
-    """The ``LearnedRows`` of a model that may be wrapped, or None."""
-    return next((module for module in model.modules() if isinstance(module, LearnedRows)), None)
+    """The ``LearnedRows`` of a model that may be wrapped, or None.
+
+    Adapters (PEFT's ``modules_to_save``) keep the frozen original beside the one that trains: then the latter.
+    """
+    found = [module for module in model.modules() if isinstance(module, LearnedRows)]
+    return next((rows for rows in found if rows.weight.requires_grad), found[0] if found else None)
 
 
 def pending_gradients(rows: LearnedRows) -> tuple[np.ndarray, Tensor]:

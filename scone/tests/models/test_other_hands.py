@@ -117,9 +117,17 @@ def test_a_folder_that_asks_for_tuples_can_be_run(wrapped, tmp_path):
     model = tiny.scone() if wrapped else tiny.trunk()
     model.config.return_dict = False
     model.save_pretrained(tmp_path)
+    model.config.return_dict = True
     with torch.no_grad():
         found = load_model(tmp_path, device="cpu").model(tokens(1, 9)).logits
-        assert torch.equal(found, model(tokens(1, 9), return_dict=True).logits)
+        assert torch.equal(found, model(tokens(1, 9)).logits)
+
+
+def test_a_trunk_that_gives_tuples_is_wrapped_in_a_model_that_does():
+    trunk = tiny.trunk("gpt2", return_dict=False)
+    model = ScaledTrunkForCausalLM.from_trunk(trunk, 2.0)
+    assert isinstance(model(tokens(1, 9)), tuple)
+    assert model(tokens(1, 9), return_dict=True).logits.shape == (1, 9, tiny.VOCAB_SIZE)
 
 
 # ------------------------------------------------------------------ added tokens
