@@ -27,10 +27,10 @@ pytestmark = [
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Words w0 … w23 by their number; w0 separates and pads."""
+    """Words w0 … w23 by their number; w0 pads. Texts end with w1, which is in many f-grams: none hides behind it."""
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(tiny.VOCAB_SIZE)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w0", pad_token="w0", unk_token="w0")
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w1", pad_token="w0", unk_token="w0")
 
 
 def texts(count: int = 8) -> Any:
@@ -80,6 +80,24 @@ def test_sft_trainer_computes_and_follows_the_models_own_loss(kind, tmp_path):
     for name, parameter in plain.named_parameters():
         found = model.get_parameter(name).grad
         torch.testing.assert_close(found, parameter.grad, atol=1e-5, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("options", [{"padding_free": True, "max_length": None}, {"packing": True, "max_length": 64}])
+def test_sft_trainer_without_padding_computes_the_loss_of_examples_apart(options, tmp_path):
+    """Several texts in one sequence, told apart by their position ids: no f-gram and no attention crosses."""
+    model = tiny.scone("llama")
+    plain = copy.deepcopy(model).eval()
+    trainer = sft(model, tmp_path, **options)
+    batch = next(iter(trainer.get_train_dataloader()))
+    ids, starts = batch["input_ids"][0], (batch["position_ids"][0] == 0).nonzero()[:, 0].tolist()
+    assert len(starts) > 2
+    assert "attention_mask" not in batch
+    examples = [ids[start:stop] for start, stop in zip(starts, [*starts[1:], len(ids)], strict=True)]
+    loss = trainer.compute_loss(model.eval(), dict(batch))
+    whole = [{"input_ids": part, "attention_mask": torch.ones_like(part), "labels": part} for part in examples]
+    lengths = torch.tensor([len(part) - 1.0 for part in examples])
+    apart = torch.stack([own_loss(plain, {name: value[None] for name, value in each.items()}) for each in whole])
+    torch.testing.assert_close(loss, (apart * lengths).sum() / lengths.sum(), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2, "gradient_checkpointing": True}])
