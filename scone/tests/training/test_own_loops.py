@@ -12,6 +12,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
@@ -301,13 +304,20 @@ def test_a_row_optimizer_comes_back_from_its_state():
     assert torch.equal(learned_rows(models[0]).weight, learned_rows(models[1]).weight)
 
 
+WAYS = ["dense", "row optimizer", "sharded"]
+
+
 def _train_as_a_rank(rank: int, world_size: int, folder: Path) -> None:
-    """Both ways to train rows, over 2 ranks or as one with twice the batch; saves what came of them."""
+    """Every way to train rows, over 2 ranks or as one with twice the batch; saves what came of them."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/{world_size}", rank=rank, world_size=world_size)
-    for with_row_optimizer in (False, True):
-        model = fresh().train()
-        rows_optimizer = RowOptimizer(model, lr=0.1, eps=1e-3) if with_row_optimizer else None
-        wrapped = DistributedDataParallel(model) if world_size > 1 else model
+    for way in WAYS:
+        model: Any = fresh().train()
+        rows_optimizer = RowOptimizer(model, lr=0.1, eps=1e-3) if way == "row optimizer" else None
+        wrapped = model
+        if way == "sharded":
+            fully_shard(model, mesh=init_device_mesh("cpu", (world_size,)))
+        elif world_size > 1:
+            wrapped = DistributedDataParallel(model)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         for step in range(STEPS):
             ids = batch(step)[:2][rank::world_size]
@@ -316,7 +326,9 @@ def _train_as_a_rank(rank: int, world_size: int, folder: Path) -> None:
                 if each is not None:
                     each.step()
                     each.zero_grad()
-        torch.save(learned_rows(model).weight.detach(), folder / f"{world_size}.{rank}.{with_row_optimizer}")
+        weight = learned_rows(model).weight.detach()
+        weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
+        torch.save(weight, folder / f"{world_size}.{rank}.{way}")
     dist.destroy_process_group()
 
 
@@ -324,9 +336,9 @@ def _train_as_a_rank(rank: int, world_size: int, folder: Path) -> None:
 def test_two_ranks_train_rows_as_one_with_twice_the_batch(tmp_path):
     for world_size in (1, 2):
         torch.multiprocessing.spawn(_train_as_a_rank, args=(world_size, tmp_path), nprocs=world_size)
-    for with_row_optimizer in (False, True):
+    for way in WAYS:
         one, first, second = (
-            torch.load(tmp_path / f"{name}.{with_row_optimizer}", weights_only=True) for name in ("1.0", "2.0", "2.1")
+            torch.load(tmp_path / f"{name}.{way}", weights_only=True) for name in ("1.0", "2.0", "2.1")
         )
         assert torch.equal(first, second)
         torch.testing.assert_close(first, one, atol=1e-5, rtol=1e-5)
