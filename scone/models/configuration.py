@@ -34,8 +34,8 @@ class EmbeddedTrunkConfig(PreTrainedConfig):
             kwargs.setdefault(name, getattr(self.text_config, name, None))
         if not self.text_config.return_dict:  # the model around the trunk makes the tuples
             self.return_dict, self.text_config.return_dict = False, True
-        # the trunk ties its own weights; there is nothing to tie at this level
-        kwargs["tie_word_embeddings"] = False
+        # the trunk ties them, nothing is tied at this level; but adapters ask here
+        kwargs["tie_word_embeddings"] = bool(getattr(self.text_config, "tie_word_embeddings", False))
         super().__post_init__(**kwargs)
 
     @property

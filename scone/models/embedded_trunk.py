@@ -29,6 +29,7 @@ class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
     config_class = EmbeddedTrunkConfig
     base_model_prefix = "body"
     main_input_name = "input_ids"
+    _tied_weights_keys: dict[str, str] = {}  # noqa: RUF012 (the library's; what is tied, is tied within the trunk)
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True

@@ -195,3 +195,31 @@ def test_rows_learn_beside_an_adapter(with_row_optimizer, tmp_path):
         merged = tuned.merge_and_unload()
         assert torch.equal(learned_rows(merged).weight, rows.weight)
         torch.testing.assert_close(merged(ids).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_added_tokens_learn_beside_an_adapter(kind, tmp_path):
+    """Tied (qwen2) or not: PEFT trains the new tokens' vectors alone, in the head too where it is the embeddings'."""
+    base = tiny.scone(kind)
+    base.resize_token_embeddings(tiny.VOCAB_SIZE + 2, mean_resizing=False)
+    fresh, ids = copy.deepcopy(base), torch.from_numpy(tiny.corpus(40, 3).reshape(2, 20))
+    ids[:, ::5] = tiny.VOCAB_SIZE
+    assert base.config.tie_word_embeddings == (kind == "qwen2")
+    tuned = lora(base, ["q_proj"], trainable_token_indices=[tiny.VOCAB_SIZE, tiny.VOCAB_SIZE + 1]).train()
+    optimizer = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(2):
+        tuned(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        expected = tuned.eval()(input_ids=ids).logits
+        tuned.save_pretrained(tmp_path / "adapter")
+        loaded = peft.PeftModel.from_pretrained(fresh, tmp_path / "adapter").eval()
+        torch.testing.assert_close(loaded(input_ids=ids).logits, expected)
+        merged = tuned.merge_and_unload()
+        torch.testing.assert_close(merged(ids).logits, expected, atol=1e-4, rtol=1e-4)
+        merged.save_pretrained(tmp_path / "merged")
+        again = SconeForCausalLM.from_pretrained(tmp_path / "merged").eval()
+        torch.testing.assert_close(again(ids).logits, expected, atol=1e-4, rtol=1e-4)
+    old = tiny.trunk(kind).get_input_embeddings().weight
+    assert torch.equal(again.get_input_embeddings().weight[: tiny.VOCAB_SIZE], old)
