@@ -18,6 +18,7 @@ from scone.models.configuration import EmbeddedTrunkConfig
 from scone.models.host_lookup import Find, looked_up
 from scone.models.learned_rows import LearnedRows
 from scone.models.token_history import TokenHistory, extend_history, known_past, marked, starts_of_examples
+from scone.utils.errors import SconeError
 
 
 class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
@@ -146,6 +147,10 @@ class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
             inputs["token_mask"] = new.clone(memory_format=torch.contiguous_format)
         return inputs
 
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """What ``generate_batch`` and ``transformers serve`` begin with. Raises SconeError: see `_PAGED`."""
+        raise SconeError(_PAGED)
+
     def create_masks_for_generate(self, config: Any, **kwargs: Any) -> Any:
         """The masks of a static cache, by the trunk's configuration: ours does not say which attention runs."""
         trunk: Any = self.trunk
@@ -190,6 +195,7 @@ class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: a cache that another model filled, without the token history that looking up needs; vectors
                 without their tokens.
+            SconeError: a paged cache of continuous batching.
         """
         if use_cache is None and labels is not None:
             use_cache = False
@@ -217,6 +223,8 @@ class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
         """The output of ``part``, the trunk or its body, for our input vectors; arguments are those of `forward`."""
         if input_ids is None:
             raise ValueError("found no input_ids; expected tokens" if inputs_embeds is None else _NO_TOKENS)
+        if "write_index" in kwargs:
+            raise SconeError(_PAGED)
         mask = token_mask
         if mask is None:
             mask = _new_columns(attention_mask, input_ids.shape[1], cache)
@@ -292,6 +300,12 @@ class TrunkBody(nn.Module):
             return getattr(model.trunk.base_model, name)
 
 
+# Its paged cache carries no tokens: each step would be embedded as the beginning of a text. A history beside its slots
+# would have to follow what it does to them (sharing, copying, moving to the host), which changes with every version.
+_PAGED = (
+    "found continuous batching of transformers, whose paged cache does not keep the tokens that f-grams need; expected "
+    "generate, with the prompts as one padded batch, or `scone serve`, which batches requests"
+)
 _NO_TOKENS = (
     "found inputs_embeds without input_ids; expected the tokens too, in which n-grams are found (soft prompts, such as "
     "PEFT's prompt tuning, hand in vectors alone and do not work here); give input_ids, or give vectors that are ready "
