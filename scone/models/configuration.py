@@ -32,8 +32,10 @@ class EmbeddedTrunkConfig(PreTrainedConfig):
             self.text_config = AutoConfig.for_model(values.pop("model_type"), **values)
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             kwargs.setdefault(name, getattr(self.text_config, name, None))
-        # the trunk ties its own weights; there is nothing to tie at this level
-        kwargs["tie_word_embeddings"] = False
+        if not self.text_config.return_dict:  # the model around the trunk makes the tuples
+            self.return_dict, self.text_config.return_dict = False, True
+        # the trunk ties them, nothing is tied at this level; but adapters ask here
+        kwargs["tie_word_embeddings"] = bool(getattr(self.text_config, "tie_word_embeddings", False))
         super().__post_init__(**kwargs)
 
     @property

@@ -57,8 +57,6 @@ class OverEncodingForCausalLM(EmbeddedTrunk):
         width = self._token_weight().shape[1]
         self.hashed_embedding = OverEncodingEmbedding(config.num_rows, width, config.start, config.initial_token_scale)
         self.grams = HashedGrams(config.num_rows, tuple(config.separator_ids))
-        # the optimizer keeps the rows alike on all ranks, and they may lie on another device than the rest
-        self._ddp_params_and_buffers_to_ignore = ["hashed_embedding.rows.weight"]
         self.post_init()
 
     @classmethod

@@ -38,11 +38,12 @@ from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 from scone.tokenization.tokenizers import separator_ids, tokenizer_fingerprint
 from scone.training.compilation import compile_for_training
 from scone.training.model_options import check_input_embedding, f_gram_model_settings
+from scone.training.optimizer import learned_rows
 from scone.training.precision import resolve_precision
 from scone.training.processes import meet_after_restart, one_line_for_lost_processes
 from scone.training.reporters import reporter_names
 from scone.training.run_folder import FINAL_MODEL, OPTIONS_FILE, one_run_at_a_time, resume_point
-from scone.training.trainer import SconeTrainer, StopOnSignal, TrainedAlready, learned_rows
+from scone.training.trainer import SconeTrainer, StopOnSignal, TrainedAlready
 from scone.training.unused_parameters import all_are_used
 from scone.training.vocabulary import prepare_vocabulary
 from scone.utils.command_line import is_first_process

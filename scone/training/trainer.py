@@ -24,7 +24,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from scone.data.training_order import TrainingOrder
 from scone.models.language_model import SconeForCausalLM
 from scone.models.learned_rows import LearnedRows
-from scone.training.optimizer import AdamWWithRows
+from scone.training.optimizer import AdamWWithRows, learned_rows
 from scone.training.sharding import load_whole_optimizer, load_whole_weights, shard, whole_state, whole_weights
 from scone.training.step_cost import RunCost, StepCost
 from scone.utils.errors import SconeError
@@ -103,6 +103,18 @@ class SconeTrainer(Trainer):
             )
         return self.optimizer
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As Hugging Face's. Before and after it the learned rows are parameters that any other loop may train."""
+        assert self.model is not None
+        rows = learned_rows(self.model)
+        try:
+            if rows is not None and self.optimizer is not None:  # trained before
+                rows.collect_for(getattr(self.optimizer, "optimizer", self.optimizer))
+            return super().train(*args, **kwargs)
+        finally:
+            if rows is not None:
+                rows.release()
+
     def _get_train_sampler(self, train_dataset: Any = None) -> TrainingOrder:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         return TrainingOrder(
@@ -114,9 +126,9 @@ class SconeTrainer(Trainer):
             steps_done=lambda: self.state.global_step,
         )
 
-    def _gradient_scale(self) -> float:
+    def _gradient_scale(self) -> float | None:
         scaler = self.accelerator.scaler
-        return scaler.get_scale() if scaler is not None else 1.0
+        return scaler.get_scale() if scaler is not None else None
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if model.training:
@@ -199,11 +211,6 @@ class DropSkippedGradients(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.rows.pending.clear()
-
-
-def learned_rows(model: nn.Module) -> LearnedRows | None:
-    """The ``LearnedRows`` of a model that may be wrapped, or None."""
-    return next((module for module in model.modules() if isinstance(module, LearnedRows)), None)
 
 
 class TrainedAlready(Exception):
