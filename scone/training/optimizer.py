@@ -62,7 +62,7 @@ class _StepsRows:
 
 
 class RowOptimizer(_StepsRows, torch.optim.Optimizer):
-    """Row-RMS (`update_with_rms`) for the learned rows of a model, beside any optimizer for the rest of it, in a training loop of one's own.
+    """Row-RMS (`update_with_rms`) for the learned rows of a model, beside any optimizer for the rest, in any loop.
 
     While it lives, a step costs the rows that it touches and not the R that there are. Call its ``step`` and
     ``zero_grad`` wherever the other optimizer's are called. Schedulers, state dictionaries, gradient accumulation and
