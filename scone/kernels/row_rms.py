@@ -30,7 +30,7 @@ def update_rows(
         num_threads: at most so many share the rows.
         weight: float32 [R, D], changed in place.
         sums: float32 [R], of each row's second moments over its visits, changed in place.
-        visits: int32 [R], changed in place.
+        visits: float32 [R], changed in place.
         columns: float32 [D], second moments of the columns, mean one, above zero.
         mean: the second moment of a mean row.
         prior: how many visits ``mean`` counts for.
@@ -52,9 +52,9 @@ def _update(weight, sums, visits, row_ids, gradients, factors, roots, prior_sum,
         moment = np.float32(0.0)
         for column in range(width):
             moment += gradients[index, column] * gradients[index, column] * factors[column]
-        visits[row] += 1
+        visits[row] += np.float32(1.0)
         sums[row] += moment / np.float32(width)
-        variance = (prior_sum + sums[row]) / (prior + np.float32(visits[row]))
+        variance = (prior_sum + sums[row]) / (prior + visits[row])
         if variance > 0.0:
             step = rate / np.sqrt(variance)
             for column in range(width):

@@ -16,6 +16,7 @@ class EmbeddedTrunkConfig(PreTrainedConfig):
         text_config: the trunk's own configuration (or its dictionary, with ``model_type``); Hugging Face's name for
             the part of a composite model that speaks text, so caches and generation read the trunk's sizes from it.
         embedding_scale: factor on the input vectors, in front of the trunk and its position embeddings.
+        input_norm: they are normalised before that (RMSNorm with a learned gain), table rows and tokens alike.
     """
 
     model_type = "embedded_trunk"
@@ -23,6 +24,7 @@ class EmbeddedTrunkConfig(PreTrainedConfig):
 
     text_config: dict | PreTrainedConfig | None = None
     embedding_scale: float = 1.0
+    input_norm: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.text_config is None:

@@ -43,6 +43,7 @@ class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
         self.trunk.config.return_dict = True  # tuples are made here
         self._no_split_modules = list(self.trunk._no_split_modules or [])
         self._embedding_place: tuple[str, ...] = ()
+        self.input_norm = nn.RMSNorm(self._token_weight().shape[1], eps=1e-6) if config.input_norm else None
         self._body: list[TrunkBody] = []  # in a list it is no part of the model: its parts are ours
 
     @abstractmethod
@@ -67,11 +68,13 @@ class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
         return self.vectors_of(input_ids, _marked(input_ids, mask, history, position_ids), history, trie)
 
     def input_vectors(self, *args: Any, **kwargs: Any) -> Tensor:
-        """What the trunk gets, ``[B, T, D]``: as `embed`, which see, times ``embedding_scale``."""
+        """What the trunk gets, ``[B, T, D]``: of `embed`, normalised and scaled as configured."""
         return self.scaled(self.embed(*args, **kwargs))
 
     def scaled(self, vectors: Tensor) -> Tensor:
         """Of `embed`, as the trunk gets them."""
+        if self.input_norm is not None:
+            vectors = self.input_norm(vectors)
         return vectors if self.config.embedding_scale == 1.0 else vectors * self.config.embedding_scale
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]

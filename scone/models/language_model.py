@@ -78,6 +78,7 @@ class SconeForCausalLM(EmbeddedTrunk):
         combination: str = "add",
         control: str = "none",
         embedding_scale: float = 1.0,
+        input_norm: bool = False,
     ) -> SconeForCausalLM:
         """A SCONE model around ``trunk``, which keeps its weights. ``learned_rows`` is capped at the number of f-grams.
         For the rest see ``SconeConfig``.
@@ -99,6 +100,7 @@ class SconeForCausalLM(EmbeddedTrunk):
             combination=combination,
             control=control,
             embedding_scale=embedding_scale,
+            input_norm=input_norm,
             max_n=vocabulary.max_n,
             num_f_grams=vocabulary.num_f_grams,
             vocabulary_fingerprint=vocabulary.fingerprint,

@@ -68,6 +68,7 @@ class OverEncodingForCausalLM(EmbeddedTrunk):
         start: str = "zero",
         separator_ids: Sequence[int] = (),
         embedding_scale: float = 1.0,
+        input_norm: bool = False,
     ) -> OverEncodingForCausalLM:
         """A model around ``trunk``, which keeps its weights."""
         config = OverEncodingConfig(
@@ -76,6 +77,7 @@ class OverEncodingForCausalLM(EmbeddedTrunk):
             start=start,
             separator_ids=sorted(int(separator) for separator in separator_ids),
             embedding_scale=embedding_scale,
+            input_norm=input_norm,
         )
         model = cls(config, trunk=trunk)
         model.generation_config = trunk.generation_config

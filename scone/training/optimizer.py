@@ -1,7 +1,8 @@
-"""Adam on touched rows only, for the learned rows, and AdamW for everything dense with it."""
+"""Row-RMS for the learned rows, and AdamW, with or without Muon for matrices, for everything dense beside it."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -10,10 +11,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from scone.kernels.row_adam import update_rows
+from scone.configs.schema import ROWS_LEARNING_RATE
+from scone.kernels.installed import triton_is_installed
+from scone.kernels.row_rms import update_rows
 from scone.kernels.transfer import to_device
-from scone.models.learned_rows import LearnedRows, untouched_zeros
+from scone.models.learned_rows import LearnedRows
 from scone.utils.errors import SconeError
+
+logger = logging.getLogger(__name__)
+
+PRIOR_VISITS = 4.0
+"""How many visits the mean row counts for in a row's second moment."""
+MEMORY = 0.99
+"""Decay of the columns' second moments and of the mean row's, per step."""
 
 
 class _StepsRows:
@@ -42,7 +52,7 @@ class _StepsRows:
             return
         weight = self.rows.weight
         gradients = gradients.div_(1.0 if scale is None else scale).to(weight.device)
-        update_with_adam(weight, to_device(torch.from_numpy(row_ids), weight.device), gradients, group, state)
+        update_with_rms(weight, to_device(torch.from_numpy(row_ids), weight.device), gradients, group["lr"], state)
 
     def _group_of_hosts(self) -> dist.ProcessGroup | None:
         """Where hosts talk to each other; made by all ranks at their first step. None: the default group."""
@@ -52,19 +62,19 @@ class _StepsRows:
 
 
 class RowOptimizer(_StepsRows, torch.optim.Optimizer):
-    """Adam for the learned rows of a model, beside any optimizer for the rest of it, in a training loop of one's own.
+    """Row-RMS (`update_with_rms`) for the learned rows of a model, beside any optimizer for the rest, in any loop.
 
     While it lives, a step costs the rows that it touches and not the R that there are. Call its ``step`` and
     ``zero_grad`` wherever the other optimizer's are called. Schedulers, state dictionaries, gradient accumulation and
     ``torch.amp.GradScaler`` work as with any optimizer; ranks of ``torch.distributed`` are averaged in ``step``. The
-    rows have no part in gradient clipping: Adam's update does not depend on the gradient's scale.
+    rows have no part in gradient clipping: their update does not depend on the gradient's scale.
 
     Without it, rows get dense gradients and any optimizer trains them.
 
     Args:
         model: a model with learned rows, which may be wrapped. Make it before ``DistributedDataParallel`` wraps the
             model, which is then told to leave the rows alone.
-        lr, betas, eps: as Adam's.
+        lr: the root mean square of a mean row's step.
 
     Raises:
         SconeError: the model has no learned rows.
@@ -72,16 +82,14 @@ class RowOptimizer(_StepsRows, torch.optim.Optimizer):
 
     _step_supports_amp_scaling = True  # GradScaler leaves it to us to unscale what is not in ``grad``
 
-    def __init__(
-        self, model: nn.Module, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
-    ) -> None:
+    def __init__(self, model: nn.Module, lr: float = ROWS_LEARNING_RATE) -> None:
         rows = learned_rows(model)
         if rows is None:
             raise SconeError(
                 "found a model without learned rows; expected one with them; leave the row optimizer out, "
                 "or build the model with learned_rows"
             )
-        super().__init__([rows.weight], {"lr": lr, "betas": betas, "eps": eps})
+        super().__init__([rows.weight], {"lr": lr})
         self._take_rows(rows)
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -104,9 +112,9 @@ class RowOptimizer(_StepsRows, torch.optim.Optimizer):
 class AdamWWithRows(_StepsRows, torch.optim.AdamW):
     """AdamW for everything dense and `RowOptimizer` for the rows in one: one schedule, one state dictionary.
 
-    The rows' weight is the last parameter group. As in ``torch.optim.SparseAdam``, the moments of a row move only when
-    it is touched and the bias correction counts all steps; there is no weight decay, since a row that stays at zero is
-    a row that was never needed.
+    The rows' weight is the last parameter group; it has no weight decay, which took nothing off the loss. Groups that
+    say ``"muon": True`` are matrices that Muon (Jordan et al., 2024) orthogonalises, with steps of AdamW's size
+    (Liu et al., arXiv 2502.16982), so that one learning rate serves both.
 
     Args:
         groups: AdamW parameter groups, each with a list of parameters; may be none where there are rows. The rows'
@@ -122,7 +130,7 @@ class AdamWWithRows(_StepsRows, torch.optim.AdamW):
         groups: Iterable[dict[str, Any]],
         *,
         rows: LearnedRows | None = None,
-        rows_learning_rate: float = 1e-3,
+        rows_learning_rate: float = ROWS_LEARNING_RATE,
         gradient_scale: Callable[[], float | None] | None = None,
         **adamw: Any,
     ) -> None:
@@ -132,12 +140,25 @@ class AdamWWithRows(_StepsRows, torch.optim.AdamW):
         # nothing dense where rows are all there is to train: AdamW wants one group even so
         super().__init__([group for group in groups if group["params"]] or [{"params": []}], **adamw)
         self.gradient_scale = gradient_scale
+        self._muon = muon_for(self.param_groups)
         if rows is not None:
             self.add_param_group({"params": [rows.weight], "lr": rows_learning_rate, "weight_decay": 0.0})
         self._take_rows(rows)
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        loss = super().step(closure)
+        every = self.param_groups
+        self.param_groups = [group for group in every if not group.get("muon")]
+        try:
+            loss = super().step(closure)
+        finally:
+            self.param_groups = every
+        if self._muon is not None:
+            # loading a state dictionary replaces both
+            self._muon.param_groups, self._muon.state = [group for group in every if group.get("muon")], self.state
+            self._muon.step()
+            for group in self._muon.param_groups:
+                for parameter in group["params"]:  # AdamW asks every parameter's state for it when it is loaded
+                    self.state[parameter].setdefault("step", torch.zeros(()))
         if self.rows is not None:
             scale = self.gradient_scale() if self.gradient_scale is not None else None
             self._step_rows(self.param_groups[-1], self.state[self.rows.weight], scale)
@@ -149,43 +170,86 @@ class AdamWWithRows(_StepsRows, torch.optim.AdamW):
             self.rows.pending.clear()
 
 
-@torch.no_grad()
-def update_with_adam(
-    weight: Tensor, row_ids: Tensor, gradients: Tensor, group: dict[str, Any], state: dict[str, Any]
-) -> None:
-    """One Adam step of the rows ``row_ids`` int64 [r], distinct, of ``weight`` [R, D] by ``gradients`` [r, D].
+def muon_for(groups: Sequence[dict[str, Any]]) -> Any:
+    """Muon over those of ``groups`` that ask for it, whose settings it completes; None where none does."""
+    chosen = [group for group in groups if group.get("muon")]
+    if not chosen:
+        return None
+    if not hasattr(torch.optim, "Muon"):
+        raise SconeError(
+            f"found torch {torch.__version__}, which has no Muon; expected 2.9 or later; update it, or use "
+            "--optimizer adamw"
+        )
+    settings = [{name: group[name] for name in ("params", "lr", "weight_decay")} for group in chosen]
+    muon = torch.optim.Muon(settings, adjust_lr_fn="match_rms_adamw")
+    for group, complete in zip(chosen, muon.param_groups, strict=True):
+        group.update(complete)
+    for group in chosen:
+        for parameter in group["params"]:
+            muon.state[parameter] = {}
+    return muon
 
-    Only these rows are read and written, moments included. ``group`` has the rates; ``state`` is made when it is empty.
+
+@torch.no_grad()
+def update_with_rms(
+    weight: Tensor, row_ids: Tensor, gradients: Tensor, learning_rate: float, state: dict[str, Any]
+) -> None:
+    """One row-RMS step of the rows ``row_ids`` int64 [r], distinct, of ``weight`` [R, D] by ``gradients`` [r, D].
+
+    A row moves by its gradient over the root of second moments that are factored as in Adafactor (Shazeer and Stern,
+    2018): one number a column, a moving average over steps, times one number a row, the mean over the visits that the
+    row has had. ``PRIOR_VISITS`` of a mean row count as visits too, so that a row's first gradient is not divided by
+    itself. There is no momentum. Only these rows are read and written; ``state`` is made when it is empty and takes 8
+    bytes a row.
+
+    Reference implementation: ``kernels.reference_rms.rms_rows``.
     """
-    if not state:
+    if "sums" not in state:
+        if state:
+            logger.warning("the learned rows were trained with Adam before; their row-RMS starts anew")
+            state.clear()
+        device = weight.device
         state["step"] = torch.zeros(())
-        num_rows, width = weight.shape
-        state["exp_avg"] = untouched_zeros(num_rows, width, weight.device)
-        state["exp_avg_sq"] = untouched_zeros(num_rows, width, weight.device)
+        state["sums"] = torch.zeros(len(weight), device=device)
+        state["visits"] = torch.zeros(len(weight), device=device)  # loading would make integers floats too
+        state["columns"] = torch.ones(weight.shape[1], device=device)
+        state["mean"] = torch.zeros(1, device=device)
     state["step"] += 1
-    step = state["step"].item()
-    beta1, beta2 = group["betas"]
+    fresh = 1 - min(MEMORY, 1 - 1 / state["step"].item())  # the first steps average all there were
+    columns, mean = state["columns"], state["mean"]
+    gradients = gradients.float()
+    now = gradients.square().mean(0)
+    columns.lerp_((now / now.mean().clamp_min(1e-30)), fresh).clamp_min_(1e-8)
+    mean.lerp_((now / columns).mean(), fresh)
     if weight.device.type == "cpu" and weight.dtype == torch.float32:
         update_rows(
             torch.get_num_threads(),
             weight.detach().numpy(),
-            state["exp_avg"].numpy(),
-            state["exp_avg_sq"].numpy(),
+            state["sums"].numpy(),
+            state["visits"].numpy(),
             row_ids.numpy(),
             gradients.numpy(),
-            learning_rate=group["lr"],
-            betas=group["betas"],
-            eps=group["eps"],
-            step=step,
+            columns.numpy(),
+            mean=mean.item(),
+            prior=PRIOR_VISITS,
+            learning_rate=learning_rate,
         )
-        return
-    average = state["exp_avg"].index_select(0, row_ids).lerp_(gradients, 1 - beta1)
-    square = state["exp_avg_sq"].index_select(0, row_ids).mul_(beta2).addcmul_(gradients, gradients, value=1 - beta2)
-    state["exp_avg"].index_copy_(0, row_ids, average)
-    state["exp_avg_sq"].index_copy_(0, row_ids, square)
-    denominator = square.sqrt_().div_((1 - beta2**step) ** 0.5).add_(group["eps"])
-    update = average.div_(denominator).mul_(-group["lr"] / (1 - beta1**step))
-    weight.index_add_(0, row_ids, update)
+    elif weight.device.type == "cuda" and weight.dtype == torch.float32 and triton_is_installed():
+        from scone.kernels.row_rms_triton import update_rows_triton
+
+        update_rows_triton(
+            *(weight.detach(), state["sums"], state["visits"], row_ids, gradients.contiguous(), columns, mean),
+            prior=PRIOR_VISITS,
+            learning_rate=learning_rate,
+        )
+    else:
+        visits = state["visits"].index_select(0, row_ids) + 1
+        sums = state["sums"].index_select(0, row_ids) + (gradients.square() / columns).mean(1)
+        state["visits"].index_copy_(0, row_ids, visits)
+        state["sums"].index_copy_(0, row_ids, sums)
+        variance = (PRIOR_VISITS * mean + sums) / (PRIOR_VISITS + visits)
+        steps = torch.where(variance > 0, learning_rate * variance.rsqrt(), 0.0)
+        weight.index_add_(0, row_ids, (gradients * steps[:, None] / columns.sqrt()).to(weight.dtype), alpha=-1.0)
 
 
 def learned_rows(model: nn.Module) -> LearnedRows | None:

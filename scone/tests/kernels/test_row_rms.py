@@ -19,7 +19,7 @@ def problem(seed: int, num_rows: int, width: int, share: float) -> tuple[list[np
     arrays = [
         rng.standard_normal((num_rows, width)).astype(np.float32),
         rng.random(num_rows).astype(np.float32),
-        rng.integers(0, 5, num_rows).astype(np.int32),
+        rng.integers(0, 5, num_rows).astype(np.float32),
     ]
     return arrays, touched, gradients.astype(np.float32)
 
