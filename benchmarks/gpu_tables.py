@@ -24,6 +24,7 @@ TIMES = {
     "decode": "ms a decoding step",
     "prefill": "ms a prefill",
     "captured_decode": "ms a decoding step, each step one CUDA graph",
+    "compiled_decode": "ms a decoding step, compiled by transformers",
     "queued_decode": "ms a decoding step, each step one CUDA graph, choices stay on the GPU",
     "engine": "ms a new token from the engine, not compiled",
 }

@@ -261,7 +261,6 @@ class InferenceOptions:
 
     use_memory_map: bool = option(False, "stream the embedding table to and from disk: bounded memory")
     batch_size: int = option(32, "sequences, or f-grams when precomputing, of a batch", minimum=1)
-    cuda_graphs: bool = option(True, "generating on a GPU: launch each decoding step as one CUDA graph")
 
 
 @dataclass

@@ -24,7 +24,7 @@ from scone.evaluation.perplexity import perplexity
 from scone.evaluation.results import RunResult
 from scone.evaluation.text_size import text_size
 from scone.models.accounting import f_gram_forward_flops, parameter_counts, training_flops, trunk_forward_flops
-from scone.models.f_gram_model import FGramModelConfig
+from scone.models.f_gram_config import FGramModelConfig
 from scone.models.language_model import SconeForCausalLM
 from scone.models.trunk import trunk_configuration
 from scone.tokenization.matcher import Matcher

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scone.inference.stores.base import RowStore, StoreMemory, decode_rows
+from scone.inference.stores.base import RowStore, StoreMemory
 from scone.inference.stores.placement import open_store
 from scone.inference.table_format import TableFile
 from scone.kernels.installed import triton_is_installed
@@ -131,30 +131,6 @@ class EmbeddingTable:
             return None
         row = self.layout.row_format
         return ReachableRows(blocks[0], blocks[1] if len(blocks) > 1 else None, row.row_type, row.width, row.group_size)
-
-    def raw_rows_into(self, ranks: np.ndarray, out: np.ndarray, targets: np.ndarray) -> None:
-        """Row ``ranks[i]`` (int64 [n]), as it is stored, into ``out[targets[i]]``: uint8 [m, row_bytes].
-
-        Raises as `rows`.
-        """
-        self.store.raw_rows_into(self._in_range(ranks), out, targets)
-
-    def num_held_by(self, device: torch.device) -> int:
-        """How many rows, from rank 0 on, lie on ``device`` (not the CPU)."""
-        block = None if device.type == "cpu" else self.store.first_rows_on(device)
-        return 0 if block is None else len(block)
-
-    def decoded(self, raw: Tensor, ranks: Tensor, dtype: torch.dtype) -> Tensor:
-        """Rows ``ranks`` (int64 [n]) as ``dtype`` [n, D]: those that the device of ``raw`` holds (see `num_held_by`)
-        from there, others from ``raw`` uint8 [n, row_bytes], all on that device. Anything where a rank is negative.
-        """
-        row, device = self.layout.row_format, raw.device
-        rows = decode_rows(raw, torch.arange(len(raw), device=device), row, dtype)
-        held = None if device.type == "cpu" else self.store.first_rows_on(device)
-        if held is None:
-            return rows
-        own = decode_rows(held, ranks.clamp(0, len(held) - 1), row, dtype)
-        return torch.where((ranks < len(held))[:, None], own, rows)
 
     def prefetch(self, ranks: Tensor) -> None:
         """Start fetching these rows in the background (int64 [n]), so that `rows` of them waits less."""

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from scone.kernels.child_index import BUCKET
 from scone.kernels.dequantize_triton import decoded, typed_rows
-from scone.kernels.kept_launch import KeptLaunch
 from scone.kernels.longest_match_triton import longest_match
 from scone.kernels.reachable_rows import ReachableRows
 from scone.kernels.transfer import launching_on
@@ -58,7 +57,6 @@ class TableLookUp:
             *(longest, triton.next_power_of_2(longest)),
             *("" if is_float else rows.row_type, triton.cdiv(rows.width, block), block),
         )
-        self._launch = KeptLaunch(_look_up, num_warps=4)
 
     def write(
         self,
@@ -87,27 +85,22 @@ class TableLookUp:
         if not num_programs:
             return
         tokens, token_row = _with_row_stride(tokens)
-        mask_type = None
         mask_, mask_row, past_, past_row, past_length = tokens, 0, tokens, 0, 0
         records = places is not None and past is not None
         if mask is not None:
             mask_, mask_row = _with_row_stride(mask)
-            mask_type = mask.dtype
         if past is not None and past.shape[1]:
             past_, past_row = _with_row_stride(past)
             past_length = past.shape[1]
-        # what else the kernel is compiled for never changes
-        key = (vectors.dtype, vectors.data_ptr() % 16 == 0, tokens.dtype, mask_type, past_.dtype, records)
         with launching_on(vectors.device):
-            self._launch(
-                key,
-                num_programs,
+            _look_up[num_programs,](
                 *(vectors, tokens, mask_, past_, tokens.shape[1], past_length, token_row, mask_row, past_row),
                 *((places, count) if records else (self.num_found, self.num_found)),
                 *self._constants,
                 mask is not None,
                 records,
                 *self._choices,
+                num_warps=4,
             )
 
 

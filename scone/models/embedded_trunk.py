@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,7 @@ from transformers.cache_utils import Cache
 from transformers.generation.configuration_utils import CompileConfig
 from transformers.masking_utils import create_masks_for_generate
 
-from scone.models.captured_calls import CapturedCalls, lies_on_one_device, options_within_a_graph
 from scone.models.configuration import EmbeddedTrunkConfig
-from scone.models.step_look_up import OrdinaryLookUp, StepLookUp
 from scone.models.token_history import StaticTokenHistory, TokenHistory, extend_history, hidden, known_past
 
 
@@ -42,7 +40,6 @@ class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
         self.trunk = AutoModelForCausalLM.from_config(config.text_config) if trunk is None else trunk
         self._no_split_modules = list(self.trunk._no_split_modules or [])
         self._embedding_place: tuple[str, ...] = ()
-        self._captured: CapturedCalls | None = None
 
     @abstractmethod
     def embed(
@@ -64,15 +61,8 @@ class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
         trie: dict[str, Any] | None = None,
     ) -> Tensor:
         """What the trunk gets, ``[B, T, D]``: as `embed`, which see, times ``embedding_scale``."""
-        return self.scaled(self.embed(input_ids, mask, cache, trie))
-
-    def scaled(self, vectors: Tensor) -> Tensor:
-        """Of `embed`, as the trunk gets them."""
+        vectors = self.embed(input_ids, mask, cache, trie)
         return vectors if self.config.embedding_scale == 1.0 else vectors * self.config.embedding_scale
-
-    def step_look_up(self, inputs: Mapping[str, Any]) -> StepLookUp | None:
-        """What comes before a captured step with these arguments; None where it can be captured whole."""
-        return OrdinaryLookUp(self, inputs)
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
         """As Hugging Face's, plus the file by which ``trust_remote_code`` finds us."""
@@ -127,35 +117,8 @@ class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
         return create(config=trunk.config, **kwargs)
 
     def get_compiled_call(self, compile_config: CompileConfig | None) -> Callable[..., Any]:
-        """What ``generate`` calls for steps over a static cache: CUDA graphs, if all of the model is on one device."""
-        if self.device.type != "cuda" or not lies_on_one_device(self):
-            return self.__call__
-        options = options_within_a_graph(compile_config)
-        if self._captured is None or self._captured.compile_options != options:
-            self._captured = CapturedCalls(self, **options)
-        return self._captured
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As Hugging Face's. Graphs outlive it only with a cache that its caller made, and may use again."""
-        generation: Any = super()
-        if self._captured is not None:
-            self._captured.forget_if_changed()
-        try:
-            return generation.generate(*args, **kwargs)
-        finally:
-            calls = self._captured
-            for cache in [] if calls is None else calls.caches:
-                if calls is not None and not getattr(cache, "_is_user_defined", False):
-                    calls.forget(cache)
-
-    def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        """As PyTorch's; what moves or casts weights leaves graphs that read where they were."""
-        self._captured = None
-        return super()._apply(*args, **kwargs)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy captures steps of its own."""
-        return self.__dict__ | {"_captured": None}
+        """What ``generate`` calls for steps over a static cache: not compiled, since the host looks up in between."""
+        return self.__call__
 
     # ------------------------------------------------------------------ tokens → vectors → logits
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from scone.kernels.reachable_rows import ReachableRows
 from scone.kernels.transfer import to_device
 from scone.models.device_look_up import DeviceLookUp
-from scone.models.f_gram_model import FGramModel, FGramModelConfig, unit_rms
+from scone.models.f_gram_config import FGramModelConfig
+from scone.models.f_gram_model import FGramModel, unit_rms
 from scone.models.learned_rows import LearnedRows
 from scone.models.token_history import TokenHistory
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
@@ -148,7 +149,7 @@ class RowSource(Protocol):
 class TableInputEmbedding(nn.Module):
     """The serving layer: a matched position reads one precomputed row, any other its token's own embedding.
 
-    Attributes: ``num_positions``, looked up so far, padding too; whoever replays a look-up adds to it.
+    Attributes: ``num_positions``, looked up so far, padding too.
     """
 
     def __init__(self, table: RowSource) -> None:
@@ -170,13 +171,9 @@ class TableInputEmbedding(nn.Module):
         if len(positions):
             rows = self.table.rows(nodes[positions] - vocab_size, flat.dtype)
             flat = flat.index_copy(0, to_device(positions, flat.device), rows.to(flat.device))
-        self.count(len(nodes), len(positions))
+        self.num_positions += len(nodes)
+        self._num_rows += len(positions)
         return flat.view_as(vectors)
-
-    def count(self, num_positions: int, num_rows: int) -> None:
-        """Note what the host looked up."""
-        self.num_positions += num_positions
-        self._num_rows += num_rows
 
     def on_device(
         self,

@@ -16,12 +16,11 @@ from transformers.utils import cached_file
 
 from scone.kernels.trie_batch import build_trie_batch
 from scone.models.configuration import SconeConfig
-from scone.models.embedded_trunk import EmbeddedTrunk, answers
+from scone.models.embedded_trunk import EmbeddedTrunk
 from scone.models.f_gram_model import FGramBlock, FGramModel
 from scone.models.input_embeddings import FGramInputEmbedding, RowSource, TableInputEmbedding
 from scone.models.learned_rows import LearnedRows
-from scone.models.step_look_up import RawRows, RowsByHost, StepLookUp
-from scone.models.token_history import TokenHistory, known_past
+from scone.models.token_history import known_past
 from scone.tokenization.controls import replaced, stand_ins
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 from scone.tokenization.matcher import Matcher
@@ -163,7 +162,6 @@ class SconeForCausalLM(EmbeddedTrunk):
                 f"expected {expected[0]} rows of width {expected[1]}; precompute it again from this model"
             )
         self.table_embedding = TableInputEmbedding(table)
-        self._captured = None
 
     def table_fingerprints(self) -> dict[str, str]:
         """What a table made from this model must carry: the f-gram vocabulary, and the weights that rows depend on.
@@ -223,29 +221,11 @@ class SconeForCausalLM(EmbeddedTrunk):
         """Accelerator memory that finding f-grams takes there: 0 where the host does it."""
         return 0 if self.table_embedding is None else self.table_embedding.accelerator_index_bytes
 
-    def step_look_up(self, inputs: Mapping[str, Any]) -> StepLookUp | None:
-        """None where the accelerator finds f-grams and reads the table's rows by itself."""
-        table, vocabulary = self.table_embedding, self.vocabulary
-        if table is None or vocabulary is None:
-            return super().step_look_up(inputs)
-        if table.look_up_on(inputs["input_ids"].device, vocabulary) is not None:
-            return None
-        if isinstance(table.table, RawRows):
-            return RowsByHost(self, table.table, inputs)
-        return super().step_look_up(inputs)
-
     def match(self, input_ids: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> np.ndarray:
         """Node ids int64 ``[B, T]``: the longest f-gram ending at each position, which may begin in the cached past."""
         assert self.matcher is not None, "the model has no f-gram vocabulary: call set_vocabulary"
         # no f-gram is longer than N, so N - 1 tokens of context decide every match
         return self.look_up(self.matcher.match, input_ids, mask, cache, self.matcher.vocabulary.max_n - 1)
-
-    def match_step(self, tokens: np.ndarray, past: int, history: TokenHistory) -> np.ndarray:
-        """As `match`, int64 ``[B, 1]``, of the last of ``tokens`` int64 [B, ≤ N] on the host, as histories write them;
-        ``history`` has all that came before, ``past`` tokens.
-        """
-        assert self.matcher is not None
-        return answers(self.matcher.match, tokens, past, history, self.matcher.vocabulary.max_n - 1, 1)
 
     def trie_of(self, nodes: np.ndarray) -> dict[str, Any]:
         """The trie batch of ``nodes``, in a control of their stand-ins; its arrays as tensors on the model's device."""

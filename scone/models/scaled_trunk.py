@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -45,9 +44,6 @@ class ScaledTrunkForCausalLM(EmbeddedTrunk):
         """Token embeddings ``[B, T, D]``, not scaled yet."""
         vectors: Tensor = self.get_input_embeddings()(input_ids)
         return vectors
-
-    def step_look_up(self, inputs: Mapping[str, Any]) -> None:
-        """Nothing is looked up."""
 
 
 AutoConfig.register("scone_scaled_trunk", ScaledTrunkConfig, exist_ok=True)

@@ -127,13 +127,6 @@ class RowStore(ABC):
         del device
         return None
 
-    def first_rows_on(self, device: torch.device) -> Tensor | None:
-        """The rows from rank 0 on that lie on ``device``, as they are stored: uint8 [n, row_bytes], n > 0; None where
-        there are none (default).
-        """
-        del device
-        return None
-
     def prefetch(self, ranks: np.ndarray) -> None:
         """Start reading these rows in the background, so that a later `rows_into` waits less (default: nothing)."""
         del ranks

@@ -56,9 +56,6 @@ class DeviceStore(RowStore):
     def within_reach(self, device: torch.device) -> list[Tensor] | None:
         return [self._rows] if device == self._rows.device else None
 
-    def first_rows_on(self, device: torch.device) -> Tensor | None:
-        return self._rows if device == self._rows.device and not self.first_row and self.num_rows else None
-
     @property
     def memory(self) -> StoreMemory:
         return StoreMemory(device=self._rows.nbytes)

@@ -91,9 +91,6 @@ class TieredStore(RowStore):
             blocks += part
         return blocks
 
-    def first_rows_on(self, device: torch.device) -> Tensor | None:
-        return self.stores[0].first_rows_on(device)
-
     def prefetch(self, ranks: np.ndarray) -> None:
         for store, positions in self._split(ranks):
             store.prefetch(ranks[positions])
