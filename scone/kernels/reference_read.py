@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 
 from scone.kernels.direct_read import PAGE_BYTES, PIECE_PAGES
@@ -27,11 +25,3 @@ def reference_pieces(ranks: np.ndarray, data_start: int, row_bytes: int) -> tupl
     starts = data_start + ranks * row_bytes
     places = [place_of_page[page] for page in (starts // PAGE_BYTES).tolist()]
     return np.array(pieces, dtype=np.int64).reshape(-1, 3), np.array(places, dtype=np.int64) + starts % PAGE_BYTES
-
-
-def reference_read(descriptor: int, buffer: memoryview, pieces: np.ndarray, end: int) -> None:
-    """As `read_pieces`, into ``buffer``. Raises OSError from the disk, EOFError where the file ends before ``end``."""
-    for offset, size, target in pieces.tolist():
-        got = os.preadv(descriptor, [buffer[target : target + size]], offset)
-        if got < min(size, end - offset):
-            raise EOFError(f"{got} of {min(size, end - offset)} bytes at {offset}")
