@@ -274,7 +274,7 @@ class SconeInferenceEngine:
             row.begin(self.tokenizer)
         clock = FirstStep() if options.num_beams > 1 else RowControl(rows, ends, width)
         if reads is not None:
-            reads.num_positions -= int((mask == 0).sum()) * options.num_beams
+            reads.num_padding += int((mask == 0).sum()) * options.num_beams
         shortest = min(len(row.prompt_ids) for row in rows)
         new_tokens = max(row.max_new_tokens for row in rows)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

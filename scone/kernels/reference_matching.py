@@ -32,10 +32,12 @@ def longest_matches(
     f_grams: Sequence[Gram],
     vocab_size: int,
     mask: Sequence[bool] | None = None,
+    starts: Sequence[bool] | None = None,
 ) -> list[int]:
     """Node of the longest f-gram that ends at each position of one sequence, by trying every length.
 
-    Equal of `longest_match.match_positions`. A masked position is its own token, and no f-gram contains it.
+    Reference implementation of `longest_match.match_positions`. A masked position is its own token, and no f-gram
+    contains it. No f-gram contains one of ``starts`` and what is before it.
     """
     rank_of = {gram: rank for rank, gram in enumerate(f_grams)}
     longest = max(map(len, f_grams), default=1)
@@ -44,7 +46,10 @@ def longest_matches(
         node = tokens[end - 1]
         for start in range(max(0, end - longest), end - 1):
             gram = tuple(tokens[start:end])
-            if gram in rank_of and (mask is None or all(mask[start:end])):
+            is_whole = (mask is None or all(mask[start:end])) and not (
+                starts is not None and any(starts[start + 1 : end])
+            )
+            if gram in rank_of and is_whole:
                 node = vocab_size + rank_of[gram]
                 break
         nodes.append(node)

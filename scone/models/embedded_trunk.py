@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +11,17 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.generation.configuration_utils import CompileConfig
 from transformers.masking_utils import create_masks_for_generate
 
 from scone.models.configuration import EmbeddedTrunkConfig
-from scone.models.token_history import StaticTokenHistory, TokenHistory, extend_history, hidden, known_past
+from scone.models.host_lookup import Find, looked_up
+from scone.models.token_history import TokenHistory, extend_history, known_past, marked, starts_of_examples
 
 
 class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
-    """``trunk``, an ordinary causal language model, whose input vectors come from ``embed``.
+    """``trunk``, an ordinary causal language model, whose input vectors come from a layer of ours.
 
-    A subclass gives ``embed``, the number of tokens before a position that it depends on, and its layer.
+    A subclass gives ``vectors_of``, and the layer.
     """
 
     config_class = EmbeddedTrunkConfig
@@ -33,7 +32,6 @@ class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _can_compile_fullgraph = False  # the host looks n-grams up between the steps
 
     def __init__(self, config: EmbeddedTrunkConfig, trunk: PreTrainedModel | None = None) -> None:
         super().__init__(config)
@@ -42,26 +40,32 @@ class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
         self._embedding_place: tuple[str, ...] = ()
 
     @abstractmethod
+    def vectors_of(
+        self, input_ids: Tensor, tokens: Tensor, history: TokenHistory | None, trie: dict[str, Any] | None
+    ) -> Tensor:
+        """Input vectors ``[B, T, D]``, not scaled yet, of ``input_ids`` that follow ``history``.
+
+        ``tokens`` are the same as `marked` writes them; ``trie`` is what the data loader has looked up already.
+        """
+
     def embed(
         self,
         input_ids: Tensor,
         mask: Tensor | None = None,
         cache: Cache | None = None,
         trie: dict[str, Any] | None = None,
+        position_ids: Tensor | None = None,
     ) -> Tensor:
-        """Input vectors ``[B, T, D]`` of tokens that follow what ``cache`` holds; ``trie`` is what the data loader has
-        looked up already.
-        """
+        """Input vectors ``[B, T, D]``, not scaled yet, of tokens that follow what ``cache`` holds: see `forward`."""
+        history = known_past(cache)
+        return self.vectors_of(input_ids, _marked(input_ids, mask, history, position_ids), history, trie)
 
-    def input_vectors(
-        self,
-        input_ids: Tensor,
-        mask: Tensor | None = None,
-        cache: Cache | None = None,
-        trie: dict[str, Any] | None = None,
-    ) -> Tensor:
+    def input_vectors(self, *args: Any, **kwargs: Any) -> Tensor:
         """What the trunk gets, ``[B, T, D]``: as `embed`, which see, times ``embedding_scale``."""
-        vectors = self.embed(input_ids, mask, cache, trie)
+        return self.scaled(self.embed(*args, **kwargs))
+
+    def scaled(self, vectors: Tensor) -> Tensor:
+        """Of `embed`, as the trunk gets them."""
         return vectors if self.config.embedding_scale == 1.0 else vectors * self.config.embedding_scale
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
@@ -107,7 +111,9 @@ class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
         generation: Any = GenerationMixin
         inputs = generation.prepare_inputs_for_generation(self, input_ids, attention_mask=attention_mask, **kwargs)
         if attention_mask is not None and attention_mask.ndim == 2 and inputs.get("input_ids") is not None:
-            inputs["token_mask"] = attention_mask[:, -inputs["input_ids"].shape[1] :]
+            new = attention_mask[:, -inputs["input_ids"].shape[1] :]
+            # a view has other strides in every step, for which a compiled step would be compiled anew
+            inputs["token_mask"] = new.clone(memory_format=torch.contiguous_format)
         return inputs
 
     def create_masks_for_generate(self, config: Any, **kwargs: Any) -> Any:
@@ -115,10 +121,6 @@ class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
         trunk: Any = self.trunk
         create = getattr(trunk, "create_masks_for_generate", create_masks_for_generate)
         return create(config=trunk.config, **kwargs)
-
-    def get_compiled_call(self, compile_config: CompileConfig | None) -> Callable[..., Any]:
-        """What ``generate`` calls for steps over a static cache: not compiled, since the host looks up in between."""
-        return self.__call__
 
     # ------------------------------------------------------------------ tokens → vectors → logits
 
@@ -142,9 +144,11 @@ class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
         Args:
             input_ids: int64 ``[B, T]``.
             attention_mask: ``[B, past + T]``, 0 at padding. Padding is not there: tokens on both sides of it are
-                neighbours, so that a padded batch gives what its bare rows give.
-            inputs_embeds: ``[B, T, D]`` ready-made vectors (of `input_vectors`, where ``input_ids`` are given too);
-                nothing is looked up or scaled then.
+                neighbours, so that a padded batch gives what its bare sequences give.
+            position_ids: ``[B, T]``. Where they start again, another example of a packed sequence begins, and what is
+                before it is not seen; ``cu_seq_lens_q`` and ``seq_idx`` of data collators say the same.
+            inputs_embeds: ``[B, T, D]`` ready-made vectors of ``input_ids`` (of `input_vectors`); nothing is looked up
+                or scaled then.
             labels: int64 ``[B, T]``, unshifted, -100 ignored.
             trie: what the data loader looked up (the arrays of a ``TrieBatch``); looked up here where missing.
             token_mask: ``[B, T]`` 0 at padding, where ``attention_mask`` is not two-dimensional.
@@ -152,14 +156,18 @@ class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
                 sum over this batch divided by it.
 
         Raises:
-            ValueError: a cache that another model filled, without the token history that looking up needs.
+            ValueError: a cache that another model filled, without the token history that looking up needs; vectors
+                without their tokens.
         """
+        if input_ids is None:
+            raise ValueError("found no input_ids; expected tokens" if inputs_embeds is None else _NO_TOKENS)
         mask = token_mask
-        if mask is None and input_ids is not None:
+        if mask is None:
             mask = _new_columns(attention_mask, input_ids.shape[1], past_key_values)
+        history = known_past(past_key_values)
+        tokens = _marked(input_ids, mask, history, position_ids, kwargs.get("cu_seq_lens_q"), kwargs.get("seq_idx"))
         if inputs_embeds is None:
-            assert input_ids is not None, "give input_ids or inputs_embeds"
-            inputs_embeds = self.input_vectors(input_ids, mask, past_key_values, trie)
+            inputs_embeds = self.scaled(self.vectors_of(input_ids, tokens, history, trie))
         if use_cache is None and labels is not None:
             use_cache = False
         output = self.trunk(
@@ -171,69 +179,54 @@ class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
             logits_to_keep=logits_to_keep,
             **kwargs,
         )
-        if input_ids is not None and output.past_key_values is not None:
-            extend_history(output.past_key_values, input_ids, mask)
+        if output.past_key_values is not None:
+            extend_history(output.past_key_values, tokens)
         if labels is not None:
             output.loss = self.loss_function(
                 output.logits, labels, vocab_size=self.config.vocab_size, num_items_in_batch=num_items_in_batch
             )
         return output
 
-    def look_up(
-        self,
-        find: Callable[[np.ndarray, np.ndarray], np.ndarray],
-        input_ids: Tensor,
-        mask: Tensor | None,
-        cache: Cache | None,
-        context: int,
-    ) -> np.ndarray:
+    def look_up(self, find: Find, tokens: Tensor, history: TokenHistory | None, context: int) -> np.ndarray:
         """What ``find`` says of the new positions, ``[B, T, …]``, when it sees at most ``context`` tokens before them.
 
-        ``find`` takes tokens int64 and validity bool ``[B, L]`` on the host and answers ``[B, L, …]``.
         Raises ValueError for a cache without the history of its tokens.
         """
-        history = known_past(cache, may_wait=False)
-        new, seen = input_ids.shape[1], hidden(input_ids, mask)
-        if isinstance(history, StaticTokenHistory):
-            tokens, past = history.unpacked(history.window(seen, context).cpu().numpy(), context)
-        else:
-            past = 0 if history is None else history.get_seq_length()
-            if history is not None and context:
-                seen = torch.cat([history.last(context), seen], dim=1)
-            tokens = seen.cpu().numpy()
-        return answers(find, tokens, past, history, context, new)
+        past = (None, None, None) if history is None else (history.all(), history.places, history.count)
+        return looked_up(find, tokens, context, *past)
 
 
-def answers(
-    find: Callable[[np.ndarray, np.ndarray], np.ndarray],
-    tokens: np.ndarray,
-    past: int,
+_NO_TOKENS = (
+    "found inputs_embeds without input_ids; expected the tokens too, in which n-grams are found (soft prompts, such as "
+    "PEFT's prompt tuning, hand in vectors alone and do not work here); give input_ids, or give vectors that are ready "
+    "to model.trunk(inputs_embeds=…)"
+)
+
+
+def _marked(
+    input_ids: Tensor,
+    mask: Tensor | None,
     history: TokenHistory | None,
-    context: int,
-    new: int,
-) -> np.ndarray:
-    """As `EmbeddedTrunk.look_up`, of the ``new`` last columns of ``tokens`` [B, ≤ context + new], hidden ones among
-    them; ``history`` has the ``past`` tokens before.
+    position_ids: Tensor | None = None,
+    bounds: Tensor | None = None,
+    example_of: Tensor | None = None,
+) -> Tensor:
+    """`marked` tokens. Where examples begin say ``position_ids``; ``bounds``, int ``[examples + 1]``, of all examples,
+    one after the other; and ``example_of``, the number of each token's example, ``[B, T]``.
     """
-    valid = tokens >= 0
-    if valid.all():
-        return find(tokens, valid)[:, -new:]
-    if past > context and not valid[:, :-new].all():  # further back there may be tokens that padding kept away
-        assert history is not None
-        before = _padding_first(history.last(past).cpu().numpy())[0][:, past - context :]
-        tokens = np.concatenate([before, tokens[:, -new:]], axis=1)
-    tokens, order = _padding_first(tokens)
-    valid = tokens >= 0
-    found = find(np.where(valid, tokens, ~tokens), valid)
-    in_place = np.empty_like(found)
-    in_place[np.arange(len(order))[:, None], order] = found
-    return in_place[:, -new:]
-
-
-def _padding_first(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Each row of ``tokens`` [B, L] with its padding moved to the front, and the columns that they came from."""
-    order = np.argsort(tokens >= 0, axis=1, kind="stable")
-    return np.take_along_axis(tokens, order, axis=1), order
+    length, starts = input_ids.shape[1], None
+    if position_ids is not None:
+        # models that count in several dimensions have text's first
+        position_ids = position_ids[0] if position_ids.ndim == 3 else position_ids
+        starts = starts_of_examples(position_ids[:, -length:], mask, history is not None)
+    if bounds is not None:
+        flat = torch.zeros(input_ids.numel() + 1, dtype=torch.bool, device=input_ids.device)
+        begun = flat.index_fill(0, bounds[1:].long(), True)[:-1].view_as(input_ids)
+        starts = begun if starts is None else starts | begun
+    if example_of is not None:
+        begun = nn.functional.pad(example_of.diff(dim=1) != 0, (1, 0))
+        starts = begun if starts is None else starts | begun
+    return marked(input_ids, mask, starts)
 
 
 def _new_columns(attention_mask: Any, new: int, cache: Cache | None) -> Tensor | None:
@@ -243,7 +236,12 @@ def _new_columns(attention_mask: Any, new: int, cache: Cache | None) -> Tensor |
     """
     if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
         return None
-    past = cache.get_seq_length() if cache is not None else 0
+    if cache is None or attention_mask.shape[1] == new:
+        return attention_mask[:, -new:]
+    past = cache.get_seq_length()
+    if isinstance(past, Tensor):  # of a static cache, which is not waited for
+        at = torch.arange(new, device=attention_mask.device) + past
+        return attention_mask.index_select(1, at.clamp(max=attention_mask.shape[1] - 1))
     return attention_mask[:, past:][:, :new] if attention_mask.shape[1] > past + new else attention_mask[:, -new:]
 
 

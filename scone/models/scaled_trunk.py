@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.cache_utils import Cache
 
 from scone.models.configuration import ScaledTrunkConfig
 from scone.models.embedded_trunk import EmbeddedTrunk
+from scone.models.token_history import TokenHistory
 
 
 class ScaledTrunkForCausalLM(EmbeddedTrunk):
@@ -34,14 +34,10 @@ class ScaledTrunkForCausalLM(EmbeddedTrunk):
         model.generation_config = trunk.generation_config
         return model
 
-    def embed(
-        self,
-        input_ids: Tensor,
-        mask: Tensor | None = None,
-        cache: Cache | None = None,
-        trie: dict[str, Any] | None = None,
+    def vectors_of(
+        self, input_ids: Tensor, tokens: Tensor, history: TokenHistory | None, trie: dict[str, Any] | None
     ) -> Tensor:
-        """Token embeddings ``[B, T, D]``, not scaled yet."""
+        """Token embeddings ``[B, T, D]``: nothing is looked up."""
         vectors: Tensor = self.get_input_embeddings()(input_ids)
         return vectors
 

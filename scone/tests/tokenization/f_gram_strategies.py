@@ -28,9 +28,9 @@ class Case:
     def vocab_size(self) -> int:
         return self.vocabulary.vocab_size
 
-    def matches(self, tokens: list[int], mask: list[bool] | None = None) -> list[int]:
+    def matches(self, tokens: list[int], mask: list[bool] | None = None, starts: list[bool] | None = None) -> list[int]:
         """What matching must give."""
-        return reference_matching.longest_matches(tokens, self.f_grams, self.vocab_size, mask)
+        return reference_matching.longest_matches(tokens, self.f_grams, self.vocab_size, mask, starts)
 
 
 @st.composite

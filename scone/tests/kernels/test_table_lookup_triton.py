@@ -1,4 +1,4 @@
-"""The Triton look-up equals trying every length, and the rows that PyTorch decodes: bit for bit.
+"""The Triton lookup equals trying every length, and the rows that PyTorch decodes: bit for bit.
 
 On a GPU, or interpreted (TRITON_INTERPRET=1) without one.
 """
@@ -26,7 +26,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not (INTERPRETED or torch.cuda.is_available()):
     pytest.skip("no CUDA device (set TRITON_INTERPRET=1 to interpret the kernel)", allow_module_level=True)
 
-from scone.models.device_look_up import DeviceLookUp  # noqa: E402
+from scone.kernels.longest_match import FIRST_BIT  # noqa: E402
+from scone.models.table_lookup import DeviceLookup  # noqa: E402
 from scone.models.token_history import StaticTokenHistory, TokenHistory  # noqa: E402
 
 DEVICE = torch.device("cpu") if INTERPRETED else torch.device("cuda", 0)
@@ -34,28 +35,30 @@ pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
 
 
 def history_of(past: torch.Tensor, room: int | None) -> TokenHistory:
-    """The history of ``past`` [B, P], as `hidden` writes it; with ``room``, one of that size."""
+    """The history of ``past`` [B, P], as `marked` writes it; with ``room``, one of that size."""
     if room is None:
         history = TokenHistory()
-        history.append(past, None)
+        history.append(past)
         return history
     layer = StaticLayer(room)
     layer.cumulative_length = torch.tensor(past.shape[1], device=DEVICE)
     static = StaticTokenHistory(layer)
-    static.append(past, None)
+    static.append(past)
     return static
 
 
 @settings(max_examples=25, deadline=None)
 @given(cases(), st.sampled_from(ROW_TYPES), st.data())
-def test_a_look_up_is_the_longest_f_grams_row(case: Case, row_type: str, data: st.DataObject) -> None:
+def test_a_lookup_is_the_longest_f_grams_row(case: Case, row_type: str, data: st.DataObject) -> None:
     """Any f-grams, any batch, any padding in it, cut anywhere into tokens that are past and tokens that are new."""
     rows, masks = data.draw(batches(case.alphabet))
     assume(case.vocabulary.keys.dtype == np.uint32)  # what the accelerator matches; beyond 2³² nodes the host does
     length = len(rows[0]) if rows else 0
     tokens, mask = (np.array(part, kind).reshape(len(rows), length) for part, kind in ((rows, np.int64), (masks, bool)))
     is_padded, cut = data.draw(st.booleans()), data.draw(st.integers(0, length))
-    check(case, tokens, mask if is_padded else None, [cut], row_type, 7, None, data.draw(st.booleans()))
+    starts = np.array(data.draw(st.lists(st.booleans(), min_size=tokens.size, max_size=tokens.size)), bool)
+    starts = starts.reshape(tokens.shape) & data.draw(st.booleans())
+    check(case, tokens, mask if is_padded else None, starts, [cut], row_type, 7, None, data.draw(st.booleans()))
 
 
 @settings(max_examples=25, deadline=None)
@@ -81,21 +84,23 @@ def test_where_f_grams_are_dense(
     cuts = data.draw(st.lists(st.integers(20, 30), min_size=2, max_size=2))
     # a token that is outside the vocabulary has the node of an f-gram's number
     tokens = random.choice([0, 1, 7], (2, 30), p=[0.48, 0.48, 0.04])
-    check(case, tokens, mask, cuts, row_type, width, split, data.draw(st.booleans()))
+    starts = random.random((2, 30)) < data.draw(st.sampled_from([0, 0.1]))
+    check(case, tokens, mask, starts, cuts, row_type, width, split, data.draw(st.booleans()))
 
 
 def check(
     case: Case,
     tokens: np.ndarray,
     mask: np.ndarray | None,
+    starts: np.ndarray,
     cuts: list[int],
     row_type: str,
     width: int,
     split: int | None,
     is_static: bool,
 ) -> None:
-    """That ``tokens`` int64 [B, L] are looked up by the law when they follow what is before each cut; rows from
-    ``split`` on are a block of their own. A history that ``is_static`` holds them afterwards, as far as it has room.
+    """That ``tokens`` int64 [B, L], of which ``starts`` begin examples, are looked up by the law when they follow what
+    is before each cut; rows from ``split`` on are a block of their own. A history that ``is_static`` has unused places.
     """
     row_format = RowFormat.of(row_type, width, 4)
     size = len(case.f_grams)
@@ -107,30 +112,26 @@ def check(
     decoded = row_format.decode(raw, dtype)
     # apart in memory, so that reading beyond a block gives no row of the other
     near, far = (raw, None) if split is None else (raw[:split].clone(), raw[split:].clone())
-    look_up = DeviceLookUp(case.vocabulary, ReachableRows(near, far, row_type, width, row_format.group_size), DEVICE)
+    lookup = DeviceLookup(case.vocabulary, ReachableRows(near, far, row_type, width, row_format.group_size), DEVICE)
     kept = np.ones_like(tokens, bool) if mask is None else mask
     ranks = np.full_like(tokens, -1)
     for b, i in enumerate(kept):
-        ranks[b, i] = np.array(case.matches(tokens[b, i].tolist()), np.int64) - case.vocab_size
+        ranks[b, i] = np.array(case.matches(tokens[b, i].tolist(), None, starts[b, i].tolist()), np.int64)
+        ranks[b, i] -= case.vocab_size
     ranks[tokens >= case.vocab_size] = -1
-    num_found = 0
-    new = torch.from_numpy(tokens).to(DEVICE)
-    past = torch.from_numpy(np.where(kept, tokens, ~tokens)).to(DEVICE)
+    counts = [0, 0]
+    marked = torch.from_numpy(np.where(kept, tokens | np.where(starts, FIRST_BIT, 0), ~tokens)).to(DEVICE)
     for start, cut in enumerate(cuts):  # of the second, vectors start where whole words do not
         shape = (len(tokens), tokens.shape[1] - cut, width)
         expected = torch.randn(shape, device=DEVICE).to(dtype)
         vectors = torch.empty(start + expected.numel(), dtype=dtype, device=DEVICE)[start:].view(shape).copy_(expected)
-        padding = None if mask is None else torch.from_numpy(mask[:, cut:]).to(DEVICE)
-        room = max(cut, tokens.shape[1] - start)
-        history = history_of(past[:, :cut], room if is_static else None) if cut else None
-        look_up.write(vectors, new[:, cut:], padding, history)
-        if isinstance(history, StaticTokenHistory):
-            assert history.is_written == (size > 0)  # without f-grams there is nothing to look up
-        if isinstance(history, StaticTokenHistory) and history.is_written:
-            assert int(history.count) == tokens.shape[1]
-            assert torch.equal(history.all(), past[:, :room])
+        history = history_of(marked[:, :cut], cut + 3 if is_static else None) if cut else None
+        past = (None, None) if history is None else (history.all(), history.places)
+        output, found = lookup(vectors, marked[:, cut:], *past)
+        assert torch.equal(vectors, expected)
+        assert found.cpu().numpy().tolist() == (ranks[:, cut:] >= 0).tolist()
         b, i = np.nonzero(ranks[:, cut:] >= 0)
         expected[b, i] = decoded[ranks[:, cut:][b, i]]
-        assert torch.equal(vectors, expected)
-        num_found += len(b)
-    assert int(look_up.num_found) == num_found
+        assert torch.equal(output, expected)
+        counts = [counts[0] + tokens[:, cut:].size, counts[1] + len(b)]
+    assert lookup.counts.tolist() == (counts if size else [0, 0])
