@@ -14,10 +14,8 @@ from scone.inference.row_types import RowFormat
 from scone.inference.stores.base import RowStore, StoreMemory
 from scone.inference.stores.tiered import open_store
 from scone.inference.table_format import TableFile
+from scone.kernels.common import GPUReadableRows, to_device, triton_is_installed
 from scone.kernels.dequantize import dequantize_rows
-from scone.kernels.installed import triton_is_installed
-from scone.kernels.reachable_rows import ReachableRows
-from scone.kernels.transfer import to_device
 from scone.utils.errors import SconeError
 from scone.utils.text import human_bytes
 
@@ -43,7 +41,7 @@ class EmbeddingTable:
         self._on_cpu, self._float_dtype = device.type == "cpu", file.layout.row_format.float_dtype
         blocks = store.gpu_blocks(device)
         self._held = blocks[0] if blocks and len(blocks[0]) and blocks[0].device == device else None
-        self._reach: dict[torch.device, ReachableRows | None] = {}
+        self._gpu_rows: dict[torch.device, GPUReadableRows | None] = {}
 
     @classmethod
     def open(
@@ -158,19 +156,21 @@ class EmbeddingTable:
         self.store.read(torch.from_numpy(wanted), stored)
         return self.layout.row_format.decode(stored.view(torch.uint8).to(self.device, non_blocking=pinned), dtype)
 
-    def within_reach(self, device: torch.device) -> ReachableRows | None:
+    def gpu_rows(self, device: torch.device) -> GPUReadableRows | None:
         """The rows, where kernels on ``device`` read them by themselves and are there; None where the host has to."""
-        if device not in self._reach:
-            self._reach[device] = self._rows_within_reach(device) if triton_is_installed() else None
-        return self._reach[device]
+        if device not in self._gpu_rows:
+            self._gpu_rows[device] = self._find_gpu_rows(device) if triton_is_installed() else None
+        return self._gpu_rows[device]
 
-    def _rows_within_reach(self, device: torch.device) -> ReachableRows | None:
+    def _find_gpu_rows(self, device: torch.device) -> GPUReadableRows | None:
         blocks = self.store.gpu_blocks(device)
         # not all rows: some are on disk; more than the GPU's and the host's blocks can only be given on purpose
         if not 1 <= len(blocks) <= 2 or sum(map(len, blocks)) < self.num_rows:
             return None
         row = self.layout.row_format
-        return ReachableRows(blocks[0], blocks[1] if len(blocks) > 1 else None, row.row_type, row.width, row.group_size)
+        return GPUReadableRows(
+            blocks[0], blocks[1] if len(blocks) > 1 else None, row.row_type, row.width, row.group_size
+        )
 
     def prefetch(self, ranks: Tensor) -> None:
         """Start fetching these rows in the background (int64 [n]), so that `rows` of them waits less."""
@@ -218,7 +218,7 @@ class EmbeddingTable:
 
     def close(self) -> None:
         """Release files, memory and threads."""
-        self._reach.clear()
+        self._gpu_rows.clear()
         self._held = None
         self.store.close()
         self._file.close()

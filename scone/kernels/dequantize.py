@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numba import njit, types
 
-from scone.kernels.threads import run_in_parts
+from scone.kernels.common import run_in_parts
 
 # Below this many bytes of output, handing work to other threads costs more than it saves.
 _BYTES_PER_THREAD = 1 << 20

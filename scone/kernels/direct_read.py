@@ -25,7 +25,7 @@ def plan_pieces(ranks, data_start, row_bytes):  # type: ignore[no-untyped-def]
     ``data_start``: (offset, size, target) of each piece, int64 [m, 3], and each row's place in the buffer, int64 [n].
 
     Rows on the same or neighbouring pages share a run; a run is cut into pieces of at most 32 pages. Pieces lie in the
-    buffer one after the other. Slow equal: `reference_pieces`.
+    buffer one after the other. Reference implementation: `reference_pieces`.
     """
     n = len(ranks)
     rows = np.empty(n, dtype=np.int64)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from scone.kernels.threads import run_in_parts
+from scone.kernels.common import run_in_parts
 
 VALUES_PER_THREAD = 1 << 18
 """Below this many values a further thread costs more than it saves."""
@@ -27,8 +27,8 @@ def update_rows(
     """One step of Adam (Kingma and Ba, 2014) on the rows ``row_ids`` int64 [n], which are distinct, from ``gradients``
     float32 [n, D].
 
-    ``weight``, ``average`` and ``square`` are float32 [R, D], changed in place; ``step`` counts from one. Slow equal:
-    ``reference_adam.adam_rows``. Rows are split over at most ``num_threads`` threads.
+    ``weight``, ``average`` and ``square`` are float32 [R, D], changed in place; ``step`` counts from one.
+    Reference implementation: ``reference.adam_rows``. Rows are split over at most ``num_threads`` threads.
     """
     correction = 1 - betas[0] ** step, (1 - betas[1] ** step) ** 0.5
     scalars = (learning_rate / correction[0], 1 - betas[0], betas[1], 1 - betas[1], correction[1], eps)

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from scone.kernels.common import to_device
 from scone.kernels.row_adam import update_rows
-from scone.kernels.transfer import to_device
 from scone.models.learned_rows import LearnedRows, untouched_zeros
 
 

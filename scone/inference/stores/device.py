@@ -8,7 +8,7 @@ from torch import Tensor
 from scone.inference.stores.base import RowStore, StoreMemory
 from scone.inference.stores.memory import load_rows
 from scone.inference.table_format import TableFile
-from scone.kernels.transfer import to_device
+from scone.kernels.common import to_device
 from scone.utils.errors import SconeError
 from scone.utils.text import human_bytes
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from scone.inference.row_types import ROW_TYPES, RowFormat
 from scone.kernels.dequantize import dequantize_rows, gather_bytes
-from scone.kernels.reference_rows import reference_rows
+from scone.kernels.reference import reference_rows
 
 
 def _bits(values: np.ndarray) -> np.ndarray:

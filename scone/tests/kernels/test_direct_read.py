@@ -20,7 +20,7 @@ from scone.kernels.direct_read import (
     read_pieces,
     read_pieces_queued,
 )
-from scone.kernels.reference_read import reference_pieces
+from scone.kernels.reference import reference_pieces
 
 
 @settings(max_examples=150, deadline=None)

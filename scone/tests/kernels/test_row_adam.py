@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scone.kernels import reference_adam, row_adam
+from scone.kernels import reference, row_adam
 
 
 @settings(max_examples=30, deadline=None)
@@ -27,7 +27,7 @@ def test_row_update_equals_its_plain_reference(seed, num_rows, width, share, ste
     theirs, before = [array.astype(np.float64) for array in ours], [array.copy() for array in ours]
     numbers = {"learning_rate": 0.1, "betas": (0.9, 0.999), "eps": 1e-8, "step": step}
     row_adam.update_rows(1, *ours, touched, gradients, **numbers)
-    reference_adam.adam_rows(*theirs, touched, gradients.astype(np.float64), **numbers)
+    reference.adam_rows(*theirs, touched, gradients.astype(np.float64), **numbers)
     untouched = np.setdiff1d(np.arange(num_rows), touched)
     for our, their, old in zip(ours, theirs, before, strict=True):
         np.testing.assert_allclose(our, their, atol=1e-4, rtol=1e-4)
