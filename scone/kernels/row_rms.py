@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from scone.kernels.threads import run_in_parts
+from scone.kernels.common import run_in_parts
 
 VALUES_PER_THREAD = 1 << 18
 """Below this many values a further thread costs more than it saves."""
@@ -36,7 +36,7 @@ def update_rows(
         prior: how many visits ``mean`` counts for.
         learning_rate: the root mean square of a mean step.
 
-    Reference implementation: ``reference_rms.rms_rows``.
+    Reference implementation: ``reference.rms_rows``.
     """
     factors = (1.0 / columns).astype(np.float32)
     arguments = [weight, sums, visits, row_ids, gradients, factors, np.sqrt(factors)]

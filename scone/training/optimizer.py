@@ -12,9 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from scone.configs.schema import ROWS_LEARNING_RATE
-from scone.kernels.installed import triton_is_installed
+from scone.kernels.common import to_device, triton_is_installed
 from scone.kernels.row_rms import update_rows
-from scone.kernels.transfer import to_device
 from scone.models.learned_rows import LearnedRows
 from scone.utils.errors import SconeError
 
@@ -202,7 +201,7 @@ def update_with_rms(
     itself. There is no momentum. Only these rows are read and written; ``state`` is made when it is empty and takes 8
     bytes a row.
 
-    Reference implementation: ``kernels.reference_rms.rms_rows``.
+    Reference implementation: ``kernels.reference.rms_rows``.
     """
     if "sums" not in state:
         if state:

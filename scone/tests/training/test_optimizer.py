@@ -12,7 +12,7 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scone.kernels.reference_rms import rms_rows
+from scone.kernels.reference import rms_rows
 from scone.models.learned_rows import LearnedRows
 from scone.training.optimizer import MEMORY, PRIOR_VISITS, AdamWWithRows, sum_by_row, update_with_rms
 

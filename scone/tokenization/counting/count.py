@@ -1,10 +1,11 @@
-"""Count the most frequent n-grams of token arrays: exact, on all cores, within a memory budget, resumable."""
+"""`count_f_grams`: checks, the work folder, one count, and the ranked vocabulary with its statistics."""
 
 from __future__ import annotations
 
-import errno
 import json
+import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,17 +13,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy as np
 
-from scone.tokenization.counting_engine import CountEngine
-from scone.tokenization.counting_levels import Survivors, rank_survivors
-from scone.tokenization.counting_plan import CountingPlan, plan_count
-from scone.tokenization.counting_tokens import TokenStream
-from scone.tokenization.counting_work import CountJournal, work_folder
+from scone.tokenization.counting.engine import CountEngine
+from scone.tokenization.counting.levels import Survivors, rank_survivors
+from scone.tokenization.counting.plan import CountingPlan, plan_count
+from scone.tokenization.counting.tokens import TokenStream
 from scone.tokenization.f_gram_links import MAX_F_GRAM_LENGTH, MAX_VOCAB_SIZE
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 from scone.utils.errors import SconeError
-from scone.utils.files import fingerprint_of
+from scone.utils.files import fingerprint_of, told_when_full
 from scone.utils.progress import progress
 from scone.utils.text import human_bytes, human_count
 
@@ -84,7 +85,7 @@ def count_f_grams(
     """The ``max_f_grams`` most frequent n-grams of 2 … ``max_n`` tokens, with their exact counts.
 
     Ranked by (count descending, length ascending, tokens lexicographic); the result does not depend on the order of the
-    corpora, the budget, the threads or an interruption. Slow equal: ``reference_counting.count_n_grams``, ranked.
+    corpora, the budget, the threads or an interruption. Reference implementation: ``count_n_grams``, ranked.
 
     Args:
         corpora: 1-D integer arrays of tokens below ``vocab_size`` (at most 2³² − 1); n-grams do not cross from one to
@@ -92,8 +93,9 @@ def count_f_grams(
         min_freq: fewest occurrences. max_f_grams: None keeps all that reach ``min_freq``.
         memory_budget_bytes: how much resident memory may grow; what does not fit goes to files. None: half of the free
             memory.
-        work_dir: where temporary files go and where an interrupted count finds its place again (same inputs, same
-            options, same budget); removed at the end. None: the system's temporary folder, and no resuming.
+        work_dir: where temporary files go and where a count that was interrupted finds the lengths that it finished
+            (same tokens and options; budget and threads may differ); they go at the end. None: the system's temporary
+            folder, and no resuming.
         num_threads: default all cores.
 
     Raises:
@@ -116,26 +118,21 @@ def count_f_grams(
     total = stream.num_positions * (2 * max_n if plan.token_table is False else 2 * max_n - 1)
     with progress(total, "position", "counting", quiet) as bar:
         engine = CountEngine(stream, plan, max_n, min_freq, max_f_grams, separators, bar)
-        with engine:
-            engine.read_tokens()
-            options = {"max_n": max_n, "min_freq": min_freq, "max_f_grams": max_f_grams, "separators": separators}
-            key = fingerprint_of(json.dumps([options, asdict(plan), vocab_size]), str(engine.checksum))
-            with (
-                _told_when_full(work_dir),
-                work_folder(Path(work_dir) if work_dir else None, key, plan.temporary_bytes) as folder,
-            ):
-                token_of_id, levels = engine.count(CountJournal(folder), folder)
-                result = result_of_levels(
-                    token_of_id,
-                    levels,
-                    num_tokens=stream.num_tokens,
-                    vocab_size=vocab_size,
-                    max_n=max_n,
-                    min_freq=min_freq,
-                    max_f_grams=max_f_grams,
-                    separator_ids=separators,
-                    tokenizer_fingerprint=tokenizer_fingerprint,
-                )
+        engine.read_tokens()
+        key = fingerprint_of(json.dumps([vocab_size, max_n, min_freq, max_f_grams, separators]), str(engine.checksum))
+        with work_folder(Path(work_dir) if work_dir else None, key, plan.temporary_bytes) as folder:
+            token_of_id, levels = engine.count(folder)
+            result = result_of_levels(
+                token_of_id,
+                levels,
+                num_tokens=stream.num_tokens,
+                vocab_size=vocab_size,
+                max_n=max_n,
+                min_freq=min_freq,
+                max_f_grams=max_f_grams,
+                separator_ids=separators,
+                tokenizer_fingerprint=tokenizer_fingerprint,
+            )
     statistics = replace(
         result.statistics,
         seconds=time.perf_counter() - started,
@@ -200,20 +197,45 @@ def _say(line: str, quiet: bool) -> None:
 
 
 @contextmanager
-def _told_when_full(work_dir: str | Path | None) -> Iterator[None]:
-    """Turn the system's "disk full" into one line that says how to go on."""
+def work_folder(work_dir: Path | None, key: str, temporary_bytes: int) -> Iterator[Path | None]:
+    """The folder of the count ``key`` inside ``work_dir``; removed when the count succeeds, left when it fails.
+
+    Without ``work_dir``: a folder of the system's temporary directory that is always removed, or None when nothing
+    goes to disk. Raises SconeError when the disk has less than ``temporary_bytes`` free beside what the folder already
+    holds, fills up later, or another process is counting in the folder.
+    """
+    if work_dir is None:
+        if not temporary_bytes:
+            yield None
+            return
+        with tempfile.TemporaryDirectory(prefix="scone-count-") as name:
+            _check_room(Path(name), temporary_bytes)
+            with told_when_full(f"temporary files in {name}", "count again, with a work_dir to resume"):
+                yield Path(name)
+        return
+    folder = work_dir / f"count-{key[:16]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(work_dir / f".{folder.name}.lock")
     try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        resume = (
-            "run the same command again to go on from here" if work_dir else "count again with a work_dir to resume"
-        )
+        held = lock.acquire(timeout=0)
+    except filelock.Timeout:
         raise SconeError(
-            f"found no room for temporary files in {work_dir or 'the system temporary folder'} ({error.strerror}); "
-            f"expected the size that was stated at the start; free some space and {resume}"
-        ) from error
+            f"found another process counting in {folder}; expected one at a time; wait for it, or give another work_dir"
+        ) from None
+    with held, told_when_full(f"temporary files in {folder}", "run the same command again to go on from here"):
+        _check_room(folder, temporary_bytes)
+        yield folder
+        shutil.rmtree(folder)
+
+
+def _check_room(folder: Path, temporary_bytes: int) -> None:
+    held = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    free = shutil.disk_usage(folder).free
+    if free + held < temporary_bytes:
+        raise SconeError(
+            f"found {human_bytes(free)} free at {folder}; expected {human_bytes(temporary_bytes - held)} for temporary "
+            "files; free some space, give a work_dir on another disk, or raise the memory budget"
+        )
 
 
 def _statistics(

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from scone.kernels import ngram_count
-from scone.tokenization.counting_memory import page_array
-from scone.tokenization.counting_plan import CountingPlan
+from scone.tokenization.counting.blocks import page_array
+from scone.tokenization.counting.plan import CountingPlan
 
-_HISTOGRAM_SIZE = (
-    1 << 12
-)  # counts above are taken as this: the floor that is used while counting is then lower, never wrong
+# Counts above are taken as this: the floor that is used while counting is then lower, never wrong.
+_HISTOGRAM_SIZE = 1 << 12
 _POOL_SLACK = 1 << 12  # candidates beyond 2 S before a pool is cut back, so that small S does not cut all the time
 
 
@@ -115,13 +114,9 @@ class CandidatePool:
         """The fewest occurrences that are worth adding now."""
         return self._floor.value
 
-    def add(self, keys: np.ndarray, counts: np.ndarray, num_candidates: int, raise_floor: bool = True) -> None:
-        """Add ``keys`` with ``counts``, found among ``num_candidates`` different n-grams.
-
-        ``raise_floor`` is False for what another pool of the same floor has seen already.
-        """
-        if raise_floor:
-            self._floor.add(counts)
+    def add(self, keys: np.ndarray, counts: np.ndarray, num_candidates: int) -> None:
+        """Add ``keys`` with ``counts``, found among ``num_candidates`` different n-grams."""
+        self._floor.add(counts)
         with self._lock:
             self.num_candidates += num_candidates
             self._pieces.append((keys, counts))
@@ -181,15 +176,6 @@ class IdTable:
         table = cls(slot_bits, page_array(2 * (space.num_partitions << slot_bits), space.dtype))
         ngram_count.build_id_table(keys, space.multiplier, space.key_bits, space.remainder_bits, slot_bits, table.slots)
         return table
-
-    def look_up(self, partition: int, remainder: int) -> int:
-        """The id of one n-gram, or ``NO_ID``."""
-        offsets = np.zeros(partition + 2, np.int64)
-        offsets[-1] = 1
-        ids = np.empty(1, np.uint32)
-        remainders = np.array([remainder], self.slots.dtype)
-        ngram_count.ids_of_remainders(remainders, offsets, self.slot_bits, self.slots, ids)
-        return int(ids[0])
 
 
 def _by_falling_count(counts: np.ndarray) -> np.ndarray:

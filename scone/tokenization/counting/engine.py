@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
-from collections.abc import Callable, Iterable
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 
 from scone.kernels import ngram_count
 from scone.kernels.ngram_count import NO_ID
-from scone.tokenization.counting_levels import CandidatePool, IdTable, KeySpace, RisingFloor, Survivors
-from scone.tokenization.counting_memory import page_array
-from scone.tokenization.counting_plan import CountingPlan
-from scone.tokenization.counting_store import BlockStore, FileStore, MemoryStore, Piece, block_length
-from scone.tokenization.counting_tokens import TokenStream
-from scone.tokenization.counting_work import CountJournal
+from scone.tokenization.counting.blocks import FileBlocks, MemoryBlocks, Piece, page_array
+from scone.tokenization.counting.levels import CandidatePool, IdTable, KeySpace, RisingFloor, Survivors
+from scone.tokenization.counting.plan import CountingPlan
+from scone.tokenization.counting.tokens import TokenStream
+from scone.utils.files import atomic_path
 from scone.utils.progress import Progress
+from scone.utils.threads import map_in_order
 
 _FIRST_TABLE_SIZE = 1 << 13
+_NO_KEY = np.uint64(2**64 - 1)  # of a position where no n-gram ends; no pair of ids has this key
 
 
 class CountEngine:
-    """One count. Use as a context (it owns threads): ``read_tokens``, then ``count``.
+    """One count: ``read_tokens``, then ``count``.
 
     Levels are lengths: level 2 holds the bigrams. Level 1 goes through the same machinery only where the vocabulary is
     too large for an array of its counts.
@@ -46,15 +47,8 @@ class CountEngine:
         self._separators = np.array([s for s in separators if 0 <= s < stream.vocab_size], np.uint32)
         self._bar = bar
         self._token_counts = np.zeros(stream.vocab_size if plan.token_table else 0, np.int64)
-        self._local = threading.local()
-        self._pool = ThreadPoolExecutor(plan.num_threads, thread_name_prefix="count")
+        self._local = threading.local()  # what a thread keeps from one item to the next; it ends with the pass
         self.checksum = 0
-
-    def __enter__(self) -> CountEngine:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, value: object, trace: TracebackType | None) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
 
     # The first pass
 
@@ -64,7 +58,7 @@ class CountEngine:
 
         def read(block: int) -> int:
             counts = np.zeros_like(self._token_counts)
-            start, length = self._span(block)
+            start, length = self._plan.span(block)
             total = 0
             for position, tokens in self._stream.read(start, start + length):
                 bad = self._first_outside(tokens, counts)
@@ -86,30 +80,43 @@ class CountEngine:
 
     # All lengths
 
-    def count(self, journal: CountJournal, folder: Path | None) -> tuple[np.ndarray, list[Survivors]]:
-        """Tokens by id uint32 [K], and what survived of lengths 2 … N (fewer where nothing is left to extend)."""
+    def count(self, folder: Path | None) -> tuple[np.ndarray, list[Survivors]]:
+        """Tokens by id uint32 [K], and what survived of lengths 2 … N (fewer where nothing is left to extend).
+
+        ``folder``: where finished levels are kept and found again, and blocks that do not fit into memory.
+        """
         if not self._stream.num_positions or self._max_f_grams == 0:
             return np.empty(0, np.uint32), []
-        store: BlockStore = FileStore(self._plan, folder) if self._plan.on_disk and folder else MemoryStore(self._plan)
+        self._blocks = self._empty_blocks(folder)
+        self._last_keys = np.full(self._plan.num_blocks, _NO_KEY, np.uint64)
         levels: list[Survivors] = []
+        below: tuple[KeySpace, np.ndarray] | None = None
         if self._plan.token_table:
             token_of_id = self._tokens_of_table()
         else:
             space = KeySpace.of(self._plan, 0, self._stream.vocab_size)
-            tokens = self._level(1, space, store, journal, RisingFloor(self._min_freq, None), None)
+            tokens = self._level(1, space, None, RisingFloor(self._min_freq, None), folder)
             token_of_id = tokens.keys.astype(np.uint32)
+            below = (space, tokens.keys)
         floor = RisingFloor(self._min_freq, self._max_f_grams)
-        space_below = None if self._plan.token_table else space
-        ids_below = token_of_id.astype(np.uint64)
+        num_ids = len(token_of_id)
         for length in range(2, self._max_n + 1):
-            if not len(ids_below):
+            if not num_ids:
                 break
-            space = KeySpace.of(self._plan, len(ids_below), self._stream.vocab_size)
-            below = (space_below, ids_below) if space_below else None
-            level = self._level(length, space, store, journal, floor, below)
+            space = KeySpace.of(self._plan, num_ids, self._stream.vocab_size)
+            level = self._level(length, space, below, floor, folder)
             levels.append(level)
-            ids_below, space_below = level.keys[level.id_indices()], space
+            below = (space, level.keys[level.id_indices()])
+            num_ids = len(below[1])
         return token_of_id, levels
+
+    def _empty_blocks(self, folder: Path | None) -> MemoryBlocks | FileBlocks:
+        if folder is None or not self._plan.on_disk:
+            return MemoryBlocks(self._plan)
+        blocks = folder / "blocks"
+        shutil.rmtree(blocks, ignore_errors=True)  # of a count that was interrupted
+        blocks.mkdir()
+        return FileBlocks(self._plan, blocks)
 
     def _tokens_of_table(self) -> np.ndarray:
         kept = self._token_counts >= self._min_freq
@@ -120,51 +127,45 @@ class CountEngine:
         self,
         length: int,
         space: KeySpace,
-        store: BlockStore,
-        journal: CountJournal,
-        floor: RisingFloor,
         below: tuple[KeySpace, np.ndarray] | None,
+        floor: RisingFloor,
+        folder: Path | None,
     ) -> Survivors:
-        """Bring all blocks to level ``length`` and count it, or take what an interrupted count left of either."""
-        last = length == self._max_n
-        finished = journal.level(length)
-        if not (finished and last):
+        """Bring all blocks to level ``length``; count it, or take what an interrupted count found."""
+        finished = _load_level(folder, length)
+        if finished is None or length < self._max_n:
             if below is None:
-                self._fill(length, space, store)
+                self._fill(space)
             else:
-                self._advance(length, space, store, journal, *below)
+                self._advance(space, *below)
         if finished is None:
-            finished = self._count_level(length, space, store, journal, floor)
-            journal.save_level(length, finished)
-        elif length > 1:
-            floor.finish_level(finished.counts)
+            finished = self._count_level(length, space, floor)
+            _save_level(folder, length, finished)
+        else:
+            self._bar.update(self._plan.num_positions)
+            if length > 1:
+                floor.finish_level(finished.counts)
         return finished
 
     # Keys from tokens
 
-    def _fill(self, length: int, space: KeySpace, store: BlockStore) -> None:
+    def _fill(self, space: KeySpace) -> None:
         id_of_token = None
         if space.num_ids:
             id_of_token = np.full(self._stream.vocab_size, NO_ID, np.uint32)
             id_of_token[self._tokens_of_table()] = np.arange(space.num_ids, dtype=np.uint32)
 
         def fill(block: int) -> int:
-            start, size = self._span(block)
+            start, size = self._plan.span(block)
             ids = self._scratch("ids", size)
             self._ids_of_tokens(start, ids, id_of_token)
             carry = np.full(1, NO_ID, np.uint32)
             if start and space.num_ids:
                 self._ids_of_tokens(start - 1, carry, id_of_token)
-            self._write_keys(length, space, store, block, ids, carry[0])
+            self._write_keys(space, block, ids, carry[0])
             return size
 
-        self._each(fill, self._blocks_below(length, store))
-
-    def _blocks_below(self, length: int, store: BlockStore) -> list[int]:
-        """The blocks that an interrupted count has not brought to level ``length``; the others count as progress."""
-        blocks = [block for block in range(self._plan.num_blocks) if store.level_of(block) < length]
-        self._bar.update(self._plan.num_positions - sum(block_length(self._plan, block) for block in blocks))
-        return blocks
+        self._each(fill, range(self._plan.num_blocks))
 
     def _ids_of_tokens(self, start: int, ids: np.ndarray, id_of_token: np.ndarray | None) -> None:
         """Write the ids of the positions from ``start`` on into ``ids`` uint32 [L]; without a table, the tokens."""
@@ -177,10 +178,9 @@ class CountEngine:
                 target[:] = tokens
                 target[np.isin(tokens, self._separators)] = NO_ID
 
-    def _write_keys(
-        self, length: int, space: KeySpace, store: BlockStore, block: int, ids: np.ndarray, carry: np.uint32
-    ) -> None:
-        content = store.room(block, space.num_partitions, space.dtype)
+    def _write_keys(self, space: KeySpace, block: int, ids: np.ndarray, carry: np.uint32) -> None:
+        """Store the n-grams whose prefix and suffix ids stand at neighbouring positions of ``ids`` uint32 [L]."""
+        content = self._blocks.room(block, space.num_partitions, space.dtype)
         ngram_count.partition_keys(
             ids,
             carry,
@@ -192,97 +192,60 @@ class CountEngine:
             content.remainders,
             content.offsets,
         )
-        store.write(length, block, content)
+        self._blocks.write(block, content)
+        prefix, suffix = (ids[-2] if len(ids) > 1 else carry), ids[-1]
+        known = suffix != NO_ID and (prefix != NO_ID or not space.num_ids)
+        self._last_keys[block] = int(prefix) * space.num_ids + int(suffix) if known else _NO_KEY
 
     # Keys from the level below
 
-    def _advance(
-        self,
-        length: int,
-        space: KeySpace,
-        store: BlockStore,
-        journal: CountJournal,
-        below: KeySpace,
-        ids_below: np.ndarray,
-    ) -> None:
-        """Replace every block's keys of the level below by its keys of level ``length``."""
-        blocks = self._blocks_below(length, store)
-        if not blocks:
-            return
-        table = IdTable.build(ids_below, below)
-        carries = journal.carries(length)
-        if carries is None:
-            carries = self._carries(length - 1, store, below, table)
-            journal.save_carries(length, carries)
+    def _advance(self, space: KeySpace, below: KeySpace, keys_below: np.ndarray) -> None:
+        """Replace every block's keys of the level below, of which ``keys_below`` have ids, by those of this level."""
+        table = IdTable.build(keys_below, below)
+        places = np.minimum(np.searchsorted(keys_below, self._last_keys), len(keys_below) - 1)
+        last_ids = np.where(keys_below[places] == self._last_keys, places.astype(np.uint32), NO_ID)
+        carries = np.concatenate([[NO_ID], last_ids[:-1]])  # the id just before each block
 
         def advance(block: int) -> int:
-            content = store.read(length - 1, block, below.dtype)
+            content = self._blocks.read(block, below.num_partitions, below.dtype)
             in_order = self._scratch("in order of partitions", len(content.parts))
             ngram_count.ids_of_remainders(content.remainders, content.offsets, table.slot_bits, table.slots, in_order)
             ids = self._scratch("ids", len(content.parts))
             ngram_count.restore_positions(in_order, content.offsets, content.parts, ids)
-            self._write_keys(length, space, store, block, ids, carries[block])
+            self._write_keys(space, block, ids, carries[block])
             return len(ids)
 
-        self._each(advance, blocks)
-
-    def _carries(self, length: int, store: BlockStore, space: KeySpace, table: IdTable) -> np.ndarray:
-        """For each block, the id of the n-gram that ends just before it."""
-        carries = np.full(self._plan.num_blocks, NO_ID, np.uint32)
-        for block in range(self._plan.num_blocks - 1):
-            found = store.last_remainder(length, block, space.dtype)
-            if found is not None:
-                carries[block + 1] = table.look_up(*found)
-        return carries
+        self._each(advance, range(self._plan.num_blocks))
 
     # Counting
 
-    def _count_level(
-        self, length: int, space: KeySpace, store: BlockStore, journal: CountJournal, floor: RisingFloor
-    ) -> Survivors:
-        self._local = threading.local()  # the passes over blocks are over: their buffers go
-        store.release_buffers()
+    def _count_level(self, length: int, space: KeySpace, floor: RisingFloor) -> Survivors:
         pool = CandidatePool(floor, self._max_f_grams if length > 1 else None)
-        sizes = store.partition_sizes(length, space.num_partitions)
+        sizes = self._blocks.partition_sizes(space.num_partitions)
         self._bar.update(self._plan.num_positions - int(sizes.sum()))  # positions where no candidate ends
         first = 0
-        for last, size in _groups(sizes, space, self._plan):
-            saved = journal.group(length, first)
-            if saved is not None:
-                pool.add(*saved)
-                self._bar.update(size)
-            elif self._plan.on_disk:
-                of_group = CandidatePool(floor, self._max_f_grams if length > 1 else None)
-                self._count_group(length, first, last, space, store, of_group)
-                found = (*of_group.take(), of_group.num_candidates)
-                journal.save_group(length, first, *found)
-                pool.add(*found, raise_floor=False)
-            else:
-                self._count_group(length, first, last, space, store, pool)
+        for last in _groups(sizes, space, self._plan):
+            self._count_group(first, last, space, pool)
             first = last
-        self._local = threading.local()
         used_floor = floor.value
         keys, counts = pool.take()
         cut = floor.finish_level(counts) if length > 1 else 0
         return Survivors(space.num_ids, keys, counts, cut, pool.num_candidates, used_floor)
 
-    def _count_group(
-        self, length: int, first: int, last: int, space: KeySpace, store: BlockStore, pool: CandidatePool
-    ) -> None:
+    def _count_group(self, first: int, last: int, space: KeySpace, pool: CandidatePool) -> None:
         """Count partitions ``first:last`` into the pool."""
 
         def count(piece: Piece, row: int) -> int:
-            table, distinct = self._fresh_table(space.dtype), 0
-            table, distinct = self._add_to_table(piece, row, table, distinct)
+            table, distinct = self._add_to_table(piece, row, self._fresh_table(space.dtype), 0)
             self._collect(piece.first + row, table, distinct, space, pool)
             return int((piece.stops[row] - piece.starts[row]).sum())
 
         table, distinct = None, 0
-        for piece in store.pieces(length, first, last, space.num_partitions, space.dtype):
+        for piece in self._blocks.pieces(first, last, space.num_partitions, space.dtype):
             if piece.complete:
                 self._each(partial(count, piece), range(len(piece.starts)))
             else:  # one partition, with so many occurrences of something that it comes in pieces
-                table = self._fresh_table(space.dtype) if table is None else table
+                table = np.zeros(_FIRST_TABLE_SIZE, space.dtype) if table is None else table
                 table, distinct = self._add_to_table(piece, 0, table, distinct)
                 self._bar.update(len(piece.remainders))
         if table is not None:
@@ -300,7 +263,8 @@ class CountEngine:
         table, distinct = ngram_count.count_partition(
             piece.remainders, piece.starts[row], piece.stops[row], table, distinct
         )
-        self._local.table = table
+        if piece.complete:
+            self._local.table = table
         return table, distinct
 
     def _collect(self, partition: int, table: np.ndarray, distinct: int, space: KeySpace, pool: CandidatePool) -> None:
@@ -312,9 +276,6 @@ class CountEngine:
 
     # Threads
 
-    def _span(self, block: int) -> tuple[int, int]:
-        return block * self._plan.block_positions, block_length(self._plan, block)
-
     def _scratch(self, name: str, size: int) -> np.ndarray:
         """uint32 [size] of this thread, the same memory for every block."""
         buffer = getattr(self._local, name, None)
@@ -324,33 +285,42 @@ class CountEngine:
         return buffer[:size]
 
     def _each(self, work: Callable[[int], int], items: Iterable[int]) -> None:
-        """Run ``work`` on every item, on all threads; it returns how many positions it did. Stops at an error."""
-        running: set[Future[int]] = set()
-        try:
-            for item in items:
-                running.add(self._pool.submit(work, item))
-                if len(running) >= 2 * self._plan.num_threads:
-                    running = self._reap(running, FIRST_COMPLETED)
-            self._reap(running, "ALL_COMPLETED")
-        except BaseException:
-            for future in running:
-                future.cancel()
-            wait(running)
-            raise
-
-    def _reap(self, running: set[Future[int]], when: str) -> set[Future[int]]:
-        done, pending = wait(running, return_when=when)
-        for future in done:
-            self._bar.update(future.result())
-        return pending
+        """Run ``work``, which returns how many positions it did, on every item on all threads. Stops at an error."""
+        for positions in map_in_order(work, items, self._plan.num_threads):
+            self._bar.update(positions)
 
 
-def _groups(sizes: np.ndarray, space: KeySpace, plan: CountingPlan) -> Iterable[tuple[int, int]]:
-    """Ends and sizes of runs of neighbouring partitions that are in memory together."""
+def _groups(sizes: np.ndarray, space: KeySpace, plan: CountingPlan) -> Iterator[int]:
+    """Ends of runs of neighbouring partitions that are in memory together."""
     total, first = 0, 0
     for partition, size in enumerate(sizes.tolist()):
         if partition > first and (total + size) * space.dtype.itemsize > plan.group_bytes:
-            yield partition, total
+            yield partition
             total, first = 0, partition
         total += size
-    yield len(sizes), total
+    yield len(sizes)
+
+
+# Finished levels
+
+
+def _save_level(folder: Path | None, length: int, level: Survivors) -> None:
+    if folder is not None:
+        with atomic_path(_level_path(folder, length)) as temporary, temporary.open("wb") as file:
+            np.savez(file, **vars(level))
+
+
+def _load_level(folder: Path | None, length: int) -> Survivors | None:
+    """The survivors of a level that was counted to its end; None where they are not there or damaged."""
+    if folder is None:
+        return None
+    try:
+        with np.load(_level_path(folder, length), allow_pickle=False) as saved:  # which compares checksums
+            arrays = {name: saved[name] for name in Survivors.__annotations__}
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
+        return None
+    return Survivors(**{name: array if array.ndim else array.item() for name, array in arrays.items()})
+
+
+def _level_path(folder: Path, length: int) -> Path:
+    return folder / f"level-{length:03d}.npz"

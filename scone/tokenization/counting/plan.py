@@ -1,4 +1,4 @@
-"""How a count is cut up so that it fits a memory budget: blocks, partitions, groups; and what it needs of the disk."""
+"""Sizes that fit a count into a memory budget: blocks, partitions, groups; and what it needs of the disk."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ _BYTES_PER_F_GRAM = 32 + 24 + 16 + 40
 _BYTES_PER_F_GRAM_AND_LEVEL = 16
 _BYTES_PER_TOKEN_TYPE = 12  # its count (8) and its id (4)
 _TABLE_FACTOR = 6  # a table under way from capacity C to 2 C holds 3 C entries and at least C / 2 n-grams
+_LEVELS_OVERHEAD_BYTES = 1 << 16  # names and headers in the files of the levels
 _USABLE = 0.95  # of what is left for buffers; the rest is for thread stacks, file handles and the allocator
 
 
@@ -41,21 +42,26 @@ class CountingPlan:
     token_table: bool
     """Whether tokens are counted in an array of V counts (else by partitions, as n-grams are)."""
     saved_n_grams: int
-    """Most survivors that the saved levels and groups hold together."""
+    """Most survivors that the saved levels hold together."""
 
     @property
     def num_blocks(self) -> int:
         """Blocks of ``block_positions`` positions, the last one perhaps shorter."""
         return -(-self.num_positions // self.block_positions)
 
+    def span(self, block: int) -> tuple[int, int]:
+        """Where a block starts, and how many positions it has."""
+        start = block * self.block_positions
+        return start, min(self.block_positions, self.num_positions - start)
+
     @property
     def temporary_bytes(self) -> int:
         """Upper bound of what lies on disk at any moment; 0 where the count stays in memory."""
         if not self.on_disk:
             return 0
-        header_bytes = 8 * ((1 << max(self.partition_bits, _WIDE_PARTITION_BITS)) + 16)
-        block_bytes = self.block_positions * (2 + self.remainder_bytes) + header_bytes
-        return (self.num_blocks + self.num_threads) * block_bytes + 16 * self.saved_n_grams
+        offsets_bytes = 8 * ((1 << max(self.partition_bits, _WIDE_PARTITION_BITS)) + 1)
+        block_bytes = self.block_positions * (2 + self.remainder_bytes) + offsets_bytes + 3 * 128
+        return self.num_blocks * block_bytes + 16 * self.saved_n_grams + _LEVELS_OVERHEAD_BYTES
 
     def level_bits(self, num_keys: int) -> tuple[int, int]:
         """Bits of a key at a level with keys below ``num_keys``; and how many of them are stored as the remainder."""
@@ -107,8 +113,7 @@ def plan_count(
     wide_ids = max(min(vocab_size, most_ids), most_f_grams).bit_length()
     fits = 2 * wide_ids <= 32 + _WIDE_PARTITION_BITS and num_positions < 2**32
     plan = _cut(num_positions, threads, buffer_bytes, 4 if fits else 8, token_table)
-    num_groups = 2 * num_positions * plan.remainder_bytes // plan.group_bytes + 2
-    return replace(plan, saved_n_grams=most_f_grams * max_n + min(most_ids, num_groups * most_f_grams))
+    return replace(plan, saved_n_grams=most_f_grams * max_n + (0 if token_table else min(vocab_size, most_ids)))
 
 
 def _cut(num_positions: int, threads: int, buffer_bytes: int, remainder_bytes: int, token_table: bool) -> CountingPlan:
