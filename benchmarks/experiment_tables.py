@@ -7,10 +7,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from claim_plot import shown_results
+from experiment_results import best_of, mean_loss, run_results, same_tokens
 from gpu_tables import accelerators
 
-from scone.evaluation.claim_plot import shown_results
-from scone.evaluation.experiment_results import best_of, mean_loss, run_results, same_tokens
 from scone.evaluation.results import PLAIN, RunResult
 
 

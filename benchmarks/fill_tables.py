@@ -21,7 +21,7 @@ from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "docs" / "results"
-sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks")]
+sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks"), str(REPOSITORY / "experiments")]
 
 from experiment_tables import budget_table, comparison_table, experiment_table, groups_table  # noqa: E402
 from gpu_tables import generation_tables, scaling_table, training_table  # noqa: E402

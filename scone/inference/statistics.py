@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import zip_longest
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -123,15 +121,6 @@ def counted_reads(model: PreTrainedModel) -> Iterator[TableReads | None]:
         num_positions, found = layer.reads()
         parts = zip_longest(found, found_before, fillvalue=0)
         reads.add(num_positions - first_position, [after - before for after, before in parts])
-
-
-def process_bytes() -> int | None:
-    """Resident memory of this process now, shared pages included; None where the system does not tell."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    except OSError:
-        return None
-    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def accelerator_peak_bytes(device: torch.device) -> int | None:

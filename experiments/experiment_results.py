@@ -9,9 +9,8 @@ from typing import Any
 
 from scone.configs.loading import get_option
 from scone.configs.schema import SconeOptions
-from scone.evaluation.results import PLAIN, RunResult
+from scone.evaluation.results import BOTH, MODEL, OVER_ENCODING, PLAIN, ROWS, RunResult, kind_of_parts
 
-MODEL, ROWS, BOTH, OVER_ENCODING = "f-gram model", "learned rows", "f-gram model + learned rows", "over-encoding"
 OURS = (MODEL, ROWS, BOTH)
 """The input embeddings of this project, without or with a gate (`family`)."""
 
@@ -91,7 +90,7 @@ def kind_of_options(options: Mapping[str, Any]) -> str:
         return OVER_ENCODING
     has_model = _option(options, "model.f_gram.num_hidden_layers") != 0
     has_rows = bool(_option(options, "model.learned_rows"))
-    kind = BOTH if has_model and has_rows else MODEL if has_model else ROWS
+    kind = kind_of_parts(has_model, has_rows)
     variants = []
     if _option(options, "model.combination") != "add":
         variants.append(str(_option(options, "model.combination")))
