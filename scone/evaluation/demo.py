@@ -21,7 +21,7 @@ from scone.data.token_file import TokenFile
 from scone.evaluation.benchmark import Benchmark, BenchmarkSettings
 from scone.evaluation.benchmark_config import BaselineEntry, BenchmarkConfig, DatasetEntry, ModelEntry
 from scone.evaluation.demo_options import TRUNK_FOLDER, DemoOptions, model_options, trunk_configuration
-from scone.evaluation.demo_page import render_demo, verdict
+from scone.evaluation.demo_page import render_demo, summary
 from scone.evaluation.perplexity import paired_difference, perplexity
 from scone.evaluation.report import write_text
 from scone.evaluation.results import RunResult
@@ -132,7 +132,7 @@ def run_demo(options: DemoOptions, say: Callable[[str], None] = print) -> Path:
     write_json(run.folder / "report.json", report)
     page = run.folder / "report.html"
     write_text(page, render_demo(report))
-    _say_summary(report, say)
+    say("\n" + summary(report))
     return page
 
 
@@ -357,15 +357,11 @@ def _corpus_facts(options: DemoOptions, corpus: Corpus, splits: Mapping[str, Tok
 def _training_facts(options: DemoOptions) -> dict[str, Any]:
     """The settings that both models share, and SCONE's input embedding, in words."""
     layers, width = options.num_hidden_layers, options.hidden_size
-    return {
+    shared = ("steps", "batch_size", "max_length", "learning_rate", "seed")
+    return {name: getattr(options, name) for name in shared} | {
         "trunk": f"GPT-2 architecture, {layers} layers × {width} wide, from scratch",
-        "steps": options.steps,
-        "batch_size": options.batch_size,
-        "max_length": options.max_length,
         "tokens": options.steps * options.batch_size * options.max_length,
-        "learning_rate": options.learning_rate,
         "schedule": "cosine",
-        "seed": options.seed,
         "input_embedding": (
             f"an f-gram model of {options.f_gram_num_hidden_layers} layer(s) and a learned row for each f-gram with "
             "back-off along its suffixes, both starting at zero on top of the token embedding"
@@ -417,20 +413,3 @@ def _f_gram_facts(vocabulary: FGramVocabulary, corpus: Corpus, tokens: np.ndarra
         "held_out_match_rate": found[-1].match_rate,
         "examples": [example(rank) for rank in ranks],
     }
-
-
-def _say_summary(report: dict[str, Any], say: Callable[[str], None]) -> None:
-    """The result in a few lines, as measured, whoever won."""
-    models = [report["models"][name] for name in NAMES]
-    rows = {
-        "held-out perplexity": [f"{model['evaluation']['perplexity']:.3f}" for model in models],
-        "inference FLOPs per token": [human_count(model["inference_flops_per_token"]) for model in models],
-        "parameters at inference": [human_count(model["resident_parameters"]) for model in models],
-        "training seconds": [f"{model['training_seconds']:.0f}" for model in models],
-        "generation tokens/s": [f"{model['generation_tokens_per_second']:.0f}" for model in models],
-        "table, off the accelerator": ["–", human_bytes(report["table"]["file_bytes"])],
-    }
-    say(f"\n{'':<28}{'plain':>12}{'SCONE':>12}")
-    for title, (plain, scone_) in rows.items():
-        say(f"{title:<28}{plain:>12}{scone_:>12}")
-    say(f"\n{verdict(report)['headline']}  [{report['total_seconds'] / 60:.1f} minutes in all]")

@@ -7,6 +7,7 @@ from typing import Any
 
 from scone.evaluation.figures import PALETTE, PLAIN_COLOR, Line, bar_figure, line_figure
 from scone.evaluation.report import Part, columns, figure, machine_line, render, section, table
+from scone.evaluation.results import Table
 from scone.utils.text import human_bytes, human_count
 
 NAMES = {"plain": ("plain", PLAIN_COLOR), "scone": ("SCONE", PALETTE[0])}
@@ -27,7 +28,9 @@ def render_demo(report: Report) -> str:
             f"{f_grams['min_count']} times in the training text, ranked by count. The longest that ends at a position "
             "gives that position its input embedding.",
         ),
-        section("What it costs", [columns([_costs(report), _loss_by_time(report)], _steps(report), style="top")]),
+        section(
+            "What it costs", [columns([table(cost_table(report)), _loss_by_time(report)], _steps(report), style="top")]
+        ),
         section(
             "Generated text",
             [_samples(report)],
@@ -71,6 +74,14 @@ def verdict(report: Report) -> dict[str, str]:
     if low > 0:
         kind, headline = "bad", f"The plain model wins here: SCONE's {numbers} ({change:.1%} higher)"
     return {"kind": kind, "headline": headline, "detail": detail}
+
+
+def summary(report: Report) -> str:
+    """The result as text, as measured, whoever won."""
+    head, rows = cost_table(report)
+    lines = [[cell["text"] if isinstance(cell, dict) else cell for cell in row] for row in [head, *rows]]
+    text = "\n".join(f"{name:<38}{plain:>16}{scone:>16}" for name, plain, scone in lines)
+    return f"{text}\n\n{verdict(report)['headline']}  [{report['total_seconds'] / 60:.1f} minutes in all]"
 
 
 def _models(report: Report) -> list[Mapping[str, Any]]:
@@ -187,7 +198,7 @@ def _examples(report: Report) -> Part:
     return table((["f-gram", "tokens", "rank", "count"], rows))
 
 
-def _costs(report: Report) -> Part:
+def cost_table(report: Report) -> Table:
     """Quality and costs side by side; the better of two values that differ is bold."""
     models = _models(report)
     evaluations = [model["evaluation"] for model in models]
@@ -226,7 +237,7 @@ def _costs(report: Report) -> Part:
         row("Evaluation speed", quality("tokens_per_second"), speed),
         row("Generation, one sequence", of("generation_tokens_per_second"), "{:.0f} tokens/s".format),
     ]
-    return table((["", "plain", "SCONE"], rows))
+    return ["", "plain", "SCONE"], rows
 
 
 def _steps(report: Report) -> Part:

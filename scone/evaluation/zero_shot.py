@@ -25,9 +25,8 @@ TASKS = (
     *("boolq", "sciq", "social_iqa", "lambada_openai"),
 )
 """What ``--tasks all`` stands for; every other task of the harness that has an accuracy can be named too."""
-_STEMS = {"social_iqa": "social_i_qa", "winogrande": "winogrande_xl"}
 # files of these often have other columns than the data set of the hub that the harness reads
-_LOCAL_COLUMNS = {
+_LOCAL_COLUMNS: dict[str, dict[str, Any]] = {
     "boolq": {"doc_to_target": "{{ label if label is defined else answer | int }}"},
     "lambada_openai": {
         "doc_to_text": "{{ context if context is defined else text.rsplit(' ', 1)[0] }}",
@@ -119,15 +118,10 @@ def evaluate_tasks(
 
 
 def _local_file(name: str, folder: Path) -> Path:
-    stems = [name, *([_STEMS[name]] if name in _STEMS else [])]
-    candidates = [
-        folder / f"{stem}{split}.jsonl{compression}"
-        for stem in stems
-        for split in ("_validation", "_test", "")
-        for compression in ("", ".zst", ".gz", ".xz")
-    ]
-    for path in candidates:
-        if path.is_file():
+    """The file whose name begins with the task's, wherever that has underscores; of several the shortest."""
+    files = sorted(folder.glob("*.jsonl*"), key=lambda path: len(path.name))
+    for path in files:
+        if path.name.replace("_", "").startswith(name.replace("_", "")):
             return path
     raise SconeError(
         f"found no data of the task {name} in {folder}; expected {name}_validation.jsonl (or .jsonl.zst, .gz, .xz); "

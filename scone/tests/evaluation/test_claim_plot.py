@@ -9,7 +9,7 @@ import pytest
 
 from scone.tests.evaluation import experiments
 
-claim_plot, tables = experiments.module("claim_plot"), experiments.module("experiment_tables")
+claim_plot, tables = experiments.module("claim_plot"), experiments.module("tables")
 claim_svg, shown_results = claim_plot.claim_svg, claim_plot.shown_results
 run_results = experiments.module("experiment_results").run_results
 
