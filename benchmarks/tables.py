@@ -10,9 +10,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from claim_plot import shown_results
-from experiment_results import best_of, mean_loss, run_results, same_tokens
+from experiment_results import best_of, mean_loss, perplexity_text, run_results, same_tokens
 
 from scone.evaluation.results import PLAIN, RunResult
+from scone.utils.text import markdown_table
 
 Record = Mapping[str, Any]
 Report = Mapping[str, Any]
@@ -52,10 +53,7 @@ STRATEGIES = {"ddp": "DDP", "fsdp": "FSDP, full_shard"}
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[Any]], words: int = 1, note: str = "") -> str:
     """A table whose first ``words`` columns are left, the others right; and a note below it in italics."""
-    align = "|" + "---|" * words + "---:|" * (len(head) - words)
-    first = f"| {' | '.join(head)} |".replace("|  |", "| |")
-    lines = [first, align, *(f"| {' | '.join(map(str, row))} |" for row in rows)]
-    return "\n".join(lines) + "\n" + (f"\n*{note}*\n" if note else "")
+    return markdown_table(head, rows, words) + "\n" + (f"\n*{note}*\n" if note else "")
 
 
 def accelerators(machine: Mapping[str, Any]) -> str:
@@ -427,12 +425,8 @@ def reference(results: Sequence[RunResult]) -> RunResult:
 
 
 def _perplexity(result: RunResult, test: str, best: Mapping[str, float]) -> str:
-    value = result.perplexity_of(test)
-    if value is None:
-        return "–"
-    spread = result.perplexity[test].get("perplexity_spread")
-    text = f"{value:.2f}" + (f" ± {(spread[1] - spread[0]) / 2:.2f}" if spread else "")
-    return f"**{text}**" if best.get(test) == value else text
+    text = perplexity_text(result, test)
+    return f"**{text}**" if best.get(test) == result.perplexity_of(test) else text
 
 
 def budget_table(report: Report) -> str:

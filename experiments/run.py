@@ -28,7 +28,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks")]
 
 from common import commit, machine  # noqa: E402
-from comparison import table  # noqa: E402
+from experiment_results import table  # noqa: E402
 from side_by_side import Program, run_programs  # noqa: E402
 
 from scone.configs.loading import from_mapping  # noqa: E402

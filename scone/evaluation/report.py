@@ -22,7 +22,7 @@ from scone.evaluation.figures import (
 )
 from scone.evaluation.results import PLAIN, STEM, RunResult, Table, csv_text, datasets_of, speed_csv, tables
 from scone.utils.files import atomic_path, write_json
-from scone.utils.text import human_bytes, human_count
+from scone.utils.text import human_bytes, human_count, markdown_table
 
 Part = dict[str, Any]
 """What a section holds, as the template knows it: a figure, table, list, columns of parts, or samples of text."""
@@ -73,9 +73,7 @@ def markdown(
     """The tables as Markdown; what is missing at the end."""
     parts = [f"# {title}", *([f"{machine_line(facts['machine'])}."] if facts and "machine" in facts else [])]
     for heading, (head, rows) in tables(results).items():
-        lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-        cells = (" | ".join(str(cell).replace("|", "\\|") for cell in line) for line in lines)
-        parts += [f"## {heading}", "\n".join(f"| {line} |" for line in cells)]
+        parts += [f"## {heading}", markdown_table(head, rows)]
     if missing:
         parts += ["## Missing", "\n".join(f"- {item['what']}: {item['why']}" for item in missing)]
     return "\n\n".join(parts) + "\n"
