@@ -66,6 +66,8 @@ def test_report_writes_every_form(results: list[RunResult], tmp_path: Path) -> N
     assert page.count("<svg") == 5 + 2 + 2
     for text in ("&lt;small&gt; 1k", "Wiki &amp; Text", "SCONE-Large", "As &lt;is&gt;.", "Pareto front"):
         assert text in page
+    assert page.count("A &amp; B") == 2, "in the head and above the page"
+    assert "<small>" not in page
     text = (tmp_path / "report" / "benchmark.md").read_text(encoding="utf-8")
     assert "| plain, doubled | plain | 29.80 (28.80–30.80) |" in text
     assert "2 M (2.00×)" in text
