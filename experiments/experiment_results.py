@@ -9,9 +9,9 @@ from typing import Any
 
 from scone.configs.loading import get_option
 from scone.configs.schema import SconeOptions
-from scone.evaluation.results import PLAIN, RunResult
+from scone.evaluation.results import BOTH, MODEL, OVER_ENCODING, PLAIN, ROWS, RunResult, kind_of_parts
+from scone.utils.text import markdown_table
 
-MODEL, ROWS, BOTH, OVER_ENCODING = "f-gram model", "learned rows", "f-gram model + learned rows", "over-encoding"
 OURS = (MODEL, ROWS, BOTH)
 """The input embeddings of this project, without or with a gate (`family`)."""
 
@@ -28,6 +28,35 @@ def run_results(experiment: Mapping[str, Any]) -> list[RunResult]:
         if run.get("finished", True):
             groups.setdefault(run.get("run", name), []).append(run)
     return [_result(name, base | dict(runs[0]["changes"]), runs) for name, runs in groups.items()]
+
+
+def table(experiment: Mapping[str, Any]) -> str:
+    """Markdown: one line a run. FLOPs are those of the first run (plain) times; unfinished runs stand last."""
+    tests = experiment["experiment"]["tests"]
+    results = run_results(experiment)
+    rows = []
+    for result in results:
+        cells = [perplexity_text(result, test) for test in tests]
+        for field in ("inference_flops_per_token", "training_flops"):
+            cells.append(f"{getattr(result, field) / getattr(results[0], field):.2f}×")
+        seconds = result.facts["train_seconds"]
+        rows.append([result.name, len(seconds), *cells, f"{sum(seconds) / len(seconds):.0f}"])
+    head = ["run", "seeds", *tests, "inference FLOPs", "training FLOPs", "training s"]
+    lines = [markdown_table(head, rows)]
+    for name, run in experiment["runs"].items():
+        if not run.get("finished", True):
+            last = [entry for entry in run["log"] if "eval_loss" in entry][-1:]
+            loss = f"validation loss {last[0]['eval_loss']:.3f} at step {last[0]['step']}" if last else "no loss"
+            lines.append(f"\nunfinished: {name}, {run['steps']} of {run['max_steps']} steps, {loss}")
+    return "\n".join(lines)
+
+
+def perplexity_text(result: RunResult, test: str) -> str:
+    """Perplexity on a test, with ± half the range over seeds where there are several."""
+    value, spread = result.perplexity_of(test), result.perplexity.get(test, {}).get("perplexity_spread")
+    if value is None:
+        return "–"
+    return f"{value:.2f}" + (f" ± {(spread[1] - spread[0]) / 2:.2f}" if spread else "")
 
 
 def _result(name: str, options: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> RunResult:
@@ -91,7 +120,7 @@ def kind_of_options(options: Mapping[str, Any]) -> str:
         return OVER_ENCODING
     has_model = _option(options, "model.f_gram.num_hidden_layers") != 0
     has_rows = bool(_option(options, "model.learned_rows"))
-    kind = BOTH if has_model and has_rows else MODEL if has_model else ROWS
+    kind = kind_of_parts(has_model, has_rows)
     variants = []
     if _option(options, "model.combination") != "add":
         variants.append(str(_option(options, "model.combination")))

@@ -6,12 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from scone.evaluation import plots
-from scone.evaluation.experiment_results import (
+from experiment_results import (
     BOTH,
     MODEL,
     OURS,
     OVER_ENCODING,
+    PLAIN,
     ROWS,
     best_of,
     family,
@@ -20,31 +20,23 @@ from scone.evaluation.experiment_results import (
     run_results,
     same_tokens,
 )
-from scone.evaluation.results import PLAIN, RunResult
-from scone.evaluation.scatter import Point, scatter_chart
 
-COLORS = {PLAIN: 1, BOTH: 2, ROWS: 3, MODEL: 4, OVER_ENCODING: 5}
+from scone.evaluation.figures import HEIGHT, INK, SERIES, TOP, Point, draw_points, new_figure, svg_of
+from scone.evaluation.results import RunResult
+
+COLORS = dict(zip((PLAIN, BOTH, ROWS, MODEL, OVER_ENCODING), SERIES, strict=False))
 NAMES = {MODEL: "f-gram model", ROWS: "learned rows", BOTH: "model + rows", OVER_ENCODING: "over-encoding"}
-TOP, GAP, MARGIN = 64, 8, 10
-CHARACTER_WIDTH = 7.7
+HEADS = 56.0
+"""Height of the lines above the axes, in pixels."""
 STYLE = """
-svg { --card: #ffffff; --ink: #1c1e21; --soft: #5f6670; --grid: #ebedf0; --c1: #7a8594; --c2: #c2410c; --c3: #0f766e;
-  --c4: #1d4ed8; --c5: #7c3aed; font-family: system-ui, "Segoe UI", Roboto, Helvetica, Arial, sans-serif; }
+svg { --card: #ffffff; --ink: #1c1e21; --soft: #5f6670; --grid: #ebedf0; --series-1: #7a8594; --series-2: #c2410c;
+  --series-3: #0f766e; --series-4: #1d4ed8; --series-5: #7c3aed; background: var(--card);
+  font-family: system-ui, "Segoe UI", Roboto, Helvetica, Arial, sans-serif; }
 @media (prefers-color-scheme: dark) {
-  svg { --card: #16191c; --ink: #e8eaed; --soft: #9aa3ad; --grid: #272b30; --c1: #9aa6b5; --c2: #fb8a4c; --c3: #2dd4bf;
-    --c4: #60a5fa; --c5: #a78bfa; }
+  svg { --card: #16191c; --ink: #e8eaed; --soft: #9aa3ad; --grid: #272b30; --series-1: #9aa6b5; --series-2: #fb8a4c;
+    --series-3: #2dd4bf; --series-4: #60a5fa; --series-5: #a78bfa; }
 }
-.page { fill: var(--card); }
-text { fill: var(--soft); font-size: 14px; font-variant-numeric: tabular-nums; }
-.title { fill: var(--ink); font-size: 17px; font-weight: 600; }
-.head { fill: var(--ink); font-size: 15px; font-weight: 600; }
-.grid { stroke: var(--grid); stroke-width: 1; }
-.axis { stroke: var(--soft); stroke-width: 1; }
-.point { stroke: var(--card); stroke-width: 1.5; }
-.point-label { fill: var(--ink); font-size: 14px; paint-order: stroke; stroke: var(--card); stroke-width: 4px; }
-.leader { stroke: var(--soft); stroke-width: 0.8; opacity: 0.7; }
-.trend { fill: none; stroke: var(--c1); stroke-width: 1.6; stroke-dasharray: 6 4; }
-.whisker { stroke-width: 1.6; }
+text { paint-order: stroke; stroke: var(--card); stroke-width: 3px; stroke-linejoin: round; }
 """
 
 
@@ -64,42 +56,23 @@ def claim_svg(experiment: Mapping[str, Any]) -> str:
         raise ValueError("the experiment has no finished plain run")
     shown = shown_results(results)
     base = shown[0]
-    inference, training = (
-        scatter_chart(
-            [_point(result, base, field, tests) for result in chosen],
-            label,
-            "perplexity",
-            x_logarithmic=False,
-            front=False,
-            trend=trend,
-            character_width=CHARACTER_WIDTH,
-        )
-        for field, chosen, label, trend in (
-            ("inference_flops_per_token", shown, "inference FLOPs per token (plain = 1)", ()),
-            (
-                "training_flops",
-                [*shown, *(result for result in plain if result.name != base.name)],
-                "training FLOPs (plain = 1)",
-                [(_ratio(result, base, "training_flops"), math.exp(mean_loss(result, tests))) for result in plain],
-            ),
-        )
-    )
-    width, height = 2 * plots.WIDTH + GAP + 2 * MARGIN, plots.HEIGHT + TOP + MARGIN
     title = (
         f"{_size(shown)}f-grams, {base.training_tokens or 0:,} training tokens; perplexity: mean of {', '.join(tests)}"
     )
-    right = MARGIN + plots.WIDTH + GAP
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" '
-        f'aria-label="Perplexity against inference and training FLOPs">\n<style>{STYLE}</style>\n'
-        f'<rect class="page" width="{width}" height="{height}" rx="8"/>\n'
-        + plots.text_at("title", MARGIN + 14, 26, "start", title.replace("_", " "))
-        + plots.text_at("head", MARGIN + plots.LEFT, 52, "start", "At equal tokens")
-        + plots.text_at("head", right + plots.LEFT, 52, "start", "By training FLOPs; dashed: plain trained longer")
-        + _placed(inference, MARGIN)
-        + _placed(training, right)
-        + "\n</svg>\n"
-    )
+    figure, (left, right) = new_figure(2, height=HEIGHT + HEADS, top=TOP + HEADS)
+    points = [_point(result, base, "inference_flops_per_token", tests) for result in shown]
+    draw_points(left, points, "inference FLOPs per token (plain = 1)", "perplexity")
+    longer = [result for result in plain if result.name != base.name]
+    points = [_point(result, base, "training_flops", tests) for result in [*shown, *longer]]
+    trend = [(_ratio(result, base, "training_flops"), math.exp(mean_loss(result, tests))) for result in plain]
+    draw_points(right, points, "training FLOPs (plain = 1)", "perplexity", trend=trend)
+    bold: Any = {"fontweight": "bold", "color": INK}
+    figure.text(0.01, 0.93, title.replace("_", " "), fontsize=16, **bold)
+    for axes, head in ((left, "At equal tokens"), (right, "By training FLOPs; dashed: plain trained longer")):
+        axes.annotate(head, (0, 1), (0, 12), xycoords="axes fraction", textcoords="offset pixels", fontsize=15, **bold)
+    svg = svg_of(figure, "Perplexity against inference and training FLOPs")
+    names = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    return svg.replace("<svg ", f"<svg {names} ", 1).replace(">", f">\n<style>{STYLE}</style>", 1) + "\n"
 
 
 def shown_results(results: Sequence[RunResult]) -> list[RunResult]:
@@ -139,8 +112,8 @@ def _point(result: RunResult, base: RunResult, field: str, tests: Sequence[str])
     if all("perplexity_spread" in found for found in losses):
         ends = [[math.log(found["perplexity_spread"][end]) for found in losses] for end in (0, 1)]
         spread = (math.exp(sum(ends[0]) / len(tests)), math.exp(sum(ends[1]) / len(tests)))
-    color = f"var(--c{COLORS[family(result.kind)]})"
-    return Point(label_of(result), _ratio(result, base, field), math.exp(mean_loss(result, tests)), color, spread)
+    y, color = math.exp(mean_loss(result, tests)), COLORS[family(result.kind)]
+    return Point(label_of(result), _ratio(result, base, field), y, color, spread)
 
 
 def label_of(result: RunResult) -> str:
@@ -148,11 +121,3 @@ def label_of(result: RunResult) -> str:
     if result.kind == PLAIN:
         return result.name
     return NAMES[family(result.kind)] + (f" {result.f_gram_model_size}" if result.f_gram_model_size else "")
-
-
-def _placed(svg: str, left: float) -> str:
-    """A chart as a part of the picture."""
-    if not svg:
-        return ""
-    inner = svg[svg.index(">") + 1 : svg.rindex("</svg>")]
-    return f'\n<g transform="translate({left:g} {TOP - plots.TOP / 2:g})">{inner}</g>'
