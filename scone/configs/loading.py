@@ -254,6 +254,8 @@ def _check_together(values: Mapping[str, Any]) -> None:
     """Refuse options that contradict each other, before any work is done."""
     if values["training.fp16"] and values["training.bf16"]:
         raise SconeError("found both fp16 and bf16; expected at most one of them; leave one out")
+    if values["training.num_epochs"] == 0 and values["training.max_steps"] == -1:
+        raise SconeError("found num_epochs 0, which trains nothing; expected more than 0, or max_steps; leave it out")
     for group in ("model", "model.f_gram"):
         width, heads = values[f"{group}.hidden_size"], values[f"{group}.num_attention_heads"]
         if width is not None and heads is not None and width % heads:
