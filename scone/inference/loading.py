@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from scone.inference.quantization import QuantizationReport, check_quantization, quantize_trunk
-from scone.inference.size_check import check_sizes
 from scone.utils.errors import SconeError, library_refusal
 from scone.utils.files import read_json
 from scone.utils.progress import hide_library_bars
@@ -109,7 +108,6 @@ def load_model(
             table = EmbeddingTable.open(table_path, placement, where, expected)
         advice = "see what `scone verify` says of it; copy it again"
         with library_refusal(f"cannot load the model in {folder}", advice), _no_loading_report():
-            check_sizes(folder)
             loaded: Any = SconeForCausalLM.from_pretrained(folder, table=table, output_loading_info=True)
         model = _complete(loaded, folder, exactly=True)
         if table is not None:
@@ -201,7 +199,6 @@ def _load_plain(model_path: str | Path) -> PreTrainedModel:
         )
     advice = "give a model folder that `scone verify` finds whole, or a hub name within reach"
     with library_refusal(f"cannot load a causal language model from {model_path}", advice), _no_loading_report():
-        check_sizes(Path(model_path))
         # code that comes with a model is never run, and nobody is asked on the terminal whether it may
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             model_path, trust_remote_code=False, output_loading_info=True
