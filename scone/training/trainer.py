@@ -30,7 +30,7 @@ from scone.training.resume import COMPLETE_MARKER
 from scone.training.sharding import load_whole_optimizer, load_whole_weights, shard, whole_state, whole_weights
 from scone.training.step_cost import RunCost, StepCost
 from scone.utils.errors import SconeError, library_refusal
-from scone.utils.files import read_json, write_json
+from scone.utils.files import give_umask_mode, read_json, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -162,6 +162,11 @@ class SconeTrainer(Trainer):
         state = whole_weights(self.model, keep=self.args.should_save)
         if self.args.should_save:
             self._save(output_dir, state_dict=state)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            give_umask_mode(Path(output_dir or str(self.args.output_dir)), "*.safetensors")
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.sharded:

@@ -382,7 +382,7 @@ def test_mistakes_are_told_before_anything_is_loaded(monkeypatch: pytest.MonkeyP
         with pytest.raises(SconeError, match="cannot listen on"):
             serve_script.main([*arguments, "--device", "cpu", "--port", str(taken.getsockname()[1])])
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(SconeError, match=r'pip install "scone\[serve\]"'):
+    with pytest.raises(SconeError, match=r'pip install "scone-lm\[serve\]"'):
         serve_script.main(["--model_path", "missing"])
 
 
