@@ -8,6 +8,7 @@ import logging
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ logger = logging.getLogger(__name__)
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_TRAINED_VOCABULARY = 257  # 256 bytes and the separator
 LARGEST_TOKEN_ID = (1 << 24) - 1  # ten times the largest vocabularies that there are
+_TRIED_ENTRIES = 200
 TRAINING_CHARACTERS = 200_000_000  # enough for any vocabulary; more only costs memory and time
 
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2")
@@ -146,16 +148,27 @@ def _check_usable(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
             f"tokenizer {name!r} gives a token the id {largest:,}; expected ids up to {LARGEST_TOKEN_ID:,}; copy or "
             "save it again"
         )
-    entries = [token for token in list(tokenizer.get_vocab())[:1000] if token.isalpha() and token.isascii()]
     special = set(tokenizer.all_special_ids)
-    for text in ["Hello world", *entries[:3]]:
-        ids = tokenizer.encode(text, add_special_tokens=False)
-        if ids and not special.issuperset(ids):
+    ordinary = sorted(set(tokenizer.get_vocab().values()) - special)
+    # one of another script, of amino acids or of notes has no Latin letters, but can write its own entries
+    own = (tokenizer.decode([token]) for token in ordinary[:: max(1, len(ordinary) // _TRIED_ENTRIES)])
+    for text in chain(["Hello world"], own):
+        if not special.issuperset(_ids_or_none(tokenizer, text) or ()):
             return
     raise SconeError(
-        f"tokenizer {name!r} has {len(tokenizer)} entries and encodes 'Hello world' as nothing but special tokens; "
-        "expected one that encodes text; give its whole folder, or another one, by --tokenizer"
+        f"tokenizer {name!r} has {len(tokenizer)} entries and encodes neither 'Hello world' nor these as anything but "
+        "special tokens; expected one that encodes text; give its whole folder, or another one, by --tokenizer"
     )
+
+
+def _ids_or_none(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int] | None:
+    """The ids of a text, None where the tokenizer refuses it: one without a token for the unknown does."""
+    try:
+        return tokenizer.encode(text, add_special_tokens=False)
+    except Exception as error:  # the Rust library raises nothing more special
+        if "unk" not in str(error).lower():
+            raise
+        return None
 
 
 def train_tokenizer(
@@ -272,6 +285,6 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
         "scores": scores,
         "special": separator_ids(tokenizer),
         "ends": [tokenizer.eos_token_id, tokenizer.sep_token_id, tokenizer.bos_token_id],
-        "probe": tokenizer.encode(_PROBE, add_special_tokens=False),
+        "probe": _ids_or_none(tokenizer, _PROBE),
     }
     return fingerprint_of(json.dumps(facts))
