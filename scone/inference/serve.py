@@ -128,7 +128,9 @@ class Service:
         paths = (route for route in request.app.routes if getattr(route, "path", None) != _ANY_PATH)
         known = any(route.matches(request.scope)[0] != Match.NONE for route in paths)
         is_file = self.page.file(request.url.path.removeprefix("/")) is not None
-        status = error.status_code if known or is_file or error.status_code != 405 else 404
+        status = error.status_code
+        if status in (404, 405):
+            status = 405 if known or is_file else 404
         message = f"found no {request.method} {request.url.path} here; see /v1/models, /v1/completions, /health"
         return JSONResponse(RequestError(status, message).body(), status_code=status)
 

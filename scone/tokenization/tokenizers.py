@@ -167,7 +167,7 @@ def _check_usable(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     special = set(tokenizer.all_special_ids)
     ordinary = sorted(set(tokenizer.get_vocab().values()) - special)
     # one of another script, of amino acids or of notes has no Latin letters, but can write its own entries
-    own = (tokenizer.decode([token]) for token in ordinary[:: max(1, len(ordinary) // _TRIED_ENTRIES)])
+    own = (str(tokenizer.decode([token])) for token in ordinary[:: max(1, len(ordinary) // _TRIED_ENTRIES)])
     for text in chain(["Hello world"], own):
         if not special.issuperset(_ids_or_none(tokenizer, text) or ()):
             return

@@ -222,7 +222,7 @@ def test_strangers_are_kept_out(address: str) -> None:
         ("GET", "/nowhere", 404),
         ("DELETE", "/v1/nowhere", 404),
         ("POST", "/v1/models", 405),
-        ("GET", "/v1/completions", 404),  # the page has no such file
+        ("GET", "/v1/completions", 405),
         ("POST", "/", 405),
         ("HEAD", "/health", 200),
         ("GET", "/health", 200),
