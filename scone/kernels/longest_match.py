@@ -13,7 +13,7 @@ import numpy as np
 from numba import njit
 
 from scone.kernels.child_index import BUCKET, NO_F_GRAM, find_child, fingerprint_of, hash_key, home_slot, low_mask_of
-from scone.kernels.machine_instructions import largest_match, prefetch
+from scone.kernels.simd import largest_match, prefetch
 
 BLOCK = 512
 """Positions that are matched together: enough independent probes, while their cache lines stay in the first cache."""
@@ -135,7 +135,7 @@ def match_positions(
     Returns:
         The first flat position with a token outside 0 … V − 1, or -1.
 
-    Slow equal: `reference_matching.longest_matches`, row by row.
+    Reference implementation: `reference.longest_matches`, one sequence after the other.
     """
     room = BLOCK + 2 * longest + 2
     token = np.empty(room, np.int64)
@@ -199,7 +199,7 @@ def match_step(keys, suffixes, slots, bits, max_probes, vocab_size, states, toke
     Returns:
         The first sequence with a token outside 0 … V − 1 or a state outside -1 … V + S − 1, or -1.
 
-    Slow equal: `reference_matching.longest_matches` over the whole sequence.
+    Reference implementation: `reference.longest_matches` over the whole sequence.
     """
     for b in range(len(tokens)):
         token = tokens[b]
@@ -229,7 +229,7 @@ def count_match_lengths(nodes, suffixes, lengths, vocab_size, sizes, histograms)
     Args:
         histograms: int64 [len(sizes), N + 1]; ``histograms[k, n]`` grows by the positions with a node of n tokens.
 
-    Slow equal: `reference_matching.longest_matches` with the first S′ f-grams.
+    Reference implementation: `reference.longest_matches` with the first S′ f-grams.
     """
     for node in nodes:
         for k in range(len(sizes)):

@@ -10,10 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from scone.kernels.child_index import BUCKET
+from scone.kernels.common import GPUReadableRows, launching_on
 from scone.kernels.dequantize_triton import decoded, typed_rows
 from scone.kernels.longest_match_triton import longest_match
-from scone.kernels.reachable_rows import ReachableRows
-from scone.kernels.transfer import launching_on
 
 _BLOCK = 1024
 """Numbers of a row that the four warps of a program write at a time."""
@@ -33,7 +32,7 @@ class TableKernel:
         max_probes: int,
         vocab_size: int,
         longest: int,
-        rows: ReachableRows,
+        rows: GPUReadableRows,
     ) -> None:
         """
         Args:
@@ -78,7 +77,7 @@ class TableKernel:
             places: int64 ``[]`` on the device: only the first ``places`` tokens of ``past`` are there (None: all).
             found: bool ``[B, T]``, whether a row was written.
 
-        Reference implementation: `reference_matching.longest_matches` of each sequence without its padding, and
+        Reference implementation: `reference.longest_matches` of each sequence without its padding, and
         `RowFormat.decode`.
         """
         num_programs = tokens.numel()

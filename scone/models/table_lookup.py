@@ -14,9 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scone.kernels.installed import triton_is_installed
-from scone.kernels.reachable_rows import ReachableRows
-from scone.kernels.transfer import to_device
+from scone.kernels.common import GPUReadableRows, to_device, triton_is_installed
 from scone.models.host_lookup import Find, looked_up
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 from scone.tokenization.matcher import Matcher
@@ -36,7 +34,7 @@ class RowSource(Protocol):
         """Rows ``[n, D]`` for int64 ranks ``[n]`` on the host."""
         ...
 
-    def within_reach(self, device: torch.device) -> ReachableRows | None:
+    def gpu_rows(self, device: torch.device) -> GPUReadableRows | None:
         """The rows, where kernels on ``device`` read them by themselves; None where the host has to."""
         ...
 
@@ -55,7 +53,7 @@ class TableLookup:
             device = torch.device("cuda", torch.cuda.current_device())
         self.device = device
         # now, since within a compiled call its memory would belong to the call
-        rows = table.within_reach(device)
+        rows = table.gpu_rows(device)
         fits = rows is not None and DeviceLookup.fits(vocabulary, device)
         self.on_device = DeviceLookup(vocabulary, rows, device) if rows is not None and fits else None
         self.handle = next(_HANDLES)
@@ -95,7 +93,7 @@ class DeviceLookup:
     device: positions looked up and rows read so far.
     """
 
-    def __init__(self, vocabulary: FGramVocabulary, rows: ReachableRows, device: torch.device) -> None:
+    def __init__(self, vocabulary: FGramVocabulary, rows: GPUReadableRows, device: torch.device) -> None:
         from scone.kernels.table_lookup_triton import TableKernel
 
         assert vocabulary.keys.dtype == np.uint32, "nodes beyond 32 bits are matched on the host"

@@ -115,5 +115,5 @@ class RowsInMemory:
     def rows(self, ranks: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return self.data[ranks].to(dtype)
 
-    def within_reach(self, device: torch.device) -> None:
+    def gpu_rows(self, device: torch.device) -> None:
         """The host reads the rows."""

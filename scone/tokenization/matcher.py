@@ -60,7 +60,7 @@ class Matcher:
         Raises:
             SconeError: a token is not in the vocabulary.
 
-        Slow equal: `reference_matching.longest_matches`.
+        Reference implementation: `reference.longest_matches`.
         """
         array = _integers(tokens, "tokens")
         if array.ndim not in (1, 2):
@@ -103,7 +103,7 @@ class Matcher:
         Raises:
             SconeError: a token is not in the vocabulary.
 
-        Slow equal: `match` of the whole sequences, last column.
+        Reference implementation: `match` of the whole sequences, last column.
         """
         token_array = _integers(tokens, "tokens")
         state_array = _integers(states, "states")

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from transformers.cache_utils import StaticLayer
 
 from scone.inference.row_types import ROW_TYPES, RowFormat
-from scone.kernels import reference_matching
-from scone.kernels.reachable_rows import ReachableRows
+from scone.kernels import reference
+from scone.kernels.common import GPUReadableRows
 from scone.tests.tokenization.f_gram_strategies import Case, batches, cases
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 
@@ -78,7 +78,7 @@ def test_where_f_grams_are_dense(
     text = random.integers(0, 2, 70).tolist()
     grams = Counter(tuple(text[at : at + n]) for n in range(2, max_n + 1) for at in range(len(text) - n + 1))
     vocabulary = FGramVocabulary.from_counts(grams, vocab_size=5, max_n=max_n)
-    case = Case(vocabulary, reference_matching.ranked(grams), (0, 1), grams)
+    case = Case(vocabulary, reference.ranked(grams), (0, 1), grams)
     split = data.draw(st.none() | st.integers(0, len(grams)))
     mask = random.random((2, 30)) < kept if kept < 1 else None
     cuts = data.draw(st.lists(st.integers(20, 30), min_size=2, max_size=2))
@@ -112,7 +112,7 @@ def check(
     decoded = row_format.decode(raw, dtype)
     # apart in memory, so that reading beyond a block gives no row of the other
     near, far = (raw, None) if split is None else (raw[:split].clone(), raw[split:].clone())
-    lookup = DeviceLookup(case.vocabulary, ReachableRows(near, far, row_type, width, row_format.group_size), DEVICE)
+    lookup = DeviceLookup(case.vocabulary, GPUReadableRows(near, far, row_type, width, row_format.group_size), DEVICE)
     kept = np.ones_like(tokens, bool) if mask is None else mask
     ranks = np.full_like(tokens, -1)
     for b, i in enumerate(kept):
