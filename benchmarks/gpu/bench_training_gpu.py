@@ -38,8 +38,7 @@ from scone.models.language_model import SconeForCausalLM
 from scone.tokenization.counting import count_f_grams
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 from scone.training.compilation import compile_for_training
-from scone.training.optimizer import AdamWWithRows
-from scone.training.trainer import learned_rows
+from scone.training.optimizer import AdamWWithRows, learned_rows
 
 VOCAB_SIZE = 50_257
 """Of the trunk's head, GPT-2's, whatever the tokenizer of the tokens is."""

@@ -9,9 +9,8 @@ from typing import Any
 
 from scone.utils.text import parse_bytes
 
-SMALLEST_ROWS_LEARNING_RATE = 1e-3
-"""Learned rows start at zero and each is touched in few steps. The trunk's learning rate suits them where it is large
-(3 and 10 times it did worse, docs/experiments.md); a small one would leave them where they start."""
+ROWS_LEARNING_RATE = 1e-3
+"""Of the learned rows: the root mean square of a step of row-RMS, whatever the trunk's rate (docs/experiments)."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ class FGramModelOptions:
         None, "width of the f-gram model (none: as the trunk)", minimum=1, flag="f_gram_hidden_size"
     )
     num_hidden_layers: int | None = option(
-        None,
+        0,
         "layers of the f-gram model (none: as the trunk; 0: no f-gram model, learned rows only)",
         minimum=0,
         flag="f_gram_num_hidden_layers",
@@ -121,7 +120,11 @@ class FGramModelOptions:
 class ModelOptions:
     """The trunk, its tokenizer and its input embeddings. Sizes left at none are those of base_model_name."""
 
-    base_model_name: str = option("gpt2", "the trunk: any causal language model, by hub name or local folder")
+    base_model_name: str = option(
+        "gpt2",
+        "the trunk: any causal language model, by hub name or local folder; scone-modern: a Qwen3-form trunk of any "
+        "size with settings that suit training from scratch (Muon, cosine, norm after the input embedding)",
+    )
     init: str = option(
         "scratch", "start the trunk from random or from its pretrained weights", choices=("scratch", "pretrained")
     )
@@ -141,7 +144,7 @@ class ModelOptions:
         choices=("add", "replace", "gate"),
     )
     learned_rows: int = option(
-        100_000, "how many f-grams, the most frequent first, also get a learned row (0: none)", unit="rows", minimum=0
+        1_000_000, "how many f-grams, the most frequent first, get a learned row (0: none)", unit="rows", minimum=0
     )
     rows_backoff: bool = option(
         True, "an f-gram's vector sums the rows of all its suffixes (false: only the row of the longest that has one)"
@@ -169,6 +172,10 @@ class ModelOptions:
     )
     embedding_scale: float = option(
         1.0, "factor on the input vectors in front of the trunk, against its position embeddings", minimum=0
+    )
+    input_norm: bool = option(
+        False,
+        "normalise the input vectors in front of the trunk (RMSNorm with a learned gain), plain ones too",
     )
     f_gram: FGramModelOptions = field(default_factory=FGramModelOptions)
     hidden_size: int | None = option(None, "width of the trunk", minimum=1)
@@ -206,7 +213,7 @@ class TrainingOptions:
     learning_rate: float = option(5e-5, "peak learning rate of the trunk", minimum=0)
     f_gram_learning_rate: float | None = option(None, "that of the f-gram model (none: learning_rate)", minimum=0)
     rows_learning_rate: float | None = option(
-        None, "that of the learned rows (none: learning_rate, at least 1e-3)", minimum=0
+        None, f"that of the learned rows (none: {ROWS_LEARNING_RATE:g})", minimum=0
     )
     f_gram_dropout: float = option(
         0.0,
@@ -220,6 +227,11 @@ class TrainingOptions:
         "steps over which the longest f-gram that training uses grows from 2 to max_n; a longer match gives its suffix",
         unit="steps",
         minimum=0,
+    )
+    optimizer: str = option(
+        "adamw",
+        "of the trunk's matrices; muon: orthogonalised momentum, at learning rates as AdamW's (torch 2.9 or later)",
+        choices=("adamw", "muon"),
     )
     weight_decay: float = option(0.01, "weight decay of matrices", minimum=0)
     warmup_steps: int = option(0, "steps over which the learning rate rises", unit="steps", minimum=0)

@@ -22,10 +22,10 @@ from scone.inference.statistics import (
     TableReads,
     accelerator_peak_bytes,
     counted_reads,
-    process_bytes,
 )
 from scone.inference.streaming import Continuation, FirstStep, RowControl
 from scone.utils.errors import SconeError
+from scone.utils.peak_memory import process_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

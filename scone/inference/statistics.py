@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -129,15 +127,6 @@ def counted_reads(model: PreTrainedModel) -> Iterator[TableReads | None]:
         yield reads
     finally:
         reads.add([after - earlier for after, earlier in zip(layer.reads(), before, strict=True)])
-
-
-def process_bytes() -> int | None:
-    """Resident memory of this process now, shared pages included; None where the system does not tell."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    except OSError:
-        return None
-    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def accelerator_peak_bytes(device: torch.device) -> int | None:

@@ -218,28 +218,28 @@ def _path(ancestors: np.ndarray) -> list[int]:
     return ancestors[: depth + 1].tolist()
 
 
-# Row-wise Adam: `row_adam`
+# Row-RMS of the learned rows: `row_rms`
 
 
-def adam_rows(
+def rms_rows(
     weight: np.ndarray,
-    average: np.ndarray,
-    square: np.ndarray,
+    sums: np.ndarray,
+    visits: np.ndarray,
     row_ids: np.ndarray,
     gradients: np.ndarray,
+    columns: np.ndarray,
     *,
+    mean: float,
+    prior: float,
     learning_rate: float,
-    betas: tuple[float, float],
-    eps: float,
-    step: float,
 ) -> None:
     """What ``update_rows`` does, one row after the other."""
     for row, gradient in zip(row_ids, gradients, strict=True):
-        average[row] = betas[0] * average[row] + (1 - betas[0]) * gradient
-        square[row] = betas[1] * square[row] + (1 - betas[1]) * gradient**2
-        mean = average[row] / (1 - betas[0] ** step)
-        variance = square[row] / (1 - betas[1] ** step)
-        weight[row] -= learning_rate * mean / (np.sqrt(variance) + eps)
+        visits[row] += 1
+        sums[row] += (gradient**2 / columns).mean()
+        variance = (prior * mean + sums[row]) / (prior + visits[row])
+        if variance > 0:
+            weight[row] -= learning_rate * gradient / np.sqrt(columns * variance)
 
 
 # Decoding table rows: `dequantize`

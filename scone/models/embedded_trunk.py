@@ -12,10 +12,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_masks_for_generate
+from transformers.utils import ModelOutput
 
 from scone.models.configuration import EmbeddedTrunkConfig
 from scone.models.host_lookup import Find, looked_up
+from scone.models.learned_rows import LearnedRows
 from scone.models.token_history import TokenHistory, extend_history, known_past, marked, starts_of_examples
+from scone.utils.errors import SconeError
 
 
 class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
@@ -25,8 +28,9 @@ class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
     """
 
     config_class = EmbeddedTrunkConfig
-    base_model_prefix = "trunk"
+    base_model_prefix = "body"
     main_input_name = "input_ids"
+    _tied_weights_keys: dict[str, str] = {}  # noqa: RUF012 (the library's; what is tied, is tied within the trunk)
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -36,8 +40,11 @@ class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
     def __init__(self, config: EmbeddedTrunkConfig, trunk: PreTrainedModel | None = None) -> None:
         super().__init__(config)
         self.trunk = AutoModelForCausalLM.from_config(config.text_config) if trunk is None else trunk
+        self.trunk.config.return_dict = True  # tuples are made here
         self._no_split_modules = list(self.trunk._no_split_modules or [])
         self._embedding_place: tuple[str, ...] = ()
+        self.input_norm = nn.RMSNorm(self._token_weight().shape[1], eps=1e-6) if config.input_norm else None
+        self._body: list[TrunkBody] = []  # in a list it is no part of the model: its parts are ours
 
     @abstractmethod
     def vectors_of(
@@ -61,11 +68,13 @@ class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
         return self.vectors_of(input_ids, _marked(input_ids, mask, history, position_ids), history, trie)
 
     def input_vectors(self, *args: Any, **kwargs: Any) -> Tensor:
-        """What the trunk gets, ``[B, T, D]``: as `embed`, which see, times ``embedding_scale``."""
+        """What the trunk gets, ``[B, T, D]``: of `embed`, normalised and scaled as configured."""
         return self.scaled(self.embed(*args, **kwargs))
 
     def scaled(self, vectors: Tensor) -> Tensor:
         """Of `embed`, as the trunk gets them."""
+        if self.input_norm is not None:
+            vectors = self.input_norm(vectors)
         return vectors if self.config.embedding_scale == 1.0 else vectors * self.config.embedding_scale
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
@@ -79,7 +88,18 @@ class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
             path = Path(save_directory) / "modeling_scone.py"
             path.write_text(_remote_code(*names.values()), encoding="utf-8")
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has a body of its own."""
+        return self.__dict__ | {"_body": []}
+
     # ------------------------------------------------------------------ Hugging Face's questions
+
+    @property
+    def body(self) -> TrunkBody:
+        """All but the head: what ``base_model`` is, to which losses that never make whole logits apply the head."""
+        if not self._body:
+            self._body.append(TrunkBody(self))
+        return self._body[0]
 
     def get_input_embeddings(self) -> nn.Module:
         """T of the trunk. Searching takes as long as embedding a token, so where it was found is looked at first."""
@@ -95,11 +115,25 @@ class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.trunk.set_input_embeddings(value)
 
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """As Hugging Face's, of the trunk: tokens are added at the end, or taken away there."""
+        embeddings = self.trunk.resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        self.config.text_config.vocab_size = self.trunk.config.get_text_config().vocab_size
+        return embeddings
+
     def _token_weight(self) -> Tensor:
         """T, ``[V, D]``."""
         weight = self.trunk.get_input_embeddings().weight
         assert isinstance(weight, Tensor)
         return weight
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """What ``DistributedDataParallel`` leaves alone: rows that a row optimizer keeps alike on all ranks."""
+        rows = [(name, part) for name, part in self.named_modules() if isinstance(part, LearnedRows)]
+        return [f"{name}.weight" for name, part in rows if part.are_collected]
 
     def get_output_embeddings(self) -> nn.Module:
         return self.trunk.get_output_embeddings()
@@ -115,6 +149,10 @@ class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
             # a view has other strides in every step, for which a compiled step would be compiled anew
             inputs["token_mask"] = new.clone(memory_format=torch.contiguous_format)
         return inputs
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """What ``generate_batch`` and ``transformers serve`` begin with. Raises SconeError: see `_PAGED`."""
+        raise SconeError(_PAGED)
 
     def create_masks_for_generate(self, config: Any, **kwargs: Any) -> Any:
         """The masks of a static cache, by the trunk's configuration: ours does not say which attention runs."""
@@ -137,6 +175,7 @@ class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
         trie: dict[str, Any] | None = None,
         token_mask: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        return_dict: bool | None = None,
         **kwargs: Any,
     ) -> Any:
         """Logits, and the loss where ``labels`` are given; what is not named here goes to the trunk as it is.
@@ -154,38 +193,64 @@ class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
             token_mask: ``[B, T]`` 0 at padding, where ``attention_mask`` is not two-dimensional.
             num_items_in_batch: predicted tokens of the whole step over processes and micro-batches; the loss is the
                 sum over this batch divided by it.
+            return_dict: False gives a tuple, the loss first; None: as the configuration says.
 
         Raises:
             ValueError: a cache that another model filled, without the token history that looking up needs; vectors
                 without their tokens.
+            SconeError: a paged cache of continuous batching.
         """
+        if use_cache is None and labels is not None:
+            use_cache = False
+        inputs = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, trie, token_mask)
+        output = self._run(self.trunk, *inputs, use_cache=use_cache, logits_to_keep=logits_to_keep, **kwargs)
+        if labels is not None:
+            loss = self.loss_function(
+                output.logits, labels, vocab_size=self.config.vocab_size, num_items_in_batch=num_items_in_batch
+            )
+            output = type(output)(**{**output, "loss": loss})
+        return self._returned(output, return_dict)
+
+    def _run(
+        self,
+        part: Any,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        cache: Cache | None,
+        inputs_embeds: Tensor | None,
+        trie: dict[str, Any] | None,
+        token_mask: Tensor | None,
+        **kwargs: Any,
+    ) -> Any:
+        """The output of ``part``, the trunk or its body, for our input vectors; arguments are those of `forward`."""
         if input_ids is None:
             raise ValueError("found no input_ids; expected tokens" if inputs_embeds is None else _NO_TOKENS)
+        if "write_index" in kwargs:
+            raise SconeError(_PAGED)
         mask = token_mask
         if mask is None:
-            mask = _new_columns(attention_mask, input_ids.shape[1], past_key_values)
-        history = known_past(past_key_values)
+            mask = _new_columns(attention_mask, input_ids.shape[1], cache)
+        history = known_past(cache)
         tokens = _marked(input_ids, mask, history, position_ids, kwargs.get("cu_seq_lens_q"), kwargs.get("seq_idx"))
         if inputs_embeds is None:
             inputs_embeds = self.scaled(self.vectors_of(input_ids, tokens, history, trie))
-        if use_cache is None and labels is not None:
-            use_cache = False
-        output = self.trunk(
+        output = part(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-            logits_to_keep=logits_to_keep,
+            past_key_values=cache,
+            return_dict=True,
             **kwargs,
         )
         if output.past_key_values is not None:
             extend_history(output.past_key_values, tokens)
-        if labels is not None:
-            output.loss = self.loss_function(
-                output.logits, labels, vocab_size=self.config.vocab_size, num_items_in_batch=num_items_in_batch
-            )
         return output
+
+    def _returned(self, output: ModelOutput, return_dict: bool | None) -> Any:
+        """``output``, or the tuple of it, as the caller or else the configuration wants it."""
+        as_dictionary = self.config.return_dict if return_dict is None else return_dict
+        return output if as_dictionary else output.to_tuple()
 
     def look_up(self, find: Find, tokens: Tensor, history: TokenHistory | None, context: int) -> np.ndarray:
         """What ``find`` says of the new positions, ``[B, T, …]``, when it sees at most ``context`` tokens before them.
@@ -196,6 +261,54 @@ class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
         return looked_up(find, tokens, context, *past)
 
 
+class TrunkBody(nn.Module):
+    """A model of ours without its head: hidden states of *our* input vectors.
+
+    Where others look for a language model's body (``base_model``, ``get_decoder()``), they must find no part of the
+    trunk: it would embed token ids by itself, without n-grams. Whatever is not here is the trunk's own body's.
+    """
+
+    def __init__(self, model: EmbeddedTrunk) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        trie: dict[str, Any] | None = None,
+        token_mask: Tensor | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """``last_hidden_state`` ``[B, T, D]`` and what else the trunk's body gives; see `EmbeddedTrunk.forward`."""
+        model = self.model
+        inputs = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, trie, token_mask)
+        return model._returned(model._run(model.trunk.base_model, *inputs, **kwargs), return_dict)
+
+    def get_decoder(self) -> nn.Module:
+        return self
+
+    def get_encoder(self, modality: str | None = None) -> nn.Module:
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            model: Any = super().__getattr__("model")
+            return getattr(model.trunk.base_model, name)
+
+
+# Its paged cache carries no tokens: each step would be embedded as the beginning of a text. A history beside its slots
+# would have to follow what it does to them (sharing, copying, moving to the host), which changes with every version.
+_PAGED = (
+    "found continuous batching of transformers, whose paged cache does not keep the tokens that f-grams need; expected "
+    "generate, with the prompts as one padded batch, or `scone serve`, which batches requests"
+)
 _NO_TOKENS = (
     "found inputs_embeds without input_ids; expected the tokens too, in which n-grams are found (soft prompts, such as "
     "PEFT's prompt tuning, hand in vectors alone and do not work here); give input_ids, or give vectors that are ready "

@@ -62,8 +62,6 @@ class SconeForCausalLM(EmbeddedTrunk):
                 config.combination,
                 config.initial_token_scale,
             )
-        # the optimizer keeps the rows alike on all ranks, and they may lie on another device than the rest
-        self._ddp_params_and_buffers_to_ignore = ["f_gram_embedding.rows.weight"]
         self.post_init()
 
     # ------------------------------------------------------------------ building, loading, saving
@@ -80,6 +78,7 @@ class SconeForCausalLM(EmbeddedTrunk):
         combination: str = "add",
         control: str = "none",
         embedding_scale: float = 1.0,
+        input_norm: bool = False,
     ) -> SconeForCausalLM:
         """A SCONE model around ``trunk``, which keeps its weights. ``learned_rows`` is capped at the number of f-grams.
         For the rest see ``SconeConfig``.
@@ -101,6 +100,7 @@ class SconeForCausalLM(EmbeddedTrunk):
             combination=combination,
             control=control,
             embedding_scale=embedding_scale,
+            input_norm=input_norm,
             max_n=vocabulary.max_n,
             num_f_grams=vocabulary.num_f_grams,
             vocabulary_fingerprint=vocabulary.fingerprint,
@@ -155,6 +155,34 @@ class SconeForCausalLM(EmbeddedTrunk):
         self._stand_ins = stand_ins(vocabulary, self.config.control, self.config.learned_rows)
         if self.table_embedding is not None:
             self.attach_table(self.table_embedding.table)
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """As Hugging Face's. No f-gram contains an added token; the f-grams' nodes move behind the last token.
+
+        Tables of before belong to the model of before: precompute them again. Raises SconeError, before anything
+        changes, when an f-gram would lose a token, or when the model has no weights to precompute a table from.
+        """
+        if self.f_gram_embedding is None:
+            raise SconeError(
+                "found a model that runs from its embedding table alone; expected the trained one, since added tokens "
+                "need another table; resize that one, and precompute its table"
+            )
+        vocabulary = self.vocabulary
+        if vocabulary is not None:
+            wanted = len(self._token_weight()) if new_num_tokens is None else new_num_tokens
+            multiple = pad_to_multiple_of or 1
+            vocabulary = vocabulary.resized(-(-wanted // multiple) * multiple)
+        embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        if self.f_gram_embedding.f_gram_model is not None:
+            self.f_gram_embedding.f_gram_model.resize_tokens(self.config.vocab_size)
+        if vocabulary is not None:
+            self.config.vocabulary_fingerprint = vocabulary.fingerprint
+            self.set_vocabulary(vocabulary)
+        if self.table_embedding is not None:  # what looks up in it knows the nodes of before
+            self.attach_table(self.table_embedding.table)
+        return embeddings
 
     def attach_table(self, table: RowSource) -> None:
         """Serve matched positions from ``table`` from now on. Raises SconeError when its shape does not fit."""

@@ -57,8 +57,6 @@ class OverEncodingForCausalLM(EmbeddedTrunk):
         width = self._token_weight().shape[1]
         self.hashed_embedding = OverEncodingEmbedding(config.num_rows, width, config.start, config.initial_token_scale)
         self.grams = HashedGrams(config.num_rows, tuple(config.separator_ids))
-        # the optimizer keeps the rows alike on all ranks, and they may lie on another device than the rest
-        self._ddp_params_and_buffers_to_ignore = ["hashed_embedding.rows.weight"]
         self.post_init()
 
     @classmethod
@@ -70,6 +68,7 @@ class OverEncodingForCausalLM(EmbeddedTrunk):
         start: str = "zero",
         separator_ids: Sequence[int] = (),
         embedding_scale: float = 1.0,
+        input_norm: bool = False,
     ) -> OverEncodingForCausalLM:
         """A model around ``trunk``, which keeps its weights."""
         config = OverEncodingConfig(
@@ -78,6 +77,7 @@ class OverEncodingForCausalLM(EmbeddedTrunk):
             start=start,
             separator_ids=sorted(int(separator) for separator in separator_ids),
             embedding_scale=embedding_scale,
+            input_norm=input_norm,
         )
         model = cls(config, trunk=trunk)
         model.generation_config = trunk.generation_config

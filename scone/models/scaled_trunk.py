@@ -26,10 +26,14 @@ class ScaledTrunkForCausalLM(EmbeddedTrunk):
         self.post_init()
 
     @classmethod
-    def from_trunk(cls, trunk: PreTrainedModel, embedding_scale: float) -> ScaledTrunkForCausalLM:
+    def from_trunk(
+        cls, trunk: PreTrainedModel, embedding_scale: float, input_norm: bool = False
+    ) -> ScaledTrunkForCausalLM:
         """A model around ``trunk``, which keeps its weights."""
         # a copy: building the composite resets fields of its part
-        config = ScaledTrunkConfig(text_config=copy.deepcopy(trunk.config), embedding_scale=embedding_scale)
+        config = ScaledTrunkConfig(
+            text_config=copy.deepcopy(trunk.config), embedding_scale=embedding_scale, input_norm=input_norm
+        )
         model = cls(config, trunk=trunk)
         model.generation_config = trunk.generation_config
         return model

@@ -42,13 +42,16 @@ class RowSource(Protocol):
 class TableLookup:
     """Looks tokens up in ``table``, by the f-grams of ``matcher``.
 
-    Attributes: ``handle``, by which the operator finds it while it lives; ``on_device``, what looks up on the table's
-    own device by itself, None where the host has to.
+    Attributes: ``handle``, by which the operator finds it while it lives; ``device``, the table's; ``on_device``, what
+    looks up there by itself, None where the host has to.
     """
 
     def __init__(self, table: RowSource, matcher: Matcher) -> None:
         self.table, self.matcher = table, matcher
         vocabulary, device = matcher.vocabulary, table.device
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        self.device = device
         # now, since within a compiled call its memory would belong to the call
         rows = table.gpu_rows(device)
         fits = rows is not None and DeviceLookup.fits(vocabulary, device)
@@ -59,7 +62,7 @@ class TableLookup:
 
     def __call__(self, vectors: Tensor, tokens: Tensor, *history: Tensor | None) -> tuple[Tensor, Tensor]:
         """As `table_lookup`."""
-        if self.on_device is not None and vectors.device == self.table.device:
+        if self.on_device is not None and vectors.device == self.device:
             return self.on_device(vectors, tokens, *history[:2])
         vocabulary = self.matcher.vocabulary
         nodes = looked_up(find_with(self.matcher), tokens, vocabulary.max_n - 1, *history)
@@ -117,9 +120,9 @@ class DeviceLookup:
         is in no f-gram.
         """
         output = torch.empty_like(vectors, memory_format=torch.contiguous_format)
-        found = torch.zeros(tokens.shape, dtype=torch.bool, device=tokens.device)
+        found = torch.empty(tokens.shape, dtype=torch.bool, device=tokens.device)
         if self._is_empty:
-            return output.copy_(vectors), found
+            return output.copy_(vectors), found.zero_()
         self._kernel(vectors.contiguous(), tokens, past, places, output, found)
         return output, found
 

@@ -1,0 +1,55 @@
+"""Row-RMS on the CPU against its reference implementation."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scone.kernels import reference, row_rms
+
+
+def problem(seed: int, num_rows: int, width: int, share: float) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+    """Weight, sums and visits; the touched rows in any order; and their gradients, of many sizes, some zero."""
+    rng = np.random.default_rng(seed)
+    touched = np.flatnonzero(rng.random(num_rows) < share)
+    rng.shuffle(touched)
+    gradients = rng.standard_normal((len(touched), width)) * 10.0 ** rng.integers(-6, 3, (len(touched), 1))
+    gradients[rng.random(len(touched)) < 0.1] = 0.0
+    arrays = [
+        rng.standard_normal((num_rows, width)).astype(np.float32),
+        rng.random(num_rows).astype(np.float32),
+        rng.integers(0, 5, num_rows).astype(np.float32),
+    ]
+    return arrays, touched, gradients.astype(np.float32)
+
+
+def numbers(seed: int, width: int) -> dict[str, object]:
+    rng = np.random.default_rng(seed + 1)
+    mean = 0.0 if seed % 7 == 0 else float(rng.random())
+    return {"columns": (rng.random(width) + 0.1).astype(np.float32), "mean": mean, "prior": 4.0, "learning_rate": 0.1}
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 1000), num_rows=st.integers(1, 30), width=st.integers(1, 9), share=st.floats(0, 1))
+def test_row_update_equals_its_reference(seed, num_rows, width, share):
+    ours, touched, gradients = problem(seed, num_rows, width, share)
+    theirs, before = [array.astype(np.float64) for array in ours], [array.copy() for array in ours]
+    row_rms.update_rows(1, *ours, touched, gradients, **numbers(seed, width))
+    reference.rms_rows(*theirs, touched, gradients.astype(np.float64), **numbers(seed, width))
+    untouched = np.setdiff1d(np.arange(num_rows), touched)
+    for our, their, old in zip(ours, theirs, before, strict=True):
+        np.testing.assert_allclose(our, their, atol=1e-4, rtol=1e-4)
+        np.testing.assert_array_equal(our[untouched], old[untouched])
+
+
+def test_any_number_of_threads_gives_the_same_bits(monkeypatch):
+    monkeypatch.setattr(row_rms, "VALUES_PER_THREAD", 1)
+    results = []
+    for num_threads in (1, 2, 7):
+        arrays, touched, gradients = problem(1, 50, 8, 0.5)
+        row_rms.update_rows(num_threads, *arrays, touched, gradients, **numbers(1, 8))
+        results.append(arrays)
+    for other in results[1:]:
+        for first, again in zip(results[0], other, strict=True):
+            np.testing.assert_array_equal(first, again)

@@ -1,0 +1,34 @@
+"""The Triton row update equals its reference: on a GPU, or interpreted (TRITON_INTERPRET=1) without one."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+import torch
+
+from scone.kernels import reference
+from scone.tests.kernels.test_row_rms import numbers, problem
+
+pytest.importorskip("triton", reason="Triton is not installed")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if not (INTERPRETED or torch.cuda.is_available()):
+    pytest.skip("no CUDA device (set TRITON_INTERPRET=1 to interpret the kernel)", allow_module_level=True)
+
+from scone.kernels.row_rms_triton import update_rows_triton  # noqa: E402
+
+DEVICE = "cpu" if INTERPRETED else "cuda"
+
+
+@pytest.mark.parametrize(("num_rows", "width", "share"), [(1, 1, 1.0), (20, 7, 0.5), (9, 300, 0.7), (5, 16, 0.0)])
+@pytest.mark.parametrize("seed", [0, 3])
+def test_triton_equals_the_reference(seed: int, num_rows: int, width: int, share: float) -> None:
+    ours, touched, gradients = problem(seed, num_rows, width, share)
+    theirs = [array.astype(np.float64) for array in ours]
+    options = numbers(seed, width)
+    reference.rms_rows(*theirs, touched, gradients.astype(np.float64), **options)
+    on_device = [torch.from_numpy(array).to(DEVICE) for array in (*ours, touched, gradients, options.pop("columns"))]
+    update_rows_triton(*on_device, torch.tensor([options.pop("mean")], device=DEVICE), **options)
+    for our, their in zip(on_device, theirs, strict=False):
+        np.testing.assert_allclose(our.cpu().numpy(), their, atol=1e-4, rtol=1e-4)
