@@ -16,11 +16,12 @@ import torch
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 import scone
+from scone.configs.schema import SconeOptions
 from scone.data.prepare import prepare_corpus
 from scone.data.token_file import TokenFile
 from scone.evaluation.benchmark import Benchmark, BenchmarkSettings
 from scone.evaluation.benchmark_config import BaselineEntry, BenchmarkConfig, DatasetEntry, ModelEntry
-from scone.evaluation.demo_options import TRUNK_FOLDER, DemoOptions, model_options, trunk_configuration
+from scone.evaluation.demo_options import DemoOptions, model_options
 from scone.evaluation.demo_page import render_demo, summary
 from scone.evaluation.perplexity import paired_difference, perplexity
 from scone.evaluation.report import write_text
@@ -33,7 +34,14 @@ from scone.tokenization.coverage import match_statistics
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 from scone.tokenization.matcher import Matcher
 from scone.tokenization.tokenizers import vocabulary_size
-from scone.training.run import TRAINING_LOG_FILE, Corpus, build_model, prepare_run_corpus, run_vocabulary
+from scone.training.run import (
+    TRAINING_LOG_FILE,
+    Corpus,
+    build_model,
+    build_trainer,
+    prepare_run_corpus,
+    run_vocabulary,
+)
 from scone.training.run_folder import FINAL_MODEL, OPTIONS_FILE
 from scone.utils.environment import environment
 from scone.utils.errors import SconeError
@@ -46,7 +54,7 @@ SAMPLING = {"temperature": 0.7, "top_p": 0.9, "max_new_tokens": 96}
 NUM_SAMPLES, PROMPT_TOKENS, NUM_EXAMPLES = 3, 24, 9
 LIVE_CHECK_TOKENS = 16_384
 MIN_STEPS = 20
-SCONE_STEP_COST = 1.5  # a SCONE training step in plain steps, roughly; only used to fit the run into the minutes
+TIMED_STEPS = 8
 TRAINING_SHARE = 0.8  # of the minutes; the rest is counting, precomputing, measuring
 
 
@@ -83,7 +91,6 @@ def run_demo(options: DemoOptions, say: Callable[[str], None] = print) -> Path:
     """
     run = DemoRun(options, say)
     _claim_folder(run.folder)
-    write_json(run.folder / TRUNK_FOLDER / "config.json", trunk_configuration(options))  # no hub is asked for one
     say(f"SCONE demo: {options.data} → {run.folder}/")
     with run.step("Tokens: train a tokenizer, encode the corpus") as notes:
         corpus = prepare_run_corpus(model_options(options, "scone"), quiet=True)
@@ -93,9 +100,9 @@ def run_demo(options: DemoOptions, say: Callable[[str], None] = print) -> Path:
         size = vocabulary_size(corpus.tokenizer)
         vocabulary = run_vocabulary(model_options(options, "scone"), corpus, size, quiet=True)
         notes.append(f"{vocabulary.num_f_grams:,} f-grams of 2 to {options.max_n} tokens")
-    run.options = _fit_into_minutes(run, corpus)
+    run.options, seconds_a_step = _fit_into_minutes(run, corpus)
     logs = {name: _train_one(run, name) for name in NAMES}
-    with run.step("Table: run the f-gram model once over every f-gram") as notes:
+    with run.step("Table: sum the learned rows of every f-gram") as notes:
         table_path = run.folder / TABLE_FILE
         live: Any = load_model(run.folder / "scone" / FINAL_MODEL, device="cpu").model
         precompute_table(live, table_path, quiet=True)
@@ -124,7 +131,7 @@ def run_demo(options: DemoOptions, say: Callable[[str], None] = print) -> Path:
         },
         "comparison": comparison,
         "samples": samples,
-        "models": {name: _model_facts(results[name], logs[name]) for name in NAMES},
+        "models": {name: _model_facts(results[name], logs[name], seconds_a_step[name]) for name in NAMES},
         "f_grams": _f_gram_facts(vocabulary, corpus, splits["test"].tokens[: options.max_test_tokens]),
         "steps": run.steps,
         "total_seconds": time.perf_counter() - run.started,
@@ -140,7 +147,7 @@ def _claim_folder(folder: Path) -> None:
     """Make sure that the folder is ours to write to: new, empty, or an earlier demo's. Raises SconeError."""
     if folder.exists() and not folder.is_dir():
         raise SconeError(f"found a file at {folder}; expected a folder; choose another --output_dir")
-    known = {"cache", *NAMES, TRUNK_FOLDER, TABLE_FILE, PLAN_FILE, "report.json", "report.html"}
+    known = {"cache", *NAMES, TABLE_FILE, PLAN_FILE, "report.json", "report.html"}
     foreign = [path.name for path in folder.iterdir() if path.name not in known] if folder.is_dir() else []
     foreign = [name for name in foreign if not name.startswith(".")]  # unfinished files of an interrupted step
     if foreign:
@@ -174,8 +181,9 @@ def _prepare_splits(options: DemoOptions, corpus: Corpus) -> dict[str, TokenFile
 # ---------------------------------------------------------------------- two trainings
 
 
-def _fit_into_minutes(run: DemoRun, corpus: Corpus) -> DemoOptions:
-    """The options with as many steps and evaluations as fit into the minutes on this machine, at most those asked for.
+def _fit_into_minutes(run: DemoRun, corpus: Corpus) -> tuple[DemoOptions, dict[str, float]]:
+    """The options with as many steps and evaluations as fit into the minutes on this machine, at most those asked for;
+    and the seconds that a step of each of the two takes.
 
     Decided once and kept in plan.json, so that a second run finds the trainings that the first one finished. What was
     trained with other options or on other text is removed.
@@ -183,52 +191,68 @@ def _fit_into_minutes(run: DemoRun, corpus: Corpus) -> DemoOptions:
     asked = run.options
     key = asdict(replace(asked, output_dir="", max_test_tokens=0)) | {"corpus": corpus.train.fingerprint}
     plan_path = run.folder / PLAN_FILE
-    if plan_path.is_file():
-        plan = read_json(plan_path)
-        if plan["key"] == key:
-            return replace(asked, steps=plan["steps"], num_evaluations=plan["num_evaluations"])
-    for name in NAMES:
-        if (run.folder / name).exists():
-            run.say(f"{NAMES[name]} was trained with other options or on other text: training again")
-            shutil.rmtree(run.folder / name)
-    with run.step("Plan: time a few training steps") as notes:
-        model = build_model(model_options(asked, "plain"), corpus, quiet=True)
-        seconds = _seconds_of_a_step(model, corpus.train, asked)
-        steps, num_evaluations = plan_steps(asked, seconds, corpus.validation.num_tokens if corpus.validation else 0)
-        notes.append(f"{seconds:.2f} s a step here: {steps} steps each")
-        if steps < asked.steps:
-            notes.append(f"fewer than {asked.steps}, to end in {asked.minutes:g} minutes")
-    write_json(plan_path, {"key": key, "steps": steps, "num_evaluations": num_evaluations})
-    return replace(asked, steps=steps, num_evaluations=num_evaluations)
+    plan: dict[str, Any] = read_json(plan_path) if plan_path.is_file() else {}
+    if plan.get("key") != key:
+        for name in NAMES:
+            if (run.folder / name).exists():
+                run.say(f"{NAMES[name]} was trained with other options or on other text: training again")
+                shutil.rmtree(run.folder / name)
+        with run.step("Plan: time a few training steps of both in turn") as notes:
+            seconds = _seconds_of_a_step(asked, corpus)
+            validation_tokens = corpus.validation.num_tokens if corpus.validation else 0
+            steps, num_evaluations = plan_steps(asked, sum(seconds.values()), validation_tokens)
+            notes.append(", ".join(f"{NAMES[name]} {seconds[name]:.3f} s a step" for name in NAMES))
+            notes.append(f"{steps} steps each")
+            if steps < asked.steps:
+                notes.append(f"fewer than {asked.steps}, to end in {asked.minutes:g} minutes")
+        plan = {"key": key, "steps": steps, "num_evaluations": num_evaluations, "seconds_a_step": seconds}
+        write_json(plan_path, plan)
+    return replace(asked, steps=plan["steps"], num_evaluations=plan["num_evaluations"]), plan["seconds_a_step"]
 
 
-def plan_steps(asked: DemoOptions, seconds_a_step: float, validation_tokens: int) -> tuple[int, int]:
+def plan_steps(asked: DemoOptions, seconds_of_both: float, validation_tokens: int) -> tuple[int, int]:
     """(training steps, evaluations on the validation split during a training) that fit into ``asked.minutes``.
 
-    A forward pass is a third of a step; the validation split is read once more at a training's end. Where reading it
-    often would take more than a fifth of the time, it is read once.
+    ``seconds_of_both``: of a step of one and a step of the other. A forward pass is a third of a step; the validation
+    split is read once more at a training's end. Where reading it often would take more than a fifth of the time, it is
+    read once.
     """
     budget = 60 * asked.minutes * TRAINING_SHARE
-    reading = seconds_a_step / 3 * validation_tokens / (asked.batch_size * asked.max_length)
+    reading = seconds_of_both / 3 * validation_tokens / (asked.batch_size * asked.max_length)
     evaluations = asked.num_evaluations
-    if 2 * (evaluations + 1) * reading > budget / 5:
+    if (evaluations + 1) * reading > budget / 5:
         evaluations = 1
-    left = budget - 2 * (evaluations + 1) * reading
-    affordable = int(left / (seconds_a_step * (1 + SCONE_STEP_COST)))
+    affordable = int((budget - (evaluations + 1) * reading) / seconds_of_both)
     return max(min(MIN_STEPS, asked.steps), min(asked.steps, affordable)), evaluations
 
 
-def _seconds_of_a_step(model: PreTrainedModel, tokens: TokenFile, options: DemoOptions) -> float:
-    """Median time of forward and backward on a training batch, of three after a warm-up."""
-    count = options.batch_size * options.max_length
-    batch = np.asarray(tokens.tokens[:count], dtype=np.int64).reshape(options.batch_size, options.max_length)
-    input_ids = torch.from_numpy(batch)
-    seconds = []
-    for _ in range(4):
-        started = time.perf_counter()
-        model(input_ids=input_ids, labels=input_ids).loss.backward()
-        seconds.append(time.perf_counter() - started)
-    return float(np.median(seconds[1:]))
+def _seconds_of_a_step(options: DemoOptions, corpus: Corpus) -> dict[str, float]:
+    """Median time of a whole training step, batch included, of each of the two. They take turns: what else the machine
+    does hits both alike.
+    """
+    steps = {name: _steps_of_a_training(model_options(options, name), corpus) for name in NAMES}
+    seconds: dict[str, list[float]] = {name: [] for name in NAMES}
+    for _ in range(TIMED_STEPS + 2):  # the first ones warm up
+        for name, of_one in steps.items():
+            started = time.perf_counter()
+            next(of_one)
+            seconds[name].append(time.perf_counter() - started)
+    return {name: float(np.median(found[2:])) for name, found in seconds.items()}
+
+
+def _steps_of_a_training(options: SconeOptions, corpus: Corpus) -> Iterator[None]:
+    """The steps of the training that ``options`` describe, one at a ``next``; nothing of it is kept."""
+    model = build_model(options, corpus, quiet=True)
+    trainer = build_trainer(options, model, corpus, quiet=True)
+    optimizer = trainer.create_optimizer()
+    model.train()
+    while True:
+        for batch in trainer.get_train_dataloader():
+            trainer.compute_loss(model, batch).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), options.training.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            yield
 
 
 def _train_one(run: DemoRun, name: str) -> dict[str, Any]:
@@ -356,20 +380,21 @@ def _corpus_facts(options: DemoOptions, corpus: Corpus, splits: Mapping[str, Tok
 
 def _training_facts(options: DemoOptions) -> dict[str, Any]:
     """The settings that both models share, and SCONE's input embedding, in words."""
-    layers, width = options.num_hidden_layers, options.hidden_size
+    layers, width, recipe = options.num_hidden_layers, options.hidden_size, model_options(options, "scone").training
     shared = ("steps", "batch_size", "max_length", "learning_rate", "seed")
     return {name: getattr(options, name) for name in shared} | {
-        "trunk": f"GPT-2 architecture, {layers} layers × {width} wide, from scratch",
+        "trunk": f"Qwen3 architecture, {layers} layers × {width} wide, from scratch",
         "tokens": options.steps * options.batch_size * options.max_length,
-        "schedule": "cosine",
+        "optimizer": {"muon": "Muon for matrices, AdamW for the rest", "adamw": "AdamW"}[recipe.optimizer],
+        "schedule": recipe.lr_scheduler_type,
         "input_embedding": (
-            f"an f-gram model of {options.f_gram_num_hidden_layers} layer(s) and a learned row for each f-gram with "
-            "back-off along its suffixes, both starting at zero on top of the token embedding"
+            "a learned row for each f-gram with back-off along its suffixes, starting at zero on top of the token "
+            "embedding; no f-gram model"
         ),
     }
 
 
-def _model_facts(result: RunResult, log: Mapping[str, Any]) -> dict[str, Any]:
+def _model_facts(result: RunResult, log: Mapping[str, Any], seconds_a_step: float) -> dict[str, Any]:
     """Costs and quality of a model: served as benchmarked, trained as its log says."""
     per_step, entries = log["tokens_per_step"], log["log"]
     found = result.to_dict()
@@ -381,6 +406,7 @@ def _model_facts(result: RunResult, log: Mapping[str, Any]) -> dict[str, Any]:
         "inference_flops_per_token": result.inference_flops_per_token,
         "training_flops_per_token": log["cost"]["training_flops_per_token"],
         "training_seconds": log["train_seconds"],
+        "seconds_a_step": seconds_a_step,
         "training_tokens_per_second": log["steps"] * per_step / log["train_seconds"],
         "generation_tokens_per_second": result.speed[0]["decode_tokens_per_second"],
         "training_curve": [[entry["step"] * per_step, entry["loss"]] for entry in entries if "loss" in entry],

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from scone.configs.schema import DataOptions, FGramModelOptions, ModelOptions, SconeOptions, TrainingOptions
+import torch
 
-TRUNK_FOLDER = "trunk"
+from scone.configs.loading import Layer, merge
+from scone.configs.presets import MODERN_TRUNK
+from scone.configs.schema import SconeOptions
 
 
 @dataclass(frozen=True)
@@ -25,11 +26,9 @@ class DemoOptions:
     vocab_size: int = 4096
     hidden_size: int = 128
     num_hidden_layers: int = 3
-    num_attention_heads: int = 4
     max_n: int = 4
-    min_freq: int = 5
+    min_freq: int = 3
     max_f_grams: int = 300_000
-    f_gram_num_hidden_layers: int = 1
     learning_rate: float = 4e-3
     seed: int = 42
     num_evaluations: int = 4
@@ -49,53 +48,40 @@ QUICK = {
 
 
 def model_options(options: DemoOptions, name: str) -> SconeOptions:
-    """The options of one of the two trainings; they differ in the input embedding and the folder only."""
+    """What `scone train` makes of the modern trunk's recipe and the demo's sizes. The two trainings differ in the input
+    embedding and the folder only.
+    """
     folder = Path(options.output_dir)
-    data = DataOptions(
-        dataset_name=options.data,
-        dataset_config_name=None,
-        text_column=options.text_column,
-        max_length=options.max_length,
-        max_n=options.max_n,
-        min_freq=options.min_freq,
-        max_f_grams=options.max_f_grams,
-        cache_dir=str(folder / "cache"),
-        num_workers=0,
-    )
-    model = ModelOptions(
-        base_model_name=str(folder / TRUNK_FOLDER),
-        tokenizer="train",
-        vocab_size=options.vocab_size,
-        use_f_gram_embeddings=name == "scone",
-        learned_rows=options.max_f_grams,
-        f_gram=FGramModelOptions(num_hidden_layers=options.f_gram_num_hidden_layers),
-    )
-    training = TrainingOptions(
-        output_dir=str(folder / name),
-        max_steps=options.steps,
-        batch_size=options.batch_size,
-        learning_rate=options.learning_rate,
-        rows_learning_rate=3 * options.learning_rate,  # in so few steps, 0.05 nats better than the trunk's own rate
-        warmup_steps=max(1, options.steps // 12),
-        lr_scheduler_type="cosine",
-        logging_steps=max(1, options.steps // 40),
-        eval_steps=max(1, options.steps // options.num_evaluations),
-        save_steps=-(-options.steps // 2),  # a demo that is stopped goes on from here
-        save_total_limit=1,
-        seed=options.seed,
-        device="cpu",
-        report_to="none",
-    )
-    return SconeOptions(data, model, training)
-
-
-def trunk_configuration(options: DemoOptions) -> dict[str, Any]:
-    """config.json of the trunk: a small GPT-2."""
-    return {
-        "model_type": "gpt2",
-        "n_embd": options.hidden_size,
-        "n_layer": options.num_hidden_layers,
-        "n_head": options.num_attention_heads,
-        "n_positions": options.max_length,
-        **dict.fromkeys(("embd_pdrop", "resid_pdrop", "attn_pdrop"), 0.0),
+    values = {
+        "data.dataset_name": options.data,
+        "data.text_column": options.text_column,
+        "data.max_length": options.max_length,
+        "data.max_n": options.max_n,
+        "data.min_freq": options.min_freq,
+        "data.max_f_grams": options.max_f_grams,
+        "data.cache_dir": str(folder / "cache"),
+        "data.num_workers": 0,
+        "model.base_model_name": MODERN_TRUNK,
+        "model.hidden_size": options.hidden_size,
+        "model.num_hidden_layers": options.num_hidden_layers,
+        "model.tokenizer": "train",
+        "model.vocab_size": options.vocab_size,
+        "model.use_f_gram_embeddings": name == "scone",
+        "model.learned_rows": options.max_f_grams,
+        "training.output_dir": str(folder / name),
+        "training.max_steps": options.steps,
+        "training.batch_size": options.batch_size,
+        "training.learning_rate": options.learning_rate,
+        "training.rows_learning_rate": 1e-2,
+        "training.warmup_steps": max(1, options.steps // 12),
+        "training.logging_steps": max(1, options.steps // 40),
+        "training.eval_steps": max(1, options.steps // options.num_evaluations),
+        "training.save_steps": -(-options.steps // 2),  # a demo that is stopped goes on from here
+        "training.save_total_limit": 1,
+        "training.seed": options.seed,
+        "training.device": "cpu",
+        "training.report_to": "none",
     }
+    if not hasattr(torch.optim, "Muon"):
+        values["training.optimizer"] = "adamw"
+    return merge([Layer("the demo", values)])[0]

@@ -163,12 +163,14 @@ def _named_configuration(name: str) -> PreTrainedConfig:
                 f"cannot read a model configuration in {name} ({_first_line(error)}); expected config.json of a "
                 "transformers model; check --base_model_name"
             ) from error
-    if name in CONFIG_MAPPING_NAMES and built_in_configuration(name) is None:
+    built_in = built_in_configuration(name)
+    if name in CONFIG_MAPPING_NAMES and built_in is None:
         return AutoConfig.for_model(name)
+    if name == MODERN_TRUNK and built_in is not None:  # ours: the hub knows nothing of it
+        return AutoConfig.for_model(built_in.model_type, **built_in.fields)
     try:
         return AutoConfig.from_pretrained(name, local_files_only=_only_local(name))
     except (OSError, ValueError) as error:
-        built_in = built_in_configuration(name)
         if built_in is None:
             raise SconeError(
                 f"cannot find the model {name!r} ({_first_line(error)}); expected a folder, a hub name with the hub in "

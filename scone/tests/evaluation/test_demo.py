@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scone.data.stdlib_corpus import stdlib_files
-from scone.evaluation.demo import MIN_STEPS, SCONE_STEP_COST, plan_steps, run_demo
+from scone.evaluation.demo import MIN_STEPS, plan_steps, run_demo
 from scone.evaluation.demo_options import DemoOptions
 from scone.evaluation.demo_page import render_demo, verdict
 from scone.utils.errors import SconeError
@@ -61,7 +61,7 @@ def report(options: DemoOptions, lines: list[str]) -> dict:
 def test_demo_measures_both_models_alike(options: DemoOptions, report: dict) -> None:
     plain, scone = report["models"]["plain"], report["models"]["scone"]
     assert scone["inference_flops_per_token"] == plain["inference_flops_per_token"]
-    assert scone["training_flops_per_token"] > plain["training_flops_per_token"]
+    assert scone["training_flops_per_token"] == plain["training_flops_per_token"], "rows are read, not computed"
     assert scone["resident_parameters"] == plain["resident_parameters"]
     assert scone["evaluation"]["num_predicted"] == plain["evaluation"]["num_predicted"]
     first_losses = [model["training_curve"][0][1] for model in (plain, scone)]
@@ -152,14 +152,14 @@ def test_other_text_trains_again(options: DemoOptions, report: dict, tmp_path: P
 
 
 @settings(max_examples=100, deadline=None)
-@given(seconds=st.floats(1e-3, 10), validation_tokens=st.integers(0, 10_000_000), minutes=st.floats(0.5, 20))
+@given(seconds=st.floats(2e-3, 20), validation_tokens=st.integers(0, 10_000_000), minutes=st.floats(0.5, 20))
 def test_plan_fits_into_the_minutes(seconds: float, validation_tokens: int, minutes: float) -> None:
     asked = DemoOptions(minutes=minutes)
     steps, evaluations = plan_steps(asked, seconds, validation_tokens)
     assert MIN_STEPS <= steps <= asked.steps
     assert 1 <= evaluations <= asked.num_evaluations
     reading = seconds / 3 * validation_tokens / (asked.batch_size * asked.max_length)
-    total = steps * seconds * (1 + SCONE_STEP_COST) + 2 * (evaluations + 1) * reading
+    total = steps * seconds + (evaluations + 1) * reading
     assert total <= 60 * minutes or steps == MIN_STEPS
 
 
