@@ -61,11 +61,13 @@ def verdict(report: Report) -> dict[str, str]:
     perplexities = [model["evaluation"]["perplexity"] for model in (plain, scone)]
     change = perplexities[1] / perplexities[0] - 1
     low, high = report["comparison"]["loss_difference_interval"]
-    slower = scone["training_seconds"] / max(plain["training_seconds"], 1e-9)
+    training = report["training"]
     detail = (
-        f"Both saw the same {human_count(report['training']['tokens'])} training tokens in the same order, with the "
-        f"same trunk and schedule. SCONE takes {_flops_ratio(report):.2f}× the FLOPs a token at inference, and took "
-        f"{slower:.2f}× as long to train. One run each of small models: a demonstration, not evidence for large ones."
+        f"Both saw the same {human_count(training['tokens'])} training tokens in the same order, with the same trunk "
+        f"and schedule. SCONE takes {_flops_ratio(report):.2f}× the FLOPs a token at inference, and "
+        f"{scone['seconds_a_step'] / plain['seconds_a_step']:.2f}× the time a training step: in SCONE's training time "
+        f"plain would take {steps_in_equal_time(report):,} steps in place of {training['steps']:,}. One run each of "
+        "small models: a demonstration, not evidence for large ones."
     )
     numbers = f"perplexity {perplexities[1]:.2f} against {perplexities[0]:.2f} on held-out text"
     kind, headline = "even", f"No clear difference here: {numbers} ({change:+.1%})"
@@ -82,6 +84,12 @@ def summary(report: Report) -> str:
     lines = [[cell["text"] if isinstance(cell, dict) else cell for cell in row] for row in [head, *rows]]
     text = "\n".join(f"{name:<38}{plain:>16}{scone:>16}" for name, plain, scone in lines)
     return f"{text}\n\n{verdict(report)['headline']}  [{report['total_seconds'] / 60:.1f} minutes in all]"
+
+
+def steps_in_equal_time(report: Report) -> int:
+    """How many steps plain takes in the time that SCONE's training takes, at the seconds a step of each."""
+    plain, scone = (model["seconds_a_step"] for model in _models(report))
+    return round(report["training"]["steps"] * scone / plain)
 
 
 def _models(report: Report) -> list[Mapping[str, Any]]:
@@ -141,15 +149,18 @@ def _learning_curves(report: Report) -> Part | None:
 
 
 def _loss_by_time(report: Report) -> Part | None:
-    """Validation loss over training time at each model's mean speed: what equal tokens leave out."""
+    """Validation loss over training time at each model's seconds a step: what equal tokens leave out."""
     lines = []
+    tokens_a_step = report["training"]["tokens"] / report["training"]["steps"]
     for key, (name, color) in NAMES.items():
         model = report["models"][key]
-        points = [(tokens / model["training_tokens_per_second"], loss) for tokens, loss in model["validation_curve"]]
+        points = [
+            (tokens / tokens_a_step * model["seconds_a_step"], loss) for tokens, loss in model["validation_curve"]
+        ]
         lines.append(Line(name, points, color, markers=True))
     caption = (
-        "The same runs over time, at each one's mean speed. The schedules end at different times: only the last points "
-        "are finished models."
+        "The same runs over time, at each one's seconds a step. The schedules end at different times: only the last "
+        "points are finished models."
     )
     return _curves(report, "Validation loss by training time", "training time, seconds", caption, lines)
 
@@ -232,7 +243,9 @@ def cost_table(report: Report) -> Table:
         row("Parameters trained", of("trained_parameters"), human_count),
         row("Model in memory at inference", of("resident_bytes"), human_bytes),
         ["Embedding table, off the accelerator", "–", human_bytes(report["table"]["file_bytes"])],
-        row("Training time", of("training_seconds"), "{:.0f} s".format, bold=True),
+        row("Training time, evaluations included", of("training_seconds"), "{:.0f} s".format),
+        row("A training step, timed in turn", of("seconds_a_step"), "{:.3f} s".format, bold=True),
+        ["Steps in SCONE's training time", f"{steps_in_equal_time(report):,}", f"{report['training']['steps']:,}"],
         row("Training speed", of("training_tokens_per_second"), speed),
         row("Evaluation speed", quality("tokens_per_second"), speed),
         row("Generation, one sequence", of("generation_tokens_per_second"), "{:.0f} tokens/s".format),
@@ -263,12 +276,13 @@ def _method(report: Report) -> list[str]:
         f"{corpus['tokens']['train']:,} training, {corpus['tokens']['validation']:,} validation and "
         f"{corpus['tokens']['test']:,} test tokens of {corpus['tokenizer']}.",
         f"Trunk: {training['trunk']}. {training['steps']:,} steps of {training['batch_size']} × "
-        f"{training['max_length']} tokens, peak learning rate {training['learning_rate']:g}, {training['schedule']} "
-        f"schedule, seed {training['seed']}.",
+        f"{training['max_length']} tokens, {training['optimizer']}, peak learning rate "
+        f"{training['learning_rate']:g}, {training['schedule']} schedule, seed {training['seed']}.",
+        "Seconds a step: the median of whole training steps that the two took in turn before training.",
         f"SCONE: {training['input_embedding']}.",
         f"Difference of the mean loss (SCONE − plain) over {check['num_windows']} held-out windows: "
         f"{check['loss_difference']:+.4f} nats, 95 % interval {low:+.4f} to {high:+.4f} (paired over windows).",
         f"The table gives the live model's predictions: the largest difference of a window's loss is "
         f"{check['table_against_live']:.1e} nats.",
-        "FLOPs are by formula, a multiply-add is two: training's from what its batches made the f-gram model compute.",
+        "FLOPs are by formula, a multiply-add is two; reading and adding rows are no products and count nothing.",
     ]

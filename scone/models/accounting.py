@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from scone.models.configuration import SconeConfig
+from scone.models.embedded_trunk import EmbeddedTrunk
 from scone.models.f_gram_config import FGramModelConfig
 from scone.models.f_gram_model import FGramModel
 from scone.models.language_model import SconeForCausalLM
@@ -43,11 +44,16 @@ class ParameterCounts:
 def parameter_counts(model: PreTrainedModel) -> ParameterCounts:
     """Of a SCONE model (live or served), an over-encoding model or a plain trunk; tied weights count once."""
     if isinstance(model, OverEncodingForCausalLM):
-        return ParameterCounts(_count(model.trunk), 0, _count(model.hashed_embedding))
+        return ParameterCounts(_count_served(model), 0, _count(model.hashed_embedding))
     if not isinstance(model, SconeForCausalLM):
         return ParameterCounts(_count(model), 0, 0)
     extra = 0 if model.f_gram_embedding is None else _count(model.f_gram_embedding)
-    return ParameterCounts(_count(model.trunk), extra, model.config.num_f_grams * model.config.hidden_size)
+    return ParameterCounts(_count_served(model), extra, model.config.num_f_grams * model.config.hidden_size)
+
+
+def _count_served(model: EmbeddedTrunk) -> int:
+    """Of the trunk and of the norm in front of it."""
+    return _count(model.trunk) + (0 if model.input_norm is None else _count(model.input_norm))
 
 
 def f_gram_model_parameters(config: PreTrainedConfig) -> int:

@@ -58,7 +58,7 @@ def test_known_trunks_have_their_sizes(name: str, width: int, layers: int, heads
     assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (width, layers, heads)
 
 
-def test_the_modern_trunk_has_any_width() -> None:
+def test_the_modern_trunk_has_any_width(caplog: pytest.LogCaptureFixture) -> None:
     from scone.configs.schema import ModelOptions
     from scone.models.trunk import trunk_configuration as configured
 
@@ -67,6 +67,7 @@ def test_the_modern_trunk_has_any_width() -> None:
     assert (config.head_dim, config.intermediate_size, config.num_hidden_layers) == (64, 704, 4)
     config = configured(ModelOptions(base_model_name="scone-modern", hidden_size=96, num_attention_heads=3))
     assert (config.head_dim, config.num_key_value_heads) == (32, 3)
+    assert caplog.records == [], "nobody asks the hub for a name of ours"
 
 
 def test_trunks_are_known_by_full_and_short_name() -> None:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from scone.data.stdlib_corpus import stdlib_files
 from scone.evaluation.demo import MIN_STEPS, plan_steps, run_demo
 from scone.evaluation.demo_options import DemoOptions
-from scone.evaluation.demo_page import render_demo, verdict
+from scone.evaluation.demo_page import cost_table, render_demo, steps_in_equal_time, verdict
 from scone.utils.errors import SconeError
 
 pytestmark = [
@@ -76,6 +76,16 @@ def test_report_is_one_page_without_outside_resources(options: DemoOptions, repo
     assert page == render_demo(report), "the page is made of report.json alone"
     assert page.count("<svg") == 4
     check_page(page)
+
+
+def test_page_says_what_plain_could_do_in_the_same_time(report: dict) -> None:
+    changed = copy.deepcopy(report)
+    for plain, scone, steps in [(0.5, 0.6, 29), (0.5, 0.5, 24), (0.5, 0.4, 19)]:
+        changed["models"]["plain"]["seconds_a_step"] = plain
+        changed["models"]["scone"]["seconds_a_step"] = scone
+        assert steps_in_equal_time(changed) == steps
+        assert f"plain would take {steps} steps in place of 24" in verdict(changed)["detail"]
+        assert ["Steps in SCONE's training time", str(steps), "24"] in cost_table(changed)[1]
 
 
 def check_page(page: str) -> None:

@@ -20,6 +20,8 @@ from scone.models.accounting import (
 from scone.models.f_gram_config import FGramModelConfig
 from scone.models.f_gram_model import FGramModel, padded_f_gram_model
 from scone.models.language_model import SconeForCausalLM
+from scone.models.over_encoding import OverEncodingForCausalLM
+from scone.models.scaled_trunk import ScaledTrunkForCausalLM
 from scone.tests import tiny
 from scone.training.step_cost import RunCost
 
@@ -82,6 +84,13 @@ def test_parameters_are_counted_where_they_live():
     assert counts.table == model.vocabulary.num_f_grams * tiny.WIDTH
     plain = parameter_counts(model.trunk)
     assert (plain.resident, plain.training_only, plain.table) == (counts.resident, 0, 0)
+    # a norm in front of the trunk serves too, whatever gives the vectors
+    for normed in (
+        SconeForCausalLM.from_trunk(tiny.trunk(), model.vocabulary, learned_rows=9, input_norm=True),
+        OverEncodingForCausalLM.from_trunk(tiny.trunk(), num_rows=50, separator_ids=[], input_norm=True),
+        ScaledTrunkForCausalLM.from_trunk(tiny.trunk(), 1.0, input_norm=True),
+    ):
+        assert parameter_counts(normed).resident == plain.resident + tiny.WIDTH
 
 
 def test_a_layer_costs_its_f_gram_model_and_its_gate():
