@@ -86,7 +86,7 @@ def test_parameters_are_counted_where_they_live():
     assert (plain.resident, plain.training_only, plain.table) == (counts.resident, 0, 0)
     # a norm in front of the trunk serves too, whatever gives the vectors
     for normed in (
-        SconeForCausalLM.from_trunk(tiny.trunk(), model.vocabulary, learned_rows=9, input_norm=True),
+        SconeForCausalLM.from_trunk(tiny.trunk(), model.vocabulary, f_gram_model=None, learned_rows=9, input_norm=True),
         OverEncodingForCausalLM.from_trunk(tiny.trunk(), num_rows=50, separator_ids=[], input_norm=True),
         ScaledTrunkForCausalLM.from_trunk(tiny.trunk(), 1.0, input_norm=True),
     ):
