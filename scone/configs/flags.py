@@ -58,7 +58,9 @@ class OptionParser(argparse.ArgumentParser):
         info = entry.info
         shown = "none" if default is None else f"{default:g}" if isinstance(default, float) else str(default).lower()
         unit = f", in {info.unit}" if info.unit else ""
-        text = f"{info.help}{unit} (default: {shown if entry.type is not str else default or 'none'})"
+        text = f"{info.help}{unit}"
+        if default is not None or "(default: " not in info.help:  # the help says what none stands for
+            text += f" (default: {shown if entry.type is not str else default or 'none'})"
         metavar = "{" + ",".join(info.choices) + "}" if info.choices else _METAVARS[entry.type]
         optional_value = entry.type is bool or info.bare is not None
         group.add_argument(
