@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-EXTRAS ?= dev,quantization
+EXTRAS ?= dev,quantization,tuning
 DEMO_FLAGS ?=
 TEST_FLAGS ?= -n auto --dist worksteal
 MINIMUM ?= .venv-minimum

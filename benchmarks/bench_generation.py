@@ -22,12 +22,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import Report, in_child
+from common import PeakMemory, Report, in_child
 from torch import nn
 from training_data import SEPARATOR, VOCAB_SIZE, gpt2_tokens
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from scone.evaluation.measure import PeakMemory
 from scone.evaluation.speed import wait
 from scone.inference.embedding_table import EmbeddingTable
 from scone.inference.quantization import QUANTIZATIONS, model_bytes, quantize_trunk

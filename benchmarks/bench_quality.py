@@ -28,11 +28,11 @@ from typing import Any
 import numpy as np
 import yaml
 from common import REPOSITORY, Report
-
-from scone.evaluation.experiment_results import (
+from experiment_results import (
     MODEL,
     OURS,
     OVER_ENCODING,
+    PLAIN,
     ROWS,
     best_of,
     family,
@@ -41,7 +41,8 @@ from scone.evaluation.experiment_results import (
     run_results,
     same_tokens,
 )
-from scone.evaluation.results import PLAIN, RunResult
+
+from scone.evaluation.results import RunResult
 from scone.utils.files import read_json
 
 RESULTS = REPOSITORY / "docs" / "results" / "main_claim_best.json"

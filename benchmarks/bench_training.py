@@ -24,12 +24,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from scone.data.collator import Collator
 from scone.models.accounting import f_gram_forward_flops, trunk_forward_flops
-from scone.models.f_gram_model import FGramModel, FGramModelConfig, padded_f_gram_model
+from scone.models.f_gram_config import FGramModelConfig
+from scone.models.f_gram_model import FGramModel, padded_f_gram_model
 from scone.models.language_model import SconeForCausalLM
 from scone.tokenization.counting import count_f_grams
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
-from scone.training.optimizer import AdamWWithRows
-from scone.training.trainer import learned_rows
+from scone.training.optimizer import AdamWWithRows, learned_rows
 
 MAX_N, NUM_F_GRAMS, MOST_ROWS = 5, 1_000_000, 4_000_000
 SEQUENCE_LENGTH = 512

@@ -11,11 +11,9 @@ A benchmark is a script ``bench_NAME.py`` that makes one ``Report``, adds record
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import math
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -26,14 +24,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPOSITORY))
+sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "experiments")]
 
+from scone.utils.environment import environment  # noqa: E402
 from scone.utils.files import write_json  # noqa: E402
-
-_LIBRARIES = (
-    *("torch", "transformers", "tokenizers", "datasets", "numpy", "numba", "bitsandbytes", "torchao"),
-    *("polars", "duckdb", "pyspark", "pyarrow", "lmdb"),
-)
+from scone.utils.peak_memory import PeakMemory  # noqa: E402, F401 (for the benchmarks)
 
 
 @dataclass
@@ -170,55 +165,15 @@ def _number(value: float | None) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """The processor, cores, memory, accelerators and library versions that the numbers belong to."""
-    versions = {}
-    for name in _LIBRARIES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return {
-        "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "accelerators": _accelerators(),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "libraries": versions,
-    }
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def _accelerators() -> list[str]:
-    if "torch" not in sys.modules:  # a benchmark that never imported torch used no accelerator
-        return []
-    import torch
-
-    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    """What the numbers were measured on; the commit stands beside it."""
+    found = environment()
+    del found["commit"]
+    return found
 
 
 def commit() -> str:
     """The commit of the working tree, with ``-dirty`` when tracked files differ from it; "unknown" outside git."""
-    try:
-        found = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            cwd=REPOSITORY,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return found.stdout.strip()
+    return environment()["commit"] or "unknown"
 
 
 def interleaved(runs: dict[str, Callable[[], object]], repeats: int, warmup: int = 1) -> dict[str, float]:
@@ -248,31 +203,6 @@ def in_child(script: Path, arguments: Sequence[str], timeout_seconds: float | No
     if done.returncode:
         raise RuntimeError(f"{script.name} {' '.join(arguments)} exited with {done.returncode}: {done.stderr[-2000:]}")
     return json.loads(done.stdout.strip().split("\n")[-1])
-
-
-class PeakMemory:
-    """Peak resident bytes of this process inside a ``with`` block, above what it held at its start (Linux).
-
-    with PeakMemory() as peak: work()
-    print(peak.growth_bytes)
-    """
-
-    growth_bytes: int = 0
-
-    def __enter__(self) -> PeakMemory:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets the peak (VmHWM) to the present
-        self._start = _resident("VmRSS")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.growth_bytes = _resident("VmHWM") - self._start
-
-
-def _resident(field_name: str) -> int:
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith(field_name):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field_name}")
 
 
 def shared_data(*parts: str) -> Path | None:

@@ -165,7 +165,7 @@ def count_with_spark(task: Task) -> Callable[[], FGramVocabulary]:
     from common import REPOSITORY
     from pyspark.sql import SparkSession
 
-    from scone.tokenization.spark_counting import count_f_grams_on_spark
+    from scone.tokenization.counting.spark import count_f_grams_on_spark
 
     os.environ["PYSPARK_PYTHON"] = sys.executable
     os.environ["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])

@@ -6,9 +6,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from common import REPOSITORY
+from common import REPOSITORY  # first: it makes the others known
 
-from scone.evaluation.claim_plot import claim_svg
+from claim_plot import claim_svg  # isort: skip
 from scone.utils.files import atomic_path, read_json
 
 RESULTS = REPOSITORY / "docs" / "results"

@@ -1,4 +1,4 @@
-"""Programs at the same time, each with a log and a GPU of its own, under a time limit; and what a failed one said."""
+"""Programs at the same time, each with a log of its own, under a time limit; and what a failed one said."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 GRACE_SECONDS = 40.0
 """For torchrun to end its processes; those that do not answer it kills after 30."""
+POLL_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -21,51 +22,87 @@ class Program:
 
     command: Sequence[str]
     log: Path
-    environment: Mapping[str, str]
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Running:
+    """A program's process, when it started (monotonic), and the one GPU that it sees, if it was given one."""
+
+    program: Program
+    process: subprocess.Popen[bytes]
+    started: float
+    gpu: int | None
+
+
+def run_programs(
+    programs: Sequence[Program],
+    jobs: int,
+    *,
+    last_start: float | None = None,
+    grace_s: float = GRACE_SECONDS,
+    gpus: int | None = None,
+    ended: Callable[[Program, int, float], None] = lambda program, status, seconds: None,
+) -> list[Program]:
+    """Run ``programs``, ``jobs`` at once, each in a process group of its own; returns those that were cut off.
+
+    Args:
+        last_start: the monotonic time from which nothing is started and what runs is asked to stop.
+        grace_s: how long it may take for that, before it is killed.
+        gpus: each program sees one of the first so many GPUs, the one with the fewest others; None: what we see.
+        ended: told of each program that ended, its exit status and its seconds.
+    """
+    waiting, running = list(programs), list[Running]()
+
+    def collect() -> None:
+        for each in [each for each in running if each.process.poll() is not None]:
+            running.remove(each)
+            ended(each.program, each.process.returncode, time.monotonic() - each.started)
+
+    try:
+        while (waiting or running) and (last_start is None or time.monotonic() < last_start):
+            while waiting and len(running) < jobs:
+                taken = [each.gpu for each in running]
+                gpu = None if gpus is None else min(range(gpus), key=taken.count)
+                running.append(start(waiting.pop(0), gpu))
+            time.sleep(POLL_SECONDS)
+            collect()
+        cut = [*(each.program for each in running), *waiting]
+        for each in running:
+            each.process.terminate()
+        while running and last_start is not None and time.monotonic() < last_start + grace_s:
+            time.sleep(POLL_SECONDS)
+            collect()
+    finally:
+        for each in running:  # with its data loaders, at once: its log is on disk
+            if each.process.poll() is None:
+                os.killpg(each.process.pid, signal.SIGKILL)
+                each.process.wait()
+    return cut
+
+
+def start(program: Program, gpu: int | None) -> Running:
+    """Start a program in a process group of its own."""
+    environment = os.environ | dict(program.environment) | (gpu_for(gpu) if gpu is not None else {})
+    with program.log.open("w", encoding="utf-8") as log:
+        process = subprocess.Popen(program.command, stdout=log, stderr=log, env=environment, start_new_session=True)
+    return Running(program, process, time.monotonic(), gpu)
 
 
 def run_side_by_side(programs: Sequence[Program], timeout_seconds: float) -> None:
-    """Run all to their end, or end what is left after ``timeout_seconds``; its log tells of that, and of signals."""
-    deadline = time.monotonic() + timeout_seconds
-    processes: list[subprocess.Popen[bytes]] = []
-    try:
-        for program in programs:
-            with program.log.open("w", encoding="utf-8") as log:
-                processes.append(
-                    subprocess.Popen(
-                        program.command,
-                        stdout=log,
-                        stderr=log,
-                        env=os.environ | dict(program.environment),
-                        start_new_session=True,
-                    )
-                )
-        for program, process in zip(programs, processes, strict=True):
-            note = ""
-            try:
-                process.wait(max(0.0, deadline - time.monotonic()))
-                if process.returncode < 0:
-                    note = f"Signal {-process.returncode} ended it"
-            except subprocess.TimeoutExpired:
-                end(process)
-                note = f"TimeoutError: not through after {timeout_seconds:g} s"
-            if note:
-                with program.log.open("a", encoding="utf-8") as log:
-                    log.write(f"\n{note}\n")
-    finally:
-        for process in processes:
-            end(process)
+    """Run all at once to their end, or to ``timeout_seconds``; logs tell of that, and of signals."""
 
+    def note(program: Program, text: str) -> None:
+        with program.log.open("a", encoding="utf-8") as log:
+            log.write(f"\n{text}\n")
 
-def end(process: subprocess.Popen[bytes]) -> None:
-    """End a process that still runs: asked first, since those that torchrun started have sessions of their own."""
-    if process.poll() is None:
-        process.terminate()
-        try:
-            process.wait(GRACE_SECONDS)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+    def ended(program: Program, status: int, seconds: float) -> None:
+        if status < 0:
+            note(program, f"Signal {-status} ended it")
+
+    last_start = time.monotonic() + timeout_seconds
+    for program in run_programs(programs, len(programs), last_start=last_start, ended=ended):
+        note(program, f"TimeoutError: not through after {timeout_seconds:g} s")
 
 
 def gpu_for(place: int) -> dict[str, str]:

@@ -100,8 +100,7 @@ def texts(parts: int) -> Iterator[str]:
 def train_model(model: SconeForCausalLM, tokens: np.ndarray, steps: int) -> None:
     """A short plain run: what counts is that the rows are trained ones."""
     rows = model.f_gram_embedding.rows
-    dense = [parameter for parameter in model.parameters() if parameter is not rows.weight]
-    optimizer = AdamWWithRows([{"params": dense}], lr=1e-3, rows=rows, rows_learning_rate=3e-3)
+    optimizer = AdamWWithRows([{"params": list(model.parameters())}], lr=1e-3, rows=rows, rows_learning_rate=3e-3)
     random = np.random.default_rng(0)
     model.train()
     for step in range(steps):

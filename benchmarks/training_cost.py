@@ -20,7 +20,7 @@ from transformers import AutoConfig
 
 from scone.kernels.trie_batch import build_trie_batch
 from scone.models.accounting import f_gram_forward_flops, trunk_forward_flops
-from scone.models.f_gram_model import FGramModelConfig
+from scone.models.f_gram_config import FGramModelConfig
 from scone.tokenization.counting import count_f_grams
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 from scone.tokenization.matcher import Matcher

@@ -30,6 +30,7 @@ API = {
     "scone.data.prepare": ("prepare_corpus", "prepare_tokenizer"),
     "scone.data.token_file": ("TokenFile",),
     "scone.training.run": ("train",),
+    "scone.training.optimizer": ("RowOptimizer",),
     "scone.evaluation.perplexity": ("perplexity",),
     "scone.utils.errors": ("SconeError",),
 }

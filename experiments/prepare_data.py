@@ -24,7 +24,7 @@ sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks")]
 
 from common import shared_data  # noqa: E402
 
-from scone.data.encoding import CorpusEncoder, map_in_order  # noqa: E402
+from scone.data.encoding import CorpusEncoder  # noqa: E402
 from scone.data.sources import open_documents  # noqa: E402
 from scone.data.token_file import TokenFile, TokenFileWriter  # noqa: E402
 from scone.tokenization.tokenizers import (  # noqa: E402
@@ -117,7 +117,7 @@ def write(folder: Path, tokenizer: PreTrainedTokenizerBase, parts: Iterable[tupl
         encoder, threads = CorpusEncoder(tokenizer), len(os.sched_getaffinity(0))
         for documents, limit in parts:
             end = writer.num_tokens + limit
-            encoded = map_in_order(encoder.encode, ((batch, None) for batch in batches(documents)), threads)
+            encoded = encoder.encode_batches(((batch, None) for batch in batches(documents)), threads)
             for tokens in itertools.chain.from_iterable(batch for batch, _ in encoded):
                 if writer.num_tokens >= end:
                     encoded.close()

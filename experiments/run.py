@@ -15,11 +15,10 @@ import argparse
 import logging
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +28,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks")]
 
 from common import commit, machine  # noqa: E402
-from comparison import table  # noqa: E402
-from side_by_side import gpu_for  # noqa: E402
+from experiment_results import table  # noqa: E402
+from side_by_side import Program, run_programs  # noqa: E402
 
 from scone.configs.loading import from_mapping  # noqa: E402
 from scone.configs.schema import SconeOptions  # noqa: E402
@@ -39,7 +38,6 @@ from scone.utils.errors import SconeError  # noqa: E402
 from scone.utils.files import read_json, write_json  # noqa: E402
 
 TRUNK = "model.base_model_name"
-POLL_SECONDS = 0.5
 INTERRUPTED = 130
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything an experiment reads lies on this machine
 
@@ -166,7 +164,7 @@ class Plan:
 
     def estimates(self, names: Sequence[str]) -> dict[str, float]:
         """About the operations of each of these runs."""
-        from scone.evaluation.experiment import estimated_flops
+        from scone.evaluation.sweep import estimated_flops
 
         logging.getLogger("scone.models.trunk").setLevel(logging.ERROR)  # it would speak of the hub once a run
         corpus = self.corpus()
@@ -180,7 +178,7 @@ class Plan:
         """Count all vocabularies, and compile what workers would each compile for themselves."""
         from scone.data.collator import Collator
         from scone.data.dataset import BlockDataset
-        from scone.evaluation.experiment import count_once, shared_matcher
+        from scone.evaluation.sweep import count_once, shared_matcher
 
         corpus = self.corpus()
         count_once(list(self.options.values()), corpus, quiet=True)
@@ -194,7 +192,7 @@ class Plan:
     def run(self, name: str, keep_model: bool) -> None:
         """Train and test one configuration; its JSON is marked as finished when it is done."""
         from scone.data.token_file import TokenFile
-        from scone.evaluation.experiment import Tests, can_resume, measured_run, shared_matcher
+        from scone.evaluation.sweep import Tests, measured_run, shared_matcher
 
         run, changes = self.runs[name]
         corpus, options = self.corpus(), self.options[name]
@@ -205,9 +203,7 @@ class Plan:
             self.experiment.get("stride"),
             self.experiment.get("shuffled_tests", ()),
         )
-        if can_resume(self.output_dir / name):
-            options = replace(options, training=replace(options.training, resume_from_checkpoint="true"))
-        result = measured_run(options, corpus, tests, progress_path=path, keep_model=keep_model)
+        result = measured_run(options, corpus, tests, path, keep_model=keep_model)
         write_json(path, {"experiment": self.name, "run": run, "changes": changes} | result)
 
     def merge(self) -> dict[str, Any]:
@@ -253,76 +249,25 @@ def run_all(
 ) -> tuple[list[str], list[str]]:
     """Run each configuration in its own process, so that one failure or leak stays its own; ``jobs`` at once.
 
-    Args:
-        command: this script's, to which each worker's name is added.
-        last_start: the monotonic time from which nothing is started and what runs is asked to save and stop.
-        grace_s: how long it may take for that.
-        gpus: each worker sees one of the first so many GPUs, the one with the fewest others; None: what we see.
+    ``command``: this script's, to which each worker's name is added. The rest as `run_programs` has it.
 
     Returns those that failed, and those that were cut off or never started.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
-    waiting, failed = list(names), []
-    running: dict[str, Worker] = {}
-    try:
-        while (waiting or running) and (last_start is None or time.monotonic() < last_start):
-            while waiting and len(running) < jobs:
-                name = waiting.pop(0)
-                taken = [worker.gpu for worker in running.values()]
-                gpu = None if gpus is None else min(range(gpus), key=taken.count)
-                running[name] = start_worker([*command, "--worker", name], output_dir / f"{name}.log", jobs, gpu)
-            time.sleep(POLL_SECONDS)
-            failed += collect(running)
-        cut = [*running, *waiting]
-        for worker in running.values():
-            worker.process.terminate()
-        while running and last_start is not None and time.monotonic() < last_start + grace_s:
-            time.sleep(POLL_SECONDS)
-            collect(running)
-    finally:
-        for worker in running.values():
-            end(worker.process)
-    return failed, [name for name in cut if not is_finished(output_dir / f"{name}.json")]
-
-
-@dataclass(frozen=True)
-class Worker:
-    """A run's process, when it started (monotonic), and the one GPU that it sees, if it was given one."""
-
-    process: subprocess.Popen[bytes]
-    started: float
-    gpu: int | None
-
-
-def collect(running: dict[str, Worker]) -> list[str]:
-    """Take the workers that ended out of ``running``; the names of those that failed."""
+    threads = max(1, len(os.sched_getaffinity(0)) // jobs)  # each run's share of the cores
+    environment = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
     failed = []
-    for name, worker in list(running.items()):
-        if worker.process.poll() is not None:
-            del running[name]
-            word = {0: "finished", INTERRUPTED: "interrupted"}.get(worker.process.returncode, "failed")
-            print(f"{name}: {word} after {time.monotonic() - worker.started:.0f} s", flush=True)
-            if word == "failed":
-                failed.append(name)
-    return failed
 
+    def ended(program: Program, status: int, seconds: float) -> None:
+        word = {0: "finished", INTERRUPTED: "interrupted"}.get(status, "failed")
+        print(f"{program.log.stem}: {word} after {seconds:.0f} s", flush=True)
+        if word == "failed" and (last_start is None or time.monotonic() < last_start):
+            failed.append(program.log.stem)
 
-def start_worker(command: Sequence[str], log_path: Path, jobs: int, gpu: int | None) -> Worker:
-    """One run in a process group of its own, with its share of the cores."""
-    threads = max(1, len(os.sched_getaffinity(0)) // jobs)
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-    if gpu is not None:
-        environment |= gpu_for(gpu)
-    with log_path.open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
-    return Worker(process, time.monotonic(), gpu)
-
-
-def end(process: subprocess.Popen[bytes]) -> None:
-    """End a worker and its data loaders at once: its log is on disk."""
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    programs = [Program([*command, "--worker", name], output_dir / f"{name}.log", environment) for name in names]
+    cut = run_programs(programs, jobs, last_start=last_start, grace_s=grace_s, gpus=gpus, ended=ended)
+    cut_names = [program.log.stem for program in cut]
+    return failed, [name for name in cut_names if not is_finished(output_dir / f"{name}.json")]
 
 
 def nested(flat: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ _PUBLIC = {
     "EmbeddingTable": "scone.inference.embedding_table",
     "FGramVocabulary": "scone.tokenization.f_gram_vocabulary",
     "Matcher": "scone.tokenization.matcher",
+    "RowOptimizer": "scone.training.optimizer",
     "SconeConfig": "scone.models.configuration",
     "SconeError": "scone.utils.errors",
     "SconeForCausalLM": "scone.models.language_model",

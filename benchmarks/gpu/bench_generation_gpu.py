@@ -1,14 +1,14 @@
 """Decoding on one GPU: a plain trunk, one twice as deep, and SCONE with its table in every placement and without one.
 
-    python benchmarks/gpu/bench_generation_gpu.py --tokens TOKEN_FOLDER [--json FILE] [--captured | --only_captured]
+    python benchmarks/gpu/bench_generation_gpu.py --tokens TOKEN_FOLDER [--json FILE] [--compiled | --only_compiled]
 
 GPT2-Small's shape in bf16 with random weights (speed does not depend on them), 1 M f-grams counted on the tokens, a
 bf16 table. Every step feeds the next token of real text, so that matches are those of text; the host waits for each
-step's choice, as it does to stream it. Milliseconds a step, medians of interleaved rounds. ``--captured`` also decodes
-with static caches, the trunk compiled and every step one CUDA graph, the look-up in it unless the host has to do it
-before: waiting for every choice, and ``queued``, where choices stay on the GPU and the host launches the next step
-while this one runs; and says where a waiting step's time goes. Last, the engine that users call, with graphs and
-without. What fails is named, and the rest goes on. ``--tiny`` rehearses on a CPU.
+step's choice, as it does to stream it. Milliseconds a step, medians of interleaved rounds. ``--compiled`` also decodes
+over static caches through the call that ``generate(cache_implementation="static")`` of transformers compiles (CUDA
+graphs in it): waiting for every choice, and ``queued``, where choices stay on the GPU and the host launches the next
+step while this one runs. Last, the engine that users call. ``--trunk 1b`` takes a trunk of a billion parameters. What
+fails is named, and the rest goes on. ``--tiny`` rehearses on a CPU.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -48,14 +48,14 @@ from scone.inference.row_types import RowFormat
 from scone.inference.streaming import Continuation
 from scone.inference.table_format import TableLayout
 from scone.inference.table_writer import TablePlan, TableWriter
-from scone.models.captured_calls import CapturedCalls, options_within_a_graph
-from scone.models.f_gram_model import FGramModelConfig
+from scone.models.f_gram_config import FGramModelConfig
 from scone.models.language_model import SconeForCausalLM
 from scone.tokenization.counting import count_f_grams
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 
 VOCAB_SIZE = 50_257
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SIZES = {"tiny": (64, 2, 1), "gpt2": (768, 12, 12), "1b": (2048, 20, 16)}  # width, layers, heads
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 
 
@@ -76,22 +76,21 @@ def main() -> None:
     batches = [1, 4] if tiny else options["batches"]
     prompt, steps = (16, 4) if tiny else (128, 48)
     options |= {"f_grams": counted.num_f_grams, "prompt": prompt, "steps": steps, "batches": batches}
-    layers = 2 if tiny else 12
+    width, layers, heads = SIZES["tiny" if tiny else options["trunk"]]
     with tempfile.TemporaryDirectory(dir=options["dir"], prefix="bench_generation.") as folder:
         path = Path(folder) / "embeddings.cache"
-        width = 64 if tiny else 768
         write_table(path, counted.num_f_grams, width)
-        models = build_all(counted, path, width, layers)
+        models = build_all(counted, path, width, layers, heads)
         text = torch.from_numpy(file.tokens[: 4_000_000 if not tiny else 40_000].astype(np.int64))
         options["failed"] = []
         for model in models.values():  # what is made at the first use takes memory too
             decode(model, some_text(text, 1, prompt + 1, seed=0), prompt, DynamicCache())
         report_memory(report, models)
         for batch in batches:
-            if not options["only_captured"]:
+            if not options["only_compiled"]:
                 measure(report, models, text, batch, prompt, steps, rounds=2 if tiny else 5)
-            if options["captured"] or options["only_captured"]:
-                measure_captured(report, models, text, batch, prompt, steps, rounds=2 if tiny else 5)
+            if options["compiled"] or options["only_compiled"]:
+                measure_compiled(report, models, text, batch, prompt, steps, rounds=2 if tiny else 5)
         for batch in options["engine_batches"]:
             measure_engine(report, models, text, batch, prompt, steps, rounds=2 if tiny else 3)
     report.finish()
@@ -103,8 +102,9 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tiny", action="store_true", help="a rehearsal at toy size, on any device")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 32, 128], help="in this order")
     parser.add_argument("--engine_batches", type=int, nargs="*", default=[1, 32], help="of the engine")
-    parser.add_argument("--captured", action="store_true", help="also with every step as a CUDA graph")
-    parser.add_argument("--only_captured", action="store_true", help="that alone")
+    parser.add_argument("--compiled", action="store_true", help="also with the compiled steps of transformers")
+    parser.add_argument("--only_compiled", action="store_true", help="that alone")
+    parser.add_argument("--trunk", choices=["gpt2", "1b"], default="gpt2", help="its size")
 
 
 def write_table(path: Path, num_rows: int, width: int) -> None:
@@ -120,28 +120,35 @@ def write_table(path: Path, num_rows: int, width: int) -> None:
         writer.finish()
 
 
-def trunk_of(width: int, layers: int) -> PreTrainedModel:
-    """A GPT-2 trunk with random weights; transformers' heads of 64 values."""
+def trunk_of(width: int, layers: int, heads: int) -> PreTrainedModel:
+    """A GPT-2 trunk with random weights."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model("gpt2", vocab_size=VOCAB_SIZE, n_embd=width, n_layer=layers, n_head=width // 64)
+    config = AutoConfig.for_model("gpt2", vocab_size=VOCAB_SIZE, n_embd=width, n_layer=layers, n_head=heads)
     with DEVICE:  # where random numbers come faster
         trunk = AutoModelForCausalLM.from_config(config)
     return trunk.to(DEVICE, DTYPE).eval()
 
 
-def build_all(vocabulary: FGramVocabulary, path: Path, width: int, layers: int) -> dict[str, PreTrainedModel]:
+def build_all(
+    vocabulary: FGramVocabulary, path: Path, width: int, layers: int, heads: int
+) -> dict[str, PreTrainedModel]:
     """All models by name, "plain" first; those with a table share nothing but the file."""
-    sizes = FGramModelConfig(width, layers, width // 64, 4 * width).to_dict()
+    sizes = FGramModelConfig(width, layers, heads, 4 * width).to_dict()
     placements = {"ram": "ram", "mmap": "mmap", "direct": "direct"}
     if DEVICE.type == "cuda":
         placements |= {"gpu": "gpu", "tiered": "gpu:100k,ram:400k,disk"}
-    models: dict[str, PreTrainedModel] = {"plain": trunk_of(width, layers), "doubled": trunk_of(width, 2 * layers)}
+    models: dict[str, PreTrainedModel] = {
+        "plain": trunk_of(width, layers, heads),
+        "doubled": trunk_of(width, 2 * layers, heads),
+    }
     for name, placement in placements.items():
-        model = SconeForCausalLM.from_trunk(trunk_of(width, layers), vocabulary, f_gram_model=None, learned_rows=1)
+        model = SconeForCausalLM.from_trunk(
+            trunk_of(width, layers, heads), vocabulary, f_gram_model=None, learned_rows=1
+        )
         model.f_gram_embedding = None
         model.attach_table(EmbeddingTable.open(path, placement, device=DEVICE))
         models[name] = model.eval()
-    live = SconeForCausalLM.from_trunk(trunk_of(width, layers), vocabulary, f_gram_model=sizes)
+    live = SconeForCausalLM.from_trunk(trunk_of(width, layers, heads), vocabulary, f_gram_model=sizes)
     models["live"] = live.to(DEVICE, DTYPE).eval()
     return models
 
@@ -246,126 +253,66 @@ def add_times(report: Report, milliseconds: dict[str, float], metric: str) -> No
         )
 
 
-def measure_captured(
+def measure_compiled(
     report: Report, models: dict[str, PreTrainedModel], text: Tensor, batch: int, prompt: int, steps: int, rounds: int
 ) -> None:
-    """The same with static caches and whole steps as CUDA graphs, where launching kernels costs nothing."""
-    calls: dict[str, tuple[CapturedCalls, StaticCache]] = {}
+    """The same over static caches, by the call that ``generate`` of transformers compiles."""
+    calls: dict[str, tuple[Callable[..., Any], StaticCache]] = {}
+    tokens = some_text(text, batch, prompt + steps, seed=0)
     for name, model in models.items():
         cache = StaticCache(getattr(model, "trunk", model).config, max_cache_len=prompt + steps)
-        calls[name] = CapturedCalls(model, **options_within_a_graph(None)), cache
-    tokens = some_text(text, batch, prompt + steps, seed=0)
-    for name, (call, cache) in list(calls.items()):  # compile and capture
-        try:
-            decode(models[name], tokens, prompt, cache, call=call)
+        call: Callable[..., Any] = model.get_compiled_call(None)
+        try:  # compile, and whatever is done once more
+            for _ in range(2):
+                decode(model, tokens, prompt, cache, call=call)
+                reset(cache)
         except Exception as error:  # of the compiler, or out of memory
-            _failed(report, calls, name, batch, str(error))
+            _failed(report, name, batch, str(error))
         else:
-            if DEVICE.type == "cuda" and not call.num_graphs:
-                _failed(report, calls, name, batch, "was not captured")
+            calls[name] = call, cache
     if "plain" not in calls:  # which all others are compared with
         return
-    for waits, metric in ((True, "captured_decode_ms"), (False, "queued_decode_ms")):
+    for waits, metric in ((True, "compiled_decode_ms"), (False, "queued_decode_ms")):
         taken: dict[str, list[float]] = {name: [] for name in calls}
         for turn in range(1, rounds + 1):
             tokens = some_text(text, batch, prompt + steps, seed=turn)
             for name, (call, cache) in calls.items():
-                with torch.inference_mode():
-                    cache.reset()
+                reset(cache)
                 taken[name].append(decode(models[name], tokens, prompt, cache, waits, call)[1] * 1e3)
         add_times(report, {name: statistics.median(times) for name, times in taken.items()}, f"{metric}_b{batch}")
-    for name, (call, cache) in calls.items():
-        with torch.inference_mode():
-            cache.reset()
-        steps_taken = timed_parts(models[name], call, some_text(text, batch, prompt + steps, 0), prompt, cache)
-        for part, values in zip(StepParts._fields, zip(*steps_taken, strict=True), strict=False):
-            report.add(f"captured_parts_us_b{batch}_{name}_{part}", "µs", statistics.median(values) * 1e6, ratio=None)
+
+
+@torch.inference_mode()
+def reset(cache: StaticCache) -> None:
+    """Empty a cache whose memory was made in inference mode."""
+    cache.reset()
 
 
 def measure_engine(
     report: Report, models: dict[str, PreTrainedModel], text: Tensor, batch: int, prompt: int, steps: int, rounds: int
 ) -> None:
-    """What users get: ``generate`` of the engine with all its bookkeeping, with CUDA graphs (not compiled) and without.
+    """What users get: ``generate`` of the engine with all its bookkeeping, nothing compiled.
 
     Milliseconds a new token, prefill included. The models go on from their own choices, which are no text.
     """
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"0": 0}, unk_token="0")))
-    for name, model in models.items():
-        taken: dict[bool, list[float]] = {True: [], False: []}
-        loaded = LoadedModel(model, getattr(getattr(model, "table_embedding", None), "table", None), None)
-        engines = {on: SconeInferenceEngine(loaded, tokenizer, cuda_graphs=on) for on in taken}
-        for turn in range(rounds + 1):
-            prompts = some_text(text, batch, prompt, seed=turn).tolist()
-            for on, engine in engines.items():
-                synchronize()
-                start = time.perf_counter()
-                engine.run([Continuation(ids, steps) for ids in prompts], GenerationOptions())
-                if turn:
-                    taken[on].append((time.perf_counter() - start) / steps * 1e3)
-        caches = engines[True]._step_caches
-        if DEVICE.type == "cuda" and not (caches and caches._calls.num_graphs):
-            _failed(report, {}, f"{name} in the engine", batch, "was not captured")
-            continue
-        ours, peer = (statistics.median(taken[on]) for on in (True, False))
-        report.add(f"engine_ms_b{batch}_{name}", "ms", ours, peer=peer, peer_name="no graphs", ratio="peer/ours")
+    taken: dict[str, list[float]] = {name: [] for name in models}
+    for turn in range(rounds + 1):
+        prompts = some_text(text, batch, prompt, seed=turn).tolist()
+        for name, model in models.items():
+            loaded = LoadedModel(model, getattr(getattr(model, "table_embedding", None), "table", None), None)
+            engine = SconeInferenceEngine(loaded, tokenizer)
+            synchronize()
+            start = time.perf_counter()
+            engine.run([Continuation(ids, steps) for ids in prompts], GenerationOptions())
+            if turn:
+                taken[name].append((time.perf_counter() - start) / steps * 1e3)
+    add_times(report, {name: statistics.median(times) for name, times in taken.items()}, f"engine_ms_b{batch}")
 
 
-def _failed(report: Report, calls: dict[str, Any], name: str, batch: int, why: str) -> None:
-    calls.pop(name, None)
-    report.config["failed"].append(f"captured {name} at batch {batch}: {why.partition(chr(10))[0]}")
+def _failed(report: Report, name: str, batch: int, why: str) -> None:
+    report.config["failed"].append(f"compiled {name} at batch {batch}: {why.partition(chr(10))[0]}")
     print(report.config["failed"][-1], flush=True)
-
-
-class StepParts(NamedTuple):
-    """Seconds of one captured step for whose choice the host waits: until its launch begins, of the launch, of the
-    GPU from there to the last kernel, and from choice to choice.
-    """
-
-    before: float
-    launch: float
-    gpu: float
-    whole: float
-
-
-class TimedGraph:
-    """A captured step's graph that notes when it was launched, and when the GPU began and ended."""
-
-    def __init__(self, graph: torch.cuda.CUDAGraph) -> None:
-        self._graph = graph
-        self.began, self.ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        self.launched = (0.0, 0.0)
-
-    def replay(self) -> None:
-        self.began.record()
-        start = time.perf_counter()
-        self._graph.replay()
-        self.launched = (start, time.perf_counter())
-        self.ended.record()
-
-
-@torch.inference_mode()
-def timed_parts(
-    model: PreTrainedModel, call: CapturedCalls, tokens: Tensor, prompt: int, cache: StaticCache
-) -> list[StepParts]:
-    """Where the time of each step goes, of those that are graphs (none on a CPU)."""
-    timed = []
-    for step in [step for kept in call._kept.values() for step in kept.steps.values()]:
-        if step.graph is not None:
-            step.graph = TimedGraph(step.graph)  # type: ignore[assignment]
-            timed.append(step.graph)
-    model(input_ids=tokens[:, :prompt], past_key_values=cache, use_cache=True, logits_to_keep=1)
-    synchronize()
-    parts = []
-    for place in range(prompt, tokens.shape[1] if len(timed) == 1 else prompt):
-        start = time.perf_counter()
-        following = tokens[:, place : place + 1]
-        logits = call(input_ids=following, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-        logits[:, -1].argmax(-1).cpu()
-        end = time.perf_counter()
-        began, returned = timed[0].launched
-        gpu = timed[0].began.elapsed_time(timed[0].ended) / 1e3
-        parts.append(StepParts(began - start, returned - began, gpu, end - start))
-    return parts
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from scone.configs.loading import from_mapping, save_options
 from scone.configs.schema import SconeOptions
 from scone.data.collator import Collator
 from scone.data.dataset import BlockDataset
-from scone.evaluation.experiment import count_once
+from scone.evaluation.sweep import count_once
 from scone.inference.embedding_table import EmbeddingTable
 from scone.inference.precompute import ROWS_PER_BATCH_UNIT
 from scone.training.run import build_model

@@ -32,13 +32,13 @@ from scone.data.collator import Collator
 from scone.data.dataset import BlockDataset
 from scone.data.token_file import TokenFile
 from scone.models.accounting import f_gram_forward_flops, training_flops, trunk_forward_flops
-from scone.models.f_gram_model import FGramModel, FGramModelConfig, padded_f_gram_model
+from scone.models.f_gram_config import FGramModelConfig
+from scone.models.f_gram_model import FGramModel, padded_f_gram_model
 from scone.models.language_model import SconeForCausalLM
 from scone.tokenization.counting import count_f_grams
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 from scone.training.compilation import compile_for_training
-from scone.training.optimizer import AdamWWithRows
-from scone.training.trainer import learned_rows
+from scone.training.optimizer import AdamWWithRows, learned_rows
 
 VOCAB_SIZE = 50_257
 """Of the trunk's head, GPT-2's, whatever the tokenizer of the tokens is."""

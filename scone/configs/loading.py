@@ -11,6 +11,7 @@ from typing import Any
 
 from scone.configs.flags import build_parser, flag_values
 from scone.configs.plain_yaml import load_plain_yaml
+from scone.configs.presets import MODERN_RECIPE, MODERN_TRUNK
 from scone.configs.schema import SECTIONS, SconeOptions
 from scone.configs.values import convert, entries, shortened, shown
 from scone.utils.command_line import did_you_mean, is_first_process
@@ -127,6 +128,8 @@ def merge(layers: Sequence[Layer], defaults: Mapping[str, Any] | None = None) ->
             values.update(dict.fromkeys(stale))
             setter.update(dict.fromkeys(stale, 0))
             values[name], setter[name] = value, index
+    if values["model.base_model_name"] == MODERN_TRUNK and values["model.init"] == "scratch":
+        values |= {name: value for name, value in MODERN_RECIPE.items() if setter[name] == 0}
     _check_together(values)
     given = {name: sources[index] for name, index in setter.items() if index > 0}
     return _build(values, given), notices

@@ -41,6 +41,22 @@ F_GRAM_CONFIGURATIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 """Name ("small-100k") → dotted option name → value."""
 
 
+MODERN_TRUNK = "scone-modern"
+"""Rotary positions, RMSNorm, normalised queries and keys, SwiGLU, no biases, output projections that start at zero."""
+MODERN_RECIPE: Mapping[str, Any] = MappingProxyType(
+    {
+        "data.min_freq": 3,
+        "model.input_norm": True,
+        "training.optimizer": "muon",
+        "training.learning_rate": 2e-3,
+        "training.lr_scheduler_type": "cosine",
+        "training.warmup_steps": 100,
+        "training.weight_decay": 0.1,
+    }
+)
+"""What is not given of these has these values where that trunk is trained from scratch (docs/experiments)."""
+
+
 @dataclass(frozen=True)
 class TrunkConfiguration:
     """An architecture by its ``model_type`` in transformers and the ``fields`` of its configuration."""
@@ -164,6 +180,7 @@ TRUNK_CONFIGURATIONS: Mapping[str, TrunkConfiguration] = MappingProxyType(
         "Qwen/Qwen2-0.5B": _qwen2(131072),
         "Qwen/Qwen2.5-0.5B": _qwen2(32768),
         "meta-llama/Llama-3.2-1B": _LLAMA_3_1B,
+        f"scone/{MODERN_TRUNK}": TrunkConfiguration("qwen3", _grouped(512, 8, 8, 8, 1408, 2048) | {"head_dim": 64}),
     }
 )
 """Hub name → architecture, for training from scratch where the hub cannot be reached."""

@@ -9,9 +9,8 @@ from typing import Any
 
 from scone.utils.text import parse_bytes
 
-SMALLEST_ROWS_LEARNING_RATE = 1e-3
-"""Learned rows start at zero and each is updated in few steps, so a smaller rate would leave them near zero. Which rate
-suits them depends on the tokens per f-gram (docs/experiments/rows-rate.md)."""
+ROWS_LEARNING_RATE = 1e-3
+"""Of the learned rows: the root mean square of a row-RMS step, whatever the trunk's (docs/experiments/recipe.md)."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +86,8 @@ class FGramModelOptions:
         None, "width of the f-gram model (default: the trunk's)", minimum=1, flag="f_gram_hidden_size"
     )
     num_hidden_layers: int | None = option(
-        None,
-        "layers of the f-gram model (default: the trunk's; 0: no f-gram model, learned rows only)",
+        0,
+        "layers of the f-gram model (none: as many as the trunk; 0: no f-gram model, learned rows only)",
         minimum=0,
         flag="f_gram_num_hidden_layers",
     )
@@ -125,7 +124,9 @@ class ModelOptions:
     """The trunk, its tokenizer and its input embeddings. Sizes left at none are those of base_model_name."""
 
     base_model_name: str = option(
-        "gpt2", "the trunk: any Hugging Face causal language model, by hub name or local folder"
+        "gpt2",
+        "the trunk: any Hugging Face causal language model, by hub name or local folder; scone-modern: a trunk of "
+        "Qwen3's form, of any size, with settings for training from scratch (Muon, cosine, --input_norm)",
     )
     init: str = option(
         "scratch", "start from random (scratch) or from pretrained weights", choices=("scratch", "pretrained")
@@ -144,8 +145,8 @@ class ModelOptions:
         choices=("add", "replace", "gate"),
     )
     learned_rows: int = option(
-        100_000,
-        "number of f-grams, the most frequent first, that also get a learned row (0: none)",
+        1_000_000,
+        "number of f-grams, the most frequent first, that get a learned row (0: none)",
         unit="rows",
         minimum=0,
     )
@@ -174,6 +175,10 @@ class ModelOptions:
     )
     embedding_scale: float = option(
         1.0, "factor by which the input embeddings are multiplied, before position embeddings are added", minimum=0
+    )
+    input_norm: bool = option(
+        False,
+        "normalise the input embeddings before the trunk (RMSNorm with a learned gain), with or without f-grams",
     )
     f_gram: FGramModelOptions = field(default_factory=FGramModelOptions)
     hidden_size: int | None = option(None, "width of the trunk (default: base_model_name's)", minimum=1)
@@ -229,7 +234,7 @@ class TrainingOptions:
         None, "peak learning rate of the f-gram model (default: learning_rate)", minimum=0
     )
     rows_learning_rate: float | None = option(
-        None, "peak learning rate of the learned rows (default: learning_rate, at least 1e-3)", minimum=0
+        None, f"peak learning rate of the learned rows (default: {ROWS_LEARNING_RATE:g})", minimum=0
     )
     f_gram_dropout: float = option(
         0.0,
@@ -242,6 +247,11 @@ class TrainingOptions:
         "steps over which the length of the f-grams used in training grows from 2 to max_n",
         unit="steps",
         minimum=0,
+    )
+    optimizer: str = option(
+        "adamw",
+        "optimizer of the trunk's matrices; muon takes learning rates like AdamW's (torch 2.9 or later)",
+        choices=("adamw", "muon"),
     )
     weight_decay: float = option(0.01, "weight decay of weight matrices", minimum=0)
     warmup_steps: int = option(0, "steps of learning rate warm-up", unit="steps", minimum=0)
@@ -283,7 +293,6 @@ class InferenceOptions:
 
     use_memory_map: bool = option(False, "stream the embedding table to and from disk, with bounded memory")
     batch_size: int = option(32, "sequences per batch (f-grams, when precomputing)", minimum=1)
-    cuda_graphs: bool = option(True, "generating on a GPU: launch each decoding step as one CUDA graph")
 
 
 @dataclass

@@ -58,6 +58,7 @@ class Collator:
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Items with ``input_ids`` int64 [≤ T], and in training their ``place`` → a batch.
 
+        An item of several examples has ``position_ids`` too, which start again with each; so has the batch then.
         It has ``input_ids`` and ``labels`` [B, T], ``attention_mask`` [B, T] only where a block is short (without one,
         attention takes its fastest path), and ``trie`` (see ``TrieBatch``; of hashed n-grams what
         ``HashedGrams.lookups`` gives).
@@ -74,18 +75,28 @@ class Collator:
         batch: dict[str, Any] = {"input_ids": torch.from_numpy(tokens), "labels": torch.from_numpy(labels)}
         if not mask.all():
             batch["attention_mask"] = torch.from_numpy(mask.astype(np.int64))
+        starts = None
+        if any("position_ids" in item for item in items):
+            positions = np.zeros_like(tokens)
+            for row, item in enumerate(items):
+                length = len(blocks[row])
+                positions[row, :length] = item.get("position_ids", range(length))
+            batch["position_ids"] = torch.from_numpy(positions)
+            starts = np.diff(positions, axis=1, prepend=positions[:, :1] - 1) != 1
         if self.matcher is not None:
             places = [item["place"] for item in items if "place" in item]
-            batch["trie"] = self._trie(tokens, mask, places)
+            batch["trie"] = self._trie(tokens, mask, starts, places)
         elif self.hashed is not None:
-            batch["trie"] = self.hashed.lookups(self.hashed.rows(tokens, mask), torch.from_numpy)
+            batch["trie"] = self.hashed.lookups(self.hashed.rows(tokens, mask, starts), torch.from_numpy)
         return batch
 
-    def _trie(self, tokens: np.ndarray, mask: np.ndarray, places: Sequence[Place]) -> dict[str, Any]:
+    def _trie(
+        self, tokens: np.ndarray, mask: np.ndarray, starts: np.ndarray | None, places: Sequence[Place]
+    ) -> dict[str, Any]:
         assert self.matcher is not None
         vocabulary = self.matcher.vocabulary
         # one thread: the workers already share out the cores, and a forked worker must not start a thread pool
-        nodes = self.matcher.match(tokens, mask, num_threads=1)
+        nodes = self.matcher.match(tokens, mask, num_threads=1, starts=starts)
         if self.use is not None and places:
             nodes = self.use.used(nodes, tokens, places, vocabulary)
         trie = build_trie_batch(

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
 from scone.data.token_file import token_type
 from scone.tokenization.tokenizers import one_thread_per_call, vocabulary_size
+from scone.utils.threads import map_in_order
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -53,6 +52,13 @@ class CorpusEncoder:
             for text in texts
         ]
 
+    def encode_batches(
+        self, batches: Iterable[tuple[list[str], T]], num_threads: int
+    ) -> Iterator[tuple[list[np.ndarray], T]]:
+        """``encode`` of each batch's texts, with what came with the batch, in order; a few batches are under way."""
+        with one_thread_per_call():
+            yield from map_in_order(lambda batch: (self.encode(batch[0]), batch[1]), batches, num_threads)
+
 
 def short_pieces(text: str) -> Iterator[str]:
     """``text`` in pieces of about 1 Mi characters, cut before single spaces or after single line ends where it can.
@@ -67,22 +73,3 @@ def short_pieces(text: str) -> Iterator[str]:
         yield text[start:end]
         start = end
     yield text[start:]
-
-
-def map_in_order(
-    function: Callable[[list[str]], list[np.ndarray]], batches: Iterable[tuple[list[str], T]], num_threads: int
-) -> Iterator[tuple[list[np.ndarray], T]]:
-    """``function`` of each batch's texts, with what came with the batch, in order; 2 batches a thread are under way."""
-    with one_thread_per_call(), ThreadPoolExecutor(num_threads) as pool:
-        waiting: deque[tuple[Future[list[np.ndarray]], T]] = deque()
-        try:
-            for texts, note in batches:
-                waiting.append((pool.submit(function, texts), note))
-                if len(waiting) > 2 * num_threads:
-                    future, done_note = waiting.popleft()
-                    yield future.result(), done_note
-            while waiting:
-                future, done_note = waiting.popleft()
-                yield future.result(), done_note
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import filelock
 
 import scone
-from scone.data.encoding import CorpusEncoder, map_in_order
+from scone.data.encoding import CorpusEncoder
 from scone.data.sources import Group, Source, empty_split, open_documents, open_source, plan
 from scone.data.splits import ALL, SPLITS
 from scone.data.token_file import METADATA_NAME, TokenFile, TokenFileWriter
@@ -232,7 +232,7 @@ class _Job:
         try:
             with progress(total, "B", f"tokenise {self.source.name}", self.quiet) as bar:
                 batches = self._batches(position, bar.update)
-                for arrays, (texts, position) in map_in_order(encoder.encode, batches, self.num_threads):
+                for arrays, (texts, position) in encoder.encode_batches(batches, self.num_threads):
                     for tokens, text in zip(arrays, texts, strict=True):
                         writers[rule(text)].add_document(tokens)
                     uncommitted += sum(map(len, texts))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,25 +12,28 @@ import numpy as np
 import torch
 
 from scone.data.prepare import prepare_corpus
-from scone.evaluation import measure
-from scone.evaluation.benchmark_config import BaselineEntry, BenchmarkConfig, DatasetEntry, ModelEntry
+from scone.evaluation.benchmark_config import BaselineEntry, BenchmarkConfig, ModelEntry
+from scone.evaluation.measure import flops_per_token, training_only_parameters
 from scone.evaluation.perplexity import perplexity
-from scone.evaluation.results import PLAIN, STEM, RunResult, write_report
+from scone.evaluation.report import write_report
+from scone.evaluation.results import OVER_ENCODING, PLAIN, STEM, RunResult, kind_of_parts
 from scone.evaluation.speed import measure_speed
-from scone.evaluation.text_size import text_size
+from scone.evaluation.text_size import sizes_of
 from scone.inference.loading import LoadedModel, choose_device, load_model, position_limit
-from scone.inference.quantization import check_quantization
+from scone.inference.quantization import check_quantization, model_bytes
 from scone.models.accounting import f_gram_model_parameters, parameter_counts
 from scone.models.language_model import SconeForCausalLM
 from scone.models.over_encoding import OverEncodingForCausalLM
 from scone.tokenization.tokenizers import load_tokenizer
+from scone.utils.environment import environment
 from scone.utils.errors import SconeError
+from scone.utils.peak_memory import PeakMemory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from scone.data.token_file import TokenFile
-    from scone.inference.embedding_table import EmbeddingTable
+    from scone.tokenization.matcher import Matcher
 
 
 @dataclass(frozen=True)
@@ -55,10 +58,6 @@ class Subject:
     loaded: LoadedModel
     tokenizer: PreTrainedTokenizerBase
 
-    @property
-    def model(self) -> PreTrainedModel:
-        return self.loaded.model
-
 
 def run_benchmark(
     config: BenchmarkConfig, output_dir: Path, settings: BenchmarkSettings, say: Callable[[str], None] = print
@@ -69,35 +68,15 @@ def run_benchmark(
     table is missing is measured live.
     Raises SconeError when no model could be measured.
     """
-    torch.manual_seed(settings.seed)
-    missing: list[dict[str, str]] = []
-    results: list[RunResult] = []
-    for wanted in settings.quantizations:
-        check_quantization(wanted)
-    forms: tuple[str | None, ...] = (None, *settings.quantizations)
-    for found, quantization in product(config.entries, forms):
-        entry = found if quantization is None else replace(found, name=f"{found.name} {quantization}")
-        say(f"{entry.name}")
-        try:
-            results.append(_measure_entry(entry, quantization, config, settings, missing, say))
-        except SconeError as error:
-            missing.append({"what": entry.name, "why": str(error)})
-            say(f"    left out: {error}")
-        except torch.OutOfMemoryError:
-            missing.append({"what": entry.name, "why": "the accelerator's memory is too small for it"})
-            say("    left out: the accelerator's memory is too small for it")
-    if not results:
-        raise SconeError(
-            f"nothing could be measured: {len(missing)} of {len(missing)} models are missing "
-            f"(the first: {missing[0]['why']}); train them or change the paths in the configuration"
-        )
+    benchmark = Benchmark(config, settings, say)
+    results = benchmark.run()
     facts = {
-        "machine": measure.describe_machine(),
+        "machine": environment(),
         "config": asdict(config),
         "settings": asdict(settings),
         "notes": _notes(config, settings),
     }
-    write_report(results, output_dir, facts=facts, missing=missing)
+    write_report(results, output_dir, facts=facts, missing=benchmark.missing)
     return results
 
 
@@ -118,167 +97,166 @@ def _notes(config: BenchmarkConfig, settings: BenchmarkSettings) -> list[str]:
     ]
 
 
-def _load(
-    entry: ModelEntry | BaselineEntry,
-    quantization: str | None,
-    settings: BenchmarkSettings,
-    missing: list[dict[str, str]],
-    say: Callable[[str], None],
-) -> Subject:
-    """Raises SconeError where the model is missing; one whose table is missing is measured live."""
-    if isinstance(entry, BaselineEntry):
-        path, table = entry.model_name, None
-    else:
-        path, table = entry.model_path, entry.embedding_cache_path
-    if table is not None and not Path(table).exists() and Path(path).is_dir():
-        why = f"found no file {table}; the model is measured with its f-gram model running live; make it with "
-        why += f"scone precompute --model_path {path} --output_path {table}"
-        missing.append({"what": f"the table of {entry.name}", "why": why})
-        say(f"    without its table: {why}")
-        table = None
-    loaded = load_model(path, table, settings.placement, settings.device, quantization)
-    return Subject(entry.name, path, loaded, load_tokenizer(path))
+@dataclass
+class Benchmark:
+    """Measures models one after the other and keeps account of what is missing.
 
+    ``matcher`` groups the losses of all models by the same f-grams, plain ones too (None: by each model's own).
+    """
 
-def _measure_entry(
-    entry: ModelEntry | BaselineEntry,
-    quantization: str | None,
-    config: BenchmarkConfig,
-    settings: BenchmarkSettings,
-    missing: list[dict[str, str]],
-    say: Callable[[str], None],
-) -> RunResult:
-    """Load one model and measure everything; nothing of it stays in memory. Raises SconeError when it cannot be."""
-    with measure.PeakMemory(choose_device(settings.device)) as peak:
-        subject = _load(entry, quantization, settings, missing, say)
-        texts = _texts(subject, config.dataset_configs, settings, missing, say)
-        result = _measure(subject, entry, config, texts, settings, missing, say)
-    result.peak_process_bytes, result.peak_accelerator_bytes = peak.process_bytes, peak.accelerator_bytes
-    return result
+    config: BenchmarkConfig
+    settings: BenchmarkSettings
+    say: Callable[[str], None] = print
+    matcher: Matcher | None = None
+    missing: list[dict[str, str]] = field(default_factory=list)
 
+    def run(self) -> list[RunResult]:
+        """A result for every model that can be measured. Raises SconeError when there is none."""
+        torch.manual_seed(self.settings.seed)
+        results: list[RunResult] = []
+        for wanted in self.settings.quantizations:
+            check_quantization(wanted)
+        forms: tuple[str | None, ...] = (None, *self.settings.quantizations)
+        for found, quantization in product(self.config.entries, forms):
+            entry = found if quantization is None else replace(found, name=f"{found.name} {quantization}")
+            self.say(f"{entry.name}")
+            try:
+                results.append(self._measured(entry, quantization))
+            except SconeError as error:
+                self._leave_out(entry.name, str(error))
+            except torch.OutOfMemoryError:
+                self._leave_out(entry.name, "the accelerator's memory is too small for it")
+        if not results:
+            raise SconeError(
+                f"nothing could be measured: {len(self.missing)} of {len(self.missing)} models are missing "
+                f"(the first: {self.missing[0]['why']}); train them or change the paths in the configuration"
+            )
+        return results
 
-def _measure(
-    subject: Subject,
-    entry: ModelEntry | BaselineEntry,
-    config: BenchmarkConfig,
-    texts: Mapping[str, TokenFile],
-    settings: BenchmarkSettings,
-    missing: list[dict[str, str]],
-    say: Callable[[str], None],
-) -> RunResult:
-    model, table = subject.model, subject.loaded.table
-    limit = position_limit(model)
-    lengths = [length for length in config.sequence_lengths if limit is None or length <= limit]
-    for length in sorted(set(config.sequence_lengths) - set(lengths)):
-        missing.append({"what": f"{subject.name} at {length} tokens", "why": f"the model has {limit} positions"})
-    window = max(lengths, default=limit or 512)
-    text = next(iter(texts.values()), None)
-    if text is None:  # no text: any tokens will do for the speed, though fewer f-grams match
-        sample = np.random.default_rng(settings.seed).integers(0, model.config.get_text_config().vocab_size, 1 << 16)
-    else:
-        sample = text.tokens
-    result = RunResult(
-        subject.name,
-        kind_of(model),
-        f_gram_model_size=getattr(entry, "f_gram_model_size", None),
-        resident_bytes=measure.resident_bytes(model),
-        table_bytes=table.num_rows * table.row_bytes if table is not None else None,
-        table_memory_bytes=table.memory.ram + table.memory.mapped if table is not None else None,
-        facts={"entry": asdict(entry)} | _served(model, table),
-        **_sizes(subject, model),
-    )
-    if subject.loaded.quantization:
-        result.facts["quantization"] = str(subject.loaded.quantization)
-    flops = measure.flops_per_token(model, batch_of(sample, max(config.batch_sizes), window))
-    result.inference_flops_per_token = flops.pop("inference_flops_per_token")
-    result.training_flops_per_token = flops.pop("training_flops_per_token")
-    result.facts |= flops
-    for name, file in texts.items():
-        result.perplexity[name] = _perplexity(subject, file, window, config, settings)
-        predicted = result.perplexity[name]["num_predicted"]
-        say(f"    {name}: perplexity {result.perplexity[name]['perplexity']:.3f} ({predicted:,} tokens)")
-    for batch_size in config.batch_sizes:
-        for length in lengths:
+    def _leave_out(self, what: str, why: str) -> None:
+        self.missing.append({"what": what, "why": why})
+        self.say(f"    {what} left out: {why}")
+
+    def _measured(self, entry: ModelEntry | BaselineEntry, quantization: str | None) -> RunResult:
+        """Load one model and measure everything; nothing of it stays in memory. Raises SconeError if it cannot be."""
+        with PeakMemory(choose_device(self.settings.device)) as peak:
+            subject = self._load(entry, quantization)
+            result = self._measure(subject, entry, self._texts(subject))
+        result.peak_process_bytes, result.peak_accelerator_bytes = peak.process_bytes, peak.accelerator_bytes
+        return result
+
+    def _load(self, entry: ModelEntry | BaselineEntry, quantization: str | None) -> Subject:
+        """Raises SconeError where the model is missing; one whose table is missing is measured live."""
+        if isinstance(entry, BaselineEntry):
+            path, table = entry.model_name, None
+        else:
+            path, table = entry.model_path, entry.embedding_cache_path
+        if table is not None and not Path(table).exists() and Path(path).is_dir():
+            why = f"found no file {table}; the model is measured with its f-gram model running live; make it with "
+            self._leave_out(
+                f"the table of {entry.name}", f"{why}scone precompute --model_path {path} --output_path {table}"
+            )
+            table = None
+        loaded = load_model(path, table, self.settings.placement, self.settings.device, quantization)
+        return Subject(entry.name, path, loaded, load_tokenizer(path))
+
+    def _texts(self, subject: Subject) -> dict[str, TokenFile]:
+        """The token file of each data set that can be had."""
+        found: dict[str, TokenFile] = {}
+        for dataset in self.config.dataset_configs:
+            try:
+                found[dataset.name] = prepare_corpus(
+                    dataset.dataset_name,
+                    subject.tokenizer,
+                    dataset_config_name=dataset.dataset_config_name,
+                    text_column=dataset.text_column,
+                    splits=(dataset.split,),
+                    cache_dir=self.settings.cache_dir,
+                )[dataset.split]
+            except SconeError as error:
+                self._leave_out(f"{dataset.name} for {subject.name}", str(error))
+        return found
+
+    def _measure(
+        self, subject: Subject, entry: ModelEntry | BaselineEntry, texts: Mapping[str, TokenFile]
+    ) -> RunResult:
+        model, config = subject.loaded.model, self.config
+        limit = position_limit(model)
+        lengths = [length for length in config.sequence_lengths if limit is None or length <= limit]
+        for length in sorted(set(config.sequence_lengths) - set(lengths)):
+            self._leave_out(f"{subject.name} at {length} tokens", f"the model has {limit} positions")
+        window = max(lengths, default=limit or 512)
+        text = next(iter(texts.values()), None)
+        if text is None:  # no text: any tokens will do for the speed, though fewer f-grams match
+            vocab_size = model.config.get_text_config().vocab_size
+            sample = np.random.default_rng(self.settings.seed).integers(0, vocab_size, 1 << 16)
+        else:
+            sample = text.tokens
+        result = _sized(subject, entry)
+        flops = flops_per_token(model, batch_of(sample, max(config.batch_sizes), window))
+        result.inference_flops_per_token = flops.pop("inference_flops_per_token")
+        result.training_flops_per_token = flops.pop("training_flops_per_token")
+        result.facts |= flops
+        for name, file in texts.items():
+            found = result.perplexity[name] = self._perplexity(subject, file, window)
+            self.say(f"    {name}: perplexity {found['perplexity']:.3f} ({found['num_predicted']:,} tokens)")
+        for batch_size, length in product(config.batch_sizes, lengths):
             speed = measure_speed(model, batch_of(sample, batch_size, length), config.num_runs, config.warmup_runs)
             result.speed.append({"batch_size": batch_size, "sequence_length": length} | speed)
             decoded = speed.get("decode_tokens_per_second")
-            say(
+            self.say(
                 f"    batch {batch_size}, {length} tokens: prefill {speed['prefill_tokens_per_second']:,.0f} tokens/s"
                 + (f", decode {decoded:,.0f} tokens/s" if decoded else "")
             )
-    return result
+        return result
+
+    def _perplexity(self, subject: Subject, file: TokenFile, window: int) -> dict[str, Any]:
+        tokens = file.tokens[: self.settings.max_tokens]
+        model = subject.loaded.model
+        result = perplexity(
+            model,
+            tokens,
+            window,
+            max(self.config.batch_sizes),
+            matcher=self.matcher or getattr(model, "matcher", None),
+            separator_id=file.separator_id,
+            **sizes_of(subject.tokenizer, tokens),
+        )
+        return result.to_dict() | {"window_losses": result.window_losses}
 
 
-def _served(model: PreTrainedModel, table: EmbeddingTable | None) -> dict[str, str]:
-    if not isinstance(model, SconeForCausalLM):
-        return {}
-    return {"served": "live" if table is None else "table"}
-
-
-def _sizes(subject: Subject, model: PreTrainedModel) -> dict[str, Any]:
-    """Numbers of f-grams and parameters; what only training needs is looked up where a table serves."""
+def _sized(subject: Subject, entry: ModelEntry | BaselineEntry) -> RunResult:
+    """What is known before anything runs; what only training needs is looked up where a table serves."""
+    model, table = subject.loaded.model, subject.loaded.table
     parameters = parameter_counts(model).to_dict()
-    if subject.loaded.table is not None:
-        parameters["training_only"] = measure.training_only_parameters(subject.path) or 0
-    return {
-        "parameters": parameters,
-        "num_f_grams": getattr(model.config, "num_f_grams", None),
-        "f_gram_model_parameters": f_gram_model_parameters(model.config),
-    }
+    facts: dict[str, Any] = {"entry": asdict(entry)}
+    if table is not None:
+        parameters["training_only"] = training_only_parameters(subject.path) or 0
+    if isinstance(model, SconeForCausalLM):
+        facts["served"] = "live" if table is None else "table"
+    if subject.loaded.quantization:
+        facts["quantization"] = str(subject.loaded.quantization)
+    return RunResult(
+        subject.name,
+        kind_of(model),
+        num_f_grams=getattr(model.config, "num_f_grams", None),
+        f_gram_model_parameters=f_gram_model_parameters(model.config),
+        f_gram_model_size=getattr(entry, "f_gram_model_size", None),
+        parameters=parameters,
+        resident_bytes=model_bytes(model),
+        table_bytes=table.num_rows * table.row_bytes if table is not None else None,
+        table_memory_bytes=table.memory.ram + table.memory.mapped if table is not None else None,
+        facts=facts,
+    )
 
 
 def kind_of(model: PreTrainedModel) -> str:
     """The model's input embedding in words."""
     if isinstance(model, OverEncodingForCausalLM):
-        return "over-encoding"
+        return OVER_ENCODING
     if not isinstance(model, SconeForCausalLM):
         return PLAIN
-    parts = ["f-gram model"] if model.config.f_gram_model is not None else []
-    return " + ".join(parts + (["learned rows"] if model.config.learned_rows else []))
-
-
-def _perplexity(
-    subject: Subject, file: TokenFile, window: int, config: BenchmarkConfig, settings: BenchmarkSettings
-) -> dict[str, Any]:
-    tokens = file.tokens[: settings.max_tokens]
-    size = text_size(subject.tokenizer, tokens)
-    return perplexity(
-        subject.model,
-        tokens,
-        window,
-        max(config.batch_sizes),
-        matcher=getattr(subject.model, "matcher", None),
-        num_bytes=size.num_bytes if size else None,
-        num_words=size.num_words if size else None,
-        separator_id=file.separator_id,
-    ).to_dict()
-
-
-def _texts(
-    subject: Subject,
-    datasets: Sequence[DatasetEntry],
-    settings: BenchmarkSettings,
-    missing: list[dict[str, str]],
-    say: Callable[[str], None],
-) -> dict[str, TokenFile]:
-    """The token file of each data set that can be had."""
-    found: dict[str, TokenFile] = {}
-    for dataset in datasets:
-        try:
-            splits = prepare_corpus(
-                dataset.dataset_name,
-                subject.tokenizer,
-                dataset_config_name=dataset.dataset_config_name,
-                text_column=dataset.text_column,
-                splits=(dataset.split,),
-                cache_dir=settings.cache_dir,
-            )
-        except SconeError as error:
-            missing.append({"what": f"{dataset.name} for {subject.name}", "why": str(error)})
-            say(f"    {dataset.name} left out: {error}")
-            continue
-        found[dataset.name] = splits[dataset.split]
-    return found
+    return kind_of_parts(model.config.f_gram_model is not None, bool(model.config.learned_rows))
 
 
 def batch_of(tokens: np.ndarray, batch_size: int, length: int) -> np.ndarray:

@@ -1,54 +1,53 @@
-"""The whole method on one corpus: train plain and SCONE alike, precompute, evaluate, generate, report."""
+"""The whole method on one corpus: train plain and SCONE alike, precompute, benchmark both, generate, report."""
 
 from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 import scone
 from scone.data.prepare import prepare_corpus
-from scone.evaluation import measure
-from scone.evaluation.demo_facts import comparison, corpus_facts, f_gram_facts, model_facts, training_facts
+from scone.data.token_file import TokenFile
+from scone.evaluation.benchmark import Benchmark, BenchmarkSettings
+from scone.evaluation.benchmark_config import BaselineEntry, BenchmarkConfig, DatasetEntry, ModelEntry
 from scone.evaluation.demo_options import TRUNK_FOLDER, DemoOptions, model_options, trunk_configuration
-from scone.evaluation.perplexity import PerplexityResult, perplexity
-from scone.evaluation.report import render_report, verdict
-from scone.evaluation.text_size import text_bytes
+from scone.evaluation.demo_page import render_demo, summary
+from scone.evaluation.perplexity import paired_difference, perplexity
+from scone.evaluation.report import write_text
+from scone.evaluation.results import RunResult
+from scone.evaluation.sweep import train_or_resume
 from scone.inference.engine import GenerationOptions, SconeInferenceEngine
 from scone.inference.loading import load_model
 from scone.inference.precompute import precompute_table
+from scone.tokenization.coverage import match_statistics
+from scone.tokenization.f_gram_vocabulary import FGramVocabulary
+from scone.tokenization.matcher import Matcher
 from scone.tokenization.tokenizers import vocabulary_size
-from scone.training.run import TRAINING_LOG_FILE, Corpus, build_model, prepare_run_corpus, run_vocabulary, train
+from scone.training.run import TRAINING_LOG_FILE, Corpus, build_model, prepare_run_corpus, run_vocabulary
 from scone.training.run_folder import FINAL_MODEL, OPTIONS_FILE
-from scone.training.trainer import complete_checkpoints
+from scone.utils.environment import environment
 from scone.utils.errors import SconeError
-from scone.utils.files import atomic_path, read_json, write_json
+from scone.utils.files import read_json, write_json
 from scone.utils.text import human_bytes, human_count
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from scone.data.token_file import TokenFile
-
 NAMES = {"plain": "plain", "scone": "SCONE"}
-TABLE_FILE = "embeddings.cache"
-PLAN_FILE = "plan.json"
+TABLE_FILE, PLAN_FILE, TEXT = "embeddings.cache", "plan.json", "held-out text"
 SAMPLING = {"temperature": 0.7, "top_p": 0.9, "max_new_tokens": 96}
-NUM_SAMPLES = 3
-PROMPT_TOKENS = 24
+NUM_SAMPLES, PROMPT_TOKENS, NUM_EXAMPLES = 3, 24, 9
 LIVE_CHECK_TOKENS = 16_384
 MIN_STEPS = 20
 SCONE_STEP_COST = 1.5  # a SCONE training step in plain steps, roughly; only used to fit the run into the minutes
-TRAINING_SHARE = 0.8  # of the minutes; the rest is counting, precomputing, evaluating
+TRAINING_SHARE = 0.8  # of the minutes; the rest is counting, precomputing, measuring
 
 
 @dataclass
@@ -83,67 +82,65 @@ def run_demo(options: DemoOptions, say: Callable[[str], None] = print) -> Path:
     Raises SconeError: bad corpus, a folder that holds something else, a corpus too small to train on.
     """
     run = DemoRun(options, say)
-    claim_folder(run.folder)
-    write_json(run.folder / TRUNK_FOLDER / "config.json", trunk_configuration(options))
+    _claim_folder(run.folder)
+    write_json(run.folder / TRUNK_FOLDER / "config.json", trunk_configuration(options))  # no hub is asked for one
     say(f"SCONE demo: {options.data} → {run.folder}/")
     with run.step("Tokens: train a tokenizer, encode the corpus") as notes:
         corpus = prepare_run_corpus(model_options(options, "scone"), quiet=True)
-        splits = prepare_splits(options, corpus)
+        splits = _prepare_splits(options, corpus)
         notes.append(", ".join(f"{name} {human_count(file.num_tokens)}" for name, file in splits.items()) + " tokens")
     with run.step("f-grams: count every n-gram, keep the most frequent") as notes:
-        vocabulary = run_vocabulary(
-            model_options(options, "scone"), corpus, vocabulary_size(corpus.tokenizer), quiet=True
-        )
+        size = vocabulary_size(corpus.tokenizer)
+        vocabulary = run_vocabulary(model_options(options, "scone"), corpus, size, quiet=True)
         notes.append(f"{vocabulary.num_f_grams:,} f-grams of 2 to {options.max_n} tokens")
-    options = run.options = fit_into_minutes(run, corpus)
-    logs = {name: train_one(run, name) for name in NAMES}
-    live, engines = precompute_and_load(run)
+    run.options = _fit_into_minutes(run, corpus)
+    logs = {name: _train_one(run, name) for name in NAMES}
+    with run.step("Table: run the f-gram model once over every f-gram") as notes:
+        table_path = run.folder / TABLE_FILE
+        live: Any = load_model(run.folder / "scone" / FINAL_MODEL, device="cpu").model
+        precompute_table(live, table_path, quiet=True)
+        notes.append(f"{live.vocabulary.num_f_grams:,} rows, {human_bytes(table_path.stat().st_size)}")
+    with run.step("Benchmark both on held-out text, SCONE from its table") as notes:
+        results = _benchmark(run, live.matcher)
+        notes += [f"{NAMES[name]}: perplexity {results[name].perplexity[TEXT]['perplexity']:.3f}" for name in NAMES]
+    with run.step("Check: the table against the live model") as notes:
+        comparison = _comparison(run, results, live, splits["test"])
+        notes.append(f"largest difference of a window's loss {comparison['table_against_live']:.1e} nats")
+    with run.step("Generate from both") as notes:
+        samples = _generate_both(run, splits["test"])
+        notes.append(f"{len(samples)} prompts")
     report: dict[str, Any] = {
         "created": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "scone_version": scone.__version__,
-        "machine": measure.describe_machine(),
-        "options": asdict(options),
+        "machine": environment(),
+        "options": asdict(run.options),
         "sampling": SAMPLING,
-        "corpus": corpus_facts(options.data, corpus.tokenizer, splits),
-        "training": training_facts(options),
+        "corpus": _corpus_facts(run.options, corpus, splits),
+        "training": _training_facts(run.options),
         "table": {
             "num_rows": vocabulary.num_f_grams,
             "width": options.hidden_size,
-            "file_bytes": (run.folder / TABLE_FILE).stat().st_size,
+            "file_bytes": table_path.stat().st_size,
         },
+        "comparison": comparison,
+        "samples": samples,
+        "models": {name: _model_facts(results[name], logs[name]) for name in NAMES},
+        "f_grams": _f_gram_facts(vocabulary, corpus, splits["test"].tokens[: options.max_test_tokens]),
+        "steps": run.steps,
+        "total_seconds": time.perf_counter() - run.started,
     }
-    results, live_result = evaluate_both(run, engines, live, splits["test"])
-    report["comparison"] = comparison(results["plain"], results["scone"], live_result)
-    report["samples"], speeds = generate_both(run, engines, splits["test"])
-    with run.step("Costs: FLOPs, parameters, bytes; what the f-grams match") as notes:
-        report["models"] = {
-            name: model_facts(
-                engines[name].model,
-                live if name == "scone" else engines[name].model,
-                splits["train"].tokens[: options.batch_size * options.max_length].reshape(-1, options.max_length),
-                logs[name],
-                results[name],
-            )
-            | {"generation_tokens_per_second": speeds[name]}
-            for name in NAMES
-        }
-        report["f_grams"] = f_gram_facts(vocabulary, corpus.tokenizer, splits["test"].tokens[: options.max_test_tokens])
-        notes.append(f"{report['f_grams']['held_out_match_rate']:.0%} of held-out positions match an f-gram")
-    report["steps"] = run.steps
-    report["total_seconds"] = time.perf_counter() - run.started
     write_json(run.folder / "report.json", report)
     page = run.folder / "report.html"
-    with atomic_path(page) as temporary:
-        temporary.write_text(render_report(report), encoding="utf-8")
-    say_summary(report, say)
+    write_text(page, render_demo(report))
+    say("\n" + summary(report))
     return page
 
 
-def claim_folder(folder: Path) -> None:
+def _claim_folder(folder: Path) -> None:
     """Make sure that the folder is ours to write to: new, empty, or an earlier demo's. Raises SconeError."""
     if folder.exists() and not folder.is_dir():
         raise SconeError(f"found a file at {folder}; expected a folder; choose another --output_dir")
-    known = {"cache", "plain", "scone", TRUNK_FOLDER, TABLE_FILE, PLAN_FILE, "report.json", "report.html"}
+    known = {"cache", *NAMES, TRUNK_FOLDER, TABLE_FILE, PLAN_FILE, "report.json", "report.html"}
     foreign = [path.name for path in folder.iterdir() if path.name not in known] if folder.is_dir() else []
     foreign = [name for name in foreign if not name.startswith(".")]  # unfinished files of an interrupted step
     if foreign:
@@ -154,15 +151,14 @@ def claim_folder(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
 
-def prepare_splits(options: DemoOptions, corpus: Corpus) -> dict[str, TokenFile]:
+def _prepare_splits(options: DemoOptions, corpus: Corpus) -> dict[str, TokenFile]:
     """The token files of train, validation and test. Raises SconeError when there is too little text to train on."""
-    data = model_options(options, "scone").data
     splits = prepare_corpus(
-        data.dataset_name,
+        options.data,
         corpus.tokenizer,
-        text_column=data.text_column,
+        text_column=options.text_column,
         splits=("train", "validation", "test"),
-        cache_dir=data.cache_dir,
+        cache_dir=model_options(options, "scone").data.cache_dir,
         quiet=True,
     )
     needed = {"train": options.batch_size * options.max_length, "test": 2 * options.max_length}
@@ -175,7 +171,10 @@ def prepare_splits(options: DemoOptions, corpus: Corpus) -> dict[str, TokenFile]
     return splits
 
 
-def fit_into_minutes(run: DemoRun, corpus: Corpus) -> DemoOptions:
+# ---------------------------------------------------------------------- two trainings
+
+
+def _fit_into_minutes(run: DemoRun, corpus: Corpus) -> DemoOptions:
     """The options with as many steps and evaluations as fit into the minutes on this machine, at most those asked for.
 
     Decided once and kept in plan.json, so that a second run finds the trainings that the first one finished. What was
@@ -193,7 +192,8 @@ def fit_into_minutes(run: DemoRun, corpus: Corpus) -> DemoOptions:
             run.say(f"{NAMES[name]} was trained with other options or on other text: training again")
             shutil.rmtree(run.folder / name)
     with run.step("Plan: time a few training steps") as notes:
-        seconds = seconds_of_a_step(build_model(model_options(asked, "plain"), corpus, quiet=True), corpus.train, asked)
+        model = build_model(model_options(asked, "plain"), corpus, quiet=True)
+        seconds = _seconds_of_a_step(model, corpus.train, asked)
         steps, num_evaluations = plan_steps(asked, seconds, corpus.validation.num_tokens if corpus.validation else 0)
         notes.append(f"{seconds:.2f} s a step here: {steps} steps each")
         if steps < asked.steps:
@@ -218,7 +218,7 @@ def plan_steps(asked: DemoOptions, seconds_a_step: float, validation_tokens: int
     return max(min(MIN_STEPS, asked.steps), min(asked.steps, affordable)), evaluations
 
 
-def seconds_of_a_step(model: PreTrainedModel, tokens: TokenFile, options: DemoOptions) -> float:
+def _seconds_of_a_step(model: PreTrainedModel, tokens: TokenFile, options: DemoOptions) -> float:
     """Median time of forward and backward on a training batch, of three after a warm-up."""
     count = options.batch_size * options.max_length
     batch = np.asarray(tokens.tokens[:count], dtype=np.int64).reshape(options.batch_size, options.max_length)
@@ -231,21 +231,18 @@ def seconds_of_a_step(model: PreTrainedModel, tokens: TokenFile, options: DemoOp
     return float(np.median(seconds[1:]))
 
 
-def train_one(run: DemoRun, name: str) -> dict[str, Any]:
+def _train_one(run: DemoRun, name: str) -> dict[str, Any]:
     """Train one of the two, go on with an interrupted run, or use a finished one; returns its training log."""
     options = model_options(run.options, name)
     folder = Path(options.training.output_dir)
     if folder.is_dir() and not (folder / OPTIONS_FILE).is_file():
         shutil.rmtree(folder)  # stopped before its first line was written
     size = f"{options.training.batch_size} × {options.data.max_length} tokens"
-    title = f"Train {NAMES[name]}: {run.options.steps} steps of {size}"
-    with run.step(title) as notes:
+    with run.step(f"Train {NAMES[name]}: {run.options.steps} steps of {size}") as notes:
         if (folder / TRAINING_LOG_FILE).is_file():
             notes.append("finished before, used again")
         else:
-            if complete_checkpoints(folder):
-                options.training.resume_from_checkpoint = "true"
-            train(options, quiet=True, callbacks=[ProgressLines(run.say, run.options.steps)])
+            train_or_resume(options, quiet=True, callbacks=[ProgressLines(run.say, run.options.steps)])
         log: dict[str, Any] = read_json(folder / TRAINING_LOG_FILE)
         speed = log["steps"] * log["tokens_per_step"] / log["train_seconds"]
         notes.append(f"validation loss {log['final']['eval_loss']:.4f}, {human_count(speed)} tokens/s")
@@ -269,55 +266,51 @@ class ProgressLines(TrainerCallback):
             self.say(f"    step {state.global_step:>5}/{state.max_steps}  loss {float(logs['loss']):.3f}")
 
 
-def precompute_and_load(run: DemoRun) -> tuple[PreTrainedModel, dict[str, SconeInferenceEngine]]:
-    """Write the table; returns the live SCONE model, and both models as they are served: plain, and SCONE from the
-    table.
-    """
-    table_path = run.folder / TABLE_FILE
-    with run.step("Table: run the f-gram model once over every f-gram") as notes:
-        live: Any = load_model(run.folder / "scone" / FINAL_MODEL, device="cpu").model
-        precompute_table(live, table_path, quiet=True)
-        notes.append(f"{live.vocabulary.num_f_grams:,} rows, {human_bytes(table_path.stat().st_size)}")
-    engines = {
-        "plain": SconeInferenceEngine.from_pretrained(run.folder / "plain" / FINAL_MODEL, device="cpu"),
-        "scone": SconeInferenceEngine.from_pretrained(run.folder / "scone" / FINAL_MODEL, table_path, device="cpu"),
+# ---------------------------------------------------------------------- scone benchmark, and texts
+
+
+def _benchmark(run: DemoRun, matcher: Matcher) -> dict[str, RunResult]:
+    """What `scone benchmark` says of the two, judged on the same f-grams."""
+    options, data = run.options, model_options(run.options, "scone").data
+    paths = {name: str(run.folder / name / FINAL_MODEL) for name in NAMES}
+    config = BenchmarkConfig(
+        (ModelEntry("scone", paths["scone"], str(run.folder / TABLE_FILE)),),
+        (BaselineEntry("plain", paths["plain"]),),
+        (DatasetEntry(TEXT, options.data, None, options.text_column, "test"),),
+        batch_sizes=(1,),
+        sequence_lengths=(options.max_length,),
+        num_runs=3,
+        warmup_runs=1,
+    )
+    settings = BenchmarkSettings("cpu", data.cache_dir, options.max_test_tokens, seed=options.seed)
+    return {result.name: result for result in Benchmark(config, settings, lambda line: None, matcher).run()}
+
+
+def _comparison(
+    run: DemoRun, results: Mapping[str, RunResult], live: PreTrainedModel, test: TokenFile
+) -> dict[str, Any]:
+    """The paired loss difference with its interval, and how far the table is from the live model (on its windows)."""
+    length = run.options.max_length
+    plain, scone_ = (results[name].perplexity[TEXT]["window_losses"] for name in NAMES)
+    difference, half = paired_difference(plain, scone_)
+    beginning = test.tokens[: run.options.max_test_tokens][: LIVE_CHECK_TOKENS // length * length]
+    found = perplexity(live, beginning, length, 16, quiet=True).window_losses
+    return {
+        "loss_difference": difference,
+        "loss_difference_interval": (difference - half, difference + half),
+        "num_windows": len(scone_),
+        "table_against_live": max(abs(first - second) for first, second in zip(found, scone_, strict=False)),
     }
-    return live, engines
 
 
-def evaluate_both(
-    run: DemoRun, engines: dict[str, SconeInferenceEngine], live: PreTrainedModel, test: TokenFile
-) -> tuple[dict[str, PerplexityResult], PerplexityResult]:
-    """Perplexity of both on held-out text, SCONE from its table; and of the live model on the beginning of it."""
-    options = run.options
-    tokens = test.tokens[: options.max_test_tokens]
-    num_bytes = text_bytes(engines["plain"].tokenizer, tokens)
-    matcher: Any = engines["scone"].model.matcher  # type: ignore[union-attr]
-    results: dict[str, PerplexityResult] = {}
-    for name, engine in engines.items():
-        with run.step(
-            f"Evaluate {NAMES[name]}{' from the table' if name == 'scone' else ''} on held-out text"
-        ) as notes:
-            results[name] = perplexity(
-                engine.model, tokens, options.max_length, 16, matcher=matcher, num_bytes=num_bytes, quiet=True
-            )
-            notes.append(f"perplexity {results[name].perplexity:.3f}, loss {results[name].loss:.4f} nats a token")
-    with run.step("Check: the table against the live model") as notes:
-        beginning = tokens[: LIVE_CHECK_TOKENS // options.max_length * options.max_length]
-        live_result = perplexity(live, beginning, options.max_length, 16, quiet=True)
-        difference = comparison(results["plain"], results["scone"], live_result)["table_against_live"]
-        notes.append(f"largest difference of a window's loss {difference:.1e} nats")
-    return results, live_result
-
-
-def generate_both(
-    run: DemoRun, engines: dict[str, SconeInferenceEngine], test: TokenFile
-) -> tuple[list[dict[str, str]], dict[str, float]]:
-    """Continuations of the openings of held-out documents by both models, and new tokens a second of a single
-    sequence.
-    """
-    tokenizer = engines["plain"].tokenizer
-    prompts = [str(tokenizer.decode(opening)) for opening in document_openings(test)]
+def _generate_both(run: DemoRun, test: TokenFile) -> list[dict[str, str]]:
+    """Continuations of the openings of held-out documents by both models."""
+    tables = {"plain": None, "scone": run.folder / TABLE_FILE}
+    engines = {
+        name: SconeInferenceEngine.from_pretrained(run.folder / name / FINAL_MODEL, table, device="cpu")
+        for name, table in tables.items()
+    }
+    prompts = [str(engines["plain"].tokenizer.decode(opening)) for opening in _document_openings(test)]
     room = run.options.max_length - PROMPT_TOKENS - 8  # a prompt may encode to a few more tokens than it was cut from
     sampled = GenerationOptions(
         max_new_tokens=min(int(SAMPLING["max_new_tokens"]), room),
@@ -326,20 +319,14 @@ def generate_both(
         top_p=SAMPLING["top_p"],
         seed=run.options.seed,
     )
-    texts: dict[str, list[str]] = {}
-    speeds: dict[str, float] = {}
-    with run.step("Generate from both") as notes:
-        for name, engine in engines.items():
-            texts[name] = [generation.texts[0] for generation in engine.generate(prompts, sampled)[0]]
-            speeds[name] = engine.generate(prompts[0], sampled)[1].tokens_per_second
-            notes.append(f"{NAMES[name]} {speeds[name]:.0f} tokens/s")
-    samples = [
-        {"prompt": prompt, **{name: texts[name][index] for name in NAMES}} for index, prompt in enumerate(prompts)
-    ]
-    return samples, speeds
+    texts = {
+        name: [generation.texts[0] for generation in engine.generate(prompts, sampled)[0]]
+        for name, engine in engines.items()
+    }
+    return [{"prompt": prompt, **{name: texts[name][index] for name in NAMES}} for index, prompt in enumerate(prompts)]
 
 
-def document_openings(test: TokenFile) -> list[np.ndarray]:
+def _document_openings(test: TokenFile) -> list[np.ndarray]:
     """The first tokens of a few held-out documents that are long enough, spread over the split."""
     ends = np.flatnonzero(np.asarray(test.tokens) == test.separator_id)
     starts = np.concatenate([[0], ends[:-1] + 1])
@@ -350,24 +337,79 @@ def document_openings(test: TokenFile) -> list[np.ndarray]:
     return [np.asarray(test.tokens[start : start + PROMPT_TOKENS]) for start in chosen]
 
 
-def say_summary(report: dict[str, Any], say: Callable[[str], None]) -> None:
-    """The result in a few lines, as measured, whoever won."""
-    models = report["models"]
-    rows = [
-        ("held-out perplexity", "evaluation.perplexity", lambda value: f"{value:.3f}"),
-        ("inference FLOPs per token", "inference_flops_per_token", human_count),
-        ("parameters at inference", "resident_parameters", human_count),
-        ("training seconds", "training_seconds", lambda value: f"{value:.0f}"),
-        ("generation tokens/s", "generation_tokens_per_second", lambda value: f"{value:.0f}"),
-    ]
-    say(f"\n{'':<28}{'plain':>12}{'SCONE':>12}")
-    for title, path, form in rows:
-        values = []
-        for name in NAMES:
-            value = models[name]
-            for part in path.split("."):
-                value = value[part]
-            values.append(form(value))
-        say(f"{title:<28}{values[0]:>12}{values[1]:>12}")
-    say(f"{'table, off the accelerator':<28}{'–':>12}{human_bytes(report['table']['file_bytes']):>12}")
-    say(f"\n{verdict(report)[1]}  [{report['total_seconds'] / 60:.1f} minutes in all]")
+# ---------------------------------------------------------------------- facts of the report
+
+
+def _corpus_facts(options: DemoOptions, corpus: Corpus, splits: Mapping[str, TokenFile]) -> dict[str, Any]:
+    name = description = options.data
+    if options.data == "python-stdlib":
+        name = "the Python standard library's sources"
+        description = "the sources of the running Python's standard library, without tests"
+    return {
+        "name": name,
+        "description": description,
+        "num_documents": sum(split.num_documents for split in splits.values()),
+        "tokens": {split: file.num_tokens for split, file in splits.items()},
+        "tokenizer": f"a byte-level BPE of {len(corpus.tokenizer):,} tokens trained on the training text",
+    }
+
+
+def _training_facts(options: DemoOptions) -> dict[str, Any]:
+    """The settings that both models share, and SCONE's input embedding, in words."""
+    layers, width = options.num_hidden_layers, options.hidden_size
+    shared = ("steps", "batch_size", "max_length", "learning_rate", "seed")
+    return {name: getattr(options, name) for name in shared} | {
+        "trunk": f"GPT-2 architecture, {layers} layers × {width} wide, from scratch",
+        "tokens": options.steps * options.batch_size * options.max_length,
+        "schedule": "cosine",
+        "input_embedding": (
+            f"an f-gram model of {options.f_gram_num_hidden_layers} layer(s) and a learned row for each f-gram with "
+            "back-off along its suffixes, both starting at zero on top of the token embedding"
+        ),
+    }
+
+
+def _model_facts(result: RunResult, log: Mapping[str, Any]) -> dict[str, Any]:
+    """Costs and quality of a model: served as benchmarked, trained as its log says."""
+    per_step, entries = log["tokens_per_step"], log["log"]
+    found = result.to_dict()
+    return {
+        "evaluation": found["perplexity"][TEXT],
+        "resident_parameters": found["parameters"]["resident"],
+        "trained_parameters": log["parameters"]["resident"] + log["parameters"]["training_only"],
+        "resident_bytes": result.resident_bytes,
+        "inference_flops_per_token": result.inference_flops_per_token,
+        "training_flops_per_token": log["cost"]["training_flops_per_token"],
+        "training_seconds": log["train_seconds"],
+        "training_tokens_per_second": log["steps"] * per_step / log["train_seconds"],
+        "generation_tokens_per_second": result.speed[0]["decode_tokens_per_second"],
+        "training_curve": [[entry["step"] * per_step, entry["loss"]] for entry in entries if "loss" in entry],
+        "validation_curve": [
+            [entry["step"] * per_step, entry["eval_loss"]] for entry in entries if "eval_loss" in entry
+        ],
+        "speed": result.speed,
+    }
+
+
+def _f_gram_facts(vocabulary: FGramVocabulary, corpus: Corpus, tokens: np.ndarray) -> dict[str, Any]:
+    """How many f-grams, what they match of held-out ``tokens`` [n] as their number grows, and examples by rank."""
+    total = vocabulary.num_f_grams
+    sizes = [size for exponent in range(2, 9) for size in (10**exponent, 3 * 10**exponent) if size < total] + [total]
+    found = match_statistics(Matcher(vocabulary), tokens, sizes)
+    # ranks spread evenly on a logarithmic scale: from the most frequent f-gram to the last
+    ranks = sorted({int(rank) - 1 for rank in np.geomspace(1, total, num=min(NUM_EXAMPLES, total))})
+
+    def example(rank: int) -> dict[str, Any]:
+        tokens = vocabulary.tokens(vocabulary.vocab_size + rank)
+        text = str(corpus.tokenizer.decode(list(tokens)))
+        text = text.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "␣")
+        return {"text": text, "length": len(tokens), "rank": rank + 1, "count": int(vocabulary.counts[rank])}
+
+    return {
+        "num_f_grams": total,
+        "max_n": vocabulary.max_n,
+        "min_count": int(vocabulary.counts[total - 1]),
+        "match_rate_by_size": [[each.num_f_grams, each.match_rate] for each in found],
+        "held_out_match_rate": found[-1].match_rate,
+        "examples": [example(rank) for rank in ranks],
+    }

@@ -90,14 +90,12 @@ def model_options(options: DemoOptions, name: str) -> SconeOptions:
 
 
 def trunk_configuration(options: DemoOptions) -> dict[str, Any]:
-    """config.json of the trunk: a small GPT-2. A file of our own, so that no hub is asked for one."""
+    """config.json of the trunk: a small GPT-2."""
     return {
         "model_type": "gpt2",
         "n_embd": options.hidden_size,
         "n_layer": options.num_hidden_layers,
         "n_head": options.num_attention_heads,
         "n_positions": options.max_length,
-        "embd_pdrop": 0.0,
-        "resid_pdrop": 0.0,
-        "attn_pdrop": 0.0,
+        **dict.fromkeys(("embd_pdrop", "resid_pdrop", "attn_pdrop"), 0.0),
     }

@@ -118,16 +118,6 @@ class LossTally:
         return entries
 
 
-def match_lengths(matcher: Matcher, tokens: np.ndarray) -> np.ndarray:
-    """Length in tokens of the longest f-gram ending at each position (1: none), int64, the shape of ``tokens``."""
-    vocabulary = matcher.vocabulary
-    nodes = np.asarray(matcher.match(tokens))
-    lengths = np.ones(nodes.shape, dtype=np.int64)
-    matched = nodes >= vocabulary.vocab_size
-    lengths[matched] = vocabulary.lengths[nodes[matched] - vocabulary.vocab_size]
-    return lengths
-
-
 def mean_interval(sums: np.ndarray, counts: np.ndarray) -> tuple[float, float] | None:
     """95 % interval of Σ sums / Σ counts, where documents [n] are drawn at random; None for fewer than three.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -233,13 +233,17 @@ def loss_difference(first: PerplexityResult, second: PerplexityResult) -> tuple[
 
     Pairing removes most of the variation between texts. Both results must come from the same tokens and windows.
     """
-    assert len(first.window_losses) == len(second.window_losses), "results of different windows"
-    differences = np.asarray(second.window_losses) - np.asarray(first.window_losses)
-    mean = float(differences.mean())
-    if len(differences) < 2:
-        return mean, (-math.inf, math.inf)
-    half = 1.96 * float(differences.std(ddof=1)) / math.sqrt(len(differences))
+    mean, half = paired_difference(first.window_losses, second.window_losses)
     return mean, (mean - half, mean + half)
+
+
+def paired_difference(first: Sequence[float], second: Sequence[float]) -> tuple[float, float]:
+    """Mean of (second − first) over the windows of one text, and half of its 95 % interval; `loss_difference`'s."""
+    assert len(first) == len(second), "results of different windows"
+    differences = np.asarray(second) - np.asarray(first)
+    if len(differences) < 2:
+        return float(differences.mean()), math.inf
+    return float(differences.mean()), 1.96 * float(differences.std(ddof=1)) / math.sqrt(len(differences))
 
 
 def check_windows(model: PreTrainedModel, tokens: np.ndarray, max_length: int, stride: int) -> None:

@@ -1,337 +1,331 @@
-"""The demo's report: one self-contained HTML page made from report.json, in words that fit whoever won."""
+"""Reports: the files of a comparison, and the one page (report.html.j2) that every report becomes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from html import escape
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
-from scone.evaluation.plots import Series, bar_chart, legend, line_chart
-from scone.utils.text import human_bytes, human_count
+from jinja2 import Environment
 
-PLAIN, SCONE = "var(--series-1)", "var(--series-2)"
-Report = Mapping[str, Any]
+import scone
+from scone.evaluation.figures import (
+    PALETTE,
+    PLAIN_COLOR,
+    VARIABLES,
+    Line,
+    Point,
+    line_figure,
+    row_figure,
+    scatter_figure,
+)
+from scone.evaluation.results import PLAIN, STEM, RunResult, Table, csv_text, datasets_of, speed_csv, tables
+from scone.utils.files import atomic_path, write_json
+from scone.utils.text import human_bytes, human_count, markdown_table
+
+Part = dict[str, Any]
+"""What a section holds, as the template knows it: a figure, table, list, columns of parts, or samples of text."""
 
 
-def render_report(report: Report) -> str:
-    """The whole page. ``report`` is what `scone.evaluation.demo` writes to report.json (docs/formats.md has its
-    keys).
+def write_report(
+    results: Sequence[RunResult],
+    output_dir: str | Path,
+    *,
+    title: str = "Benchmark",
+    facts: Mapping[str, Any] | None = None,
+    missing: Sequence[Mapping[str, str]] = (),
+) -> list[Path]:
+    """Write ``results`` to ``output_dir``: benchmark.json, .csv, .md, a self-contained .html, and benchmark_speed.csv
+    where speeds were measured. Returns what was written.
+
+    ``facts`` go into the JSON as they are; of them the page shows ``machine`` (`utils.environment.environment`) and
+    ``notes`` (sentences on how it was measured). ``missing``: what could not be measured (``what``) and ``why``.
     """
-    css = files("scone.evaluation").joinpath("report_style.css").read_text(encoding="utf-8")
-    title = f"SCONE on {report['corpus']['name']}"
-    sections = [
-        _header(title, report),
-        _verdict(report),
-        _tiles(report),
-        _quality(report),
-        _f_grams(report),
-        _cost(report),
-        _samples(report),
-        _method(report),
-    ]
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{escape(title)}</title>\n<style>\n{css}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(section for section in sections if section)
-        + "\n</main>\n</body>\n</html>\n"
-    )
-
-
-def verdict(report: Report) -> tuple[str, str, str]:
-    """Who won: ("good" | "bad" | "even", headline, what it does and does not mean).
-
-    Won means that the 95 % interval of the mean loss difference over held-out windows excludes zero. One seed: the
-    interval covers the choice of text, not the luck of the initialisation.
-    """
-    plain, scone = (report["models"][key]["evaluation"]["perplexity"] for key in ("plain", "scone"))
-    change = scone / plain - 1
-    low, high = report["comparison"]["loss_difference_interval"]
-    slower = report["models"]["scone"]["training_seconds"] / max(report["models"]["plain"]["training_seconds"], 1e-9)
-    costs = (
-        f"Both saw the same {human_count(report['training']['tokens'])} training tokens in the same order, with the "
-        f"same trunk and schedule. SCONE takes {_flops_ratio(report):.2f}× the FLOPs a token at inference, and took "
-        f"{slower:.2f}× as long to train. One run each of small models: a demonstration, not evidence for large ones."
-    )
-    numbers = f"perplexity {scone:.2f} against {plain:.2f} on held-out text"
-    if high < 0:
-        return "good", f"SCONE wins: {numbers} ({abs(change):.1%} lower)", costs
-    if low > 0:
-        return "bad", f"The plain model wins here: SCONE's {numbers} ({change:.1%} higher)", costs
-    return "even", f"No clear difference here: {numbers} ({change:+.1%})", costs
-
-
-def _flops_ratio(report: Report) -> float:
-    plain, scone = (report["models"][key]["inference_flops_per_token"] for key in ("plain", "scone"))
-    return float(scone / plain)
-
-
-def _header(title: str, report: Report) -> str:
-    machine = report["machine"]
-    facts = [
-        report["created"],
-        f"SCONE {report['scone_version']}",
-        f"{machine['processor']}, {machine['num_threads']} threads",
-        f"PyTorch {machine['torch']}",
-        f"{report['total_seconds'] / 60:.1f} minutes in all",
-    ]
-    return f"<header><h1>{escape(title)}</h1><div class='meta'>{escape(' · '.join(facts))}</div></header>"
-
-
-def _verdict(report: Report) -> str:
-    kind, headline, detail = verdict(report)
-    return f"<div class='verdict {kind}'><strong>{escape(headline)}</strong><p>{escape(detail)}</p></div>"
-
-
-def _tile(value: str, name: str, more: str = "") -> str:
-    return (
-        f"<div class='tile'><div class='value'>{escape(value)}</div><div class='name'>{escape(name)}</div>"
-        f"<div class='more'>{escape(more)}</div></div>"
-    )
-
-
-def _tiles(report: Report) -> str:
-    models, table = report["models"], report["table"]
-    plain, scone = models["plain"], models["scone"]
-    tiles = [
-        _tile(
-            f"{scone['evaluation']['perplexity'] / plain['evaluation']['perplexity'] - 1:+.1%}".replace("-", "−"),
-            "perplexity, SCONE against plain",
-            f"{plain['evaluation']['perplexity']:.2f} → {scone['evaluation']['perplexity']:.2f}",
-        ),
-        _tile(
-            f"{_flops_ratio(report):.2f}×",
-            "inference FLOPs per token",
-            f"{human_count(scone['inference_flops_per_token'])}FLOP each",
-        ),
-        _tile(
-            human_count(report["f_grams"]["num_f_grams"]),
-            "f-grams, counted exactly",
-            f"table {human_bytes(table['file_bytes'])}",
-        ),
-        _tile(
-            f"{report['f_grams']['held_out_match_rate']:.0%}",
-            "of held-out positions match one",
-            f"up to {report['f_grams']['max_n']} tokens long",
-        ),
-    ]
-    return f"<div class='tiles'>{''.join(tiles)}</div>"
-
-
-def _figure(title: str, plot: str, caption: str, keys: Sequence[tuple[str, str, bool]] = ()) -> str:
-    if not plot:
-        return ""
-    head = f"<h3>{escape(title)}</h3>{legend(keys) if keys else ''}"
-    return f"<figure>{head}{plot}<figcaption>{escape(caption)}</figcaption></figure>"
-
-
-def _quality(report: Report) -> str:
-    models = report["models"]
-    keys = [("plain", PLAIN, False), ("SCONE", SCONE, False)]
-    colors = {"plain": PLAIN, "scone": SCONE}
-    curves = [
-        Series(f"{name}, validation", models[name]["validation_curve"], colors[name], markers=True) for name in colors
-    ] + [Series(f"{name}, training", models[name]["training_curve"], colors[name], dashed=True) for name in colors]
-    learning = line_chart(curves, "training tokens", "loss, nats per token", y_format=lambda value: f"{value:.2f}")
-    bars = _loss_by_match_length(report, colors)
-    return (
-        "<h2>Quality at equal training tokens</h2><div class='plots'>"
-        + _figure(
-            "Learning curves",
-            learning,
-            "Solid: validation text. Dashed: training batches, smoothed by the logging interval.",
-            keys,
-        )
-        + _figure(
-            "Where the difference comes from",
-            bars,
-            "Loss of the next token after positions where the longest f-gram has this length. Both models are judged "
-            "on the same positions.",
-            keys,
-        )
-        + "</div>"
-    )
-
-
-def _loss_by_match_length(report: Report, colors: Mapping[str, str]) -> str:
-    groups = {
-        name: {group["length"]: group for group in report["models"][name]["evaluation"]["by_match_length"]}
-        for name in colors
+    folder, facts = Path(output_dir), facts or {}
+    record = {"benchmark": "models", "title": title, "scone_version": scone.__version__, **facts}
+    record |= {"records": [result.to_dict() for result in results], "missing": [dict(item) for item in missing]}
+    texts = {
+        f"{STEM}.csv": csv_text(results),
+        f"{STEM}.md": markdown(results, title, missing, facts),
+        f"{STEM}.html": comparison_page(results, title, facts, missing),
     }
-    counts = {length: group["num_predicted"] for length, group in sorted(groups["plain"].items())}
-    total = sum(counts.values())
-    return bar_chart(
-        [f"{'none' if length == 1 else length} ({count / total:.0%})" for length, count in counts.items()],
-        [
-            (
-                label,
-                colors[name],
-                [groups[name][length]["loss"] if length in groups[name] else None for length in counts],
-            )
-            for name, label in (("plain", "plain"), ("scone", "SCONE"))
-        ],
-        "tokens of the longest f-gram at the position (share of positions)",
-        "loss, nats per token",
-        y_format=lambda value: f"{value:.2f}",
-    )
+    if any(result.speed for result in results):
+        texts[f"{STEM}_speed.csv"] = speed_csv(results)
+    write_json(folder / f"{STEM}.json", record)
+    for name, text in texts.items():
+        write_text(folder / name, text)
+    return [folder / f"{STEM}.json", *(folder / name for name in texts)]
 
 
-def _f_grams(report: Report) -> str:
-    f_grams = report["f_grams"]
-    curve = line_chart(
-        [Series("held-out positions matched", f_grams["match_rate_by_size"], SCONE, markers=True)],
-        "number of f-grams S (most frequent first)",
-        "positions matched",
-        x_logarithmic=True,
-        y_from_zero=True,
-        y_format=lambda value: f"{value:.0%}",
-    )
-    rows = "".join(
-        f"<tr><td><code>{escape(entry['text'])}</code></td><td>{entry['length']}</td><td>{entry['rank']:,}</td>"
-        f"<td>{entry['count']:,}</td></tr>"
-        for entry in f_grams["examples"]
-    )
-    table = (
-        "<div class='scroll'><table><thead><tr><th>f-gram</th><th>tokens</th><th>rank</th><th>count</th></tr></thead>"
-        f"<tbody>{rows}</tbody></table></div>"
-    )
-    return (
-        f"<h2>The f-grams</h2><p>{f_grams['num_f_grams']:,} n-grams of 2 to {f_grams['max_n']} tokens that occur at "
-        f"least {f_grams['min_count']} times in the training text, ranked by count. The longest that ends at a "
-        "position gives that position its input embedding.</p><div class='plots'>"
-        + _figure(
-            "More f-grams match more of the text",
-            curve,
-            "Share of held-out positions at which some f-gram of the S most frequent ends.",
-        )
-        + f"<div>{table}</div></div>"
-    )
+def write_text(path: Path, text: str) -> None:
+    """Write a whole file or nothing."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
-def _row(name: str, cells: Sequence[str], winner: int | None = None) -> str:
-    columns = "".join(
-        f"<td{' class=winner' if index == winner else ''}>{escape(cell)}</td>" for index, cell in enumerate(cells)
-    )
-    return f"<tr><td>{escape(name)}</td>{columns}</tr>"
+def markdown(
+    results: Sequence[RunResult],
+    title: str,
+    missing: Sequence[Mapping[str, str]] = (),
+    facts: Mapping[str, Any] | None = None,
+) -> str:
+    """The tables as Markdown; what is missing at the end."""
+    parts = [f"# {title}", *([f"{machine_line(facts['machine'])}."] if facts and "machine" in facts else [])]
+    for heading, (head, rows) in tables(results).items():
+        parts += [f"## {heading}", markdown_table(head, rows)]
+    if missing:
+        parts += ["## Missing", "\n".join(f"- {item['what']}: {item['why']}" for item in missing)]
+    return "\n\n".join(parts) + "\n"
 
 
-def _lower(values: Sequence[float]) -> int | None:
-    """Index of the lowest of two values, None when they print alike."""
-    return None if abs(values[0] - values[1]) < 1e-3 * abs(values[0]) else int(values[1] < values[0])
+def machine_line(machine: Mapping[str, Any]) -> str:
+    """Processor or accelerators, and PyTorch."""
+    processor = f"{machine['processor']}, {machine['threads']} threads"
+    return f"{', '.join(dict.fromkeys(machine['accelerators'])) or processor}, PyTorch {machine['libraries']['torch']}"
 
 
-def _cost(report: Report) -> str:
-    plain, scone = report["models"]["plain"], report["models"]["scone"]
-    both = (plain, scone)
+def render(
+    title: str,
+    meta: Sequence[str],
+    sections: Iterable[Mapping[str, Any]],
+    *,
+    verdict: Mapping[str, str] | None = None,
+    tiles: Sequence[Mapping[str, str]] = (),
+    footer: str = "",
+) -> str:
+    """The page. ``meta``: facts below the title. Sections have ``heading``, ``text``, ``note`` and ``parts``; those
+    without parts are left out.
+    """
+    environment = Environment(autoescape=True)
+    template = environment.from_string(files("scone.evaluation").joinpath("report.html.j2").read_text(encoding="utf-8"))
+    kept = [section | {"parts": [part for part in section["parts"] if part]} for section in map(dict, sections)]
+    return template.render(title=title, meta=meta, sections=kept, verdict=verdict, tiles=tiles, footer=footer)
 
-    def cells(key: str, form: Any) -> list[str]:
-        return [form(model[key]) for model in both]
 
-    evaluations = [model["evaluation"] for model in both]
+def section(heading: str, parts: Sequence[Part | None], text: str = "", note: str = "") -> dict[str, Any]:
+    """A heading and what stands below it."""
+    return {"heading": heading, "parts": parts, "text": text, "note": note}
 
-    def quality(name: str, key: str, digits: int) -> str:
-        values = [evaluation[key] for evaluation in evaluations]
-        return _row(name, [f"{value:.{digits}f}" for value in values], _lower(values))
 
-    rows = [
-        quality("Held-out perplexity (lower is better)", "perplexity", 2),
-        quality("Loss, nats per token", "loss", 4),
+def figure(title: str, svg: str, caption: str = "", keys: Mapping[str, str] | Sequence[Line] = ()) -> Part | None:
+    """A figure with a legend: of points by name and colour, or of lines; None where there is nothing to see."""
+    if not svg:
+        return None
+    if isinstance(keys, Mapping):
+        legend = [{"name": name, "color": f"var({VARIABLES[color]})", "style": "dot"} for name, color in keys.items()]
+    else:
+        legend = [
+            {"name": line.name, "color": f"var({VARIABLES[line.color]})", "style": "dashed" if line.dashed else ""}
+            for line in keys
+        ]
+    return {"title": title, "svg": svg, "caption": caption, "keys": legend}
+
+
+def table(found: Table, wide: bool = False) -> Part:
+    """A table."""
+    return {"head": found[0], "rows": found[1], "wide": wide}
+
+
+def columns(*found: Part | Sequence[Part | None] | None, style: str = "") -> Part | None:
+    """Parts, or lists of parts, side by side where there is room; None where all are empty."""
+    lists = [[part for part in (each if isinstance(each, Sequence) else [each]) if part] for each in found]
+    kept = [each for each in lists if each]
+    return {"columns": kept, "style": style} if kept else None
+
+
+def comparison_page(
+    results: Sequence[RunResult],
+    title: str,
+    facts: Mapping[str, Any],
+    missing: Sequence[Mapping[str, str]],
+) -> str:
+    """The page of a comparison: tables, and plots of quality against what it costs."""
+    colors = colors_of_kinds(results)
+    found = tables(results)
+    names = {"Perplexity": "Lower is better. In brackets the 95 % interval."}
+    shown = {
+        heading: section(heading, [table(content, wide=True)], note=names.get(heading, ""))
+        for heading, content in found.items()
+    }
+    if "Memory" in shown:
+        shown["Memory"]["parts"].append(_memory_figures(results))
+    if "Speed" in shown:
+        shown["Speed"]["parts"].insert(0, _speed_figures(results))
+    datasets = datasets_of(results)
+    quality = [section(f"Quality on {name}", [_quality_figures(results, name, colors)]) for name in datasets]
+    sections = [
+        *(shown[heading] for heading in ("Perplexity",) if heading in shown),
+        *quality,
+        *(shown[heading] for heading in shown if heading != "Perplexity"),
+        section("Missing", [{"list": list(missing)}] if missing else []),
+        section("How this was measured", [{"list": list(facts["notes"])}] if facts.get("notes") else []),
     ]
-    if all(evaluation["bits_per_byte"] for evaluation in evaluations):
-        rows.append(quality("Bits per byte of text", "bits_per_byte", 4))
-    rows += [
-        _row("Inference FLOPs per token", cells("inference_flops_per_token", lambda v: f"{human_count(v)}")),
-        _row("Training FLOPs per token", cells("training_flops_per_token", lambda v: f"{human_count(v)}")),
-        _row("Parameters resident at inference", cells("resident_parameters", human_count)),
-        _row("Parameters trained", cells("trained_parameters", human_count)),
-        _row("Model in memory at inference", cells("resident_bytes", human_bytes)),
-        _row("Embedding table, off the accelerator", ["–", human_bytes(report["table"]["file_bytes"])]),
-        _row(
-            "Training time",
-            cells("training_seconds", lambda v: f"{v:.0f} s"),
-            _lower([m["training_seconds"] for m in both]),
+    meta = [f"{len(results)} models", *([machine_line(facts["machine"])] if "machine" in facts else [])]
+    return render(title, meta, sections)
+
+
+def colors_of_kinds(results: Sequence[RunResult]) -> dict[str, str]:
+    """A colour for each kind of input embedding: plain is grey, the others in order of appearance."""
+    others = [kind for kind in dict.fromkeys(result.kind for result in results) if kind != PLAIN]
+    return {PLAIN: PLAIN_COLOR} | {kind: PALETTE[index % len(PALETTE)] for index, kind in enumerate(others)}
+
+
+def _quality_figures(results: Sequence[RunResult], dataset: str, colors: Mapping[str, str]) -> Part | None:
+    """Perplexity on a data set against what it costs, over S and over the size of the f-gram model."""
+    measured = [result for result in results if result.perplexity_of(dataset) is not None]
+    label = f"perplexity, {dataset}"
+    whole = any(result.training_flops for result in results)
+
+    def scatter(title: str, value: Callable[[RunResult], float | None], x_label: str, caption: str) -> Part | None:
+        points = []
+        for result in measured:
+            x, spread = value(result), result.perplexity[dataset].get("perplexity_spread")
+            if x:
+                y = float(result.perplexity[dataset]["perplexity"])
+                points.append(Point(result.name, x, y, colors[result.kind], tuple(spread) if spread else None))
+        keys = {kind: colors[kind] for kind in dict.fromkeys(result.kind for result in measured)}
+        return figure(title, scatter_figure(points, x_label, label), caption, keys)
+
+    parts = [
+        scatter(
+            "Against inference FLOPs",
+            lambda result: result.inference_flops_per_token,
+            "inference FLOPs per token",
+            "Down and to the left is better. Dotted: the Pareto front; no model is below and left of it.",
         ),
-        _row("Training speed", cells("training_tokens_per_second", lambda v: f"{human_count(v)} tokens/s")),
-        _row("Evaluation speed", [f"{human_count(e['tokens_per_second'])} tokens/s" for e in evaluations]),
-        _row("Generation, one sequence", cells("generation_tokens_per_second", lambda v: f"{v:.0f} tokens/s")),
+        scatter(
+            "Against training FLOPs",
+            lambda result: result.training_flops if whole else result.training_flops_per_token,
+            "training FLOPs" if whole else "training FLOPs per token",
+            "What the same quality costs to train.",
+        ),
     ]
-    steps = "".join(
-        f"<tr><td>{escape(step['name'])}<div class='more'>{escape(step['note'])}</div></td>"
-        f"<td>{step['seconds']:.1f} s</td></tr>"
-        for step in report["steps"]
-    )
-    return (
-        "<h2>What it costs</h2><div class='columns'><div><div class='scroll'><table><thead><tr><th></th><th>plain</th>"
-        f"<th>SCONE</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>{_loss_by_time(report)}</div>"
-        "<div class='scroll'><table><thead><tr><th>Step of this run</th><th>Time</th></tr></thead>"
-        f"<tbody>{steps}</tbody></table></div></div>"
-    )
+    if dataset == datasets_of(results)[0]:
+        caption = "The table, off the accelerator, is not part of it."
+        bytes_of: Callable[[RunResult], float | None] = lambda result: result.resident_bytes  # noqa: E731
+        x_label = "bytes of the model, on the accelerator"
+        parts.append(scatter("Against memory of the model", bytes_of, x_label, caption))
+    with_f_grams = [result for result in measured if result.num_f_grams]
 
+    def model_size(result: RunResult) -> str:
+        size = result.f_gram_model_parameters
+        return f", {result.f_gram_model_size or human_count(size)}" if size else ""
 
-def _loss_by_time(report: Report) -> str:
-    """Validation loss over training time at each model's mean speed: what equal tokens leave out."""
-    series = [
-        Series(
-            label,
-            [(tokens / model["training_tokens_per_second"], loss) for tokens, loss in model["validation_curve"]],
-            color,
-            markers=True,
-        )
-        for label, color, model in (
-            ("plain", PLAIN, report["models"]["plain"]),
-            ("SCONE", SCONE, report["models"]["scone"]),
-        )
+    parts += [
+        _lines(
+            "Against the number of f-grams",
+            [(result, float(result.num_f_grams or 0), result.kind + model_size(result)) for result in with_f_grams],
+            *(measured, dataset, "number of f-grams S", label, colors),
+            "More f-grams: a larger table, the same inference FLOPs.",
+        ),
+        _lines(
+            "Against the size of the f-gram model",
+            [
+                (result, float(size), f"{result.kind}, S = {human_count(result.num_f_grams or 0)}")
+                for result in with_f_grams
+                if (size := result.f_gram_model_parameters)
+            ],
+            *(measured, dataset, "parameters of the f-gram model", label, colors),
+            "A larger f-gram model costs training, and nothing at inference.",
+        ),
     ]
-    return _figure(
-        "Validation loss by training time",
-        line_chart(series, "training time, seconds", "loss, nats per token", y_format=lambda value: f"{value:.2f}"),
-        "The same runs over time, at each one's mean speed. The schedules end at different times: only the last points "
-        "are finished models.",
-        [("plain", PLAIN, False), ("SCONE", SCONE, False)],
+    return columns(*parts)
+
+
+def _lines(
+    title: str,
+    found: Sequence[tuple[RunResult, float, str]],
+    measured: Sequence[RunResult],
+    dataset: str,
+    x_label: str,
+    y_label: str,
+    colors: Mapping[str, str],
+    caption: str,
+) -> Part | None:
+    """A line for each name among ``found`` (result, x, name), with the plain model as a level.
+
+    A kind's first line has its colour of all plots.
+    """
+    xs = [x for _, x, _ in found]
+    if len(set(xs)) < 2:
+        return None
+    groups: dict[str, list[tuple[float, float]]] = {}
+    kinds: dict[str, str] = {}
+    for result, x, name in found:
+        groups.setdefault(name, []).append((x, float(result.perplexity[dataset]["perplexity"])))
+        kinds[name] = result.kind
+    free = [color for color in PALETTE if color not in colors.values()] or list(PALETTE)
+    lines: list[Line] = []
+    for name, points in groups.items():
+        taken = {line.color for line in lines}
+        wanted = colors[kinds[name]]
+        color = wanted if wanted not in taken else next((color for color in free if color not in taken), free[0])
+        lines.append(Line(name, sorted(points), color, markers=True))
+    plain = next((result for result in measured if result.kind == PLAIN), None)
+    if plain is not None:
+        level = float(plain.perplexity[dataset]["perplexity"])
+        lines.insert(0, Line(plain.name, [(min(xs), level), (max(xs), level)], PLAIN_COLOR, dashed=True))
+    return figure(title, line_figure(lines, x_label, y_label, logarithmic=True), caption, lines)
+
+
+def _bars(
+    title: str,
+    caption: str,
+    results: Sequence[RunResult],
+    series: Mapping[str, Sequence[float | None]],
+    label: str,
+    form: Callable[[float], str],
+) -> Part | None:
+    """Horizontal bars for each model; series that no model has are left out."""
+    bars = [
+        (name, (PLAIN_COLOR, *PALETTE)[place % 8], values)
+        for place, (name, values) in enumerate(series.items())
+        if any(values)
+    ]
+    svg = row_figure([result.name for result in results], bars, label, form)
+    return figure(title, svg, caption, {name: color for name, color, _ in bars})
+
+
+def _memory_figures(results: Sequence[RunResult]) -> Part | None:
+    def chart(title: str, caption: str, fields: Mapping[str, str]) -> Part | None:
+        series = {name: [getattr(result, field) or None for result in results] for name, field in fields.items()}
+        return _bars(title, caption, results, series, "bytes", human_bytes)
+
+    return columns(
+        chart(
+            "Model and table",
+            "The table lies in RAM or on disk, not on the accelerator.",
+            {"model": "resident_bytes", "table in RAM": "table_memory_bytes", "table on disk": "table_bytes"},
+        ),
+        chart(
+            "Peaks while it was measured",
+            "The process's peak holds libraries and everything else too.",
+            {"process": "peak_process_bytes", "accelerator": "peak_accelerator_bytes"},
+        ),
     )
 
 
-def _samples(report: Report) -> str:
-    def continuation(prompt: str, text: str) -> str:
-        rest = text[len(prompt) :] if text.startswith(prompt) else text
-        return f"<pre><span class='given'>{escape(prompt)}</span>{escape(rest)}</pre>"
+def _speed_figures(results: Sequence[RunResult]) -> Part | None:
+    """Tokens a second at the longest sequences that all models can read."""
+    lengths = [{speed["sequence_length"] for speed in result.speed} for result in results if result.speed]
+    common = set.intersection(*lengths)
+    if not common:
+        return None
+    length = max(common)
 
-    blocks = [
-        "<div class='samples'>"
-        f"<div><h3>plain</h3>{continuation(sample['prompt'], sample['plain'])}</div>"
-        f"<div><h3>SCONE</h3>{continuation(sample['prompt'], sample['scone'])}</div></div>"
-        for sample in report["samples"]
-    ]
-    if not blocks:
-        return ""
-    return (
-        "<h2>Generated text</h2><p>The openings of held-out documents (grey), continued by both models with the same "
-        f"seed, temperature {report['sampling']['temperature']} and top-p {report['sampling']['top_p']}. SCONE reads "
-        "its input embeddings from the table, for the generated tokens too. Models of this size imitate the surface of "
-        "text; that is all to look for here.</p>" + "".join(blocks)
-    )
+    def chart(title: str, field: str, caption: str) -> Part | None:
+        by_size = {
+            (result.name, speed["batch_size"]): speed.get(field)
+            for result in results
+            for speed in result.speed
+            if speed["sequence_length"] == length
+        }
+        batches = sorted({batch for _, batch in by_size})
+        series = {f"batch {batch}": [by_size.get((result.name, batch)) for result in results] for batch in batches}
+        return _bars(title, caption, results, series, f"tokens per second, {length:,} tokens", human_count)
 
-
-def _method(report: Report) -> str:
-    corpus, training, check = report["corpus"], report["training"], report["comparison"]
-    low, high = check["loss_difference_interval"]
-    facts = [
-        f"Corpus: {corpus['description']}. {corpus['num_documents']:,} documents, split by document into "
-        f"{corpus['tokens']['train']:,} training, {corpus['tokens']['validation']:,} validation and "
-        f"{corpus['tokens']['test']:,} test tokens of {corpus['tokenizer']}.",
-        f"Trunk: {training['trunk']}. {training['steps']:,} steps of {training['batch_size']} × "
-        f"{training['max_length']} tokens, peak learning rate {training['learning_rate']:g}, {training['schedule']} "
-        f"schedule, seed {training['seed']}.",
-        f"SCONE: {training['input_embedding']}.",
-        f"Difference of the mean loss (SCONE − plain) over {check['num_windows']} held-out windows: "
-        f"{check['loss_difference']:+.4f} nats, 95 % interval {low:+.4f} to {high:+.4f} (paired over windows).",
-        f"The table gives the live model's predictions: the largest difference of a window's loss is "
-        f"{check['table_against_live']:.1e} nats.",
-    ]
-    items = "".join(f"<li>{escape(fact)}</li>" for fact in facts)
-    return (
-        f"<h2>How this was measured</h2><ul>{items}</ul><footer>Every number on this page is in "
-        "<code>report.json</code> beside it and was measured by this run.</footer>"
+    return columns(
+        chart("Prefill", "prefill_tokens_per_second", "Reading the prompt; all sequences of the batch together."),
+        chart("Decode", "decode_tokens_per_second", "Writing new tokens; all sequences of the batch together."),
     )

@@ -1,6 +1,6 @@
-"""Results of several models side by side: one form for every command that compares, and the report that it becomes.
+"""Results of several models in one form for every command that compares, and their tables.
 
-write_report([RunResult("plain", "plain", {"WikiText": {"perplexity": 31.2}}), …], "results/")
+write_report([RunResult("plain", "plain", {"WikiText": {"perplexity": 31.2}}), …], "results/")   # of report.py
 """
 
 from __future__ import annotations
@@ -8,17 +8,18 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
-import scone
-from scone.utils.files import atomic_path, write_json
 from scone.utils.text import human_bytes, human_count
 
-PLAIN = "plain"
+PLAIN, MODEL, ROWS, OVER_ENCODING = "plain", "f-gram model", "learned rows", "over-encoding"
+BOTH = f"{MODEL} + {ROWS}"
 STEM = "benchmark"
+
+Table = tuple[list[str], list[list[Any]]]
+"""Heads, and rows of cells; on a page a cell may also be a mapping (``text``, ``more`` below it, ``style``)."""
 
 
 @dataclass
@@ -60,57 +61,21 @@ class RunResult:
         return float(value) if value is not None and math.isfinite(value) else None
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready mapping."""
-        return asdict(self)
+        """A JSON-ready mapping; without the losses of single windows."""
+        found = asdict(self)
+        for perplexity in found["perplexity"].values():
+            perplexity.pop("window_losses", None)
+        return found
+
+
+def kind_of_parts(f_gram_model: bool, learned_rows: bool) -> str:
+    """The kind of a SCONE model that has these parts."""
+    return BOTH if f_gram_model and learned_rows else MODEL if f_gram_model else ROWS
 
 
 def datasets_of(results: Sequence[RunResult]) -> list[str]:
     """Names of all data sets, in order of appearance."""
     return list(dict.fromkeys(name for result in results for name in result.perplexity))
-
-
-def reference_of(results: Sequence[RunResult]) -> RunResult:
-    """What costs are compared with: the first plain model, or the first of all."""
-    return next((result for result in results if result.kind == PLAIN), results[0])
-
-
-def write_report(
-    results: Sequence[RunResult],
-    output_dir: str | Path,
-    *,
-    title: str = "Benchmark",
-    facts: Mapping[str, Any] | None = None,
-    missing: Sequence[Mapping[str, str]] = (),
-) -> list[Path]:
-    """Write ``results`` to ``output_dir``: benchmark.json, .csv, .md, a self-contained .html, and benchmark_speed.csv
-    where speeds were measured. Returns what was written.
-
-    ``facts`` go into the JSON as they are; of them the page shows ``machine`` (`measure.describe_machine`) and
-    ``notes`` (sentences on how it was measured). ``missing``: what could not be measured (``what``) and ``why``.
-    """
-    from scone.evaluation.comparison_page import render_comparison
-
-    folder = Path(output_dir)
-    record = {
-        "benchmark": "models",
-        "title": title,
-        "scone_version": scone.__version__,
-        **(facts or {}),
-        "records": [result.to_dict() for result in results],
-        "missing": [dict(item) for item in missing],
-    }
-    texts = {
-        f"{STEM}.csv": csv_text(results),
-        f"{STEM}.md": markdown(results, title, missing, facts or {}),
-        f"{STEM}.html": render_comparison(results, title, facts or {}, missing),
-    }
-    if any(result.speed for result in results):
-        texts[f"{STEM}_speed.csv"] = speed_csv(results)
-    write_json(folder / f"{STEM}.json", record)
-    for name, text in texts.items():
-        with atomic_path(folder / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-    return [folder / f"{STEM}.json", *(folder / name for name in texts)]
 
 
 def csv_text(results: Sequence[RunResult]) -> str:
@@ -150,34 +115,43 @@ def _csv(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return text.getvalue()
 
 
-Table = tuple[list[str], list[list[str]]]
-"""Heads, and rows of cells."""
+def tables(results: Sequence[RunResult]) -> dict[str, Table]:
+    """The tables that have anything to show, by heading."""
+    found = {
+        "Perplexity": _quality_table(results),
+        "Parameters and FLOPs": _cost_table(results),
+        "Memory": _memory_table(results),
+        "Speed": _speed_table(results),
+    }
+    return {
+        heading: (head, rows)
+        for heading, (head, rows) in found.items()
+        if rows and len(head) > (2 if heading == "Perplexity" else 1)
+    }
 
 
-def quality_table(results: Sequence[RunResult]) -> Table:
+def _quality_table(results: Sequence[RunResult]) -> Table:
     """Perplexity on each data set, with its interval or its spread over seeds."""
+
+    def cell(found: Mapping[str, Any] | None) -> str:
+        if found is None or found.get("perplexity") is None:
+            return "–"
+        spread = found.get("perplexity_spread") or found.get("perplexity_interval")
+        return f"{found['perplexity']:.2f}" + (f" ({spread[0]:.2f}–{spread[1]:.2f})" if spread else "")
+
+    def kind(result: RunResult) -> str:
+        return result.kind + (", live" if result.facts.get("served") == "live" else "")
+
     datasets = datasets_of(results)
-    return ["model", "input embedding", *datasets], [
-        [result.name, _described(result), *(_perplexity_cell(result.perplexity.get(name)) for name in datasets)]
-        for result in results
+    rows: list[list[Any]] = [
+        [result.name, kind(result), *(cell(result.perplexity.get(name)) for name in datasets)] for result in results
     ]
+    return ["model", "input embedding", *datasets], rows
 
 
-def _described(result: RunResult) -> str:
-    """The input embedding, and where it runs live what others have precomputed."""
-    return result.kind + (", live" if result.facts.get("served") == "live" else "")
-
-
-def _perplexity_cell(found: Mapping[str, Any] | None) -> str:
-    if found is None or found.get("perplexity") is None:
-        return "–"
-    spread = found.get("perplexity_spread") or found.get("perplexity_interval")
-    return f"{found['perplexity']:.2f}" + (f" ({spread[0]:.2f}–{spread[1]:.2f})" if spread else "")
-
-
-def cost_table(results: Sequence[RunResult]) -> Table:
-    """f-grams, parameters and FLOPs; columns that no model has are left out."""
-    reference = reference_of(results)
+def _cost_table(results: Sequence[RunResult]) -> Table:
+    """f-grams, parameters and FLOPs, those as multiples of the first plain model's too."""
+    reference = next((result for result in results if result.kind == PLAIN), results[0])
 
     def flops(name: str) -> list[str]:
         base, values = getattr(reference, name), [getattr(result, name) for result in results]
@@ -200,8 +174,8 @@ def cost_table(results: Sequence[RunResult]) -> Table:
     return _columns(results, columns)
 
 
-def memory_table(results: Sequence[RunResult]) -> Table:
-    """Bytes of model and table, and peaks; columns that no model has are left out."""
+def _memory_table(results: Sequence[RunResult]) -> Table:
+    """Bytes of model and table, and peaks."""
     fields = {
         "model": "resident_bytes",
         "table on disk": "table_bytes",
@@ -209,23 +183,26 @@ def memory_table(results: Sequence[RunResult]) -> Table:
         "peak of the process": "peak_process_bytes",
         "peak on the accelerator": "peak_accelerator_bytes",
     }
-    return _columns(
-        results,
-        {head: [_shown(getattr(result, name), human_bytes) for result in results] for head, name in fields.items()},
-    )
+    columns = {
+        head: [_shown(getattr(result, name), human_bytes) for result in results] for head, name in fields.items()
+    }
+    return _columns(results, columns)
 
 
 def _columns(results: Sequence[RunResult], columns: Mapping[str, list[str]]) -> Table:
+    """A table of those columns that some model has."""
     kept = {head: cells for head, cells in columns.items() if any(cell != "–" for cell in cells)}
-    rows = [[result.name, *(cells[index] for cells in kept.values())] for index, result in enumerate(results)]
+    rows: list[list[Any]] = [
+        [result.name, *(cells[index] for cells in kept.values())] for index, result in enumerate(results)
+    ]
     return ["model", *kept], rows
 
 
-def _shown(value: float | None, form: Any) -> str:
+def _shown(value: float | None, form: Callable[[float], str]) -> str:
     return form(value) if value else "–"
 
 
-def speed_table(results: Sequence[RunResult]) -> Table:
+def _speed_table(results: Sequence[RunResult]) -> Table:
     """Tokens a second, and latencies in milliseconds as p50 / p90 / p99."""
 
     def latency(speed: Mapping[str, Any], name: str) -> str:
@@ -237,7 +214,7 @@ def speed_table(results: Sequence[RunResult]) -> Table:
 
     head = ["model", "batch", "tokens", "prefill tokens/s", "decode tokens/s"]
     head += ["first token, ms", "decode step, ms (p50 / p90 / p99)"]
-    rows = [
+    rows: list[list[Any]] = [
         [
             result.name,
             str(speed["batch_size"]),
@@ -251,39 +228,3 @@ def speed_table(results: Sequence[RunResult]) -> Table:
         for speed in result.speed
     ]
     return head, rows
-
-
-def markdown(
-    results: Sequence[RunResult],
-    title: str,
-    missing: Sequence[Mapping[str, str]] = (),
-    facts: Mapping[str, Any] | None = None,
-) -> str:
-    """The results as Markdown tables: quality, cost, speed; what is missing at the end."""
-    parts = [f"# {title}", *([f"{machine_line(facts)}."] if facts and "machine" in facts else [])]
-    sections = {
-        "Perplexity": quality_table,
-        "Parameters and FLOPs": cost_table,
-        "Memory": memory_table,
-        "Speed": speed_table,
-    }
-    for heading, make in sections.items():
-        head, rows = make(results)
-        if rows and len(head) > (2 if heading == "Perplexity" else 1):
-            parts += [f"## {heading}", markdown_table(head, rows)]
-    if missing:
-        parts += ["## Missing", "\n".join(f"- {item['what']}: {item['why']}" for item in missing)]
-    return "\n\n".join(parts) + "\n"
-
-
-def machine_line(facts: Mapping[str, Any]) -> str:
-    """Processor or accelerator, and PyTorch."""
-    machine = facts["machine"]
-    device = machine.get("accelerator") or f"{machine['processor']}, {machine['num_threads']} threads"
-    return f"{device}, PyTorch {machine['torch']}"
-
-
-def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Numbers right, the first column left."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -55,7 +55,7 @@ def text_size(tokenizer: PreTrainedTokenizerBase, tokens: np.ndarray) -> TextSiz
     return TextSize(int(num_bytes[ids].sum()), int(inner_words[ids].sum() + starts.sum()))
 
 
-def text_bytes(tokenizer: PreTrainedTokenizerBase, tokens: np.ndarray) -> int | None:
-    """UTF-8 bytes of the text that ``tokens`` [n] encode; None where `text_size` is."""
+def sizes_of(tokenizer: PreTrainedTokenizerBase, tokens: np.ndarray) -> dict[str, Any]:
+    """``num_bytes`` and ``num_words`` as `perplexity` takes them; None where `text_size` is."""
     size = text_size(tokenizer, tokens)
-    return size.num_bytes if size else None
+    return {"num_bytes": size.num_bytes if size else None, "num_words": size.num_words if size else None}

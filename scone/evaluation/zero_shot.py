@@ -1,37 +1,39 @@
-"""Zero-shot accuracy through lm-evaluation-harness: our task descriptions (``tasks/*.yaml``), local or hub data."""
+"""Zero-shot accuracy by lm-evaluation-harness, with its own tasks; their items from the hub or from local files."""
 
 from __future__ import annotations
 
 import io
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
-from functools import partial
-from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
-from scone.data.readers import COMPRESSIONS, read_rows
 from scone.inference.loading import position_limit
 from scone.utils.command_line import did_you_mean
 from scone.utils.errors import SconeError
 from scone.utils.progress import bars_are_visible
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from lm_eval.models.huggingface import HFLM
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TASKS = (
     *("hellaswag", "piqa", "arc_easy", "arc_challenge", "winogrande", "commonsense_qa", "openbookqa"),
     *("boolq", "sciq", "social_iqa", "lambada_openai"),
 )
+"""What ``--tasks all`` stands for; every other task of the harness that has an accuracy can be named too."""
+# files of these often have other columns than the data set of the hub that the harness reads
+_LOCAL_COLUMNS: dict[str, dict[str, Any]] = {
+    "boolq": {"doc_to_target": "{{ label if label is defined else answer | int }}"},
+    "lambada_openai": {
+        "doc_to_text": "{{ context if context is defined else text.rsplit(' ', 1)[0] }}",
+        "doc_to_target": "{{ ' ' ~ (continuation | trim if continuation is defined else text.rsplit(' ', 1)[1]) }}",
+        "should_decontaminate": False,
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -63,120 +65,111 @@ class TaskResult:
         return vars(self) | {"accuracy_interval": self.accuracy_interval}
 
 
-def task_names(text: str) -> tuple[str, ...]:
-    """The tasks that ``--tasks`` names: a comma-separated list, or ``all``. Raises SconeError for an unknown one."""
-    names = TASKS if text == "all" else tuple(name.strip() for name in text.split(",") if name.strip())
-    for name in names:
-        if name not in TASKS:
-            advice = did_you_mean(name, TASKS) or f"expected {', '.join(TASKS)}, or all"
-            raise SconeError(f"--tasks: found the unknown task {name}; {advice}")
-    if not names:
-        raise SconeError(f"--tasks: found no task; expected {', '.join(TASKS)}, or all")
-    return names
-
-
 def evaluate_tasks(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    tasks: Sequence[str],
+    tasks: str | Sequence[str],
     task_data: str | Path | None = None,
     limit: int | None = None,
     batch_size: int = 8,
-    max_length: int | None = None,
 ) -> list[TaskResult]:
-    """Accuracy of ``model`` on each of ``tasks``, without examples in the prompt.
+    """Accuracy of ``model`` on each of ``tasks`` (names, separated by commas, or "all"), no examples in the prompt.
 
     ``task_data``: a folder of JSON-lines files (also .zst, .gz, .xz) with the hub's columns, such as
     ``piqa_validation.jsonl.zst``; None takes the data from the hub. ``limit``: the first items of each task alone.
-    ``max_length``: longest prompt in tokens, cut at its beginning (default: the model's positions).
 
-    Raises SconeError: no lm-evaluation-harness here, no data for a task, data with other columns.
+    Raises SconeError: no lm-evaluation-harness here, an unknown task or one without an accuracy, no data for a task,
+    an answer that the model has no room for.
     """
+    names = [name.strip() for name in tasks.split(",")] if isinstance(tasks, str) else list(tasks)
+    names = list(TASKS) if names == ["all"] else [name for name in names if name]
+    if not names:
+        raise SconeError(f"--tasks: found no task; expected {', '.join(TASKS)}, or all")
+    files = {name: _local_file(name, Path(task_data)) for name in names} if task_data is not None else {}
     if find_spec("lm_eval") is None:
         raise SconeError(
             "found no lm-evaluation-harness, which runs --tasks; expected the package lm-eval; "
             "install it with pip install 'scone[tasks]'"
         )
-    descriptions = [_description(name, None if task_data is None else Path(task_data), limit) for name in tasks]
     with _quiet_harness():
-        # evaluate, not simple_evaluate: that one first reads the thousands of tasks that the harness ships
-        from lm_eval import evaluate
-        from lm_eval.api.task import ConfigurableTask
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
 
-        loaded = {description["task"]: ConfigurableTask(config=dict(description)) for description in descriptions}
-        adapter = _adapter(model, tokenizer, batch_size, max_length or position_limit(model))
-        found: Any = evaluate(adapter, loaded, limit=limit, bootstrap_iters=0, log_samples=False)
-    return [_result(name, description, found) for name, description in zip(tasks, descriptions, strict=True)]
-
-
-def _adapter(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, max_length: int | None
-) -> HFLM:
-    """The harness's wrapper of a Hugging Face model; it refuses answers that the model has no room for in one line."""
-    from lm_eval.models.huggingface import HFLM
-
-    class Adapter(HFLM):
-        def _loglikelihood_tokens(
-            self, requests: list[Any], disable_tqdm: bool = False, override_bs: int | None = None
-        ) -> Any:
-            longest = max((len(answer) for _, _, answer in requests), default=0)
-            if longest > self.max_length:
-                raise SconeError(
-                    f"found an answer of {longest} tokens; the model has {self.max_length} positions; "
-                    "leave this task out, or use a model of longer sequences"
-                )
-            return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
-
-    return Adapter(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
+        manager = TaskManager()
+        for name in names:
+            if name not in manager.all_tasks:
+                advice = did_you_mean(name, TASKS) or f"expected {', '.join(TASKS)}, all, or another of the harness"
+                raise SconeError(f"--tasks: found the unknown task {name}; {advice}")
+        adapter = HFLM(
+            pretrained=model,
+            tokenizer=tokenizer,  # type: ignore[arg-type]
+            batch_size=batch_size,
+            max_length=position_limit(model),
+        )
+        _refuse_long_answers(adapter)
+        wanted: Any = [name for name in names if name not in files]
+        if files:  # only in a group does the harness take changes to a task of its own
+            wanted.append({"group": "local", "task": [_from_file(name, path) for name, path in files.items()]})
+        found: Any = simple_evaluate(
+            adapter, tasks=wanted, num_fewshot=0, limit=limit, bootstrap_iters=0, task_manager=manager
+        )
+    return [_result(name, found) for name in names]
 
 
-def _description(name: str, folder: Path | None, limit: int | None) -> dict[str, Any]:
-    """A task in the harness's own form, its items read by us where they are local."""
-    text = files("scone.evaluation").joinpath("tasks", f"{name}.yaml").read_text(encoding="utf-8")
-    description: dict[str, Any] = yaml.safe_load(text) | {"num_fewshot": 0}
-    stems = description["metadata"].pop("files")
-    if folder is not None:
-        split = description.get("validation_split") or description["test_split"]
-        path = _local_file(name, folder, stems)
-        description["custom_dataset"] = partial(_local_items, path, split, limit)
-        for option in ("dataset_path", "dataset_name"):
-            description.pop(option, None)
-    return description
-
-
-def _local_file(name: str, folder: Path, stems: Sequence[str]) -> Path:
-    candidates = [folder / f"{stem}.jsonl{compression}" for stem in stems for compression in ("", *COMPRESSIONS)]
-    for path in candidates:
-        if path.is_file():
+def _local_file(name: str, folder: Path) -> Path:
+    """The file whose name begins with the task's, wherever that has underscores; of several the shortest."""
+    files = sorted(folder.glob("*.jsonl*"), key=lambda path: len(path.name))
+    for path in files:
+        if path.name.replace("_", "").startswith(name.replace("_", "")):
             return path
     raise SconeError(
-        f"found no data of the task {name} in {folder}; expected {stems[0]}.jsonl (or .jsonl.zst, .gz, .xz); "
+        f"found no data of the task {name} in {folder}; expected {name}_validation.jsonl (or .jsonl.zst, .gz, .xz); "
         "check --task_data, or leave it out to use the hub"
     )
 
 
-def _local_items(path: Path, split: str, limit: int | None, **_: Any) -> dict[str, Any]:
-    """The items of a file as the harness wants them; it passes the description's metadata along."""
-    import datasets
+def _from_file(name: str, path: Path) -> dict[str, Any]:
+    """What a task's own description is overridden with, to read its items from ``path``."""
+    return {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_name": None,
+        "dataset_kwargs": {"data_files": {"test": str(path)}},
+        "training_split": None,
+        "validation_split": None,
+        "test_split": "test",
+        **_LOCAL_COLUMNS.get(name, {}),
+    }
 
-    rows: list[dict[str, Any]] = []
-    for row in read_rows(path):
-        if limit is not None and len(rows) == limit:
-            break
-        rows.append(row)
-    if not rows:
-        raise SconeError(f"found no items in {path}; expected JSON lines; check --task_data")
-    return {split: datasets.Dataset.from_list(rows)}
+
+def _refuse_long_answers(adapter: Any) -> None:
+    """In one line, where the harness has an assertion without words."""
+    inner = adapter._loglikelihood_tokens
+
+    def checked(requests: list[Any], *arguments: Any, **options: Any) -> Any:
+        longest = max((len(answer) for _, _, answer in requests), default=0)
+        if longest > adapter.max_length:
+            raise SconeError(
+                f"found an answer of {longest} tokens; the model has {adapter.max_length} positions; "
+                "leave this task out, or use a model of longer sequences"
+            )
+        return inner(requests, *arguments, **options)
+
+    adapter._loglikelihood_tokens = checked
 
 
-def _result(name: str, description: dict[str, Any], found: Any) -> TaskResult:
-    scores = found["results"][description["task"]]
+def _result(name: str, found: Any) -> TaskResult:
+    scores, samples = found["results"][name], found["samples"].get(name, [])
+    if "acc,none" not in scores:
+        raise SconeError(f"--tasks: found {name}, which has no accuracy; expected one that has; leave it out")
+    answers = [len(sample["arguments"]) for sample in samples]
     return TaskResult(
         name,
         float(scores["acc,none"]),
         float(scores["acc_norm,none"]) if "acc_norm,none" in scores else None,
-        float(description["metadata"]["chance"]),
-        int(found["n-samples"][description["task"]]["effective"]),
+        sum(1 / count for count in answers if count > 1) / max(len(answers), 1),
+        int(found["n-samples"][name]["effective"]),
         float(scores["perplexity,none"]) if "perplexity,none" in scores else None,
     )
 

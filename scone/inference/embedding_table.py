@@ -10,15 +10,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scone.inference.stores.base import RowStore, StoreMemory, decode_rows
-from scone.inference.stores.placement import open_store
+from scone.inference.row_types import RowFormat
+from scone.inference.stores.base import RowStore, StoreMemory
+from scone.inference.stores.tiered import open_store
 from scone.inference.table_format import TableFile
-from scone.kernels.installed import triton_is_installed
-from scone.kernels.reachable_rows import ReachableRows
+from scone.kernels.common import GPUReadableRows, to_device, triton_is_installed
+from scone.kernels.dequantize import dequantize_rows
 from scone.utils.errors import SconeError
 from scone.utils.text import human_bytes
 
-_FP32, _INT64 = torch.float32, torch.int64  # looked up in every call, which of one row is a tenth of its time
+_FP32, _INT64 = torch.float32, torch.int64
+_DECODED_BYTES = 1 << 24  # stored bytes that are read and decoded at a time; above 32 MiB fresh memory is slow
 
 
 class EmbeddingTable:
@@ -35,8 +37,11 @@ class EmbeddingTable:
         self.store = store
         self.path = file.path
         self.device = device
-        self._on_cpu = device.type == "cpu"
-        self._reach: dict[torch.device, ReachableRows | None] = {}
+        # looked up in every call: of one row that is a tenth of its time
+        self._on_cpu, self._float_dtype = device.type == "cpu", file.layout.row_format.float_dtype
+        blocks = store.gpu_blocks(device)
+        self._held = blocks[0] if blocks and len(blocks[0]) and blocks[0].device == device else None
+        self._gpu_rows: dict[torch.device, GPUReadableRows | None] = {}
 
     @classmethod
     def open(
@@ -97,79 +102,90 @@ class EmbeddingTable:
         ``out``: float32 [n, D], contiguous, on the CPU, is filled and returned instead of a new tensor (CPU only).
         Raises SconeError: a rank outside [0, S), or the file was changed while open.
         """
-        if self._on_cpu and dtype is _FP32 and ranks.dtype is _INT64 and ranks.ndim == 1:
-            if out is not None:
-                self._check_out(out, ranks.shape[0])  # len() takes as long as all other checks together
-            try:
-                rows = self.store.rows_at_once(ranks, out)
-            except IndexError:
-                self._checked(ranks)  # says which rank
-                raise
-            if rows is not None:
-                return rows
-        wanted = self._checked(ranks)
-        if self.device.type != "cpu" or dtype == self.layout.row_format.float_dtype != torch.float32:
-            if out is not None:
-                raise ValueError("out is for rows that are decoded to float32 on the CPU")
-            return self.store.rows_on_device(wanted, self.device, dtype)
-        if out is None:
-            out = torch.empty(len(wanted), self.width)
+        if out is not None:
+            self._check_out(out, ranks, dtype)
+        if not self._on_cpu or self._held is not None:
+            return self._rows_on_device(self._checked(ranks), dtype, out)
+        if ranks.dtype is not _INT64 or ranks.ndim != 1:
+            raise _not_ranks(ranks)
+        try:
+            if dtype is not self._float_dtype:
+                return self._decoded(ranks, dtype, out)
+            if out is None:  # nothing is to be decoded: rows go where they are wanted
+                out = torch.empty(ranks.shape[0], self.width, dtype=dtype)
+            self.store.read(ranks, out)
+            return out
+        except IndexError:
+            self._checked(ranks)  # says which rank
+            raise
+
+    def _decoded(self, ranks: Tensor, dtype: torch.dtype, out: Tensor | None) -> Tensor:
+        """Rows that are stored as another type than ``dtype``, on the CPU."""
+        row = self.layout.row_format
+        rows = torch.empty(len(ranks), self.width, dtype=dtype if row.float_dtype else _FP32) if out is None else out
+        step = max(1, _DECODED_BYTES // row.row_bytes)
+        scratch = self.store.new_rows(min(step, len(ranks)))
+        for low in range(0, len(ranks), step):
+            part = rows[low : low + step]
+            stored = scratch[: len(part)]
+            self.store.read(ranks[low : low + step], stored)
+            if row.float_dtype is not None:
+                part.copy_(stored)
+            else:
+                dequantize_rows(stored.numpy(), part.numpy(), row.row_type, row.group_size, torch.get_num_threads())
+        return rows.to(dtype)
+
+    def _rows_on_device(self, wanted: np.ndarray, dtype: torch.dtype, out: Tensor | None) -> Tensor:
+        """Rows ``wanted`` (checked) where the table's device holds the first ones, or none; they are decoded there."""
+        row, held = self.layout.row_format, self._held
+        on_host = np.arange(len(wanted)) if held is None else np.flatnonzero(wanted >= len(held))
+        if held is None:
+            rows = self._rows_by_host(wanted, dtype)
         else:
-            self._check_out(out, len(wanted))
-        self.store.rows_into(wanted, out.numpy())
-        return out.to(dtype)
+            near = torch.from_numpy(np.minimum(wanted, len(held) - 1))
+            rows = decode_rows(held, to_device(near, self.device), row, dtype)
+            if len(on_host):
+                far = self._rows_by_host(wanted[on_host], dtype)
+                rows.index_copy_(0, to_device(torch.from_numpy(on_host), self.device), far)
+        return rows if out is None else out.copy_(rows)
 
-    def within_reach(self, device: torch.device) -> ReachableRows | None:
+    def _rows_by_host(self, wanted: np.ndarray, dtype: torch.dtype) -> Tensor:
+        """Rows that the host reads and ``self.device`` decodes."""
+        pinned = self.device.type == "cuda"  # so that copying need not wait for the accelerator
+        stored = self.store.new_rows(len(wanted), pinned)
+        self.store.read(torch.from_numpy(wanted), stored)
+        return self.layout.row_format.decode(stored.view(torch.uint8).to(self.device, non_blocking=pinned), dtype)
+
+    def gpu_rows(self, device: torch.device) -> GPUReadableRows | None:
         """The rows, where kernels on ``device`` read them by themselves and are there; None where the host has to."""
-        if device not in self._reach:
-            self._reach[device] = self._rows_within_reach(device) if triton_is_installed() else None
-        return self._reach[device]
+        if device not in self._gpu_rows:
+            self._gpu_rows[device] = self._find_gpu_rows(device) if triton_is_installed() else None
+        return self._gpu_rows[device]
 
-    def _rows_within_reach(self, device: torch.device) -> ReachableRows | None:
-        blocks = self.store.within_reach(device)
-        if blocks is None or len(blocks) > 2:  # more than the GPU's and the host's can only be given on purpose
+    def _find_gpu_rows(self, device: torch.device) -> GPUReadableRows | None:
+        blocks = self.store.gpu_blocks(device)
+        # not all rows: some are on disk; more than the GPU's and the host's blocks can only be given on purpose
+        if not 1 <= len(blocks) <= 2 or sum(map(len, blocks)) < self.num_rows:
             return None
         row = self.layout.row_format
-        return ReachableRows(blocks[0], blocks[1] if len(blocks) > 1 else None, row.row_type, row.width, row.group_size)
-
-    def raw_rows_into(self, ranks: np.ndarray, out: np.ndarray, targets: np.ndarray) -> None:
-        """Row ``ranks[i]`` (int64 [n]), as it is stored, into ``out[targets[i]]``: uint8 [m, row_bytes].
-
-        Raises as `rows`.
-        """
-        self.store.raw_rows_into(self._in_range(ranks), out, targets)
-
-    def num_held_by(self, device: torch.device) -> int:
-        """How many rows, from rank 0 on, lie on ``device`` (not the CPU)."""
-        block = None if device.type == "cpu" else self.store.first_rows_on(device)
-        return 0 if block is None else len(block)
-
-    def decoded(self, raw: Tensor, ranks: Tensor, dtype: torch.dtype) -> Tensor:
-        """Rows ``ranks`` (int64 [n]) as ``dtype`` [n, D]: those that the device of ``raw`` holds (see `num_held_by`)
-        from there, others from ``raw`` uint8 [n, row_bytes], all on that device. Anything where a rank is negative.
-        """
-        row, device = self.layout.row_format, raw.device
-        rows = decode_rows(raw, torch.arange(len(raw), device=device), row, dtype)
-        held = None if device.type == "cpu" else self.store.first_rows_on(device)
-        if held is None:
-            return rows
-        own = decode_rows(held, ranks.clamp(0, len(held) - 1), row, dtype)
-        return torch.where((ranks < len(held))[:, None], own, rows)
+        return GPUReadableRows(
+            blocks[0], blocks[1] if len(blocks) > 1 else None, row.row_type, row.width, row.group_size
+        )
 
     def prefetch(self, ranks: Tensor) -> None:
         """Start fetching these rows in the background (int64 [n]), so that `rows` of them waits less."""
-        self.store.prefetch(self._checked(ranks))
+        self.store.prefetch(torch.from_numpy(self._checked(ranks)))
 
-    def _check_out(self, out: Tensor, count: int) -> None:
-        if out.shape != (count, self.width) or out.dtype != torch.float32 or not out.is_contiguous():
-            raise ValueError(f"out must be contiguous float32 [{count}, {self.width}], found {list(out.shape)}")
+    def _check_out(self, out: Tensor, ranks: Tensor, dtype: torch.dtype) -> None:
+        if dtype is not _FP32 or not self._on_cpu:
+            raise ValueError("out is for float32 rows on the CPU")
+        if out.shape != (ranks.shape[0], self.width) or out.dtype is not _FP32 or not out.is_contiguous():
+            raise ValueError(f"out must be contiguous float32 [{len(ranks)}, {self.width}], found {list(out.shape)}")
 
     def _checked(self, ranks: Tensor) -> np.ndarray:
-        if ranks.ndim != 1 or ranks.dtype != torch.int64:
-            raise ValueError(f"ranks must be int64 [n], found {ranks.dtype} {list(ranks.shape)}")
-        return self._in_range(np.ascontiguousarray(ranks.cpu().numpy()))
-
-    def _in_range(self, wanted: np.ndarray) -> np.ndarray:
+        if ranks.ndim != 1 or ranks.dtype != _INT64:
+            raise _not_ranks(ranks)
+        wanted = np.ascontiguousarray(ranks.cpu().numpy())
         if len(wanted):
             low, high = int(wanted.min()), int(wanted.max())
             if low < 0 or high >= self.num_rows:
@@ -202,7 +218,8 @@ class EmbeddingTable:
 
     def close(self) -> None:
         """Release files, memory and threads."""
-        self._reach.clear()
+        self._gpu_rows.clear()
+        self._held = None
         self.store.close()
         self._file.close()
 
@@ -213,3 +230,19 @@ class EmbeddingTable:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def decode_rows(table: Tensor, ranks: Tensor, row: RowFormat, dtype: torch.dtype) -> Tensor:
+    """Rows ``ranks`` (int64 [n]) of ``table`` (uint8 [m, row_bytes]) as ``dtype`` [n, D], on the device of both.
+
+    On CUDA one Triton kernel gathers and decodes, where Triton is installed; PyTorch does the same in several steps.
+    """
+    if table.device.type == "cuda" and triton_is_installed():
+        from scone.kernels.dequantize_triton import gather_rows_triton
+
+        return gather_rows_triton(table, ranks, row.row_type, row.width, row.group_size, dtype)
+    return row.decode(table.index_select(0, ranks), dtype)
+
+
+def _not_ranks(ranks: Tensor) -> ValueError:
+    return ValueError(f"ranks must be int64 [n], found {ranks.dtype} {list(ranks.shape)}")

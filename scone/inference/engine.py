@@ -6,7 +6,6 @@ import queue
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,14 +22,13 @@ from scone.inference.statistics import (
     TableReads,
     accelerator_peak_bytes,
     counted_reads,
-    process_bytes,
 )
-from scone.inference.step_caches import StepCaches, turn_on_a_gpu
 from scone.inference.streaming import Continuation, FirstStep, RowControl
 from scone.utils.errors import SconeError
+from scone.utils.peak_memory import process_bytes
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase, StaticCache
+    from transformers import PreTrainedTokenizerBase
 
 
 DEFAULT_MAX_LENGTH = 100
@@ -75,12 +73,10 @@ class SconeInferenceEngine:
     ``loaded.model`` is an ordinary Hugging Face model: everything that takes one takes it.
     """
 
-    def __init__(self, loaded: LoadedModel, tokenizer: PreTrainedTokenizerBase, cuda_graphs: bool = True) -> None:
-        """``cuda_graphs``: on a GPU, launch decoding steps as graphs (see `StepCaches`), one batch at a time."""
+    def __init__(self, loaded: LoadedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self.loaded = loaded
         self.model = loaded.model
         self.tokenizer = tokenizer
-        self._step_caches = StepCaches(self.model) if cuda_graphs and device_of(self.model).type == "cuda" else None
 
     @classmethod
     def from_pretrained(
@@ -91,7 +87,6 @@ class SconeInferenceEngine:
         quantization: str | None = None,
         device: str | torch.device | None = None,
         tokenizer_path: str | Path | None = None,
-        cuda_graphs: bool = True,
     ) -> SconeInferenceEngine:
         """Load model, table and tokenizer (by default the one saved with the model). Raises SconeError as
         `load_model` does.
@@ -99,7 +94,7 @@ class SconeInferenceEngine:
         from scone.tokenization.tokenizers import load_tokenizer
 
         loaded = load_model(model_path, embedding_cache_path, placement, device, quantization)
-        return cls(loaded, load_tokenizer(str(tokenizer_path or model_path)), cuda_graphs)
+        return cls(loaded, load_tokenizer(str(tokenizer_path or model_path)))
 
     def generate(
         self, prompts: str | Sequence[str], options: GenerationOptions | None = None
@@ -186,14 +181,6 @@ class SconeInferenceEngine:
             if number + 1 < len(groups):  # read while this group computes
                 self._prefetch(groups[number + 1])
             self._run_group(group, options, reads)
-
-    def forget_graphs(self) -> None:
-        """Give the memory of caches and CUDA graphs back, and capture steps anew.
-
-        Needed after a change to the model that is none of weights or modules, such as adapters that are switched off.
-        """
-        if self._step_caches is not None:
-            self._step_caches.clear()
 
     def text_of(self, ids: Sequence[int]) -> str:
         """The text of tokens, special ones left out."""
@@ -287,20 +274,16 @@ class SconeInferenceEngine:
             row.begin(self.tokenizer)
         clock = FirstStep() if options.num_beams > 1 else RowControl(rows, ends, width)
         if reads is not None:
-            reads.num_positions -= int((mask == 0).sum()) * options.num_beams
+            reads.num_padding += int((mask == 0).sum()) * options.num_beams
         shortest = min(len(row.prompt_ids) for row in rows)
         new_tokens = max(row.max_new_tokens for row in rows)
-        with (
-            self._step_cache(len(rows), width, new_tokens, options.num_beams) as cache,
-            torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-        ):
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(options.seed)
             output: Tensor = self.model.generate(  # type: ignore[operator]
                 input_ids=tokens.to(device),
                 attention_mask=mask.to(device),
                 generation_config=self._generation_config(options, new_tokens, shortest),
                 stopping_criteria=[clock],
-                **({} if cache is None else {"past_key_values": cache}),
             )
         now = time.perf_counter()
         if isinstance(clock, FirstStep):
@@ -310,21 +293,6 @@ class SconeInferenceEngine:
                     row.add(token, ends, now)
         for row in rows:
             row.finish("length", now)
-
-    @contextmanager
-    def _step_cache(
-        self, num_rows: int, num_prompt_tokens: int, num_new_tokens: int, num_beams: int
-    ) -> Iterator[StaticCache | None]:
-        """A cache whose steps are captured, where there can be one; beams change places in it, so they get none."""
-        if device_of(self.model).type != "cuda" and self._step_caches is None:
-            yield None
-            return
-        with turn_on_a_gpu():
-            if num_beams > 1 or self._step_caches is None:
-                yield None
-            else:
-                with self._step_caches.for_batch(num_rows, num_prompt_tokens + num_new_tokens, num_new_tokens) as cache:
-                    yield cache
 
     def _generation_config(self, options: GenerationOptions, new_tokens: int, shortest: int) -> Any:
         from transformers import GenerationConfig

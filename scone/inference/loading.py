@@ -124,6 +124,7 @@ def load_model(
 
         model = alone(_load_plain(model_path))
     model = model.to(where).eval().requires_grad_(False)
+    model.config.return_dict = True  # whatever the folder says: what runs the model asks its output by name
     report = None if quantization is None else quantize_trunk(model, quantization)
     return LoadedModel(model, table, report)
 

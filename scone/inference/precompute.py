@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from scone.inference.table_writer import TablePlan, TableWriter, remove_unfinish
 from scone.utils.errors import SconeError
 from scone.utils.progress import progress
 from scone.utils.text import human_bytes, human_count
+from scone.utils.threads import map_in_order
 
 # f-grams computed together, for each unit of batch_size. A chunk repeats the ancestors of its first f-gram and shares
 # everything else, so larger chunks gain nothing and hold more memory.
@@ -159,9 +159,12 @@ def _compute_chunks(
 
     total = sum(min(chunk_rows, len(order) - chunk * chunk_rows) for chunk in mine)
     started, computed, workers = time.perf_counter(), 0, _num_workers(model)
-    with progress(total, "rows", "precompute", quiet or rank > 0) as bar, _one_thread_each(workers) as pool:
+    # Matrix products may add in another order when the number of threads changes. With one thread to a chunk, its bits
+    # do not depend on how many work beside it.
+    one_thread = {"initializer": torch.set_num_threads, "initargs": (1,)}
+    with progress(total, "rows", "precompute", quiet or rank > 0) as bar, _one_thread():
         bar.update(total - sum(min(chunk_rows, len(order) - chunk * chunk_rows) for chunk in todo))
-        for rows in _completed(pool, compute, todo, workers):
+        for rows in map_in_order(compute, todo, workers, **one_thread):
             computed += rows
             bar.update(rows)
     seconds = time.perf_counter() - started
@@ -171,17 +174,12 @@ def _compute_chunks(
 
 
 @contextmanager
-def _one_thread_each(workers: int) -> Iterator[ThreadPoolExecutor]:
-    """Workers that each compute with one thread.
-
-    Matrix products may add in another order when the number of threads changes. With one thread to a chunk, its bits
-    do not depend on how many work beside it.
-    """
+def _one_thread() -> Iterator[None]:
+    """PyTorch computes with one thread in this one."""
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(workers, "precompute", initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield pool
+        yield
     finally:
         torch.set_num_threads(num_threads)
 
@@ -189,22 +187,6 @@ def _one_thread_each(workers: int) -> Iterator[ThreadPoolExecutor]:
 def _num_workers(model: RowModel) -> int:
     """Chunks computed at a time: PyTorch's threads; on an accelerator two, so that computing and writing overlap."""
     return torch.get_num_threads() if _device_of(model).type == "cpu" else 2
-
-
-def _completed(pool: ThreadPoolExecutor, work: Callable[[int], int], chunks: list[int], at_once: int) -> Iterator[int]:
-    """Results as they come. After a failure (or Ctrl-C) nothing new is started, and what runs is let finish."""
-    waiting: set[Future[int]] = set()
-    try:
-        for chunk in chunks:
-            waiting.add(pool.submit(work, chunk))
-            if len(waiting) > at_once:
-                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                yield from (task.result() for task in done)
-        for task in waiting:
-            yield task.result()
-    finally:
-        for task in waiting:
-            task.cancel()
 
 
 @contextmanager

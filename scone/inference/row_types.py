@@ -64,6 +64,16 @@ class RowFormat:
         """The torch type whose bytes a row is; None for quantised rows."""
         return _FLOAT_TYPES.get(self.row_type)
 
+    @property
+    def storage_dtype(self) -> torch.dtype:
+        """The torch type in which a stored row is held: its float type, else bytes."""
+        return self.float_dtype or torch.uint8
+
+    @property
+    def storage_width(self) -> int:
+        """Numbers of ``storage_dtype`` in a row."""
+        return self.row_bytes // self.storage_dtype.itemsize
+
     def encode(self, rows: Tensor) -> np.ndarray:
         """Rows as they are stored: float [n, D] on any device → uint8 [n, row_bytes] on the host.
 
@@ -109,7 +119,7 @@ class RowFormat:
     def decode(self, raw: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Stored rows as numbers, on whatever device they are: uint8 [n, row_bytes] → ``dtype`` [n, D].
 
-        The oracle of the compiled kernels (`scone.kernels.dequantize` on CPU, `dequantize_triton` on CUDA).
+        The reference of the compiled kernels (`scone.kernels.dequantize` on CPU, `dequantize_triton` on CUDA).
         """
         n = len(raw)
         if self.float_dtype is not None:

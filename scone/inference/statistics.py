@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import zip_longest
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,20 +29,29 @@ class RequestStats:
 
 @dataclass
 class TableReads:
-    """Positions that were looked up (padding not counted) and rows that were read for them."""
+    """Positions that were looked up (padding not counted) and rows that were read for them.
 
-    num_positions: int = 0
-    _found: list[torch.Tensor | int] = field(default_factory=list, repr=False)
+    Attributes: ``num_padding``, positions looked up that are padding.
+    """
 
-    def add(self, num_positions: int, found: list[torch.Tensor | int]) -> None:
-        """Count positions, and rows in parts that are to be added up."""
-        self.num_positions += num_positions
-        self._found += found
+    num_padding: int = 0
+    _counts: list[torch.Tensor] = field(default_factory=list, repr=False)
+
+    def add(self, counts: list[torch.Tensor]) -> None:
+        """Count positions and rows, int64 ``[2]``, in parts that are to be added up."""
+        self._counts += counts
+
+    # an accelerator that counted is waited for when it is asked, and not in each step
+
+    @property
+    def num_positions(self) -> int:
+        """Positions that were looked up."""
+        return sum(int(part[0]) for part in self._counts) - self.num_padding
 
     @property
     def num_rows(self) -> int:
-        """Rows that were read. An accelerator that counted them is waited for here, and not in each step."""
-        return sum(int(part) for part in self._found)
+        """Rows that were read."""
+        return sum(int(part[1]) for part in self._counts)
 
     @property
     def hit_rate(self) -> float:
@@ -116,22 +122,11 @@ def counted_reads(model: PreTrainedModel) -> Iterator[TableReads | None]:
     if layer is None:
         yield None
         return
-    reads, (first_position, found_before) = TableReads(), layer.reads()
+    reads, before = TableReads(), layer.reads()
     try:
         yield reads
     finally:
-        num_positions, found = layer.reads()
-        parts = zip_longest(found, found_before, fillvalue=0)
-        reads.add(num_positions - first_position, [after - before for after, before in parts])
-
-
-def process_bytes() -> int | None:
-    """Resident memory of this process now, shared pages included; None where the system does not tell."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    except OSError:
-        return None
-    return pages * os.sysconf("SC_PAGE_SIZE")
+        reads.add([after - earlier for after, earlier in zip(layer.reads(), before, strict=True)])
 
 
 def accelerator_peak_bytes(device: torch.device) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,7 @@ import numpy as np
 import torch
 
 from scone.inference.precompute import RowModel
-from scone.inference.stores.mmap import MmapStore
-from scone.inference.stores.ram import check_chunk
+from scone.inference.stores.memory import MemoryStore, damaged_rows
 from scone.inference.table_format import TableFile, TableLayout, check_fingerprints
 from scone.utils.errors import SconeError
 
@@ -42,7 +42,7 @@ def verify_table(
     with TableFile(path) as file:
         checksums = file.checksums()
         with ThreadPoolExecutor(num_threads or torch.get_num_threads()) as pool:
-            for _ in pool.map(lambda chunk: check_chunk(file, chunk, checksums[chunk]), range(len(checksums))):
+            for _ in pool.map(lambda chunk: _check_chunk(file, chunk, checksums[chunk]), range(len(checksums))):
                 pass
         file.check_unchanged()
         if model is None:
@@ -62,9 +62,11 @@ def _compare(file: TableFile, model: RowModel, sample: int, seed: int) -> TableC
     ranks = np.sort(np.random.default_rng(seed).choice(layout.num_rows, count, replace=False)).astype(np.int64)
     if not count:
         return TableCheck(layout, 0, 0.0)
-    store = MmapStore(file)
-    raw = store.raw_rows(ranks)
+    store = MemoryStore.mapped(file)
+    rows = store.new_rows(count)
+    store.read(torch.from_numpy(ranks), rows)
     store.close()
+    raw = rows.view(torch.uint8)
     stored = layout.row_format.decode(raw)
     live = model.embed_nodes(torch.from_numpy(ranks) + model.vocabulary.vocab_size).cpu()
     rounding = _ROUNDING.get(layout.row_format.row_type)
@@ -78,3 +80,15 @@ def _compare(file: TableFile, model: RowModel, sample: int, seed: int) -> TableC
             "number; expected the same row; precompute the table again from this model"
         )
     return TableCheck(layout, count, float(deviation[worst]))
+
+
+def _check_chunk(file: TableFile, chunk: int, checksum: bytes) -> None:
+    """Read a chunk of rows and compare its checksum. Raises SconeError when it differs."""
+    layout = file.layout
+    first = chunk * layout.checksum_rows
+    rows = file.read(
+        file.data_start + first * layout.row_bytes,
+        min(layout.checksum_rows, layout.num_rows - first) * layout.row_bytes,
+    )
+    if hashlib.sha256(rows).digest() != checksum:
+        raise damaged_rows(file, first)

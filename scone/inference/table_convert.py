@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from scone.inference.row_types import RowFormat
-from scone.inference.stores.ram import load_rows
+from scone.inference.stores.memory import load_rows
 from scone.inference.table_format import TableFile, TableLayout, layout_in_the_way
 from scone.inference.table_writer import TablePlan, TableWriter
 from scone.utils.errors import SconeError

@@ -8,16 +8,13 @@ Nothing needs to communicate, and deleting the folder starts over.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import os
 import shutil
 import threading
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,8 +23,9 @@ import numpy as np
 
 from scone.inference.table_format import TableLayout
 from scone.utils.errors import SconeError
-from scone.utils.files import read_json, sync_folder, write_json
+from scone.utils.files import read_json, sync_folder, told_when_full, write_json
 from scone.utils.text import human_bytes
+from scone.utils.threads import map_in_order
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,7 @@ class TableWriter:
         self._data_start = plan.layout.data_start
         self._thread_lock = threading.Lock()
         self._rank = rank
-        with _disk_errors(self.folder):
+        with self._told_when_full():
             self._lock = self._enter_folder()
             self._rows = os.open(self.folder / "table", os.O_RDWR | os.O_CLOEXEC)
             self._journal = _open_journal(self.folder / f"done-{rank}.txt")
@@ -171,13 +169,13 @@ class TableWriter:
             raise ValueError(f"ranks {ranks[0]} to {ranks[-1]} are not all in [0, {layout.num_rows})")
         starts = np.flatnonzero(np.concatenate(([True], np.diff(ranks) != 1)))
         view = rows.data
-        with _disk_errors(self.folder):
+        with self._told_when_full():
             for low, high in zip(starts.tolist(), [*starts[1:].tolist(), len(ranks)], strict=True):
                 _write_all(self._rows, view[low:high].cast("B"), self._data_start + int(ranks[low]) * layout.row_bytes)
 
     def mark_finished(self, chunk: int) -> None:
         """Note that all rows of ``chunk`` are written; first they, then the note, are made durable."""
-        with _disk_errors(self.folder), self._thread_lock:
+        with self._told_when_full(), self._thread_lock:
             os.fdatasync(self._rows)
             _write_all(self._journal, memoryview(f"{chunk}\n".encode()), None)
             os.fdatasync(self._journal)
@@ -189,7 +187,7 @@ class TableWriter:
 
         False: other processes are still working on their chunks; the last of them completes the table.
         """
-        with _disk_errors(self.folder):
+        with self._told_when_full():
             try:
                 lock = os.open(self.folder, os.O_RDONLY | os.O_CLOEXEC)  # a lock of its own: one process completes
             except FileNotFoundError:
@@ -229,8 +227,10 @@ class TableWriter:
                 os.posix_fadvise(self._rows, low, size, os.POSIX_FADV_DONTNEED)
             return digest
 
-        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-            yield from _mapped_in_order(pool, checksum, layout.num_checksums)
+        yield from map_in_order(checksum, range(layout.num_checksums), os.cpu_count() or 1)
+
+    def _told_when_full(self) -> AbstractContextManager[None]:
+        return told_when_full(f"the table in {self.folder}", "run the same command again: what is finished is kept")
 
     def close(self) -> None:
         """Release files and lock; what was finished stays for the next run."""
@@ -311,17 +311,6 @@ def _read_all(descriptor: int, size: int, offset: int) -> bytes:
     return data
 
 
-def _mapped_in_order(pool: ThreadPoolExecutor, work: Callable[[int], bytes], count: int) -> Iterator[bytes]:
-    """``work(0), work(1), …`` computed a few ahead: `ThreadPoolExecutor.map` would queue all of them."""
-    waiting: deque[Future[bytes]] = deque()
-    for number in range(count):
-        waiting.append(pool.submit(work, number))
-        if len(waiting) > 8:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
-
-
 def _is_same_file(descriptor: int, path: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
@@ -334,17 +323,3 @@ def _no_space(folder: Path, needed: int, free: int) -> SconeError:
         f"found {human_bytes(free)} of free disk space for {folder}; expected {human_bytes(needed)}; "
         "free some space or choose another output path; what is finished is kept, so run the same command again"
     )
-
-
-@contextmanager
-def _disk_errors(folder: Path) -> Iterator[None]:
-    """Turn a full disk into the line that says so."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise SconeError(
-                f"the disk is full or a size limit is reached ({error.strerror}) while writing {folder}; expected room "
-                "for the whole table; free some space and run the same command again: what is finished is kept"
-            ) from error
-        raise

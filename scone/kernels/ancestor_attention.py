@@ -2,7 +2,7 @@
 
 At a few ancestors a node, plain tensor operations spend their time on gathered copies; here every key and value is read
 where it lies. Each thread works on heads of its own, so nothing is summed by two threads and the result does not depend
-on how many there are. The slow equals are in ``reference_attention``.
+on how many there are. The reference implementations are in ``reference``.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from scone.kernels.threads import run_in_parts
+from scone.kernels.common import run_in_parts
 
 VALUES_PER_THREAD = 1 << 17
 """Below this many query values a further thread costs more than it saves."""

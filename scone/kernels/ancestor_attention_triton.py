@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from scone.kernels.transfer import launching_on
+from scone.kernels.common import launching_on
 
 _NODES = 16
 """Nodes of one program; each works on one head of them."""
@@ -24,7 +24,7 @@ def attention_forward_triton(query: Tensor, key: Tensor, value: Tensor, ancestor
         ancestors: int64 ``[M, N]``, node m's ancestor at each depth; its own place from its own depth on.
 
     Returns:
-        Output ``[M, heads, d]`` and fp32 weights ``[M, heads, N]``, 0 beyond a node's depth. The slow equal is
+        Output ``[M, heads, d]`` and fp32 weights ``[M, heads, N]``, 0 beyond a node's depth. The reference is
         ``padded_ancestor_attention``.
     """
     num_nodes, heads, size = query.shape

@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from scone.kernels.machine_instructions import LANES
+from scone.kernels.simd import LANES
 
 NO_F_GRAM = -1
 """What look-ups return when the vocabulary has no such f-gram."""
@@ -77,7 +77,7 @@ def find_child(keys, slots, bits, max_probes, prefix, token):
         max_probes: slots from the start of a home bucket beyond which no key lies.
         prefix, token: int64.
 
-    Slow equal: a dictionary from keys to ranks.
+    Reference implementation: a dictionary from keys to ranks.
     """
     hashed = hash_key(prefix, token)
     wanted = fingerprint_of(hashed, bits)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from scone.kernels.transfer import launching_on
+from scone.kernels.common import launching_on
 
 _BLOCK = 256
 _FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -26,7 +26,7 @@ def gather_rows_triton(
 ) -> Tensor:
     """Rows of ``table`` (uint8 [S, row_bytes], as stored) by ``ranks`` (int64 [n]) → ``dtype`` [n, D], D = ``width``.
 
-    Both on the same CUDA device; ranks are not checked here. Slow equal: `RowFormat.decode` of
+    Both on the same CUDA device; ranks are not checked here. Reference implementation: `RowFormat.decode` of
     ``table.index_select(0, ranks)``.
     """
     out = torch.empty(len(ranks), width, dtype=dtype, device=table.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from typing import Any
 
@@ -11,8 +12,7 @@ from numba import njit, types
 PAGE_BYTES = 4096
 PIECE_PAGES = 32  # longest single read, in pages: long enough for full bandwidth, short enough to run side by side
 
-# Functions of the C library, found by name when compiled code is loaded (a ctypes pointer could not be cached on disk).
-_pread: Any = types.ExternalFunction("pread", types.intp(types.intc, types.intp, types.uintp, types.int64))
+# Found by name in the C library when compiled code is loaded (a ctypes pointer could not be cached on disk).
 _syscall: Any = types.ExternalFunction("syscall", types.intp(*[types.intp] * 6))
 # Linux's asynchronous reads: io_setup, io_destroy, io_submit, io_getevents. No C library wraps them.
 _CALLS = {"x86_64": (206, 207, 209, 208), "aarch64": (0, 1, 2, 4)}
@@ -25,7 +25,7 @@ def plan_pieces(ranks, data_start, row_bytes):  # type: ignore[no-untyped-def]
     ``data_start``: (offset, size, target) of each piece, int64 [m, 3], and each row's place in the buffer, int64 [n].
 
     Rows on the same or neighbouring pages share a run; a run is cut into pieces of at most 32 pages. Pieces lie in the
-    buffer one after the other. Slow equal: `reference_pieces`.
+    buffer one after the other. Reference implementation: `reference_pieces`.
     """
     n = len(ranks)
     rows = np.empty(n, dtype=np.int64)
@@ -53,18 +53,16 @@ def plan_pieces(ranks, data_start, row_bytes):  # type: ignore[no-untyped-def]
     return pieces[:count], rows
 
 
-@njit(cache=True, nogil=True)
-def read_pieces(descriptor, address, pieces, end):  # type: ignore[no-untyped-def]
-    """Read ``pieces`` (int64 [m, 3]: offset, size, target) one after the other to ``address + target``.
+def read_pieces(descriptor: int, buffer: memoryview, pieces: np.ndarray, end: int) -> None:
+    """Read ``pieces`` (int64 [m, 3]: offset, size, target) one after the other to ``buffer[target:]``.
 
-    A piece comes back short where the file ends (at byte ``end``). Returns the index of the first piece that came back
-    shorter than that allows, or -1: the caller reads that piece again with `reference_read`, which says why.
+    A piece comes back short where the file ends (at byte ``end``). Raises OSError from the disk, EOFError where the
+    file ends before ``end``.
     """
-    for i in range(len(pieces)):
-        needed = min(pieces[i, 1], end - pieces[i, 0])
-        if _pread(descriptor, address + pieces[i, 2], pieces[i, 1], pieces[i, 0]) < needed:
-            return i
-    return -1
+    for offset, size, target in pieces.tolist():
+        got = os.preadv(descriptor, [buffer[target : target + size]], offset)
+        if got < min(size, end - offset):
+            raise EOFError(f"{got} of {min(size, end - offset)} bytes at {offset}")
 
 
 @njit(cache=True, nogil=True)
@@ -86,6 +84,8 @@ def close_queue(queue):  # type: ignore[no-untyped-def]
 def read_pieces_queued(queue, depth, polls, descriptor, address, pieces, end):  # type: ignore[no-untyped-def]
     """As `read_pieces`, but up to ``depth`` reads are under way at a time; ``descriptor`` must be open for O_DIRECT.
 
+    Returns the index of the first piece that did not come, or -1: the caller reads it again by `read_pieces`, which
+    says why.
     Once all are under way it asks up to ``polls`` times whether some came, before it waits for them: waking up takes a
     large part of a short batch's time. Returns only when no read is under way any more, so that the buffer may be
     reused whatever happened.

@@ -109,7 +109,7 @@ def link_f_grams(keys, counts, vocab_size, max_n, separators, suffixes, lengths,
     Returns:
         (outcome, rank, max_probes): `VALID`, or what is wrong with the f-gram of that rank.
 
-    Slow equal: `reference_matching.ranked` and `reference_matching.closed`.
+    Reference implementation: `reference.ranked` and `reference.closed`.
     """
     before = np.zeros(256, np.int64)
     current = np.zeros(256, np.int64)

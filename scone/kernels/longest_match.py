@@ -13,13 +13,19 @@ import numpy as np
 from numba import njit
 
 from scone.kernels.child_index import BUCKET, NO_F_GRAM, find_child, fingerprint_of, hash_key, home_slot, low_mask_of
-from scone.kernels.machine_instructions import largest_match, prefetch
+from scone.kernels.simd import largest_match, prefetch
 
 BLOCK = 512
 """Positions that are matched together: enough independent probes, while their cache lines stay in the first cache."""
 
 FRESH = -1
 """The state of a sequence that nothing reaches into."""
+
+FIRST = 2
+"""In a mask: a token that begins an example of its own, over whose beginning no f-gram reaches."""
+
+FIRST_BIT = 1 << 40
+"""Set in such a token, where tokens carry that mark themselves. Vocabularies have fewer than 2³² tokens."""
 
 _1 = np.uint64(1)
 _2 = np.uint64(2)
@@ -82,13 +88,16 @@ def _confirm(keys, slots, bits, max_probes, vocab_size, length, node, token, lev
 
 
 @njit(cache=True)
-def _match_block(keys, slots, bits, max_probes, vocab_size, longest, token, node, level, m, scratch):
-    """Raise ``node`` [m] from tokens (level 1; level 0 where nothing may match) to the longest matches."""
+def _match_block(keys, slots, bits, max_probes, vocab_size, longest, token, node, level, is_first, m, scratch):
+    """Raise ``node`` [m] from tokens (level 1; level 0 where nothing may match) to the longest matches.
+
+    No match of two tokens ends at an ``is_first``. So no longer one reaches over it either: all begin as one of two.
+    """
     candidates, likely, home, rank, wanted = scratch
     num_candidates = 0
     for i in range(_1, np.uint64(m)):
         candidates[num_candidates] = i
-        num_candidates += (level[i - _1] == 1) & (level[i] == 1)
+        num_candidates += (level[i - _1] == 1) & (level[i] == 1) & ~is_first[i]
     for length in range(2, longest + 1):
         if num_candidates == 0:
             return
@@ -118,7 +127,7 @@ def match_positions(
         keys, slots, bits, max_probes: the index, as in `child_index.find_child`.
         longest: N, the length of the longest f-gram.
         tokens: int64 [B · T], row after row.
-        mask: bool [B · T], False where nothing may match or cross; or [0] for no mask.
+        mask: uint8 [B · T], 0 where nothing may match or cross, FIRST where an example begins; or [0] for no mask.
         row_length: T.
         contexts: int64 [B, N − 1], tokens before each row, right-aligned, -1 where there are none; or [0, 0].
         nodes: int64 [B · T]; ``nodes[start:stop]`` is filled.
@@ -126,12 +135,13 @@ def match_positions(
     Returns:
         The first flat position with a token outside 0 … V − 1, or -1.
 
-    Slow equal: `reference_matching.longest_matches`, row by row.
+    Reference implementation: `reference.longest_matches`, one sequence after the other.
     """
     room = BLOCK + 2 * longest + 2
     token = np.empty(room, np.int64)
     node = np.empty(room, np.int64)
     level = np.empty(room, np.int16)
+    is_first = np.zeros(room, np.bool_)
     target = np.empty(room, np.int64)
     scratch = (
         np.empty(room, np.uint64),
@@ -157,6 +167,7 @@ def match_positions(
                     if contexts[row, k] >= 0:
                         token[m] = node[m] = contexts[row, k]
                         level[m] = 1
+                        is_first[m] = False
                         target[m] = -1
                         m += 1
             end = min(row_start + row_length, stop, position + max(1, BLOCK - m))
@@ -166,10 +177,11 @@ def match_positions(
                     return p
                 token[m] = node[m] = value
                 level[m] = 1 if not has_mask or mask[p] else 0
+                is_first[m] = has_mask and mask[p] == FIRST
                 target[m] = p if p >= position else -1
                 m += 1
             position = end
-        _match_block(keys, slots, bits, max_probes, vocab_size, longest, token, node, level, m, scratch)
+        _match_block(keys, slots, bits, max_probes, vocab_size, longest, token, node, level, is_first, m, scratch)
         for k in range(m):
             if target[k] >= 0:
                 nodes[target[k]] = node[k]
@@ -187,7 +199,7 @@ def match_step(keys, suffixes, slots, bits, max_probes, vocab_size, states, toke
     Returns:
         The first sequence with a token outside 0 … V − 1 or a state outside -1 … V + S − 1, or -1.
 
-    Slow equal: `reference_matching.longest_matches` over the whole sequence.
+    Reference implementation: `reference.longest_matches` over the whole sequence.
     """
     for b in range(len(tokens)):
         token = tokens[b]
@@ -217,7 +229,7 @@ def count_match_lengths(nodes, suffixes, lengths, vocab_size, sizes, histograms)
     Args:
         histograms: int64 [len(sizes), N + 1]; ``histograms[k, n]`` grows by the positions with a node of n tokens.
 
-    Slow equal: `reference_matching.longest_matches` with the first S′ f-grams.
+    Reference implementation: `reference.longest_matches` with the first S′ f-grams.
     """
     for node in nodes:
         for k in range(len(sizes)):

@@ -6,8 +6,10 @@ import triton
 import triton.language as tl
 
 from scone.kernels.child_index import BUCKET
+from scone.kernels.longest_match import FIRST_BIT
 
 _BUCKET: tl.constexpr = tl.constexpr(BUCKET)
+_FIRST_BIT: tl.constexpr = tl.constexpr(FIRST_BIT)
 # as in `child_index.hash_key`, whose index this reads
 _PREFIX_FACTOR: tl.constexpr = tl.constexpr(0x9E3779B97F4A7C15)
 _TOKEN_FACTOR: tl.constexpr = tl.constexpr(0xC2B2AE3D27D4EB4F)
@@ -24,20 +26,18 @@ def longest_match(
     max_probes,
     vocab_size,
     tokens,
-    mask,
     past,
     column,
     past_length,
-    has_mask: tl.constexpr,
     longest: tl.constexpr,
     context_size: tl.constexpr,
 ):
     """Rank of the longest f-gram ending at ``column`` of one sequence, int64; -1 for none, and at padding.
 
-    ``tokens``, ``mask`` and ``past`` point at the sequence's first; ``context_size`` ≥ ``longest`` is a power of two.
-    What they are says `table_look_up_triton.TableLookUp`.
+    ``tokens`` and ``past`` point at the sequence's first; ``context_size`` ≥ ``longest`` is a power of two. What they
+    are says `table_lookup_triton.TableKernel`.
     """
-    context, known = _context(tokens, mask, past, column, past_length, has_mask, longest, context_size)
+    context, known = _context(tokens, past, column, past_length, longest, context_size)
     # Walk b begins b tokens back and comes here through the prefixes, under which the vocabulary is closed. All walk at
     # the same time: how long this takes is how many reads must wait for one another.
     back = tl.arange(0, context_size)
@@ -61,39 +61,35 @@ def longest_match(
 @triton.jit
 def _context(
     tokens,
-    mask,
     past,
     column,
     past_length,
-    has_mask: tl.constexpr,
     longest: tl.constexpr,
     context_size: tl.constexpr,
 ):
     """Tokens int64 ``[context_size]``, the own first, then those before it; and how many before it are known.
 
-    They are read ``context_size`` at a time, nearest first; padding is stepped over. The own token at padding has none
-    before it.
+    They are read ``context_size`` at a time, nearest first; padding is stepped over, and the first of an example is the
+    last that is read. The own token at padding has none before it.
     """
     back = tl.arange(0, context_size)
-    context = tl.where(back == 0, tl.load(tokens + column).to(tl.int64), 0)
+    own = tl.load(tokens + column).to(tl.int64)
+    context = tl.where(back == 0, own & (_FIRST_BIT - 1), 0)
     known = tl.full((), 0, tl.int32)
-    before = past_length + column - 1
-    if has_mask:
-        before = tl.where(tl.load(mask + column) != 0, before, -1)
+    before = tl.where((own >= 0) & (own < _FIRST_BIT), past_length + column - 1, -1)
     while (before >= 0) & (known < longest - 1):
         at = before - back
         is_past = (at >= 0) & (at < past_length)
         is_new = at >= past_length
         token = tl.load(past + at, mask=is_past, other=-1).to(tl.int64)
         token = tl.where(is_new, tl.load(tokens + (at - past_length), mask=is_new, other=-1).to(tl.int64), token)
-        is_token = token >= 0
-        if has_mask:
-            is_token = is_token & (tl.load(mask + (at - past_length), mask=is_new, other=1) != 0)
+        is_first = (token >= _FIRST_BIT).to(tl.int32)
+        is_token = (token >= 0) & (tl.cumsum(is_first, 0) - is_first == 0)
         place = known + tl.cumsum(is_token.to(tl.int32), 0)
         found = is_token[None, :] & (place[None, :] == back[:, None])
-        context += tl.sum(tl.where(found, token[None, :], 0), 1)
+        context += tl.sum(tl.where(found, (token & (_FIRST_BIT - 1))[None, :], 0), 1)
         known += tl.sum(is_token.to(tl.int32), 0)
-        before -= context_size
+        before = tl.where(tl.max(is_first, 0) > 0, -1, before - context_size)
     return context, known
 
 

@@ -10,8 +10,8 @@ position. ``count_partition`` counts one partition over all blocks in a hash tab
 ``ids_of_remainders`` replaces remainders by the new ids, and ``restore_positions`` streams them back into the order of
 positions: that pass reads each partition's stream from front to back, so nothing in it misses the cache.
 
-All kernels release the GIL and run on one core; the callers use threads. Their slow equals are in
-``reference_counting.py`` under the same names.
+All kernels release the GIL and run on one core; the callers use threads. Their reference implementations are in
+``reference.py`` under the same names.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def multiplier_for(key_bits: int) -> tuple[np.uint64, np.uint64]:
 def histogram_tokens(tokens, counts):
     """Add the occurrences of each token to ``counts`` int64 [V]. Returns the index of the first token >= V, else -1.
 
-    ``tokens`` unsigned [L]. Slow equal: ``numpy.bincount``.
+    ``tokens`` unsigned [L]. Reference implementation: ``numpy.bincount``.
     """
     limit = np.uint64(counts.size)
     for i in range(tokens.size):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from scone.kernels.threads import run_in_parts
+from scone.kernels.common import run_in_parts
 
 VALUES_PER_THREAD = 1 << 18
 """Below this many values a further thread costs more than it saves."""
@@ -30,13 +30,13 @@ def update_rows(
         num_threads: at most so many share the rows.
         weight: float32 [R, D], changed in place.
         sums: float32 [R], of each row's second moments over its visits, changed in place.
-        visits: int32 [R], changed in place.
+        visits: float32 [R], changed in place.
         columns: float32 [D], second moments of the columns, mean one, above zero.
         mean: the second moment of a mean row.
         prior: how many visits ``mean`` counts for.
         learning_rate: the root mean square of a mean step.
 
-    Reference implementation: ``reference_rms.rms_rows``.
+    Reference implementation: ``reference.rms_rows``.
     """
     factors = (1.0 / columns).astype(np.float32)
     arguments = [weight, sums, visits, row_ids, gradients, factors, np.sqrt(factors)]
@@ -52,9 +52,9 @@ def _update(weight, sums, visits, row_ids, gradients, factors, roots, prior_sum,
         moment = np.float32(0.0)
         for column in range(width):
             moment += gradients[index, column] * gradients[index, column] * factors[column]
-        visits[row] += 1
+        visits[row] += np.float32(1.0)
         sums[row] += moment / np.float32(width)
-        variance = (prior_sum + sums[row]) / (prior + np.float32(visits[row]))
+        variance = (prior_sum + sums[row]) / (prior + visits[row])
         if variance > 0.0:
             step = rate / np.sqrt(variance)
             for column in range(width):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from scone.kernels.transfer import launching_on
+from scone.kernels.common import launching_on
 
 
 def update_rows_triton(

@@ -56,8 +56,8 @@ def build_trie_batch(
     round_sizes: bool = False,
     backoff: bool = True,
 ) -> TrieBatch:
-    """The trie batch of ``nodes`` (any shape, integers in 0..V+S-1), the slow equal of which is
-    ``reference_trie.trie_batch``.
+    """The trie batch of ``nodes`` (any shape, integers in 0..V+S-1), the reference implementation of which is
+    ``reference.trie_batch``.
 
     ``keys`` [S, 2] (prefix node, last token) and ``suffixes`` [S] (nodes) are the vocabulary's; learned rows exist for
     the f-grams of rank < ``num_rows``. Without ``backoff`` a chain is its first row alone: that of the longest suffix

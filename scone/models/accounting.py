@@ -15,7 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from scone.models.configuration import SconeConfig
-from scone.models.f_gram_model import FGramModel, FGramModelConfig
+from scone.models.f_gram_config import FGramModelConfig
+from scone.models.f_gram_model import FGramModel
 from scone.models.language_model import SconeForCausalLM
 from scone.models.over_encoding import OverEncodingForCausalLM
 

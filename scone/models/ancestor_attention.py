@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from scone.kernels.ancestor_attention import attention_backward, attention_forward
-from scone.kernels.installed import triton_is_installed
+from scone.kernels.common import triton_is_installed
 
 
 def ancestor_attention(

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from scone.models.f_gram_model import FGramModelConfig
+from scone.models.f_gram_config import FGramModelConfig
 
 
 class EmbeddedTrunkConfig(PreTrainedConfig):
@@ -16,6 +16,7 @@ class EmbeddedTrunkConfig(PreTrainedConfig):
         text_config: the trunk's own configuration (or its dictionary, with ``model_type``); Hugging Face's name for
             the part of a composite model that speaks text, so caches and generation read the trunk's sizes from it.
         embedding_scale: factor on the input vectors, in front of the trunk and its position embeddings.
+        input_norm: they are normalised before that (RMSNorm with a learned gain), table rows and tokens alike.
     """
 
     model_type = "embedded_trunk"
@@ -23,6 +24,7 @@ class EmbeddedTrunkConfig(PreTrainedConfig):
 
     text_config: dict | PreTrainedConfig | None = None
     embedding_scale: float = 1.0
+    input_norm: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.text_config is None:
@@ -32,8 +34,10 @@ class EmbeddedTrunkConfig(PreTrainedConfig):
             self.text_config = AutoConfig.for_model(values.pop("model_type"), **values)
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             kwargs.setdefault(name, getattr(self.text_config, name, None))
-        # the trunk ties its own weights; there is nothing to tie at this level
-        kwargs["tie_word_embeddings"] = False
+        if not self.text_config.return_dict:  # the model around the trunk makes the tuples
+            self.return_dict, self.text_config.return_dict = False, True
+        # the trunk ties them, nothing is tied at this level; but adapters ask here
+        kwargs["tie_word_embeddings"] = bool(getattr(self.text_config, "tie_word_embeddings", False))
         super().__post_init__(**kwargs)
 
     @property

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,67 +11,71 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.generation.configuration_utils import CompileConfig
 from transformers.masking_utils import create_masks_for_generate
+from transformers.utils import ModelOutput
 
-from scone.models.captured_calls import CapturedCalls, lies_on_one_device, options_within_a_graph
 from scone.models.configuration import EmbeddedTrunkConfig
-from scone.models.step_look_up import OrdinaryLookUp, StepLookUp
-from scone.models.token_history import StaticTokenHistory, TokenHistory, extend_history, hidden, known_past
+from scone.models.host_lookup import Find, looked_up
+from scone.models.learned_rows import LearnedRows
+from scone.models.token_history import TokenHistory, extend_history, known_past, marked, starts_of_examples
+from scone.utils.errors import SconeError
 
 
 class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
-    """``trunk``, an ordinary causal language model, whose input vectors come from ``embed``.
+    """``trunk``, an ordinary causal language model, whose input vectors come from a layer of ours.
 
-    A subclass gives ``embed``, the number of tokens before a position that it depends on, and its layer.
+    A subclass gives ``vectors_of``, and the layer.
     """
 
     config_class = EmbeddedTrunkConfig
-    base_model_prefix = "trunk"
+    base_model_prefix = "body"
     main_input_name = "input_ids"
+    _tied_weights_keys: dict[str, str] = {}  # noqa: RUF012 (the library's; what is tied, is tied within the trunk)
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _can_compile_fullgraph = False  # the host looks n-grams up between the steps
 
     def __init__(self, config: EmbeddedTrunkConfig, trunk: PreTrainedModel | None = None) -> None:
         super().__init__(config)
         self.trunk = AutoModelForCausalLM.from_config(config.text_config) if trunk is None else trunk
+        self.trunk.config.return_dict = True  # tuples are made here
         self._no_split_modules = list(self.trunk._no_split_modules or [])
         self._embedding_place: tuple[str, ...] = ()
-        self._captured: CapturedCalls | None = None
+        self.input_norm = nn.RMSNorm(self._token_weight().shape[1], eps=1e-6) if config.input_norm else None
+        self._body: list[TrunkBody] = []  # in a list it is no part of the model: its parts are ours
 
     @abstractmethod
+    def vectors_of(
+        self, input_ids: Tensor, tokens: Tensor, history: TokenHistory | None, trie: dict[str, Any] | None
+    ) -> Tensor:
+        """Input vectors ``[B, T, D]``, not scaled yet, of ``input_ids`` that follow ``history``.
+
+        ``tokens`` are the same as `marked` writes them; ``trie`` is what the data loader has looked up already.
+        """
+
     def embed(
         self,
         input_ids: Tensor,
         mask: Tensor | None = None,
         cache: Cache | None = None,
         trie: dict[str, Any] | None = None,
+        position_ids: Tensor | None = None,
     ) -> Tensor:
-        """Input vectors ``[B, T, D]`` of tokens that follow what ``cache`` holds; ``trie`` is what the data loader has
-        looked up already.
-        """
+        """Input vectors ``[B, T, D]``, not scaled yet, of tokens that follow what ``cache`` holds: see `forward`."""
+        history = known_past(cache)
+        return self.vectors_of(input_ids, _marked(input_ids, mask, history, position_ids), history, trie)
 
-    def input_vectors(
-        self,
-        input_ids: Tensor,
-        mask: Tensor | None = None,
-        cache: Cache | None = None,
-        trie: dict[str, Any] | None = None,
-    ) -> Tensor:
-        """What the trunk gets, ``[B, T, D]``: as `embed`, which see, times ``embedding_scale``."""
-        return self.scaled(self.embed(input_ids, mask, cache, trie))
+    def input_vectors(self, *args: Any, **kwargs: Any) -> Tensor:
+        """What the trunk gets, ``[B, T, D]``: of `embed`, normalised and scaled as configured."""
+        return self.scaled(self.embed(*args, **kwargs))
 
     def scaled(self, vectors: Tensor) -> Tensor:
         """Of `embed`, as the trunk gets them."""
+        if self.input_norm is not None:
+            vectors = self.input_norm(vectors)
         return vectors if self.config.embedding_scale == 1.0 else vectors * self.config.embedding_scale
-
-    def step_look_up(self, inputs: Mapping[str, Any]) -> StepLookUp | None:
-        """What comes before a captured step with these arguments; None where it can be captured whole."""
-        return OrdinaryLookUp(self, inputs)
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
         """As Hugging Face's, plus the file by which ``trust_remote_code`` finds us."""
@@ -85,7 +88,18 @@ class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
             path = Path(save_directory) / "modeling_scone.py"
             path.write_text(_remote_code(*names.values()), encoding="utf-8")
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has a body of its own."""
+        return self.__dict__ | {"_body": []}
+
     # ------------------------------------------------------------------ Hugging Face's questions
+
+    @property
+    def body(self) -> TrunkBody:
+        """All but the head: what ``base_model`` is, to which losses that never make whole logits apply the head."""
+        if not self._body:
+            self._body.append(TrunkBody(self))
+        return self._body[0]
 
     def get_input_embeddings(self) -> nn.Module:
         """T of the trunk. Searching takes as long as embedding a token, so where it was found is looked at first."""
@@ -101,11 +115,25 @@ class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.trunk.set_input_embeddings(value)
 
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """As Hugging Face's, of the trunk: tokens are added at the end, or taken away there."""
+        embeddings = self.trunk.resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        self.config.text_config.vocab_size = self.trunk.config.get_text_config().vocab_size
+        return embeddings
+
     def _token_weight(self) -> Tensor:
         """T, ``[V, D]``."""
         weight = self.trunk.get_input_embeddings().weight
         assert isinstance(weight, Tensor)
         return weight
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """What ``DistributedDataParallel`` leaves alone: rows that a row optimizer keeps alike on all ranks."""
+        rows = [(name, part) for name, part in self.named_modules() if isinstance(part, LearnedRows)]
+        return [f"{name}.weight" for name, part in rows if part.are_collected]
 
     def get_output_embeddings(self) -> nn.Module:
         return self.trunk.get_output_embeddings()
@@ -117,45 +145,20 @@ class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
         generation: Any = GenerationMixin
         inputs = generation.prepare_inputs_for_generation(self, input_ids, attention_mask=attention_mask, **kwargs)
         if attention_mask is not None and attention_mask.ndim == 2 and inputs.get("input_ids") is not None:
-            inputs["token_mask"] = attention_mask[:, -inputs["input_ids"].shape[1] :]
+            new = attention_mask[:, -inputs["input_ids"].shape[1] :]
+            # a view has other strides in every step, for which a compiled step would be compiled anew
+            inputs["token_mask"] = new.clone(memory_format=torch.contiguous_format)
         return inputs
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """What ``generate_batch`` and ``transformers serve`` begin with. Raises SconeError: see `_PAGED`."""
+        raise SconeError(_PAGED)
 
     def create_masks_for_generate(self, config: Any, **kwargs: Any) -> Any:
         """The masks of a static cache, by the trunk's configuration: ours does not say which attention runs."""
         trunk: Any = self.trunk
         create = getattr(trunk, "create_masks_for_generate", create_masks_for_generate)
         return create(config=trunk.config, **kwargs)
-
-    def get_compiled_call(self, compile_config: CompileConfig | None) -> Callable[..., Any]:
-        """What ``generate`` calls for steps over a static cache: CUDA graphs, if all of the model is on one device."""
-        if self.device.type != "cuda" or not lies_on_one_device(self):
-            return self.__call__
-        options = options_within_a_graph(compile_config)
-        if self._captured is None or self._captured.compile_options != options:
-            self._captured = CapturedCalls(self, **options)
-        return self._captured
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As Hugging Face's. Graphs outlive it only with a cache that its caller made, and may use again."""
-        generation: Any = super()
-        if self._captured is not None:
-            self._captured.forget_if_changed()
-        try:
-            return generation.generate(*args, **kwargs)
-        finally:
-            calls = self._captured
-            for cache in [] if calls is None else calls.caches:
-                if calls is not None and not getattr(cache, "_is_user_defined", False):
-                    calls.forget(cache)
-
-    def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        """As PyTorch's; what moves or casts weights leaves graphs that read where they were."""
-        self._captured = None
-        return super()._apply(*args, **kwargs)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy captures steps of its own."""
-        return self.__dict__ | {"_captured": None}
 
     # ------------------------------------------------------------------ tokens → vectors → logits
 
@@ -172,6 +175,7 @@ class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
         trie: dict[str, Any] | None = None,
         token_mask: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        return_dict: bool | None = None,
         **kwargs: Any,
     ) -> Any:
         """Logits, and the loss where ``labels`` are given; what is not named here goes to the trunk as it is.
@@ -179,98 +183,163 @@ class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
         Args:
             input_ids: int64 ``[B, T]``.
             attention_mask: ``[B, past + T]``, 0 at padding. Padding is not there: tokens on both sides of it are
-                neighbours, so that a padded batch gives what its bare rows give.
-            inputs_embeds: ``[B, T, D]`` ready-made vectors (of `input_vectors`, where ``input_ids`` are given too);
-                nothing is looked up or scaled then.
+                neighbours, so that a padded batch gives what its bare sequences give.
+            position_ids: ``[B, T]``. Where they start again, another example of a packed sequence begins, and what is
+                before it is not seen; ``cu_seq_lens_q`` and ``seq_idx`` of data collators say the same.
+            inputs_embeds: ``[B, T, D]`` ready-made vectors of ``input_ids`` (of `input_vectors`); nothing is looked up
+                or scaled then.
             labels: int64 ``[B, T]``, unshifted, -100 ignored.
             trie: what the data loader looked up (the arrays of a ``TrieBatch``); looked up here where missing.
             token_mask: ``[B, T]`` 0 at padding, where ``attention_mask`` is not two-dimensional.
             num_items_in_batch: predicted tokens of the whole step over processes and micro-batches; the loss is the
                 sum over this batch divided by it.
+            return_dict: False gives a tuple, the loss first; None: as the configuration says.
 
         Raises:
-            ValueError: a cache that another model filled, without the token history that looking up needs.
+            ValueError: a cache that another model filled, without the token history that looking up needs; vectors
+                without their tokens.
+            SconeError: a paged cache of continuous batching.
         """
-        mask = token_mask
-        if mask is None and input_ids is not None:
-            mask = _new_columns(attention_mask, input_ids.shape[1], past_key_values)
-        if inputs_embeds is None:
-            assert input_ids is not None, "give input_ids or inputs_embeds"
-            inputs_embeds = self.input_vectors(input_ids, mask, past_key_values, trie)
         if use_cache is None and labels is not None:
             use_cache = False
-        output = self.trunk(
+        inputs = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, trie, token_mask)
+        output = self._run(self.trunk, *inputs, use_cache=use_cache, logits_to_keep=logits_to_keep, **kwargs)
+        if labels is not None:
+            loss = self.loss_function(
+                output.logits, labels, vocab_size=self.config.vocab_size, num_items_in_batch=num_items_in_batch
+            )
+            output = type(output)(**{**output, "loss": loss})
+        return self._returned(output, return_dict)
+
+    def _run(
+        self,
+        part: Any,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        cache: Cache | None,
+        inputs_embeds: Tensor | None,
+        trie: dict[str, Any] | None,
+        token_mask: Tensor | None,
+        **kwargs: Any,
+    ) -> Any:
+        """The output of ``part``, the trunk or its body, for our input vectors; arguments are those of `forward`."""
+        if input_ids is None:
+            raise ValueError("found no input_ids; expected tokens" if inputs_embeds is None else _NO_TOKENS)
+        if "write_index" in kwargs:
+            raise SconeError(_PAGED)
+        mask = token_mask
+        if mask is None:
+            mask = _new_columns(attention_mask, input_ids.shape[1], cache)
+        history = known_past(cache)
+        tokens = _marked(input_ids, mask, history, position_ids, kwargs.get("cu_seq_lens_q"), kwargs.get("seq_idx"))
+        if inputs_embeds is None:
+            inputs_embeds = self.scaled(self.vectors_of(input_ids, tokens, history, trie))
+        output = part(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-            logits_to_keep=logits_to_keep,
+            past_key_values=cache,
+            return_dict=True,
             **kwargs,
         )
-        if input_ids is not None and output.past_key_values is not None:
-            extend_history(output.past_key_values, input_ids, mask)
-        if labels is not None:
-            output.loss = self.loss_function(
-                output.logits, labels, vocab_size=self.config.vocab_size, num_items_in_batch=num_items_in_batch
-            )
+        if output.past_key_values is not None:
+            extend_history(output.past_key_values, tokens)
         return output
 
-    def look_up(
-        self,
-        find: Callable[[np.ndarray, np.ndarray], np.ndarray],
-        input_ids: Tensor,
-        mask: Tensor | None,
-        cache: Cache | None,
-        context: int,
-    ) -> np.ndarray:
+    def _returned(self, output: ModelOutput, return_dict: bool | None) -> Any:
+        """``output``, or the tuple of it, as the caller or else the configuration wants it."""
+        as_dictionary = self.config.return_dict if return_dict is None else return_dict
+        return output if as_dictionary else output.to_tuple()
+
+    def look_up(self, find: Find, tokens: Tensor, history: TokenHistory | None, context: int) -> np.ndarray:
         """What ``find`` says of the new positions, ``[B, T, …]``, when it sees at most ``context`` tokens before them.
 
-        ``find`` takes tokens int64 and validity bool ``[B, L]`` on the host and answers ``[B, L, …]``.
         Raises ValueError for a cache without the history of its tokens.
         """
-        history = known_past(cache, may_wait=False)
-        new, seen = input_ids.shape[1], hidden(input_ids, mask)
-        if isinstance(history, StaticTokenHistory):
-            tokens, past = history.unpacked(history.window(seen, context).cpu().numpy(), context)
-        else:
-            past = 0 if history is None else history.get_seq_length()
-            if history is not None and context:
-                seen = torch.cat([history.last(context), seen], dim=1)
-            tokens = seen.cpu().numpy()
-        return answers(find, tokens, past, history, context, new)
+        past = (None, None, None) if history is None else (history.all(), history.places, history.count)
+        return looked_up(find, tokens, context, *past)
 
 
-def answers(
-    find: Callable[[np.ndarray, np.ndarray], np.ndarray],
-    tokens: np.ndarray,
-    past: int,
-    history: TokenHistory | None,
-    context: int,
-    new: int,
-) -> np.ndarray:
-    """As `EmbeddedTrunk.look_up`, of the ``new`` last columns of ``tokens`` [B, ≤ context + new], hidden ones among
-    them; ``history`` has the ``past`` tokens before.
+class TrunkBody(nn.Module):
+    """A model of ours without its head: hidden states of *our* input vectors.
+
+    Where others look for a language model's body (``base_model``, ``get_decoder()``), they must find no part of the
+    trunk: it would embed token ids by itself, without n-grams. Whatever is not here is the trunk's own body's.
     """
-    valid = tokens >= 0
-    if valid.all():
-        return find(tokens, valid)[:, -new:]
-    if past > context and not valid[:, :-new].all():  # further back there may be tokens that padding kept away
-        assert history is not None
-        before = _padding_first(history.last(past).cpu().numpy())[0][:, past - context :]
-        tokens = np.concatenate([before, tokens[:, -new:]], axis=1)
-    tokens, order = _padding_first(tokens)
-    valid = tokens >= 0
-    found = find(np.where(valid, tokens, ~tokens), valid)
-    in_place = np.empty_like(found)
-    in_place[np.arange(len(order))[:, None], order] = found
-    return in_place[:, -new:]
+
+    def __init__(self, model: EmbeddedTrunk) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        trie: dict[str, Any] | None = None,
+        token_mask: Tensor | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """``last_hidden_state`` ``[B, T, D]`` and what else the trunk's body gives; see `EmbeddedTrunk.forward`."""
+        model = self.model
+        inputs = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, trie, token_mask)
+        return model._returned(model._run(model.trunk.base_model, *inputs, **kwargs), return_dict)
+
+    def get_decoder(self) -> nn.Module:
+        return self
+
+    def get_encoder(self, modality: str | None = None) -> nn.Module:
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            model: Any = super().__getattr__("model")
+            return getattr(model.trunk.base_model, name)
 
 
-def _padding_first(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Each row of ``tokens`` [B, L] with its padding moved to the front, and the columns that they came from."""
-    order = np.argsort(tokens >= 0, axis=1, kind="stable")
-    return np.take_along_axis(tokens, order, axis=1), order
+# Its paged cache carries no tokens: each step would be embedded as the beginning of a text. A history beside its slots
+# would have to follow what it does to them (sharing, copying, moving to the host), which changes with every version.
+_PAGED = (
+    "found continuous batching of transformers, whose paged cache does not keep the tokens that f-grams need; expected "
+    "generate, with the prompts as one padded batch, or `scone serve`, which batches requests"
+)
+_NO_TOKENS = (
+    "found inputs_embeds without input_ids; expected the tokens too, in which n-grams are found (soft prompts, such as "
+    "PEFT's prompt tuning, hand in vectors alone and do not work here); give input_ids, or give vectors that are ready "
+    "to model.trunk(inputs_embeds=…)"
+)
+
+
+def _marked(
+    input_ids: Tensor,
+    mask: Tensor | None,
+    history: TokenHistory | None,
+    position_ids: Tensor | None = None,
+    bounds: Tensor | None = None,
+    example_of: Tensor | None = None,
+) -> Tensor:
+    """`marked` tokens. Where examples begin say ``position_ids``; ``bounds``, int ``[examples + 1]``, of all examples,
+    one after the other; and ``example_of``, the number of each token's example, ``[B, T]``.
+    """
+    length, starts = input_ids.shape[1], None
+    if position_ids is not None:
+        # models that count in several dimensions have text's first
+        position_ids = position_ids[0] if position_ids.ndim == 3 else position_ids
+        starts = starts_of_examples(position_ids[:, -length:], mask, history is not None)
+    if bounds is not None:
+        flat = torch.zeros(input_ids.numel() + 1, dtype=torch.bool, device=input_ids.device)
+        begun = flat.index_fill(0, bounds[1:].long(), True)[:-1].view_as(input_ids)
+        starts = begun if starts is None else starts | begun
+    if example_of is not None:
+        begun = nn.functional.pad(example_of.diff(dim=1) != 0, (1, 0))
+        starts = begun if starts is None else starts | begun
+    return marked(input_ids, mask, starts)
 
 
 def _new_columns(attention_mask: Any, new: int, cache: Cache | None) -> Tensor | None:
@@ -280,7 +349,12 @@ def _new_columns(attention_mask: Any, new: int, cache: Cache | None) -> Tensor |
     """
     if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
         return None
-    past = cache.get_seq_length() if cache is not None else 0
+    if cache is None or attention_mask.shape[1] == new:
+        return attention_mask[:, -new:]
+    past = cache.get_seq_length()
+    if isinstance(past, Tensor):  # of a static cache, which is not waited for
+        at = torch.arange(new, device=attention_mask.device) + past
+        return attention_mask.index_select(1, at.clamp(max=attention_mask.shape[1] - 1))
     return attention_mask[:, past:][:, :new] if attention_mask.shape[1] > past + new else attention_mask[:, -new:]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -11,39 +10,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from scone.models.ancestor_attention import ancestor_attention
-
-
-@dataclass
-class FGramModelConfig:
-    """Sizes of the f-gram model, which need not be the trunk's, and what else of it is a choice.
-
-    Args:
-        start: "random", "zero" (the gain starts there), or "identity" (an f-gram's vector starts as its last token's
-            embedding); None: zero, or random where that cannot be (see ``FGramInputEmbedding``).
-        output_norm: the vector that comes out is divided by its root mean square.
-        output_gain: it is multiplied by a learned gain.
-        own_tokens: the model has token embeddings of its own instead of reading the trunk's.
-    """
-
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    intermediate_size: int
-    layer_norm_eps: float = 1e-5
-    initializer_range: float = 0.02
-    start: str | None = None
-    output_norm: bool = True
-    output_gain: bool = True
-    own_tokens: bool = False
-
-    def __post_init__(self) -> None:
-        if self.num_hidden_layers < 1:
-            raise ValueError(f"{self.num_hidden_layers=} must be at least 1")
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(f"{self.hidden_size=} must be a multiple of {self.num_attention_heads=}")
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+from scone.models.f_gram_config import FGramModelConfig
 
 
 class FGramBlock(GradientCheckpointingLayer):
@@ -78,8 +45,9 @@ class FGramBlock(GradientCheckpointingLayer):
     def _project(self, normed: Tensor, wanted: Tensor | None) -> tuple[Tensor, ...]:
         """Query [M, heads, d] of the wanted nodes, key and value [U, heads, d] of all."""
         heads, width = self.num_heads, normed.shape[1]
-        if wanted is None:
-            return self.attention_in(normed).view(len(normed), 3, heads, -1).unbind(1)
+        if wanted is None or type(self.attention_in) is not nn.Linear:  # adapters put a layer of theirs in its place
+            query, key, value = self.attention_in(normed).view(len(normed), 3, heads, -1).unbind(1)
+            return query if wanted is None else query[wanted], key, value
         weight, bias = self.attention_in.weight, self.attention_in.bias
         query = nn.functional.linear(normed[wanted], weight[:width], bias[:width])
         pair = nn.functional.linear(normed, weight[width:], bias[width:])
@@ -105,6 +73,21 @@ class FGramModel(nn.Module):
         self.positions = nn.Embedding(max_n, config.hidden_size)
         self.blocks = nn.ModuleList(FGramBlock(config) for _ in range(config.num_hidden_layers))
         self.map_out = nn.Identity() if same else nn.Linear(config.hidden_size, trunk_width, bias=False)
+
+    def resize_tokens(self, vocab_size: int) -> None:
+        """Where the model has token embeddings of its own: for another number of tokens, the first of them as before.
+
+        No f-gram reads what is added.
+        """
+        if self.own_tokens is None:
+            return
+        old = self.own_tokens.weight
+        self.own_tokens = nn.Embedding(vocab_size, old.shape[1], device=old.device, dtype=old.dtype)
+        self.own_tokens.weight.requires_grad_(old.requires_grad)
+        kept = min(vocab_size, len(old))
+        with torch.no_grad():
+            nn.init.normal_(self.own_tokens.weight, std=self.config.initializer_range)
+            self.own_tokens.weight[:kept] = old[:kept]
 
     def forward(self, token_vectors: Tensor, trie: Mapping[str, Any]) -> Tensor:
         """Last hidden states ``[M, D]`` of the batch's distinct f-grams, normalised to a root mean square of one

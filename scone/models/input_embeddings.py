@@ -6,19 +6,19 @@ The gain and the rows start at zero, so an untrained SCONE is its trunk, bit for
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from scone.kernels.reachable_rows import ReachableRows
-from scone.kernels.transfer import to_device
-from scone.models.device_look_up import DeviceLookUp
-from scone.models.f_gram_model import FGramModel, FGramModelConfig, unit_rms
+from scone.models.f_gram_config import FGramModelConfig
+from scone.models.f_gram_model import FGramModel, unit_rms
 from scone.models.learned_rows import LearnedRows
+from scone.models.table_lookup import BY_DEVICE, BY_HOST, RowSource, TableLookup
 from scone.models.token_history import TokenHistory
-from scone.tokenization.f_gram_vocabulary import FGramVocabulary
+from scone.tokenization.matcher import Matcher
 
 COMBINATIONS = ("add", "replace", "gate")
 
@@ -130,97 +130,32 @@ def scale_at_start(config: FGramModelConfig, combination: str, token_scale: floa
     return token_scale if config.output_norm else 1.0
 
 
-class RowSource(Protocol):
-    """What the model needs of an embedding table: any placement, any row type."""
-
-    num_rows: int
-    width: int
-
-    def rows(self, ranks: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Rows ``[n, D]`` for int64 ranks ``[n]`` on the host."""
-        ...
-
-    def within_reach(self, device: torch.device) -> ReachableRows | None:
-        """The rows, where kernels on ``device`` read them by themselves; None where the host has to."""
-        ...
-
-
 class TableInputEmbedding(nn.Module):
-    """The serving layer: a matched position reads one precomputed row, any other its token's own embedding.
+    """The serving layer: a matched position reads one precomputed row, any other its token's own embedding."""
 
-    Attributes: ``num_positions``, looked up so far, padding too; whoever replays a look-up adds to it.
-    """
-
-    def __init__(self, table: RowSource) -> None:
+    def __init__(self, table: RowSource, matcher: Matcher) -> None:
         super().__init__()
         self.table = table
-        self._look_ups: dict[torch.device, DeviceLookUp | None] = {}
-        self.num_positions = 0
-        self._num_rows = 0
+        self._lookup = TableLookup(table, matcher)
+        # what a compiled call guards on
+        self._handle, self._is_by_device = self._lookup.handle, self._lookup.on_device is not None
 
-    def forward(self, token_ids: Tensor, node_ids: Tensor, token_embedding: nn.Module, vocab_size: int) -> Tensor:
-        """``token_ids`` int64 [B, T] on the trunk's device → [B, T, D].
+    def forward(self, vectors: Tensor, tokens: Tensor, history: TokenHistory | None) -> Tensor:
+        """Token embeddings ``[B, T, D]`` of ``tokens`` int64 ``[B, T]``, as `marked` writes them → input vectors."""
+        past = (None, None, None) if history is None else (history.all(), history.places, history.count)
+        operator = BY_DEVICE if self._is_by_device else BY_HOST
+        output, _ = operator(vectors, tokens, *past, self._handle)
+        return output  # type: ignore[no-any-return]
 
-        ``node_ids``: int64 [B, T] on the host, which gathers the rows.
-        """
-        vectors = token_embedding(token_ids)
-        flat = vectors.reshape(-1, vectors.shape[-1])
-        nodes = node_ids.reshape(-1)
-        positions = (nodes >= vocab_size).nonzero().squeeze(1)
-        if len(positions):
-            rows = self.table.rows(nodes[positions] - vocab_size, flat.dtype)
-            flat = flat.index_copy(0, to_device(positions, flat.device), rows.to(flat.device))
-        self.count(len(nodes), len(positions))
-        return flat.view_as(vectors)
-
-    def count(self, num_positions: int, num_rows: int) -> None:
-        """Note what the host looked up."""
-        self.num_positions += num_positions
-        self._num_rows += num_rows
-
-    def on_device(
-        self,
-        look_up: DeviceLookUp,
-        token_ids: Tensor,
-        token_embedding: nn.Module,
-        mask: Tensor | None,
-        history: TokenHistory | None,
-    ) -> Tensor:
-        """The same without the host: ``look_up`` (of `look_up_on`) finds the nodes, and knows the other arguments."""
-        vectors = token_embedding(token_ids).contiguous()
-        self.num_positions += token_ids.numel()
-        if not vectors.requires_grad:
-            look_up.write(vectors, token_ids, mask, history)
-            return vectors
-        # NaN is no row's, so it tells the positions that read none; gradients reach the embeddings of these alone
-        rows = torch.full_like(vectors, torch.nan)
-        look_up.write(rows, token_ids, mask, history)
-        return torch.where(rows.isnan(), vectors, rows)
-
-    def look_up_on(self, device: torch.device, vocabulary: FGramVocabulary) -> DeviceLookUp | None:
-        """What looks up on ``device`` by itself, made when it is first wanted; None where the host has to."""
-        rows = self.table.within_reach(device)
-        if rows is None:
-            return None
-        if device not in self._look_ups:
-            fits = DeviceLookUp.fits(vocabulary, device)
-            self._look_ups[device] = DeviceLookUp(vocabulary, rows, device) if fits else None
-        return self._look_ups[device]
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy makes look-ups of its own: they hold compiled kernels, which cannot be copied."""
-        return self.__dict__ | {"_look_ups": {}}
+    def __deepcopy__(self, memo: dict[int, Any]) -> TableInputEmbedding:
+        """A copy makes a lookup of its own: it holds compiled kernels, which cannot be copied."""
+        return TableInputEmbedding(copy.deepcopy(self.table, memo), self._lookup.matcher)
 
     @property
     def accelerator_index_bytes(self) -> int:
         """Accelerator memory that finding f-grams takes there: 0 where the host does it."""
-        return sum(look_up.nbytes for look_up in self._look_ups.values() if look_up is not None)
+        return 0 if self._lookup.on_device is None else self._lookup.on_device.nbytes
 
-    def reads(self) -> tuple[int, list[Tensor | int]]:
-        """Positions looked up so far, padding too, and the rows that were read, in parts that are to be added up.
-
-        Parts only become more; the first is the host's, the others int64 ``[1]`` on accelerators, which are not waited
-        for.
-        """
-        on_devices = [look_up.num_found.clone() for look_up in self._look_ups.values() if look_up is not None]
-        return self.num_positions, [self._num_rows, *on_devices]
+    def reads(self) -> list[Tensor]:
+        """See `TableLookup.reads`."""
+        return self._lookup.reads()

@@ -16,12 +16,12 @@ from transformers.utils import cached_file
 
 from scone.kernels.trie_batch import build_trie_batch
 from scone.models.configuration import SconeConfig
-from scone.models.embedded_trunk import EmbeddedTrunk, answers
+from scone.models.embedded_trunk import EmbeddedTrunk
 from scone.models.f_gram_model import FGramBlock, FGramModel
-from scone.models.input_embeddings import FGramInputEmbedding, RowSource, TableInputEmbedding
+from scone.models.input_embeddings import FGramInputEmbedding, TableInputEmbedding
 from scone.models.learned_rows import LearnedRows
-from scone.models.step_look_up import RawRows, RowsByHost, StepLookUp
-from scone.models.token_history import TokenHistory, known_past
+from scone.models.table_lookup import RowSource, find_with
+from scone.models.token_history import TokenHistory, known_past, marked
 from scone.tokenization.controls import replaced, stand_ins
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 from scone.tokenization.matcher import Matcher
@@ -62,8 +62,6 @@ class SconeForCausalLM(EmbeddedTrunk):
                 config.combination,
                 config.initial_token_scale,
             )
-        # the optimizer keeps the rows alike on all ranks, and they may lie on another device than the rest
-        self._ddp_params_and_buffers_to_ignore = ["f_gram_embedding.rows.weight"]
         self.post_init()
 
     # ------------------------------------------------------------------ building, loading, saving
@@ -80,6 +78,7 @@ class SconeForCausalLM(EmbeddedTrunk):
         combination: str = "add",
         control: str = "none",
         embedding_scale: float = 1.0,
+        input_norm: bool = False,
     ) -> SconeForCausalLM:
         """A SCONE model around ``trunk``, which keeps its weights. ``learned_rows`` is capped at the number of f-grams.
         For the rest see ``SconeConfig``.
@@ -101,6 +100,7 @@ class SconeForCausalLM(EmbeddedTrunk):
             combination=combination,
             control=control,
             embedding_scale=embedding_scale,
+            input_norm=input_norm,
             max_n=vocabulary.max_n,
             num_f_grams=vocabulary.num_f_grams,
             vocabulary_fingerprint=vocabulary.fingerprint,
@@ -153,6 +153,36 @@ class SconeForCausalLM(EmbeddedTrunk):
         self.vocabulary = vocabulary
         self.matcher = Matcher(vocabulary)
         self._stand_ins = stand_ins(vocabulary, self.config.control, self.config.learned_rows)
+        if self.table_embedding is not None:
+            self.attach_table(self.table_embedding.table)
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """As Hugging Face's. No f-gram contains an added token; the f-grams' nodes move behind the last token.
+
+        Tables of before belong to the model of before: precompute them again. Raises SconeError, before anything
+        changes, when an f-gram would lose a token, or when the model has no weights to precompute a table from.
+        """
+        if self.f_gram_embedding is None:
+            raise SconeError(
+                "found a model that runs from its embedding table alone; expected the trained one, since added tokens "
+                "need another table; resize that one, and precompute its table"
+            )
+        vocabulary = self.vocabulary
+        if vocabulary is not None:
+            wanted = len(self._token_weight()) if new_num_tokens is None else new_num_tokens
+            multiple = pad_to_multiple_of or 1
+            vocabulary = vocabulary.resized(-(-wanted // multiple) * multiple)
+        embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        if self.f_gram_embedding.f_gram_model is not None:
+            self.f_gram_embedding.f_gram_model.resize_tokens(self.config.vocab_size)
+        if vocabulary is not None:
+            self.config.vocabulary_fingerprint = vocabulary.fingerprint
+            self.set_vocabulary(vocabulary)
+        if self.table_embedding is not None:  # what looks up in it knows the nodes of before
+            self.attach_table(self.table_embedding.table)
+        return embeddings
 
     def attach_table(self, table: RowSource) -> None:
         """Serve matched positions from ``table`` from now on. Raises SconeError when its shape does not fit."""
@@ -162,8 +192,8 @@ class SconeForCausalLM(EmbeddedTrunk):
                 f"the embedding table does not fit the model: found {table.num_rows} rows of width {table.width}; "
                 f"expected {expected[0]} rows of width {expected[1]}; precompute it again from this model"
             )
-        self.table_embedding = TableInputEmbedding(table)
-        self._captured = None
+        assert self.matcher is not None, "a table belongs to a vocabulary: call set_vocabulary"
+        self.table_embedding = TableInputEmbedding(table, self.matcher)
 
     def table_fingerprints(self) -> dict[str, str]:
         """What a table made from this model must carry: the f-gram vocabulary, and the weights that rows depend on.
@@ -181,71 +211,42 @@ class SconeForCausalLM(EmbeddedTrunk):
 
     # ------------------------------------------------------------------ tokens → nodes → vectors
 
-    def embed(
-        self,
-        input_ids: Tensor,
-        mask: Tensor | None = None,
-        cache: Cache | None = None,
-        trie: dict[str, Any] | None = None,
+    def vectors_of(
+        self, input_ids: Tensor, tokens: Tensor, history: TokenHistory | None, trie: dict[str, Any] | None
     ) -> Tensor:
-        """Input vectors ``[B, T, D]`` of tokens that follow what ``cache`` holds."""
-        tokens = self.get_input_embeddings()
+        """Of a table, or live: see the base class."""
         if self.table_embedding is not None:
-            return self._embed_from_table(self.table_embedding, input_ids, tokens, mask, cache)
+            return self.table_embedding(self.get_input_embeddings()(input_ids), tokens, history)  # type: ignore[no-any-return]
+        return self._live_vectors(input_ids, tokens, history, trie)
+
+    @torch.compiler.disable(
+        reason="the sizes of a trie batch depend on the tokens; only a table's lookup fits in a graph"
+    )
+    def _live_vectors(
+        self, input_ids: Tensor, tokens: Tensor, history: TokenHistory | None, trie: dict[str, Any] | None
+    ) -> Tensor:
         if self.f_gram_embedding is None:
             raise SconeError(
                 "found a model that was saved without its f-gram model; expected its embedding table; "
                 "give --embedding_cache_path"
             )
         if trie is None:
-            trie = self.trie_of(self.match(input_ids, mask, cache))
-        return self.f_gram_embedding(input_ids, tokens, trie)
-
-    def _embed_from_table(
-        self,
-        table: TableInputEmbedding,
-        input_ids: Tensor,
-        tokens: nn.Module,
-        mask: Tensor | None,
-        cache: Cache | None,
-    ) -> Tensor:
-        """On the accelerator, where it finds f-grams and reads the table's rows by itself; else by the host."""
-        vocabulary = self.vocabulary
-        assert vocabulary is not None  # whose attributes cost a tenth of the configuration's
-        look_up = table.look_up_on(input_ids.device, vocabulary)
-        if look_up is None:
-            nodes = torch.from_numpy(self.match(input_ids, mask, cache))
-            return table(input_ids, nodes, tokens, vocabulary.vocab_size)
-        return table.on_device(look_up, input_ids, tokens, mask, known_past(cache, may_wait=False))
+            trie = self.trie_of(self._nodes_of(tokens, history))
+        return self.f_gram_embedding(input_ids, self.get_input_embeddings(), trie)
 
     @property
     def accelerator_index_bytes(self) -> int:
         """Accelerator memory that finding f-grams takes there: 0 where the host does it."""
         return 0 if self.table_embedding is None else self.table_embedding.accelerator_index_bytes
 
-    def step_look_up(self, inputs: Mapping[str, Any]) -> StepLookUp | None:
-        """None where the accelerator finds f-grams and reads the table's rows by itself."""
-        table, vocabulary = self.table_embedding, self.vocabulary
-        if table is None or vocabulary is None:
-            return super().step_look_up(inputs)
-        if table.look_up_on(inputs["input_ids"].device, vocabulary) is not None:
-            return None
-        if isinstance(table.table, RawRows):
-            return RowsByHost(self, table.table, inputs)
-        return super().step_look_up(inputs)
-
     def match(self, input_ids: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> np.ndarray:
         """Node ids int64 ``[B, T]``: the longest f-gram ending at each position, which may begin in the cached past."""
+        return self._nodes_of(marked(input_ids, mask), known_past(cache))
+
+    def _nodes_of(self, tokens: Tensor, history: TokenHistory | None) -> np.ndarray:
         assert self.matcher is not None, "the model has no f-gram vocabulary: call set_vocabulary"
         # no f-gram is longer than N, so N - 1 tokens of context decide every match
-        return self.look_up(self.matcher.match, input_ids, mask, cache, self.matcher.vocabulary.max_n - 1)
-
-    def match_step(self, tokens: np.ndarray, past: int, history: TokenHistory) -> np.ndarray:
-        """As `match`, int64 ``[B, 1]``, of the last of ``tokens`` int64 [B, ≤ N] on the host, as histories write them;
-        ``history`` has all that came before, ``past`` tokens.
-        """
-        assert self.matcher is not None
-        return answers(self.matcher.match, tokens, past, history, self.matcher.vocabulary.max_n - 1, 1)
+        return self.look_up(find_with(self.matcher), tokens, history, self.matcher.vocabulary.max_n - 1)
 
     def trie_of(self, nodes: np.ndarray) -> dict[str, Any]:
         """The trie batch of ``nodes``, in a control of their stand-ins; its arrays as tensors on the model's device."""

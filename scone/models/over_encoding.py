@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.cache_utils import Cache
 
 from scone.models.configuration import OverEncodingConfig
 from scone.models.embedded_trunk import EmbeddedTrunk
 from scone.models.learned_rows import LearnedRows
+from scone.models.token_history import TokenHistory
 from scone.tokenization.hashed_grams import CONTEXT, HashedGrams
 
 STARTS = ("zero", "random")
@@ -57,8 +57,6 @@ class OverEncodingForCausalLM(EmbeddedTrunk):
         width = self._token_weight().shape[1]
         self.hashed_embedding = OverEncodingEmbedding(config.num_rows, width, config.start, config.initial_token_scale)
         self.grams = HashedGrams(config.num_rows, tuple(config.separator_ids))
-        # the optimizer keeps the rows alike on all ranks, and they may lie on another device than the rest
-        self._ddp_params_and_buffers_to_ignore = ["hashed_embedding.rows.weight"]
         self.post_init()
 
     @classmethod
@@ -70,6 +68,7 @@ class OverEncodingForCausalLM(EmbeddedTrunk):
         start: str = "zero",
         separator_ids: Sequence[int] = (),
         embedding_scale: float = 1.0,
+        input_norm: bool = False,
     ) -> OverEncodingForCausalLM:
         """A model around ``trunk``, which keeps its weights."""
         config = OverEncodingConfig(
@@ -78,6 +77,7 @@ class OverEncodingForCausalLM(EmbeddedTrunk):
             start=start,
             separator_ids=sorted(int(separator) for separator in separator_ids),
             embedding_scale=embedding_scale,
+            input_norm=input_norm,
         )
         model = cls(config, trunk=trunk)
         model.generation_config = trunk.generation_config
@@ -87,16 +87,13 @@ class OverEncodingForCausalLM(EmbeddedTrunk):
         if isinstance(module, OverEncodingEmbedding):
             module.init_weights()
 
-    def embed(
-        self,
-        input_ids: Tensor,
-        mask: Tensor | None = None,
-        cache: Cache | None = None,
-        trie: dict[str, Any] | None = None,
+    @torch.compiler.disable(reason="the number of distinct hashed rows of a batch depends on the tokens")
+    def vectors_of(
+        self, input_ids: Tensor, tokens: Tensor, history: TokenHistory | None, trie: dict[str, Any] | None
     ) -> Tensor:
-        """Input vectors ``[B, T, D]`` of tokens that follow what ``cache`` holds."""
+        """See the base class."""
         if trie is None:
-            rows = self.look_up(self.grams.rows, input_ids, mask, cache, CONTEXT)
+            rows = self.look_up(self.grams.rows, tokens, history, CONTEXT)
             device = input_ids.device
             trie = self.grams.lookups(rows, lambda array: torch.from_numpy(array).to(device))
         return self.hashed_embedding(input_ids, self.get_input_embeddings(), trie)

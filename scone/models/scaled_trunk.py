@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.cache_utils import Cache
 
 from scone.models.configuration import ScaledTrunkConfig
 from scone.models.embedded_trunk import EmbeddedTrunk
+from scone.models.token_history import TokenHistory
 
 
 class ScaledTrunkForCausalLM(EmbeddedTrunk):
@@ -27,27 +26,24 @@ class ScaledTrunkForCausalLM(EmbeddedTrunk):
         self.post_init()
 
     @classmethod
-    def from_trunk(cls, trunk: PreTrainedModel, embedding_scale: float) -> ScaledTrunkForCausalLM:
+    def from_trunk(
+        cls, trunk: PreTrainedModel, embedding_scale: float, input_norm: bool = False
+    ) -> ScaledTrunkForCausalLM:
         """A model around ``trunk``, which keeps its weights."""
         # a copy: building the composite resets fields of its part
-        config = ScaledTrunkConfig(text_config=copy.deepcopy(trunk.config), embedding_scale=embedding_scale)
+        config = ScaledTrunkConfig(
+            text_config=copy.deepcopy(trunk.config), embedding_scale=embedding_scale, input_norm=input_norm
+        )
         model = cls(config, trunk=trunk)
         model.generation_config = trunk.generation_config
         return model
 
-    def embed(
-        self,
-        input_ids: Tensor,
-        mask: Tensor | None = None,
-        cache: Cache | None = None,
-        trie: dict[str, Any] | None = None,
+    def vectors_of(
+        self, input_ids: Tensor, tokens: Tensor, history: TokenHistory | None, trie: dict[str, Any] | None
     ) -> Tensor:
-        """Token embeddings ``[B, T, D]``, not scaled yet."""
+        """Token embeddings ``[B, T, D]``: nothing is looked up."""
         vectors: Tensor = self.get_input_embeddings()(input_ids)
         return vectors
-
-    def step_look_up(self, inputs: Mapping[str, Any]) -> None:
-        """Nothing is looked up."""
 
 
 AutoConfig.register("scone_scaled_trunk", ScaledTrunkConfig, exist_ok=True)

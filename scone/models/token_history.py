@@ -4,22 +4,52 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
+from scone.kernels.longest_match import FIRST_BIT
 
-def hidden(token_ids: Tensor, mask: Tensor | None) -> Tensor:
-    """Tokens ``[B, T]`` with those at padding (0 in ``mask`` [B, T]) as their complement, -1 - token.
 
-    Tokens and mask in one array are one transfer from an accelerator.
+def marked(token_ids: Tensor, mask: Tensor | None, starts: Tensor | None = None) -> Tensor:
+    """Tokens int64 ``[B, T]`` as lookups and histories read them: all that decides f-grams, in one array.
+
+    Those at padding (0 in ``mask`` [B, T]) are their complement, -1 - token; those that begin an example (``starts``
+    [B, T]) have `FIRST_BIT` set.
     """
-    return token_ids if mask is None else torch.where(mask.bool(), token_ids, ~token_ids)
+    token_ids = token_ids.long()
+    if starts is not None:
+        token_ids = torch.where(starts, token_ids | FIRST_BIT, token_ids)
+    if mask is not None:
+        token_ids = torch.where(mask.bool(), token_ids, ~token_ids)
+    return token_ids
+
+
+def starts_of_examples(position_ids: Tensor, mask: Tensor | None, has_past: bool) -> Tensor:
+    """Where the examples of packed sequences begin, bool ``[B, T]``: at tokens that do not follow the one before.
+
+    As attention of transformers has it, for which a step between positions that is not 1 begins another example. A
+    step over padding may also be as long as the padding. After a cached past, position 0 begins one.
+
+    Args:
+        position_ids: int64 ``[B, T]``, or ``[1, T]`` for all sequences.
+        mask: ``[B, T]``, 0 at padding, whose positions say nothing.
+    """
+    opening = position_ids == 0 if has_past else torch.zeros_like(position_ids, dtype=torch.bool)
+    if position_ids.shape[1] == 1:
+        return opening
+    if mask is None:
+        return torch.cat([opening[:, :1], position_ids.diff(dim=1) != 1], dim=1)
+    position_ids, opening = position_ids.expand(mask.shape), opening.expand(mask.shape)
+    columns = torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
+    last = torch.where(mask.bool(), columns, -1).cummax(dim=1).values
+    before = torch.nn.functional.pad(last[:, :-1], (1, 0), value=-1)  # the last token that is no padding; -1: none
+    step = position_ids - position_ids.gather(1, before.clamp(min=0))
+    return torch.where(before < 0, opening, (step != 1) & (step != columns - before))
 
 
 class TokenHistory(DynamicLayer):
-    """One more layer of the cache, whose states, ``[B, P, 1]``, are the cached token ids.
+    """One more layer of the cache, whose states, ``[B, P, 1]``, are the cached token ids, as `marked` writes them.
 
     A cache applies cropping, beam reordering, repetition and selection to all of its layers, so the history can never
     disagree with the keys and values, whoever drives the decoding (``generate``, assisted decoding, or code by hand).
@@ -28,10 +58,12 @@ class TokenHistory(DynamicLayer):
     # A cache can be compiled for if all of its layers can. Attention masks ask that (they keep the mask of a static
     # cache, whose unused places must stay hidden); the trunk never sees the history, so the others decide.
     is_compileable = True
+    places: Tensor | None = None
+    count: Tensor | None = None
 
-    def append(self, token_ids: Tensor, mask: Tensor | None) -> None:
-        """Add int64 tokens ``[B, T]``; ``mask`` [B, T] is 0 at padding."""
-        tokens = hidden(token_ids, mask).unsqueeze(-1)
+    def append(self, tokens: Tensor) -> None:
+        """Add int64 tokens ``[B, T]``, as `marked` writes them."""
+        tokens = tokens.unsqueeze(-1)
         if self.keys is None:
             self.lazy_initialization(tokens, tokens)
             self.keys = tokens.clone()  # whoever gave them may write over them
@@ -46,18 +78,13 @@ class TokenHistory(DynamicLayer):
         self.is_initialized = False
 
     def all(self) -> Tensor:
-        """All tokens, int64 ``[B, P]``, as `hidden` writes them."""
+        """All tokens, int64 ``[B, P]``; of a static history, all its places."""
         assert self.keys is not None
         return self.keys.squeeze(-1)
 
-    def last(self, count: int) -> Tensor:
-        """The last ``count`` tokens (fewer if there are fewer), int64 ``[B, ≤ count]``, as `hidden` writes them."""
-        tokens = self.all()
-        return tokens[:, max(tokens.shape[1] - count, 0) :]
-
 
 class StaticTokenHistory(TokenHistory):
-    """The history of a static cache, in memory that stays where it is: steps of a CUDA graph read it and write it.
+    """The history of a static cache, in memory that stays where it is, so that compiled steps read it and write it.
 
     Attributes: ``places``, int64 ``[]``, the positions that the cache holds, as its layers count them on their device;
     ``count``, int64 ``[]``, how many of them came with tokens. The others are padding here.
@@ -67,27 +94,26 @@ class StaticTokenHistory(TokenHistory):
         super().__init__()
         self._layer = layer
         self.count = torch.zeros_like(layer.cumulative_length)
-        self.is_written = False
-        """Whether a look-up wrote the tokens of this forward pass already."""
 
     @property
-    def places(self) -> Tensor:
+    def places(self) -> Tensor:  # type: ignore[override]
         return self._layer.cumulative_length
 
-    def append(self, token_ids: Tensor, mask: Tensor | None) -> None:
+    def append(self, tokens: Tensor) -> None:
         """Add int64 tokens ``[B, T]``, whose keys and values the cache holds by now."""
-        if self.is_written:
-            self.is_written = False
-            return
-        num_sequences, length = token_ids.shape
+        num_sequences, length = tokens.shape
         if self.keys is None:
-            self.dtype, self.device = token_ids.dtype, token_ids.device
-            self.keys = token_ids.new_full((num_sequences, self._layer.max_cache_len, 1), -1)
+            self.dtype, self.device = tokens.dtype, tokens.device
+            self.keys = tokens.new_full((num_sequences, self._layer.max_cache_len, 1), -1)
+            self.values = self.keys
             self.is_initialized = True
-        at = torch.arange(-length, 0, device=token_ids.device) + self.places
-        self.keys.index_copy_(1, at, hidden(token_ids, mask).unsqueeze(-1).to(self.keys.dtype))
+            if not torch.compiler.is_compiling():  # as static layers do, so that CUDA graphs may write to them
+                torch._dynamo.mark_static_address(self.keys)
+                torch._dynamo.mark_static_address(self.count)
+        at = torch.arange(-length, 0, device=tokens.device) + self.places
+        self.keys.index_copy_(1, at, tokens.unsqueeze(-1))
+        assert self.count is not None
         self.count.add_(length)
-        self.values = self.keys
 
     def get_seq_length(self) -> Any:
         """How many tokens it holds: on the device, as a static layer answers; 0 before the first."""
@@ -95,33 +121,10 @@ class StaticTokenHistory(TokenHistory):
 
     def reset(self) -> None:
         """Forget all tokens, and keep the memory."""
+        assert self.count is not None
         self.count.zero_()
-        self.is_written = False
         if self.keys is not None:
             self.keys.fill_(-1)
-
-    def last(self, count: int) -> Tensor:
-        end = int(self.places)
-        return self.all()[:, max(end - count, 0) : end]
-
-    def window(self, new: Tensor, count: int) -> Tensor:
-        """What `unpacked` reads, int64 ``[B, 2 + count + T]`` on the device, of the last ``count`` tokens and ``new``
-        int64 [B, T], as `hidden` writes them.
-        """
-        at = torch.arange(-count, 0, device=new.device) + self.places
-        before = self.all()[:, at.clamp(min=0)]
-        counts = torch.stack([self.places, self.count]).expand(len(new), 2)
-        return torch.cat([counts, before, new], dim=1)
-
-    @staticmethod
-    def unpacked(window: np.ndarray, count: int) -> tuple[np.ndarray, int]:
-        """The last ``count`` tokens, fewer if there are fewer, and the new ones, ``[B, ≤ count + T]``; and how many
-        positions the cache holds. Raises ValueError when it holds positions without tokens.
-        """
-        past, known = int(window[0, 0]), int(window[0, 1])
-        if known != past:
-            raise _unknown(past, known)
-        return window[:, 2 + max(count - past, 0) :], past
 
 
 def token_history(cache: Cache | None) -> TokenHistory | None:
@@ -134,36 +137,34 @@ def token_history(cache: Cache | None) -> TokenHistory | None:
     return next((layer for layer in layers if isinstance(layer, TokenHistory)), None)
 
 
-def known_past(cache: Cache | None, may_wait: bool = True) -> TokenHistory | None:
+def known_past(cache: Cache | None) -> TokenHistory | None:
     """The tokens of the positions that ``cache`` holds; None where it holds none.
 
-    A static cache counts its positions on the accelerator. Unless this ``may_wait`` for all that runs there, the
-    history of such a cache is taken at its word.
+    A static cache counts its positions on the accelerator, so its history is taken at its word here: lookups by the
+    host compare (`check_count`).
 
     Raises ValueError for a cache without the history of its tokens.
     """
-    if cache is None:
-        return None
     history = token_history(cache)
-    if not may_wait and isinstance(history, StaticTokenHistory):
+    if isinstance(history, StaticTokenHistory):
         return history if history.is_initialized else None
-    past = cache.get_seq_length()
-    if not past:
-        return None
-    found = history.get_seq_length() if history else 0
-    if history is None or found != past:
-        raise _unknown(past, found)
-    return history
+    past = 0 if cache is None else cache.get_seq_length()
+    found = history.get_seq_length() if history is not None else 0
+    if found != past:
+        check_count(int(past), found)
+    return history if past else None
 
 
-def _unknown(past: int, found: int) -> ValueError:
-    return ValueError(
-        f"the cache holds {past} positions but the tokens of {found}; a SCONE model continues only caches that it "
-        "filled from input_ids"
-    )
+def check_count(past: int, found: int) -> None:
+    """Raise ValueError where a cache holds the tokens of ``found`` positions, and not of all ``past``."""
+    if found != past:
+        raise ValueError(
+            f"the cache holds {past} positions but the tokens of {found}; a SCONE model continues only caches that it "
+            "filled from input_ids"
+        )
 
 
-def extend_history(cache: Cache, token_ids: Tensor, mask: Tensor | None) -> None:
+def extend_history(cache: Cache, tokens: Tensor) -> None:
     """Record the tokens of a forward pass in ``cache``, after the trunk has recorded its keys and values."""
     history = token_history(cache)
     if history is None:
@@ -171,4 +172,4 @@ def extend_history(cache: Cache, token_ids: Tensor, mask: Tensor | None) -> None
         static = next((layer for layer in cache.layers if type(layer) is StaticLayer), None)
         history = TokenHistory() if static is None else StaticTokenHistory(static)
         cache.layers.append(history)
-    history.append(token_ids, mask)
+    history.append(tokens)

@@ -7,10 +7,12 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from scone.configs.presets import MODERN_TRUNK
 from scone.configs.presets import trunk_configuration as built_in_configuration
 from scone.configs.schema import ModelOptions
 from scone.tokenization.tokenizers import vocabulary_size
@@ -49,7 +51,12 @@ def build_trunk(options: ModelOptions, tokenizer: PreTrainedTokenizerBase | None
         config.vocab_size = vocabulary_size(tokenizer)
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             setattr(config, name, getattr(tokenizer, name))
-    return AutoModelForCausalLM.from_config(config)
+    trunk = AutoModelForCausalLM.from_config(config)
+    if options.base_model_name == MODERN_TRUNK:
+        for name, parameter in trunk.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                nn.init.zeros_(parameter)
+    return trunk
 
 
 def alone(trunk: PreTrainedModel) -> PreTrainedModel:
@@ -76,6 +83,8 @@ def trunk_configuration(options: ModelOptions) -> PreTrainedConfig:
     if hasattr(config, "is_decoder"):
         config.is_decoder = True  # BERT and its kin: causal attention
     _apply_sizes(config, options)
+    if options.base_model_name == MODERN_TRUNK and options.hidden_size is not None:
+        _complete_sizes(config, options)
     _check_heads(config)
     return config
 
@@ -182,6 +191,16 @@ def _apply_sizes(config: PreTrainedConfig, options: ModelOptions) -> None:
         config.head_dim = config.hidden_size // heads
     if options.num_hidden_layers is not None and getattr(config, "layer_types", None):
         config.layer_types = [config.layer_types[i % len(config.layer_types)] for i in range(options.num_hidden_layers)]
+
+
+def _complete_sizes(config: PreTrainedConfig, options: ModelOptions) -> None:
+    """Heads of 64 and a SwiGLU of 8/3 of the width, where the options give the width alone."""
+    width = config.hidden_size
+    if options.num_attention_heads is None:
+        config.num_attention_heads = config.num_key_value_heads = max(1, width // 64)
+        config.head_dim = width // config.num_attention_heads
+    if options.intermediate_size is None:
+        config.intermediate_size = 64 * max(1, round(width * 8 / 3 / 64))
 
 
 def _check_heads(config: PreTrainedConfig) -> None:

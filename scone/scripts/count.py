@@ -1,4 +1,4 @@
-"""Count the f-grams of a corpus, or merge counted vocabularies, and show what they cover: `scone count`."""
+"""Count the f-grams of a corpus and show what they cover: `scone count`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scone.configs.loading import parse_options, print_notices
+from scone.configs.loading import parse_options
 from scone.configs.presets import trunk_configuration
 from scone.configs.schema import SconeOptions
 from scone.utils.command_line import run_main
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 EXAMPLES = (
     "scone count --dataset_name wikitext --max_n 4 --max_f_grams 500000 --output f_grams.safetensors",
     "scone count --dataset_name my_texts/ --tokenizer train --memory_budget 4GiB --json --plot counts.png",
-    "scone count --merge part-1.safetensors part-2.safetensors --complete --output f_grams.safetensors",
 )
 OPTIONS = (
     "data.dataset_name",
@@ -57,14 +56,14 @@ def read_arguments(argv: Sequence[str] | None) -> tuple[SconeOptions, argparse.N
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Count or merge as the command line says, and print what was found."""
+    """Count as the command line says, and print what was found."""
     options, extra = read_arguments(argv)
-    report, vocabulary = _merge(options, extra) if extra.merge else _count(options, extra.json or is_quiet())
+    report, vocabulary = _count(options, extra.json or is_quiet())
     report["table_bytes"] = table_bytes(vocabulary.num_f_grams, extra.width or _trunk_width(options))
     if extra.output:
         report["vocabulary"] = str(vocabulary.save(extra.output))
     if extra.plot:
-        plot_counts(vocabulary, report.get("held_out", []), extra.plot)
+        plot_counts(vocabulary, report["held_out"], extra.plot)
     print(json.dumps(report, indent=2) if extra.json else _readable(report))
     return 0
 
@@ -178,30 +177,6 @@ def _token_files(options: SconeOptions, quiet: bool) -> tuple[PreTrainedTokenize
     return tokenizer, files
 
 
-def _merge(options: SconeOptions, extra: argparse.Namespace) -> tuple[dict[str, Any], FGramVocabulary]:
-    """Merge vocabulary files; ``min_freq`` and ``max_f_grams`` cut the result only where they were given."""
-    from scone.tokenization.counting_merge import merge_vocabularies
-    from scone.tokenization.f_gram_vocabulary import FGramVocabulary
-
-    given = options.given
-    merged = merge_vocabularies(
-        [FGramVocabulary.load(path) for path in extra.merge],
-        most_missing=[0] * len(extra.merge) if extra.complete else None,
-        max_f_grams=options.data.max_f_grams if "data.max_f_grams" in given else None,
-    )
-    vocabulary = merged.vocabulary
-    if "data.min_freq" in given:
-        vocabulary = vocabulary.truncated(int((vocabulary.counts >= options.data.min_freq).sum()))
-    print_notices([merged.note])
-    report = {
-        "merged": [str(path) for path in extra.merge],
-        "num_f_grams": vocabulary.num_f_grams,
-        "complete": merged.complete,
-        "fingerprint": vocabulary.fingerprint,
-    }
-    return report, vocabulary
-
-
 def _trunk_width(options: SconeOptions) -> int:
     trunk = trunk_configuration(options.model.base_model_name)
     fields = trunk.fields if trunk else {}
@@ -210,24 +185,22 @@ def _trunk_width(options: SconeOptions) -> int:
 
 def _readable(report: dict[str, Any]) -> str:
     """The report as lines for a terminal."""
-    lines = []
-    if "count" in report:
-        corpus, count = report["corpus"], report["count"]
-        lines.append(f"tokens read    {corpus['num_tokens']:,} in {corpus['num_documents']:,} documents")
-        lines.append(f"f-grams        {count['num_f_grams']:,} of {count['requested_f_grams']:,} asked for")
-        lines.append(f"count at cut   {count['count_at_cut']:,} occurrences of the last f-gram")
-        lines.append(f"{'length':>9} {'candidates':>15} {'survivors':>15} {'f-grams':>15} {'floor':>9}")
-        lines += [
+    corpus, count = report["corpus"], report["count"]
+    sizes = ", ".join(f"{row_type} {human_bytes(size)}" for row_type, size in report["table_bytes"].items())
+    lines = [
+        f"tokens read    {corpus['num_tokens']:,} in {corpus['num_documents']:,} documents",
+        f"f-grams        {count['num_f_grams']:,} of {count['requested_f_grams']:,} asked for",
+        f"count at cut   {count['count_at_cut']:,} occurrences of the last f-gram",
+        f"{'length':>9} {'candidates':>15} {'survivors':>15} {'f-grams':>15} {'floor':>9}",
+        *(
             f"{level['length']:>9} {level['num_candidates']:>15,} {level['num_survivors']:>15,} "
             f"{level['num_f_grams']:>15,} {level['floor']:>9,}"
             for level in count["levels"]
-        ]
-        lines.append(_held_out_line(report["held_out"]))
-        lines.append(f"time           {count['seconds']:.1f} s on {count['num_threads']} threads")
-    else:
-        lines.append(f"f-grams        {report['num_f_grams']:,} of {len(report['merged'])} vocabularies")
-    sizes = ", ".join(f"{row_type} {human_bytes(size)}" for row_type, size in report["table_bytes"].items())
-    lines.append(f"table          {sizes}")
+        ),
+        _held_out_line(report["held_out"]),
+        f"time           {count['seconds']:.1f} s on {count['num_threads']} threads",
+        f"table          {sizes}",
+    ]
     if "vocabulary" in report:
         size = human_bytes(Path(report["vocabulary"]).stat().st_size)
         lines.append(f"vocabulary     {report['vocabulary']} ({size})")
@@ -250,14 +223,6 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     parser.add_argument("--plot", metavar="FILE", help="draw counts by rank and f-grams by length (png, svg, pdf)")
     parser.add_argument("--width", type=int, metavar="D", help="row width of the table (default: base_model_name's)")
-    parser.add_argument(
-        "--merge", nargs="+", metavar="FILE", help="add up vocabularies of parts of a corpus instead of counting"
-    )
-    parser.add_argument(
-        "--complete",
-        action="store_true",
-        help="with --merge: the parts list all their n-grams (--min_freq 1 and a --max_f_grams that cut none)",
-    )
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ def _measure_perplexity(
     """Print the perplexity on the data set; returns what goes into the JSON."""
     from scone.data.prepare import prepare_corpus
     from scone.evaluation.perplexity import perplexity
-    from scone.evaluation.text_size import text_size
+    from scone.evaluation.text_size import sizes_of
     from scone.inference.loading import position_limit
 
     data = options.data
@@ -117,7 +117,6 @@ def _measure_perplexity(
     limit = position_limit(model)
     if limit is not None and "data.max_length" not in options.given:
         data.max_length = min(data.max_length, limit)  # the default gives way to a shorter model
-    size = text_size(tokenizer, tokens)
     result = perplexity(
         model,
         tokens,
@@ -125,9 +124,8 @@ def _measure_perplexity(
         batch_size=options.inference.batch_size,
         stride=extra.stride,
         matcher=getattr(model, "matcher", None),
-        num_bytes=size.num_bytes if size else None,
-        num_words=size.num_words if size else None,
         separator_id=file.separator_id,
+        **sizes_of(tokenizer, tokens),
     )
     _print_perplexity(result)
     windows = {"max_length": data.max_length, "stride": extra.stride or data.max_length}
@@ -138,10 +136,10 @@ def _measure_accuracy(
     options: SconeOptions, extra: argparse.Namespace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, object]:
     """Print the accuracy on the tasks; returns what goes into the JSON."""
-    from scone.evaluation.zero_shot import describe_tasks, evaluate_tasks, task_names
+    from scone.evaluation.zero_shot import describe_tasks, evaluate_tasks
 
     batch_size = options.inference.batch_size
-    results = evaluate_tasks(model, tokenizer, task_names(extra.tasks), extra.task_data, extra.limit, batch_size)
+    results = evaluate_tasks(model, tokenizer, extra.tasks, extra.task_data, extra.limit, batch_size)
     print(describe_tasks(results))
     return {"tasks": {result.task: result.to_dict() for result in results}}
 

@@ -26,7 +26,7 @@ def read_arguments(argv: Sequence[str] | None) -> tuple[SconeOptions, argparse.N
     """The options that the command line says, and the script's own arguments. Raises SconeError."""
     options, extra = parse_options(
         argv,
-        ("training.device", "training.seed", "inference.use_memory_map", "inference.cuda_graphs"),
+        ("training.device", "training.seed", "inference.use_memory_map"),
         "Continue a prompt with a model, SCONE (with or without its table) or plain.",
         examples=EXAMPLES,
         add_arguments=_add_arguments,
@@ -47,7 +47,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         quantization=extra.quantization,
         device=options.training.device,
         tokenizer_path=extra.tokenizer_path,
-        cuda_graphs=options.inference.cuda_graphs,
     )
     wanted = GenerationOptions(
         max_length=extra.max_length,

@@ -24,7 +24,7 @@ def read_arguments(argv: Sequence[str] | None) -> tuple[SconeOptions, argparse.N
     """The options that the command line says, and the script's own arguments. Raises SconeError."""
     options, extra = parse_options(
         argv,
-        ("training.device", "inference.use_memory_map", "inference.cuda_graphs"),
+        ("training.device", "inference.use_memory_map"),
         "Serve a model, SCONE (with or without its table) or plain: an OpenAI-compatible API, metrics, and a page.",
         examples=EXAMPLES,
         add_arguments=_add_arguments,
@@ -43,10 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Serve until stopped by SIGTERM or Ctrl-C."""
     options, extra = read_arguments(argv)
     placement = "mmap" if options.inference.use_memory_map else extra.placement
-    return serve_model(extra, placement, options.training.device, options.inference.cuda_graphs)
+    return serve_model(extra, placement, options.training.device)
 
 
-def serve_model(extra: argparse.Namespace, placement: str, device: str | None, cuda_graphs: bool = True) -> int:
+def serve_model(extra: argparse.Namespace, placement: str, device: str | None) -> int:
     """Load what the arguments name and serve it. Raises SconeError, for a missing extra before anything is loaded."""
     check_extra()
     from scone.inference.engine import SconeInferenceEngine
@@ -56,12 +56,11 @@ def serve_model(extra: argparse.Namespace, placement: str, device: str | None, c
     if key is not None and not key.strip():
         raise SconeError("found an empty API key; expected some characters; leave --api_key out to serve without one")
     engine = SconeInferenceEngine.from_pretrained(
-        *(extra.model_path, extra.embedding_cache_path, placement, extra.quantization, device, extra.tokenizer_path),
-        cuda_graphs,
+        *(extra.model_path, extra.embedding_cache_path, placement, extra.quantization, device, extra.tokenizer_path)
     )
     baseline = None
     if extra.baseline is not None:
-        baseline = SconeInferenceEngine.from_pretrained(extra.baseline, device=device, cuda_graphs=cuda_graphs)
+        baseline = SconeInferenceEngine.from_pretrained(extra.baseline, device=device)
     limits = ServeLimits(
         extra.max_prompt_tokens, extra.max_new_tokens, extra.max_batch, extra.max_waiting, extra.max_seconds
     )

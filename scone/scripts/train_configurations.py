@@ -110,7 +110,7 @@ def prepare(runs: Sequence[SconeOptions]) -> None:
     """Tokenise the corpus, and count its f-grams for all ``runs`` together."""
     if len(runs) < 2 or not runs[0].model.use_f_gram_embeddings:
         return
-    from scone.evaluation.experiment import count_once
+    from scone.evaluation.sweep import count_once
     from scone.training.run import prepare_run_corpus
 
     count_once(runs, prepare_run_corpus(runs[0]))
@@ -118,8 +118,8 @@ def prepare(runs: Sequence[SconeOptions]) -> None:
 
 def write_family_report(folder: Path, options_of: Mapping[str, SconeOptions]) -> str:
     """Write the report on all configurations, of what their training logs say; returns its tables and its path."""
-    from scone.evaluation.measure import describe_machine
-    from scone.evaluation.results import markdown, write_report
+    from scone.evaluation.report import markdown, write_report
+    from scone.utils.environment import environment
 
     results: list[RunResult] = []
     missing: list[dict[str, str]] = []
@@ -134,7 +134,7 @@ def write_family_report(folder: Path, options_of: Mapping[str, SconeOptions]) ->
     limit = next(iter(options_of.values())).training.max_eval_tokens
     where = "the validation split" if limit is None else f"the first {limit:,} tokens of the validation split"
     notes = [f"Perplexity is that of the finished models on {where}, in blocks of --max_length tokens."]
-    facts = {"machine": describe_machine(), "notes": notes}
+    facts = {"machine": environment(), "notes": notes}
     write_report(results, folder, title=title, facts=facts, missing=missing)
     return f"{markdown(results, title, missing, facts)}\nreport: {folder / 'benchmark.html'}"
 
@@ -170,13 +170,13 @@ def train_one(name: str, options: SconeOptions, processes: int) -> None:
 
     Raises SconeError when those fail.
     """
+    if processes == 1:
+        from scone.evaluation.sweep import train_or_resume
+
+        print(f"final model: {train_or_resume(options)}", flush=True)
+        return
     resume = options.training.resume_from_checkpoint or "true"
     options = replace(options, training=replace(options.training, resume_from_checkpoint=resume))
-    if processes == 1:
-        from scone.training.run import train
-
-        print(f"final model: {train(options)}", flush=True)
-        return
     path = Path(options.training.output_dir).with_suffix(".yaml")
     save_options(options, path)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]

@@ -6,7 +6,6 @@ VERBS = {
     "demo": ("demo", "the whole method on real text: train plain and SCONE, compare, write a report"),
     "train": ("train", "count f-grams on a corpus and train one model"),
     "train-configurations": ("train_configurations", "train several f-gram configurations on one corpus"),
-    "ablate": ("ablate", "what each choice is worth: vary one at a time from a base configuration, and compare"),
     "hydra-train": ("hydra_train", "train by Hydra's overrides and sweeps"),
     "count": ("count", "count the f-grams of a corpus, and show what they cover"),
     "precompute": ("precompute_embeddings", "write a model's embedding table"),

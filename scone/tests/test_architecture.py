@@ -64,6 +64,14 @@ def test_nothing_heavy_at_import(module):
     assert done.stdout.strip() == "[]"
 
 
+def test_a_configuration_is_read_without_a_compiler():
+    """Workers of a server that only read config.json must not wait for numba."""
+    heavy = ("numba", "llvmlite")
+    program = f"import sys, scone.models.configuration; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 def test_no_code_from_data():
     """No pickle, no eval, no unsafe loads anywhere in the package."""
     forbidden = {"pickle", "dill", "marshal", "shelve", "joblib"}

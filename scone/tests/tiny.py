@@ -110,9 +110,10 @@ class RowsInMemory:
         self.num_rows = model.vocabulary.num_f_grams
         self.data = model.embed_nodes(torch.arange(VOCAB_SIZE, VOCAB_SIZE + self.num_rows))
         self.width = self.data.shape[1]
+        self.device = torch.device("cpu")
 
     def rows(self, ranks: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return self.data[ranks].to(dtype)
 
-    def within_reach(self, device: torch.device) -> None:
+    def gpu_rows(self, device: torch.device) -> None:
         """The host reads the rows."""

@@ -220,6 +220,41 @@ class FGramVocabulary:
             tokenizer_fingerprint=self.tokenizer_fingerprint,
         )
 
+    def resized(self, vocab_size: int) -> FGramVocabulary:
+        """The same f-grams over another number of tokens: the f-gram of rank r becomes node ``vocab_size`` + r.
+
+        Added tokens are in no f-gram. Which tokenizer they belong to is not known, so its fingerprint is left open.
+
+        Raises:
+            SconeError: an f-gram or a separator would lose its token.
+        """
+        if vocab_size == self.vocab_size:
+            return self
+        first_tokens = self.prefixes[self.lengths == 2]
+        used = (self.last_tokens.max(initial=0), first_tokens.max(initial=0), *self.separator_ids)
+        largest = max(int(token) for token in used)
+        if vocab_size <= largest:
+            raise SconeError(
+                f"cannot go from {self.vocab_size} to {vocab_size} tokens: found token {largest} in an f-gram or as a "
+                f"separator; expected none that goes away; keep at least {largest + 1} tokens"
+            )
+        check_limits(vocab_size, self.max_n, self.separator_ids)
+        dtype = node_dtype(vocab_size, self.num_f_grams)
+
+        def moved(nodes: np.ndarray) -> np.ndarray:
+            wide = nodes.astype(np.int64)
+            return np.where(wide >= self.vocab_size, wide + (vocab_size - self.vocab_size), wide).astype(dtype)
+
+        return FGramVocabulary(
+            keys=np.stack([moved(self.prefixes), self.last_tokens.astype(dtype)], axis=1),
+            suffixes=moved(self.suffixes),
+            lengths=self.lengths,
+            counts=self.counts,
+            vocab_size=vocab_size,
+            max_n=self.max_n,
+            separator_ids=self.separator_ids,
+        )
+
     # Asking it
 
     @property

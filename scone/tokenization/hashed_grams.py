@@ -27,12 +27,13 @@ class HashedGrams:
     num_rows: int
     separator_ids: tuple[int, ...] = ()
 
-    def rows(self, tokens: np.ndarray, valid: np.ndarray | None = None) -> np.ndarray:
+    def rows(self, tokens: np.ndarray, valid: np.ndarray | None = None, starts: np.ndarray | None = None) -> np.ndarray:
         """Rows of the 2-gram and the 3-gram that end at each position, int64 ``[..., T, 2]``; -1: none.
 
         Args:
             tokens: integers ``[..., T]``.
             valid: bool, same shape, False at padding.
+            starts: bool, same shape, True where an example begins, over whose beginning no gram reaches.
         """
         usable = ~np.isin(tokens, self.separator_ids)
         if valid is not None:
@@ -45,6 +46,8 @@ class HashedGrams:
             if tokens.shape[-1] > before and size:
                 key = key[..., 1:] * _MULTIPLIER + tokens[..., :-before].astype(np.uint64) + np.uint64(1)
                 whole = whole[..., 1:] & usable[..., :-before]
+                if starts is not None:
+                    whole &= ~starts[..., 1 : starts.shape[-1] - before + 1]
                 mixed = (key ^ (key >> _SHIFT)) * _MIXER
                 hashed = ((mixed ^ (mixed >> _SHIFT)) % np.uint64(size)).astype(np.int64)
                 rows[..., before:, column] = np.where(whole, first + hashed, -1)

@@ -16,6 +16,7 @@ TOKENS_PER_THREAD = 1 << 17
 """Below this a further thread costs more than it saves; batches of this size stay on the caller's thread."""
 
 _NO_MASK = np.zeros(0, np.bool_)
+_NO_KINDS = np.zeros(0, np.uint8)
 _NO_CONTEXTS = np.zeros((0, 0), np.int64)
 
 
@@ -40,6 +41,8 @@ class Matcher:
         mask: Any | None = None,
         initial_states: Any | None = None,
         num_threads: int | None = None,
+        *,
+        starts: Any | None = None,
     ) -> np.ndarray:
         """Nodes of the longest f-grams that end at each position; a position without one gets its token's own node.
 
@@ -48,6 +51,7 @@ class Matcher:
             mask: same shape, False or 0 at padding: such a position's node is its own token, no f-gram contains it.
             initial_states: integers [B] (or one for [T]): the node of the position before the first, or -1 for a fresh
                 start. Matching a sequence in pieces equals matching it whole.
+            starts: same shape, True or 1 where an example begins, as in packed sequences: no f-gram reaches over it.
             num_threads: default all cores that the process may use; results do not depend on it.
 
         Returns:
@@ -56,20 +60,20 @@ class Matcher:
         Raises:
             SconeError: a token is not in the vocabulary.
 
-        Slow equal: `reference_matching.longest_matches`.
+        Reference implementation: `reference.longest_matches`.
         """
         array = _integers(tokens, "tokens")
         if array.ndim not in (1, 2):
             raise ValueError(f"tokens have shape {array.shape}; expected [B, T] or [T]")
         nodes = np.empty(array.shape, np.int64)
         num_rows, row_length = array.shape if array.ndim == 2 else (1, len(array))
-        bits = _mask_of(mask, array.shape)
+        kinds = _kinds_of(mask, starts, array.shape)
         contexts = _NO_CONTEXTS if initial_states is None else self._contexts(initial_states, num_rows)
         flat = array.reshape(-1)
 
         def match_range(start: int, stop: int) -> int:
             return longest_match.match_positions(
-                *self._index, self._longest, flat, bits, row_length, start, stop, contexts, nodes.reshape(-1)
+                *self._index, self._longest, flat, kinds, row_length, start, stop, contexts, nodes.reshape(-1)
             )
 
         num_threads = min(num_threads or _available_cores(), max(1, len(flat) // TOKENS_PER_THREAD))
@@ -99,7 +103,7 @@ class Matcher:
         Raises:
             SconeError: a token is not in the vocabulary.
 
-        Slow equal: `match` of the whole sequences, last column.
+        Reference implementation: `match` of the whole sequences, last column.
         """
         token_array = _integers(tokens, "tokens")
         state_array = _integers(states, "states")
@@ -167,6 +171,14 @@ def _mask_of(mask: Any | None, shape: tuple[int, ...]) -> np.ndarray:
     if array.shape != shape:
         raise ValueError(f"the mask has shape {array.shape}; expected that of the tokens, {shape}")
     return np.ascontiguousarray(array != 0).reshape(-1)
+
+
+def _kinds_of(mask: Any | None, starts: Any | None, shape: tuple[int, ...]) -> np.ndarray:
+    """What `longest_match.match_positions` takes for a mask."""
+    if starts is None:
+        return _NO_KINDS if mask is None else _mask_of(mask, shape).view(np.uint8)
+    kinds = np.where(_mask_of(starts, shape), np.uint8(longest_match.FIRST), np.uint8(1))
+    return kinds if mask is None else kinds * _mask_of(mask, shape)
 
 
 def _available_cores() -> int:

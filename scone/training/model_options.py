@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from scone.configs.schema import ModelOptions, SconeOptions
-from scone.models.f_gram_model import FGramModelConfig
+from scone.models.f_gram_config import FGramModelConfig
 from scone.models.input_embeddings import scale_at_start
 from scone.models.trunk import trunk_sizes
 from scone.utils.errors import SconeError

@@ -1,7 +1,8 @@
-"""AdamW for everything dense, and Adam on touched rows only for the learned rows."""
+"""Row-RMS for the learned rows, and AdamW, with or without Muon for matrices, for everything dense beside it."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -10,61 +11,47 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from scone.kernels.row_adam import update_rows
-from scone.kernels.transfer import to_device
-from scone.models.learned_rows import LearnedRows, untouched_zeros
+from scone.configs.schema import ROWS_LEARNING_RATE
+from scone.kernels.common import to_device, triton_is_installed
+from scone.kernels.row_rms import update_rows
+from scone.models.learned_rows import LearnedRows
+from scone.utils.errors import SconeError
+
+logger = logging.getLogger(__name__)
+
+PRIOR_VISITS = 4.0
+"""How many visits the mean row counts for in a row's second moment."""
+MEMORY = 0.99
+"""Decay of the columns' second moments and of the mean row's, per step."""
 
 
-class AdamWWithRows(torch.optim.AdamW):
-    """AdamW whose last parameter group may be the weight of ``LearnedRows``.
+class _StepsRows:
+    """What the optimizers below share: a step of the rows whose gradients `LearnedRows` collects for them."""
 
-    The rows' gradients are the ones that the module's forward passes left in ``pending``. Only the distinct rows among
-    them are read and written, moments included, so a step costs the rows it touches and not R. As in
-    ``torch.optim.SparseAdam``, the moments of a row move only when it is touched and the bias correction counts all
-    steps; there is no weight decay, since a row that stays at zero is a row that was never needed.
+    rows: LearnedRows | None
+    _hosts: dist.ProcessGroup | None = None
 
-    Args:
-        groups: AdamW parameter groups; may be none where there are rows.
-        rows: the learned rows, or None.
-        rows_learning_rate: theirs; schedulers scale it like any other group's.
-        gradient_scale: the factor by which the loss was multiplied before ``backward`` (fp16), read at each step.
-    """
-
-    def __init__(
-        self,
-        groups: Iterable[dict[str, Any]],
-        *,
-        rows: LearnedRows | None = None,
-        rows_learning_rate: float = 1e-3,
-        gradient_scale: Callable[[], float] | None = None,
-        **adamw: Any,
-    ) -> None:
-        # nothing dense where rows are all there is to train: AdamW wants one group even so
-        super().__init__(list(groups) or [{"params": []}], **adamw)
+    def _take_rows(self, rows: LearnedRows | None) -> None:
         self.rows = rows
-        self.gradient_scale = gradient_scale
-        self._hosts: dist.ProcessGroup | None = None
         if rows is not None:
-            self.add_param_group({"params": [rows.weight], "lr": rows_learning_rate, "weight_decay": 0.0})
+            rows.collect_for(self)
 
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step. Under ``torch.distributed`` the rows' gradients are averaged over the ranks first."""
-        loss = super().step(closure)
-        if self.rows is not None:
-            scale = self.gradient_scale() if self.gradient_scale is not None else 1.0
-            row_ids, gradients = pending_gradients(self.rows)
-            if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-                row_ids, gradients = gather_over_ranks(row_ids, gradients, self._group_of_hosts())
-            self.rows.pending.clear()  # trainers zero the model's gradients, not the optimizer's
-            if len(row_ids):
-                device = self.rows.weight.device
-                self._update_rows(to_device(torch.from_numpy(row_ids), device), gradients.div_(scale).to(device))
-        return loss
+    @torch.no_grad()
+    def _step_rows(self, group: dict[str, Any], state: dict[str, Any], scale: float | None) -> None:
+        """Apply what is pending. Under ``torch.distributed`` it is averaged over the ranks first.
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        super().zero_grad(set_to_none)
-        if self.rows is not None:
-            self.rows.pending.clear()
+        ``scale``: by what the loss was multiplied (fp16); gradients that overflowed then are dropped.
+        """
+        assert self.rows is not None
+        row_ids, gradients = pending_gradients(self.rows)
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            row_ids, gradients = gather_over_ranks(row_ids, gradients, self._group_of_hosts())
+        self.rows.pending.clear()  # trainers zero the model's gradients, not the optimizer's
+        if not len(row_ids) or (scale is not None and not gradients.isfinite().all()):
+            return
+        weight = self.rows.weight
+        gradients = gradients.div_(1.0 if scale is None else scale).to(weight.device)
+        update_with_rms(weight, to_device(torch.from_numpy(row_ids), weight.device), gradients, group["lr"], state)
 
     def _group_of_hosts(self) -> dist.ProcessGroup | None:
         """Where hosts talk to each other; made by all ranks at their first step. None: the default group."""
@@ -72,51 +59,212 @@ class AdamWWithRows(torch.optim.AdamW):
             self._hosts = dist.new_group(backend="gloo")
         return self._hosts
 
-    @torch.no_grad()
-    def _update_rows(self, row_ids: Tensor, gradients: Tensor) -> None:
-        assert self.rows is not None
-        weight = self.rows.weight
-        group = self.param_groups[-1]
-        state = self.state[weight]
-        if not state:
-            state["step"] = torch.zeros(())
-            num_rows, width = weight.shape
-            state["exp_avg"] = untouched_zeros(num_rows, width, weight.device)
-            state["exp_avg_sq"] = untouched_zeros(num_rows, width, weight.device)
-        state["step"] += 1
-        step = state["step"].item()
-        beta1, beta2 = group["betas"]
-        if weight.device.type == "cpu" and weight.dtype == torch.float32:
-            update_rows(
-                torch.get_num_threads(),
-                weight.numpy(),
-                state["exp_avg"].numpy(),
-                state["exp_avg_sq"].numpy(),
-                row_ids.numpy(),
-                gradients.numpy(),
-                learning_rate=group["lr"],
-                betas=group["betas"],
-                eps=group["eps"],
-                step=step,
+
+class RowOptimizer(_StepsRows, torch.optim.Optimizer):
+    """Row-RMS (`update_with_rms`) for the learned rows of a model, beside any optimizer for the rest, in any loop.
+
+    While it lives, a step costs the rows that it touches and not the R that there are. Call its ``step`` and
+    ``zero_grad`` wherever the other optimizer's are called. Schedulers, state dictionaries, gradient accumulation and
+    ``torch.amp.GradScaler`` work as with any optimizer; ranks of ``torch.distributed`` are averaged in ``step``. The
+    rows have no part in gradient clipping: their update does not depend on the gradient's scale.
+
+    Without it, rows get dense gradients and any optimizer trains them.
+
+    Args:
+        model: a model with learned rows, which may be wrapped. Make it before ``DistributedDataParallel`` wraps the
+            model, which is then told to leave the rows alone.
+        lr: the root mean square of a mean row's step.
+
+    Raises:
+        SconeError: the model has no learned rows.
+    """
+
+    _step_supports_amp_scaling = True  # GradScaler leaves it to us to unscale what is not in ``grad``
+
+    def __init__(self, model: nn.Module, lr: float = ROWS_LEARNING_RATE) -> None:
+        rows = learned_rows(model)
+        if rows is None:
+            raise SconeError(
+                "found a model without learned rows; expected one with them; leave the row optimizer out, "
+                "or build the model with learned_rows"
             )
-            return
-        average = state["exp_avg"].index_select(0, row_ids).lerp_(gradients, 1 - beta1)
-        square = (
-            state["exp_avg_sq"].index_select(0, row_ids).mul_(beta2).addcmul_(gradients, gradients, value=1 - beta2)
+        super().__init__([rows.weight], {"lr": lr})
+        self._take_rows(rows)
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        assert self.rows is not None
+        scale = getattr(self, "grad_scale", None)  # a GradScaler sets it for the time of a step
+        group, state = self.param_groups[0], self.state[self.rows.weight]
+        self._step_rows(group, state, None if scale is None else float(scale))
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        assert self.rows is not None
+        self.rows.pending.clear()
+
+
+class AdamWWithRows(_StepsRows, torch.optim.AdamW):
+    """AdamW for everything dense and `RowOptimizer` for the rows in one: one schedule, one state dictionary.
+
+    The rows' weight is the last parameter group; it has no weight decay, which took nothing off the loss. Groups that
+    say ``"muon": True`` are matrices that Muon (Jordan et al., 2024) orthogonalises, with steps of AdamW's size
+    (Liu et al., arXiv 2502.16982), so that one learning rate serves both.
+
+    Args:
+        groups: AdamW parameter groups, each with a list of parameters; may be none where there are rows. The rows'
+            weight is left out of them.
+        rows: the learned rows, or None.
+        rows_learning_rate: theirs; schedulers scale it like any other group's.
+        gradient_scale: the factor by which the loss was multiplied before ``backward`` (fp16), read at each step;
+            None: by nothing.
+    """
+
+    def __init__(
+        self,
+        groups: Iterable[dict[str, Any]],
+        *,
+        rows: LearnedRows | None = None,
+        rows_learning_rate: float = ROWS_LEARNING_RATE,
+        gradient_scale: Callable[[], float | None] | None = None,
+        **adamw: Any,
+    ) -> None:
+        groups = [
+            group | {"params": [p for p in group["params"] if rows is None or p is not rows.weight]} for group in groups
+        ]
+        # nothing dense where rows are all there is to train: AdamW wants one group even so
+        super().__init__([group for group in groups if group["params"]] or [{"params": []}], **adamw)
+        self.gradient_scale = gradient_scale
+        self._muon = muon_for(self.param_groups)
+        if rows is not None:
+            self.add_param_group({"params": [rows.weight], "lr": rows_learning_rate, "weight_decay": 0.0})
+        self._take_rows(rows)
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        every = self.param_groups
+        self.param_groups = [group for group in every if not group.get("muon")]
+        try:
+            loss = super().step(closure)
+        finally:
+            self.param_groups = every
+        if self._muon is not None:
+            # loading a state dictionary replaces both
+            self._muon.param_groups, self._muon.state = [group for group in every if group.get("muon")], self.state
+            self._muon.step()
+            for group in self._muon.param_groups:
+                for parameter in group["params"]:  # AdamW asks every parameter's state for it when it is loaded
+                    self.state[parameter].setdefault("step", torch.zeros(()))
+        if self.rows is not None:
+            scale = self.gradient_scale() if self.gradient_scale is not None else None
+            self._step_rows(self.param_groups[-1], self.state[self.rows.weight], scale)
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        if self.rows is not None:
+            self.rows.pending.clear()
+
+
+def muon_for(groups: Sequence[dict[str, Any]]) -> Any:
+    """Muon over those of ``groups`` that ask for it, whose settings it completes; None where none does."""
+    chosen = [group for group in groups if group.get("muon")]
+    if not chosen:
+        return None
+    if not hasattr(torch.optim, "Muon"):
+        raise SconeError(
+            f"found torch {torch.__version__}, which has no Muon; expected 2.9 or later; update it, or use "
+            "--optimizer adamw"
         )
-        state["exp_avg"].index_copy_(0, row_ids, average)
-        state["exp_avg_sq"].index_copy_(0, row_ids, square)
-        denominator = square.sqrt_().div_((1 - beta2**step) ** 0.5).add_(group["eps"])
-        update = average.div_(denominator).mul_(-group["lr"] / (1 - beta1**step))
-        weight.index_add_(0, row_ids, update)
+    settings = [{name: group[name] for name in ("params", "lr", "weight_decay")} for group in chosen]
+    muon = torch.optim.Muon(settings, adjust_lr_fn="match_rms_adamw")
+    for group, complete in zip(chosen, muon.param_groups, strict=True):
+        group.update(complete)
+    for group in chosen:
+        for parameter in group["params"]:
+            muon.state[parameter] = {}
+    return muon
+
+
+@torch.no_grad()
+def update_with_rms(
+    weight: Tensor, row_ids: Tensor, gradients: Tensor, learning_rate: float, state: dict[str, Any]
+) -> None:
+    """One row-RMS step of the rows ``row_ids`` int64 [r], distinct, of ``weight`` [R, D] by ``gradients`` [r, D].
+
+    A row moves by its gradient over the root of second moments that are factored as in Adafactor (Shazeer and Stern,
+    2018): one number a column, a moving average over steps, times one number a row, the mean over the visits that the
+    row has had. ``PRIOR_VISITS`` of a mean row count as visits too, so that a row's first gradient is not divided by
+    itself. There is no momentum. Only these rows are read and written; ``state`` is made when it is empty and takes 8
+    bytes a row.
+
+    Reference implementation: ``kernels.reference.rms_rows``.
+    """
+    if "sums" not in state:
+        if state:
+            logger.warning("the learned rows were trained with Adam before; their row-RMS starts anew")
+            state.clear()
+        device = weight.device
+        state["step"] = torch.zeros(())
+        state["sums"] = torch.zeros(len(weight), device=device)
+        state["visits"] = torch.zeros(len(weight), device=device)  # loading would make integers floats too
+        state["columns"] = torch.ones(weight.shape[1], device=device)
+        state["mean"] = torch.zeros(1, device=device)
+    state["step"] += 1
+    fresh = 1 - min(MEMORY, 1 - 1 / state["step"].item())  # the first steps average all there were
+    columns, mean = state["columns"], state["mean"]
+    gradients = gradients.float()
+    now = gradients.square().mean(0)
+    columns.lerp_((now / now.mean().clamp_min(1e-30)), fresh).clamp_min_(1e-8)
+    mean.lerp_((now / columns).mean(), fresh)
+    if weight.device.type == "cpu" and weight.dtype == torch.float32:
+        update_rows(
+            torch.get_num_threads(),
+            weight.detach().numpy(),
+            state["sums"].numpy(),
+            state["visits"].numpy(),
+            row_ids.numpy(),
+            gradients.numpy(),
+            columns.numpy(),
+            mean=mean.item(),
+            prior=PRIOR_VISITS,
+            learning_rate=learning_rate,
+        )
+    elif weight.device.type == "cuda" and weight.dtype == torch.float32 and triton_is_installed():
+        from scone.kernels.row_rms_triton import update_rows_triton
+
+        update_rows_triton(
+            *(weight.detach(), state["sums"], state["visits"], row_ids, gradients.contiguous(), columns, mean),
+            prior=PRIOR_VISITS,
+            learning_rate=learning_rate,
+        )
+    else:
+        visits = state["visits"].index_select(0, row_ids) + 1
+        sums = state["sums"].index_select(0, row_ids) + (gradients.square() / columns).mean(1)
+        state["visits"].index_copy_(0, row_ids, visits)
+        state["sums"].index_copy_(0, row_ids, sums)
+        variance = (PRIOR_VISITS * mean + sums) / (PRIOR_VISITS + visits)
+        steps = torch.where(variance > 0, learning_rate * variance.rsqrt(), 0.0)
+        weight.index_add_(0, row_ids, (gradients * steps[:, None] / columns.sqrt()).to(weight.dtype), alpha=-1.0)
+
+
+def learned_rows(model: nn.Module) -> LearnedRows | None:
+    """The ``LearnedRows`` of a model that may be wrapped, or None.
+
+    Adapters (PEFT's ``modules_to_save``) keep the frozen original beside the one that trains: then the latter.
+    """
+    found = [module for module in model.modules() if isinstance(module, LearnedRows)]
+    return next((rows for rows in found if rows.weight.requires_grad), found[0] if found else None)
 
 
 def pending_gradients(rows: LearnedRows) -> tuple[np.ndarray, Tensor]:
     """Distinct row ids int64 ``[R]`` and their summed gradients ``[R, D]`` of the passes since the last step."""
-    touched = [(ids, leaf.grad) for ids, leaf in rows.pending if leaf.grad is not None]
-    if not touched:
-        return np.empty(0, np.int64), rows.weight.new_zeros(0, rows.weight.shape[1])
-    return sum_by_row(touched)
+    if not rows.pending:
+        return np.empty(0, np.int64), rows.weight.detach().new_zeros(0, rows.weight.shape[1])
+    return sum_by_row(rows.pending)
 
 
 def sum_by_row(parts: Sequence[tuple[np.ndarray, Tensor]]) -> tuple[np.ndarray, Tensor]:

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from scone.configs.loading import save_options
-from scone.configs.schema import SMALLEST_ROWS_LEARNING_RATE, SconeOptions, TrainingOptions
+from scone.configs.schema import ROWS_LEARNING_RATE, SconeOptions, TrainingOptions
 from scone.data.collator import Collator
 from scone.data.dataset import BlockDataset
 from scone.data.f_gram_use import FGramUse
@@ -38,11 +38,12 @@ from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 from scone.tokenization.tokenizers import separator_ids, tokenizer_fingerprint
 from scone.training.compilation import compile_for_training
 from scone.training.model_options import check_input_embedding, f_gram_model_settings
+from scone.training.optimizer import learned_rows
 from scone.training.precision import resolve_precision
 from scone.training.processes import meet_after_restart, one_line_for_lost_processes
 from scone.training.reporters import reporter_names
 from scone.training.run_folder import FINAL_MODEL, OPTIONS_FILE, one_run_at_a_time, resume_point
-from scone.training.trainer import SconeTrainer, StopOnSignal, TrainedAlready, learned_rows
+from scone.training.trainer import SconeTrainer, StopOnSignal, TrainedAlready
 from scone.training.unused_parameters import all_are_used
 from scone.training.vocabulary import prepare_vocabulary
 from scone.utils.command_line import is_first_process
@@ -149,8 +150,8 @@ def build_model(options: SconeOptions, corpus: Corpus, *, quiet: bool = False) -
     if options.training.freeze_trunk:
         trunk.requires_grad_(False)
     if not options.model.use_f_gram_embeddings:
-        scale = options.model.embedding_scale
-        return alone(trunk) if scale == 1.0 else ScaledTrunkForCausalLM.from_trunk(trunk, scale)
+        scale, norm = options.model.embedding_scale, options.model.input_norm
+        return alone(trunk) if scale == 1.0 and not norm else ScaledTrunkForCausalLM.from_trunk(trunk, scale, norm)
     if options.model.over_encoding_rows:
         return _place_rows(
             OverEncodingForCausalLM.from_trunk(
@@ -159,6 +160,7 @@ def build_model(options: SconeOptions, corpus: Corpus, *, quiet: bool = False) -
                 start=options.model.over_encoding_start,
                 separator_ids=separator_ids(corpus.tokenizer),
                 embedding_scale=options.model.embedding_scale,
+                input_norm=options.model.input_norm,
             ),
             options,
         )
@@ -179,6 +181,7 @@ def build_model(options: SconeOptions, corpus: Corpus, *, quiet: bool = False) -
         combination=options.model.combination,
         control=options.model.control,
         embedding_scale=options.model.embedding_scale,
+        input_norm=options.model.input_norm,
     )
     return _place_rows(model, options)
 
@@ -242,13 +245,10 @@ def build_trainer(
         processing_class=corpus.tokenizer,
         callbacks=[StopOnSignal()],
         fsdp=training.fsdp,
+        muon=training.optimizer == "muon",
         checkpoints_kept=training.save_total_limit,
         f_gram_learning_rate=training.f_gram_learning_rate,
-        rows_learning_rate=(
-            max(training.learning_rate, SMALLEST_ROWS_LEARNING_RATE)
-            if training.rows_learning_rate is None
-            else training.rows_learning_rate
-        ),
+        rows_learning_rate=(ROWS_LEARNING_RATE if training.rows_learning_rate is None else training.rows_learning_rate),
     )
 
 
@@ -268,6 +268,8 @@ def training_arguments(training: TrainingOptions, num_workers: int, evaluate: bo
     use_cpu = (training.device or "").startswith("cpu") or not torch.accelerator.is_available()
     device_type = "cpu" if use_cpu else torch.accelerator.current_accelerator().type  # type: ignore[union-attr]
     precision = resolve_precision(training.fp16, training.bf16, device_type)
+    if training.fsdp != "none" and training.optimizer == "muon":
+        raise SconeError("found --optimizer muon with --fsdp; expected adamw in a sharded run; use --optimizer adamw")
     if training.fsdp != "none" and precision == "fp16":
         raise SconeError("found --fp16 with --fsdp; expected bf16 or fp32 in a sharded run; use --bf16")
     meet_after_restart("gloo" if use_cpu else None)

@@ -24,7 +24,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from scone.data.training_order import TrainingOrder
 from scone.models.language_model import SconeForCausalLM
 from scone.models.learned_rows import LearnedRows
-from scone.training.optimizer import AdamWWithRows
+from scone.training.optimizer import AdamWWithRows, learned_rows
 from scone.training.sharding import load_whole_optimizer, load_whole_weights, shard, whole_state, whole_weights
 from scone.training.step_cost import RunCost, StepCost
 from scone.utils.errors import SconeError
@@ -35,18 +35,28 @@ logger = logging.getLogger(__name__)
 COMPLETE_MARKER = "complete.json"
 
 
+def trunk_matrices(model: nn.Module) -> set[nn.Parameter]:
+    """What Muon is for: the trunk's matrices between its token embeddings and its head."""
+    trunk: Any = getattr(model, "trunk", model)
+    outer = [layer.weight for layer in (trunk.get_input_embeddings(), trunk.get_output_embeddings()) if layer]
+    embeddings = {module.weight for module in trunk.modules() if isinstance(module, nn.Embedding)}
+    return {parameter for parameter in trunk.parameters() if parameter.ndim == 2} - embeddings - set(outer)
+
+
 class SconeTrainer(Trainer):
     """Trains a SCONE model, an over-encoding one or a plain trunk.
 
     Weight decay acts on matrices. Three groups may have their own learning rate: the trunk, the f-gram model with its
-    gain, and the learned rows. ``fsdp`` ("none", "full_shard", "shard_grad_op") shards the model over the processes;
-    ``checkpoints_kept`` None keeps all. ``train`` raises TrainedAlready where nothing is left to do, all of it loaded.
+    gain, and the learned rows. ``muon`` has Muon train the trunk's matrices. ``fsdp`` ("none",
+    "full_shard", "shard_grad_op") shards the model over the processes; ``checkpoints_kept`` None keeps all. ``train``
+    raises TrainedAlready where nothing is left to do, all of it loaded.
     """
 
     def __init__(
         self,
         *args: Any,
         fsdp: str = "none",
+        muon: bool = False,
         checkpoints_kept: int | None = None,
         f_gram_learning_rate: float | None,
         rows_learning_rate: float,
@@ -55,6 +65,7 @@ class SconeTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.f_gram_learning_rate = f_gram_learning_rate
         self.rows_learning_rate = rows_learning_rate
+        self.muon = muon
         assert self.model is not None
         rows = learned_rows(self.model)
         if rows is not None:
@@ -84,16 +95,20 @@ class SconeTrainer(Trainer):
         if self.optimizer is None:
             model = self.model if model is None else model
             assert model is not None
-            groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+            groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
+            matrices = trunk_matrices(model) if self.muon else set()
             for name, parameter in model.named_parameters():
                 if parameter.requires_grad:
                     rate = self.args.learning_rate
                     if "f_gram_embedding." in name and self.f_gram_learning_rate is not None:
                         rate = self.f_gram_learning_rate
                     decay = self.args.weight_decay if parameter.ndim >= 2 else 0.0
-                    groups.setdefault((rate, decay), []).append(parameter)
+                    groups.setdefault((rate, decay, parameter in matrices), []).append(parameter)
             self.optimizer = AdamWWithRows(
-                [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()],
+                [
+                    {"params": params, "lr": rate, "weight_decay": decay} | ({"muon": True} if muon else {})
+                    for (rate, decay, muon), params in groups.items()
+                ],
                 rows=learned_rows(model),
                 rows_learning_rate=self.rows_learning_rate,
                 gradient_scale=self._gradient_scale,
@@ -102,6 +117,18 @@ class SconeTrainer(Trainer):
                 eps=self.args.adam_epsilon,
             )
         return self.optimizer
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As Hugging Face's. Before and after it the learned rows are parameters that any other loop may train."""
+        assert self.model is not None
+        rows = learned_rows(self.model)
+        try:
+            if rows is not None and self.optimizer is not None:  # trained before
+                rows.collect_for(getattr(self.optimizer, "optimizer", self.optimizer))
+            return super().train(*args, **kwargs)
+        finally:
+            if rows is not None:
+                rows.release()
 
     def _get_train_sampler(self, train_dataset: Any = None) -> TrainingOrder:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
@@ -114,9 +141,9 @@ class SconeTrainer(Trainer):
             steps_done=lambda: self.state.global_step,
         )
 
-    def _gradient_scale(self) -> float:
+    def _gradient_scale(self) -> float | None:
         scaler = self.accelerator.scaler
-        return scaler.get_scale() if scaler is not None else 1.0
+        return scaler.get_scale() if scaler is not None else None
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if model.training:
@@ -199,11 +226,6 @@ class DropSkippedGradients(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.rows.pending.clear()
-
-
-def learned_rows(model: nn.Module) -> LearnedRows | None:
-    """The ``LearnedRows`` of a model that may be wrapped, or None."""
-    return next((module for module in model.modules() if isinstance(module, LearnedRows)), None)
 
 
 class TrainedAlready(Exception):

@@ -12,19 +12,27 @@ from typing import Any
 
 import scone
 
-_LIBRARIES = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "datasets", "numpy", "numba")
+_LIBRARIES = (
+    *("torch", "transformers", "accelerate", "tokenizers", "safetensors", "datasets", "numpy", "numba"),
+    *("bitsandbytes", "torchao", "polars", "duckdb", "pyspark", "pyarrow", "lmdb"),
+)
 
 
 def environment() -> dict[str, Any]:
     """Versions, machine and commit as a JSON value; what is not known is None. No names of users or hosts."""
+    torch = sys.modules.get("torch")  # where nothing imported it, nothing used it
+    gpus = torch.cuda.device_count() if torch is not None and torch.cuda.is_available() else 0
     return {
         "scone": scone.__version__,
         "commit": _commit(),
         "python": platform.python_version(),
-        "libraries": {name: _version(name) for name in _LIBRARIES},
+        "libraries": {name: version for name in _LIBRARIES if (version := _version(name)) is not None},
         "system": platform.platform(),
-        "cores": os.cpu_count(),
-        "accelerators": _accelerators(),
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": None if torch is None else torch.get_num_threads(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "accelerators": [torch.cuda.get_device_name(index) for index in range(gpus)] if torch is not None else [],
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
     }
 
@@ -48,8 +56,10 @@ def _commit() -> str | None:
         return None
 
 
-def _accelerators() -> list[str]:
-    torch = sys.modules.get("torch")  # where nothing imported it, nothing used it
-    if torch is None or not torch.cuda.is_available():
-        return []
-    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -79,6 +80,19 @@ def _locked(descriptor: int, how: int) -> bool:
     except OSError:
         return False
     return True
+
+
+@contextmanager
+def told_when_full(what: str, advice: str) -> Iterator[None]:
+    """Turn the system's "disk full" while ``what`` is written into one line that says how to go on."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise SconeError(
+            f"found no room for {what} ({error.strerror}); expected space for all of it; free some and {advice}"
+        ) from error
 
 
 def sync_folder(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Sequence
 
 from scone.utils.errors import SconeError
 
@@ -38,3 +39,11 @@ def human_count(number: float) -> str:
             return f"{number:.0f}" if unit == "" else f"{number:.3g}{unit}"
         number /= 1000
     return f"{number:.3g} T"
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[object]], words: int = 1) -> str:
+    """A table whose first ``words`` columns are left, the others right; no line break at its end."""
+    align = ["---"] * words + ["---:"] * (len(head) - words)
+    lines = [[str(cell).replace("|", "\\|") for cell in line] for line in (head, *rows)]
+    first, *others = (f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join([first.replace("|  |", "| |"), f"|{'|'.join(align)}|", *others])

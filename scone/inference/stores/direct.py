@@ -13,11 +13,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from scone.inference.stores.base import RowStore, StoreMemory
 from scone.inference.table_format import PAGE_BYTES, TableFile, damaged
+from scone.kernels.dequantize import gather_bytes
 from scone.kernels.direct_read import close_queue, open_queue, plan_pieces, read_pieces, read_pieces_queued
-from scone.kernels.reference_read import reference_read
 from scone.utils.errors import SconeError
 
 QUEUE_DEPTH = 128
@@ -35,15 +37,9 @@ class DirectStore(RowStore):
     system refuses O_DIRECT, it warns once and reads through the page cache.
     """
 
-    def __init__(
-        self,
-        file: TableFile,
-        num_threads: int | None = None,
-        queue_depth: int = QUEUE_DEPTH,
-        use_queues: bool = True,
-    ) -> None:
+    def __init__(self, file: TableFile, queue_depth: int = QUEUE_DEPTH, use_queues: bool = True) -> None:
         """``queue_depth``: reads under way at a time; ``use_queues=False`` reads on threads in any case."""
-        super().__init__(file.layout.row_format, num_threads)
+        super().__init__(file.layout.row_format)
         self._file = file
         self._descriptor, self.is_direct = _open_direct(file)
         self._queue_depth = queue_depth
@@ -54,8 +50,17 @@ class DirectStore(RowStore):
         self._buffers = _Buffers()
         self._rows_at_once = max(1, _BATCH_BYTES // (-(-self.row_format.row_bytes // PAGE_BYTES) * PAGE_BYTES))
 
+    def read(self, ranks: Tensor, out: Tensor) -> None:
+        wanted, target = ranks.numpy(), out.view(torch.uint8).numpy()
+        if len(wanted) and not 0 <= int(wanted.min()) <= int(wanted.max()) < self._file.layout.num_rows:
+            raise IndexError("a rank that is not in the file")
+        for part in self._parts(wanted):
+            with self._located(wanted[part]) as (source, offsets):
+                gather_bytes(source, offsets, target, part, torch.get_num_threads())
+
     @contextmanager
-    def located(self, ranks: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def _located(self, ranks: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The bytes of these rows: (buffer uint8 [any], offset of each row in it int64 [n]), valid inside."""
         for batch in tuple(self._prefetched):
             rows = batch.find(ranks)
             if rows is not None:
@@ -70,29 +75,21 @@ class DirectStore(RowStore):
         finally:
             self._buffers.give_back(buffer)
 
-    def rows_into(self, ranks: np.ndarray, out: np.ndarray, targets: np.ndarray | None = None) -> None:
-        for part in self._parts(ranks):
-            super().rows_into(ranks[part], out, part if targets is None else targets[part])
-
-    def raw_rows_into(self, ranks: np.ndarray, out: np.ndarray, targets: np.ndarray | None = None) -> None:
-        for part in self._parts(ranks):
-            super().raw_rows_into(ranks[part], out, part if targets is None else targets[part])
-
     def _parts(self, ranks: np.ndarray) -> Iterator[np.ndarray]:
         """Positions of a large batch, in parts small enough for a buffer; in rank order, so that repeats meet."""
-        if len(ranks) <= self._rows_at_once:
+        if 0 < len(ranks) <= self._rows_at_once:
             yield np.arange(len(ranks))
             return
         order = np.argsort(ranks, kind="stable")
         for low in range(0, len(order), self._rows_at_once):
             yield order[low : low + self._rows_at_once]
 
-    def prefetch(self, ranks: np.ndarray) -> None:
+    def prefetch(self, ranks: Tensor) -> None:
         """Read these rows in the background. A later batch of which all are among them takes them from memory.
 
         The last two such batches are kept; one of more than 64 MiB is not fetched ahead.
         """
-        unique = np.unique(ranks)
+        unique = np.unique(ranks.numpy())
         if 0 < len(unique) <= self._rows_at_once:
             pieces, rows = plan_pieces(unique, self._file.data_start, self.row_format.row_bytes)
             self._prefetched.append(_Prefetched(unique, rows, self._prefetcher.submit(self._fetch, pieces)))
@@ -111,8 +108,6 @@ class DirectStore(RowStore):
                 self._read_queued(queue, pieces, buffer)
             finally:
                 self._queues.give_back(queue)
-        elif len(pieces) == 1:
-            self._read_in_turn(pieces, buffer)
         else:
             parts = np.array_split(pieces, min(self._queue_depth, _MAX_THREADS, len(pieces)))
             for task in [self._readers.submit(self._read_in_turn, part, buffer) for part in parts]:
@@ -129,18 +124,12 @@ class DirectStore(RowStore):
             self._read_in_turn(pieces[failed:], buffer)
 
     def _read_in_turn(self, pieces: np.ndarray, buffer: np.ndarray) -> None:
-        end = self._file.file_bytes
-        while len(pieces):
-            failed = read_pieces(self._descriptor, buffer.ctypes.data, pieces, end)
-            if failed < 0:
-                return
-            try:
-                reference_read(self._descriptor, buffer.data, pieces[failed : failed + 1], end)
-            except EOFError as error:
-                raise damaged(self._file.path, f"it ends early ({error})") from error
-            except OSError as error:
-                raise SconeError(f"cannot read {self._file.path}: {error.strerror}; check the disk") from error
-            pieces = pieces[failed + 1 :]
+        try:
+            read_pieces(self._descriptor, buffer.data, pieces, self._file.file_bytes)
+        except EOFError as error:
+            raise damaged(self._file.path, f"it ends early ({error})") from error
+        except OSError as error:
+            raise SconeError(f"cannot read {self._file.path}: {error.strerror}; check the disk") from error
 
     @property
     def memory(self) -> StoreMemory:
@@ -155,7 +144,6 @@ class DirectStore(RowStore):
     def close(self) -> None:
         self._prefetcher.shutdown()
         self._readers.shutdown()
-        super().close()
         self._prefetched.clear()
         if self._queues is not None:
             self._queues.close()

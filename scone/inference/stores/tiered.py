@@ -1,24 +1,31 @@
-"""Rows split by rank over several stores: rank is temperature, so the first rows go to the fastest memory."""
+"""Rows split by rank over several stores, hot rows first; and the placements by which a user says where rows are."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from scone.inference.stores.base import RowStore, StoreMemory
-from scone.kernels.transfer import to_device
+from scone.inference.stores.device import DeviceStore
+from scone.inference.stores.direct import DirectStore
+from scone.inference.stores.memory import MemoryStore
+from scone.inference.table_format import TableFile
+from scone.utils.errors import SconeError
+from scone.utils.text import parse_bytes
+
+_KINDS = {"gpu": "gpu", "ram": "ram", "mmap": "mmap", "direct": "direct", "disk": "direct"}
+_COUNT_UNITS = {"k": 10**3, "m": 10**6, "g": 10**9}
 
 
 class TieredStore(RowStore):
     """Store k holds the ranks from ``cuts[k-1]`` to ``cuts[k]`` − 1 (from 0 in the first, to the end in the last).
 
-    Nothing is evicted or counted: where a row is depends on its rank alone. The slower stores read while the first is
-    being decoded.
+    Nothing is evicted or counted: where a row is depends on its rank alone. All stores read at the same time.
     """
 
     def __init__(self, stores: Sequence[RowStore], cuts: Sequence[int]) -> None:
@@ -37,66 +44,39 @@ class TieredStore(RowStore):
             if len(positions):
                 yield store, positions
 
-    @contextmanager
-    def located(self, ranks: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        raw = self.raw_rows(ranks)
-        yield raw.numpy().reshape(-1), np.arange(len(ranks), dtype=np.int64) * self.row_format.row_bytes
+    def read(self, ranks: Tensor, out: Tensor) -> None:
+        wanted, target = ranks.numpy(), out.view(torch.uint8).numpy()  # threads do not share inference mode
 
-    def rows_into(self, ranks: np.ndarray, out: np.ndarray, targets: np.ndarray | None = None) -> None:
-        def read(store: RowStore, positions: np.ndarray) -> None:
-            store.rows_into(ranks[positions], out, positions if targets is None else targets[positions])
+        def read_tier(store: RowStore, positions: np.ndarray) -> None:
+            rows = store.new_rows(len(positions))
+            store.read(torch.from_numpy(wanted[positions]), rows)
+            target[positions] = rows.view(torch.uint8).numpy()
 
-        self._each_tier(ranks, read)
-
-    def raw_rows_into(self, ranks: np.ndarray, out: np.ndarray, targets: np.ndarray | None = None) -> None:
-        def read(store: RowStore, positions: np.ndarray) -> None:
-            store.raw_rows_into(ranks[positions], out, positions if targets is None else targets[positions])
-
-        self._each_tier(ranks, read)
-
-    def raw_rows(self, ranks: np.ndarray, device: torch.device | None = None) -> Tensor:
-        out = torch.empty(len(ranks), self.row_format.row_bytes, dtype=torch.uint8, device=device or "cpu")
-
-        def read(store: RowStore, positions: np.ndarray) -> None:
-            rows = store.raw_rows(ranks[positions], device)
-            out.index_copy_(0, to_device(torch.from_numpy(positions), out.device), rows)
-
-        self._each_tier(ranks, read)
-        return out
-
-    def _each_tier(self, ranks: np.ndarray, read: Callable[[RowStore, np.ndarray], None]) -> None:
-        """Call ``read`` for every tier that is concerned: the fastest here, the others on threads of their own."""
-        parts = list(self._split(ranks))
-        is_inference = torch.is_inference_mode_enabled()  # which threads do not share
-
-        def read_there(store: RowStore, positions: np.ndarray) -> None:
-            with torch.inference_mode(is_inference):
-                read(store, positions)
-
-        tasks = [self._pool.submit(read_there, *part) for part in parts[1:]]
+        parts = list(self._split(wanted))
+        if len(parts) == 1:
+            parts[0][0].read(ranks, out)
+            return
+        tasks = [self._pool.submit(read_tier, *part) for part in parts[1:]]
         try:
-            for part in parts[:1]:
-                read(*part)
+            for part in parts[:1]:  # the fastest here, the others on threads of their own
+                read_tier(*part)
         finally:
             wait(tasks)
         for task in tasks:
             task.result()
 
-    def within_reach(self, device: torch.device) -> list[Tensor] | None:
+    def gpu_blocks(self, device: torch.device) -> list[Tensor]:
         blocks: list[Tensor] = []
         for store in self.stores:
-            part = store.within_reach(device)
-            if part is None:
-                return None
+            part = store.gpu_blocks(device)
+            if not part:
+                break
             blocks += part
         return blocks
 
-    def first_rows_on(self, device: torch.device) -> Tensor | None:
-        return self.stores[0].first_rows_on(device)
-
-    def prefetch(self, ranks: np.ndarray) -> None:
-        for store, positions in self._split(ranks):
-            store.prefetch(ranks[positions])
+    def prefetch(self, ranks: Tensor) -> None:
+        for store, positions in self._split(ranks.numpy()):
+            store.prefetch(ranks[torch.from_numpy(positions)])
 
     @property
     def memory(self) -> StoreMemory:
@@ -107,6 +87,76 @@ class TieredStore(RowStore):
 
     def close(self) -> None:
         self._pool.shutdown()
-        super().close()
         for store in self.stores:
             store.close()
+
+
+@dataclass(frozen=True)
+class Tier:
+    """``num_rows`` rows from ``first_row`` on are kept as ``kind`` says: gpu, ram, mmap or direct."""
+
+    kind: str
+    first_row: int
+    num_rows: int
+
+
+def parse_placement(text: str, num_rows: int, row_bytes: int) -> list[Tier]:
+    """Turn a placement into tiers that cover all rows of a table.
+
+    ``ram``, ``mmap``, ``direct`` (or ``disk``) and ``gpu`` alone hold everything. A list gives each place but the last
+    its number of rows, in order of rank: ``gpu:100k,ram:2M,disk``. k, M and G are thousands, millions and billions of
+    rows; with B they are bytes (``ram:4GiB``). Tiers that are left without rows are dropped. Raises SconeError.
+    """
+    tiers: list[Tier] = []
+    first = 0
+    places = [place.strip() for place in text.split(",")]
+    for number, place in enumerate(places):
+        name, colon, size = place.partition(":")
+        is_last = number == len(places) - 1
+        if name not in _KINDS or bool(colon) == is_last:
+            raise SconeError(
+                f"found placement {text!r}; expected ram, mmap, direct, gpu, or tiers with sizes but for the last; "
+                "write for example ram, or gpu:100k,ram:2M,disk"
+            )
+        count = num_rows - first if is_last else min(_parse_rows(size, row_bytes, text), num_rows - first)
+        if count or (is_last and not tiers):
+            tiers.append(Tier(_KINDS[name], first, count))
+        first += count
+    return tiers
+
+
+def _parse_rows(size: str, row_bytes: int, text: str) -> int:
+    """Rows in "100k", or in as many bytes as "4GiB"."""
+    if size[-1:].lower() == "b":
+        return parse_bytes(size) // row_bytes
+    factor = _COUNT_UNITS.get(size[-1:].lower(), 1)
+    digits = size if factor == 1 else size[:-1]
+    if not (digits.isascii() and digits.isdigit()):
+        raise SconeError(f"found size {size!r} in placement {text!r}; expected rows or bytes; write 100k, 2M or 4GiB")
+    return int(digits) * factor
+
+
+def open_store(file: TableFile, placement: str, device: torch.device, num_threads: int | None = None) -> RowStore:
+    """The store that ``placement`` means (see `parse_placement`). Raises SconeError where it cannot be opened."""
+    tiers = parse_placement(placement, file.layout.num_rows, file.layout.row_bytes)
+    stores: list[RowStore] = []
+    try:
+        for tier in tiers:
+            stores.append(_open_tier(file, tier, device, num_threads))
+    except BaseException:
+        for store in stores:
+            store.close()
+        raise
+    return stores[0] if len(stores) == 1 else TieredStore(stores, [tier.first_row for tier in tiers[1:]])
+
+
+def _open_tier(file: TableFile, tier: Tier, device: torch.device, num_threads: int | None) -> RowStore:
+    if tier.kind == "gpu":
+        if device.type == "cpu":
+            raise SconeError(
+                "found a gpu tier with device cpu; expected an accelerator; use ram, or give --device cuda"
+            )
+        return DeviceStore(file, device, tier.first_row, tier.num_rows)
+    if tier.kind == "ram":
+        return MemoryStore.ram(file, tier.first_row, tier.num_rows, num_threads, device)
+    return MemoryStore.mapped(file) if tier.kind == "mmap" else DirectStore(file)

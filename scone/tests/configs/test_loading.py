@@ -183,6 +183,18 @@ def test_another_base_model_does_not_inherit_the_files_sizes(
     assert parse("--config", str(path), "--base_model_name", "gpt2").model.hidden_size == 768
 
 
+def test_the_modern_trunk_brings_its_settings_and_what_is_given_wins() -> None:
+    options = from_mapping({"model": {"base_model_name": "scone-modern"}, "training": {"learning_rate": 1e-3}})
+    assert (options.training.learning_rate, options.training.optimizer, options.model.input_norm) == (
+        1e-3,
+        "muon",
+        True,
+    )
+    assert "training.optimizer" not in options.given
+    for mapping in ({"init": "pretrained", "base_model_name": "scone-modern"}, {"base_model_name": "gpt2"}):
+        assert from_mapping({"model": mapping}).training.optimizer == "adamw"
+
+
 def test_sizes_of_a_file_without_a_base_model_stay(tmp_path: Path) -> None:
     path = tmp_path / "options.yaml"
     path.write_text("model: {hidden_size: 64}")
@@ -192,7 +204,10 @@ def test_sizes_of_a_file_without_a_base_model_stay(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--max_n", "1"], r"--max_n: found 1; expected a whole number from 2 to 255; meaning: longest f-gram"),
+        (
+            ["--max_n", "1"],
+            r"--max_n: found 1; expected a whole number from 2 to 255; meaning: length of the longest f-gram",
+        ),
         (["--min_freq", "0"], r"--min_freq: found 0; expected a whole number of at least 1"),
         (["--learning_rate", "fast"], r"--learning_rate: found fast; expected a number"),
         (["--learning_rate", "nan"], r"--learning_rate: found nan"),

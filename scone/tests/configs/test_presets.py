@@ -58,6 +58,17 @@ def test_known_trunks_have_their_sizes(name: str, width: int, layers: int, heads
     assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (width, layers, heads)
 
 
+def test_the_modern_trunk_has_any_width() -> None:
+    from scone.configs.schema import ModelOptions
+    from scone.models.trunk import trunk_configuration as configured
+
+    config = configured(ModelOptions(base_model_name="scone-modern", hidden_size=256, num_hidden_layers=4))
+    assert (config.model_type, config.num_attention_heads, config.num_key_value_heads) == ("qwen3", 4, 4)
+    assert (config.head_dim, config.intermediate_size, config.num_hidden_layers) == (64, 704, 4)
+    config = configured(ModelOptions(base_model_name="scone-modern", hidden_size=96, num_attention_heads=3))
+    assert (config.head_dim, config.num_key_value_heads) == (32, 3)
+
+
 def test_trunks_are_known_by_full_and_short_name() -> None:
     for name in TRUNK_CONFIGURATIONS:
         assert trunk_configuration(name) is trunk_configuration(name.split("/")[1]) is TRUNK_CONFIGURATIONS[name]

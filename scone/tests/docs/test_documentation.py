@@ -28,6 +28,7 @@ pytestmark = [
 RUN = (
     *("docs/tutorial.md", "docs/how-to/large-table.md", "docs/how-to/read-a-report.md", "docs/how-to/sweeps.md"),
     *("docs/how-to/tracking.md", "docs/how-to/retrofit.md", "docs/how-to/several-gpus.md", "docs/how-to/spark.md"),
+    *("docs/how-to/own-training-loop.md", "docs/how-to/packed-data.md", "docs/how-to/compile.md"),
     *("docs/how-to/azure.md", "docs/how-to/container.md", "docs/index.md", "docs/robustness.md"),
 )
 ALL_BLOCKS = [block for page in pages() for block in blocks_of(page)] if (REPOSITORY / "mkdocs.yml").exists() else []

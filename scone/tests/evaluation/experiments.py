@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+import sys
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import pytest
+
+REPOSITORY = Path(__file__).parents[3]
 TESTS = ["validation", "novels", "news"]
 BASE = {"model.hidden_size": 8, "model.f_gram.num_hidden_layers": 2, "model.learned_rows": 0, "data.max_f_grams": 1000}
 PLAIN = {"model.use_f_gram_embeddings": False}
 ROWS = {"model.f_gram.num_hidden_layers": 0, "model.learned_rows": 1000}
+
+
+def module(name: str) -> ModuleType:
+    """One of the repository's own, from benchmarks/ or experiments/; skips where only the package is installed."""
+    folders = [REPOSITORY / "benchmarks", REPOSITORY / "experiments"]
+    if not folders[0].is_dir():
+        pytest.skip("benchmarks/ and experiments/ are in the repository, and this is an installed package")
+    sys.path[:0] = [str(folder) for folder in folders if str(folder) not in sys.path]
+    return importlib.import_module(name)
 
 
 def run(

@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
-import scone
 from scone.tests.evaluation import experiments
-
-BENCHMARKS = Path(scone.__file__).parents[1] / "benchmarks"
 
 
 @pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    if not BENCHMARKS.is_dir():
-        pytest.skip("the benchmarks are in the repository, and this is an installed package")
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    yield importlib.import_module("bench_quality")
-    for name in ("bench_quality", "common"):
-        sys.modules.pop(name, None)
+def bench() -> ModuleType:
+    return experiments.module("bench_quality")
 
 
 def records(bench: ModuleType, folder: Path, experiment: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -119,8 +109,8 @@ def test_without_results_it_says_what_to_do(
 def test_the_quick_experiment_says_what_the_benchmark_needs(bench: ModuleType) -> None:
     """Its options exist, and every metric has its peers."""
     from scone.configs.loading import from_mapping
-    from scone.evaluation.experiment_results import kind_of_options
 
+    kind_of_options = experiments.module("experiment_results").kind_of_options
     kinds = set()
     for changes in bench.QUICK["runs"].values():
         flat = bench.QUICK["base"] | changes

@@ -28,8 +28,8 @@ pytestmark = [
 def modules(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
     for folder in (BENCHMARKS, BENCHMARKS / "gpu"):
         monkeypatch.syspath_prepend(str(folder))
-    yield {name: importlib.import_module(name) for name in ("bench_scaling_gpu", "side_by_side", "gpu_tables")}
-    for name in ("bench_scaling_gpu", "timed_training", "side_by_side", "gpu_tables", "common"):
+    yield {name: importlib.import_module(name) for name in ("bench_scaling_gpu", "side_by_side", "tables")}
+    for name in ("bench_scaling_gpu", "timed_training", "side_by_side", "tables", "common"):
         sys.modules.pop(name, None)
 
 
@@ -75,7 +75,7 @@ def test_a_rehearsal_measures_everything(modules: dict[str, ModuleType], data: P
         assert (record["target"], record["met"]) == (0.9, record["ratio"] >= 0.9)
     (folder,) = tmp_path.glob("scaling-*")
     assert not {"cache", "model", "table_1", "table_2"} & {path.name for path in folder.iterdir()}
-    table = modules["gpu_tables"].scaling_table(report)
+    table = modules["tables"].scaling_table(report)
     assert [line.split(" | ")[:2] for line in table.splitlines()[2:5]] == [
         ["| plain", "DDP"],
         ["| f-gram model + learned rows", "DDP"],
@@ -93,7 +93,7 @@ def test_runs_that_fail_are_named_and_the_others_go_on(
     assert report["config"]["failed"] == {"one_plain_1": late, "ddp_plain_2": late}
     assert report["records"] == []
     assert len(list(tmp_path.glob("scaling-*/*.log"))) == 2
-    assert "Failed: `one_plain_1`, `ddp_plain_2`." in modules["gpu_tables"].scaling_table(report)
+    assert "Failed: `one_plain_1`, `ddp_plain_2`." in modules["tables"].scaling_table(report)
 
 
 def test_the_last_words_of_a_program(modules: dict[str, ModuleType], tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_the_table_has_a_column_for_every_number_of_gpus(modules: dict[str, Modu
             record("precompute_difference_2", 1.25e-7),
         ],
     }
-    lines = modules["gpu_tables"].scaling_table(report).splitlines()
+    lines = modules["tables"].scaling_table(report).splitlines()
     assert lines[0] == (
         "| input embedding | strategy | tokens/s on 1 GPU | on 2 | efficiency | on 4 | efficiency "
         "| peak memory of a GPU, on 1 | on 2 | on 4 |"

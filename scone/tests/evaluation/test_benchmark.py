@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from scone.cli import main
-from scone.evaluation import measure
 from scone.evaluation.benchmark import kind_of
+from scone.evaluation.measure import flops_per_token, training_only_parameters
 from scone.inference.loading import load_model
-from scone.inference.statistics import process_bytes
 from scone.tests import tiny
 from scone.tests.evaluation.conftest import WORDS
+from scone.utils.peak_memory import PeakMemory, process_bytes
 
 pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning")]
 
@@ -108,29 +108,28 @@ def test_flops_of_a_table_model_are_those_of_its_trunk(served_model: Path) -> No
     served = load_model(served_model, served_model.parent / "table", device="cpu").model
     plain = load_model(served_model.parent / "plain", device="cpu").model
     models = {"live": live, "served": served, "plain": plain}
-    figures = {name: measure.flops_per_token(model, tokens) for name, model in models.items()}
+    figures = {name: flops_per_token(model, tokens) for name, model in models.items()}
     assert figures["served"]["inference_flops_per_token"] == figures["plain"]["inference_flops_per_token"]
     assert figures["live"]["inference_flops_per_token"] > figures["plain"]["inference_flops_per_token"]
     assert figures["served"]["training_flops_per_token"] == figures["live"]["training_flops_per_token"]
-    counted = measure.training_flops_per_token(plain.requires_grad_(True), tokens)  # of the real operations
-    assert figures["plain"]["training_flops_per_token"] == pytest.approx(counted, rel=0.1)
 
 
 def test_training_only_parameters_are_those_of_the_live_model(served_model: Path) -> None:
     live = load_model(served_model, device="cpu").model
     expected = sum(parameter.numel() for parameter in live.f_gram_embedding.parameters())
-    assert measure.training_only_parameters(served_model) == expected
-    assert measure.training_only_parameters(served_model.parent / "plain") == 0
-    assert measure.training_only_parameters("gpt2-somewhere-else") is None
+    assert training_only_parameters(served_model) == expected
+    assert training_only_parameters(served_model.parent / "plain") == 0
+    assert training_only_parameters("gpt2-somewhere-else") is None
 
 
 def test_peak_memory_sees_what_was_freed() -> None:
-    with measure.PeakMemory(torch.device("cpu")) as peak:
+    with PeakMemory(torch.device("cpu")) as peak:
         before = process_bytes()
         block = torch.ones(40_000_000)
         del block
     assert peak.process_bytes is not None
     assert peak.process_bytes >= before + 150_000_000
+    assert peak.growth_bytes >= 150_000_000
     assert peak.accelerator_bytes is None
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from scone.data.stdlib_corpus import stdlib_files
 from scone.evaluation.demo import MIN_STEPS, SCONE_STEP_COST, plan_steps, run_demo
 from scone.evaluation.demo_options import DemoOptions
-from scone.evaluation.report import render_report, verdict
+from scone.evaluation.demo_page import render_demo, verdict
 from scone.utils.errors import SconeError
 
 pytestmark = [
@@ -73,9 +73,16 @@ def test_demo_measures_both_models_alike(options: DemoOptions, report: dict) -> 
 
 def test_report_is_one_page_without_outside_resources(options: DemoOptions, report: dict) -> None:
     page = (Path(options.output_dir) / "report.html").read_text(encoding="utf-8")
-    assert page == render_report(report), "the page is made of report.json alone"
-    assert not re.search(r"(src|href)\s*=|url\(|@import|http", page)
+    assert page == render_demo(report), "the page is made of report.json alone"
     assert page.count("<svg") == 4
+    check_page(page)
+
+
+def check_page(page: str) -> None:
+    """One page by itself: nothing is fetched, every tag is closed, every name that is referred to is there."""
+    assert not re.search(r"src\s*=|href\s*=(?!\"#)|url\((?!#)|@import|http", page)
+    names = re.findall(r' id="([^"]*)"', page)
+    assert set(re.findall(r'(?:href="#|url\(#)([\w-]+)', page)) <= set(names)
     checker = BalancedTags()
     checker.feed(page)
     assert checker.open == []
@@ -84,7 +91,7 @@ def test_report_is_one_page_without_outside_resources(options: DemoOptions, repo
 class BalancedTags(HTMLParser):
     """Keeps the tags that are open; complains of one that is closed out of order."""
 
-    VOID = ("meta", "br", "line", "rect", "circle", "hr")
+    VOID = ("meta", "br", "hr")
 
     def __init__(self) -> None:
         super().__init__()
@@ -166,9 +173,9 @@ def test_verdict_fits_whoever_won(report: dict) -> None:
         changed["comparison"]["loss_difference_interval"] = interval
         plain = changed["models"]["plain"]["evaluation"]["perplexity"]
         changed["models"]["scone"]["evaluation"]["perplexity"] = plain * factor
-        assert verdict(changed)[0] == kind
-        assert verdict(changed)[1].startswith(word)
-        assert word in render_report(changed)
+        assert verdict(changed)["kind"] == kind
+        assert verdict(changed)["headline"].startswith(word)
+        assert word in render_demo(changed)
 
 
 def test_foreign_folder_is_left_alone(options: DemoOptions, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from scone.evaluation.perplexity import perplexity, windows
+from scone.evaluation.perplexity import loss_difference, perplexity, windows
 from scone.utils.errors import SconeError
 
 VOCAB_SIZE = 40
@@ -142,3 +142,20 @@ def test_what_cannot_be_evaluated_is_refused(
 def test_tokens_of_another_tokenizer_are_refused(model: GPT2LMHeadModel) -> None:
     with pytest.raises(SconeError, match="found token 40; the model's vocabulary has 40 tokens"):
         perplexity(model, np.array([1, 2, VOCAB_SIZE]), 16, quiet=True)
+
+
+def test_the_difference_of_two_models_is_paired_over_windows(model: GPT2LMHeadModel, tokens: np.ndarray) -> None:
+    first = perplexity(model, tokens, 16, quiet=True)
+    with torch.no_grad():
+        model.transformer.wte.weight.mul_(1.5)
+        second = perplexity(model, tokens, 16, quiet=True)
+        model.transformer.wte.weight.div_(1.5)
+    difference, (low, high) = loss_difference(first, second)
+    each = [b - a for a, b in zip(first.window_losses, second.window_losses, strict=True)]
+    mean = sum(each) / len(each)
+    deviation = math.sqrt(sum((value - mean) ** 2 for value in each) / (len(each) - 1))
+    assert difference == pytest.approx(mean)
+    assert (low, high) == pytest.approx((mean - 1.96 * deviation / len(each) ** 0.5, 2 * mean - low))
+    backwards, _ = loss_difference(second, first)
+    assert backwards == pytest.approx(-difference)
+    assert loss_difference(first, first) == (0.0, (0.0, 0.0))

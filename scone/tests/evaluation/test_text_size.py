@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scone.evaluation.text_size import text_bytes, text_size
+from scone.evaluation.text_size import sizes_of, text_size
 from scone.tokenization.tokenizers import train_tokenizer
 
 SAMPLE = "The cat sat on the mat.\n\nThe dog\tran — naïve façade, 日本語 text;  two  spaces \r\n" * 20
@@ -28,7 +28,7 @@ def test_size_equals_that_of_the_text(tokenizer, text: str) -> None:
     size = text_size(tokenizer, tokens)
     assert size.num_bytes == len(text.encode("utf-8"))
     assert size.num_words == len(text.split())
-    assert text_bytes(tokenizer, tokens) == size.num_bytes
+    assert sizes_of(tokenizer, tokens) == {"num_bytes": size.num_bytes, "num_words": size.num_words}
 
 
 def test_special_tokens_have_no_bytes_and_end_words(tokenizer) -> None:

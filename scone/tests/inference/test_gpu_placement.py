@@ -53,8 +53,8 @@ def test_the_accelerator_looks_up_what_the_host_does(tmp_path: Path, placement: 
     mask = torch.cat([PADDED, torch.ones(3, 16, dtype=torch.int64)], dim=1) if is_padded else None
     model = model.cuda()
     with EmbeddingTable.open(path) as by_host, EmbeddingTable.open(path, placement, device="cuda") as by_itself:
-        assert by_itself.within_reach(torch.device("cuda", 0))
-        assert not by_host.within_reach(torch.device("cuda", 0))
+        assert by_itself.gpu_rows(torch.device("cuda", 0))
+        assert not by_host.gpu_rows(torch.device("cuda", 0))
         found, counts = [], []
         for table in (by_host, by_itself):
             model.attach_table(table)

@@ -19,10 +19,8 @@ from scone.inference.row_types import ROW_TYPES, RowFormat
 from scone.inference.stores.base import RowStore
 from scone.inference.stores.device import DeviceStore
 from scone.inference.stores.direct import DirectStore
-from scone.inference.stores.mmap import MmapStore
-from scone.inference.stores.placement import Tier, parse_placement
-from scone.inference.stores.ram import RamStore
-from scone.inference.stores.tiered import TieredStore
+from scone.inference.stores.memory import MemoryStore
+from scone.inference.stores.tiered import Tier, TieredStore, parse_placement
 from scone.inference.table_format import TableFile
 from scone.tests.inference.tables import write_table
 from scone.utils.errors import SconeError
@@ -57,47 +55,40 @@ class StoreContract:
             store.close()
 
     def test_every_store_returns_the_same_rows(self, store: RowStore, table: Path, rows: torch.Tensor) -> None:
-        """Any batch: empty, repeated, unsorted, with or without targets, decoded or raw, fetched ahead or not."""
-        row_format = RowFormat.of(table.stem, WIDTH)
-        encoded = torch.from_numpy(row_format.encode(rows))
-        expected = row_format.decode(encoded)
+        """Any batch: empty, repeated, unsorted, fetched ahead or not."""
+        expected = stored(table, rows)
 
-        @settings(max_examples=15, deadline=None)
+        @settings(max_examples=25, deadline=None)
         @given(ranks=st.lists(st.integers(0, NUM_ROWS - 1), max_size=60), prefetch=st.booleans())
         def check(ranks: list[int], prefetch: bool) -> None:
-            wanted = np.array(ranks, dtype=np.int64)
+            wanted = torch.tensor(ranks, dtype=torch.int64)
             if prefetch:
                 store.prefetch(wanted)
-            out = np.full((len(ranks), WIDTH), np.nan, dtype=np.float32)
-            store.rows_into(wanted, out)
-            assert torch.equal(torch.from_numpy(out), expected[ranks])
-            store.rows_into(wanted, out, np.arange(len(ranks))[::-1].copy())
-            assert torch.equal(torch.from_numpy(out).flip(0), expected[ranks])
-            assert torch.equal(store.raw_rows(wanted), encoded[ranks])
+            assert torch.equal(read(store, wanted), expected[wanted])
 
         check()
 
     def test_all_rows_at_once(self, store: RowStore, table: Path, rows: torch.Tensor) -> None:
-        order = np.random.default_rng(1).permutation(NUM_ROWS)
-        out = np.empty((NUM_ROWS, WIDTH), dtype=np.float32)
-        store.rows_into(order, out)
-        row_format = RowFormat.of(table.stem, WIDTH)
-        expected = row_format.decode(torch.from_numpy(row_format.encode(rows)))
-        assert torch.equal(torch.from_numpy(out), expected[order])
+        order = torch.randperm(NUM_ROWS)
+        assert torch.equal(read(store, order), stored(table, rows)[order])
+
+    @pytest.mark.parametrize("wrong", [-1, NUM_ROWS, 2**40])
+    def test_a_rank_that_is_not_there_is_refused(self, store: RowStore, wrong: int) -> None:
+        with pytest.raises(IndexError):
+            read(store, torch.tensor([0, wrong, 3]))
 
     def test_threads_may_read_side_by_side(self, store: RowStore) -> None:
-        ranks = np.arange(NUM_ROWS)
-        expected, wrong = store.raw_rows(ranks), []
+        expected, wrong = read(store, torch.arange(NUM_ROWS)), []
 
-        def read(seed: int) -> None:
+        def read_some(seed: int) -> None:
             random = np.random.default_rng(seed)
             for _ in range(5):
-                some = random.integers(0, NUM_ROWS, 50)
+                some = torch.from_numpy(random.integers(0, NUM_ROWS, 50))
                 store.prefetch(some[:10])
-                if not torch.equal(store.raw_rows(some), expected[some]):
+                if not torch.equal(read(store, some), expected[some]):
                     wrong.append(seed)
 
-        threads = [threading.Thread(target=read, args=(seed,)) for seed in range(4)]
+        threads = [threading.Thread(target=read_some, args=(seed,)) for seed in range(4)]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -106,25 +97,37 @@ class StoreContract:
 
     def test_inference_mode_changes_nothing(self, store: RowStore) -> None:
         """Stores read on threads of their own, which know nothing of the mode that the caller is in."""
-        ranks = np.random.default_rng(2).permutation(NUM_ROWS)
-        expected = store.raw_rows(ranks)
+        ranks = torch.randperm(NUM_ROWS)
+        expected = read(store, ranks)
         with torch.inference_mode():
-            assert torch.equal(store.raw_rows(ranks), expected)
+            assert torch.equal(read(store, ranks), expected)
 
-    def test_memory_and_place_are_stated(self, store: RowStore) -> None:
-        store.raw_rows(np.arange(5))
+    def test_memory_is_stated(self, store: RowStore) -> None:
+        read(store, torch.arange(5))
         assert store.memory.ram + store.memory.mapped + store.memory.device > 0
-        assert "rows" in store.describe()
+
+
+def read(store: RowStore, ranks: torch.Tensor) -> torch.Tensor:
+    """The bytes of these rows, uint8 [n, row_bytes]."""
+    out = store.new_rows(len(ranks))
+    out.view(torch.uint8).fill_(0xA5)
+    store.read(ranks, out)
+    return out.view(torch.uint8)
+
+
+def stored(table: Path, rows: torch.Tensor) -> torch.Tensor:
+    """The bytes that the table has to hold, uint8 [S, row_bytes]."""
+    return torch.from_numpy(RowFormat.of(table.stem, WIDTH).encode(rows))
 
 
 class TestRam(StoreContract):
     def open(self, file: TableFile) -> RowStore:
-        return RamStore(file)
+        return MemoryStore.ram(file)
 
 
 class TestMmap(StoreContract):
     def open(self, file: TableFile) -> RowStore:
-        return MmapStore(file)
+        return MemoryStore.mapped(file)
 
 
 class TestDirect(StoreContract):
@@ -157,7 +160,8 @@ class TestTiered(StoreContract):
     """All kinds of tiers together."""
 
     def open(self, file: TableFile) -> RowStore:
-        stores = [DeviceStore(file, CPU, 0, 10), RamStore(file, 10, 101), MmapStore(file), DirectStore(file)]
+        stores = [DeviceStore(file, CPU, 0, 10), MemoryStore.ram(file, 10, 101), MemoryStore.mapped(file)]
+        stores.append(DirectStore(file))
         return TieredStore(stores, [10, 111, 300])
 
 
@@ -178,6 +182,24 @@ def test_tables_read_the_same_from_every_placement(table: Path, rows: torch.Tens
         for wrong in (-1, NUM_ROWS):
             with pytest.raises(SconeError, match=f"found rank {wrong}; expected ranks of the {NUM_ROWS} rows"):
                 opened.rows(torch.tensor([0, wrong]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rows_that_a_device_holds_are_decoded_there(table: Path, rows: torch.Tensor, dtype: torch.dtype) -> None:
+    """The CPU stands for an accelerator that holds the first rows, all of them, or none of the batch's."""
+    expected = RowFormat.of(table.stem, WIDTH).decode(stored(table, rows), dtype)
+    with TableFile(table) as file:
+        first = [DeviceStore(file, CPU, 0, 10), MemoryStore.ram(file, 10, 101), DirectStore(file)]
+        for store in (DeviceStore(file, CPU), TieredStore(first, [10, 111])):
+            opened = EmbeddingTable(file, store, CPU)
+            for ranks in (torch.randint(0, NUM_ROWS, (90,)), torch.arange(9, -1, -1), torch.arange(20, 40)):
+                found = opened.rows(ranks, dtype)
+                assert found.dtype == dtype
+                assert torch.equal(found, expected[ranks])
+                assert opened.rows(ranks[:0], dtype).shape == (0, WIDTH)
+            with pytest.raises(SconeError, match="found rank -1"):
+                opened.rows(torch.tensor([3, -1]))
+            store.close()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # which are read in ways of their own

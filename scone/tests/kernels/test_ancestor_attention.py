@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scone.kernels import ancestor_attention, reference_attention
+from scone.kernels import ancestor_attention, reference
 
 
 def random_paths(rng: np.random.Generator, num_nodes: int, max_n: int) -> np.ndarray:
@@ -46,13 +46,13 @@ def test_attention_kernel_equals_its_plain_reference(dtype, budget, seed, num_no
         some = np.flatnonzero(rng.random(num_nodes) < share)
         ancestors, query = ancestors[some], query[some]
     output, weights = ancestor_attention.attention_forward(1, query, key, value, ancestors)
-    expected = reference_attention.attention_forward(query, key, value, ancestors)
+    expected = reference.attention_forward(query, key, value, ancestors)
     np.testing.assert_allclose(output, expected[0], atol=budget, rtol=budget)
     np.testing.assert_allclose(weights, expected[1], atol=budget, rtol=budget)
     gradient = rng.standard_normal(output.shape).astype(dtype)
     inputs = (gradient, query, key, value, expected[1], ancestors)
     for ours, theirs in zip(
-        ancestor_attention.attention_backward(1, *inputs), reference_attention.attention_backward(*inputs), strict=True
+        ancestor_attention.attention_backward(1, *inputs), reference.attention_backward(*inputs), strict=True
     ):
         np.testing.assert_allclose(ours, theirs, atol=50 * budget, rtol=50 * budget)
 

@@ -20,7 +20,7 @@ from scone.kernels.direct_read import (
     read_pieces,
     read_pieces_queued,
 )
-from scone.kernels.reference_read import reference_pieces, reference_read
+from scone.kernels.reference import reference_pieces
 
 
 @settings(max_examples=150, deadline=None)
@@ -59,12 +59,10 @@ def test_queued_reads_fill_the_same_buffer(file: Path, depth: int, polls: int) -
     def check(ranks: set[int]) -> None:
         pieces, rows = plan_pieces(np.array(sorted(ranks)), PAGE_BYTES, 1021)
         size = int(pieces[:, 1].sum())
-        buffers = [np.frombuffer(mmap.mmap(-1, size), dtype=np.uint8) for _ in range(3)]
-        reference_read(descriptor, buffers[0].data, pieces, end)
-        assert read_pieces(descriptor, buffers[1].ctypes.data, pieces, end) == -1
-        assert read_pieces_queued(queue, depth, polls, descriptor, buffers[2].ctypes.data, pieces, end) == -1
+        buffers = [np.frombuffer(mmap.mmap(-1, size), dtype=np.uint8) for _ in range(2)]
+        read_pieces(descriptor, buffers[0].data, pieces, end)
+        assert read_pieces_queued(queue, depth, polls, descriptor, buffers[1].ctypes.data, pieces, end) == -1
         np.testing.assert_array_equal(buffers[1], buffers[0])
-        np.testing.assert_array_equal(buffers[2], buffers[0])
         content = np.fromfile(file, dtype=np.uint8)
         for rank, row in zip(sorted(ranks), rows.tolist(), strict=True):
             start = PAGE_BYTES + rank * 1021
@@ -81,10 +79,9 @@ def test_a_piece_that_does_not_come_is_named(file: Path) -> None:
     pieces, _ = plan_pieces(np.array([0, 50, 320, 350, 390]), PAGE_BYTES, PAGE_BYTES)
     buffer = np.frombuffer(mmap.mmap(-1, 5 * PAGE_BYTES), dtype=np.uint8)
     queue = open_queue(8)
-    assert read_pieces(descriptor, buffer.ctypes.data, pieces, end) == 2
     assert read_pieces_queued(queue, 8, 100, descriptor, buffer.ctypes.data, pieces, end) == 2
     with pytest.raises(EOFError, match=f"0 of 4096 bytes at {321 * PAGE_BYTES}"):
-        reference_read(descriptor, buffer.data, pieces, end)
+        read_pieces(descriptor, buffer.data, pieces, end)
     close_queue(queue)
     assert read_pieces_queued(queue, 8, 100, descriptor, buffer.ctypes.data, pieces, end) == 0  # no such queue any more
     os.close(descriptor)

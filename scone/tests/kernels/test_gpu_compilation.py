@@ -16,7 +16,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from scone.kernels import ancestor_attention_triton, dequantize_triton, table_look_up_triton  # noqa: E402
+from scone.kernels import ancestor_attention_triton, dequantize_triton, table_lookup_triton  # noqa: E402
 
 AMPERE, HOPPER = 80, 90
 STORED = [("", "fp32"), ("", "fp16"), ("", "bf16"), ("int8", "u8"), ("int4", "u8")]
@@ -40,31 +40,30 @@ def kernel_compiles(kernel: Any, pointers: Mapping[str, str], constants: Mapping
 
 
 LONG = {
-    *("length", "past_length", "token_row", "mask_row", "past_row", "num_f_grams", "num_buckets", "rank_bits"),
+    *("length", "past_length", "token_row", "past_row", "num_f_grams", "num_buckets", "rank_bits"),
     *("max_probes", "vocab_size", "num_near"),
 }
-"""Arguments that the look-up declares to be 64 bits wide."""
+"""Arguments that the lookup declares to be 64 bits wide."""
 
 
-def look_ups() -> Iterator[tuple[tuple[str, str], str, bool, bool, int, int]]:
-    """Row types, vectors, with a mask or not, with a history of fixed size or not, N, and the row's width in blocks."""
+def lookups() -> Iterator[tuple[tuple[str, str], str, bool, int, int]]:
+    """Row types, vectors, with a history of fixed size or not, N, and the row's width in blocks."""
     for stored, vectors in itertools.product(STORED, ("fp32", "bf16")):
-        yield stored, vectors, False, True, 5, 1
-    for has_mask, records, longest in itertools.product((False, True), (False, True), (2, 3, 8)):
-        yield ("", "bf16"), "bf16", has_mask, records, longest, 2
+        yield stored, vectors, True, 5, 1
+    for has_places, longest in itertools.product((False, True), (2, 3, 8)):
+        yield ("", "bf16"), "bf16", has_places, longest, 2
 
 
-@pytest.mark.parametrize(("stored", "vectors", "has_mask", "records", "longest", "num_blocks"), list(look_ups()))
-def test_the_look_up_compiles(
-    stored: tuple[str, str], vectors: str, has_mask: bool, records: bool, longest: int, num_blocks: int
+@pytest.mark.parametrize(("stored", "vectors", "has_places", "longest", "num_blocks"), list(lookups()))
+def test_the_lookup_compiles(
+    stored: tuple[str, str], vectors: str, has_places: bool, longest: int, num_blocks: int
 ) -> None:
     row_type, rows = stored
-    pointers = {"vectors": vectors, "near": rows, "far": rows, "mask": "i1" if longest == 2 else "i64"}
-    pointers |= dict.fromkeys(("tokens", "past", "places", "count", "num_found"), "i64")
-    pointers |= dict.fromkeys(("keys", "slots"), "i32")
-    constants = {"has_mask": has_mask, "records": records, "longest": longest, "row_type": row_type}
+    pointers = {"vectors": vectors, "output": vectors, "near": rows, "far": rows, "found": "u8"}
+    pointers |= dict.fromkeys(("tokens", "past", "places", "counts"), "i64") | dict.fromkeys(("keys", "slots"), "i32")
+    constants = {"has_places": has_places, "longest": longest, "row_type": row_type}
     constants |= {"context_size": triton.next_power_of_2(longest), "num_blocks": num_blocks, "block": 1024}
-    kernel_compiles(table_look_up_triton._look_up, pointers, constants, HOPPER)
+    kernel_compiles(table_lookup_triton._look_up, pointers, constants, HOPPER)
 
 
 @pytest.mark.parametrize("out", ["fp32", "bf16"])

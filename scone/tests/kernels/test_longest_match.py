@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numba import njit
 
-from scone.kernels import child_index, f_gram_trie, longest_match, reference_matching
-from scone.kernels.machine_instructions import LANES, largest_match, prefetch
+from scone.kernels import child_index, f_gram_trie, longest_match, reference
+from scone.kernels.simd import LANES, largest_match, prefetch
 from scone.tests.tokenization.f_gram_strategies import Case, cases
 from scone.tokenization.f_gram_links import ChildIndex
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
@@ -71,7 +71,7 @@ def test_slots_keep_the_index_within_its_bytes() -> None:
 @settings(max_examples=40, deadline=None)
 @given(cases())
 def test_depth_first_order_is_the_preorder(case: Case) -> None:
-    assert case.vocabulary.depth_first_order().tolist() == reference_matching.depth_first(case.f_grams)
+    assert case.vocabulary.depth_first_order().tolist() == reference.depth_first(case.f_grams)
 
 
 def long_case() -> tuple[FGramVocabulary, np.ndarray]:
@@ -111,7 +111,7 @@ def match_range(vocabulary: FGramVocabulary, tokens: np.ndarray, start: int, sto
 def test_any_range_of_positions_equals_the_whole() -> None:
     vocabulary, tokens = long_case()
     f_grams = [vocabulary.tokens(vocabulary.vocab_size + rank) for rank in range(vocabulary.num_f_grams)]
-    expected = reference_matching.longest_matches(tokens.tolist(), f_grams, vocabulary.vocab_size)
+    expected = reference.longest_matches(tokens.tolist(), f_grams, vocabulary.vocab_size)
     whole = match_range(vocabulary, tokens, 0, len(tokens))
     assert whole.tolist() == expected
     for start, stop in ((0, 1), (1, 2), (5, 517), (511, 1025), (len(tokens) - 1, len(tokens)), (9, 9)):

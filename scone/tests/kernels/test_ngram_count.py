@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scone.kernels import ngram_count, reference_counting
+from scone.kernels import ngram_count, reference
 from scone.kernels.ngram_count import NO_ID
 
 KEY_SPACES = [(3, 4, 1), (3, 4, 3), (50, 12, 6), (1 << 16, 32, 20), (3_000_000_000, 64, 52), (4_294_967_295, 64, 60)]
@@ -41,9 +41,7 @@ def _partitioned(ids, carry, num_ids, key_bits, remainder_bits):  # type: ignore
 def test_partition_keys_equals_reference(block):
     ids, carry, num_ids, key_bits, remainder_bits = block
     multiplier, inverse, parts, remainders, offsets = _partitioned(*block)
-    expected_parts, expected = reference_counting.partition_keys(
-        ids, carry, num_ids, multiplier, key_bits, remainder_bits
-    )
+    expected_parts, expected = reference.partition_keys(ids, carry, num_ids, multiplier, key_bits, remainder_bits)
     assert parts.tolist() == expected_parts
     assert [remainders[a:b].tolist() for a, b in pairwise(offsets)] == expected
     for part in set(expected_parts) - {int(ngram_count.NO_PARTITION)}:
@@ -72,7 +70,7 @@ def test_ids_come_back_to_their_positions(block, keep_every):
     in_order, found = np.zeros(len(ids), np.uint32), np.zeros(len(ids), np.uint32)
     ngram_count.ids_of_remainders(remainders, offsets, slot_bits, table, in_order)
     ngram_count.restore_positions(in_order, offsets, parts, found)
-    expected = reference_counting.ids_by_position(ids, int(carry), num_ids, survivors.tolist())
+    expected = reference.ids_by_position(ids, int(carry), num_ids, survivors.tolist())
     assert found.tolist() == expected
 
 
@@ -87,7 +85,7 @@ def test_count_partition_equals_counter(shares, dtype, floor):
     stops = np.cumsum([len(share) for share in shares], dtype=np.int64)
     starts = stops - np.array([len(share) for share in shares], np.int64)
     table, distinct = ngram_count.count_partition(remainders, starts, stops, np.zeros(4, dtype), 0)
-    expected = reference_counting.count_partition(remainders.tolist())
+    expected = reference.count_partition(remainders.tolist())
     assert distinct == len(expected)
     found, counts = ngram_count.collect_counts(table, floor)
     assert dict(zip(found.tolist(), counts.tolist(), strict=True)) == {

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scone.kernels import reference_rms, row_rms
+from scone.kernels import reference, row_rms
 
 
 def problem(seed: int, num_rows: int, width: int, share: float) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
@@ -19,7 +19,7 @@ def problem(seed: int, num_rows: int, width: int, share: float) -> tuple[list[np
     arrays = [
         rng.standard_normal((num_rows, width)).astype(np.float32),
         rng.random(num_rows).astype(np.float32),
-        rng.integers(0, 5, num_rows).astype(np.int32),
+        rng.integers(0, 5, num_rows).astype(np.float32),
     ]
     return arrays, touched, gradients.astype(np.float32)
 
@@ -36,7 +36,7 @@ def test_row_update_equals_its_reference(seed, num_rows, width, share):
     ours, touched, gradients = problem(seed, num_rows, width, share)
     theirs, before = [array.astype(np.float64) for array in ours], [array.copy() for array in ours]
     row_rms.update_rows(1, *ours, touched, gradients, **numbers(seed, width))
-    reference_rms.rms_rows(*theirs, touched, gradients.astype(np.float64), **numbers(seed, width))
+    reference.rms_rows(*theirs, touched, gradients.astype(np.float64), **numbers(seed, width))
     untouched = np.setdiff1d(np.arange(num_rows), touched)
     for our, their, old in zip(ours, theirs, before, strict=True):
         np.testing.assert_allclose(our, their, atol=1e-4, rtol=1e-4)

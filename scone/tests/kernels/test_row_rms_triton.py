@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from scone.kernels import reference_rms
+from scone.kernels import reference
 from scone.tests.kernels.test_row_rms import numbers, problem
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -27,7 +27,7 @@ def test_triton_equals_the_reference(seed: int, num_rows: int, width: int, share
     ours, touched, gradients = problem(seed, num_rows, width, share)
     theirs = [array.astype(np.float64) for array in ours]
     options = numbers(seed, width)
-    reference_rms.rms_rows(*theirs, touched, gradients.astype(np.float64), **options)
+    reference.rms_rows(*theirs, touched, gradients.astype(np.float64), **options)
     on_device = [torch.from_numpy(array).to(DEVICE) for array in (*ours, touched, gradients, options.pop("columns"))]
     update_rows_triton(*on_device, torch.tensor([options.pop("mean")], device=DEVICE), **options)
     for our, their in zip(on_device, theirs, strict=False):

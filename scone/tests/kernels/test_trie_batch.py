@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scone.kernels import reference_trie
+from scone.kernels import reference
 from scone.kernels.trie_batch import build_trie_batch, rounded
 from scone.tests import tiny
 from scone.tokenization.matcher import Matcher
@@ -27,7 +27,7 @@ def test_trie_batch_equals_its_plain_reference(seed, max_n, min_freq, shape, num
     rng = np.random.default_rng(seed)
     nodes = Matcher(vocabulary).match(rng.integers(0, tiny.VOCAB_SIZE, shape))
     inputs = (nodes, vocabulary.keys, vocabulary.suffixes, vocabulary.vocab_size, max_n, num_rows)
-    fast, plain = build_trie_batch(*inputs, backoff=backoff), reference_trie.trie_batch(*inputs, backoff)
+    fast, plain = build_trie_batch(*inputs, backoff=backoff), reference.trie_batch(*inputs, backoff)
     for name in ("position_index", "f_grams", "f_gram_offsets", "depths", "depth_offsets", "row_ids", "row_chains"):
         np.testing.assert_array_equal(getattr(fast, name), getattr(plain, name), err_msg=name)
     assert (np.diff(fast.f_gram_index) > 0).all()

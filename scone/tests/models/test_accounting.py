@@ -17,7 +17,8 @@ from scone.models.accounting import (
     training_flops,
     trunk_forward_flops,
 )
-from scone.models.f_gram_model import FGramModel, FGramModelConfig, padded_f_gram_model
+from scone.models.f_gram_config import FGramModelConfig
+from scone.models.f_gram_model import FGramModel, padded_f_gram_model
 from scone.models.language_model import SconeForCausalLM
 from scone.tests import tiny
 from scone.training.step_cost import RunCost

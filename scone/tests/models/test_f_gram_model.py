@@ -19,7 +19,8 @@ from scone.models.ancestor_attention import (
     ancestor_attention,
     padded_ancestor_attention,
 )
-from scone.models.f_gram_model import FGramModel, FGramModelConfig, padded_f_gram_model
+from scone.models.f_gram_config import FGramModelConfig
+from scone.models.f_gram_model import FGramModel, padded_f_gram_model
 from scone.tests import tiny
 from scone.tokenization.matcher import Matcher
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from scone.data.collator import Collator
-from scone.models.f_gram_model import FGramModelConfig
+from scone.models.f_gram_config import FGramModelConfig
 from scone.models.input_embeddings import scale_at_start
 from scone.models.language_model import SconeForCausalLM
 from scone.tests import tiny
@@ -21,6 +21,7 @@ VARIANTS = {
     "shuffled": {"control": "shuffled"},
     "single": {"control": "single"},
     "scaled": {"embedding_scale": 4.0},
+    "normed": {"input_norm": True},
     "own tokens": {"f_gram_model": tiny.F_GRAM_SIZES | {"own_tokens": True}},
     "no norm": {"f_gram_model": tiny.F_GRAM_SIZES | {"output_norm": False}},
     "no gain": {"f_gram_model": tiny.F_GRAM_SIZES | {"output_gain": False}},
@@ -39,6 +40,8 @@ def model_with(trained: bool = True, **changes) -> SconeForCausalLM:
         for name, parameter in model.f_gram_embedding.named_parameters():
             if name in ("gain", "gate.weight", "gate.bias", "rows.weight"):
                 torch.nn.init.normal_(parameter, std=0.5)
+        if model.input_norm is not None:
+            torch.nn.init.normal_(model.input_norm.weight)
     return model
 
 

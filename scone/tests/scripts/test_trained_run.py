@@ -189,16 +189,6 @@ def test_count_says_what_f_grams_cover(run: Run, tmp_path: Path, capsys: pytest.
         assert what in shown
 
 
-def test_count_merges_what_it_counted(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    part = str(run.final_model)
-    out = str(tmp_path / "merged")
-    assert main(["count", "--merge", part, part, "--complete", "--min_freq", "300", "--output", out, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["complete"] is True
-    counts = FGramVocabulary.load(part).counts
-    merged = FGramVocabulary.load(out).counts
-    assert merged.tolist() == [2 * int(count) for count in counts if 2 * count >= 300]
-
-
 def test_inspect_shows_f_grams_ranks_and_counts(
     run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from hypothesis import strategies as st
 
-from scone.kernels import reference_matching
+from scone.kernels import reference
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 
 LARGEST_VOCABULARY = 2**32 - 1
@@ -28,9 +28,9 @@ class Case:
     def vocab_size(self) -> int:
         return self.vocabulary.vocab_size
 
-    def matches(self, tokens: list[int], mask: list[bool] | None = None) -> list[int]:
+    def matches(self, tokens: list[int], mask: list[bool] | None = None, starts: list[bool] | None = None) -> list[int]:
         """What matching must give."""
-        return reference_matching.longest_matches(tokens, self.f_grams, self.vocab_size, mask)
+        return reference.longest_matches(tokens, self.f_grams, self.vocab_size, mask, starts)
 
 
 @st.composite
@@ -51,7 +51,7 @@ def cases(draw: st.DrawFn) -> Case:
     )
     min_freq = draw(st.integers(1, 3))
     limit = draw(st.integers(0, 60))
-    ranked = reference_matching.ranked({gram: count for gram, count in counts.items() if count >= min_freq})[:limit]
+    ranked = reference.ranked({gram: count for gram, count in counts.items() if count >= min_freq})[:limit]
     vocabulary = FGramVocabulary.from_counts(
         counts,
         vocab_size=vocab_size,

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from scone.tokenization.counting import CountResult, count_f_grams
-from scone.tokenization.counting_plan import plan_count
-from scone.tokenization.counting_work import work_folder
+from scone.tokenization.counting.count import work_folder
+from scone.tokenization.counting.plan import plan_count
 from scone.utils.errors import SconeError
 
 OPTIONS: dict = {"vocab_size": 1000, "max_n": 4, "min_freq": 2, "max_f_grams": 500, "separator_ids": [999]}
@@ -85,7 +85,12 @@ def test_every_budget_gives_the_same_answer(tokens, factor, tmp_path):
     assert not whole.statistics.on_disk
     assert result.statistics.on_disk or factor > 1
     assert same(result, whole)
-    assert list(tmp_path.iterdir()) == []
+    assert left_in(tmp_path) == []
+
+
+def left_in(work_dir: Path) -> list[Path]:
+    """What a count left: nothing but its lock, which must not go (another process may wait for it)."""
+    return [path for path in work_dir.rglob("*") if path.suffix != ".lock"]
 
 
 def test_memory_mapped_corpora_are_read_from_their_files(tmp_path):
@@ -110,92 +115,99 @@ def _kill_when(arguments: dict, pattern: str) -> list[Path]:
     child = _child(arguments)
     deadline = time.monotonic() + 60
     while child.poll() is None and time.monotonic() < deadline:
-        if list(Path(arguments["work_dir"]).glob(f"*/{pattern}")):
+        if list(Path(arguments["work_dir"]).glob(f"count-*/{pattern}")):
             child.send_signal(signal.SIGKILL)
             break
         time.sleep(0.0005)
     child.communicate()
     assert child.returncode == -signal.SIGKILL, f"the count ended before {pattern} was seen"
-    return sorted(Path(arguments["work_dir"]).glob("*/*"))
+    return sorted(path for path in left_in(Path(arguments["work_dir"])) if path.is_file())
 
 
-def test_a_killed_count_goes_on_where_it_was(tmp_path):
-    tokens = skewed(60_000)
-    np.save(tmp_path / "tokens.npy", tokens)
-    work = tmp_path / "work"
-    arguments = {
-        "tokens": str(tmp_path / "tokens.npy"),
-        "work_dir": str(work),
-        "memory_budget_bytes": least_budget(len(tokens)),
+def files_arguments(folder: Path, tokens: np.ndarray, factor: float = 1) -> dict:
+    """Arguments of a count that goes through files."""
+    np.save(folder / "tokens.npy", tokens)
+    return {
+        "tokens": str(folder / "tokens.npy"),
+        "work_dir": str(folder / "work"),
+        "memory_budget_bytes": int(factor * least_budget(len(tokens))),
         "num_threads": 2,
     }
+
+
+def assert_ends_right(arguments: dict, tokens: np.ndarray) -> None:
+    output, _ = _child(arguments).communicate(timeout=100)
+    whole = count_f_grams([tokens], quiet=True, **OPTIONS)
+    assert json.loads(output) == [whole.vocabulary.fingerprint, whole.vocabulary.counts.tolist()]
+    assert left_in(Path(arguments["work_dir"])) == []
+
+
+def test_a_killed_count_goes_on_at_the_first_length_that_it_had_not_finished(tmp_path):
+    tokens = skewed(150_000)
+    arguments = files_arguments(tmp_path, tokens)
     stated = plan_count(
         num_positions=len(tokens),
         memory_budget_bytes=arguments["memory_budget_bytes"],
         num_threads=2,
         **_plan_options(),
     ).temporary_bytes
-    inode = None
-    for pattern in ("block-*-002.bin", "group-002-*", "block-00000009-003.bin", "group-003-*", "block-*-004.bin"):
+    inodes: dict[str, int] = {}
+    for pattern in ("blocks/*-remainders.npy", "level-002.npz", "level-003.npz"):
         left = _kill_when(arguments, pattern)
         assert sum(path.stat().st_size for path in left) <= stated
-        finished = [path for path in left if path.name == "level-002.npy"]
-        if finished:  # what was finished before an earlier kill is not done again
-            assert inode in (None, finished[0].stat().st_ino)
-            inode = finished[0].stat().st_ino
-    assert inode is not None
-    child = _child(arguments)
-    output, _ = child.communicate(timeout=100)
-    whole = count_f_grams([tokens], quiet=True, **OPTIONS)
-    assert json.loads(output) == [whole.vocabulary.fingerprint, whole.vocabulary.counts.tolist()]
-    assert list(work.iterdir()) == []
+        found = {path.name: path.stat().st_ino for path in left if path.name.startswith("level")}
+        assert inodes.items() <= found.items()  # what was finished before an earlier kill is not done again
+        inodes = found
+    assert set(inodes) == {"level-002.npz", "level-003.npz"}
+    assert_ends_right(arguments, tokens)
+
+
+@pytest.mark.parametrize("change", [{"memory_budget_bytes": 1 << 30}, {"num_threads": 1}])
+def test_a_killed_count_goes_on_with_another_budget_or_number_of_threads(tmp_path, change):
+    tokens = skewed(60_000)
+    arguments = files_arguments(tmp_path, tokens)
+    (level,) = [path for path in _kill_when(arguments, "level-002.npz") if path.name == "level-002.npz"]
+    with np.load(level) as saved:
+        forged = dict(saved) | {"num_candidates": np.array(0)}
+    np.savez(level, **forged)
+    result = count_f_grams([tokens], quiet=True, **OPTIONS | _without_tokens(arguments) | change)
+    assert same(result, count_f_grams([tokens], quiet=True, **OPTIONS))
+    assert result.statistics.levels[0].num_candidates == 0  # so the bigrams were taken from the file
+
+
+def _without_tokens(arguments: dict) -> dict:
+    return {name: value for name, value in arguments.items() if name != "tokens"}
 
 
 def test_a_killed_count_in_memory_keeps_the_lengths_that_it_finished(tmp_path):
     tokens = skewed(3_000_000)
-    np.save(tmp_path / "tokens.npy", tokens)
-    arguments = {"tokens": str(tmp_path / "tokens.npy"), "work_dir": str(tmp_path / "work"), "num_threads": 2}
-    arguments["memory_budget_bytes"] = 1 << 30
-    left = _kill_when(arguments, "level-002.json")
-    assert not [path for path in left if path.name.startswith("block")]
-    output, _ = _child(arguments).communicate(timeout=100)
-    assert json.loads(output)[0] == count_f_grams([tokens], quiet=True, **OPTIONS).vocabulary.fingerprint
+    arguments = files_arguments(tmp_path, tokens) | {"memory_budget_bytes": 1 << 30}
+    left = _kill_when(arguments, "level-002.npz")
+    assert {path.name for path in left} <= {"level-002.npz", "level-003.npz"}
+    assert_ends_right(arguments, tokens)
 
 
-def test_damaged_blocks_of_a_killed_count_are_made_again(tmp_path):
+@pytest.mark.parametrize("damage", ["a byte", "cut", "empty"])
+def test_a_damaged_length_of_a_killed_count_is_counted_again(tmp_path, damage):
     tokens = skewed(60_000)
-    np.save(tmp_path / "tokens.npy", tokens)
-    arguments = {
-        "tokens": str(tmp_path / "tokens.npy"),
-        "work_dir": str(tmp_path / "work"),
-        "memory_budget_bytes": least_budget(len(tokens)),
-        "num_threads": 2,
-    }
-    blocks = [path for path in _kill_when(arguments, "block-*-002.bin") if path.suffix == ".bin"]
-    content = bytearray(blocks[0].read_bytes())
-    content[-10] ^= 1
-    blocks[0].write_bytes(content)
-    output, _ = _child(arguments).communicate(timeout=100)
-    assert json.loads(output)[0] == count_f_grams([tokens], quiet=True, **OPTIONS).vocabulary.fingerprint
+    arguments = files_arguments(tmp_path, tokens)
+    (level,) = [path for path in _kill_when(arguments, "level-002.npz") if path.name == "level-002.npz"]
+    content = bytearray(level.read_bytes())
+    content[len(content) // 3] ^= 1
+    level.write_bytes({"a byte": content, "cut": content[: len(content) // 2], "empty": b""}[damage])
+    assert_ends_right(arguments, tokens)
 
 
 def test_a_disk_that_fills_up_ends_with_one_line_and_can_be_resumed(tmp_path):
     tokens = skewed(60_000)
-    np.save(tmp_path / "tokens.npy", tokens)
-    arguments = {
-        "tokens": str(tmp_path / "tokens.npy"),
-        "work_dir": str(tmp_path / "work"),
-        "memory_budget_bytes": 2 * least_budget(len(tokens)),
-        "num_threads": 2,
-    }
+    arguments = files_arguments(tmp_path, tokens, factor=2)
     failing = _child(arguments | {"file_bytes": 5000})
     output, _ = failing.communicate(timeout=100)
     assert failing.returncode == 2
     assert "found no room for temporary files" in output
     assert "run the same command again" in output
     assert output.count("\n") == 1
-    output, _ = _child(arguments).communicate(timeout=100)
-    assert json.loads(output)[0] == count_f_grams([tokens], quiet=True, **OPTIONS).vocabulary.fingerprint
+    assert_ends_right(arguments, tokens)
 
 
 def test_a_disk_that_is_too_small_is_refused_at_the_start(tmp_path):

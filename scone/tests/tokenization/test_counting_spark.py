@@ -60,7 +60,7 @@ def test_cluster_counts_equal_local_counts(spark, tmp_path):
     import pyarrow
     import pyarrow.parquet
 
-    from scone.tokenization.spark_counting import count_f_grams_on_spark
+    from scone.tokenization.counting.spark import count_f_grams_on_spark
 
     arrays = []
     for number, length in enumerate((2500, 1, 1200)):
@@ -78,7 +78,7 @@ def test_cluster_counts_equal_local_counts(spark, tmp_path):
 
 
 def test_mistakes_on_the_cluster_get_one_line(spark, tmp_path):
-    from scone.tokenization.spark_counting import count_f_grams_on_spark
+    from scone.tokenization.counting.spark import count_f_grams_on_spark
 
     np.save(tmp_path / "tokens.npy", np.array([1, 2, 300], np.uint16))
     mapped = np.load(tmp_path / "tokens.npy", mmap_mode="r")

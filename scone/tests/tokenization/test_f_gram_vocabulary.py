@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from scone.kernels import reference_matching
+from scone.kernels import reference
 from scone.tests.tokenization.f_gram_strategies import LARGEST_VOCABULARY, Case, cases
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 from scone.tokenization.matcher import Matcher
@@ -82,7 +82,7 @@ def test_saved_vocabulary_is_the_same(case: Case) -> None:
 def test_ways_of_making_one_agree() -> None:
     counts = {(1, 2): 3, (2, 1): 3, (2, 2): 2, (1, 2, 1): 3, (2, 1, 2): 2, (0, 2): 9, (1, 1): 1}
     made = FGramVocabulary.from_counts(counts, vocab_size=3, max_n=3, min_freq=2, separator_ids=[0])
-    grams = reference_matching.ranked({gram: count for gram, count in counts.items() if 0 not in gram and count > 1})
+    grams = reference.ranked({gram: count for gram, count in counts.items() if 0 not in gram and count > 1})
     assert [made.tokens(3 + rank) for rank in range(made.num_f_grams)] == grams
     matrix = made.token_matrix(np.arange(made.num_f_grams))
     others = (

@@ -36,6 +36,26 @@ def test_match_equals_brute_force(data: st.DataObject) -> None:
         assert matcher.match(tokens[0]).tolist() == case.matches(rows[0])
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_no_match_reaches_over_the_start_of_an_example(data: st.DataObject) -> None:
+    """With and without padding, which stands wherever it likes; examples matched together equal examples apart."""
+    case = data.draw(cases())
+    rows, masks = data.draw(batches(case.alphabet))
+    tokens, mask = as_array(rows), as_array(masks).astype(bool)
+    flags = data.draw(st.lists(st.booleans(), min_size=tokens.size, max_size=tokens.size))
+    starts = np.array(flags, bool).reshape(tokens.shape)
+    matcher = Matcher(case.vocabulary)
+    triples = list(zip(rows, masks, starts.tolist(), strict=True))
+    assert matcher.match(tokens, starts=starts).tolist() == [
+        case.matches(row, None, first) for row, _, first in triples
+    ]
+    assert matcher.match(tokens, mask, starts=starts).tolist() == [case.matches(*triple) for triple in triples]
+    for row, first, nodes in zip(tokens, starts, matcher.match(tokens, starts=starts), strict=True):
+        apart = [matcher.match(example) for example in np.split(row, np.flatnonzero(first))]
+        assert np.concatenate(apart).tolist() == nodes.tolist()
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_match_is_causal(data: st.DataObject) -> None:

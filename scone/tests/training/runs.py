@@ -43,6 +43,7 @@ def options(corpus: Path, output_dir: Path, **changes: object) -> SconeOptions:
         "model.num_hidden_layers": 1,
         "model.num_attention_heads": 2,
         "model.hidden_dropout_prob": 0.1,
+        "model.f_gram.num_hidden_layers": None,
         "training.output_dir": str(output_dir),
         "training.batch_size": 4,
         "training.max_steps": 6,

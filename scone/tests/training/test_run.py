@@ -87,10 +87,16 @@ def test_evaluation_reads_no_more_than_the_tokens_it_is_given(corpus, tmp_path):
     assert "validation perplexity (first 100 tokens)" in (final_model / "README.md").read_text()
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_resumed_training_equals_uninterrupted(corpus, tmp_path, accumulation):
+MODERN = {"model.base_model_name": "scone-modern", "model.input_norm": True, "training.optimizer": "muon"}
+needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon (2.9 has)")
+
+
+@pytest.mark.parametrize(
+    ("accumulation", "more"), [(1, {}), (2, {}), pytest.param(1, MODERN, marks=needs_muon)], ids=str
+)
+def test_resumed_training_equals_uninterrupted(corpus, tmp_path, accumulation, more):
     """Dropout, order, matches left out, optimizer, learned rows and schedule all go on where they were."""
-    changes = {
+    changes = more | {
         "training.gradient_accumulation_steps": accumulation,
         "training.batch_size": 4 // accumulation,
         "training.f_gram_dropout": 0.25,
@@ -251,6 +257,31 @@ VARIANTS = {
     "identity": {"model.combination": "replace", "model.f_gram.start": "identity", "model.f_gram.output_norm": False},
     "own tokens, no gain": {"model.f_gram.token_embeddings": "separate", "model.f_gram.output_gain": False},
 }
+
+
+@needs_muon
+@pytest.mark.parametrize(
+    "kind", [{}, {"model.use_f_gram_embeddings": False}, {"model.over_encoding_rows": 500}], ids=str
+)
+def test_the_modern_trunk_starts_flat_learns_and_loads(corpus, tmp_path, kind):
+    """Its layers add nothing at the start, so the first loss is that of its normalised token embeddings."""
+    from transformers import AutoModelForCausalLM
+
+    run = options(corpus, tmp_path, **MODERN, **kind, **{"training.logging_steps": 1})
+    model = build_model(run, prepare_run_corpus(run, quiet=True), quiet=True).eval()
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        vectors = model.input_norm(model.get_input_embeddings()(ids))
+        expected = model.trunk.lm_head(model.trunk.model.norm(vectors))
+        torch.testing.assert_close(model(input_ids=ids).logits, expected)
+    final_model = train(run, quiet=True)
+    losses = [
+        line["loss"] for line in json.loads((tmp_path / "training_log.json").read_text())["log"] if "loss" in line
+    ]
+    assert losses[-1] < losses[0]
+    loaded = AutoModelForCausalLM.from_pretrained(final_model)
+    assert loaded.input_norm.weight.ne(1).any()
+    assert loaded.trunk.model.layers[0].mlp.down_proj.weight.any()
 
 
 @pytest.mark.parametrize("variant", list(VARIANTS))

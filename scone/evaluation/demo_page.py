@@ -1,0 +1,274 @@
+"""The demo's page, made of its report.json alone, in words that fit whoever won."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from scone.evaluation.figures import PALETTE, PLAIN_COLOR, Line, bar_figure, line_figure
+from scone.evaluation.report import Part, columns, figure, machine_line, render, section, table
+from scone.evaluation.results import Table
+from scone.utils.text import human_bytes, human_count
+
+NAMES = {"plain": ("plain", PLAIN_COLOR), "scone": ("SCONE", PALETTE[0])}
+KEYS = [Line(name, [], color) for name, color in NAMES.values()]
+Report = Mapping[str, Any]
+
+
+def render_demo(report: Report) -> str:
+    """The whole page of what `scone.evaluation.demo` writes to report.json."""
+    sampling, f_grams = report["sampling"], report["f_grams"]
+    meta = [report["created"], f"SCONE {report['scone_version']}", machine_line(report["machine"])]
+    sections = [
+        section("Quality at equal training tokens", [columns(_learning_curves(report), _loss_by_match_length(report))]),
+        section(
+            "The f-grams",
+            [columns(_match_curve(report), _examples(report))],
+            f"{f_grams['num_f_grams']:,} n-grams of 2 to {f_grams['max_n']} tokens that occur at least "
+            f"{f_grams['min_count']} times in the training text, ranked by count. The longest that ends at a position "
+            "gives that position its input embedding.",
+        ),
+        section(
+            "What it costs", [columns([table(cost_table(report)), _loss_by_time(report)], _steps(report), style="top")]
+        ),
+        section(
+            "Generated text",
+            [_samples(report)],
+            "The openings of held-out documents (grey), continued by both models with the same seed, temperature "
+            f"{sampling['temperature']} and top-p {sampling['top_p']}. SCONE reads its input embeddings from the "
+            "table, for the generated tokens too. Models of this size imitate the surface of text; that is all to "
+            "look for here.",
+        ),
+        section("How this was measured", [{"list": _method(report)}]),
+    ]
+    return render(
+        f"SCONE on {report['corpus']['name']}",
+        [*meta, f"{report['total_seconds'] / 60:.1f} minutes in all"],
+        sections,
+        verdict=verdict(report),
+        tiles=_tiles(report),
+        footer="Every number on this page is in report.json beside it and was measured by this run.",
+    )
+
+
+def verdict(report: Report) -> dict[str, str]:
+    """Who won: ``kind`` (good, bad or even), ``headline``, ``detail`` (what it does and does not mean).
+
+    Won means that the 95 % interval of the mean loss difference over held-out windows excludes zero. One seed: the
+    interval covers the choice of text, not the luck of the initialisation.
+    """
+    plain, scone = _models(report)
+    perplexities = [model["evaluation"]["perplexity"] for model in (plain, scone)]
+    change = perplexities[1] / perplexities[0] - 1
+    low, high = report["comparison"]["loss_difference_interval"]
+    slower = scone["training_seconds"] / max(plain["training_seconds"], 1e-9)
+    detail = (
+        f"Both saw the same {human_count(report['training']['tokens'])} training tokens in the same order, with the "
+        f"same trunk and schedule. SCONE takes {_flops_ratio(report):.2f}× the FLOPs a token at inference, and took "
+        f"{slower:.2f}× as long to train. One run each of small models: a demonstration, not evidence for large ones."
+    )
+    numbers = f"perplexity {perplexities[1]:.2f} against {perplexities[0]:.2f} on held-out text"
+    kind, headline = "even", f"No clear difference here: {numbers} ({change:+.1%})"
+    if high < 0:
+        kind, headline = "good", f"SCONE wins: {numbers} ({abs(change):.1%} lower)"
+    if low > 0:
+        kind, headline = "bad", f"The plain model wins here: SCONE's {numbers} ({change:.1%} higher)"
+    return {"kind": kind, "headline": headline, "detail": detail}
+
+
+def summary(report: Report) -> str:
+    """The result as text, as measured, whoever won."""
+    head, rows = cost_table(report)
+    lines = [[cell["text"] if isinstance(cell, dict) else cell for cell in row] for row in [head, *rows]]
+    text = "\n".join(f"{name:<38}{plain:>16}{scone:>16}" for name, plain, scone in lines)
+    return f"{text}\n\n{verdict(report)['headline']}  [{report['total_seconds'] / 60:.1f} minutes in all]"
+
+
+def _models(report: Report) -> list[Mapping[str, Any]]:
+    return [report["models"][name] for name in NAMES]
+
+
+def _flops_ratio(report: Report) -> float:
+    plain, scone = (model["inference_flops_per_token"] for model in _models(report))
+    return float(scone / plain)
+
+
+def _tiles(report: Report) -> list[dict[str, str]]:
+    plain, scone = (model["evaluation"]["perplexity"] for model in _models(report))
+    f_grams = report["f_grams"]
+    tiles = [
+        (
+            f"{scone / plain - 1:+.1%}".replace("-", "−"),
+            "perplexity, SCONE against plain",
+            f"{plain:.2f} → {scone:.2f}",
+        ),
+        (
+            f"{_flops_ratio(report):.2f}×",
+            "inference FLOPs per token",
+            f"{human_count(report['models']['scone']['inference_flops_per_token'])}FLOP each",
+        ),
+        (
+            human_count(f_grams["num_f_grams"]),
+            "f-grams, counted exactly",
+            f"table {human_bytes(report['table']['file_bytes'])}",
+        ),
+        (
+            f"{f_grams['held_out_match_rate']:.0%}",
+            "of held-out positions match one",
+            f"up to {f_grams['max_n']} tokens long",
+        ),
+    ]
+    return [{"value": value, "name": name, "more": more} for value, name, more in tiles]
+
+
+def _two_decimals(value: float) -> str:
+    return f"{value:.2f}"
+
+
+def _curves(report: Report, title: str, x_label: str, caption: str, lines: Sequence[Line]) -> Part | None:
+    svg = line_figure(lines, x_label, "loss, nats per token", y_format=_two_decimals)
+    return figure(title, svg, caption, KEYS)
+
+
+def _learning_curves(report: Report) -> Part | None:
+    lines = []
+    for key, (name, color) in NAMES.items():
+        model = report["models"][key]
+        lines.append(Line(f"{name}, validation", model["validation_curve"], color, markers=True))
+        lines.append(Line(f"{name}, training", model["training_curve"], color, dashed=True))
+    caption = "Solid: validation text. Dashed: training batches, smoothed by the logging interval."
+    return _curves(report, "Learning curves", "training tokens", caption, lines)
+
+
+def _loss_by_time(report: Report) -> Part | None:
+    """Validation loss over training time at each model's mean speed: what equal tokens leave out."""
+    lines = []
+    for key, (name, color) in NAMES.items():
+        model = report["models"][key]
+        points = [(tokens / model["training_tokens_per_second"], loss) for tokens, loss in model["validation_curve"]]
+        lines.append(Line(name, points, color, markers=True))
+    caption = (
+        "The same runs over time, at each one's mean speed. The schedules end at different times: only the last points "
+        "are finished models."
+    )
+    return _curves(report, "Validation loss by training time", "training time, seconds", caption, lines)
+
+
+def _loss_by_match_length(report: Report) -> Part | None:
+    groups = {
+        key: {group["length"]: group for group in report["models"][key]["evaluation"]["by_match_length"]}
+        for key in NAMES
+    }
+    counts = {length: group["num_predicted"] for length, group in sorted(groups["plain"].items())}
+    total = sum(counts.values())
+    svg = bar_figure(
+        [f"{'none' if length == 1 else length} ({count / total:.0%})" for length, count in counts.items()],
+        [
+            (name, color, [groups[key][length]["loss"] if length in groups[key] else None for length in counts])
+            for key, (name, color) in NAMES.items()
+        ],
+        "tokens of the longest f-gram at the position (share of positions)",
+        "loss, nats per token",
+    )
+    caption = (
+        "Loss of the next token after positions where the longest f-gram has this length. Both models are judged on "
+        "the same positions."
+    )
+    return figure("Where the difference comes from", svg, caption, KEYS)
+
+
+def _match_curve(report: Report) -> Part | None:
+    svg = line_figure(
+        [Line("held-out positions matched", report["f_grams"]["match_rate_by_size"], PALETTE[0], markers=True)],
+        "number of f-grams S (most frequent first)",
+        "positions matched",
+        logarithmic=True,
+        from_zero=True,
+        y_format=lambda value: f"{value:.0%}",
+    )
+    caption = "Share of held-out positions at which some f-gram of the S most frequent ends."
+    return figure("More f-grams match more of the text", svg, caption)
+
+
+def _examples(report: Report) -> Part:
+    rows = [
+        [{"text": entry["text"], "style": "code"}, entry["length"], f"{entry['rank']:,}", f"{entry['count']:,}"]
+        for entry in report["f_grams"]["examples"]
+    ]
+    return table((["f-gram", "tokens", "rank", "count"], rows))
+
+
+def cost_table(report: Report) -> Table:
+    """Quality and costs side by side; the better of two values that differ is bold."""
+    models = _models(report)
+    evaluations = [model["evaluation"] for model in models]
+
+    def row(name: str, values: Sequence[Any], form: Callable[[Any], str], bold: bool = False) -> list[Any]:
+        better = None
+        if bold and abs(values[0] - values[1]) >= 1e-3 * abs(values[0]):
+            better = int(values[1] < values[0])
+        styles = ["winner" if place == better else "" for place in range(len(values))]
+        return [name, *({"text": form(value), "style": style} for value, style in zip(values, styles, strict=True))]
+
+    def of(key: str) -> list[Any]:
+        return [model[key] for model in models]
+
+    def quality(key: str) -> list[float]:
+        return [evaluation[key] for evaluation in evaluations]
+
+    def speed(value: float) -> str:
+        return f"{human_count(value)} tokens/s"
+
+    rows = [
+        row("Held-out perplexity (lower is better)", quality("perplexity"), _two_decimals, bold=True),
+        row("Loss, nats per token", quality("loss"), "{:.4f}".format, bold=True),
+    ]
+    if all(quality("bits_per_byte")):
+        rows.append(row("Bits per byte of text", quality("bits_per_byte"), "{:.4f}".format, bold=True))
+    rows += [
+        row("Inference FLOPs per token", of("inference_flops_per_token"), human_count),
+        row("Training FLOPs per token", of("training_flops_per_token"), human_count),
+        row("Parameters resident at inference", of("resident_parameters"), human_count),
+        row("Parameters trained", of("trained_parameters"), human_count),
+        row("Model in memory at inference", of("resident_bytes"), human_bytes),
+        ["Embedding table, off the accelerator", "–", human_bytes(report["table"]["file_bytes"])],
+        row("Training time", of("training_seconds"), "{:.0f} s".format, bold=True),
+        row("Training speed", of("training_tokens_per_second"), speed),
+        row("Evaluation speed", quality("tokens_per_second"), speed),
+        row("Generation, one sequence", of("generation_tokens_per_second"), "{:.0f} tokens/s".format),
+    ]
+    return ["", "plain", "SCONE"], rows
+
+
+def _steps(report: Report) -> Part:
+    rows = [[{"text": step["name"], "more": step["note"]}, f"{step['seconds']:.1f} s"] for step in report["steps"]]
+    return table((["Step of this run", "Time"], rows))
+
+
+def _samples(report: Report) -> Part | None:
+    def sample(found: Mapping[str, str]) -> dict[str, Any]:
+        texts = [
+            {"name": name, "continuation": found[key].removeprefix(found["prompt"])} for key, (name, _) in NAMES.items()
+        ]
+        return {"prompt": found["prompt"], "texts": texts}
+
+    return {"samples": [sample(found) for found in report["samples"]]} if report["samples"] else None
+
+
+def _method(report: Report) -> list[str]:
+    corpus, training, check = report["corpus"], report["training"], report["comparison"]
+    low, high = check["loss_difference_interval"]
+    return [
+        f"Corpus: {corpus['description']}. {corpus['num_documents']:,} documents, split by document into "
+        f"{corpus['tokens']['train']:,} training, {corpus['tokens']['validation']:,} validation and "
+        f"{corpus['tokens']['test']:,} test tokens of {corpus['tokenizer']}.",
+        f"Trunk: {training['trunk']}. {training['steps']:,} steps of {training['batch_size']} × "
+        f"{training['max_length']} tokens, peak learning rate {training['learning_rate']:g}, {training['schedule']} "
+        f"schedule, seed {training['seed']}.",
+        f"SCONE: {training['input_embedding']}.",
+        f"Difference of the mean loss (SCONE − plain) over {check['num_windows']} held-out windows: "
+        f"{check['loss_difference']:+.4f} nats, 95 % interval {low:+.4f} to {high:+.4f} (paired over windows).",
+        f"The table gives the live model's predictions: the largest difference of a window's loss is "
+        f"{check['table_against_live']:.1e} nats.",
+        "FLOPs are by formula, a multiply-add is two: training's from what its batches made the f-gram model compute.",
+    ]

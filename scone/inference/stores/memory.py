@@ -1,0 +1,183 @@
+"""Rows in memory: copied there and checked (`ram`), or in the mapped file, one copy for all processes (`mmap`)."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import mmap
+import os
+import warnings
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from scone.inference.stores.base import RowStore, StoreMemory
+from scone.inference.table_format import PAGE_BYTES, TableFile, damaged
+from scone.utils.errors import SconeError
+from scone.utils.text import human_bytes
+
+_CPU = torch.device("cpu")
+
+
+class MemoryStore(RowStore):
+    """Rows from ``first_row`` on in one array of bytes. Use `ram` or `mapped`."""
+
+    def __init__(self, file: TableFile, content: np.ndarray, first_row: int, mapping: mmap.mmap | None) -> None:
+        super().__init__(file.layout.row_format)
+        row = self.row_format
+        self._file, self._first_row, self._mapping, self._bytes = file, first_row, mapping, content
+        self._unpin: weakref.finalize | None = None
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nobody will write
+            self._rows = (
+                torch.from_numpy(content).view(row.storage_dtype).view(len(content) // row.row_bytes, row.storage_width)
+            )
+
+    @classmethod
+    def ram(
+        cls,
+        file: TableFile,
+        first_row: int = 0,
+        num_rows: int | None = None,
+        num_threads: int | None = None,
+        device: torch.device = _CPU,
+    ) -> MemoryStore:
+        """``num_rows`` rows (default: the rest), copied and checked now, then independent of the file.
+
+        For a CUDA device the memory is pinned where the system allows it: kernels there read the rows over the bus.
+        Raises SconeError: a chunk does not fit its checksum, the memory is not there, the disk fails.
+        """
+        num_rows = file.layout.num_rows - first_row if num_rows is None else num_rows
+        rows = load_rows(file, first_row, num_rows, num_threads or torch.get_num_threads())
+        store = cls(file, rows, first_row, None)
+        if device.type == "cuda" and rows.nbytes:
+            store._unpin = _pin(store, rows, device)
+        return store
+
+    @classmethod
+    def mapped(cls, file: TableFile) -> MemoryStore:
+        """The whole file, mapped read-only and shared.
+
+        Before every batch its size is checked, since a page that was cut off would kill the process; after it, whether
+        anybody wrote to it.
+        """
+        mapping = mmap.mmap(file.descriptor, file.layout.file_bytes, mmap.MAP_SHARED, mmap.PROT_READ)
+        # Rows are read here and there: reading ahead around each would only fill memory with neighbours.
+        mapping.madvise(mmap.MADV_RANDOM)
+        rows = np.frombuffer(mapping, np.uint8, file.layout.payload_bytes, file.data_start)
+        return cls(file, rows, 0, mapping)
+
+    def read(self, ranks: Tensor, out: Tensor) -> None:
+        # index_select checks the ranks itself: for one row, a check of ours would take longer than the read.
+        if self._first_row:
+            ranks = ranks - self._first_row
+        if self._mapping is None:
+            torch.index_select(self._rows, 0, ranks, out=out)
+            return
+        self._file.check_size()
+        torch.index_select(self._rows, 0, ranks, out=out)
+        self._file.check_unchanged()
+
+    def gpu_blocks(self, device: torch.device) -> list[Tensor]:
+        if self._unpin is None or device.type != "cuda":
+            return []
+        return [self._rows.view(torch.uint8)]
+
+    def prefetch(self, ranks: Tensor) -> None:
+        """Ask the system to read the pages of these rows; it returns at once and reads in the background."""
+        if self._mapping is None or not len(ranks):
+            return
+        self._file.check_unchanged()
+        first = np.unique(ranks.numpy()) * self.row_format.row_bytes + self._file.data_start
+        low, high = first // PAGE_BYTES, (first + self.row_format.row_bytes - 1) // PAGE_BYTES + 1
+        starts = np.flatnonzero(np.concatenate(([True], low[1:] > high[:-1])))
+        ends = np.append(starts[1:], len(low)) - 1
+        for start, end in zip((low[starts] * PAGE_BYTES).tolist(), (high[ends] * PAGE_BYTES).tolist(), strict=True):
+            self._mapping.madvise(mmap.MADV_WILLNEED, start, min(end, len(self._mapping)) - start)
+
+    @property
+    def memory(self) -> StoreMemory:
+        size = self._bytes.nbytes
+        return StoreMemory(ram=size) if self._mapping is None else StoreMemory(mapped=size)
+
+    def describe(self) -> str:
+        place = "memory-mapped" if self._mapping is not None else f"in {'pinned ' if self._unpin else ''}RAM"
+        return f"{len(self._rows):,} rows {place}"
+
+    def close(self) -> None:
+        if self._unpin is not None:
+            self._unpin()
+            self._unpin = None
+        self._rows, self._bytes = self.new_rows(0), np.empty(0, np.uint8)
+        if self._mapping is not None:
+            self._mapping.close()
+
+
+def _pin(owner: MemoryStore, array: np.ndarray, device: torch.device) -> weakref.finalize | None:
+    """Pin the memory of ``array`` until what comes back is called or ``owner`` is collected; None where it cannot be.
+
+    Memory that were freed while it is registered could never be registered again.
+    """
+    runtime, pointer = torch.cuda.cudart(), array.ctypes.data
+    if int(runtime.cudaHostRegister(pointer, array.nbytes, 0)):
+        # CUDA keeps a refusal as its last error, which the next kernel's check would take for that kernel's own.
+        with contextlib.suppress(RuntimeError):
+            torch.zeros(1, device=device)
+        return None
+    return weakref.finalize(owner, runtime.cudaHostUnregister, pointer)
+
+
+def load_rows(file: TableFile, first_row: int, num_rows: int, num_threads: int) -> np.ndarray:
+    """The bytes of ``num_rows`` rows from ``first_row`` on, uint8 [num_rows · row_bytes], checked chunk by chunk.
+
+    Raises SconeError: a chunk does not fit its checksum, the memory is not there, the disk fails.
+    """
+    layout, checksums = file.layout, file.checksums()
+    size, start = num_rows * layout.row_bytes, first_row * layout.row_bytes
+    try:
+        rows = np.empty(size, dtype=np.uint8)
+    except MemoryError as error:
+        raise SconeError(
+            f"found too little memory for {human_bytes(size)} of table rows; "
+            "use placement mmap or direct, or fewer rows in RAM"
+        ) from error
+    span, view = layout.checksum_rows * layout.row_bytes, rows.data
+
+    def load(chunk: int) -> None:
+        chunk_low, chunk_high = chunk * span, min((chunk + 1) * span, layout.payload_bytes)
+        low, high = max(chunk_low, start), min(chunk_high, start + size)
+        _read_into(file, file.data_start + low, view[low - start : high - start])
+        # A chunk is checked whole, also where only a part of it is wanted.
+        digest = hashlib.sha256(file.read(file.data_start + chunk_low, low - chunk_low))
+        digest.update(view[low - start : high - start])
+        digest.update(file.read(file.data_start + high, chunk_high - high))
+        if digest.digest() != checksums[chunk]:
+            raise damaged_rows(file, chunk * layout.checksum_rows)
+
+    chunks = range(start // span, -(-(start + size) // span)) if size else ()
+    with ThreadPoolExecutor(num_threads) as pool:
+        for _ in pool.map(load, chunks):
+            pass
+    file.check_unchanged()
+    return rows
+
+
+def damaged_rows(file: TableFile, first: int) -> SconeError:
+    """The error for the chunk that begins with row ``first``."""
+    last = min(first + file.layout.checksum_rows, file.layout.num_rows) - 1
+    return damaged(file.path, f"rows {first:,} to {last:,} do not fit their checksum")
+
+
+def _read_into(file: TableFile, offset: int, target: memoryview) -> None:
+    """Fill ``target`` from the file. Raises SconeError when it ends early or the disk fails."""
+    while len(target):
+        try:
+            got = os.preadv(file.descriptor, [target], offset)
+        except OSError as error:
+            raise SconeError(f"cannot read {file.path}: {error.strerror}; check the disk") from error
+        if not got:
+            raise damaged(file.path, f"it ends at byte {offset:,}")
+        offset, target = offset + got, target[got:]

@@ -1,0 +1,69 @@
+"""What several kernels need: threads, copies to an accelerator, where Triton is and launches, rows that a GPU reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def run_in_parts(kernel: Callable[..., Any], arguments: Sequence[Any], size: int, parts: int) -> None:
+    """Call ``kernel(*arguments, first, last)`` on ``parts`` ranges that cover ``size`` places, side by side.
+
+    The kernel has to release the interpreter's lock; one part, or none, runs in the caller's thread.
+    """
+    parts = max(1, min(parts, size))
+    if parts == 1:
+        kernel(*arguments, 0, size)
+        return
+    cuts = [size * part // parts for part in range(parts + 1)]
+    with ThreadPoolExecutor(parts - 1) as threads:
+        others = [threads.submit(kernel, *arguments, cuts[part], cuts[part + 1]) for part in range(1, parts)]
+        kernel(*arguments, cuts[0], cuts[1])
+        for other in others:
+            other.result()
+
+
+def launching_on(device: torch.device) -> AbstractContextManager[object]:
+    """Kernels of Triton start on PyTorch's current device; inside, that is ``device``."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
+
+
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """``values`` (on the host) on ``device``; to a CUDA device by way of page-locked memory.
+
+    From other memory a copy would first wait for all that runs there.
+    """
+    if device.type != "cuda":
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)
+
+
+@cache
+def triton_is_installed() -> bool:
+    """Whether kernels for CUDA can be compiled; looked up once, since every step of a decoder asks."""
+    return find_spec("triton") is not None
+
+
+@dataclass(frozen=True)
+class GPUReadableRows:
+    """All rows of a table as they are stored, uint8 ``[m, row_bytes]`` in at most two blocks.
+
+    The rows from rank 0 on are ``near``, those that follow are ``far`` (None where ``near`` holds all): on the
+    accelerator, or in page-locked memory of the host. ``width``: D; ``group_size``: 0 for row types that are floats.
+    """
+
+    near: Tensor
+    far: Tensor | None
+    row_type: str
+    width: int
+    group_size: int

@@ -1,0 +1,300 @@
+"""Reference implementations of the kernels: short and slow, they say what is right; tests compare with them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+import numpy as np
+
+from scone.kernels.direct_read import PAGE_BYTES, PIECE_PAGES
+from scone.kernels.ngram_count import NO_ID, NO_PARTITION
+from scone.kernels.trie_batch import TrieBatch
+
+# Counting: `ngram_count`
+
+
+def count_n_grams(
+    corpora: Iterable[Sequence[int]], max_n: int, separator_ids: Collection[int] = ()
+) -> Counter[tuple[int, ...]]:
+    """Occurrences of all n-grams of 2 … ``max_n`` tokens that stay inside a corpus and contain no separator."""
+    counts: Counter[tuple[int, ...]] = Counter()
+    separators = set(separator_ids)
+    for corpus in corpora:
+        tokens = [int(token) for token in corpus]
+        for n in range(2, max_n + 1):
+            grams = zip(*(tokens[start:] for start in range(n)), strict=False)
+            counts.update(gram for gram in grams if separators.isdisjoint(gram))
+    return counts
+
+
+def partition_keys(
+    ids: np.ndarray, carry: int, num_ids: int, multiplier: int, key_bits: int, remainder_bits: int
+) -> tuple[list[int], list[list[int]]]:
+    """The partition of every position, and the remainders of every partition in the order of positions."""
+    parts: list[int] = []
+    remainders: list[list[int]] = [[] for _ in range(1 << (key_bits - remainder_bits))]
+    before = [int(carry), *(int(value) for value in ids[:-1])] if num_ids else [0] * len(ids)
+    for previous, current in zip(before, (int(value) for value in ids), strict=True):
+        if NO_ID in (previous, current):
+            parts.append(int(NO_PARTITION))
+            continue
+        shuffled = (previous * num_ids + current) * int(multiplier) % 2**key_bits
+        parts.append(shuffled >> remainder_bits)
+        remainders[parts[-1]].append(shuffled % 2**remainder_bits)
+    return parts, remainders
+
+
+def count_partition(remainders: Iterable[int]) -> Counter[int]:
+    """Occurrences of every remainder."""
+    return Counter(int(remainder) for remainder in remainders)
+
+
+def ids_by_position(ids: np.ndarray, carry: int, num_ids: int, surviving_keys: Sequence[int]) -> list[int]:
+    """The new id of the n-gram that ends at every position: the index of its key, or ``NO_ID``.
+
+    What ``ids_of_remainders`` and ``restore_positions`` do together.
+    """
+    id_of_key = {int(key): index for index, key in enumerate(surviving_keys)}
+    before = [int(carry), *(int(value) for value in ids[:-1])]
+    found = []
+    for previous, current in zip(before, (int(value) for value in ids), strict=True):
+        whole = NO_ID not in (previous, current)
+        found.append(id_of_key.get(previous * num_ids + current, int(NO_ID)) if whole else int(NO_ID))
+    return found
+
+
+# Index and matching: `child_index`, `f_gram_trie`, `longest_match`
+
+
+Gram = tuple[int, ...]
+
+
+def ranked(counts: Mapping[Gram, int]) -> list[Gram]:
+    """The f-grams of ``counts`` by (count descending, length ascending, tokens lexicographic)."""
+    return sorted(counts, key=lambda gram: (-counts[gram], len(gram), gram))
+
+
+def closed(counts: Mapping[Gram, int]) -> bool:
+    """Whether the prefix and the suffix of every gram longer than two are there too."""
+    return all(part in counts for gram in counts if len(gram) > 2 for part in (gram[:-1], gram[1:]))
+
+
+def depth_first(f_grams: Sequence[Gram]) -> list[int]:
+    """Ranks in trie preorder: subtrees by first token, children in rank order."""
+    rank_of = {gram: rank for rank, gram in enumerate(f_grams)}
+
+    def path(gram: Gram) -> list[int]:
+        return [gram[0], *(rank_of[gram[:length]] for length in range(2, len(gram) + 1))]
+
+    return [rank_of[gram] for gram in sorted(f_grams, key=path)]
+
+
+def longest_matches(
+    tokens: Sequence[int],
+    f_grams: Sequence[Gram],
+    vocab_size: int,
+    mask: Sequence[bool] | None = None,
+    starts: Sequence[bool] | None = None,
+) -> list[int]:
+    """Node of the longest f-gram that ends at each position of one sequence, by trying every length.
+
+    Reference implementation of `longest_match.match_positions`. A masked position is its own token, and no f-gram
+    contains it. No f-gram contains one of ``starts`` and what is before it.
+    """
+    rank_of = {gram: rank for rank, gram in enumerate(f_grams)}
+    longest = max(map(len, f_grams), default=1)
+    nodes = []
+    for end in range(1, len(tokens) + 1):
+        node = tokens[end - 1]
+        for start in range(max(0, end - longest), end - 1):
+            gram = tuple(tokens[start:end])
+            is_whole = (mask is None or all(mask[start:end])) and not (
+                starts is not None and any(starts[start + 1 : end])
+            )
+            if gram in rank_of and is_whole:
+                node = vocab_size + rank_of[gram]
+                break
+        nodes.append(node)
+    return nodes
+
+
+# Trie batches: `trie_batch`
+
+
+def trie_batch(
+    nodes: np.ndarray,
+    keys: np.ndarray,
+    suffixes: np.ndarray,
+    vocab_size: int,
+    max_n: int,
+    num_rows: int = 0,
+    backoff: bool = True,
+) -> TrieBatch:
+    """What ``build_trie_batch`` returns, up to the order of the nodes within one depth."""
+
+    def path(node: int) -> list[int]:
+        return [node] if node < vocab_size else [*path(int(keys[node - vocab_size, 0])), node]
+
+    def chain(node: int) -> list[int]:
+        return [] if node < vocab_size else [node - vocab_size, *chain(int(suffixes[node - vocab_size]))]
+
+    def rows_of(f_gram: int) -> list[int]:
+        ranks = [rank for rank in chain(f_gram) if rank < num_rows]
+        return ranks if backoff else ranks[:1]
+
+    f_grams = list(dict.fromkeys(int(node) for node in nodes.reshape(-1) if node >= vocab_size))
+    f_grams.sort(key=lambda node: len(path(node)))
+    positions = [f_grams.index(node) + 1 if node >= vocab_size else 0 for node in nodes.reshape(-1)]
+    f_grams = f_grams or [vocab_size if len(keys) else 0]
+    paths = {node: path(node) for f_gram in f_grams for node in path(f_gram)}
+    ordered = sorted(paths, key=lambda node: len(paths[node]))
+    place = {node: index for index, node in enumerate(ordered)}
+    depths = np.array([len(paths[node]) - 1 for node in ordered])
+    f_gram_depths = np.array([len(paths[f_gram]) - 1 for f_gram in f_grams])
+    rows = list(dict.fromkeys(rank for f_gram in f_grams for rank in rows_of(f_gram)))
+    row_chains = np.zeros((len(f_grams), max(max_n - 1, 1)), np.int64)
+    for index, f_gram in enumerate(f_grams):
+        links = [rows.index(rank) + 1 for rank in rows_of(f_gram)]
+        row_chains[index, : len(links)] = links
+    return TrieBatch(
+        position_index=np.array(positions, np.int64).reshape(nodes.shape),
+        f_grams=np.array(f_grams, np.int64),
+        f_gram_index=np.array([place[f_gram] for f_gram in f_grams], np.int64),
+        f_gram_offsets=[int(np.sum(f_gram_depths < depth)) for depth in range(max_n + 1)],
+        tokens=np.array([n if n < vocab_size else int(keys[n - vocab_size, 1]) for n in ordered], np.int64),
+        depths=depths,
+        ancestors=np.array(
+            [[place[node] for node in paths[n]] + [place[n]] * (max_n - len(paths[n])) for n in ordered], np.int64
+        ),
+        depth_offsets=[int(np.sum(depths < depth)) for depth in range(max_n + 1)],
+        row_ids=np.array(rows, np.int64),
+        row_chains=row_chains,
+    )
+
+
+# Attention along the trie: `ancestor_attention`, one node and head at a time, as the formulas read
+
+
+def attention_forward(
+    query: np.ndarray, key: np.ndarray, value: np.ndarray, ancestors: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Output ``[M, heads, d]`` and weights ``[M, heads, N]``."""
+    output = np.zeros(query.shape, query.dtype)
+    weights = np.zeros((*query.shape[:2], ancestors.shape[1]), query.dtype)
+    for node, head in np.ndindex(*query.shape[:2]):
+        path = _path(ancestors[node])
+        scores = key[path, head] @ query[node, head] / np.sqrt(query.shape[2])
+        exponentials = np.exp(scores - scores.max())
+        weights[node, head, : len(path)] = exponentials / exponentials.sum()
+        output[node, head] = weights[node, head, : len(path)] @ value[path, head]
+    return output, weights
+
+
+def attention_backward(
+    grad_output: np.ndarray,
+    query: np.ndarray,
+    key: np.ndarray,
+    value: np.ndarray,
+    weights: np.ndarray,
+    ancestors: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Gradients of query, key and value."""
+    grad_query, grad_key, grad_value = (np.zeros(array.shape, array.dtype) for array in (query, key, value))
+    for node, head in np.ndindex(*query.shape[:2]):
+        path = _path(ancestors[node])
+        weight, gradient = weights[node, head, : len(path)], grad_output[node, head]
+        grad_weight = value[path, head] @ gradient
+        grad_score = weight * (grad_weight - weight @ grad_weight) / np.sqrt(query.shape[2])
+        grad_query[node, head] = grad_score @ key[path, head]
+        grad_key[path, head] += np.outer(grad_score, query[node, head])
+        grad_value[path, head] += np.outer(weight, gradient)
+    return grad_query, grad_key, grad_value
+
+
+def _path(ancestors: np.ndarray) -> list[int]:
+    """The node's ancestors from depth 0 on, and itself."""
+    depth = int(np.argmax(ancestors == ancestors[-1]))
+    return ancestors[: depth + 1].tolist()
+
+
+# Row-RMS of the learned rows: `row_rms`
+
+
+def rms_rows(
+    weight: np.ndarray,
+    sums: np.ndarray,
+    visits: np.ndarray,
+    row_ids: np.ndarray,
+    gradients: np.ndarray,
+    columns: np.ndarray,
+    *,
+    mean: float,
+    prior: float,
+    learning_rate: float,
+) -> None:
+    """What ``update_rows`` does, one row after the other."""
+    for row, gradient in zip(row_ids, gradients, strict=True):
+        visits[row] += 1
+        sums[row] += (gradient**2 / columns).mean()
+        variance = (prior * mean + sums[row]) / (prior + visits[row])
+        if variance > 0:
+            weight[row] -= learning_rate * gradient / np.sqrt(columns * variance)
+
+
+# Decoding table rows: `dequantize`
+
+
+def reference_rows(raw: np.ndarray, row_type: str, width: int, group_size: int) -> np.ndarray:
+    """Decode ``raw`` (uint8 [n, row_bytes]) into float32 [n, D], D = ``width``.
+
+    The layout of a row is that of `docs/formats.md`: float types are D numbers; int8 and int4 are one bfloat16 scale
+    per group of ``group_size`` numbers, then the codes (int4: two a byte, the even position in the low nibble).
+    Raises ValueError for an unknown row type.
+    """
+    n = len(raw)
+    if row_type == "fp32":
+        return raw.view("<f4").reshape(n, width).copy()
+    if row_type == "fp16":
+        return raw.view("<f2").reshape(n, width).astype(np.float32)
+    if row_type == "bf16":
+        return _float32_of_bfloat16(raw.view("<u2").reshape(n, width))
+    num_groups = -(-width // group_size)
+    scales = _float32_of_bfloat16(np.ascontiguousarray(raw[:, : 2 * num_groups]).view("<u2"))
+    codes = raw[:, 2 * num_groups :]
+    if row_type == "int8":
+        values = codes.view(np.int8)
+    elif row_type == "int4":
+        nibbles = np.stack([codes & 15, codes >> 4], axis=-1).reshape(n, -1)[:, :width]
+        values = (nibbles ^ 8).astype(np.int8) - 8
+    else:
+        raise ValueError(f"unknown row type {row_type!r}")
+    return values.astype(np.float32) * np.repeat(scales, group_size, axis=1)[:, :width]
+
+
+def _float32_of_bfloat16(bits: np.ndarray) -> np.ndarray:
+    """A bfloat16 is the upper half of a float32."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+# Planning reads: `direct_read`
+
+
+def reference_pieces(ranks: np.ndarray, data_start: int, row_bytes: int) -> tuple[np.ndarray, np.ndarray]:
+    """As `plan_pieces`: mark every page that holds a byte of a row, then walk over runs of marked pages."""
+    pages: set[int] = set()
+    for rank in ranks.tolist():
+        start = data_start + rank * row_bytes
+        pages.update(range(start // PAGE_BYTES, (start + row_bytes - 1) // PAGE_BYTES + 1))
+    pieces: list[list[int]] = []
+    place_of_page: dict[int, int] = {}
+    for target, page in enumerate(sorted(pages)):
+        place_of_page[page] = target * PAGE_BYTES
+        previous = pieces[-1] if pieces else [-1, -1, 0]
+        if sum(previous[:2]) == page * PAGE_BYTES and previous[1] < PIECE_PAGES * PAGE_BYTES:
+            previous[1] += PAGE_BYTES
+        else:
+            pieces.append([page * PAGE_BYTES, PAGE_BYTES, target * PAGE_BYTES])
+    starts = data_start + ranks * row_bytes
+    places = [place_of_page[page] for page in (starts // PAGE_BYTES).tolist()]
+    return np.array(pieces, dtype=np.int64).reshape(-1, 3), np.array(places, dtype=np.int64) + starts % PAGE_BYTES

@@ -1,0 +1,193 @@
+"""The lookup as an operator that PyTorch's compiler knows: tokens in, rows of the embedding table in place of vectors.
+
+A graph holds the operator whole, wherever it runs: on an accelerator that finds f-grams and reads the rows itself, or
+on the host. It finds vocabulary and table by a number, which the compiler takes for a constant.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from scone.kernels.common import GPUReadableRows, to_device, triton_is_installed
+from scone.models.host_lookup import Find, looked_up
+from scone.tokenization.f_gram_vocabulary import FGramVocabulary
+from scone.tokenization.matcher import Matcher
+
+LARGEST_SHARE = 0.02
+"""Of an accelerator's memory that the index may take (about 15 bytes an f-gram): beyond it, the host matches."""
+
+
+class RowSource(Protocol):
+    """What the model needs of an embedding table: any placement, any row type. ``device``: where it gives its rows."""
+
+    num_rows: int
+    width: int
+    device: torch.device
+
+    def rows(self, ranks: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Rows ``[n, D]`` for int64 ranks ``[n]`` on the host."""
+        ...
+
+    def gpu_rows(self, device: torch.device) -> GPUReadableRows | None:
+        """The rows, where kernels on ``device`` read them by themselves; None where the host has to."""
+        ...
+
+
+class TableLookup:
+    """Looks tokens up in ``table``, by the f-grams of ``matcher``.
+
+    Attributes: ``handle``, by which the operator finds it while it lives; ``device``, the table's; ``on_device``, what
+    looks up there by itself, None where the host has to.
+    """
+
+    def __init__(self, table: RowSource, matcher: Matcher) -> None:
+        self.table, self.matcher = table, matcher
+        vocabulary, device = matcher.vocabulary, table.device
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        self.device = device
+        # now, since within a compiled call its memory would belong to the call
+        rows = table.gpu_rows(device)
+        fits = rows is not None and DeviceLookup.fits(vocabulary, device)
+        self.on_device = DeviceLookup(vocabulary, rows, device) if rows is not None and fits else None
+        self.handle = next(_HANDLES)
+        _LOOKUPS[self.handle] = self
+        self._num_positions = self._num_rows = 0
+
+    def __call__(self, vectors: Tensor, tokens: Tensor, *history: Tensor | None) -> tuple[Tensor, Tensor]:
+        """As `table_lookup`."""
+        if self.on_device is not None and vectors.device == self.device:
+            return self.on_device(vectors, tokens, *history[:2])
+        vocabulary = self.matcher.vocabulary
+        nodes = looked_up(find_with(self.matcher), tokens, vocabulary.max_n - 1, *history)
+        ranks = torch.from_numpy(nodes.reshape(-1)) - vocabulary.vocab_size
+        positions = (ranks >= 0).nonzero().squeeze(1)
+        found = (ranks >= 0).view(tokens.shape)
+        output = vectors.clone(memory_format=torch.contiguous_format)
+        if len(positions):
+            rows = self.table.rows(ranks[positions], vectors.dtype).to(vectors.device)
+            output.view(-1, vectors.shape[-1]).index_copy_(0, to_device(positions, vectors.device), rows)
+        self._num_positions += len(ranks)
+        self._num_rows += len(positions)
+        return output, to_device(found, vectors.device)
+
+    def reads(self) -> list[Tensor]:
+        """Positions looked up so far, padding too, and rows read: int64 ``[2]``, in parts that are to be added up.
+
+        The first part is the host's, the other (where there is one) an accelerator's, which is not waited for.
+        """
+        counts = [torch.tensor([self._num_positions, self._num_rows])]
+        return counts if self.on_device is None else [*counts, self.on_device.counts.clone()]
+
+
+class DeviceLookup:
+    """Finds the longest f-gram that ends at each position, as `Matcher` does, and reads its row, on one device.
+
+    Attributes: ``nbytes``, the accelerator memory that its index of f-grams takes; ``counts``, int64 ``[2]`` on the
+    device: positions looked up and rows read so far.
+    """
+
+    def __init__(self, vocabulary: FGramVocabulary, rows: GPUReadableRows, device: torch.device) -> None:
+        from scone.kernels.table_lookup_triton import TableKernel
+
+        assert vocabulary.keys.dtype == np.uint32, "nodes beyond 32 bits are matched on the host"
+        index = vocabulary.index
+        keys, slots = _bits(vocabulary.keys, device), _bits(index.slots, device)
+        numbers = (index.rank_bits, index.max_probes, vocabulary.vocab_size, vocabulary.longest)
+        self._is_empty = not len(vocabulary.keys)  # for which Triton compiles no kernel
+        self._kernel = TableKernel(keys, slots, *numbers, rows)
+        self.nbytes = keys.nbytes + slots.nbytes
+        self.counts = self._kernel.counts
+
+    @staticmethod
+    def fits(vocabulary: FGramVocabulary, device: torch.device) -> bool:
+        """Whether the index can and may lie on ``device``: a CUDA device with Triton, and memory to spare."""
+        if device.type != "cuda" or not triton_is_installed() or vocabulary.keys.dtype != np.uint32:
+            return False
+        size = vocabulary.keys.nbytes + vocabulary.index.slots.nbytes
+        return size <= LARGEST_SHARE * torch.cuda.get_device_properties(device).total_memory
+
+    def __call__(
+        self, vectors: Tensor, tokens: Tensor, past: Tensor | None = None, places: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As `table_lookup`. Tokens are not checked (the host would have to wait for that): one outside the vocabulary
+        is in no f-gram.
+        """
+        output = torch.empty_like(vectors, memory_format=torch.contiguous_format)
+        found = torch.zeros(tokens.shape, dtype=torch.bool, device=tokens.device)
+        if self._is_empty:
+            return output.copy_(vectors), found
+        self._kernel(vectors.contiguous(), tokens, past, places, output, found)
+        return output, found
+
+
+_LOOKUPS: weakref.WeakValueDictionary[int, TableLookup] = weakref.WeakValueDictionary()
+_HANDLES = itertools.count()
+
+
+def table_lookup(
+    vectors: Tensor,
+    tokens: Tensor,
+    past: Tensor | None,
+    places: Tensor | None,
+    count: Tensor | None,
+    handle: int,
+) -> tuple[Tensor, Tensor]:
+    """Vectors with the rows of the f-grams that end at positions in place of their own, and which these are.
+
+    Args:
+        vectors: ``[B, T, D]``, the token embeddings, which get the gradient of the positions that keep them.
+        tokens: int64 ``[B, T]``, as `token_history.marked` writes them.
+        past, places, count: see `host_lookup.looked_up`.
+        handle: of a `TableLookup`.
+
+    Returns:
+        ``[B, T, D]`` and bool ``[B, T]``.
+    """
+    return _LOOKUPS[handle](vectors, tokens, past, places, count)
+
+
+def _fake(vectors: Tensor, tokens: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    output = torch.empty_like(vectors, memory_format=torch.contiguous_format)
+    return output, tokens.new_empty(tokens.shape, dtype=torch.bool)
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(output[1])
+
+
+def _differentiate(ctx: Any, gradient: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    (found,) = ctx.saved_tensors
+    return gradient.masked_fill(found.unsqueeze(-1), 0), None, None, None, None, None
+
+
+def _operator(name: str, tags: tuple[torch.Tag, ...]) -> Any:
+    operator = torch.library.custom_op(f"scone::{name}", table_lookup, mutates_args=(), tags=tags)
+    operator.register_fake(_fake)
+    operator.register_autograd(_differentiate, setup_context=_keep_for_backward)
+    return operator
+
+
+BY_DEVICE = _operator("table_lookup", ())
+BY_HOST = _operator("table_lookup_by_host", (torch.Tag.cudagraph_unsafe,))
+"""The same where the host looks up: it reads the tokens, which a CUDA graph cannot wait for, so PyTorch cuts there."""
+
+
+def find_with(matcher: Matcher) -> Find:
+    """The nodes of the longest f-grams, for `looked_up`."""
+
+    def find(tokens: np.ndarray, valid: np.ndarray, starts: np.ndarray) -> np.ndarray:
+        return matcher.match(tokens, None if valid.all() else valid, starts=starts if starts.any() else None)
+
+    return find
+
+
+def _bits(array: np.ndarray, device: torch.device) -> Tensor:
+    """uint32 as int32, which PyTorch does more with; the bits are the same."""
+    return torch.from_numpy(array.view(np.int32).copy()).to(device)

@@ -1,0 +1,137 @@
+"""The Triton lookup equals trying every length, and the rows that PyTorch decodes: bit for bit.
+
+On a GPU, or interpreted (TRITON_INTERPRET=1) without one.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from transformers.cache_utils import StaticLayer
+
+from scone.inference.row_types import ROW_TYPES, RowFormat
+from scone.kernels import reference
+from scone.kernels.common import GPUReadableRows
+from scone.tests.tokenization.f_gram_strategies import Case, batches, cases
+from scone.tokenization.f_gram_vocabulary import FGramVocabulary
+
+pytest.importorskip("triton", reason="Triton is not installed")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if not (INTERPRETED or torch.cuda.is_available()):
+    pytest.skip("no CUDA device (set TRITON_INTERPRET=1 to interpret the kernel)", allow_module_level=True)
+
+from scone.kernels.longest_match import FIRST_BIT  # noqa: E402
+from scone.models.table_lookup import DeviceLookup  # noqa: E402
+from scone.models.token_history import StaticTokenHistory, TokenHistory  # noqa: E402
+
+DEVICE = torch.device("cpu") if INTERPRETED else torch.device("cuda", 0)
+pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
+
+
+def history_of(past: torch.Tensor, room: int | None) -> TokenHistory:
+    """The history of ``past`` [B, P], as `marked` writes it; with ``room``, one of that size."""
+    if room is None:
+        history = TokenHistory()
+        history.append(past)
+        return history
+    layer = StaticLayer(room)
+    layer.cumulative_length = torch.tensor(past.shape[1], device=DEVICE)
+    static = StaticTokenHistory(layer)
+    static.append(past)
+    return static
+
+
+@settings(max_examples=25, deadline=None)
+@given(cases(), st.sampled_from(ROW_TYPES), st.data())
+def test_a_lookup_is_the_longest_f_grams_row(case: Case, row_type: str, data: st.DataObject) -> None:
+    """Any f-grams, any batch, any padding in it, cut anywhere into tokens that are past and tokens that are new."""
+    rows, masks = data.draw(batches(case.alphabet))
+    assume(case.vocabulary.keys.dtype == np.uint32)  # what the accelerator matches; beyond 2³² nodes the host does
+    length = len(rows[0]) if rows else 0
+    tokens, mask = (np.array(part, kind).reshape(len(rows), length) for part, kind in ((rows, np.int64), (masks, bool)))
+    is_padded, cut = data.draw(st.booleans()), data.draw(st.integers(0, length))
+    starts = np.array(data.draw(st.lists(st.booleans(), min_size=tokens.size, max_size=tokens.size)), bool)
+    starts = starts.reshape(tokens.shape) & data.draw(st.booleans())
+    check(case, tokens, mask if is_padded else None, starts, [cut], row_type, 7, None, data.draw(st.booleans()))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.integers(0, 2**32),
+    st.integers(1, 6),
+    st.sampled_from([1.0, 0.7, 0.2]),
+    st.sampled_from(ROW_TYPES),
+    st.sampled_from([5, 1030]),
+    st.data(),
+)
+def test_where_f_grams_are_dense(
+    seed: int, max_n: int, kept: float, row_type: str, width: int, data: st.DataObject
+) -> None:
+    """Text of which nearly all is f-grams, behind much padding; rows in one block or in two; two steps of one table."""
+    random = np.random.default_rng(seed)
+    text = random.integers(0, 2, 70).tolist()
+    grams = Counter(tuple(text[at : at + n]) for n in range(2, max_n + 1) for at in range(len(text) - n + 1))
+    vocabulary = FGramVocabulary.from_counts(grams, vocab_size=5, max_n=max_n)
+    case = Case(vocabulary, reference.ranked(grams), (0, 1), grams)
+    split = data.draw(st.none() | st.integers(0, len(grams)))
+    mask = random.random((2, 30)) < kept if kept < 1 else None
+    cuts = data.draw(st.lists(st.integers(20, 30), min_size=2, max_size=2))
+    # a token that is outside the vocabulary has the node of an f-gram's number
+    tokens = random.choice([0, 1, 7], (2, 30), p=[0.48, 0.48, 0.04])
+    starts = random.random((2, 30)) < data.draw(st.sampled_from([0, 0.1]))
+    check(case, tokens, mask, starts, cuts, row_type, width, split, data.draw(st.booleans()))
+
+
+def check(
+    case: Case,
+    tokens: np.ndarray,
+    mask: np.ndarray | None,
+    starts: np.ndarray,
+    cuts: list[int],
+    row_type: str,
+    width: int,
+    split: int | None,
+    is_static: bool,
+) -> None:
+    """That ``tokens`` int64 [B, L], of which ``starts`` begin examples, are looked up by the law when they follow what
+    is before each cut; rows from ``split`` on are a block of their own. A history that ``is_static`` has unused places.
+    """
+    row_format = RowFormat.of(row_type, width, 4)
+    size = len(case.f_grams)
+    raw = torch.empty(0, row_format.row_bytes, dtype=torch.uint8, device=DEVICE)
+    if size:
+        rows = torch.randn(size, width, generator=torch.Generator().manual_seed(0))
+        raw = torch.from_numpy(row_format.encode(rows)).to(DEVICE)
+    dtype = row_format.float_dtype or torch.float32
+    decoded = row_format.decode(raw, dtype)
+    # apart in memory, so that reading beyond a block gives no row of the other
+    near, far = (raw, None) if split is None else (raw[:split].clone(), raw[split:].clone())
+    lookup = DeviceLookup(case.vocabulary, GPUReadableRows(near, far, row_type, width, row_format.group_size), DEVICE)
+    kept = np.ones_like(tokens, bool) if mask is None else mask
+    ranks = np.full_like(tokens, -1)
+    for b, i in enumerate(kept):
+        ranks[b, i] = np.array(case.matches(tokens[b, i].tolist(), None, starts[b, i].tolist()), np.int64)
+        ranks[b, i] -= case.vocab_size
+    ranks[tokens >= case.vocab_size] = -1
+    counts = [0, 0]
+    marked = torch.from_numpy(np.where(kept, tokens | np.where(starts, FIRST_BIT, 0), ~tokens)).to(DEVICE)
+    for start, cut in enumerate(cuts):  # of the second, vectors start where whole words do not
+        shape = (len(tokens), tokens.shape[1] - cut, width)
+        expected = torch.randn(shape, device=DEVICE).to(dtype)
+        vectors = torch.empty(start + expected.numel(), dtype=dtype, device=DEVICE)[start:].view(shape).copy_(expected)
+        history = history_of(marked[:, :cut], cut + 3 if is_static else None) if cut else None
+        past = (None, None) if history is None else (history.all(), history.places)
+        output, found = lookup(vectors, marked[:, cut:], *past)
+        assert torch.equal(vectors, expected)
+        assert found.cpu().numpy().tolist() == (ranks[:, cut:] >= 0).tolist()
+        b, i = np.nonzero(ranks[:, cut:] >= 0)
+        expected[b, i] = decoded[ranks[:, cut:][b, i]]
+        assert torch.equal(output, expected)
+        counts = [counts[0] + tokens[:, cut:].size, counts[1] + len(b)]
+    assert lookup.counts.tolist() == (counts if size else [0, 0])

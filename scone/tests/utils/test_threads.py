@@ -1,0 +1,77 @@
+"""Mapping over threads keeps the order, takes few items ahead, and stops at an error or where its caller does."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scone.utils.threads import map_in_order
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.integers(0, 3), max_size=40), st.integers(1, 4))
+def test_results_come_in_order_however_long_each_takes(items: list[int], num_threads: int) -> None:
+    def work(item: int) -> int:
+        time.sleep(item / 2000)
+        return item * item
+
+    assert list(map_in_order(work, items, num_threads)) == [item * item for item in items]
+
+
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_few_items_are_taken_before_they_are_asked_for(num_threads: int) -> None:
+    taken = 0
+
+    def items() -> Iterator[int]:
+        nonlocal taken
+        for item in range(1000):
+            taken += 1
+            yield item
+
+    for number, result in enumerate(map_in_order(lambda item: item, items(), num_threads), start=1):
+        assert result == number - 1
+        assert taken <= number + 3 * num_threads
+
+
+def test_an_error_is_raised_and_nothing_new_begins_after_it() -> None:
+    begun = []
+
+    def work(item: int) -> int:
+        begun.append(item)
+        time.sleep(0.01)
+        if item == 5:
+            raise KeyError(item)
+        return item
+
+    found: list[int] = []
+    with pytest.raises(KeyError):
+        found.extend(map_in_order(work, range(1000), 2))
+    assert found == [0, 1, 2, 3, 4]
+    before = len(begun)
+    assert before < 20
+    time.sleep(0.05)
+    assert len(begun) == before
+
+
+def test_a_caller_that_stops_waits_for_what_runs() -> None:
+    running = threading.Semaphore(0)
+
+    def work(item: int) -> int:
+        time.sleep(0.02)
+        running.release()
+        return item
+
+    results = map_in_order(work, range(1000), 3)
+    assert next(results) == 0
+    results.close()
+    done = 0
+    while running.acquire(blocking=False):
+        done += 1
+    assert 1 <= done <= 12
+    time.sleep(0.05)
+    assert not running.acquire(blocking=False)

@@ -1,0 +1,266 @@
+"""`count_f_grams`: checks, the work folder, one count, and the ranked vocabulary with its statistics."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import filelock
+import numpy as np
+
+from scone.tokenization.counting.engine import CountEngine
+from scone.tokenization.counting.levels import Survivors, rank_survivors
+from scone.tokenization.counting.plan import CountingPlan, plan_count
+from scone.tokenization.counting.tokens import TokenStream
+from scone.tokenization.f_gram_links import MAX_F_GRAM_LENGTH, MAX_VOCAB_SIZE
+from scone.tokenization.f_gram_vocabulary import FGramVocabulary
+from scone.utils.errors import SconeError
+from scone.utils.files import fingerprint_of, told_when_full
+from scone.utils.progress import progress
+from scone.utils.text import human_bytes, human_count
+
+
+@dataclass(frozen=True)
+class LevelStatistics:
+    """How one length fared. ``floor`` is the fewest occurrences that its last candidates needed."""
+
+    length: int
+    num_candidates: int
+    num_survivors: int
+    num_f_grams: int
+    floor: int
+
+
+@dataclass(frozen=True)
+class CountStatistics:
+    """What a count read and found. All but the last four are independent of budget, threads and corpus order."""
+
+    num_tokens: int
+    num_f_grams: int
+    requested_f_grams: int | None
+    count_at_cut: int | None
+    """Occurrences of the last f-gram; None where there is none."""
+    levels: tuple[LevelStatistics, ...]
+    notes: tuple[str, ...] = ()
+    seconds: float = 0.0
+    on_disk: bool = False
+    temporary_bytes: int = 0
+    num_threads: int = 1
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it, for a report."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class CountResult:
+    """The vocabulary, and how it came about."""
+
+    vocabulary: FGramVocabulary
+    statistics: CountStatistics
+
+
+def count_f_grams(
+    corpora: Sequence[np.ndarray],
+    *,
+    vocab_size: int,
+    max_n: int,
+    min_freq: int = 1,
+    max_f_grams: int | None = None,
+    separator_ids: Iterable[int] = (),
+    memory_budget_bytes: int | None = None,
+    work_dir: str | Path | None = None,
+    num_threads: int | None = None,
+    tokenizer_fingerprint: str = "",
+    quiet: bool = False,
+) -> CountResult:
+    """The ``max_f_grams`` most frequent n-grams of 2 … ``max_n`` tokens, with their exact counts.
+
+    Ranked by (count descending, length ascending, tokens lexicographic); the result does not depend on the order of the
+    corpora, the budget, the threads or an interruption. Reference implementation: ``count_n_grams``, ranked.
+
+    Args:
+        corpora: 1-D integer arrays of tokens below ``vocab_size`` (at most 2³² − 1); n-grams do not cross from one to
+            the next, nor any of ``separator_ids``. Memory-mapped arrays are read from their files.
+        min_freq: fewest occurrences. max_f_grams: None keeps all that reach ``min_freq``.
+        memory_budget_bytes: how much resident memory may grow; what does not fit goes to files. None: half of the free
+            memory.
+        work_dir: where temporary files go and where a count that was interrupted finds the lengths that it finished
+            (same tokens and options; budget and threads may differ); they go at the end. None: the system's temporary
+            folder, and no resuming.
+        num_threads: default all cores.
+
+    Raises:
+        SconeError: a token outside the vocabulary, a budget or a disk that is too small, a disk that fills up.
+    """
+    started = time.perf_counter()
+    separators = tuple(sorted({int(separator) for separator in separator_ids}))
+    _check_options(vocab_size, max_n, min_freq, max_f_grams)
+    stream = TokenStream(corpora, vocab_size)
+    plan = plan_count(
+        num_positions=stream.num_positions,
+        vocab_size=vocab_size,
+        max_n=max_n,
+        min_freq=min_freq,
+        max_f_grams=max_f_grams,
+        memory_budget_bytes=memory_budget_bytes,
+        num_threads=num_threads,
+    )
+    _say(_intention(stream, plan, work_dir), quiet)
+    total = stream.num_positions * (2 * max_n if plan.token_table is False else 2 * max_n - 1)
+    with progress(total, "position", "counting", quiet) as bar:
+        engine = CountEngine(stream, plan, max_n, min_freq, max_f_grams, separators, bar)
+        engine.read_tokens()
+        key = fingerprint_of(json.dumps([vocab_size, max_n, min_freq, max_f_grams, separators]), str(engine.checksum))
+        with work_folder(Path(work_dir) if work_dir else None, key, plan.temporary_bytes) as folder:
+            token_of_id, levels = engine.count(folder)
+            result = result_of_levels(
+                token_of_id,
+                levels,
+                num_tokens=stream.num_tokens,
+                vocab_size=vocab_size,
+                max_n=max_n,
+                min_freq=min_freq,
+                max_f_grams=max_f_grams,
+                separator_ids=separators,
+                tokenizer_fingerprint=tokenizer_fingerprint,
+            )
+    statistics = replace(
+        result.statistics,
+        seconds=time.perf_counter() - started,
+        on_disk=plan.on_disk,
+        temporary_bytes=plan.temporary_bytes,
+        num_threads=plan.num_threads,
+    )
+    for note in statistics.notes:
+        _say(note, quiet)
+    return CountResult(result.vocabulary, statistics)
+
+
+def result_of_levels(
+    token_of_id: np.ndarray,
+    levels: list[Survivors],
+    *,
+    num_tokens: int,
+    vocab_size: int,
+    max_n: int,
+    min_freq: int,
+    max_f_grams: int | None,
+    separator_ids: tuple[int, ...],
+    tokenizer_fingerprint: str,
+) -> CountResult:
+    """Rank what survived of all levels, for any engine: ``token_of_id`` uint32 [K], ``levels[0]`` the bigrams."""
+    prefixes, last_tokens, counts, lengths = rank_survivors(token_of_id, levels, vocab_size, max_f_grams)
+    vocabulary = FGramVocabulary.from_links(
+        prefixes,
+        last_tokens,
+        counts,
+        vocab_size=vocab_size,
+        max_n=max_n,
+        separator_ids=separator_ids,
+        tokenizer_fingerprint=tokenizer_fingerprint,
+    )
+    return CountResult(vocabulary, _statistics(num_tokens, max_f_grams, min_freq, levels, counts, lengths))
+
+
+def _check_options(vocab_size: int, max_n: int, min_freq: int, max_f_grams: int | None) -> None:
+    for name, value, least, most in (
+        ("vocab_size", vocab_size, 1, MAX_VOCAB_SIZE),
+        ("max_n", max_n, 1, MAX_F_GRAM_LENGTH),
+        ("min_freq", min_freq, 1, None),
+        ("max_f_grams", max_f_grams, 0, None),
+    ):
+        if value is not None and (value < least or (most is not None and value > most)):
+            limits = f"at least {least}" if most is None else f"{least} … {most}"
+            raise SconeError(f"found {name} = {value}; expected {limits}; choose a value in that range")
+
+
+def _intention(stream: TokenStream, plan: CountingPlan, work_dir: str | Path | None) -> str:
+    place = "in memory"
+    if plan.on_disk:
+        where = work_dir or "the system's temporary folder"
+        place = f"with at most {human_bytes(plan.temporary_bytes)} of temporary files in {where}"
+    return f"counting {human_count(stream.num_tokens)} tokens on {plan.num_threads} threads, {place}"
+
+
+def _say(line: str, quiet: bool) -> None:
+    if not quiet:
+        print(line, file=sys.stderr)
+
+
+@contextmanager
+def work_folder(work_dir: Path | None, key: str, temporary_bytes: int) -> Iterator[Path | None]:
+    """The folder of the count ``key`` inside ``work_dir``; removed when the count succeeds, left when it fails.
+
+    Without ``work_dir``: a folder of the system's temporary directory that is always removed, or None when nothing
+    goes to disk. Raises SconeError when the disk has less than ``temporary_bytes`` free beside what the folder already
+    holds, fills up later, or another process is counting in the folder.
+    """
+    if work_dir is None:
+        if not temporary_bytes:
+            yield None
+            return
+        with tempfile.TemporaryDirectory(prefix="scone-count-") as name:
+            _check_room(Path(name), temporary_bytes)
+            with told_when_full(f"temporary files in {name}", "count again, with a work_dir to resume"):
+                yield Path(name)
+        return
+    folder = work_dir / f"count-{key[:16]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(work_dir / f".{folder.name}.lock")
+    try:
+        held = lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise SconeError(
+            f"found another process counting in {folder}; expected one at a time; wait for it, or give another work_dir"
+        ) from None
+    with held, told_when_full(f"temporary files in {folder}", "run the same command again to go on from here"):
+        _check_room(folder, temporary_bytes)
+        yield folder
+        shutil.rmtree(folder)
+
+
+def _check_room(folder: Path, temporary_bytes: int) -> None:
+    held = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    free = shutil.disk_usage(folder).free
+    if free + held < temporary_bytes:
+        raise SconeError(
+            f"found {human_bytes(free)} free at {folder}; expected {human_bytes(temporary_bytes - held)} for temporary "
+            "files; free some space, give a work_dir on another disk, or raise the memory budget"
+        )
+
+
+def _statistics(
+    num_tokens: int,
+    max_f_grams: int | None,
+    min_freq: int,
+    levels: list[Survivors],
+    counts: np.ndarray,
+    lengths: np.ndarray,
+) -> CountStatistics:
+    in_vocabulary = np.bincount(lengths, minlength=len(levels) + 2)
+    notes = []
+    if max_f_grams is not None and len(counts) < max_f_grams:
+        notes.append(
+            f"found {len(counts):,} f-grams with at least {min_freq} occurrences; {max_f_grams:,} were asked for; "
+            "a larger corpus, a lower min_freq or a larger max_n gives more"
+        )
+    return CountStatistics(
+        num_tokens=num_tokens,
+        num_f_grams=len(counts),
+        requested_f_grams=max_f_grams,
+        count_at_cut=int(counts[-1]) if len(counts) else None,
+        levels=tuple(
+            LevelStatistics(length, level.num_candidates, len(level.keys), int(in_vocabulary[length]), level.floor)
+            for length, level in enumerate(levels, start=2)
+        ),
+        notes=tuple(notes),
+    )

@@ -1,0 +1,326 @@
+"""The passes of a count: read the tokens, then for each length key the n-grams, count them, and name the survivors."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from scone.kernels import ngram_count
+from scone.kernels.ngram_count import NO_ID
+from scone.tokenization.counting.blocks import FileBlocks, MemoryBlocks, Piece, page_array
+from scone.tokenization.counting.levels import CandidatePool, IdTable, KeySpace, RisingFloor, Survivors
+from scone.tokenization.counting.plan import CountingPlan
+from scone.tokenization.counting.tokens import TokenStream
+from scone.utils.files import atomic_path
+from scone.utils.progress import Progress
+from scone.utils.threads import map_in_order
+
+_FIRST_TABLE_SIZE = 1 << 13
+_NO_KEY = np.uint64(2**64 - 1)  # of a position where no n-gram ends; no pair of ids has this key
+
+
+class CountEngine:
+    """One count: ``read_tokens``, then ``count``.
+
+    Levels are lengths: level 2 holds the bigrams. Level 1 goes through the same machinery only where the vocabulary is
+    too large for an array of its counts.
+    """
+
+    def __init__(
+        self,
+        stream: TokenStream,
+        plan: CountingPlan,
+        max_n: int,
+        min_freq: int,
+        max_f_grams: int | None,
+        separators: tuple[int, ...],
+        bar: Progress,
+    ) -> None:
+        self._stream, self._plan, self._max_n, self._min_freq = stream, plan, max_n, min_freq
+        self._max_f_grams = max_f_grams
+        self._separators = np.array([s for s in separators if 0 <= s < stream.vocab_size], np.uint32)
+        self._bar = bar
+        self._token_counts = np.zeros(stream.vocab_size if plan.token_table else 0, np.int64)
+        self._local = threading.local()  # what a thread keeps from one item to the next; it ends with the pass
+        self.checksum = 0
+
+    # The first pass
+
+    def read_tokens(self) -> None:
+        """Check every token, count tokens where the plan has an array for it, and sum the input up in ``checksum``."""
+        lock = threading.Lock()
+
+        def read(block: int) -> int:
+            counts = np.zeros_like(self._token_counts)
+            start, length = self._plan.span(block)
+            total = 0
+            for position, tokens in self._stream.read(start, start + length):
+                bad = self._first_outside(tokens, counts)
+                if bad >= 0:
+                    self._stream.refuse(position + bad)
+                total += int(ngram_count.checksum_words(tokens, position))
+            with lock:
+                np.add(self._token_counts, counts, out=self._token_counts)
+                self.checksum = (self.checksum + total) % 2**64
+            return length
+
+        self._each(read, range(self._plan.num_blocks))
+
+    def _first_outside(self, tokens: np.ndarray, counts: np.ndarray) -> int:
+        if self._plan.token_table:
+            return int(ngram_count.histogram_tokens(tokens, counts))
+        outside = tokens >= self._stream.vocab_size
+        return int(outside.argmax()) if outside.any() else -1
+
+    # All lengths
+
+    def count(self, folder: Path | None) -> tuple[np.ndarray, list[Survivors]]:
+        """Tokens by id uint32 [K], and what survived of lengths 2 … N (fewer where nothing is left to extend).
+
+        ``folder``: where finished levels are kept and found again, and blocks that do not fit into memory.
+        """
+        if not self._stream.num_positions or self._max_f_grams == 0:
+            return np.empty(0, np.uint32), []
+        self._blocks = self._empty_blocks(folder)
+        self._last_keys = np.full(self._plan.num_blocks, _NO_KEY, np.uint64)
+        levels: list[Survivors] = []
+        below: tuple[KeySpace, np.ndarray] | None = None
+        if self._plan.token_table:
+            token_of_id = self._tokens_of_table()
+        else:
+            space = KeySpace.of(self._plan, 0, self._stream.vocab_size)
+            tokens = self._level(1, space, None, RisingFloor(self._min_freq, None), folder)
+            token_of_id = tokens.keys.astype(np.uint32)
+            below = (space, tokens.keys)
+        floor = RisingFloor(self._min_freq, self._max_f_grams)
+        num_ids = len(token_of_id)
+        for length in range(2, self._max_n + 1):
+            if not num_ids:
+                break
+            space = KeySpace.of(self._plan, num_ids, self._stream.vocab_size)
+            level = self._level(length, space, below, floor, folder)
+            levels.append(level)
+            below = (space, level.keys[level.id_indices()])
+            num_ids = len(below[1])
+        return token_of_id, levels
+
+    def _empty_blocks(self, folder: Path | None) -> MemoryBlocks | FileBlocks:
+        if folder is None or not self._plan.on_disk:
+            return MemoryBlocks(self._plan)
+        blocks = folder / "blocks"
+        shutil.rmtree(blocks, ignore_errors=True)  # of a count that was interrupted
+        blocks.mkdir()
+        return FileBlocks(self._plan, blocks)
+
+    def _tokens_of_table(self) -> np.ndarray:
+        kept = self._token_counts >= self._min_freq
+        kept[self._separators] = False
+        return np.flatnonzero(kept).astype(np.uint32)
+
+    def _level(
+        self,
+        length: int,
+        space: KeySpace,
+        below: tuple[KeySpace, np.ndarray] | None,
+        floor: RisingFloor,
+        folder: Path | None,
+    ) -> Survivors:
+        """Bring all blocks to level ``length``; count it, or take what an interrupted count found."""
+        finished = _load_level(folder, length)
+        if finished is None or length < self._max_n:
+            if below is None:
+                self._fill(space)
+            else:
+                self._advance(space, *below)
+        if finished is None:
+            finished = self._count_level(length, space, floor)
+            _save_level(folder, length, finished)
+        else:
+            self._bar.update(self._plan.num_positions)
+            if length > 1:
+                floor.finish_level(finished.counts)
+        return finished
+
+    # Keys from tokens
+
+    def _fill(self, space: KeySpace) -> None:
+        id_of_token = None
+        if space.num_ids:
+            id_of_token = np.full(self._stream.vocab_size, NO_ID, np.uint32)
+            id_of_token[self._tokens_of_table()] = np.arange(space.num_ids, dtype=np.uint32)
+
+        def fill(block: int) -> int:
+            start, size = self._plan.span(block)
+            ids = self._scratch("ids", size)
+            self._ids_of_tokens(start, ids, id_of_token)
+            carry = np.full(1, NO_ID, np.uint32)
+            if start and space.num_ids:
+                self._ids_of_tokens(start - 1, carry, id_of_token)
+            self._write_keys(space, block, ids, carry[0])
+            return size
+
+        self._each(fill, range(self._plan.num_blocks))
+
+    def _ids_of_tokens(self, start: int, ids: np.ndarray, id_of_token: np.ndarray | None) -> None:
+        """Write the ids of the positions from ``start`` on into ``ids`` uint32 [L]; without a table, the tokens."""
+        ids[:] = NO_ID
+        for position, tokens in self._stream.read(start, start + len(ids)):
+            target = ids[position - start : position - start + len(tokens)]
+            if id_of_token is not None:
+                ngram_count.map_tokens(tokens, id_of_token, target)
+            else:
+                target[:] = tokens
+                target[np.isin(tokens, self._separators)] = NO_ID
+
+    def _write_keys(self, space: KeySpace, block: int, ids: np.ndarray, carry: np.uint32) -> None:
+        """Store the n-grams whose prefix and suffix ids stand at neighbouring positions of ``ids`` uint32 [L]."""
+        content = self._blocks.room(block, space.num_partitions, space.dtype)
+        ngram_count.partition_keys(
+            ids,
+            carry,
+            space.num_ids,
+            space.multiplier,
+            space.key_bits,
+            space.remainder_bits,
+            content.parts,
+            content.remainders,
+            content.offsets,
+        )
+        self._blocks.write(block, content)
+        prefix, suffix = (ids[-2] if len(ids) > 1 else carry), ids[-1]
+        known = suffix != NO_ID and (prefix != NO_ID or not space.num_ids)
+        self._last_keys[block] = int(prefix) * space.num_ids + int(suffix) if known else _NO_KEY
+
+    # Keys from the level below
+
+    def _advance(self, space: KeySpace, below: KeySpace, keys_below: np.ndarray) -> None:
+        """Replace every block's keys of the level below, of which ``keys_below`` have ids, by those of this level."""
+        table = IdTable.build(keys_below, below)
+        places = np.minimum(np.searchsorted(keys_below, self._last_keys), len(keys_below) - 1)
+        last_ids = np.where(keys_below[places] == self._last_keys, places.astype(np.uint32), NO_ID)
+        carries = np.concatenate([[NO_ID], last_ids[:-1]])  # the id just before each block
+
+        def advance(block: int) -> int:
+            content = self._blocks.read(block, below.num_partitions, below.dtype)
+            in_order = self._scratch("in order of partitions", len(content.parts))
+            ngram_count.ids_of_remainders(content.remainders, content.offsets, table.slot_bits, table.slots, in_order)
+            ids = self._scratch("ids", len(content.parts))
+            ngram_count.restore_positions(in_order, content.offsets, content.parts, ids)
+            self._write_keys(space, block, ids, carries[block])
+            return len(ids)
+
+        self._each(advance, range(self._plan.num_blocks))
+
+    # Counting
+
+    def _count_level(self, length: int, space: KeySpace, floor: RisingFloor) -> Survivors:
+        pool = CandidatePool(floor, self._max_f_grams if length > 1 else None)
+        sizes = self._blocks.partition_sizes(space.num_partitions)
+        self._bar.update(self._plan.num_positions - int(sizes.sum()))  # positions where no candidate ends
+        first = 0
+        for last in _groups(sizes, space, self._plan):
+            self._count_group(first, last, space, pool)
+            first = last
+        used_floor = floor.value
+        keys, counts = pool.take()
+        cut = floor.finish_level(counts) if length > 1 else 0
+        return Survivors(space.num_ids, keys, counts, cut, pool.num_candidates, used_floor)
+
+    def _count_group(self, first: int, last: int, space: KeySpace, pool: CandidatePool) -> None:
+        """Count partitions ``first:last`` into the pool."""
+
+        def count(piece: Piece, row: int) -> int:
+            table, distinct = self._add_to_table(piece, row, self._fresh_table(space.dtype), 0)
+            self._collect(piece.first + row, table, distinct, space, pool)
+            return int((piece.stops[row] - piece.starts[row]).sum())
+
+        table, distinct = None, 0
+        for piece in self._blocks.pieces(first, last, space.num_partitions, space.dtype):
+            if piece.complete:
+                self._each(partial(count, piece), range(len(piece.starts)))
+            else:  # one partition, with so many occurrences of something that it comes in pieces
+                table = np.zeros(_FIRST_TABLE_SIZE, space.dtype) if table is None else table
+                table, distinct = self._add_to_table(piece, 0, table, distinct)
+                self._bar.update(len(piece.remainders))
+        if table is not None:
+            self._collect(first, table, distinct, space, pool)
+
+    def _fresh_table(self, dtype: np.dtype) -> np.ndarray:
+        """This thread's table, emptied; it has grown to the size that the level's partitions need."""
+        table = getattr(self._local, "table", None)
+        if table is None or table.dtype != dtype:
+            return np.zeros(_FIRST_TABLE_SIZE, dtype)
+        table[:] = 0
+        return table
+
+    def _add_to_table(self, piece: Piece, row: int, table: np.ndarray, distinct: int) -> tuple[np.ndarray, int]:
+        table, distinct = ngram_count.count_partition(
+            piece.remainders, piece.starts[row], piece.stops[row], table, distinct
+        )
+        if piece.complete:
+            self._local.table = table
+        return table, distinct
+
+    def _collect(self, partition: int, table: np.ndarray, distinct: int, space: KeySpace, pool: CandidatePool) -> None:
+        remainders, counts = ngram_count.collect_counts(table, pool.floor)
+        keys = ngram_count.keys_of_remainders(
+            remainders, partition, space.inverse, space.key_bits, space.remainder_bits
+        )
+        pool.add(keys, counts, distinct)
+
+    # Threads
+
+    def _scratch(self, name: str, size: int) -> np.ndarray:
+        """uint32 [size] of this thread, the same memory for every block."""
+        buffer = getattr(self._local, name, None)
+        if buffer is None:
+            buffer = page_array(self._plan.block_positions, np.uint32)
+            setattr(self._local, name, buffer)
+        return buffer[:size]
+
+    def _each(self, work: Callable[[int], int], items: Iterable[int]) -> None:
+        """Run ``work``, which returns how many positions it did, on every item on all threads. Stops at an error."""
+        for positions in map_in_order(work, items, self._plan.num_threads):
+            self._bar.update(positions)
+
+
+def _groups(sizes: np.ndarray, space: KeySpace, plan: CountingPlan) -> Iterator[int]:
+    """Ends of runs of neighbouring partitions that are in memory together."""
+    total, first = 0, 0
+    for partition, size in enumerate(sizes.tolist()):
+        if partition > first and (total + size) * space.dtype.itemsize > plan.group_bytes:
+            yield partition
+            total, first = 0, partition
+        total += size
+    yield len(sizes)
+
+
+# Finished levels
+
+
+def _save_level(folder: Path | None, length: int, level: Survivors) -> None:
+    if folder is not None:
+        with atomic_path(_level_path(folder, length)) as temporary, temporary.open("wb") as file:
+            np.savez(file, **vars(level))
+
+
+def _load_level(folder: Path | None, length: int) -> Survivors | None:
+    """The survivors of a level that was counted to its end; None where they are not there or damaged."""
+    if folder is None:
+        return None
+    try:
+        with np.load(_level_path(folder, length), allow_pickle=False) as saved:  # which compares checksums
+            arrays = {name: saved[name] for name in Survivors.__annotations__}
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
+        return None
+    return Survivors(**{name: array if array.ndim else array.item() for name, array in arrays.items()})
+
+
+def _level_path(folder: Path, length: int) -> Path:
+    return folder / f"level-{length:03d}.npz"

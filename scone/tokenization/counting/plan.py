@@ -1,0 +1,152 @@
+"""Sizes that fit a count into a memory budget: blocks, partitions, groups; and what it needs of the disk."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from scone.utils.errors import SconeError
+from scone.utils.text import human_bytes
+
+_MAX_PARTITION_BITS = 15  # a partition is named by 16 bits, of which one value means "none"
+_WIDE_PARTITION_BITS = 12  # up to here a level may take more partitions than planned to keep remainders at 32 bits
+_MIN_BLOCK_POSITIONS = 256
+_MAX_BLOCK_POSITIONS = 1 << 22
+_LEAST_IN_MEMORY_BLOCK = 1 << 18  # below this, files with larger blocks are faster
+_POSITIONS_PER_PARTITION = 1 << 18  # about 50,000 different n-grams of real text: a table that fits in an L2 cache
+# One surviving n-gram at the worst moment: the pool of candidates twice over (32), a sorted copy (24), its place in the
+# ranking (16) and in the vocabulary that is being built (40); and, for each level that is full, its key and count (16).
+_BYTES_PER_F_GRAM = 32 + 24 + 16 + 40
+_BYTES_PER_F_GRAM_AND_LEVEL = 16
+_BYTES_PER_TOKEN_TYPE = 12  # its count (8) and its id (4)
+_TABLE_FACTOR = 6  # a table under way from capacity C to 2 C holds 3 C entries and at least C / 2 n-grams
+_LEVELS_OVERHEAD_BYTES = 1 << 16  # names and headers in the files of the levels
+_USABLE = 0.95  # of what is left for buffers; the rest is for thread stacks, file handles and the allocator
+
+
+@dataclass(frozen=True)
+class CountingPlan:
+    """Sizes that decide speed and memory, and never the answer."""
+
+    num_positions: int
+    num_threads: int
+    on_disk: bool
+    block_positions: int
+    partition_bits: int
+    remainder_bytes: int
+    """4 where every level's keys, shuffled and without their partition, fit 32 bits; else 8."""
+    group_bytes: int
+    """Remainders that are in memory at a time while one level is counted."""
+    token_table: bool
+    """Whether tokens are counted in an array of V counts (else by partitions, as n-grams are)."""
+    saved_n_grams: int
+    """Most survivors that the saved levels hold together."""
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of ``block_positions`` positions, the last one perhaps shorter."""
+        return -(-self.num_positions // self.block_positions)
+
+    def span(self, block: int) -> tuple[int, int]:
+        """Where a block starts, and how many positions it has."""
+        start = block * self.block_positions
+        return start, min(self.block_positions, self.num_positions - start)
+
+    @property
+    def temporary_bytes(self) -> int:
+        """Upper bound of what lies on disk at any moment; 0 where the count stays in memory."""
+        if not self.on_disk:
+            return 0
+        offsets_bytes = 8 * ((1 << max(self.partition_bits, _WIDE_PARTITION_BITS)) + 1)
+        block_bytes = self.block_positions * (2 + self.remainder_bytes) + offsets_bytes + 3 * 128
+        return self.num_blocks * block_bytes + 16 * self.saved_n_grams + _LEVELS_OVERHEAD_BYTES
+
+    def level_bits(self, num_keys: int) -> tuple[int, int]:
+        """Bits of a key at a level with keys below ``num_keys``; and how many of them are stored as the remainder."""
+        key_bits = max(2, (num_keys - 1).bit_length())
+        wide = min(key_bits - 32, _WIDE_PARTITION_BITS)
+        return key_bits, key_bits - min(key_bits - 1, max(self.partition_bits, wide))
+
+    def remainder_dtype(self, remainder_bits: int) -> np.dtype:
+        """uint32 where remainders, and counts of as many positions, fit; else uint64."""
+        small = remainder_bits <= 32 and self.num_positions < 2**32
+        return np.dtype(np.uint32 if small else np.uint64)
+
+
+def plan_count(
+    *,
+    num_positions: int,
+    vocab_size: int,
+    max_n: int,
+    min_freq: int,
+    max_f_grams: int | None,
+    memory_budget_bytes: int | None,
+    num_threads: int | None,
+) -> CountingPlan:
+    """Choose sizes for a count within ``memory_budget_bytes`` (None: half of the free memory, and no refusal).
+
+    Raises SconeError when the budget cannot hold even the f-grams that were asked for; says how much would do.
+    """
+    threads = num_threads or len(os.sched_getaffinity(0))
+    most_ids = num_positions // max(1, min_freq)
+    most_f_grams = min(most_ids, max_f_grams if max_f_grams is not None else most_ids)
+    fixed_bytes = most_f_grams * (_BYTES_PER_F_GRAM + _BYTES_PER_F_GRAM_AND_LEVEL * max(1, max_n - 1))
+    budget = memory_budget_bytes
+    if budget is None:
+        budget = max(_free_memory_bytes() // 2, fixed_bytes + (256 << 20) + vocab_size * _BYTES_PER_TOKEN_TYPE)
+    table_bytes = vocab_size * _BYTES_PER_TOKEN_TYPE
+    token_table = table_bytes <= max(budget - fixed_bytes, 0) // 4
+    if token_table:
+        fixed_bytes += table_bytes
+    else:
+        fixed_bytes += 2 * 24 * min(vocab_size, most_ids)
+    buffer_bytes = int((budget - fixed_bytes) * _USABLE)
+    least_bytes = _least_buffer_bytes(threads, num_positions)
+    if buffer_bytes < least_bytes:
+        raise SconeError(
+            f"found a memory budget of {human_bytes(budget)}; expected at least "
+            f"{human_bytes(fixed_bytes + least_bytes / _USABLE + 1)} for {most_f_grams:,} f-grams of up to {max_n} "
+            "tokens from this corpus; raise the budget, or ask for fewer f-grams"
+        )
+    wide_ids = max(min(vocab_size, most_ids), most_f_grams).bit_length()
+    fits = 2 * wide_ids <= 32 + _WIDE_PARTITION_BITS and num_positions < 2**32
+    plan = _cut(num_positions, threads, buffer_bytes, 4 if fits else 8, token_table)
+    return replace(plan, saved_n_grams=most_f_grams * max_n + (0 if token_table else min(vocab_size, most_ids)))
+
+
+def _cut(num_positions: int, threads: int, buffer_bytes: int, remainder_bytes: int, token_table: bool) -> CountingPlan:
+    """Blocks, partitions and groups for ``buffer_bytes`` of buffers."""
+    stored_bytes = 2 + remainder_bytes
+    in_memory_block = min(_MAX_BLOCK_POSITIONS, max(_MIN_BLOCK_POSITIONS, -(-num_positions // threads)))
+    partition_bits = max(1, (num_positions // _POSITIONS_PER_PARTITION).bit_length())
+    table_entry_bytes = 2 * remainder_bytes * _TABLE_FACTOR
+    while threads * table_entry_bytes * (num_positions >> partition_bits) > buffer_bytes // 3:
+        partition_bits += 1
+    partition_bits = min(partition_bits, _MAX_PARTITION_BITS)
+    table_bytes = threads * table_entry_bytes * (num_positions >> partition_bits)
+    scratch_bytes = max(threads * in_memory_block * 8, table_bytes)
+    while num_positions * stored_bytes + scratch_bytes > buffer_bytes and in_memory_block > _LEAST_IN_MEMORY_BLOCK:
+        in_memory_block //= 2
+        scratch_bytes = max(threads * in_memory_block * 8, table_bytes)
+    on_disk = num_positions * stored_bytes + scratch_bytes > buffer_bytes
+    block_positions = in_memory_block
+    if on_disk:
+        # a thread that advances a block holds it as it was and as it becomes, and two arrays of ids
+        fitting = buffer_bytes // (threads * (2 * stored_bytes + 8))
+        block_positions = max(_MIN_BLOCK_POSITIONS, min(fitting, _MAX_BLOCK_POSITIONS, -(-num_positions // threads)))
+    group_bytes = max(buffer_bytes - table_bytes, block_positions * remainder_bytes) if on_disk else 1 << 62
+    return CountingPlan(
+        num_positions, threads, on_disk, block_positions, partition_bits, remainder_bytes, group_bytes, token_table, 0
+    )
+
+
+def _least_buffer_bytes(threads: int, num_positions: int) -> int:
+    """Below this, tables of the smallest partitions and blocks of the smallest size would not fit."""
+    tables = 3 * threads * 2 * 8 * _TABLE_FACTOR * (num_positions >> _MAX_PARTITION_BITS)
+    return max(tables, threads * _MIN_BLOCK_POSITIONS * 28)
+
+
+def _free_memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")

@@ -1,0 +1,256 @@
+"""The same count on a cluster: Apache Spark adds up what each slice of the corpus holds; the ranking is the local one.
+
+Level by level as on one machine: every task keys the n-grams of its slice (it is handed the survivors of the levels
+below), Spark sums equal keys, and the first S of the level come back to the driver, which raises the floor exactly as
+the local engine does. The survivors of all levels (16 bytes each) must fit the driver and every executor.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from scone.tokenization.counting.count import CountResult, result_of_levels
+from scone.tokenization.counting.levels import CandidatePool, RisingFloor, Survivors
+from scone.tokenization.counting.tokens import file_offset
+from scone.utils.errors import SconeError
+
+if TYPE_CHECKING:
+    import pyarrow
+    from pyspark.sql import DataFrame, SparkSession
+
+_COUNTS_SCHEMA = "key long, number long"
+_MAX_IDS = 3_037_000_499  # their square is the largest that fits Spark's signed 64-bit integers
+
+
+@dataclass(frozen=True)
+class TokenFileSlice:
+    """Tokens ``start:stop`` of an array in a file that every executor can read, and ``lead`` before them as context."""
+
+    path: str
+    dtype: str
+    offset_bytes: int
+    start: int
+    stop: int
+    lead: int
+
+    def read(self) -> np.ndarray:
+        """The tokens, context first, uint32."""
+        first = self.start - self.lead
+        offset = self.offset_bytes + first * np.dtype(self.dtype).itemsize
+        tokens = np.fromfile(self.path, self.dtype, self.stop - first, offset=offset)
+        if len(tokens) != self.stop - first:
+            raise SconeError(
+                f"found {self.path} with too few tokens for {self.start} … {self.stop}; expected the file that the "
+                "driver sees; put token files on storage that all executors share"
+            )
+        return tokens
+
+
+def count_f_grams_on_spark(
+    spark: SparkSession,
+    *,
+    token_arrays: Sequence[np.memmap] = (),
+    parquet_path: str | None = None,
+    parquet_column: str = "tokens",
+    vocab_size: int,
+    max_n: int,
+    min_freq: int = 1,
+    max_f_grams: int | None = None,
+    separator_ids: Iterable[int] = (),
+    slice_tokens: int = 4_000_000,
+    tokenizer_fingerprint: str = "",
+) -> CountResult:
+    """What ``counting.count_f_grams`` returns for the same tokens, counted by ``spark``.
+
+    Args:
+        token_arrays: memory-mapped token arrays (token files) under paths that all executors can read.
+        parquet_path: instead: a parquet file or folder with one document a row, tokens in ``parquet_column`` (a list of
+            integers); n-grams do not cross rows.
+        slice_tokens: tokens of one task.
+
+    Executors need this package and its requirements. Raises SconeError for tokens outside the vocabulary, arrays that
+    are not files, or a parquet column that is not there.
+    """
+    started = time.perf_counter()
+    if parquet_path is None:
+        corpus = _sliced(spark, token_arrays, slice_tokens, max_n)
+    else:
+        corpus = _documents(spark, parquet_path, parquet_column)
+    separators = np.array(sorted({int(separator) for separator in separator_ids}), np.int64)
+    task = _Task(parquet_path is None, vocab_size, separators)
+    tokens, numbers = _collected(_summed(corpus, partial(_token_counts, task)))
+    outside = tokens[(tokens < 0) | (tokens >= vocab_size)]
+    if len(outside):
+        raise SconeError(
+            f"found token {outside[0]}; expected tokens 0 … {vocab_size - 1}; count with the vocab_size of "
+            "the tokenizer that made the corpus"
+        )
+    token_of_id = np.sort(tokens[(numbers >= min_freq) & ~np.isin(tokens, separators)]).astype(np.uint32)
+    levels = _levels(spark, corpus, task, token_of_id, max_n, min_freq, max_f_grams)
+    result = result_of_levels(
+        token_of_id,
+        levels,
+        num_tokens=int(numbers.sum()),
+        vocab_size=vocab_size,
+        max_n=max_n,
+        min_freq=min_freq,
+        max_f_grams=max_f_grams,
+        separator_ids=tuple(separators.tolist()),
+        tokenizer_fingerprint=tokenizer_fingerprint,
+    )
+    statistics = replace(result.statistics, seconds=time.perf_counter() - started)
+    return replace(result, statistics=statistics)
+
+
+def _levels(
+    spark: SparkSession,
+    corpus: DataFrame,
+    task: _Task,
+    token_of_id: np.ndarray,
+    max_n: int,
+    min_freq: int,
+    max_f_grams: int | None,
+) -> list[Survivors]:
+    """Survivors of lengths 2 … N, each counted by one Spark job."""
+    from pyspark import StorageLevel
+
+    levels: list[Survivors] = []
+    floor = RisingFloor(min_freq, max_f_grams)
+    keys_below = [token_of_id.astype(np.int64)]
+    for _length in range(2, max_n + 1):
+        num_ids = len(keys_below[-1])
+        if num_ids == 0 or max_f_grams == 0:
+            break
+        if num_ids > _MAX_IDS:
+            raise SconeError(f"found {num_ids:,} n-grams of one length; expected at most {_MAX_IDS:,}; raise min_freq")
+        known = spark.sparkContext.broadcast(keys_below)
+        counted = _summed(corpus, partial(_n_gram_counts, task, known)).persist(StorageLevel.DISK_ONLY)
+        num_candidates = counted.count()
+        first = counted.where(counted["number"] >= floor.value)
+        if max_f_grams is not None:
+            first = first.orderBy(counted["number"].desc(), counted["key"]).limit(max_f_grams)
+        found, numbers = _collected(first)
+        counted.unpersist()
+        known.unpersist()
+        pool = CandidatePool(floor, max_f_grams)
+        pool.add(found.astype(np.uint64), numbers.astype(np.uint64), num_candidates)
+        used_floor = floor.value
+        keys, counts = pool.take()
+        levels.append(Survivors(num_ids, keys, counts, floor.finish_level(counts), num_candidates, used_floor))
+        keys_below.append(keys[levels[-1].id_indices()].astype(np.int64))
+    return levels
+
+
+def _summed(corpus: DataFrame, partial_counts: Any) -> DataFrame:
+    """Columns ``key`` and ``number``: the partial counts of all tasks, added up by Spark."""
+    return corpus.mapInArrow(partial_counts, _COUNTS_SCHEMA).groupBy("key").agg({"number": "sum"}).toDF("key", "number")
+
+
+def _collected(counted: DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """Keys and numbers int64 [K] of a frame of ``_summed``, on the driver."""
+    table = counted.toArrow()
+    return table["key"].to_numpy(), table["number"].to_numpy()
+
+
+def _sliced(spark: SparkSession, arrays: Sequence[np.memmap], slice_tokens: int, max_n: int) -> DataFrame:
+    rows = []
+    for array in arrays:
+        offset_bytes = file_offset(array)
+        if offset_bytes is None or array.ndim != 1:
+            raise SconeError(
+                "found a token array that is not a whole memory-mapped file; expected 1-D numpy.memmap arrays; open "
+                "the token files under a path that all executors share"
+            )
+        path = str(Path(str(array.filename)).resolve())
+        for start in range(0, len(array), slice_tokens):
+            stop = min(start + slice_tokens, len(array))
+            rows.append((path, array.dtype.str, offset_bytes, start, stop, min(start, max_n - 1)))
+    schema = "path string, dtype string, offset_bytes long, start long, stop long, lead long"
+    slices = spark.createDataFrame(rows, schema)
+    return slices.repartition(max(1, len(rows)), "path", "start")
+
+
+def _documents(spark: SparkSession, path: str, column: str) -> DataFrame:
+    found = spark.read.parquet(path)
+    if column not in found.columns:
+        raise SconeError(
+            f"found the columns {', '.join(found.columns)} in {path}; expected {column}; name the column of token lists"
+        )
+    return found.select(column)
+
+
+# What runs on the executors
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What every task knows: whether its rows are slices of token files or documents, V, and the separators."""
+
+    of_files: bool
+    vocab_size: int
+    separators: np.ndarray
+
+    def runs(self, batches: Iterable[pyarrow.RecordBatch]) -> Iterator[tuple[np.ndarray, int]]:
+        """Token runs int64 [L], -1 between documents; and how many positions at the front are only context."""
+        for batch in batches:
+            if self.of_files:
+                for row in batch.to_pylist():
+                    piece = TokenFileSlice(**row)
+                    yield piece.read().astype(np.int64), piece.lead
+            else:
+                yield _with_breaks(batch.column(0)), 0
+
+
+def _with_breaks(lists: pyarrow.ListArray) -> np.ndarray:
+    """All documents of a batch in one array int64, -1 after each."""
+    lists = lists.drop_null()
+    lengths = lists.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
+    run = np.full(int(lengths.sum()) + len(lengths), -1, np.int64)
+    is_token = np.ones(len(run), bool)
+    is_token[np.cumsum(lengths + 1) - 1] = False
+    run[is_token] = lists.flatten().to_numpy(zero_copy_only=False)
+    return run
+
+
+def _batch(keys: np.ndarray, numbers: np.ndarray) -> pyarrow.RecordBatch:
+    import pyarrow
+
+    columns = [pyarrow.array(keys.astype(np.int64)), pyarrow.array(numbers.astype(np.int64))]
+    return pyarrow.RecordBatch.from_arrays(columns, names=["key", "number"])
+
+
+def _token_counts(task: _Task, batches: Iterable[pyarrow.RecordBatch]) -> Iterator[pyarrow.RecordBatch]:
+    for run, lead in task.runs(batches):
+        tokens = run[lead:]
+        yield _batch(*np.unique(tokens if task.of_files else tokens[tokens != -1], return_counts=True))
+
+
+def _n_gram_counts(task: _Task, known: Any, batches: Iterable[pyarrow.RecordBatch]) -> Iterator[pyarrow.RecordBatch]:
+    """Keys and counts of the level above ``known.value``, the keys (ascending, int64) of all levels that have ids."""
+    for run, lead in task.runs(batches):
+        ids = _ids_of(run, known.value[0])
+        for keys_of_level, keys_below in zip(known.value[1:], known.value, strict=False):
+            ids = _ids_of(_keys(ids, len(keys_below)), keys_of_level)
+        keys = _keys(ids, len(known.value[-1]))[lead:]
+        yield _batch(*np.unique(keys[keys >= 0], return_counts=True))
+
+
+def _keys(ids: np.ndarray, num_ids: int) -> np.ndarray:
+    """The key of the n-gram that ends at each position, int64 [L]; -1 where prefix or suffix has no id."""
+    keys = np.full(len(ids), -1, np.int64)
+    whole = (ids[:-1] >= 0) & (ids[1:] >= 0)
+    keys[1:][whole] = ids[:-1][whole] * num_ids + ids[1:][whole]
+    return keys
+
+
+def _ids_of(keys: np.ndarray, survivors: np.ndarray) -> np.ndarray:
+    """The index of each key in ``survivors`` (ascending), int64 [L]; -1 where it is not there."""
+    places = np.minimum(np.searchsorted(survivors, keys), len(survivors) - 1)
+    return np.where(survivors[places] == keys, places, -1)
