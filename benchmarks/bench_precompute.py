@@ -26,7 +26,6 @@ from scone.models.f_gram_model import padded_f_gram_model
 from scone.models.language_model import SconeForCausalLM
 from scone.tokenization.counting import count_f_grams
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
-from scone.utils.memory import return_large_blocks
 
 VOCAB_SIZE, MAX_N = 16_384, 5
 SIZES = {
@@ -186,7 +185,6 @@ def measure_memory(report: Report, vocabulary: FGramVocabulary, folder: Path) ->
 
 
 def _child(vocabulary_path: Path, size: str, table: Path) -> dict[str, int]:
-    return_large_blocks()  # as the command does with that option
     model = _model(FGramVocabulary.load(vocabulary_path), size)
     precompute_table(model, table, use_memory_map=True, quiet=True)
     status = Path("/proc/self/status").read_text(encoding="ascii")

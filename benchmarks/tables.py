@@ -22,7 +22,7 @@ PLACES = {
     "plain": "plain",
     "doubled": "plain, twice the layers",
     "gpu": "table on the GPU",
-    "ram": "in pinned RAM",
+    "ram": "in pinned memory",
     "tiered": "tiers: GPU, RAM, disk",
     "mmap": "memory-mapped",
     "direct": "on disk, read directly",

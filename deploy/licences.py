@@ -25,7 +25,7 @@ def main() -> int:
     parser.add_argument("--extras", nargs="*", default=[], help="extras whose requirements are listed too")
     parser.add_argument("--markdown", action="store_true", help="as the page docs/licences.md")
     chosen = parser.parse_args()
-    found = requirements("scone", set(chosen.extras))
+    found = requirements("scone-lm", set(chosen.extras))
     rows = [(name, importlib.metadata.version(name), licence(name)) for name in sorted(found)]
     if chosen.markdown:
         print(page(rows))

@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # workers are ended, not left behind
     plan = Plan.read(arguments)
     plan.check_folder()
-    if arguments.gpus is not None:
+    if arguments.gpus is not None and not arguments.worker:
         check_gpus(arguments.gpus)
     if arguments.worker:
         plan.run(arguments.worker, arguments.keep_models)

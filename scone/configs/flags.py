@@ -16,20 +16,6 @@ from scone.utils.errors import SconeError
 _METAVARS = {bool: "true|false", int: "N", float: "X", str: "TEXT"}
 
 
-class Described(Exception):
-    """Raised by the hidden flag --describe: the parser of a command, for who wants to know its flags (completion)."""
-
-    def __init__(self, parser: OptionParser) -> None:
-        super().__init__(parser.prog)
-        self.parser = parser
-
-
-class _Describe(argparse.Action):
-    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
-        assert isinstance(parser, OptionParser)
-        raise Described(parser)
-
-
 class OptionParser(argparse.ArgumentParser):
     """An argument parser whose complaints are SconeErrors; only flags that were given are in its result."""
 
@@ -48,7 +34,6 @@ class OptionParser(argparse.ArgumentParser):
         self.add_argument(  # like --debug, it is taken out before (utils/command_line.py) and here for the help only
             "--quiet", action="store_true", default=argparse.SUPPRESS, help="no progress, notices or logs: results only"
         )
-        self.add_argument("--describe", action=_Describe, nargs=0, help=argparse.SUPPRESS)
 
     def error(self, message: str) -> NoReturn:
         raise SconeError(f"{message}; see {self.prog} --help")

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from scone.configs.flags import build_parser, flag_values
-from scone.configs.plain_yaml import load_plain_yaml
 from scone.configs.presets import MODERN_RECIPE, MODERN_TRUNK
 from scone.configs.schema import SECTIONS, SconeOptions
 from scone.configs.values import convert, entries, shortened, shown
-from scone.utils.command_line import did_you_mean, is_first_process
+from scone.utils.command_line import did_you_mean, is_first_process, one_line
 from scone.utils.errors import SconeError
 from scone.utils.files import atomic_path
 from scone.utils.progress import is_quiet
@@ -143,13 +142,50 @@ def print_notices(notices: Sequence[str]) -> None:
 
 
 def load_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file, as it stands there. Raises SconeError (missing, damaged, not a mapping)."""
-    loaded = load_plain_yaml(path)
+    """The mapping in a YAML file, as it stands there. Raises SconeError (missing, damaged, not a mapping, a key twice).
+
+    Plain values only: a tag that would become an object is an error.
+    """
+    import yaml
+
+    try:
+        loader = yaml.SafeLoader(Path(path).read_text(encoding="utf-8"))
+        try:
+            node = loader.get_single_node()
+            _refuse_keys_given_twice(node, str(path), set())
+            loaded = None if node is None else loader.construct_document(node)
+        finally:
+            loader.dispose()
+    except FileNotFoundError:
+        raise SconeError(f"found no file {path}; expected a YAML file of options; check --config") from None
+    # what PyYAML raises for its input, besides its own
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:
+        reason = one_line(str(error))[:300] or type(error).__name__
+        raise SconeError(f"cannot read {path} as YAML: {reason}; mend the file") from error
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
         raise SconeError(f"{path}: found {type(loaded).__name__}; expected sections: {', '.join(SECTIONS)}")
     return loaded
+
+
+def _refuse_keys_given_twice(node: Any, path: str, seen: set[int]) -> None:
+    """YAML forbids them, PyYAML takes the last: a section that stands twice would lose its first half in silence."""
+    if node is None or id(node) in seen or isinstance(node.value, str):
+        return
+    seen.add(id(node))  # an alias may stand for what it is part of
+    keys: set[str] = set()
+    for part in node.value:
+        key, *values = part if isinstance(part, tuple) else (part,)
+        if values and isinstance(key.value, str):
+            if key.value in keys and key.value != "<<":
+                raise SconeError(
+                    f"{path}, line {key.start_mark.line + 1}: found {shortened(key.value)} a second time; expected "
+                    "each key once; put what belongs to it in one place"
+                )
+            keys.add(key.value)
+        for child in (key, *values):
+            _refuse_keys_given_twice(child, path, seen)
 
 
 def load_options(path: str | Path) -> SconeOptions:
@@ -257,6 +293,8 @@ def _check_together(values: Mapping[str, Any]) -> None:
     """Refuse options that contradict each other, before any work is done."""
     if values["training.fp16"] and values["training.bf16"]:
         raise SconeError("found both fp16 and bf16; expected at most one of them; leave one out")
+    if values["training.num_epochs"] == 0 and values["training.max_steps"] == -1:
+        raise SconeError("found num_epochs 0, which trains nothing; expected more than 0, or max_steps; leave it out")
     for group in ("model", "model.f_gram"):
         width, heads = values[f"{group}.hidden_size"], values[f"{group}.num_attention_heads"]
         if width is not None and heads is not None and width % heads:

@@ -10,6 +10,7 @@ import numpy as np
 
 from scone.data.token_file import token_type
 from scone.tokenization.tokenizers import one_thread_per_call, vocabulary_size
+from scone.utils.errors import library_refusal
 from scone.utils.threads import map_in_order
 
 if TYPE_CHECKING:
@@ -38,10 +39,14 @@ class CorpusEncoder:
             self._fast.no_padding()
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
-        """Token ids of each text, uint16 or uint32; texts above 1 Mi characters go through ``short_pieces``."""
-        if sum(map(len, texts)) <= LONGEST_TEXT_CHARACTERS:
-            return self._encode(texts)
-        return [np.concatenate([self._encode([piece])[0] for piece in short_pieces(text)]) for text in texts]
+        """Token ids of each text, uint16 or uint32; texts above 1 Mi characters go through ``short_pieces``.
+
+        Raises SconeError where the tokenizer refuses a text: one without a token for what it does not know.
+        """
+        with library_refusal("the tokenizer refuses a text of the corpus", "give it an unk_token, or give another one"):
+            if sum(map(len, texts)) <= LONGEST_TEXT_CHARACTERS:
+                return self._encode(texts)
+            return [np.concatenate([self._encode([piece])[0] for piece in short_pieces(text)]) for text in texts]
 
     def _encode(self, texts: list[str]) -> list[np.ndarray]:
         if self._fast is not None:

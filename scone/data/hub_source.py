@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from scone.data.readers import CountBytes, split_articles, text_of_row, unknown_column
 from scone.data.splits import SPLITS, split_of_name
@@ -12,14 +15,31 @@ from scone.utils.errors import SconeError
 from scone.utils.hub import why_hub_is_unreachable
 
 
-def hub_units(dataset_name: str, dataset_config_name: str | None, text_column: str) -> tuple[Unit, ...]:
+def describes_itself(folder: Path) -> bool:
+    """Whether the folder is a data set of the hub whose README says which files are which configuration and split."""
+    from huggingface_hub import metadata_load
+
+    try:
+        described = metadata_load(folder / "README.md") or {}
+    except (OSError, ValueError, yaml.YAMLError):  # anybody's README
+        return False
+    return bool(described.get("configs"))
+
+
+def hub_units(
+    dataset_name: str,
+    dataset_config_name: str | None,
+    text_column: str,
+    local_facts: Mapping[str, Any] | None = None,
+) -> tuple[Unit, ...]:
     """One unit per split of a data set. With ``HF_HUB_OFFLINE`` a copy in the ``datasets`` cache is used.
 
-    Raises SconeError when the hub cannot be reached, or has no such data set, configuration or column.
+    ``local_facts`` say that the name is a folder on this machine, and what is in it. Raises SconeError when the hub
+    cannot be reached, or has no such data set, configuration or column.
     """
     import datasets
 
-    problem = why_hub_is_unreachable()
+    problem = why_hub_is_unreachable() if local_facts is None else None
     if problem and problem != "HF_HUB_OFFLINE is set":
         raise SconeError(
             f"data set {dataset_name!r} is not a local path, and the Hugging Face hub cannot be reached ({problem}); "
@@ -39,6 +59,8 @@ def hub_units(dataset_name: str, dataset_config_name: str | None, text_column: s
         raise SconeError(unknown_column(f"data set {dataset_name!r}", text_column, columns))
     splits = _known_splits(split_names)
     facts = {"name": dataset_name, "config": dataset_config_name, "hash": builder.hash}
+    if local_facts is not None:
+        facts = {"config": dataset_config_name, **local_facts}
     return tuple(
         _split_unit(dataset_name, dataset_config_name, text_column, name, split, facts, builder.info.splits)
         for name, split in splits

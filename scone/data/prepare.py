@@ -78,7 +78,9 @@ def prepare_corpus(
     for group in plan(source, splits):
         job = _Job(source, group, tokenizer, recipe, _cache_folder(cache_dir), num_threads, quiet)
         found |= job.run(
-            is_unchanged=lambda: not source.is_local or open_source(dataset_name, text_column=text_column) == source
+            is_unchanged=lambda: (
+                not source.is_local or open_source(dataset_name, dataset_config_name, text_column) == source
+            )
         )
     for split in splits or ():
         if split not in found:

@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from scone.data import stdlib_corpus
-from scone.data.hub_source import hub_units
+from scone.data.hub_source import describes_itself, hub_units
 from scone.data.readers import (
     COMPRESSIONS,
     FORMATS,
@@ -19,11 +20,12 @@ from scone.data.readers import (
     kind_of,
     read_documents,
 )
-from scone.data.splits import ALL, SPLITS, split_of_path, split_of_single_file, split_rule
+from scone.data.splits import ALL, SPLITS, is_shard, split_of_path, split_of_single_file, split_rule
 from scone.data.unit import Unit
 from scone.utils.errors import SconeError
 
 _IGNORED_NAMES = re.compile(r"(readme|licen[cs]e|copying|notice|attribution)\b", re.IGNORECASE)
+_HUB_METADATA = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json")
 _SAMPLE_BYTES = 1 << 16
 
 
@@ -123,7 +125,7 @@ def open_source(dataset_name: str, dataset_config_name: str | None = None, text_
     """
     path = Path(dataset_name).expanduser()
     if path.exists():
-        return _local_source(dataset_name, path, text_column)
+        return _local_source(dataset_name, path, dataset_config_name, text_column)
     if dataset_name == stdlib_corpus.NAME:
         return _stdlib_source()
     looks_like_path = dataset_name.startswith((".", "/", "~")) or dataset_name.count("/") > 1 or kind_of(path)
@@ -133,9 +135,14 @@ def open_source(dataset_name: str, dataset_config_name: str | None = None, text_
     return Source(dataset_name, hub_units(dataset_name, dataset_config_name, text_column))
 
 
-def _local_source(name: str, path: Path, text_column: str) -> Source:
+def _local_source(name: str, path: Path, config_name: str | None, text_column: str) -> Source:
+    if config_name and (path / config_name).is_dir() and not describes_itself(path):
+        path = path / config_name  # configurations as the hub keeps them: a folder each
     root = path if path.is_dir() else path.parent
     files = _readable_files(path) if path.is_dir() else [path]
+    if path.is_dir() and describes_itself(path):
+        found = {"files": [_file_facts(file, file.relative_to(root).as_posix()) for file in files]}
+        return Source(name, hub_units(str(path), config_name, text_column, found), is_local=True)
     readable = [file for file in files if kind_of(file)]
     if not readable:
         endings = sorted({"".join(file.suffixes[-2:]) or file.name for file in files})
@@ -145,6 +152,11 @@ def _local_source(name: str, path: Path, text_column: str) -> Source:
         )
     relative = [file.relative_to(root) for file in readable]
     splits = [split_of_path(each) for each in relative] if path.is_dir() else [split_of_single_file(path.name)]
+    if None in splits and all(split or is_shard(file.name) for split, file in zip(splits, readable, strict=True)):
+        # a data set of the hub with splits of other names ("unsupervised"), which are left out as there
+        kept = [place for place, split in enumerate(splits) if split is not None] or range(len(splits))
+        relative, splits = [relative[place] for place in kept], [splits[place] for place in kept]
+        readable = [readable[place] for place in kept]
     if None in splits:  # names say something about splits only where every name does: test.py beside main.py does not
         splits = [None] * len(splits)
     return Source(
@@ -159,14 +171,25 @@ def _local_source(name: str, path: Path, text_column: str) -> Source:
 
 def _readable_files(folder: Path) -> list[Path]:
     """The files under a folder, sorted by relative path; hidden files, read-mes and licences are no corpus."""
-    found = []
+    found: list[Path] = []
     for parent, subfolders, names in os.walk(folder, followlinks=True):
         subfolders[:] = [name for name in subfolders if not name.startswith(".") and name != "__pycache__"]
         found += [Path(parent, name) for name in names if not name.startswith(".") and not _IGNORED_NAMES.match(name)]
+    if any(file.parent == folder and file.name in _HUB_METADATA for file in found):
+        # as the hub gives it: a description of the data, and sometimes the program that once read it
+        found = [file for file in found if file.name not in _HUB_METADATA and file.suffix != ".py"]
     return sorted(found, key=lambda file: file.relative_to(folder).as_posix())
 
 
 def _file_unit(path: Path, relative_name: str, split: str | None, text_column: str) -> Unit:
+    facts = _file_facts(path, relative_name)
+    return Unit(
+        relative_name, split, facts["size"], facts, lambda count_bytes: read_documents(path, text_column, count_bytes)
+    )
+
+
+def _file_facts(path: Path, relative_name: str) -> dict[str, Any]:
+    """What tells a file from what it was. Raises SconeError."""
     try:
         status = path.stat()
         with path.open("rb") as file:
@@ -175,10 +198,7 @@ def _file_unit(path: Path, relative_name: str, split: str | None, text_column: s
             sample = hashlib.sha256(head + file.read()).hexdigest()[:32]
     except OSError as error:
         raise SconeError(f"cannot read {path} ({error.strerror}); check the path and its permissions") from error
-    facts = {"name": relative_name, "size": status.st_size, "mtime_ns": status.st_mtime_ns, "sample": sample}
-    return Unit(
-        relative_name, split, status.st_size, facts, lambda count_bytes: read_documents(path, text_column, count_bytes)
-    )
+    return {"name": relative_name, "size": status.st_size, "mtime_ns": status.st_mtime_ns, "sample": sample}
 
 
 def _stdlib_source() -> Source:

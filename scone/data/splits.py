@@ -22,6 +22,9 @@ _NAMES = {
     "val": "validation",
     "dev": "validation",
     "test": "test",
+    "testing": "test",
+    "eval": "test",  # as the hub reads it
+    "evaluation": "test",
 }
 _HASH_RANGE = 1 << 64
 
@@ -32,6 +35,11 @@ def split_of_name(name: str) -> str | None:
         if word in _NAMES:
             return _NAMES[word]
     return None
+
+
+def is_shard(name: str) -> bool:
+    """Whether a file is named as the hub names parts of a split: SPLIT-00000-of-00001."""
+    return re.match(r".+-\d{5}-of-\d{5}\b", name) is not None
 
 
 def split_of_single_file(name: str) -> str | None:

@@ -89,7 +89,7 @@ def evaluate_tasks(
     if find_spec("lm_eval") is None:
         raise SconeError(
             "found no lm-evaluation-harness, which runs --tasks; expected the package lm-eval; "
-            "install it with pip install 'scone[tasks]'"
+            "install it with pip install 'scone-lm[tasks]'"
         )
     with _quiet_harness():
         from lm_eval import simple_evaluate

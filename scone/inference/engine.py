@@ -158,6 +158,10 @@ class SconeInferenceEngine:
             continuation.cancel()
             worker.join()
 
+    def prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
+        """The tokens that a text, or token ids, give the model. Raises SconeError for none or unknown ones."""
+        return self._encode(prompt) if isinstance(prompt, str) else self._checked(list(prompt))
+
     def continuation(self, prompt: str | Sequence[int], options: GenerationOptions) -> Continuation:
         """What `run` takes, of a text or of token ids. Raises SconeError as `generate` does."""
         return self._continuations(prompt, options, 1)[0]
@@ -165,7 +169,7 @@ class SconeInferenceEngine:
     def _continuations(
         self, prompt: str | Sequence[int], options: GenerationOptions, copies: int
     ) -> list[Continuation]:
-        ids = self._encode(prompt) if isinstance(prompt, str) else self._checked(list(prompt))
+        ids = self.prompt_ids(prompt)
         return [Continuation(ids, self._total_length(ids, options) - len(ids)) for _ in range(copies)]
 
     def run(self, rows: Sequence[Continuation], options: GenerationOptions, reads: TableReads | None = None) -> None:
@@ -189,7 +193,7 @@ class SconeInferenceEngine:
     def _encode(self, prompt: str) -> list[int]:
         """Token ids of a prompt. Our training puts no special tokens into documents, so our models get none either."""
         if not prompt:
-            raise SconeError("found an empty prompt; expected some text to continue; give --prompt")
+            raise SconeError("found an empty prompt; expected some text to continue; give a prompt")
         bare: list[int] = self.tokenizer(prompt, add_special_tokens=False).input_ids
         ids: list[int] = bare if self.model.config.model_type.startswith("scone") else self.tokenizer(prompt).input_ids
         while (
@@ -210,7 +214,7 @@ class SconeInferenceEngine:
         if wrong is not None:
             raise SconeError(
                 f"found token {wrong} in the prompt; the model's vocabulary has {vocab_size} tokens; "
-                "use the tokenizer that the model was trained with (--tokenizer_path)"
+                "use the tokenizer that the model was trained with"
             )
         return ids
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from scone.inference.quantization import QuantizationReport, check_quantization, quantize_trunk
-from scone.inference.size_check import check_sizes
+from scone.tokenization.gguf_files import load_arguments
 from scone.utils.errors import SconeError, library_refusal
 from scone.utils.files import read_json
 from scone.utils.progress import hide_library_bars
@@ -99,7 +99,7 @@ def load_model(
     hide_library_bars()
     folder = Path(model_path)
     table: EmbeddingTable | None = None
-    if folder.is_dir() and is_scone_folder(folder):
+    if folder.is_dir() and "gguf_file" not in load_arguments(folder) and is_scone_folder(folder):
         from scone.models.language_model import SconeForCausalLM
 
         if table_path is not None:
@@ -109,7 +109,6 @@ def load_model(
             table = EmbeddingTable.open(table_path, placement, where, expected)
         advice = "see what `scone verify` says of it; copy it again"
         with library_refusal(f"cannot load the model in {folder}", advice), _no_loading_report():
-            check_sizes(folder)
             loaded: Any = SconeForCausalLM.from_pretrained(folder, table=table, output_loading_info=True)
         model = _complete(loaded, folder, exactly=True)
         if table is not None:
@@ -192,9 +191,10 @@ def _load_plain(model_path: str | Path) -> PreTrainedModel:
     import scone.models.over_encoding
     import scone.models.scaled_trunk  # noqa: F401
 
-    if Path(model_path).is_file():
+    where = load_arguments(model_path)
+    if Path(model_path).is_file() and "gguf_file" not in where:
         raise SconeError(f"found the file {model_path}; expected a model folder such as OUTPUT_DIR/final_model")
-    if not Path(model_path).is_dir() and (
+    if not Path(model_path).exists() and (
         str(model_path).startswith((".", "/", "~")) or str(model_path).count("/") > 1
     ):
         raise SconeError(
@@ -202,10 +202,7 @@ def _load_plain(model_path: str | Path) -> PreTrainedModel:
         )
     advice = "give a model folder that `scone verify` finds whole, or a hub name within reach"
     with library_refusal(f"cannot load a causal language model from {model_path}", advice), _no_loading_report():
-        check_sizes(Path(model_path))
         # code that comes with a model is never run, and nobody is asked on the terminal whether it may
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            model_path, trust_remote_code=False, output_loading_info=True
-        )
+        loaded: Any = AutoModelForCausalLM.from_pretrained(**where, trust_remote_code=False, output_loading_info=True)
     model: PreTrainedModel = _complete(loaded, model_path)
     return model

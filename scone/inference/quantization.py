@@ -189,7 +189,7 @@ def _import_bitsandbytes(quantization: str) -> ModuleType:
             import bitsandbytes
     except ImportError as error:
         raise SconeError(
-            f'found no bitsandbytes, which {quantization} needs; install it with: pip install "scone[quantization]"'
+            f'found no bitsandbytes, which {quantization} needs; install it with: pip install "scone-lm[quantization]"'
         ) from error
     # It logs once a process that an optional kernel download is not installed; the built-in kernels do the same job.
     logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)

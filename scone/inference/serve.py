@@ -12,7 +12,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from types import FrameType
@@ -22,8 +22,10 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect
+from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from scone.inference.engine import SconeInferenceEngine
@@ -49,6 +51,7 @@ SHUTDOWN_SECONDS = 5  # what runs may finish for so long; then it is ended, and
 FAREWELL_SECONDS = 5  # so long it may take to tell the clients
 MAX_PROMPTS = 64
 LISTEN_BACKLOG = 2048
+_ANY_PATH = "/{path:path}"
 ENDPOINTS = ("/v1/completions", "/v1/chat/completions", "/v1/models")
 
 
@@ -83,8 +86,15 @@ class Service:
         self.metrics.watch(self.batcher)
         self.page = Page(engine, self.batcher, baseline)
 
-    def app(self, hosts: list[str] | None = None, announce: Callable[[], None] = lambda: None) -> FastAPI:
-        """The application. ``hosts``: names by which it may be called (None: any); ``announce`` is called once up."""
+    def app(
+        self,
+        hosts: list[str] | None = None,
+        announce: Callable[[], None] = lambda: None,
+        origins: Sequence[str] = (),
+    ) -> FastAPI:
+        """The application. ``hosts``: names by which it may be called (None: any); ``announce`` is called once up;
+        ``origins``: web pages elsewhere whose scripts may call it.
+        """
 
         @asynccontextmanager
         async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -96,18 +106,33 @@ class Service:
         if hosts is not None:  # a page from elsewhere that calls a name of its own for this machine gets no answer
             app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts)
         app.add_exception_handler(RequestError, _refused)
-        app.add_exception_handler(HTTPException, _unknown)
+        app.add_exception_handler(HTTPException, self._unknown)
         app.add_exception_handler(Exception, _failed)
         app.add_middleware(_Measured, metrics=self.metrics)
-        app.get("/health")(self.health)
+        if origins:  # outermost: refusals are for those pages to read, too
+            methods = ["GET", "POST"]
+            app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=methods, allow_headers=["*"])
+        app.api_route("/health", methods=["GET", "HEAD"])(self.health)
         app.get("/metrics")(self.metrics_text)
         app.get("/v1/models")(self.models)
         app.get("/v1/models/{name:path}")(self.model)
         app.post("/v1/completions")(self.completions)
         app.post("/v1/chat/completions")(self.chat_completions)
         app.post("/page/{question}")(self.page_answer)
-        app.get("/{path:path}")(self.page_file)
+        app.get(_ANY_PATH)(self.page_file)
         return app
+
+    async def _unknown(self, request: Request, error: Exception) -> Response:
+        """A path that is not here, or a method that the path has not: every path is the page's to look for a file."""
+        assert isinstance(error, HTTPException)
+        paths = (route for route in request.app.routes if getattr(route, "path", None) != _ANY_PATH)
+        known = any(route.matches(request.scope)[0] != Match.NONE for route in paths)
+        is_file = self.page.file(request.url.path.removeprefix("/")) is not None
+        status = error.status_code
+        if status in (404, 405):
+            status = 405 if known or is_file else 404
+        message = f"found no {request.method} {request.url.path} here; see /v1/models, /v1/completions, /health"
+        return JSONResponse(RequestError(status, message).body(), status_code=status)
 
     # ------------------------------------------------------------------ routes
 
@@ -352,12 +377,6 @@ async def _failed(_: Request, error: Exception) -> Response:
     return JSONResponse(failure.body(), status_code=500)
 
 
-async def _unknown(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    message = f"found no {request.method} {request.url.path} here; see /v1/models, /v1/completions, /health"
-    return JSONResponse(RequestError(error.status_code, message).body(), status_code=error.status_code)
-
-
 class _Server(uvicorn.Server):
     """Told to stop, it ends what still runs after a while, so that streams end as streams and not as broken lines."""
 
@@ -373,8 +392,15 @@ class _Server(uvicorn.Server):
         timer.start()
 
 
-def serve(service: Service, host: str, port: int, announce: Callable[[str], None] = print) -> None:
-    """Serve until SIGTERM or SIGINT; port 0 takes a free one. ``announce`` gets the address once it answers.
+def serve(
+    service: Service,
+    host: str,
+    port: int,
+    announce: Callable[[str], None] = print,
+    origins: Sequence[str] = (),
+) -> None:
+    """Serve until SIGTERM or SIGINT; port 0 takes a free one. ``announce`` gets the address once it answers;
+    ``origins`` as for `Service.app`.
 
     Raises SconeError when the address cannot be had.
     """
@@ -383,7 +409,7 @@ def serve(service: Service, host: str, port: int, announce: Callable[[str], None
     address = f"http://{shown}:{listener.getsockname()[1]}"
     hosts = ["localhost", "127.0.0.1", "[::1]", "::1"] if host in LOOPBACK else None
     config = uvicorn.Config(
-        service.app(hosts, lambda: announce(address)),
+        service.app(hosts, lambda: announce(address), origins),
         log_level="warning",
         access_log=False,
         timeout_graceful_shutdown=SHUTDOWN_SECONDS + FAREWELL_SECONDS,

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scone.inference.engine import GenerationOptions, SconeInferenceEngine
+from scone.inference.engine import SconeInferenceEngine
 from scone.inference.loading import device_of
 from scone.inference.serve_batching import Batcher
 from scone.tokenization.inspection import InspectedToken, inspect_tokens
@@ -164,7 +164,7 @@ class Page:
         ids = list(engine.tokenizer(text, add_special_tokens=False).input_ids)
         if len(ids) > MAX_TEXT_TOKENS:
             raise SconeError(f"found {len(ids)} tokens; expected at most {MAX_TEXT_TOKENS}; shorten the text")
-        return engine.continuation(ids, GenerationOptions(max_new_tokens=0)).prompt_ids if ids else []
+        return engine.prompt_ids(ids) if ids else []
 
     def _text(self, ids: Any) -> str:
         return str(self._engine.tokenizer.decode(list(ids)))

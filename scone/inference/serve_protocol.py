@@ -8,9 +8,10 @@ import uuid
 from collections.abc import Sequence
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from scone.inference.engine import GenerationOptions, SconeInferenceEngine
+from scone.inference.loading import position_limit
 from scone.inference.streaming import Continuation
 from scone.utils.errors import SconeError
 
@@ -30,14 +31,24 @@ class RequestError(Exception):
         return {"error": {"message": self.message, "type": self.kind, "param": None, "code": self.code}}
 
 
-class StreamOptions(BaseModel):
+class RequestPart(BaseModel):
+    """An object of a request. Clients send null for what they leave to the server: it is as good as not there."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def without_nulls(cls, value: Any) -> Any:
+        """The object without its nulls."""
+        return {key: item for key, item in value.items() if item is not None} if isinstance(value, dict) else value
+
+
+class StreamOptions(RequestPart):
     """What a stream ends with."""
 
     model_config = ConfigDict(extra="ignore")
     include_usage: bool = False
 
 
-class GenerationRequest(BaseModel):
+class GenerationRequest(RequestPart):
     """What completions and chat completions share. Options that are not here are refused, not ignored."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -96,7 +107,7 @@ class CompletionRequest(GenerationRequest):
         return list(self.prompt)  # type: ignore[arg-type]
 
 
-class ChatPart(BaseModel):
+class ChatPart(RequestPart):
     """A piece of a message; only text is understood."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -104,7 +115,7 @@ class ChatPart(BaseModel):
     text: str
 
 
-class ChatMessage(BaseModel):
+class ChatMessage(RequestPart):
     """One message of a conversation."""
 
     model_config = ConfigDict(extra="ignore", strict=True)
@@ -162,31 +173,41 @@ def rows_of(
     max_new_tokens: int,
     deadline: float,
 ) -> list[Continuation]:
-    """``n`` rows for each prompt. Raises RequestError for a prompt that the engine refuses or that is too long."""
+    """``n`` rows for each prompt. Raises RequestError for a prompt that the engine refuses or that is too long.
+
+    Who asks for no length gets OpenAI's: 16 tokens of a completion, and of a chat all that there is room for.
+    """
     wanted = request.max_tokens
     if isinstance(request, ChatRequest):
         wanted = request.max_completion_tokens or wanted
     if wanted is not None and wanted > max_new_tokens:
         raise RequestError(400, f"found max_tokens {wanted}; expected at most {max_new_tokens}; ask for fewer")
-    length = wanted or min(DEFAULT_NEW_TOKENS, max_new_tokens)
+    unasked = max_new_tokens if isinstance(request, ChatRequest) else min(DEFAULT_NEW_TOKENS, max_new_tokens)
+    context = position_limit(engine.model)
     rows = []
     for prompt in prompts:
         try:
-            row = engine.continuation(prompt, GenerationOptions(max_new_tokens=length))
+            ids = engine.prompt_ids(prompt)
         except SconeError as error:
             raise RequestError(400, str(error)) from error
-        ids = row.prompt_ids
         if max_prompt_tokens is not None and len(ids) > max_prompt_tokens:
-            raise RequestError(
-                400,
-                f"found a prompt of {len(ids)} tokens; expected at most {max_prompt_tokens}; shorten it",
-                "context_length_exceeded",
+            raise _too_long(f"found a prompt of {len(ids)} tokens; expected at most {max_prompt_tokens}; shorten it")
+        room = None if context is None else context - len(ids)
+        if room is not None and room < (wanted or 1):
+            raise _too_long(
+                f"found a prompt of {len(ids)} tokens to be continued by {wanted or 1}; the model has {context} "
+                "positions; shorten the prompt or ask for fewer tokens"
             )
+        length = wanted or (unasked if room is None else min(unasked, room))
         rows += [
-            Continuation(ids, row.max_new_tokens, stop=request.stops(), deadline=deadline, wants_text=True)
+            Continuation(ids, length, stop=request.stops(), deadline=deadline, wants_text=True)
             for _ in range(request.n)
         ]
     return rows
+
+
+def _too_long(message: str) -> RequestError:
+    return RequestError(400, message, "context_length_exceeded")
 
 
 class Answer:

@@ -16,29 +16,48 @@ if TYPE_CHECKING:
 
 FinishReason = Literal["stop", "length", "cancelled", "time"]
 _CONTEXT_TOKENS = 8  # tokens of the prompt that decide how the first new one is written (a space before it, or none)
+# as far as cleaning up reaches back (" n ' t", one rule after the other), and an incomplete character
+_CHANGEABLE_CHARACTERS = 12
 _INCOMPLETE = "\ufffd"  # what tokenizers write for bytes that are not a whole character yet
 
 
 class TextPieces:
     """Tokens to text, piece by piece: the pieces together are what decoding all tokens at once adds to the prompt.
 
-    A character whose bytes lie in several tokens comes with the last of them.
+    A character whose bytes lie in several tokens comes with the last of them. Tokenizers that clean up spaces change
+    what stands a few characters back ("it ' s" becomes "it's"): theirs come that much later.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int]) -> None:
         self._tokenizer = tokenizer
         self._ids = list(prompt_ids[-_CONTEXT_TOKENS:])
         self._start, self._read = 0, len(self._ids)
+        self._cleans = bool(getattr(tokenizer, "clean_up_tokenization_spaces", False))
+        self._prompt = self._text(self._ids) if self._cleans else ""
+        self._sent: int | None = None  # characters of the cleaned text that were given out, the prompt's included
 
     def add(self, token: int) -> str:
         """The text that ``token`` completes, maybe none."""
         self._ids.append(token)
+        if self._cleans:
+            return self._cleaned(_CHANGEABLE_CHARACTERS)
         piece = self._unread()
         return "" if not piece or piece.endswith(_INCOMPLETE) else self._take(piece)
 
     def rest(self) -> str:
         """What is left at the end: bytes that never became a character."""
-        return self._take(self._unread())
+        return self._cleaned(0) if self._cleans else self._take(self._unread())
+
+    def _cleaned(self, held_back: int) -> str:
+        text = self._text(self._ids)
+        end = len(text) - held_back
+        if self._sent is None:
+            if held_back and end <= len(self._prompt):
+                return ""
+            self._sent = _common_length(self._prompt, text)
+        piece = text[self._sent : end]
+        self._sent = max(self._sent, end)
+        return piece
 
     def _unread(self) -> str:
         known = self._text(self._ids[self._start : self._read])
@@ -50,6 +69,12 @@ class TextPieces:
 
     def _text(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def _common_length(left: str, right: str) -> int:
+    """How many characters both begin with."""
+    pairs = enumerate(zip(left, right, strict=False))
+    return next((place for place, (ours, theirs) in pairs if ours != theirs), min(len(left), len(right)))
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -14,17 +14,20 @@ import torch
 from torch import Tensor
 
 
-def run_in_parts(kernel: Callable[..., Any], arguments: Sequence[Any], size: int, parts: int) -> None:
+def run_in_parts(
+    kernel: Callable[..., Any], arguments: Sequence[Any], size: int, parts: int, pool: Executor | None = None
+) -> None:
     """Call ``kernel(*arguments, first, last)`` on ``parts`` ranges that cover ``size`` places, side by side.
 
-    The kernel has to release the interpreter's lock; one part, or none, runs in the caller's thread.
+    The kernel has to release the interpreter's lock; one part, or none, runs in the caller's thread. Threads are plain
+    and, without a ``pool``, new: forked data loading workers survive them, unlike parallel loops.
     """
     parts = max(1, min(parts, size))
     if parts == 1:
         kernel(*arguments, 0, size)
         return
     cuts = [size * part // parts for part in range(parts + 1)]
-    with ThreadPoolExecutor(parts - 1) as threads:
+    with nullcontext(pool) if pool is not None else ThreadPoolExecutor(parts - 1) as threads:
         others = [threads.submit(kernel, *arguments, cuts[part], cuts[part + 1]) for part in range(1, parts)]
         kernel(*arguments, cuts[0], cuts[1])
         for other in others:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Executor
 from typing import Any
 
 import numpy as np
@@ -24,15 +25,20 @@ def dequantize_rows(raw: np.ndarray, out: np.ndarray, row_type: str, group_size:
 
 
 def gather_bytes(
-    source: np.ndarray, offsets: np.ndarray, out: np.ndarray, targets: np.ndarray, num_threads: int = 1
+    source: np.ndarray,
+    offsets: np.ndarray,
+    out: np.ndarray,
+    targets: np.ndarray,
+    num_threads: int = 1,
+    pool: Executor | None = None,
 ) -> None:
     """Copy the row that starts at ``source[offsets[i]]`` (uint8 [any]) to ``out[targets[i]]``: uint8 [m, row_bytes].
 
-    ``offsets`` and ``targets``, int64 [n], are not checked here.
+    ``offsets`` and ``targets``, int64 [n], are not checked here. Large batches are split over threads (of ``pool``).
     Reference implementation: ``out[targets] = np.stack([source[at : at + row_bytes] for at in offsets])``.
     """
-    size = len(offsets) * out.shape[1]
-    run_in_parts(_copy_rows, (source, offsets, targets, out), len(offsets), min(num_threads, size // _BYTES_PER_THREAD))
+    parts = min(num_threads, len(offsets) * out.shape[1] // _BYTES_PER_THREAD)
+    run_in_parts(_copy_rows, (source, offsets, targets, out), len(offsets), parts, pool)
 
 
 # The C library's memcpy: twice as fast as a compiled loop over slices.

@@ -39,8 +39,8 @@ def update_rows(
     Reference implementation: ``reference.rms_rows``.
     """
     factors = (1.0 / columns).astype(np.float32)
-    arguments = [weight, sums, visits, row_ids, gradients, factors, np.sqrt(factors)]
-    arguments += [np.float32(prior * mean), np.float32(prior), np.float32(learning_rate)]
+    numbers = [np.float32(number) for number in (prior * mean, prior, learning_rate)]
+    arguments = [weight, sums, visits, row_ids, gradients, factors, np.sqrt(factors), *numbers]
     run_in_parts(_update, arguments, len(row_ids), min(num_threads, gradients.size // VALUES_PER_THREAD))
 
 

@@ -75,7 +75,7 @@ class TableKernel:
                 0 … V − 1 is in no f-gram.
             past: int64 ``[B, P]``, the tokens before those, likewise.
             places: int64 ``[]`` on the device: only the first ``places`` tokens of ``past`` are there (None: all).
-            found: bool ``[B, T]``, zeros; set where a row was written.
+            found: bool ``[B, T]``, whether a row was written.
 
         Reference implementation: `reference.longest_matches` of each sequence without its padding, and
         `RowFormat.decode`.
@@ -170,10 +170,10 @@ def _look_up(
         longest,
         context_size,
     )
+    tl.store(found + place, (rank >= 0).to(tl.uint8))
     target = output + place * width
     if rank >= 0:
         tl.atomic_add(counts + 1, 1, sem="relaxed")
-        tl.store(found + place, 1)
         if rank < num_near:
             row = near + rank * row_length
             _write_row(target, row, width, group_size, num_groups, row_type, num_blocks, block)

@@ -17,8 +17,10 @@ from transformers.utils import ModelOutput
 from scone.models.configuration import EmbeddedTrunkConfig
 from scone.models.host_lookup import Find, looked_up
 from scone.models.learned_rows import LearnedRows
+from scone.models.remote_code import write_remote_code
 from scone.models.token_history import TokenHistory, extend_history, known_past, marked, starts_of_examples
 from scone.utils.errors import SconeError
+from scone.utils.files import give_umask_mode
 
 
 class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
@@ -85,8 +87,8 @@ class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
         self.config.auto_map = {auto: f"modeling_scone.{ours.__name__}" for auto, ours in names.items()}
         super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
-            path = Path(save_directory) / "modeling_scone.py"
-            path.write_text(_remote_code(*names.values()), encoding="utf-8")
+            write_remote_code(Path(save_directory), *names.values())
+            give_umask_mode(Path(save_directory), "*.safetensors")
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has a body of its own."""
@@ -356,13 +358,3 @@ def _new_columns(attention_mask: Any, new: int, cache: Cache | None) -> Tensor |
         at = torch.arange(new, device=attention_mask.device) + past
         return attention_mask.index_select(1, at.clamp(max=attention_mask.shape[1] - 1))
     return attention_mask[:, past:][:, :new] if attention_mask.shape[1] > past + new else attention_mask[:, -new:]
-
-
-def _remote_code(*classes: type) -> str:
-    """Where AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True) finds ``classes``."""
-    imports = "\n".join(f"from {ours.__module__} import {ours.__name__}" for ours in classes)
-    names = ", ".join(f'"{ours.__name__}"' for ours in classes)
-    return (
-        '"""Where AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True) finds SCONE."""\n\n'
-        f"{imports}\n\n__all__ = [{names}]\n"
-    )

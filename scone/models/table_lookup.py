@@ -120,9 +120,9 @@ class DeviceLookup:
         is in no f-gram.
         """
         output = torch.empty_like(vectors, memory_format=torch.contiguous_format)
-        found = torch.zeros(tokens.shape, dtype=torch.bool, device=tokens.device)
+        found = torch.empty(tokens.shape, dtype=torch.bool, device=tokens.device)
         if self._is_empty:
-            return output.copy_(vectors), found
+            return output.copy_(vectors), found.zero_()
         self._kernel(vectors.contiguous(), tokens, past, places, output, found)
         return output, found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from scone.configs.presets import MODERN_TRUNK
 from scone.configs.presets import trunk_configuration as built_in_configuration
 from scone.configs.schema import ModelOptions
+from scone.tokenization.gguf_files import load_arguments
 from scone.tokenization.tokenizers import vocabulary_size
 from scone.utils.errors import SconeError
 from scone.utils.hub import why_hub_is_unreachable
@@ -108,11 +110,16 @@ def longest_sequence(config: PreTrainedConfig) -> int | None:
 
 def _pretrained(options: ModelOptions, tokenizer: PreTrainedTokenizerBase | None, dtype: Any) -> PreTrainedModel:
     name = options.base_model_name
+    where = load_arguments(name)
     try:
-        config = AutoConfig.from_pretrained(name, local_files_only=_only_local(name))
+        config = AutoConfig.from_pretrained(**where, local_files_only=_only_local(name))
         _check_pretrained_sizes(config, options)
-        trunk = AutoModelForCausalLM.from_pretrained(name, config=config, **({} if dtype is None else {"dtype": dtype}))
-    except (OSError, ValueError) as error:
+        trunk = AutoModelForCausalLM.from_pretrained(
+            **where, config=config, **({} if dtype is None else {"dtype": dtype})
+        )
+    except SconeError:
+        raise
+    except _unreadable(where) as error:
         raise SconeError(
             f"cannot load pretrained weights of {name!r} ({_first_line(error)}); expected a model folder, or a hub "
             "name with the hub in reach; give a local folder, or train with --init scratch"
@@ -147,10 +154,11 @@ def _check_pretrained_sizes(config: PreTrainedConfig, options: ModelOptions) -> 
 
 def _named_configuration(name: str) -> PreTrainedConfig:
     """From a folder, the hub, the built-in configurations, or an architecture's bare name, in this order."""
-    if Path(name).is_dir():
+    where = load_arguments(name)
+    if Path(where["pretrained_model_name_or_path"]).is_dir():
         try:
-            return AutoConfig.from_pretrained(name)
-        except (OSError, ValueError) as error:
+            return AutoConfig.from_pretrained(**where)
+        except _unreadable(where) as error:
             raise SconeError(
                 f"cannot read a model configuration in {name} ({_first_line(error)}); expected config.json of a "
                 "transformers model; check --base_model_name"
@@ -214,7 +222,12 @@ def _check_heads(config: PreTrainedConfig) -> None:
 
 def _only_local(name: str) -> bool:
     """Whether to look only on this machine: a folder, or the hub does not answer (its client would retry for long)."""
-    return Path(name).is_dir() or why_hub_is_unreachable() is not None
+    return Path(name).exists() or why_hub_is_unreachable() is not None
+
+
+def _unreadable(where: Mapping[str, Any]) -> tuple[type[Exception], ...]:
+    """What libraries raise for files that they cannot read; those that read GGUF raise anything."""
+    return (Exception,) if "gguf_file" in where else (OSError, ValueError)
 
 
 def _first_line(error: BaseException) -> str:

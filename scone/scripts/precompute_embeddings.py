@@ -62,10 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from scone.inference.embedding_table import EmbeddingTable
     from scone.inference.loading import choose_device
     from scone.inference.precompute import precompute_table
-    from scone.utils.memory import return_large_blocks
 
-    if options.inference.use_memory_map:
-        return_large_blocks()
     torch.manual_seed(options.training.seed)
     device = choose_device(options.training.device)
     if device.type == "cuda" and device.index is None and world_size > 1:

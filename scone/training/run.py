@@ -17,6 +17,8 @@ from transformers import (
     PreTrainedTokenizerBase,
     PrinterCallback,
     TrainerCallback,
+    TrainerControl,
+    TrainerState,
     TrainingArguments,
     set_seed,
 )
@@ -42,6 +44,7 @@ from scone.training.optimizer import learned_rows
 from scone.training.precision import resolve_precision
 from scone.training.processes import meet_after_restart, one_line_for_lost_processes
 from scone.training.reporters import reporter_names
+from scone.training.resume import check_resume
 from scone.training.run_folder import FINAL_MODEL, OPTIONS_FILE, one_run_at_a_time, resume_point
 from scone.training.trainer import SconeTrainer, StopOnSignal, TrainedAlready
 from scone.training.unused_parameters import all_are_used
@@ -94,14 +97,14 @@ def train(
         checkpoint = resume_point(output_dir, options.training.resume_from_checkpoint)
         corpus = corpus or prepare_run_corpus(options, quiet=quiet)
         model = build_model(options, corpus, quiet=quiet)
+        if checkpoint is not None:
+            check_resume(checkpoint, model, _facts(corpus))
         trainer = build_trainer(options, model, corpus, quiet=quiet)
         if quiet:
             trainer.remove_callback(PrinterCallback)  # it stands in for the bar, and prints every log line
         for callback in callbacks:
             trainer.add_callback(callback)
-        if trainer.is_world_process_zero():
-            save_options(options, output_dir / OPTIONS_FILE)
-            write_json(output_dir / ENVIRONMENT_FILE, environment())
+        trainer.add_callback(_NotesOfTheRun(options, output_dir))
         started = time.perf_counter()
         with one_line_for_lost_processes(), suppress(TrainedAlready):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -110,6 +113,25 @@ def train(
         if stop.received is not None:
             raise KeyboardInterrupt
         return _save_result(options, trainer, corpus, time.perf_counter() - started)
+
+
+class _NotesOfTheRun(TrainerCallback):
+    """Writes options and environment once training begins: all that can be refused has been read by then, and a run
+    that could not go on keeps what it noted.
+    """
+
+    def __init__(self, options: SconeOptions, output_dir: Path) -> None:
+        self.options, self.output_dir = options, output_dir
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.is_world_process_zero:
+            save_options(self.options, self.output_dir / OPTIONS_FILE)
+            write_json(self.output_dir / ENVIRONMENT_FILE, environment())
+
+
+def _facts(corpus: Corpus) -> dict[str, str]:
+    """What a checkpoint notes of the data it was trained on."""
+    return {"tokenizer": tokenizer_fingerprint(corpus.tokenizer), "tokens": corpus.train.fingerprint}
 
 
 def prepare_run_corpus(options: SconeOptions, *, quiet: bool = False) -> Corpus:
@@ -247,6 +269,7 @@ def build_trainer(
         fsdp=training.fsdp,
         muon=training.optimizer == "muon",
         checkpoints_kept=training.save_total_limit,
+        facts=_facts(corpus),
         f_gram_learning_rate=training.f_gram_learning_rate,
         rows_learning_rate=(ROWS_LEARNING_RATE if training.rows_learning_rate is None else training.rows_learning_rate),
     )

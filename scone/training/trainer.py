@@ -8,7 +8,8 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,14 +26,13 @@ from scone.data.training_order import TrainingOrder
 from scone.models.language_model import SconeForCausalLM
 from scone.models.learned_rows import LearnedRows
 from scone.training.optimizer import AdamWWithRows, learned_rows
+from scone.training.resume import COMPLETE_MARKER
 from scone.training.sharding import load_whole_optimizer, load_whole_weights, shard, whole_state, whole_weights
 from scone.training.step_cost import RunCost, StepCost
-from scone.utils.errors import SconeError
-from scone.utils.files import read_json, write_json
+from scone.utils.errors import SconeError, library_refusal
+from scone.utils.files import give_umask_mode, read_json, write_json
 
 logger = logging.getLogger(__name__)
-
-COMPLETE_MARKER = "complete.json"
 
 
 def trunk_matrices(model: nn.Module) -> set[nn.Parameter]:
@@ -47,9 +47,9 @@ class SconeTrainer(Trainer):
     """Trains a SCONE model, an over-encoding one or a plain trunk.
 
     Weight decay acts on matrices. Three groups may have their own learning rate: the trunk, the f-gram model with its
-    gain, and the learned rows. ``muon`` has Muon train the trunk's matrices. ``fsdp`` ("none",
-    "full_shard", "shard_grad_op") shards the model over the processes; ``checkpoints_kept`` None keeps all. ``train``
-    raises TrainedAlready where nothing is left to do, all of it loaded.
+    gain, and the learned rows. ``muon`` has Muon train the trunk's matrices. ``fsdp`` ("none", "full_shard",
+    "shard_grad_op") shards the model over the processes; ``checkpoints_kept`` None keeps all; ``facts`` are noted in
+    each (see `check_resume`). ``train`` raises TrainedAlready where nothing is left to do, all of it loaded.
     """
 
     def __init__(
@@ -58,6 +58,7 @@ class SconeTrainer(Trainer):
         fsdp: str = "none",
         muon: bool = False,
         checkpoints_kept: int | None = None,
+        facts: Mapping[str, str] | None = None,
         f_gram_learning_rate: float | None,
         rows_learning_rate: float,
         **kwargs: Any,
@@ -72,7 +73,7 @@ class SconeTrainer(Trainer):
             self.add_callback(DropSkippedGradients(rows))
         self.step_cost = StepCost(self.model) if isinstance(self.model, SconeForCausalLM) else None
         self.run_cost = RunCost(self.model)
-        self.add_callback(CheckpointKeeper(checkpoints_kept, self.run_cost))
+        self.add_callback(CheckpointKeeper(checkpoints_kept, self.run_cost, facts or {}))
         self.add_callback(NothingLeftToTrain())
         if self.accelerator.ddp_handler is not None:  # gradients are reduced where they are, and not copied for it
             self.accelerator.ddp_handler.gradient_as_bucket_view = True
@@ -188,6 +189,11 @@ class SconeTrainer(Trainer):
         if self.args.should_save:
             self._save(output_dir, state_dict=state)
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            give_umask_mode(Path(output_dir or str(self.args.output_dir)), "*.safetensors")
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.sharded:
             super()._save_optimizer_and_scheduler(output_dir)
@@ -204,18 +210,26 @@ class SconeTrainer(Trainer):
             return
         assert self.optimizer is not None
         assert self.lr_scheduler is not None
-        load_whole_optimizer(self.optimizer, Path(checkpoint) / OPTIMIZER_NAME)
-        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+        with _loading(checkpoint):
+            load_whole_optimizer(self.optimizer, Path(checkpoint) / OPTIMIZER_NAME)
+            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         marker = read_json(Path(resume_from_checkpoint) / COMPLETE_MARKER)
         if "cost" in marker:  # those of older versions have none
             self.run_cost.go_on_from(marker["cost"])
-        if not self.sharded:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        assert self.model is not None
-        load_whole_weights(self.model, Path(resume_from_checkpoint) / SAFE_WEIGHTS_NAME)
+        with _loading(resume_from_checkpoint):
+            if not self.sharded:
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+                return
+            assert self.model is not None
+            load_whole_weights(self.model, Path(resume_from_checkpoint) / SAFE_WEIGHTS_NAME)
+
+
+def _loading(checkpoint: str) -> AbstractContextManager[None]:
+    """What libraries raise for a checkpoint that does not fit or is damaged becomes one line."""
+    advice = "give the options that the run began with, or resume from another checkpoint"
+    return library_refusal(f"cannot resume from {checkpoint}", advice)
 
 
 class DropSkippedGradients(TrainerCallback):
@@ -243,9 +257,10 @@ class NothingLeftToTrain(TrainerCallback):
 class CheckpointKeeper(TrainerCallback):
     """Marks each checkpoint as complete once all of it is on disk, and removes old ones only after that."""
 
-    def __init__(self, limit: int | None, run_cost: RunCost) -> None:
+    def __init__(self, limit: int | None, run_cost: RunCost, facts: Mapping[str, str]) -> None:
         self.limit = limit
         self.run_cost = run_cost
+        self.facts = dict(facts)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if dist.is_initialized():
@@ -253,7 +268,7 @@ class CheckpointKeeper(TrainerCallback):
         if not state.is_world_process_zero:
             return
         folder = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        write_json(folder / COMPLETE_MARKER, {"step": state.global_step, "cost": self.run_cost.counts()})
+        write_json(folder / COMPLETE_MARKER, {"step": state.global_step, "cost": self.run_cost.counts()} | self.facts)
         if self.limit is not None:
             for old in complete_checkpoints(folder.parent)[: -self.limit]:
                 shutil.rmtree(old)

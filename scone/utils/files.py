@@ -33,7 +33,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
+        temporary.chmod(0o666 & ~_umask())
         os.replace(temporary, path)
         sync_folder(path.parent)
     finally:
@@ -139,6 +139,14 @@ def fingerprint_of(*parts: str | bytes | np.ndarray) -> str:
         digest.update(len(view).to_bytes(8, "little"))
         digest.update(view)
     return digest.hexdigest()
+
+
+def give_umask_mode(folder: Path, pattern: str) -> None:
+    """Give files of ``folder`` the mode that new files get. Libraries that write to a temporary file and rename it (as
+    safetensors does) leave its 600, and nobody but its owner could read a model.
+    """
+    for path in folder.glob(pattern):
+        path.chmod(0o666 & ~_umask())
 
 
 def _umask() -> int:

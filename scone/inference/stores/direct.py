@@ -56,7 +56,7 @@ class DirectStore(RowStore):
             raise IndexError("a rank that is not in the file")
         for part in self._parts(wanted):
             with self._located(wanted[part]) as (source, offsets):
-                gather_bytes(source, offsets, target, part, torch.get_num_threads())
+                gather_bytes(source, offsets, target, part, torch.get_num_threads(), self._readers)
 
     @contextmanager
     def _located(self, ranks: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -13,6 +13,7 @@ _SPECIAL: dict[str, st.SearchStrategy[Any]] = {
     "training.fp16": st.booleans(),
     "training.bf16": st.just(False),
     "training.max_steps": st.integers(1, 10**9) | st.just(-1),
+    "training.num_epochs": st.floats(0, allow_infinity=False, exclude_min=True),
     "data.max_length": st.integers(1, 512),
     "data.memory_budget": st.sampled_from(["4GiB", "500MB", "1024", None]),
     "model.max_position_embeddings": st.integers(512, 1 << 20) | st.none(),

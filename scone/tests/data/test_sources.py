@@ -6,6 +6,8 @@ import json
 import sys
 from itertools import chain
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from scone.data.hub_source import hub_units
@@ -139,3 +141,69 @@ def test_the_standard_library_is_a_corpus():
     assert sum(map(len, documents)) > 5_000_000
     assert any("class OrderedDict" in text for text in documents)
     assert not any("site-packages" in str(path) for path in sys.modules["scone.data.stdlib_corpus"].stdlib_files())
+
+
+def hub_folder(folder, files, card="license: mit", **others: str):
+    """A data set as it comes from the hub: parquet files (path → comma-separated texts), README, other files."""
+    for path, texts in files.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        pyarrow.parquet.write_table(pyarrow.table({"text": texts.split(",")}), folder / path)
+    (folder / "README.md").write_text(f"---\n{card}\n---\n# A data set\n", encoding="utf-8")
+    for name, content in others.items():
+        (folder / name.replace("__", ".")).write_text(content, encoding="utf-8")
+    return str(folder)
+
+
+INFOS = '{"default": {"features": {"text": {"dtype": "string", "_type": "Value"}}, "splits": {"train": {}}}}'
+
+
+def test_a_folder_of_the_hub_is_its_data_and_not_what_describes_it(tmp_path):
+    """Neither its metadata nor the program that once read it is text."""
+    files = {"data/train-00000-of-00002.parquet": "1,2", "data/train-00001-of-00002.parquet": "3"}
+    files |= {"data/validation-00000-of-00001.parquet": "4", "data/test-00000-of-00001.parquet": "5"}
+    name = hub_folder(tmp_path, files, dataset_infos__json=INFOS, builder__py="import os")
+    assert splits_of(name) == {"train": ["1", "2", "3"], "validation": ["4"], "test": ["5"]}
+
+
+def test_splits_of_other_names_are_left_out_as_from_the_hub(tmp_path):
+    texts = {"train": "train,other", "test": "test", "unsupervised": "unsupervised"}
+    files = {f"data/{split}-00000-of-00001.parquet": texts[split] for split in texts}
+    name = hub_folder(tmp_path / "a", files)
+    assert set(chain.from_iterable(splits_of(name).values())) == {"train", "other", "test"}
+    assert list(open_documents(name, None, "test")) == ["test"]
+    alone = hub_folder(tmp_path / "b", {"data/unsupervised-00000-of-00001.parquet": "1,2,3"})
+    assert sorted(chain.from_iterable(splits_of(alone).values())) == ["1", "2", "3"]
+
+
+@pytest.mark.parametrize("word", ["test", "testing", "eval", "evaluation"])
+def test_the_hubs_words_for_test(tmp_path, word):
+    assert splits_of(corpus(tmp_path, **{"train": "1,2,3", "dev": "4", word: "5"}))["test"] == ["5"]
+
+
+CONFIGURATIONS = """configs:
+- config_name: a
+  data_files:
+  - {split: train, path: first/x-*}
+  - {split: test, path: first/y-*}
+- config_name: b
+  data_files: second/*"""
+
+
+def test_configurations_of_a_readme_are_those_of_the_folder(tmp_path):
+    files = {"first/x-0.parquet": "1,2", "first/y-0.parquet": "3", "second/z.parquet": "4"}
+    name = hub_folder(tmp_path, files, CONFIGURATIONS)
+    assert list(open_documents(name, "a", "test")) == ["3"]
+    assert list(open_documents(name, "a", "all")) == ["1", "2", "3"]
+    assert list(open_documents(name, "b", "all")) == ["4"]
+    with pytest.raises(SconeError, match=r"Please pick one among the available configs: \['a', 'b'\]"):
+        open_source(name)
+    facts = open_source(name, "b").units[0].facts
+    assert facts != open_source(name, "a").units[0].facts
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["changed"]}), tmp_path / "second/z.parquet")
+    assert facts != open_source(name, "b").units[0].facts
+
+
+def test_a_configuration_may_be_a_folder(tmp_path):
+    name = hub_folder(tmp_path, {"en/train.parquet": "1", "de/train.parquet": "2"})
+    assert list(open_documents(name, "de", "all")) == ["2"]
+    assert sorted(open_documents(name, None, "all")) == ["1", "2"]

@@ -139,5 +139,5 @@ def test_an_answer_longer_than_the_model_gets_one_line(folder: Path, tmp_path: P
 
 def test_missing_harness_gets_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(SconeError, match=r"found no lm-evaluation-harness.*pip install 'scone\[tasks\]'"):
+    with pytest.raises(SconeError, match=r"found no lm-evaluation-harness.*pip install 'scone-lm\[tasks\]'"):
         evaluate_tasks(tiny.trunk(), None, ["piqa"])

@@ -82,17 +82,3 @@ def _places(value: Any) -> Any:
 def deep_json(depth: int = 100_000) -> str:
     """JSON nested deeper than any parser's stack."""
     return "[" * depth + "]" * depth
-
-
-def yaml_bomb(levels: int = 12) -> str:
-    """A few lines of YAML that stand for 9 to the power of ``levels`` values."""
-    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
-    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, levels)]
-    return "\n".join(lines)
-
-
-def yaml_merge_bomb(levels: int = 12) -> str:
-    """The same with merge keys, which a loader expands while it reads."""
-    lines = ["a0: &a0 {x: 1}"]
-    lines += [f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 9)}]}}" for n in range(1, levels)]
-    return "\n".join(lines)

@@ -65,27 +65,6 @@ def test_weights_that_do_not_fit_the_configuration_are_refused(tmp_path: Path, m
             use(folder)
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "message"),
-    [
-        ("n_layer", 2**31, "483,648 layers"),
-        ("n_embd", 2**20, "parameters"),
-        ("vocab_size", 2**31, "parameters"),
-    ],
-)
-def test_a_configuration_far_beyond_its_weights_is_refused(
-    tmp_path: Path, model: Path, name: str, value: int, message: str
-) -> None:
-    """Before anything is built: neither memory nor time is spent on what somebody wrote into a file."""
-    folder = tmp_path / "m"
-    shutil.copytree(model, folder)
-    config = json.loads((folder / "config.json").read_text())
-    config["text_config"][name] = value
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(SconeError, match=message):
-        load_model(folder, device="cpu")
-
-
 def test_a_tokenizer_with_an_absurd_id_is_refused(tmp_path: Path, model: Path) -> None:
     """The library that writes it out would ask for memory for every number below."""
     folder = tmp_path / "m"

@@ -41,9 +41,6 @@ def test_options_of_absurd_numbers(tmp_path: Path, option: str, number: str) -> 
 @pytest.mark.parametrize(
     "text",
     [
-        hostile.yaml_bomb() + "\ndata: *a11",
-        hostile.yaml_bomb() + "\ndata: {dataset_name: *a11}",
-        hostile.yaml_merge_bomb() + "\ndata: *a11",
         "[" * 20_000 + "]" * 20_000,
         "data: &a\n  max_n: *a",
         "data: &a {dataset_name: *a}",
@@ -59,7 +56,7 @@ def test_options_of_absurd_numbers(tmp_path: Path, option: str, number: str) -> 
     ],
     ids=lambda text: text[-40:],
 )
-def test_options_that_are_bombs_or_code_are_refused(tmp_path: Path, text: str) -> None:
+def test_options_that_are_nonsense_or_code_are_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "a.yaml").write_text(text, encoding="utf-8")
     with pytest.raises(SconeError) as caught:
         load_options(tmp_path / "a.yaml")

@@ -99,7 +99,7 @@ def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, model: PreTrain
         return real_import(name, *args, **kwargs)  # type: ignore[arg-type]
 
     monkeypatch.setattr(builtins, "__import__", without_bitsandbytes)
-    with pytest.raises(SconeError, match=r'pip install "scone\[quantization\]"'):
+    with pytest.raises(SconeError, match=r'pip install "scone-lm\[quantization\]"'):
         quantize_trunk(model, "int4")
 
 

@@ -27,6 +27,7 @@ openai = pytest.importorskip("openai", reason="the openai client is not installe
 from scone.inference.serve import Service  # noqa: E402 (needs the extra)
 from scone.inference.serve_batching import Batcher, Job, QueueFullError  # noqa: E402
 
+ORIGIN = "https://chat.example:8080"
 PROMPTS = ["the cat", "a dog ran under the hill and then", "it slept", "é \U0001f600", "mat"]
 
 
@@ -42,7 +43,7 @@ def engine(folder: Path) -> SconeInferenceEngine:
 
 @pytest.fixture(scope="module")
 def address(folder: Path) -> Iterator[str]:
-    with server(folder, "--max_new_tokens", "200") as (address, _):
+    with server(folder, "--max_new_tokens", "200", "--cors_origin", ORIGIN) as (address, _):
         yield address
 
 
@@ -212,7 +213,110 @@ def test_strangers_are_kept_out(address: str) -> None:
     request = urllib.request.Request(f"{address}/health", headers={"Host": "evil.example"})
     with pytest.raises(urllib.error.HTTPError, match="400"):
         urllib.request.urlopen(request, timeout=60)
-    assert post(address, "/nowhere", {})[0] in (404, 405)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("POST", "/nowhere", 404),
+        ("GET", "/nowhere", 404),
+        ("DELETE", "/v1/nowhere", 404),
+        ("POST", "/v1/models", 405),
+        ("GET", "/v1/completions", 405),
+        ("POST", "/", 405),
+        ("HEAD", "/health", 200),
+        ("GET", "/health", 200),
+    ],
+)
+def test_paths_and_methods(address: str, method: str, path: str, status: int) -> None:
+    request = urllib.request.Request(address + path, b"{}" if method == "POST" else None, method=method)
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            found, body = response.status, response.read()
+    except urllib.error.HTTPError as error:
+        with error:
+            found, body = error.code, error.read()
+    assert found == status
+    if status >= 400:
+        assert f"found no {method} {path} here" in json.loads(body)["error"]["message"]
+    elif method == "HEAD":
+        assert body == b""
+
+
+def test_pages_that_may_call_are_told_so_and_others_are_not(address: str) -> None:
+    def allowed(origin: str, method: str, **headers: str) -> str | None:
+        url, head = f"{address}/v1/completions", {"Origin": origin} | headers
+        try:
+            with urllib.request.urlopen(urllib.request.Request(url, headers=head, method=method), timeout=60) as answer:
+                return answer.headers["access-control-allow-origin"]
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.headers["access-control-allow-origin"]
+
+    asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type"}
+    assert allowed(ORIGIN, "OPTIONS", **asked) == ORIGIN
+    assert allowed(ORIGIN, "GET") == ORIGIN  # a refusal is for the page to read
+    assert allowed("https://evil.example", "OPTIONS", **asked) is None
+    assert allowed("https://evil.example", "GET") is None
+
+
+@pytest.mark.parametrize("origin", ["chat.example", "https://chat.example/page", "null", ""])
+def test_an_origin_that_no_browser_sends_is_refused(folder: Path, origin: str) -> None:
+    argv = ["--model_path", str(folder), "--cors_origin", origin]
+    with pytest.raises(SconeError, match="expected a web page's origin"):
+        serve_script.main(argv)
+
+
+NULLS = {
+    "/v1/completions": "temperature top_p n stream echo logprobs logit_bias suffix best_of max_tokens seed stop "
+    "stream_options user presence_penalty top_k repetition_penalty",
+    "/v1/chat/completions": "temperature n stream tools response_format max_completion_tokens stop",
+}
+
+
+@pytest.mark.parametrize("path", NULLS)
+def test_null_is_as_good_as_not_there(address: str, path: str) -> None:
+    given = {"prompt": "the cat"}
+    if path.endswith("chat/completions"):
+        given = {
+            "messages": [{"role": "user", "content": [{"type": "text", "text": "the cat", "x": None}], "name": None}]
+        }  # type: ignore[dict-item]
+    body = {"model": "tiny", "seed": 7, "max_tokens": 5} | given
+    status, plain = post(address, path, body)
+    assert status == 200, plain
+    nulls = {name: None for name in NULLS[path].split() if name not in body}
+    status, answer = post(address, path, body | nulls | {"stream_options": {"include_usage": None}})
+    assert status == 200, answer
+    assert answer["choices"] == plain["choices"]
+    assert post(address, path, body | {"model": None})[0] == 400  # what must be there is asked for
+    for name in NULLS[path].split():
+        assert post(address, path, {"max_tokens": 1} | body | {name: None})[0] == 200, name
+
+
+def test_who_asks_for_no_length_gets_16_tokens_of_a_completion_and_all_of_a_chat(address: str) -> None:
+    """The model's own end, or the context's (256 positions), or the server's limit (200)."""
+    body = {"model": "tiny", "temperature": 0}
+    _, answer = post(address, "/v1/completions", body | {"prompt": "the cat"})
+    assert answer["usage"]["completion_tokens"] <= 16
+    short, long = "the cat", "the cat sat on the mat " * 12
+    for text in (short, long):
+        _, answer = post(address, "/v1/chat/completions", body | {"messages": [{"role": "user", "content": text}]})
+        used, end = answer["usage"], answer["choices"][0]["finish_reason"]
+        assert end == "stop" or used["completion_tokens"] == min(200, 256 - used["prompt_tokens"])
+        assert end == "length" or used["completion_tokens"] > 0
+
+
+@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize("words", [300, 76])
+def test_a_prompt_that_is_too_long_is_told_in_openais_words(address: str, chat: bool, words: int) -> None:
+    text = "the cat " * words
+    given = {"messages": [{"role": "user", "content": text}]} if chat else {"prompt": text}
+    path = "/v1/chat/completions" if chat else "/v1/completions"
+    status, answer = post(address, path, {"model": "tiny", "max_tokens": 200} | given)
+    assert status == 400
+    assert answer["error"]["code"] == "context_length_exceeded"
+    assert "256 positions" in answer["error"]["message"]
+    assert "--" not in answer["error"]["message"]
 
 
 def test_key_and_shutdown_while_a_client_is_served(folder: Path) -> None:
@@ -278,7 +382,7 @@ def test_mistakes_are_told_before_anything_is_loaded(monkeypatch: pytest.MonkeyP
         with pytest.raises(SconeError, match="cannot listen on"):
             serve_script.main([*arguments, "--device", "cpu", "--port", str(taken.getsockname()[1])])
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(SconeError, match=r'pip install "scone\[serve\]"'):
+    with pytest.raises(SconeError, match=r'pip install "scone-lm\[serve\]"'):
         serve_script.main(["--model_path", "missing"])
 
 

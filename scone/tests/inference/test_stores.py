@@ -192,7 +192,7 @@ def test_rows_that_a_device_holds_are_decoded_there(table: Path, rows: torch.Ten
         first = [DeviceStore(file, CPU, 0, 10), MemoryStore.ram(file, 10, 101), DirectStore(file)]
         for store in (DeviceStore(file, CPU), TieredStore(first, [10, 111])):
             opened = EmbeddingTable(file, store, CPU)
-            for ranks in (torch.randint(0, NUM_ROWS, (90,)), torch.arange(9, -1, -1), torch.arange(20, 40)):
+            for ranks in (torch.randint(0, NUM_ROWS, (90,)), torch.arange(9, -1, -1), torch.arange(8, 40)):
                 found = opened.rows(ranks, dtype)
                 assert found.dtype == dtype
                 assert torch.equal(found, expected[ranks])

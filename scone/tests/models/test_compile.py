@@ -31,6 +31,8 @@ from scone.models.token_history import marked
 from scone.tests import tiny
 from scone.tests.models.test_over_encoding import over_encoding
 
+# PyTorch's own, where vectors with a gradient come into a graph from outside of it
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 KINDS = ["table", "live", "over-encoding", "scaled"]
 IN_ONE_GRAPH = ("table", "scaled")
 

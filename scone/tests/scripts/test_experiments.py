@@ -189,6 +189,14 @@ def test_gpus_that_are_not_there_are_refused(runner, data, tmp_path, gpus):
         runner.main([*_flags(data, tmp_path), "--gpus", gpus])
 
 
+def test_a_worker_does_not_look_for_the_gpus_of_the_others(runner, data, tmp_path):
+    """It sees the one that it was given (here none: it trains on the CPU)."""
+    pairs = [f"{name}={value}" for name, value in SMALL.items()]
+    flags = [*_flags(data, tmp_path), "--gpus", "1000", "--set", *pairs, "--worker", "plain-seed1"]
+    assert runner.main(flags) == 0
+    assert runner.is_finished(tmp_path / "plain-seed1.json")
+
+
 def test_an_interrupted_run_goes_on_from_its_checkpoint(runner, data, tmp_path):
     changes = {"training.max_steps": 100_000, "training.eval_steps": 100_000}
     plan = plan_of(runner, "main_claim", data, tmp_path, **changes)

@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import shutil
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,6 +73,26 @@ def test_each_configuration_lands_in_its_folder_with_one_count(run: Run) -> None
     vocabularies = sorted(path.parent.name for path in run.cache.glob("vocabularies/*/*/f_grams.safetensors"))
     assert vocabularies == ["100-100000", "20-1000000"]
     assert len(list(run.cache.glob("vocabularies/*/*/counting.json"))) == 1  # the second was cut from the first
+
+
+def test_all_files_have_the_mode_of_new_files(run: Run) -> None:
+    """Models and checkpoints, plain and SCONE, tables, vocabularies, tokens: what others may read is for the umask."""
+    argv = ["precompute", "--model_path", str(run.final_model), "--output_path", str(run.output / "embeddings.cache")]
+    assert main(argv) == 0
+    plain = ["train", *run.argv()[1:7], *TINY, "--use_f_gram_embeddings", "false", "--max_steps", "1"]
+    plain[plain.index("--output_dir") + 1] = str(run.output / "plain")
+    assert main(plain) == 0
+    expected = 0o666 & ~_umask()
+    files = [path for folder in (run.output, run.cache) for path in folder.rglob("*") if path.is_file()]
+    wrong = {str(path): oct(path.stat().st_mode) for path in files if stat.S_IMODE(path.stat().st_mode) != expected}
+    assert wrong == {}
+    assert len([path for path in files if path.suffix == ".safetensors"]) >= 10
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def test_finished_configurations_are_kept(run: Run, capsys: pytest.CaptureFixture[str]) -> None:

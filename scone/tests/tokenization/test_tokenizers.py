@@ -10,7 +10,10 @@ import sys
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
+from scone.data.encoding import CorpusEncoder
 from scone.tokenization.tokenizers import (
     document_separator_id,
     load_tokenizer,
@@ -155,8 +158,8 @@ def test_a_cased_vocabulary_keeps_case(tmp_path):
         ({"vocab.json": "{}"}, "found no tokenizer in"),
         ({"tokenizer.json": "{broken"}, "cannot load the tokenizer in"),
         ({"vocab.json": "{broken", "merges.txt": ""}, "cannot load the tokenizer in"),
-        ({"vocab.json": '{"<|endoftext|>": 0}', "merges.txt": ""}, "encodes 'Hello world' as nothing but special"),
-        ({"vocab.txt": "[UNK]\n[PAD]\n[CLS]\n[SEP]\n[MASK]\n"}, "encodes 'Hello world' as nothing but special"),
+        ({"vocab.json": '{"<|endoftext|>": 0}', "merges.txt": ""}, "encodes neither 'Hello world' nor these"),
+        ({"vocab.txt": "[UNK]\n[PAD]\n[CLS]\n[SEP]\n[MASK]\n"}, "encodes neither 'Hello world' nor these"),
     ],
 )
 def test_a_folder_without_a_usable_tokenizer_is_refused(tmp_path, files, message):
@@ -212,3 +215,20 @@ def test_the_tokenizer_of_a_saved_scone_model_loads_without_a_question(tmp_path)
     )
     done = subprocess.run([sys.executable, "-c", program], stdin=subprocess.DEVNULL, capture_output=True, text=True)
     assert done.stdout.split() == [str(len(tokenizer))], done.stderr
+
+
+@pytest.mark.parametrize("unknown", ["[UNK]", None])
+@pytest.mark.parametrize("text", ["今天天气很好。我们去公园。", "ACGTTGCA", "0123456789", "😀😃😄", "привет мир"])
+def test_a_tokenizer_need_not_know_latin_letters(tmp_path, text, unknown):
+    """Nor anything outside of what it was made for; then it is told apart by its entries."""
+    entries = {entry: i for i, entry in enumerate([*([unknown] if unknown else []), "[EOS]", *sorted(set(text))])}
+    backend = Tokenizer(models.WordLevel(entries, unk_token=unknown or ""))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token=unknown, eos_token="[EOS]")
+    tokenizer.save_pretrained(tmp_path)
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.encode(text, add_special_tokens=False) == [entries[letter] for letter in text]
+    assert tokenizer_fingerprint(loaded) == tokenizer_fingerprint(tokenizer)
+    if unknown is None:
+        with pytest.raises(SconeError, match=r"refuses a text of the corpus \(.*give it an unk_token"):
+            CorpusEncoder(loaded).encode([text, "x"])

@@ -43,19 +43,17 @@ def test_an_error_is_raised_and_nothing_new_begins_after_it() -> None:
 
     def work(item: int) -> int:
         begun.append(item)
-        time.sleep(0.01)
-        if item == 5:
+        if item == 1:
             raise KeyError(item)
+        if item > 1:
+            time.sleep(0.3)
         return item
 
     found: list[int] = []
     with pytest.raises(KeyError):
-        found.extend(map_in_order(work, range(1000), 2))
-    assert found == [0, 1, 2, 3, 4]
-    before = len(begun)
-    assert before < 20
-    time.sleep(0.05)
-    assert len(begun) == before
+        found.extend(map_in_order(work, range(1000), 1))
+    assert found == [0]
+    assert begun in ([0, 1], [0, 1, 2])  # the thread goes on to the next before the error is seen
 
 
 def test_a_caller_that_stops_waits_for_what_runs() -> None:

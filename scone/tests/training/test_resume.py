@@ -1,0 +1,145 @@
+"""Resuming over something else than the run began with is refused in one line, and leaves the run as it was."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from scone.tests.training.runs import WORDS, command_line, options
+from scone.training.run import train
+from scone.utils.errors import SconeError
+from scone.utils.files import sha256_of_file
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
+]
+
+BEGAN = {"data.max_f_grams": 40, "training.max_steps": 2, "training.save_steps": 2}
+GO_ON = {"training.max_steps": 4, "training.resume_from_checkpoint": "true"}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(corpus, tmp_path_factory) -> str:
+    """Trained on the corpus as it was."""
+    run = options(corpus, tmp_path_factory.mktemp("tokenizer") / "run", **(BEGAN | {"training.max_steps": 1}))
+    return str(train(run, quiet=True))
+
+
+@pytest.fixture(scope="module")
+def begun(corpus, tokenizer, tmp_path_factory) -> Path:
+    """A run of two steps."""
+    folder = tmp_path_factory.mktemp("begun") / "run"
+    train(options(corpus, folder, **BEGAN, **{"model.tokenizer": tokenizer}), quiet=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def grown(corpus, tmp_path_factory) -> Path:
+    """The corpus with more text, in which other n-grams are frequent."""
+    path = tmp_path_factory.mktemp("grown") / corpus.name
+    more = [json.dumps({"text": " ".join([*WORDS[::-1]] * 12)}) for _ in range(60)]
+    path.write_text("\n".join([corpus.read_text(encoding="utf-8"), *more]), encoding="utf-8")
+    return path
+
+
+def content(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): sha256_of_file(path) for path in folder.rglob("*") if path.is_file()}
+
+
+def refusal(corpus: Path, begun: Path, **changes: object) -> str:
+    """What a resume says that must change nothing."""
+    before = content(begun)
+    with pytest.raises(SconeError) as caught:
+        train(options(corpus, begun, **(BEGAN | GO_ON | changes)), quiet=True)
+    assert content(begun) == before
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_another_f_gram_vocabulary_is_refused(grown, begun, tokenizer):
+    said = refusal(grown, begun, **{"model.tokenizer": tokenizer})
+    assert "other f-grams (found 40, fingerprint" in said
+    assert "expected 40, fingerprint" in said
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data.max_f_grams": 30}, "other f-grams (found 30,"),
+        ({"data.max_n": 4, "data.min_freq": 60}, "other f-grams"),
+        ({"model.learned_rows": 10}, "rows.weight (10, 16); expected the checkpoint's (40, 16)"),
+        ({"model.hidden_size": 32}, "expected the checkpoint's"),
+        ({"model.num_hidden_layers": 2}, "expected the checkpoint's"),
+        ({"model.num_attention_heads": 4}, "num_attention_heads 4; expected the checkpoint's 2"),
+        ({"model.hidden_act": "relu"}, "text_config.activation_function relu"),
+        ({"model.combination": "gate"}, "combination gate; expected the checkpoint's add"),
+        ({"model.control": "shuffled"}, "control shuffled; expected the checkpoint's none"),
+        ({"model.rows_backoff": False}, "rows_backoff False; expected the checkpoint's True"),
+        ({"model.embedding_scale": 2.0}, "embedding_scale 2.0; expected the checkpoint's 1.0"),
+        ({"model.f_gram.output_norm": False}, "f_gram_model.output_norm False; expected the checkpoint's True"),
+        ({"model.over_encoding_rows": 100}, "model_type scone_over_encoding; expected the checkpoint's scone"),
+        ({"model.use_f_gram_embeddings": False}, "model_type gpt2; expected the checkpoint's scone"),
+        ({"training.freeze_trunk": True}, "cannot resume from"),  # its optimizer has other parameters
+    ],
+)
+def test_another_model_is_refused(corpus, begun, tokenizer, changes, message):
+    assert message in refusal(corpus, begun, **{"model.tokenizer": tokenizer} | changes)
+
+
+def test_another_tokenizer_of_the_same_size_is_refused(grown, begun):
+    """Trained on other text it gives other tokens, whatever model reads them."""
+    assert "another tokenizer" in refusal(grown, begun)
+
+
+def test_other_data_for_the_same_model_is_warned_of(corpus, grown, tokenizer, tmp_path, caplog):
+    plain = {"model.use_f_gram_embeddings": False, "model.tokenizer": tokenizer}
+    train(options(corpus, tmp_path / "run", **(BEGAN | plain)), quiet=True)
+    train(options(corpus, tmp_path / "run", **(BEGAN | GO_ON | plain)), quiet=True)
+    assert "another than the one" not in caplog.text
+    train(options(grown, tmp_path / "run", **(BEGAN | GO_ON | plain | {"training.max_steps": 6})), quiet=True)
+    assert "the training split is another than the one checkpoint-4 was trained on" in caplog.text
+
+
+def test_a_damaged_optimizer_is_one_line(corpus, begun, tokenizer, tmp_path):
+    state = begun / "checkpoint-2" / "optimizer.pt"
+    whole = state.read_bytes()
+    state.write_bytes(whole[: len(whole) // 2])
+    try:
+        assert "cannot resume from" in refusal(corpus, begun, **{"model.tokenizer": tokenizer})
+    finally:
+        state.write_bytes(whole)
+
+
+@pytest.mark.parametrize("launcher", ["processes", "hydra"])
+def test_every_way_to_train_refuses(grown, begun, tokenizer, launcher):
+    before = content(begun)
+    if launcher == "processes":
+        flags = command_line(grown, begun, "--max_f_grams", "40", "--max_steps", "4", "--resume_from_checkpoint")
+        flags[flags.index("--tokenizer") + 1] = tokenizer
+        command = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "scone.scripts.train", *flags]
+    else:
+        values = {"data.dataset_name": grown, "data.cache_dir": grown.parent / "cache", "training.output_dir": begun}
+        values |= {"model.tokenizer": tokenizer, "data.max_f_grams": 40, "data.min_freq": 3, "data.max_length": 32}
+        values |= {f"model.{name}": 2 for name in ("num_attention_heads",)} | {"model.hidden_size": 16}
+        values |= {"model.num_hidden_layers": 1, "training.device": "cpu", "data.num_workers": 0}
+        values |= {"training.resume_from_checkpoint": "true", "training.report_to": "none"}
+        command = ["scone.scripts.hydra_train", *(f"{name}={value}" for name, value in values.items())]
+    done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode != 0
+    assert "other f-grams (found 40" in done.stderr
+    after = content(begun)
+    assert {name: after[name] for name in before} == before
+    assert not [name for name in after.keys() - before.keys() if not name.startswith((".hydra", "hydra_train.log"))]
+
+
+def test_no_epochs_train_nothing_and_are_refused_as_no_steps_are(corpus, tmp_path):
+    with pytest.raises(SconeError, match=r"found num_epochs 0, which trains nothing"):
+        options(corpus, tmp_path / "run", **{"training.num_epochs": 0, "training.max_steps": -1})
+    run = options(corpus, tmp_path / "run", **{"training.num_epochs": 0, "training.max_steps": 1})
+    assert (train(run, quiet=True) / "model.safetensors").exists()

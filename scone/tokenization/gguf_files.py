@@ -1,0 +1,33 @@
+"""Models in GGUF files: which file a name means, and how transformers' ``from_pretrained`` is told."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from scone.utils.errors import SconeError
+
+
+def load_arguments(name: str | Path) -> dict[str, Any]:
+    """The arguments that name a model, or a tokenizer, to ``from_pretrained``: for a GGUF file, or a folder that holds
+    one and no other model, its folder and ``gguf_file``; for all else the name as it is.
+
+    Raises SconeError: several files to choose from, no such file, the extra ``gguf`` is missing.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir() and not (path / "config.json").exists():
+        files = sorted(path.glob("*.gguf"))
+        if len(files) > 1:
+            names = ", ".join(file.name for file in files[:5])
+            raise SconeError(f"found {len(files)} GGUF files in {path} ({names}); expected one; give the file's path")
+        path = files[0] if files else path
+    if path.suffix.lower() != ".gguf" or path.is_dir():
+        return {"pretrained_model_name_or_path": str(name)}
+    if not path.is_file():
+        raise SconeError(f"found no file {path}; expected a GGUF file there; check the path")
+    if find_spec("gguf") is None:
+        raise SconeError(
+            f"found the GGUF file {path} and no library that reads it; install it: pip install 'scone-lm[gguf]'"
+        )
+    return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
