@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face hub, streamed by the ``datasets`` library."""
+"""Datasets of the Hugging Face hub, streamed by the ``datasets`` library."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def hub_units(
 
 
 def _known_splits(names: list[str]) -> list[tuple[str, str | None]]:
-    """Names with the splits they mean; others are left out, unless none means any."""
+    """Names mapped to the splits they mean; unknown names are dropped, unless all are unknown."""
     exact: list[tuple[str, str | None]] = [(name, name) for name in names if name in SPLITS]
     by_word: list[tuple[str, str | None]] = [(name, split) for name in names if (split := split_of_name(name))]
     return exact or by_word or [(name, None) for name in names]

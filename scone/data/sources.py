@@ -1,4 +1,4 @@
-"""Where documents come from: local files, a Hugging Face data set, or the standard library's sources."""
+"""Where documents come from: local files, a Hugging Face dataset, or the standard library's sources."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _SAMPLE_BYTES = 1 << 16
 
 @dataclass(frozen=True)
 class Source:
-    """A corpus as its name was resolved: its units in a fixed order."""
+    """A resolved corpus: its units in a fixed order."""
 
     name: str
     units: tuple[Unit, ...]
@@ -85,7 +85,7 @@ def open_documents(
 
 
 def empty_split(source: Source, split: str) -> str:
-    """The one line for a split without documents."""
+    """The one-line error for a split without documents."""
     return f"{source.name!r} gives no document to its {split!r} split; give more text, or choose another split"
 
 
@@ -189,7 +189,7 @@ def _file_unit(path: Path, relative_name: str, split: str | None, text_column: s
 
 
 def _file_facts(path: Path, relative_name: str) -> dict[str, Any]:
-    """What tells a file from what it was. Raises SconeError."""
+    """What identifies a file's content: size, time, hash of both ends. Raises SconeError."""
     try:
         status = path.stat()
         with path.open("rb") as file:

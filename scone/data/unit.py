@@ -1,4 +1,4 @@
-"""The unit that corpora are made of."""
+"""The unit of a corpus: a file, or a split of a hub dataset."""
 
 from __future__ import annotations
 

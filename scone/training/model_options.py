@@ -1,4 +1,4 @@
-"""From a run's options to the parts of its model, and which options do not go together."""
+"""The parts of a model from a run's options, and which options are incompatible."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from scone.utils.errors import SconeError
 
 
 def check_input_embedding(options: SconeOptions) -> None:
-    """Refuse options that contradict each other before anything is counted. Raises SconeError."""
+    """Refuse contradictory options before counting. Raises SconeError."""
     model = options.model
     plain = not model.use_f_gram_embeddings
     if plain and options.training.freeze_trunk:
