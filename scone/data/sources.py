@@ -153,7 +153,7 @@ def _local_source(name: str, path: Path, config_name: str | None, text_column: s
     relative = [file.relative_to(root) for file in readable]
     splits = [split_of_path(each) for each in relative] if path.is_dir() else [split_of_single_file(path.name)]
     if None in splits and all(split or is_shard(file.name) for split, file in zip(splits, readable, strict=True)):
-        # a data set of the hub with splits of other names ("unsupervised"), which are left out as there
+        # a dataset of the hub with splits of other names ("unsupervised"), which are left out as there
         kept = [place for place, split in enumerate(splits) if split is not None] or range(len(splits))
         relative, splits = [relative[place] for place in kept], [splits[place] for place in kept]
         readable = [readable[place] for place in kept]

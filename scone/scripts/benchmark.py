@@ -15,7 +15,8 @@ from scone.utils.errors import SconeError
 EXAMPLES = ("scone benchmark --config scone/configs/benchmark_config.json --output_dir ./benchmark_results",)
 DESCRIPTION = """\
 Measure perplexity, prefill and decode speed, memory, parameters and FLOPs of every model and baseline of a JSON file.
-What is missing is named and left out; only when no model could be measured the command fails. Writes benchmark.json,
+Missing models and datasets are listed and skipped; the command fails only if no model could be measured.
+Writes benchmark.json,
 benchmark.csv, benchmark_speed.csv, benchmark.md and benchmark.html, a report with plots."""
 
 

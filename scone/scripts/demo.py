@@ -13,8 +13,8 @@ from scone.utils.errors import SconeError
 EXAMPLES = ("scone demo", "scone demo --data my_texts/ --output_dir my_demo", "scone demo --quick")
 DESCRIPTION = """\
 Train a plain language model and SCONE (same trunk, data, tokens, schedule) on a corpus, precompute the embedding table,
-evaluate both on held-out text, generate from both, and write report.html and report.json. Prints what it measured,
-whoever wins. Run it again and finished steps are used again."""
+evaluate both on held-out text, generate from both, and write report.html and report.json. It prints what it
+measured, whoever wins. A second run reuses finished steps."""
 
 
 def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -27,8 +27,8 @@ EXAMPLES = (
     "scone evaluate --model_path ./outputs/scone-model/final_model --tasks hellaswag,piqa --task_data evals/",
 )
 DESCRIPTION = """\
-Measure a model's perplexity on a split of a data set, SCONE (with or without its table) or plain, and its zero-shot
-accuracy on tasks. With --tasks, perplexity is measured only if --dataset_name is given too."""
+Measure the perplexity of a SCONE model (with or without its table) or a plain model on a dataset split, and its
+zero-shot accuracy on tasks. With --tasks, perplexity is measured only if --dataset_name is given too."""
 OPTIONS = (
     "data.dataset_name",
     "data.dataset_config_name",
@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _measure_perplexity(
     options: SconeOptions, extra: argparse.Namespace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, object]:
-    """Print the perplexity on the data set; returns what goes into the JSON."""
+    """Print the perplexity on the dataset; returns what goes into the JSON."""
     from scone.data.prepare import prepare_corpus
     from scone.evaluation.perplexity import perplexity
     from scone.evaluation.text_size import sizes_of

@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """\
 Train one model per named configuration, each in OUTPUT_DIR/scone-NAME/final_model. The corpus is tokenised and
-counted once. A configuration fixes the f-gram model's sizes, max_n, min_freq and max_f_grams; it wins over a --config
-file, and a flag wins over it. Finished configurations are kept: after an interruption run the same command again. At
-the end OUTPUT_DIR gets a report on all of them: benchmark.html, .md, .csv and .json."""
+counted once. A configuration fixes the f-gram model's sizes, max_n, min_freq and max_f_grams; it overrides a --config
+file, and flags override it. Finished configurations are kept: after an interruption run the same command again. A
+report on all of them is written to OUTPUT_DIR: benchmark.html, .md, .csv and .json."""
 EXAMPLES = (
     "scone train-configurations --base_model_name gpt2 --output_dir ./outputs --configs small-100k medium-100k",
     "scone train-configurations --distributed --num_gpus 4 --fp16 --configs medium-100k medium-500k",
