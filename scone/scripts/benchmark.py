@@ -15,9 +15,8 @@ from scone.utils.errors import SconeError
 EXAMPLES = ("scone benchmark --config scone/configs/benchmark_config.json --output_dir ./benchmark_results",)
 DESCRIPTION = """\
 Measure perplexity, prefill and decode speed, memory, parameters and FLOPs of every model and baseline of a JSON file.
-Missing models and datasets are listed and skipped; the command fails only if no model could be measured.
-Writes benchmark.json,
-benchmark.csv, benchmark_speed.csv, benchmark.md and benchmark.html, a report with plots."""
+Missing models and datasets are listed and skipped; the command fails only if no model could be measured. Writes
+benchmark.json, benchmark.csv, benchmark_speed.csv, benchmark.md and benchmark.html, a report with plots."""
 
 
 def read_arguments(argv: Sequence[str] | None) -> tuple[SconeOptions, argparse.Namespace]:
