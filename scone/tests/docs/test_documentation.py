@@ -9,6 +9,8 @@ import importlib
 import importlib.util
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -97,6 +99,28 @@ def test_links_lead_somewhere() -> None:
             elif anchor and path.suffix == ".md" and anchor not in anchors(path):
                 broken.append(f"{page.name}: no heading for {match['target']}")
     assert not broken
+
+
+def test_tables_are_those_of_the_results() -> None:
+    done = subprocess.run(
+        [sys.executable, str(REPOSITORY / "benchmarks" / "fill_tables.py"), "--check"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-500:]
+
+
+def test_the_readme_stays_short() -> None:
+    assert len((REPOSITORY / "README.md").read_text(encoding="utf-8").splitlines()) <= 130
+
+
+def test_every_decision_has_a_status_and_states_itself() -> None:
+    for path in (REPOSITORY / "docs" / "decisions").glob("*.md"):
+        title, blank, stated, *_ = path.read_text(encoding="utf-8").splitlines()
+        assert title.startswith(f"# {int(path.name[:4])}. "), path.name
+        assert not blank, path.name
+        assert re.fullmatch(r"\*Status: [^*]+\.\* .{20,}", stated), path.name
 
 
 def anchors(page: Path) -> set[str]:
