@@ -80,7 +80,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options["dir"], prefix="bench_generation.") as folder:
         path = Path(folder) / "embeddings.cache"
         write_table(path, counted.num_f_grams, width)
-        models = build_all(counted, path, width, layers, heads)
+        models = build_all(counted, path, width, layers, heads, options["models"])
         text = torch.from_numpy(file.tokens[: 4_000_000 if not tiny else 40_000].astype(np.int64))
         options["failed"] = []
         for model in models.values():  # what is made at the first use takes memory too
@@ -104,6 +104,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--engine_batches", type=int, nargs="*", default=[1, 32], help="of the engine")
     parser.add_argument("--compiled", action="store_true", help="also with the compiled steps of transformers")
     parser.add_argument("--only_compiled", action="store_true", help="that alone")
+    parser.add_argument("--models", nargs="+", help="these alone, beside plain (default: all)")
     parser.add_argument("--trunk", choices=["gpt2", "1b"], default="gpt2", help="its size")
 
 
@@ -130,26 +131,29 @@ def trunk_of(width: int, layers: int, heads: int) -> PreTrainedModel:
 
 
 def build_all(
-    vocabulary: FGramVocabulary, path: Path, width: int, layers: int, heads: int
+    vocabulary: FGramVocabulary, path: Path, width: int, layers: int, heads: int, chosen: list[str] | None = None
 ) -> dict[str, PreTrainedModel]:
-    """All models by name, "plain" first; those with a table share nothing but the file."""
+    """The ``chosen`` models by name (None: all), "plain" first; those with a table share nothing but the file."""
     sizes = FGramModelConfig(width, layers, heads, 4 * width).to_dict()
     placements = {"ram": "ram", "mmap": "mmap", "direct": "direct"}
     if DEVICE.type == "cuda":
         placements |= {"gpu": "gpu", "tiered": "gpu:100k,ram:400k,disk"}
-    models: dict[str, PreTrainedModel] = {
-        "plain": trunk_of(width, layers, heads),
-        "doubled": trunk_of(width, 2 * layers, heads),
-    }
+    wanted = {"doubled", "live", *placements} if chosen is None else set(chosen)
+    models: dict[str, PreTrainedModel] = {"plain": trunk_of(width, layers, heads)}
+    if "doubled" in wanted:
+        models["doubled"] = trunk_of(width, 2 * layers, heads)
     for name, placement in placements.items():
+        if name not in wanted:
+            continue
         model = SconeForCausalLM.from_trunk(
             trunk_of(width, layers, heads), vocabulary, f_gram_model=None, learned_rows=1
         )
         model.f_gram_embedding = None
         model.attach_table(EmbeddingTable.open(path, placement, device=DEVICE))
         models[name] = model.eval()
-    live = SconeForCausalLM.from_trunk(trunk_of(width, layers, heads), vocabulary, f_gram_model=sizes)
-    models["live"] = live.to(DEVICE, DTYPE).eval()
+    if "live" in wanted:
+        live = SconeForCausalLM.from_trunk(trunk_of(width, layers, heads), vocabulary, f_gram_model=sizes)
+        models["live"] = live.to(DEVICE, DTYPE).eval()
     return models
 
 
