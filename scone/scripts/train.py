@@ -19,7 +19,7 @@ EXAMPLES = (
 
 
 def read_arguments(argv: Sequence[str] | None) -> SconeOptions:
-    """The options that the command line says. Raises SconeError."""
+    """The options on the command line. Raises SconeError."""
     options, _ = parse_options(
         argv,
         ("data", "model", "training"),
@@ -30,7 +30,7 @@ def read_arguments(argv: Sequence[str] | None) -> SconeOptions:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train as the command line says and print where the model is."""
+    """Train and print the path of the model."""
     options = read_arguments(argv)
     from scone.training.processes import leave_processes
     from scone.training.run import train

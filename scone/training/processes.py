@@ -1,4 +1,4 @@
-"""The processes of one run: how they meet again after a restart and part at the end, and what is said of a lost one."""
+"""The process group of a run: restarting it, destroying it, and reporting lost ranks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _GLOO_SAYS = ("gloo", "Connection closed by peer", "Connection reset by peer", "
 
 
 def meet_after_restart(backend: str | None) -> None:
-    """Form the process group anew where torchrun started the processes again.
+    """Reinitialise the process group after torchrun restarted the processes.
 
     Its store lives on through a restart (torch 2.13), with the addresses of the killed processes in it, and whoever
     comes first would read those: each restart gets names of its own. ``backend`` as for ``init_process_group``.
@@ -31,7 +31,7 @@ def meet_after_restart(backend: str | None) -> None:
 
 
 def leave_processes() -> None:
-    """Leave the process group of this program's runs, where there is one; for its end, once no model is held any more.
+    """Destroy the process group, if there is one, at the end of the program, when no model is held any more.
 
     What is left of a group of gloo's can abort a process that exits (pytorch issue 190489), and its launcher then ends
     the others, who may still be saving. A sharded model holds the group, and is held by cycles of the trainer's.
@@ -43,7 +43,7 @@ def leave_processes() -> None:
 
 @contextmanager
 def one_line_for_lost_processes() -> Iterator[None]:
-    """Where another process of the run is gone, raise SconeError instead of what the communication library says."""
+    """Raise SconeError instead of the communication library's error when another rank is lost."""
     try:
         yield
     except RuntimeError as error:

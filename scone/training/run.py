@@ -1,4 +1,4 @@
-"""A training run from options to ``final_model``: corpus, f-grams, model, trainer."""
+"""A training run, from options to ``final_model``: corpus, f-grams, model, trainer."""
 
 from __future__ import annotations
 

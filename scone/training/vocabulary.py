@@ -1,4 +1,4 @@
-"""The f-gram vocabulary of a training corpus: counted once, then read from the cache."""
+"""The f-gram vocabulary of a training corpus: counted once, then cached."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def prepare_vocabulary(
 
 
 def remove_empty_folder(folder: Path) -> None:
-    """Counting leaves its working folder, empty once it is through."""
+    """Remove the working folder that counting leaves empty."""
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
 

@@ -1,4 +1,4 @@
-"""Files that are either complete or not there: atomic writing, JSON, fingerprints."""
+"""Files that are complete or absent: atomic writes, JSON, fingerprints."""
 
 from __future__ import annotations
 

@@ -205,7 +205,11 @@ def test_kill_9_loses_at_most_the_steps_since_the_last_checkpoint(corpus, tmp_pa
         ({"data.max_length": 9999, "model.max_position_embeddings": 9999}, r"expected at least one block of 9999"),
         ({"model.hidden_size": 15}, r"multiple of the heads"),
         ({"model.base_model_name": "no/such/model"}, r"cannot find the model"),
-        ({"model.learned_rows": 0, "model.f_gram.num_hidden_layers": 0}, r"neither an f-gram model nor learned rows"),
+        # before counting, which would find nothing
+        (
+            {"model.learned_rows": 0, "model.f_gram.num_hidden_layers": 0, "data.min_freq": 10**6},
+            r"neither an f-gram model",
+        ),
         ({"training.resume_from_checkpoint": "nowhere"}, r"no complete checkpoint"),
         ({"training.report_to": "dvclive"}, r"not installed; install it"),
         ({"training.report_to": "tensorbord"}, r"did you mean tensorboard"),
