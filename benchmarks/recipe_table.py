@@ -28,10 +28,19 @@ GROUPS = {
 other's."""
 
 
+CURVES = ("plain-lr4e-3", "plain-lr8e-3", "rows-rms", "rows-lr4e-3", "rows-lr4e-3-rows2e-3", "plain-2x-flops")
+
+
 def recipe_table(report: Mapping[str, Any], view: str) -> str:
-    """``summary``: the README's runs. ``screen_N``: all runs of a screen. ``groups_N``: change of loss by match."""
+    """``summary``: the README's runs. ``screen_N``: all runs of a screen. ``groups_N``: change of loss by match.
+    ``budgets``: the short runs of screen 3, each beside plain at its budget. ``curves``: validation losses on the way.
+    """
     if view == "summary":
         return _comparison({**_runs(report, "1"), **_runs(report, "2")}, PLAIN["2"], SUMMARY)
+    if view == "budgets":
+        return _budgets(_runs(report, "3"))
+    if view == "curves":
+        return _curves({**_runs(report, "2"), **_runs(report, "3")}, CURVES)
     kind, _, screen = view.partition("_")
     runs = _runs(report, screen)
     if kind == "groups":
@@ -65,6 +74,32 @@ def _comparison(runs: Mapping[str, Any], plain: str, names: Mapping[str, str]) -
         lines.append(f"| {name} | {' | '.join([*cost, *perplexities])} | {change} |")
     note = f"Perplexity after {base['tokens'] / 1e6:.0f} M training tokens; 4 layers × 256; one seed; 4 × H100."
     return "\n".join(lines) + f"\n\n*{note}*\n"
+
+
+def _budgets(runs: Mapping[str, Any]) -> str:
+    lines = [f"| tokens | | {' | '.join(TEXTS.values())} | mean of four |", "|---:|---|" + "---:|" * (len(TEXTS) + 1)]
+    finished = [name for name, run in runs.items() if run.get("finished", True)]
+    for name in sorted(finished, key=lambda name: (runs[name]["tokens"], "plain" not in name, name)):
+        run, kind = runs[name], name.partition("-")[2]
+        plain = next(runs[other] for other in finished if other.startswith(f"{name.partition('-')[0]}-plain"))
+        if run is plain:
+            cells = [f"{run['tests'][text]['perplexity']:.1f}" for text in TEXTS] + ["–"]
+        else:
+            cells = [percent(run["tests"][t]["perplexity"] / plain["tests"][t]["perplexity"] - 1) for t in TEXTS]
+            cells.append(percent(mean_perplexity(run) / mean_perplexity(plain) - 1))
+        lines.append(f"| {run['tokens'] / 1e6:.0f} M | `{kind}` | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n\n*Perplexity of plain, and the change from it; rate 4e-3, one seed, one H100.*\n"
+
+
+def _curves(runs: Mapping[str, Any], names: tuple[str, ...]) -> str:
+    steps = sorted({step for name in names for step, _ in runs[name]["validation_losses"]})
+    lines = ["| | " + " | ".join(f"step {step:,}" for step in steps) + " |", "|---|" + "---:|" * len(steps)]
+    for name in names:
+        losses = dict(runs[name]["validation_losses"])
+        lines.append(
+            f"| `{name}` | " + " | ".join(f"{losses[s]:.3f}" if s in losses else "cut off" for s in steps) + " |"
+        )
+    return "\n".join(lines) + "\n\n*Validation loss, nats a token, of 5,000 steps.*\n"
 
 
 def _groups(runs: Mapping[str, Any], plain: str, others: tuple[str, ...]) -> str:

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from scone.configs.loading import save_options
-from scone.configs.schema import ROWS_LEARNING_RATE, SconeOptions, TrainingOptions
+from scone.configs.schema import SconeOptions, TrainingOptions
 from scone.data.collator import Collator
 from scone.data.dataset import BlockDataset
 from scone.data.f_gram_use import FGramUse
@@ -40,7 +40,7 @@ from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 from scone.tokenization.tokenizers import separator_ids, tokenizer_fingerprint
 from scone.training.compilation import compile_for_training
 from scone.training.model_options import check_input_embedding, f_gram_model_settings
-from scone.training.optimizer import learned_rows
+from scone.training.optimizer import learned_rows, rows_learning_rate
 from scone.training.precision import resolve_precision
 from scone.training.processes import reinit_process_group, report_lost_ranks
 from scone.training.reporters import reporter_names
@@ -271,8 +271,21 @@ def build_trainer(
         checkpoints_kept=training.save_total_limit,
         facts=_facts(corpus),
         f_gram_learning_rate=training.f_gram_learning_rate,
-        rows_learning_rate=(ROWS_LEARNING_RATE if training.rows_learning_rate is None else training.rows_learning_rate),
+        rows_learning_rate=(
+            rows_learning_rate(training_tokens(options, corpus.train.num_tokens, arguments.world_size))
+            if training.rows_learning_rate is None
+            else training.rows_learning_rate
+        ),
     )
+
+
+def training_tokens(options: SconeOptions, corpus_tokens: int, num_processes: int) -> int:
+    """How many tokens the run trains on, each as often as it is read."""
+    training = options.training
+    if training.max_steps <= 0:
+        return int(training.num_epochs * corpus_tokens)
+    per_step = training.batch_size * training.gradient_accumulation_steps * num_processes * options.data.max_length
+    return training.max_steps * per_step
 
 
 def evaluation_blocks(tokens: TokenFile, length: int, max_tokens: int | None = None) -> BlockDataset:
