@@ -16,7 +16,7 @@ from scone.utils.errors import SconeError
 _GLOO_SAYS = ("gloo", "Connection closed by peer", "Connection reset by peer", "Socket Timeout")
 
 
-def meet_after_restart(backend: str | None) -> None:
+def reinit_process_group(backend: str | None) -> None:
     """Reinitialise the process group after torchrun restarted the processes.
 
     Its store lives on through a restart (torch 2.13), with the addresses of the killed processes in it, and whoever
@@ -30,7 +30,7 @@ def meet_after_restart(backend: str | None) -> None:
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
 
 
-def leave_processes() -> None:
+def destroy_process_group() -> None:
     """Destroy the process group, if there is one, at the end of the program, when no model is held any more.
 
     What is left of a group of gloo's can abort a process that exits (pytorch issue 190489), and its launcher then ends
@@ -42,7 +42,7 @@ def leave_processes() -> None:
 
 
 @contextmanager
-def one_line_for_lost_processes() -> Iterator[None]:
+def report_lost_ranks() -> Iterator[None]:
     """Raise SconeError instead of the communication library's error when another rank is lost."""
     try:
         yield
@@ -53,7 +53,7 @@ def one_line_for_lost_processes() -> Iterator[None]:
                 "want of memory; expected it to live; give a lower --num_workers, and go on with "
                 "--resume_from_checkpoint"
             ) from error
-        if not tells_of_a_lost_process(error):
+        if not is_lost_rank(error):
             raise
         raise SconeError(
             "lost the connection to another process of this run, which ended or was killed (its own message is above "
@@ -62,7 +62,7 @@ def one_line_for_lost_processes() -> Iterator[None]:
         ) from error
 
 
-def tells_of_a_lost_process(error: RuntimeError) -> bool:
+def is_lost_rank(error: RuntimeError) -> bool:
     """Whether a communication library failed, and not the computation."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return False

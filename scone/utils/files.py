@@ -83,7 +83,7 @@ def _locked(descriptor: int, how: int) -> bool:
 
 
 @contextmanager
-def told_when_full(what: str, advice: str) -> Iterator[None]:
+def translate_disk_full(what: str, advice: str) -> Iterator[None]:
     """Turn the system's "disk full" while ``what`` is written into one line that says how to go on."""
     try:
         yield
