@@ -189,7 +189,9 @@ def _fit_into_minutes(run: DemoRun, corpus: Corpus) -> tuple[DemoOptions, dict[s
     trained with other options or on other text is removed.
     """
     asked = run.options
-    key = asdict(replace(asked, output_dir="", max_test_tokens=0)) | {"corpus": corpus.train.fingerprint}
+    same = replace(asked, output_dir="", max_test_tokens=0)
+    recipe = asdict(model_options(same, "scone").training)  # of the trunk, which another version may change
+    key = asdict(same) | {"recipe": recipe, "corpus": corpus.train.fingerprint}
     plan_path = run.folder / PLAN_FILE
     plan: dict[str, Any] = read_json(plan_path) if plan_path.is_file() else {}
     if plan.get("key") != key:
@@ -381,11 +383,12 @@ def _corpus_facts(options: DemoOptions, corpus: Corpus, splits: Mapping[str, Tok
 def _training_facts(options: DemoOptions) -> dict[str, Any]:
     """The settings that both models share, and SCONE's input embedding, in words."""
     layers, width, recipe = options.num_hidden_layers, options.hidden_size, model_options(options, "scone").training
-    shared = ("steps", "batch_size", "max_length", "learning_rate", "seed")
+    shared = ("steps", "batch_size", "max_length", "seed")
     return {name: getattr(options, name) for name in shared} | {
         "trunk": f"Qwen3 architecture, {layers} layers × {width} wide, from scratch",
         "tokens": options.steps * options.batch_size * options.max_length,
         "optimizer": {"muon": "Muon for matrices, AdamW for the rest", "adamw": "AdamW"}[recipe.optimizer],
+        "learning_rate": recipe.learning_rate,
         "schedule": recipe.lr_scheduler_type,
         "input_embedding": (
             "a learned row for each f-gram with back-off along its suffixes, starting at zero on top of the token "

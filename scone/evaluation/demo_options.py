@@ -27,9 +27,7 @@ class DemoOptions:
     hidden_size: int = 128
     num_hidden_layers: int = 3
     max_n: int = 4
-    min_freq: int = 3
     max_f_grams: int = 300_000
-    learning_rate: float = 4e-3
     seed: int = 42
     num_evaluations: int = 4
     max_test_tokens: int = 200_000
@@ -57,7 +55,6 @@ def model_options(options: DemoOptions, name: str) -> SconeOptions:
         "data.text_column": options.text_column,
         "data.max_length": options.max_length,
         "data.max_n": options.max_n,
-        "data.min_freq": options.min_freq,
         "data.max_f_grams": options.max_f_grams,
         "data.cache_dir": str(folder / "cache"),
         "data.num_workers": 0,
@@ -71,8 +68,6 @@ def model_options(options: DemoOptions, name: str) -> SconeOptions:
         "training.output_dir": str(folder / name),
         "training.max_steps": options.steps,
         "training.batch_size": options.batch_size,
-        "training.learning_rate": options.learning_rate,
-        "training.rows_learning_rate": 1e-2,
         "training.warmup_steps": max(1, options.steps // 12),
         "training.logging_steps": max(1, options.steps // 40),
         "training.eval_steps": max(1, options.steps // options.num_evaluations),

@@ -201,6 +201,6 @@ def test_too_little_text_is_refused(options: DemoOptions, tmp_path: Path) -> Non
     (tmp_path / "small.jsonl").write_text(lines)
     with pytest.raises(SconeError, match="give more text"):
         run_demo(
-            replace(options, data=str(tmp_path / "small.jsonl"), output_dir=str(tmp_path / "demo"), min_freq=2),
+            replace(options, data=str(tmp_path / "small.jsonl"), output_dir=str(tmp_path / "demo")),
             lambda line: None,
         )
