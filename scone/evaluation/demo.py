@@ -410,7 +410,6 @@ def _model_facts(result: RunResult, log: Mapping[str, Any], seconds_a_step: floa
         "training_flops_per_token": log["cost"]["training_flops_per_token"],
         "training_seconds": log["train_seconds"],
         "seconds_a_step": seconds_a_step,
-        "training_tokens_per_second": log["steps"] * per_step / log["train_seconds"],
         "generation_tokens_per_second": result.speed[0]["decode_tokens_per_second"],
         "training_curve": [[entry["step"] * per_step, entry["loss"]] for entry in entries if "loss" in entry],
         "validation_curve": [

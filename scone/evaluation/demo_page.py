@@ -29,7 +29,7 @@ def render_demo(report: Report) -> str:
             "gives that position its input embedding.",
         ),
         section(
-            "What it costs", [columns([table(cost_table(report)), _loss_by_time(report)], _steps(report), style="top")]
+            "What it costs", [columns(table(cost_table(report)), [_loss_by_time(report), _steps(report)], style="top")]
         ),
         section(
             "Generated text",
@@ -246,7 +246,6 @@ def cost_table(report: Report) -> Table:
         row("Training time, evaluations included", of("training_seconds"), "{:.0f} s".format),
         row("A training step, timed in turn", of("seconds_a_step"), "{:.3f} s".format, bold=True),
         ["Steps in SCONE's training time", f"{steps_in_equal_time(report):,}", f"{report['training']['steps']:,}"],
-        row("Training speed", of("training_tokens_per_second"), speed),
         row("Evaluation speed", quality("tokens_per_second"), speed),
         row("Generation, one sequence", of("generation_tokens_per_second"), "{:.0f} tokens/s".format),
     ]
