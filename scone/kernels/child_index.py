@@ -15,7 +15,7 @@ from numba import njit
 from scone.kernels.simd import LANES
 
 NO_F_GRAM = -1
-"""What look-ups return when the vocabulary has no such f-gram."""
+"""What lookups return when the vocabulary has no such f-gram."""
 
 BUCKET = LANES
 

@@ -237,7 +237,7 @@ def keys_of_remainders(remainders, partition, inverse, key_bits, remainder_bits)
 
 @njit(nogil=True, cache=True)
 def build_id_table(keys, multiplier, key_bits, remainder_bits, slot_bits, table):
-    """Fill one look-up table per partition from the surviving ``keys`` uint64 [K]: the id of a key is its index.
+    """Fill one lookup table per partition from the surviving ``keys`` uint64 [K]: the id of a key is its index.
 
     Partition p has the ``2**slot_bits`` slots from ``p << slot_bits``; none may be full. ``table`` (type of the
     remainders) holds the remainder and the id of every slot of every partition side by side, where one look finds both.

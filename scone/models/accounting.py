@@ -120,7 +120,7 @@ def input_embedding_flops(
 ) -> float:
     """Operations of one forward pass of a live SCONE's input embedding layer: f-gram model and gate.
 
-    Reading and adding up rows are no products and count nothing, as the token embedding's own look-up does not.
+    Reading and adding up rows are no products and count nothing, as the token embedding's own lookup does not.
     Arguments as ``f_gram_forward_flops``.
     """
     sizes, width = config.f_gram_model_config, config.hidden_size

@@ -63,6 +63,13 @@ def node_dtype(vocab_size: int, num_f_grams: int) -> np.dtype:
     return np.dtype(np.uint32 if vocab_size + num_f_grams <= 2**32 else np.uint64)
 
 
+def renumbered(nodes: np.ndarray, vocab_size: int, new_vocab_size: int) -> np.ndarray:
+    """``nodes``, in any shape, over ``vocab_size`` tokens, when there are ``new_vocab_size``; tokens stay."""
+    is_f_gram = nodes >= vocab_size
+    moved = nodes.astype(np.int64) + is_f_gram * (new_vocab_size - vocab_size)
+    return moved.astype(node_dtype(new_vocab_size, len(nodes)))
+
+
 def keys_of_tokens(tokens: np.ndarray, lengths: np.ndarray, vocab_size: int) -> np.ndarray:
     """Keys [S, 2] of ranked f-grams, tokens int64 [S, N] and lengths int64 [S].
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from scone.tokenization.f_gram_links import (
     keys_of_tokens,
     link,
     node_dtype,
+    renumbered,
 )
 from scone.utils.errors import SconeError
 from scone.utils.files import fingerprint_of
@@ -36,7 +38,7 @@ class FGramVocabulary:
         max_n: N, the limit that was counted with, 1 … 255 (no f-gram is longer; perhaps all are shorter).
         separator_ids: tokens that no f-gram contains, ascending.
         tokenizer_fingerprint: of the tokenizer that made the tokens; "" when unknown.
-        keys: [S, 2] prefix node and last token, side by side because look-ups compare both.
+        keys: [S, 2] prefix node and last token, side by side because lookups compare both.
         suffixes: [S] node of the f-gram without its first token.
         lengths: uint8 [S], tokens of the f-gram, 2 … N.
         counts: uint64 [S], occurrences in the counted corpus.
@@ -209,15 +211,11 @@ class FGramVocabulary:
         if size == self.num_f_grams:
             return self
         dtype = node_dtype(self.vocab_size, size)
-        return FGramVocabulary(
+        return self._changed(
             keys=self.keys[:size].astype(dtype, copy=False),
             suffixes=self.suffixes[:size].astype(dtype, copy=False),
             lengths=self.lengths[:size],
             counts=self.counts[:size],
-            vocab_size=self.vocab_size,
-            max_n=self.max_n,
-            separator_ids=self.separator_ids,
-            tokenizer_fingerprint=self.tokenizer_fingerprint,
         )
 
     def resized(self, vocab_size: int) -> FGramVocabulary:
@@ -231,29 +229,26 @@ class FGramVocabulary:
         if vocab_size == self.vocab_size:
             return self
         first_tokens = self.prefixes[self.lengths == 2]
-        used = (self.last_tokens.max(initial=0), first_tokens.max(initial=0), *self.separator_ids)
-        largest = max(int(token) for token in used)
+        largest = int(max(self.last_tokens.max(initial=0), first_tokens.max(initial=0), *self.separator_ids))
         if vocab_size <= largest:
             raise SconeError(
                 f"cannot go from {self.vocab_size} to {vocab_size} tokens: found token {largest} in an f-gram or as a "
                 f"separator; expected none that goes away; keep at least {largest + 1} tokens"
             )
         check_limits(vocab_size, self.max_n, self.separator_ids)
-        dtype = node_dtype(vocab_size, self.num_f_grams)
-
-        def moved(nodes: np.ndarray) -> np.ndarray:
-            wide = nodes.astype(np.int64)
-            return np.where(wide >= self.vocab_size, wide + (vocab_size - self.vocab_size), wide).astype(dtype)
-
-        return FGramVocabulary(
-            keys=np.stack([moved(self.prefixes), self.last_tokens.astype(dtype)], axis=1),
-            suffixes=moved(self.suffixes),
-            lengths=self.lengths,
-            counts=self.counts,
+        sizes = (self.vocab_size, vocab_size)
+        return self._changed(
+            keys=renumbered(self.keys, *sizes),
+            suffixes=renumbered(self.suffixes, *sizes),
             vocab_size=vocab_size,
-            max_n=self.max_n,
-            separator_ids=self.separator_ids,
+            tokenizer_fingerprint="",
         )
+
+    def _changed(self, **changes: Any) -> FGramVocabulary:
+        """One that differs in ``changes``, and is indexed anew."""
+        parts = ("keys", "suffixes", "lengths", "counts", "vocab_size", "max_n", "separator_ids")
+        same = {name: getattr(self, name) for name in (*parts, "tokenizer_fingerprint")}
+        return FGramVocabulary(**(same | changes))
 
     # Asking it
 
@@ -368,18 +363,11 @@ class FGramVocabulary:
             "rank_bits": str(self.index.rank_bits),
             "max_probes": str(self.index.max_probes),
         }
-        f_gram_file.write_file(path, self._tensors(), metadata)
+        # buckets on cache lines, then widest first so that each array is aligned
+        arrays = {"slots": self.index.slots, "counts": self.counts, "keys": self.keys}
+        arrays |= {"suffixes": self.suffixes, "lengths": self.lengths}
+        f_gram_file.write_file(path, arrays, metadata)
         return path
-
-    def _tensors(self) -> dict[str, np.ndarray]:
-        """The arrays as the file has them: buckets on cache lines, then widest first so that each is aligned."""
-        return {
-            "slots": self.index.slots,
-            "counts": self.counts,
-            "keys": self.keys,
-            "suffixes": self.suffixes,
-            "lengths": self.lengths,
-        }
 
     @classmethod
     def load(cls, path_or_folder: str | Path) -> FGramVocabulary:

@@ -21,6 +21,12 @@ _OF_THE_FUNCTION = (
     *("model_type", "max_n", "rows_backoff", "combination", "control", "embedding_scale", "separator_ids"),
     *("num_attention_heads", "n_head", "num_key_value_heads", "hidden_act", "activation_function"),
     *("layer_norm_eps", "layer_norm_epsilon", "rms_norm_eps", "output_norm", "output_gain", "own_tokens"),
+    # how positions are told apart, and how far attention reaches
+    *("rope_type", "rope_theta", "factor", "partial_rotary_factor", "rotary_pct", "rotary_dim", "attention_factor"),
+    *("low_freq_factor", "high_freq_factor", "original_max_position_embeddings", "sliding_window", "layer_types"),
+    *("tie_word_embeddings", "scale_attn_weights", "scale_attn_by_inverse_layer_idx", "use_parallel_residual"),
+    *("attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar", "logit_scale", "logits_scaling"),
+    *("attention_multiplier", "embedding_multiplier", "residual_multiplier"),
 )
 _ADVICE = "give the corpus and the options that the run began with, or start anew with another --output_dir"
 

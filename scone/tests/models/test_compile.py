@@ -62,8 +62,8 @@ def tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
     return torch.from_numpy(tiny.corpus(batch * length, seed).reshape(batch, length))
 
 
-def same(found: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(found, expected, atol=1e-9, rtol=1e-9)
+def same(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-9) -> None:
+    torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
 
 
 def graphs() -> int:
@@ -220,7 +220,10 @@ def test_a_trainer_may_compile(kind, tmp_path: Path):
 
 @pytest.mark.slow
 def test_generated_code_equals_eager():
+    """To float32's precision: in it, whatever the model's, its trunk takes norms and turns positions into angles, and
+    generated code rounds there in another order (2e-8 here). A row of another f-gram would change logits by 0.01.
+    """
     model = model_of("table")
     compiled: Any = torch.compile(model, fullgraph=True)
     with torch.no_grad():
-        same(compiled(tokens(2, 12)).logits, model(tokens(2, 12)).logits)
+        same(compiled(tokens(2, 12)).logits, model(tokens(2, 12)).logits, 1e-6)

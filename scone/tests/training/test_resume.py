@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from scone.tests import tiny
 from scone.tests.training.runs import WORDS, command_line, options
 from scone.training.run import train
 from scone.utils.errors import SconeError
@@ -90,6 +91,25 @@ def test_another_f_gram_vocabulary_is_refused(grown, begun, tokenizer):
 )
 def test_another_model_is_refused(corpus, begun, tokenizer, changes, message):
     assert message in refusal(corpus, begun, **{"model.tokenizer": tokenizer} | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, "rope_theta 500000.0; expected"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings True; expected the checkpoint's False"),
+        ({"rms_norm_eps": 1e-3}, "rms_norm_eps 0.001; expected"),
+    ],
+)
+@pytest.mark.parametrize("plain", [False, True])
+def test_what_a_trunks_weights_do_not_show_is_compared(corpus, tokenizer, tmp_path, changes, message, plain):
+    """The trunk's folder was edited: the weights fit, and another function would go on with them."""
+    tiny.trunk("llama").config.save_pretrained(tmp_path / "trunk")
+    sizes = {"model.base_model_name": str(tmp_path / "trunk"), "model.tokenizer": tokenizer}
+    sizes |= {"model.use_f_gram_embeddings": not plain, "training.max_steps": 1, "training.save_steps": 1}
+    train(options(corpus, tmp_path / "run", **(BEGAN | sizes)), quiet=True)
+    tiny.trunk("llama", **changes).config.save_pretrained(tmp_path / "trunk")
+    assert message in refusal(corpus, tmp_path / "run", **sizes | {"training.max_steps": 2})
 
 
 def test_another_tokenizer_of_the_same_size_is_refused(grown, begun):
