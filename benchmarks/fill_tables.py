@@ -23,6 +23,7 @@ RESULTS = REPOSITORY / "docs" / "results"
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks"), str(REPOSITORY / "experiments")]
 
 import tables  # noqa: E402
+from recipe_table import recipe_table  # noqa: E402
 
 _TABLE = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -51,6 +52,8 @@ def table(name: str) -> str:
     if not path.exists():
         return f"*Not measured yet: no {path.relative_to(REPOSITORY)}.*\n"
     report = json.loads(path.read_text(encoding="utf-8"))
+    if "screens" in report:
+        return recipe_table(report, view)
     if view.startswith("groups"):  # __groups_PLAIN_ROWS_BOTH: the runs of these kinds
         columns = dict(zip(view.split("_")[1:], ("plain", "learned rows", "f-gram model + learned rows"), strict=True))
         return tables.groups_table(report, report["experiment"]["tests"][0], columns)

@@ -18,24 +18,6 @@ if TYPE_CHECKING:
 _LINK = re.compile(r"(?<!!)\[(?P<text>[^\]\n]+)\]\((?P<target>[^)#:\s]+)(?P<anchor>#[^)\s]*)?\)")
 
 
-def on_config(config: Any) -> Any:
-    """Leave out of the navigation what is not there (yet): pages are written by several hands."""
-    made = {*pages(), "decisions/index.md"}
-
-    def kept(entries: list[Any]) -> list[Any]:
-        result = []
-        for entry in entries:
-            ((title, target),) = entry.items()
-            if isinstance(target, list):
-                result.append({title: kept(target)})
-            elif target in made or (DOCS / target).exists():
-                result.append(entry)
-        return result
-
-    config.nav = kept(config.nav)
-    return config
-
-
 def on_files(files: Files, config: Any) -> Files:
     """Add the reference and the list of decisions."""
     from mkdocs.structure.files import File
@@ -59,9 +41,9 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
 
 
 def list_of_decisions() -> str:
-    """A page of all decision records, by their first line."""
+    """A page of all decision records: their titles, and the line that states each decision."""
     lines = ["# Decisions", "", "Why things are as they are, one short record each.", ""]
     for path in sorted((DOCS / "decisions").glob("*.md")):
-        title = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
-        lines.append(f"* [{title}]({path.name})")
+        title, _, stated, *_ = path.read_text(encoding="utf-8").splitlines()
+        lines.append(f"* [{title.lstrip('# ')}]({path.name}). {stated.partition('.* ')[2]}")
     return "\n".join(lines) + "\n"

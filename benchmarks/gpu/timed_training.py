@@ -25,7 +25,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from scone.configs.loading import load_options
 from scone.data.token_file import TokenFile
 from scone.tokenization.tokenizers import load_tokenizer
-from scone.training.processes import leave_processes
+from scone.training.processes import destroy_process_group
 from scone.training.run import Corpus, train
 from scone.utils.command_line import is_first_process
 from scone.utils.files import write_json
@@ -42,7 +42,7 @@ def main() -> None:
     measured = measure(arguments.options, arguments.data, arguments.warmup)
     if is_first_process():
         write_json(arguments.json, measured)
-    leave_processes()
+    destroy_process_group()
 
 
 def measure(options_path: Path, data: Path, warmup: int) -> dict[str, float]:

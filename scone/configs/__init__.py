@@ -1,1 +1,1 @@
-"""Every option once, with help, unit and bounds; argparse, YAML and Hydra are views of it."""
+"""Every option, declared once with help, unit and bounds; argparse, YAML and Hydra are derived from it."""

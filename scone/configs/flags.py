@@ -17,7 +17,7 @@ _METAVARS = {bool: "true|false", int: "N", float: "X", str: "TEXT"}
 
 
 class OptionParser(argparse.ArgumentParser):
-    """An argument parser whose complaints are SconeErrors; only flags that were given are in its result."""
+    """An argument parser that raises SconeError and returns only the flags that were given."""
 
     def __init__(self, description: str, examples: Sequence[str], program: str | None) -> None:
         epilog = "examples:\n" + "\n".join(f"  {example}" for example in examples) if examples else None
@@ -30,9 +30,12 @@ class OptionParser(argparse.ArgumentParser):
             allow_abbrev=False,
         )
         self.entries_by_flag: dict[str, Entry] = {}
-        self.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks of errors")
+        self.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks")
         self.add_argument(  # like --debug, it is taken out before (utils/command_line.py) and here for the help only
-            "--quiet", action="store_true", default=argparse.SUPPRESS, help="no progress, notices or logs: results only"
+            "--quiet",
+            action="store_true",
+            default=argparse.SUPPRESS,
+            help="print results only: no progress, notices or logs",
         )
 
     def error(self, message: str) -> NoReturn:
@@ -43,7 +46,9 @@ class OptionParser(argparse.ArgumentParser):
         info = entry.info
         shown = "none" if default is None else f"{default:g}" if isinstance(default, float) else str(default).lower()
         unit = f", in {info.unit}" if info.unit else ""
-        text = f"{info.help}{unit} (default: {shown if entry.type is not str else default or 'none'})"
+        text = f"{info.help}{unit}"
+        if default is not None or "(default: " not in info.help:  # the help says what none stands for
+            text += f" (default: {shown if entry.type is not str else default or 'none'})"
         metavar = "{" + ",".join(info.choices) + "}" if info.choices else _METAVARS[entry.type]
         optional_value = entry.type is bool or info.bare is not None
         group.add_argument(
@@ -78,7 +83,7 @@ def build_parser(
         parser.add_argument("--local_rank", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     if config_flag:
         parser.add_argument(
-            "--config", metavar="FILE", default=None, help="YAML file of options; flags win over it (see configs/)"
+            "--config", metavar="FILE", default=None, help="YAML file of options; flags override it (see configs/)"
         )
     for section in SECTIONS:
         chosen = [entry for entry in entries().values() if entry.section == section and _is_chosen(entry, sections)]

@@ -1,4 +1,4 @@
-"""From flags, YAML files and mappings to checked options, and back: defaults < file < flags."""
+"""Checked options from flags, YAML files and mappings, and back. Precedence: defaults < file < flags."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _DESCRIBES = {"data.dataset_name": ("data.dataset_config_name",), "model.base_mo
 
 @dataclass(frozen=True)
 class Layer:
-    """Options from one place: ``source`` is FLAG, a file's name or other words for it; ``values`` by dotted name."""
+    """Options from one source: ``source`` is FLAG, a file's name or a description; ``values`` by dotted name."""
 
     source: str
     values: Mapping[str, Any]
@@ -135,7 +135,7 @@ def merge(layers: Sequence[Layer], defaults: Mapping[str, Any] | None = None) ->
 
 
 def print_notices(notices: Sequence[str]) -> None:
-    """One line each on the error stream; of several processes of a run only the first speaks."""
+    """One line each on stderr, printed by the first process of a run only."""
     if is_first_process() and not is_quiet():
         for notice in notices:
             print(f"notice: {notice}", file=sys.stderr)

@@ -48,7 +48,7 @@ MODERN_RECIPE: Mapping[str, Any] = MappingProxyType(
         "data.min_freq": 3,
         "model.input_norm": True,
         "training.optimizer": "muon",
-        "training.learning_rate": 2e-3,
+        "training.learning_rate": 4e-3,
         "training.lr_scheduler_type": "cosine",
         "training.warmup_steps": 100,
         "training.weight_decay": 0.1,

@@ -63,7 +63,7 @@ def _union_parts(hint: Any) -> tuple[Any, ...]:
 
 
 def is_boolean(text: str) -> bool:
-    """Whether ``text`` is a way of writing true or false."""
+    """Whether ``text`` is a spelling of true or false."""
     return text.lower() in _BOOLEANS
 
 

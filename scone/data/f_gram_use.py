@@ -1,4 +1,4 @@
-"""Which of the f-grams that match a training batch are used."""
+"""F-gram dropout and length warm-up: which matches of a training batch are used."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 
 @dataclass(frozen=True)
 class FGramUse:
-    """Leaves out matches of training batches; what it leaves out depends on the blocks' places in the run alone.
+    """Drops matches from training batches; which ones depends only on where the blocks stand in the run.
 
     So it is the same in whatever batch, worker or process a block is prepared, and after a resume.
 

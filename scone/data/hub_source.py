@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face hub, streamed by the ``datasets`` library."""
+"""Datasets of the Hugging Face hub, streamed by the ``datasets`` library."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from scone.utils.hub import why_hub_is_unreachable
 
 
 def describes_itself(folder: Path) -> bool:
-    """Whether the folder is a data set of the hub whose README says which files are which configuration and split."""
+    """Whether the folder is a dataset of the hub whose README says which files are which configuration and split."""
     from huggingface_hub import metadata_load
 
     try:
@@ -32,17 +32,17 @@ def hub_units(
     text_column: str,
     local_facts: Mapping[str, Any] | None = None,
 ) -> tuple[Unit, ...]:
-    """One unit per split of a data set. With ``HF_HUB_OFFLINE`` a copy in the ``datasets`` cache is used.
+    """One unit per split of a dataset. With ``HF_HUB_OFFLINE`` a copy in the ``datasets`` cache is used.
 
     ``local_facts`` say that the name is a folder on this machine, and what is in it. Raises SconeError when the hub
-    cannot be reached, or has no such data set, configuration or column.
+    cannot be reached, or has no such dataset, configuration or column.
     """
     import datasets
 
     problem = why_hub_is_unreachable() if local_facts is None else None
     if problem and problem != "HF_HUB_OFFLINE is set":
         raise SconeError(
-            f"data set {dataset_name!r} is not a local path, and the Hugging Face hub cannot be reached ({problem}); "
+            f"dataset {dataset_name!r} is not a local path, and the Hugging Face hub cannot be reached ({problem}); "
             "give a local file or folder by --dataset_name, or set HF_HUB_OFFLINE=1 to use a copy downloaded before"
         )
     try:
@@ -51,12 +51,12 @@ def hub_units(
     except Exception as error:  # whatever network clients, file systems and builders raise
         reason = " ".join(str(error).split())
         raise SconeError(
-            f"cannot open data set {dataset_name!r}{_configuration(dataset_config_name)} ({reason}); check "
+            f"cannot open dataset {dataset_name!r}{_configuration(dataset_config_name)} ({reason}); check "
             "--dataset_name and --dataset_config_name, or give a local file or folder"
         ) from error
     columns = list(builder.info.features or ())
     if columns and text_column not in columns:
-        raise SconeError(unknown_column(f"data set {dataset_name!r}", text_column, columns))
+        raise SconeError(unknown_column(f"dataset {dataset_name!r}", text_column, columns))
     splits = _known_splits(split_names)
     facts = {"name": dataset_name, "config": dataset_config_name, "hash": builder.hash}
     if local_facts is not None:
@@ -68,7 +68,7 @@ def hub_units(
 
 
 def _known_splits(names: list[str]) -> list[tuple[str, str | None]]:
-    """Names with the splits they mean; others are left out, unless none means any."""
+    """Names mapped to the splits they mean; unknown names are dropped, unless all are unknown."""
     exact: list[tuple[str, str | None]] = [(name, name) for name in names if name in SPLITS]
     by_word: list[tuple[str, str | None]] = [(name, split) for name in names if (split := split_of_name(name))]
     return exact or by_word or [(name, None) for name in names]
@@ -88,7 +88,7 @@ def _split_unit(
     sizes: Any,
 ) -> Unit:
     def rows(count_bytes: CountBytes) -> Iterator[str]:
-        where = f"data set {dataset_name!r}, split {split_name!r}"
+        where = f"dataset {dataset_name!r}, split {split_name!r}"
         for row in _streamed(dataset_name, dataset_config_name, split_name, where):
             text = text_of_row(row, text_column, where)
             count_bytes(len(text))

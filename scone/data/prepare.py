@@ -1,4 +1,4 @@
-"""Tokenise a corpus once: resumable after a kill at any moment, and the same result however it went."""
+"""Tokenise a corpus once: resumable after a kill at any moment, with the same result either way."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def _slug(name: str) -> str:
 
 @contextmanager
 def _writing(folder: Path) -> Iterator[None]:
-    """Tell a full disk, a missing permission and the like as what they are: the user's to mend."""
+    """Report a full disk, a missing permission and the like as errors that the user can fix."""
     try:
         yield
     except OSError as error:
@@ -174,7 +174,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Position:
-    """How far a source was read: documents of unit ``unit`` that are done; units before it are done."""
+    """How far a source was read: units before ``unit`` are done, and this many documents of it."""
 
     unit: int = 0
     document: int = 0
@@ -251,13 +251,13 @@ class _Job:
                 writer.close()
 
     def _open_writers(self) -> tuple[_Position, dict[str, TokenFileWriter]]:
-        """Go on from the journal where there is one that fits what is there; else start."""
+        """Resume from the journal if it matches the files; otherwise start anew."""
         if (self.folder / JOURNAL_NAME).is_file():
             try:
                 noted = read_json(self.folder / JOURNAL_NAME)
                 return _Position(**noted["position"]), self._writers(noted["splits"])
             except (SconeError, KeyError, TypeError, ValueError, AttributeError) as error:
-                logger.warning("cannot go on from %s (%s); starting again", self.folder / JOURNAL_NAME, error)
+                logger.warning("cannot resume from %s (%s); starting again", self.folder / JOURNAL_NAME, error)
         if self.folder.exists():
             shutil.rmtree(self.folder)
         return _Position(), self._writers(dict.fromkeys(self.group.splits, (0, 0)))

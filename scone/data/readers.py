@@ -39,7 +39,7 @@ CountBytes = Callable[[int], object]
 
 
 def kind_of(path: Path) -> tuple[str, str] | None:
-    """(format, compression suffix or "") of a file by its name, or None where it is not one that is read."""
+    """(format, compression suffix or "") of a file by its name; None for files that are not read."""
     compression = path.suffix.lower() if path.suffix.lower() in COMPRESSIONS else ""
     stem = path.with_suffix("") if compression else path
     file_format = FORMATS.get(stem.suffix.lower())
@@ -199,7 +199,7 @@ def text_of_row(row: dict[str, Any], text_column: str, where: str) -> str:
 
 
 def unknown_column(where: str, text_column: str, columns: Iterable[str]) -> str:
-    """The one line for a text column that is not there."""
+    """The one-line error for a missing text column."""
     names = ", ".join(map(repr, columns)) or "none"
     return f"{where} has no column {text_column!r}; its columns are {names}; choose one by --text_column"
 
@@ -307,7 +307,7 @@ def _decompressed(raw_pieces: Iterable[bytes], compression: str) -> Iterator[byt
 
 
 def _small_pieces(piece: bytes) -> Iterator[bytes]:
-    """Little at a time, because nobody knows how much text it becomes."""
+    """Small pieces, because a compressed piece may become any amount of text."""
     return (piece[at : at + COMPRESSED_PIECE_BYTES] for at in range(0, len(piece), COMPRESSED_PIECE_BYTES))
 
 

@@ -1,4 +1,4 @@
-"""Where documents come from: local files, a Hugging Face data set, or the standard library's sources."""
+"""Where documents come from: local files, a Hugging Face dataset, or the standard library's sources."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _SAMPLE_BYTES = 1 << 16
 
 @dataclass(frozen=True)
 class Source:
-    """A corpus as its name was resolved: its units in a fixed order."""
+    """A resolved corpus: its units in a fixed order."""
 
     name: str
     units: tuple[Unit, ...]
@@ -85,7 +85,7 @@ def open_documents(
 
 
 def empty_split(source: Source, split: str) -> str:
-    """The one line for a split without documents."""
+    """The one-line error for a split without documents."""
     return f"{source.name!r} gives no document to its {split!r} split; give more text, or choose another split"
 
 
@@ -153,7 +153,7 @@ def _local_source(name: str, path: Path, config_name: str | None, text_column: s
     relative = [file.relative_to(root) for file in readable]
     splits = [split_of_path(each) for each in relative] if path.is_dir() else [split_of_single_file(path.name)]
     if None in splits and all(split or is_shard(file.name) for split, file in zip(splits, readable, strict=True)):
-        # a data set of the hub with splits of other names ("unsupervised"), which are left out as there
+        # a dataset of the hub with splits of other names ("unsupervised"), which are left out as there
         kept = [place for place, split in enumerate(splits) if split is not None] or range(len(splits))
         relative, splits = [relative[place] for place in kept], [splits[place] for place in kept]
         readable = [readable[place] for place in kept]
@@ -189,7 +189,7 @@ def _file_unit(path: Path, relative_name: str, split: str | None, text_column: s
 
 
 def _file_facts(path: Path, relative_name: str) -> dict[str, Any]:
-    """What tells a file from what it was. Raises SconeError."""
+    """What identifies a file's content: size, time, hash of both ends. Raises SconeError."""
     try:
         status = path.stat()
         with path.open("rb") as file:

@@ -30,7 +30,7 @@ _HASH_RANGE = 1 << 64
 
 
 def split_of_name(name: str) -> str | None:
-    """The split that a data set's split name or a file's stem means ("wiki.valid" → "validation"), or None."""
+    """The split that a dataset's split name or a file's stem means ("wiki.valid" → "validation"), or None."""
     for word in re.split(r"[^a-z]+", name.lower()):
         if word in _NAMES:
             return _NAMES[word]

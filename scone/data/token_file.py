@@ -1,4 +1,4 @@
-"""Token files: a corpus split as one memory-mapped integer array, and a JSON of what made it."""
+"""Token files: a corpus split as one memory-mapped integer array, and a JSON that records its origin."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ class TokenFile:
 
 
 class TokenFileWriter:
-    """Writes a token file document by document; it exists under its name only once ``finish`` is through.
+    """Writes a token file document by document; it appears under its name only when ``finish`` returns.
 
     Up to then ``tokens.npy.part`` holds what was added, and after ``sync`` what was added is on disk: a writer made
     with the numbers of then (``resume_tokens``, ``resume_documents``) goes on from there, or raises SconeError when
@@ -157,7 +157,7 @@ class TokenFileWriter:
         self.num_documents += 1
 
     def sync(self) -> None:
-        """Make what was added so far durable."""
+        """Sync to disk what was added so far."""
         self._file.flush()
         os.fsync(self._file.fileno())
 

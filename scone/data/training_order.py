@@ -1,4 +1,4 @@
-"""The order in which a run reads its blocks, and where in the run each of them stands."""
+"""The order in which a run reads its blocks, and the position of each in the run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.utils.data import Sampler
 
 
 class Place(NamedTuple):
-    """Where a block of a training batch stands in the run. It travels with the block to the loader's workers."""
+    """The position of a training block in the run. It travels with the block to the loader's workers."""
 
     block: int
     epoch: int
@@ -18,7 +18,7 @@ class Place(NamedTuple):
 
 
 class TrainingOrder(Sampler[Place]):
-    """All blocks in an order of their own for every epoch, as places of the run.
+    """All blocks, shuffled anew for every epoch.
 
     The order depends on seed and epoch alone (that of accelerate's seedable sampler: PyTorch's permutation with the
     seed ``seed + epoch``), so every process has the same one, whoever takes which batch of it. Several processes need

@@ -1,4 +1,4 @@
-"""The unit that corpora are made of."""
+"""The unit of a corpus: a file, or a split of a hub dataset."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from scone.data.readers import CountBytes
 
 @dataclass(frozen=True)
 class Unit:
-    """A file, or a split of a hub data set: something whose documents are read in order.
+    """A file, or a split of a hub dataset: something whose documents are read in order.
 
     ``facts`` identify its content without reading all of it; ``size_bytes`` is None when unknown.
     """

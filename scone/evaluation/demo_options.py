@@ -13,7 +13,7 @@ TRUNK_FOLDER = "trunk"
 
 @dataclass(frozen=True)
 class DemoOptions:
-    """What the demo does, and how large. The sizes were chosen by experiment (docs/experiments.md)."""
+    """What the demo does, and how large. The sizes were chosen by experiment (docs/experiments/demo.md)."""
 
     data: str = "python-stdlib"
     text_column: str = "text"

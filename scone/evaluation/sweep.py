@@ -33,7 +33,7 @@ from scone.training.trainer import complete_checkpoints
 from scone.utils.files import read_json, write_json
 
 TYPICAL_NODES_PER_POSITION = 0.8
-"""For estimates before anything was measured (docs/experiments.md, training cost)."""
+"""For estimates before anything was measured (docs/experiments/training-cost.md)."""
 
 
 # ---------------------------------------------------------------------- count once

@@ -28,8 +28,8 @@ def text_size(tokenizer: PreTrainedTokenizerBase, tokens: np.ndarray) -> TextSiz
 
     None where the tokenizer is not byte-level: then decoding does not give the text back exactly.
 
-    Slow equal: ``len(text.encode())`` and ``len(text.split())`` of the decoded text between special tokens (for a text
-    whose only whitespace is ASCII).
+    Reference implementation: ``len(text.encode())`` and ``len(text.split())`` of the decoded text between special
+    tokens (for a text whose only whitespace is ASCII).
     """
     from tokenizers.decoders import ByteLevel
 

@@ -23,7 +23,7 @@ import numpy as np
 
 from scone.inference.table_format import TableLayout
 from scone.utils.errors import SconeError
-from scone.utils.files import read_json, sync_folder, told_when_full, write_json
+from scone.utils.files import read_json, sync_folder, translate_disk_full, write_json
 from scone.utils.text import human_bytes
 from scone.utils.threads import map_in_order
 
@@ -230,7 +230,9 @@ class TableWriter:
         yield from map_in_order(checksum, range(layout.num_checksums), os.cpu_count() or 1)
 
     def _told_when_full(self) -> AbstractContextManager[None]:
-        return told_when_full(f"the table in {self.folder}", "run the same command again: what is finished is kept")
+        return translate_disk_full(
+            f"the table in {self.folder}", "run the same command again: what is finished is kept"
+        )
 
     def close(self) -> None:
         """Release files and lock; what was finished stays for the next run."""

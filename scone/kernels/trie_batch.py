@@ -2,7 +2,7 @@
 
 The f-gram model is causal with positions counted from the f-gram's first token, so the hidden state of a prefix does
 not depend on what follows it. Each distinct node of a batch is therefore computed once, attending to its own ancestors,
-instead of each position running its own padded f-gram (DESIGN.md, section 2).
+instead of each position running its own padded f-gram (docs/design.md).
 """
 
 from __future__ import annotations

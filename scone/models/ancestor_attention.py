@@ -30,15 +30,15 @@ def ancestor_attention(
         depth_offsets: N + 1 numbers; the queries of depth ≥ j are ``depth_offsets[j]:``.
 
     Returns:
-        ``[M, heads, d]``. Its slow equal is ``padded_ancestor_attention``; gathers are recomputed in the backward pass,
-        so the memory kept for it is the inputs and the weights ``[M, heads, N]``.
+        ``[M, heads, d]``. Reference implementation: ``padded_ancestor_attention``. Gathers are recomputed in the
+        backward pass, so the memory kept for it is the inputs and the weights ``[M, heads, N]``.
     """
     output, _ = torch.ops.scone.ancestor_attention(query, key, value, ancestors, depth_offsets)
     return output
 
 
 def padded_ancestor_attention(query: Tensor, key: Tensor, value: Tensor, ancestors: Tensor, depths: Tensor) -> Tensor:
-    """The plain equal of ``ancestor_attention``: gathers N places of every node, masks those beyond its depth."""
+    """Reference of ``ancestor_attention``: gathers N places of every node, masks those beyond its depth."""
     keys, values = key[ancestors], value[ancestors]  # [U, N, heads, d]
     scores = torch.einsum("uhd,ujhd->uhj", query, keys) * query.shape[-1] ** -0.5
     beyond = torch.arange(ancestors.shape[1], device=depths.device) > depths[:, None]

@@ -1,7 +1,7 @@
 """The seam: input embedding layers take node ids and give vectors, in training and in serving alike.
 
 e(node) = T(last token) + gain · normalised f-gram model(tokens of the node) + Σ learned rows over its suffix chain.
-The gain and the rows start at zero, so an untrained SCONE is its trunk, bit for bit (DESIGN.md, section 4).
+The gain and the rows start at zero, so an untrained SCONE is its trunk, bit for bit (docs/design.md, "The seam").
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""The documented entry points: parse, build, call, print."""
+"""The documented entry points: parse arguments, call the library, print."""

@@ -15,12 +15,12 @@ from scone.utils.errors import SconeError
 EXAMPLES = ("scone benchmark --config scone/configs/benchmark_config.json --output_dir ./benchmark_results",)
 DESCRIPTION = """\
 Measure perplexity, prefill and decode speed, memory, parameters and FLOPs of every model and baseline of a JSON file.
-What is missing is named and left out; only when no model could be measured the command fails. Writes benchmark.json,
-benchmark.csv, benchmark_speed.csv, benchmark.md and benchmark.html, a report with plots."""
+Missing models and datasets are listed and skipped; the command fails only if no model could be measured. Writes
+benchmark.json, benchmark.csv, benchmark_speed.csv, benchmark.md and benchmark.html, a report with plots."""
 
 
 def read_arguments(argv: Sequence[str] | None) -> tuple[SconeOptions, argparse.Namespace]:
-    """The options that the command line says, and the script's own arguments. Raises SconeError."""
+    """The options on the command line, and the script's own arguments. Raises SconeError."""
     options, extra = parse_options(
         argv,
         ("data.cache_dir", "training.device", "training.seed"),
@@ -62,10 +62,12 @@ def _say(line: str) -> None:
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", required=True, metavar="FILE", help="JSON: models, baselines, data sets, grid")
-    parser.add_argument("--output_dir", default="./benchmark_results", metavar="FOLDER", help="where results go")
     parser.add_argument(
-        "--max_tokens", type=int, default=500_000, metavar="N", help="tokens of each data set (default: 500000)"
+        "--config", required=True, metavar="FILE", help="JSON file of models, baselines, datasets and grid"
+    )
+    parser.add_argument("--output_dir", default="./benchmark_results", metavar="FOLDER", help="output folder")
+    parser.add_argument(
+        "--max_tokens", type=int, default=500_000, metavar="N", help="tokens per dataset (default: 500000)"
     )
     parser.add_argument("--placement", default="ram", help="where tables are kept: ram, mmap, direct, or tiers")
     parser.add_argument(
@@ -73,7 +75,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="TYPE",
-        help="measure every model with its trunk quantised too: fp16, int8, int4",
+        help="also measure every model with its trunk quantised: fp16, int8, int4",
     )
 
 

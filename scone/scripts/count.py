@@ -45,7 +45,7 @@ DEFAULT_WIDTH = 768
 
 
 def read_arguments(argv: Sequence[str] | None) -> tuple[SconeOptions, argparse.Namespace]:
-    """The options that the command line says, and the script's own arguments. Raises SconeError."""
+    """The options on the command line, and the script's own arguments. Raises SconeError."""
     return parse_options(
         argv,
         OPTIONS,
@@ -56,7 +56,7 @@ def read_arguments(argv: Sequence[str] | None) -> tuple[SconeOptions, argparse.N
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Count as the command line says, and print what was found."""
+    """Count and print the result."""
     options, extra = read_arguments(argv)
     report, vocabulary = _count(options, extra.json or is_quiet())
     report["table_bytes"] = table_bytes(vocabulary.num_f_grams, extra.width or _trunk_width(options))
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def coverage(vocabulary: FGramVocabulary, tokens: np.ndarray) -> list[dict[str, Any]]:
-    """What f-grams match in ``tokens`` [T], for all of them and for the first ½, ¼ … of them; the most first."""
+    """What f-grams match in ``tokens`` [T], for all of them and for the first ½, ¼ …, largest first."""
     from scone.tokenization.coverage import match_statistics
     from scone.tokenization.matcher import Matcher
 
@@ -219,8 +219,8 @@ def _held_out_line(held_out: list[dict[str, Any]]) -> str:
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", metavar="PATH", help="file, or folder, to write the vocabulary to")
-    parser.add_argument("--json", action="store_true", help="print everything as JSON")
+    parser.add_argument("--output", metavar="PATH", help="file or folder to write the vocabulary to")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument("--plot", metavar="FILE", help="draw counts by rank and f-grams by length (png, svg, pdf)")
     parser.add_argument("--width", type=int, metavar="D", help="row width of the table (default: base_model_name's)")
 

@@ -13,8 +13,8 @@ from scone.utils.errors import SconeError
 EXAMPLES = ("scone demo", "scone demo --data my_texts/ --output_dir my_demo", "scone demo --quick")
 DESCRIPTION = """\
 Train a plain language model and SCONE (same trunk, data, tokens, schedule) on a corpus, precompute the embedding table,
-evaluate both on held-out text, generate from both, and write report.html and report.json. Prints what it measured,
-whoever wins. Run it again and finished steps are used again."""
+evaluate both on held-out text, generate from both, and write report.html and report.json. It prints what it
+measured, whoever wins. A second run reuses finished steps."""
 
 
 def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -28,7 +28,7 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the demo and print where the report is."""
+    """Run the demo and print the path of the report."""
     extra = read_arguments(argv)
     from scone.evaluation.demo import run_demo
     from scone.evaluation.demo_options import QUICK, DemoOptions
@@ -49,14 +49,18 @@ def _say(line: str) -> None:
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--data", metavar="PATH", help="your own text: file or folder (default: the Python standard library's sources)"
+        "--data",
+        metavar="PATH",
+        help="file or folder with your own text (default: the Python standard library's sources)",
     )
     parser.add_argument("--text_column", metavar="NAME", help="column or JSON key with the text (default: text)")
-    parser.add_argument("--output_dir", metavar="FOLDER", help="where everything goes (default: demo)")
-    parser.add_argument("--minutes", type=float, help="train less where it would take longer (default: 8)")
-    parser.add_argument("--steps", type=int, help="training steps of each model (default: 420, or what fits)")
-    parser.add_argument("--seed", type=int, help="seed of both trainings (default: 42)")
-    parser.add_argument("--quick", action="store_true", help="every step in about a minute, with a smaller gain")
+    parser.add_argument("--output_dir", metavar="FOLDER", help="output folder (default: demo)")
+    parser.add_argument(
+        "--minutes", type=float, help="time limit: train fewer steps if they would take longer (default: 8)"
+    )
+    parser.add_argument("--steps", type=int, help="training steps of each model (default: 420, or what fits --minutes)")
+    parser.add_argument("--seed", type=int, help="random seed of both runs (default: 42)")
+    parser.add_argument("--quick", action="store_true", help="run everything in about a minute, with a smaller gain")
 
 
 if __name__ == "__main__":

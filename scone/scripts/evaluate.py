@@ -27,8 +27,8 @@ EXAMPLES = (
     "scone evaluate --model_path ./outputs/scone-model/final_model --tasks hellaswag,piqa --task_data evals/",
 )
 DESCRIPTION = """\
-Measure a model's perplexity on a split of a data set, SCONE (with or without its table) or plain, and its zero-shot
-accuracy on tasks. With --tasks, perplexity is measured only if --dataset_name is given too."""
+Measure the perplexity of a SCONE model (with or without its table) or a plain model on a dataset split, and its
+zero-shot accuracy on tasks. With --tasks, perplexity is measured only if --dataset_name is given too."""
 OPTIONS = (
     "data.dataset_name",
     "data.dataset_config_name",
@@ -43,7 +43,7 @@ DEFAULTS = {"inference.batch_size": 8}
 
 
 def read_arguments(argv: Sequence[str] | None) -> tuple[SconeOptions, argparse.Namespace]:
-    """The options that the command line says, and the script's own arguments. Raises SconeError."""
+    """The options on the command line, and the script's own arguments. Raises SconeError."""
     options, extra = parse_options(
         argv,
         OPTIONS,
@@ -64,7 +64,7 @@ def read_arguments(argv: Sequence[str] | None) -> tuple[SconeOptions, argparse.N
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Evaluate as the command line says and print what was measured."""
+    """Evaluate and print the result."""
     options, extra = read_arguments(argv)
     import torch
 
@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _measure_perplexity(
     options: SconeOptions, extra: argparse.Namespace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, object]:
-    """Print the perplexity on the data set; returns what goes into the JSON."""
+    """Print the perplexity on the dataset; returns what goes into the JSON."""
     from scone.data.prepare import prepare_corpus
     from scone.evaluation.perplexity import perplexity
     from scone.evaluation.text_size import sizes_of
@@ -166,24 +166,24 @@ def _print_perplexity(result: PerplexityResult) -> None:
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print the result as JSON instead")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument("--model_path", required=True, metavar="FOLDER", help="the model: a final_model folder")
     parser.add_argument(
-        "--embedding_cache_path", metavar="FILE", help="its embedding table (default: f-grams are embedded live)"
+        "--embedding_cache_path", metavar="FILE", help="its embedding table (default: compute f-gram embeddings live)"
     )
     parser.add_argument("--tokenizer_path", metavar="FOLDER", help="tokenizer (default: the model's own)")
-    parser.add_argument("--split", default="test", metavar="NAME", help="split of the data set (default: test)")
+    parser.add_argument("--split", default="test", metavar="NAME", help="split of the dataset (default: test)")
     parser.add_argument(
-        "--stride", type=int, metavar="N", help="tokens between the starts of windows (default: max_length, no overlap)"
+        "--stride", type=int, metavar="N", help="tokens between window starts (default: max_length, no overlap)"
     )
     parser.add_argument("--max_tokens", type=int, metavar="N", help="evaluate on the first N tokens only")
     parser.add_argument("--tasks", metavar="NAMES", help="zero-shot tasks, separated by commas, or all")
     parser.add_argument(
         "--task_data",
         metavar="FOLDER",
-        help="JSON-lines files of the tasks, such as piqa_validation.jsonl.zst (default: hub)",
+        help="folder of JSON-lines files, such as piqa_validation.jsonl.zst (default: download)",
     )
-    parser.add_argument("--limit", type=int, metavar="N", help="the first N items of each task only")
+    parser.add_argument("--limit", type=int, metavar="N", help="evaluate the first N items of each task only")
     parser.add_argument("--placement", default="ram", help="where the table is kept: ram, mmap, direct, or tiers")
     parser.add_argument("--quantization", metavar="TYPE", help="quantise the trunk: fp16, int8 or int4")
     parser.add_argument("--output", metavar="FILE", help="also write the result as JSON")

@@ -23,7 +23,7 @@ EXAMPLES = (
 
 
 def read_arguments(argv: Sequence[str] | None) -> tuple[SconeOptions, argparse.Namespace]:
-    """The options that the command line says, and the script's own arguments. Raises SconeError."""
+    """The options on the command line, and the script's own arguments. Raises SconeError."""
     options, extra = parse_options(
         argv,
         ("training.device", "training.seed", "inference.use_memory_map"),
@@ -36,7 +36,7 @@ def read_arguments(argv: Sequence[str] | None) -> tuple[SconeOptions, argparse.N
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Generate as the command line says and print the texts, prompt included."""
+    """Generate and print the texts, prompt included."""
     options, extra = read_arguments(argv)
     from scone.inference.engine import GenerationOptions, SconeInferenceEngine
 
@@ -85,7 +85,7 @@ def _stream(engine: SconeInferenceEngine, prompts: list[str], options: Generatio
 
 
 def _check(extra: argparse.Namespace) -> None:
-    """Refuse values that transformers would refuse later, with a traceback."""
+    """Refuse values early that transformers would refuse with a traceback."""
     bounds = {
         "max_length": (1, None),
         "min_length": (0, extra.max_length),
@@ -117,7 +117,7 @@ def _check(extra: argparse.Namespace) -> None:
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model_path", required=True, metavar="FOLDER", help="the model: a final_model folder")
     parser.add_argument(
-        "--embedding_cache_path", metavar="FILE", help="its embedding table (default: f-grams are embedded live)"
+        "--embedding_cache_path", metavar="FILE", help="its embedding table (default: compute f-gram embeddings live)"
     )
     parser.add_argument("--tokenizer_path", metavar="FOLDER", help="tokenizer (default: the model's own)")
     parser.add_argument(
@@ -126,22 +126,26 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max_length",
         type=int,
-        help="tokens of prompt and continuation (default: 100, or the model's positions where these are fewer)",
+        help="total length, prompt included, in tokens (default: 100, or the model's limit if lower)",
     )
-    parser.add_argument("--min_length", type=int, default=0, help="fewest tokens of both (default: 0)")
-    parser.add_argument("--do_sample", action="store_true", help="draw tokens at random (default: the likeliest)")
-    parser.add_argument("--num_beams", type=int, default=1, help="beams of beam search (default: 1, none)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="of sampling; lower is safer (default: 1.0)")
-    parser.add_argument("--top_k", type=int, default=50, help="sample among the k likeliest, 0: all (default: 50)")
-    parser.add_argument("--top_p", type=float, default=1.0, help="sample within this probability (default: 1.0)")
-    parser.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1: repeat less (default: 1.0)")
-    parser.add_argument("--num_return_sequences", type=int, default=1, help="continuations a prompt (default: 1)")
+    parser.add_argument(
+        "--min_length", type=int, default=0, help="minimum total length, prompt included, in tokens (default: 0)"
+    )
+    parser.add_argument("--do_sample", action="store_true", help="sample tokens (default: greedy decoding)")
+    parser.add_argument("--num_beams", type=int, default=1, help="number of beams (default: 1, no beam search)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="sampling temperature (default: 1.0)")
+    parser.add_argument(
+        "--top_k", type=int, default=50, help="sample from the k most likely tokens, 0: all (default: 50)"
+    )
+    parser.add_argument("--top_p", type=float, default=1.0, help="nucleus sampling probability (default: 1.0)")
+    parser.add_argument(
+        "--repetition_penalty", type=float, default=1.0, help="penalty for repeated tokens; 1: none (default: 1.0)"
+    )
+    parser.add_argument("--num_return_sequences", type=int, default=1, help="continuations per prompt (default: 1)")
     parser.add_argument("--quantization", metavar="TYPE", help="quantise the trunk: fp16, int8 or int4")
     parser.add_argument("--placement", default="ram", help="where the table is kept: ram, mmap, direct, or tiers")
     parser.add_argument("--stream", action="store_true", help="print the text while it is being generated")
-    parser.add_argument(
-        "--stats", action="store_true", help="print latencies, speed, table reads and memory on the error stream"
-    )
+    parser.add_argument("--stats", action="store_true", help="print latency, speed, table reads and memory to stderr")
 
 
 if __name__ == "__main__":

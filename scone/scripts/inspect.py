@@ -31,7 +31,7 @@ EXAMPLES = (
 
 
 def read_arguments(argv: Sequence[str] | None) -> tuple[SconeOptions, argparse.Namespace]:
-    """The options that the command line says, and the script's own arguments. Raises SconeError."""
+    """The options on the command line, and the script's own arguments. Raises SconeError."""
     options, extra = parse_options(
         argv,
         ("model.tokenizer",),
@@ -54,7 +54,7 @@ def read_arguments(argv: Sequence[str] | None) -> tuple[SconeOptions, argparse.N
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print one line a token, or JSON."""
+    """Print one line per token, or JSON."""
     options, extra = read_arguments(argv)
     if extra.serve:
         return serve_model(extra, extra.placement, None)
@@ -141,10 +141,10 @@ def _quoted(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("text", nargs="?", metavar="TEXT", help="the text (default: standard input)")
-    parser.add_argument("--model_path", metavar="FOLDER", help="a model: its f-grams and its tokenizer")
-    parser.add_argument("--vocabulary", metavar="PATH", help="f-grams alone, as `scone count --output` writes them")
+    parser.add_argument("--model_path", metavar="FOLDER", help="model whose f-grams and tokenizer to use")
+    parser.add_argument("--vocabulary", metavar="PATH", help="an f-gram vocabulary written by `scone count --output`")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--serve", action="store_true", help="show it in a browser instead, as `scone serve` does")
+    parser.add_argument("--serve", action="store_true", help="show it in a browser (starts `scone serve`)")
     add_serving_arguments(parser)
 
 

@@ -26,7 +26,7 @@ EXAMPLES = (
 
 
 def read_arguments(argv: Sequence[str] | None) -> tuple[SconeOptions, argparse.Namespace]:
-    """The options that the command line says. Raises SconeError."""
+    """The options on the command line. Raises SconeError."""
     return parse_options(
         argv,
         ("inference", "training.device", "training.seed"),
@@ -38,15 +38,17 @@ def read_arguments(argv: Sequence[str] | None) -> tuple[SconeOptions, argparse.N
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model_path", required=True, help="folder of the trained model (OUTPUT_DIR/final_model)")
-    parser.add_argument("--output_path", required=True, help="file to write, for example embeddings.cache")
+    parser.add_argument("--output_path", required=True, help="file to write, such as embeddings.cache")
     parser.add_argument(
-        "--row_type", default="fp32", choices=("fp32", "fp16", "bf16", "int8", "int4"), help="how rows are stored"
+        "--row_type", default="fp32", choices=("fp32", "fp16", "bf16", "int8", "int4"), help="row type of the table"
     )
-    parser.add_argument("--group_size", type=int, help="numbers that share a scale in int8 and int4 rows (64)")
+    parser.add_argument("--group_size", type=int, help="values that share a scale in int8 and int4 rows (default: 64)")
     parser.add_argument(
         "--compute_dtype", default="fp32", choices=("fp32", "bf16", "fp16"), help="precision of the f-gram model"
     )
-    parser.add_argument("--tokenizer_path", help="tokenizer that must be the one the f-grams were counted with")
+    parser.add_argument(
+        "--tokenizer_path", help="tokenizer to check against the one that the f-grams were counted with"
+    )
     parser.add_argument(
         "--local-rank", "--local_rank", type=int, default=0, dest="local_rank", help=argparse.SUPPRESS
     )  # torch.distributed.launch passes it

@@ -22,7 +22,7 @@ EXAMPLES = (
 
 
 def read_arguments(argv: Sequence[str] | None) -> tuple[SconeOptions, argparse.Namespace]:
-    """The options that the command line says, and the script's own arguments. Raises SconeError."""
+    """The options on the command line, and the script's own arguments. Raises SconeError."""
     options, extra = parse_options(
         argv,
         ("training.device", "inference.use_memory_map"),
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def serve_model(extra: argparse.Namespace, placement: str, device: str | None) -> int:
-    """Load what the arguments name and serve it. Raises SconeError, for a missing extra before anything is loaded."""
+    """Load model and table and serve them. Raises SconeError; for a missing extra, before loading anything."""
     check_extra()
     check_origins(extra.cors_origin)
     from scone.inference.engine import SconeInferenceEngine
@@ -105,17 +105,21 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_serving_arguments(parser: argparse.ArgumentParser) -> None:
-    """All but the model: what `scone inspect --serve` takes too."""
+    """The serving arguments, model aside; `scone inspect --serve` takes them too."""
     group = parser.add_argument_group("serving")
     group.add_argument(
-        "--embedding_cache_path", metavar="FILE", help="its embedding table (default: f-grams are embedded live)"
+        "--embedding_cache_path", metavar="FILE", help="its embedding table (default: compute f-gram embeddings live)"
     )
     group.add_argument("--tokenizer_path", metavar="FOLDER", help="tokenizer (default: the model's own)")
     group.add_argument("--placement", default="ram", help="where the table is kept: ram, mmap, direct, or tiers")
     group.add_argument("--quantization", metavar="TYPE", help="quantise the trunk: fp16, int8 or int4")
-    group.add_argument("--baseline", metavar="FOLDER", help="a plain model whose next tokens the page shows beside")
-    group.add_argument("--model_name", metavar="NAME", help="the name that clients ask for (default: the folder's)")
-    group.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
+    group.add_argument(
+        "--baseline", metavar="FOLDER", help="a plain model whose predictions the page shows for comparison"
+    )
+    group.add_argument("--model_name", metavar="NAME", help="model name in the API (default: the folder's name)")
+    group.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)"
+    )
     group.add_argument("--port", type=int, default=8000, help="port to listen on, 0: a free one (default: 8000)")
     group.add_argument(
         "--api_key", metavar="KEY", help=f"ask clients for this key (better: the environment's {KEY_VARIABLE})"
@@ -129,10 +133,20 @@ def add_serving_arguments(parser: argparse.ArgumentParser) -> None:
         "given several times (default: none)",
     )
     group.add_argument("--max_prompt_tokens", type=int, metavar="N", help="longest prompt (default: the model's)")
-    group.add_argument("--max_new_tokens", type=int, default=1024, metavar="N", help="most new tokens (default: 1024)")
-    group.add_argument("--max_batch", type=int, default=16, metavar="N", help="sequences that run together (16)")
-    group.add_argument("--max_waiting", type=int, default=128, metavar="N", help="requests that may wait (128)")
-    group.add_argument("--max_seconds", type=float, default=120.0, metavar="S", help="longest time of a request (120)")
+    group.add_argument(
+        "--max_new_tokens", type=int, default=1024, metavar="N", help="limit on new tokens per request (default: 1024)"
+    )
+    group.add_argument("--max_batch", type=int, default=16, metavar="N", help="sequences per batch (default: 16)")
+    group.add_argument(
+        "--max_waiting", type=int, default=128, metavar="N", help="length of the request queue (default: 128)"
+    )
+    group.add_argument(
+        "--max_seconds",
+        type=float,
+        default=120.0,
+        metavar="S",
+        help="time limit of a request, in seconds (default: 120)",
+    )
 
 
 if __name__ == "__main__":

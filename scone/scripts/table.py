@@ -22,7 +22,7 @@ _ROW_TYPES = ("fp32", "fp16", "bf16", "int8", "int4")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Do what the first word says. Raises SconeError for another word."""
+    """Run the subcommand. Raises SconeError for an unknown one."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
         print("usage: scone table info PATH | scone table convert SOURCE OUTPUT [options]\n\nexamples:")
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _info(argv: Sequence[str]) -> None:
-    """Print what the header says; nothing else is read."""
+    """Print the header; rows are not read."""
     extra = _arguments(argv, "Show what an embedding table holds and what it was made from.", _add_info)
     from scone.inference.table_format import TableFile
     from scone.utils.text import human_bytes
@@ -62,7 +62,7 @@ def _info(argv: Sequence[str]) -> None:
 
 
 def _convert(argv: Sequence[str]) -> None:
-    """Write the other table and say where it is."""
+    """Write the converted table and print its path."""
     extra = _arguments(argv, "Change a table's row type or cut it to its first rows; no model is needed.", _add_convert)
     from scone.inference.table_convert import convert_table
     from scone.utils.text import human_bytes
@@ -96,16 +96,18 @@ def _convert(argv: Sequence[str]) -> None:
 
 def _add_info(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="PATH", help="the table")
-    parser.add_argument("--json", action="store_true", help="print it as JSON")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SOURCE", help="the table to read")
     parser.add_argument("output", metavar="OUTPUT", help="the table to write")
-    parser.add_argument("--row_type", choices=_ROW_TYPES, help="how rows are stored (as before)")
-    parser.add_argument("--group_size", type=int, help="numbers that share a scale in int8 and int4 rows (64)")
+    parser.add_argument("--row_type", choices=_ROW_TYPES, help="row type of the output (default: as the source)")
+    parser.add_argument("--group_size", type=int, help="values that share a scale in int8 and int4 rows (default: 64)")
     parser.add_argument("--num_rows", type=int, help="keep only the first rows, those of the most frequent f-grams")
-    parser.add_argument("--vocabulary_path", help="the vocabulary that the rows belong to, when it is a smaller one")
+    parser.add_argument(
+        "--vocabulary_path", help="the vocabulary that the rows belong to, if it is smaller than the table"
+    )
 
 
 def _arguments(

@@ -19,7 +19,7 @@ EXAMPLES = (
 
 
 def read_arguments(argv: Sequence[str] | None) -> SconeOptions:
-    """The options that the command line says. Raises SconeError."""
+    """The options on the command line. Raises SconeError."""
     options, _ = parse_options(
         argv,
         ("data", "model", "training"),
@@ -30,13 +30,13 @@ def read_arguments(argv: Sequence[str] | None) -> SconeOptions:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train as the command line says and print where the model is."""
+    """Train and print the path of the model."""
     options = read_arguments(argv)
-    from scone.training.processes import leave_processes
+    from scone.training.processes import destroy_process_group
     from scone.training.run import train
 
     final_model = train(options, quiet=is_quiet())
-    leave_processes()
+    destroy_process_group()
     if is_first_process():
         print(f"final model: {final_model}")
     return 0

@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """\
 Train one model per named configuration, each in OUTPUT_DIR/scone-NAME/final_model. The corpus is tokenised and
-counted once. A configuration fixes the f-gram model's sizes, max_n, min_freq and max_f_grams; it wins over a --config
-file, and a flag wins over it. Finished configurations are kept: after an interruption run the same command again. At
-the end OUTPUT_DIR gets a report on all of them: benchmark.html, .md, .csv and .json."""
+counted once. A configuration fixes the f-gram model's sizes, max_n, min_freq and max_f_grams; it overrides a --config
+file, and flags override it. Finished configurations are kept: after an interruption run the same command again. A
+report on all of them is written to OUTPUT_DIR: benchmark.html, .md, .csv and .json."""
 EXAMPLES = (
     "scone train-configurations --base_model_name gpt2 --output_dir ./outputs --configs small-100k medium-100k",
     "scone train-configurations --distributed --num_gpus 4 --fp16 --configs medium-100k medium-500k",
@@ -73,7 +73,7 @@ def read_arguments(argv: Sequence[str] | None) -> tuple[dict[str, SconeOptions],
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train what is not finished yet, print where the models are, and write the report."""
+    """Train the unfinished configurations, print the models' paths, and write the report."""
     options_of, extra = read_arguments(argv)
     processes = _processes(extra) if extra.distributed else 1
     waiting = {name: options for name, options in options_of.items() if not is_finished(name, options)}
@@ -140,7 +140,7 @@ def write_family_report(folder: Path, options_of: Mapping[str, SconeOptions]) ->
 
 
 def _family_member(name: str, run: Path) -> RunResult:
-    """What the log of one run says. Raises SconeError where there is none."""
+    """The results in one run's log. Raises SconeError if there is none."""
     from scone.evaluation.results import RunResult
     from scone.models.accounting import f_gram_model_parameters
     from scone.models.configuration import SconeConfig
@@ -198,7 +198,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=None,
         metavar="N",
-        help="how many processes (default: one per GPU of this machine)",
+        help="number of processes (default: one per GPU of this machine)",
     )
 
 

@@ -37,7 +37,7 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Check every path and print a line for each that is whole. Raises SconeError at the first that is not."""
+    """Check every path and print one line per intact file. Raises SconeError at the first damaged one."""
     extra = read_arguments(argv)
     found: dict[str, list[str]] = {}
     for path in map(Path, extra.paths):
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def verify(path: Path, model_folder: Path | None = None) -> list[str]:
-    """Check what lies at ``path``, a table also against ``model_folder``; one line per thing that was found whole.
+    """Check what is at ``path``, a table also against ``model_folder``; returns one line per intact part.
 
     Raises SconeError.
     """
@@ -90,8 +90,8 @@ def recognise(path: Path) -> str:
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("paths", nargs="+", metavar="PATH", help="what to check")
-    parser.add_argument("--json", action="store_true", help="print what was found whole as JSON")
-    parser.add_argument("--model_path", metavar="FOLDER", help="model whose rows an embedding table must hold")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.add_argument("--model_path", metavar="FOLDER", help="model to compare an embedding table with")
 
 
 def _stated_format(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""Controls: f-grams whose vector is another f-gram's, to tell what a table knows from what it merely holds."""
+"""Ablation controls: f-grams take the vectors of other f-grams, to separate knowledge from mere capacity."""
 
 from __future__ import annotations
 

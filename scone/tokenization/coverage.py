@@ -44,7 +44,7 @@ class MatchStatistics:
 
 
 def match_statistics(matcher: Matcher, tokens: np.ndarray, sizes: Sequence[int]) -> list[MatchStatistics]:
-    """Match ``tokens`` as one sequence and say what each vocabulary size would have matched.
+    """Match ``tokens`` as one sequence and report the matches for each vocabulary size.
 
     Works in pieces, so that a memory-mapped corpus needs little memory; costs little more than one matching.
 

@@ -172,7 +172,7 @@ def _decoded(path: Path, raw: bytes) -> dict[str, dict]:
 
 
 def damaged(path: Path, how: str) -> SconeError:
-    """The error to raise for a file that is not as it was written."""
+    """The error for a damaged file."""
     return SconeError(
         f"found a damaged f-gram vocabulary {path}: {how}; expected it as written; count or copy it again"
     )

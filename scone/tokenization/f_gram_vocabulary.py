@@ -1,4 +1,4 @@
-"""The f-gram vocabulary: S ranked f-grams as the nodes of one trie, in arrays that a file holds and maps."""
+"""The f-gram vocabulary: S ranked f-grams as nodes of one trie, stored in memory-mapped arrays."""
 
 from __future__ import annotations
 
@@ -279,7 +279,7 @@ class FGramVocabulary:
 
     @property
     def index(self) -> ChildIndex:
-        """The lookup structure; built at first use where the vocabulary did not bring it."""
+        """The lookup index; built at first use if the vocabulary was made without one."""
         if self._index is None:
             self._index = ChildIndex.build(self.keys)
         return self._index

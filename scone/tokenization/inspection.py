@@ -1,4 +1,4 @@
-"""What the matcher sees in a text, position by position, for people to read."""
+"""Human-readable matches of a text, position by position."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What of a model ``torch.compile`` gets for training: everything that runs on the accelerator and knows its shapes."""
+"""Which parts of a model ``torch.compile`` compiles for training: all accelerator code with known shapes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from scone.models.language_model import SconeForCausalLM
 def compile_for_training(
     model: PreTrainedModel, *, dynamic: bool | None = None, backend: str | Callable[..., Any] = "inductor"
 ) -> None:
-    """Compile a plain trunk whole; of a model of ours the trunk, the loss and the f-gram model, each by itself.
+    """Compile a plain trunk as a whole; for our models compile trunk, loss and f-gram model separately.
 
     Between them the host reads node ids, which a graph cannot hold. The loss must not stay outside: uncompiled, the
     copies of the logits in fp32 took an eighth of a step at a vocabulary of 50,257 (width 1,024 × 6 layers, one H200).

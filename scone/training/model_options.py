@@ -1,4 +1,4 @@
-"""From a run's options to the parts of its model, and which options do not go together."""
+"""The parts of a model from a run's options, and which options are incompatible."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from scone.utils.errors import SconeError
 
 
 def check_input_embedding(options: SconeOptions) -> None:
-    """Refuse options that contradict each other before anything is counted. Raises SconeError."""
+    """Refuse contradictory options before counting. Raises SconeError."""
     model = options.model
     plain = not model.use_f_gram_embeddings
     if plain and options.training.freeze_trunk:
@@ -28,6 +28,11 @@ def check_input_embedding(options: SconeOptions) -> None:
             "most one of these baselines; leave one out"
         )
     rows_alone = model.f_gram.num_hidden_layers == 0 and not model.over_encoding_rows
+    if rows_alone and not model.learned_rows and not plain:
+        raise SconeError(
+            "found neither an f-gram model nor learned rows; expected at least one; give --f_gram_num_hidden_layers or "
+            "--learned_rows, or train the plain model with --use_f_gram_embeddings false"
+        )
     if rows_alone and model.combination == "replace" and not plain:
         raise SconeError(
             "found --combination replace without an f-gram model; expected add or gate: rows start at zero and would "

@@ -1,4 +1,4 @@
-"""The fastest number type that is asked for and that the machine really has."""
+"""The number type for mixed precision: what was asked for, if the machine has it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The processes of one run: how they meet again after a restart and part at the end, and what is said of a lost one."""
+"""The process group of a run: restarting it, destroying it, and reporting lost ranks."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from scone.utils.errors import SconeError
 _GLOO_SAYS = ("gloo", "Connection closed by peer", "Connection reset by peer", "Socket Timeout")
 
 
-def meet_after_restart(backend: str | None) -> None:
-    """Form the process group anew where torchrun started the processes again.
+def reinit_process_group(backend: str | None) -> None:
+    """Reinitialise the process group after torchrun restarted the processes.
 
     Its store lives on through a restart (torch 2.13), with the addresses of the killed processes in it, and whoever
     comes first would read those: each restart gets names of its own. ``backend`` as for ``init_process_group``.
@@ -30,8 +30,8 @@ def meet_after_restart(backend: str | None) -> None:
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
 
 
-def leave_processes() -> None:
-    """Leave the process group of this program's runs, where there is one; for its end, once no model is held any more.
+def destroy_process_group() -> None:
+    """Destroy the process group, if there is one, at the end of the program, when no model is held any more.
 
     What is left of a group of gloo's can abort a process that exits (pytorch issue 190489), and its launcher then ends
     the others, who may still be saving. A sharded model holds the group, and is held by cycles of the trainer's.
@@ -42,8 +42,8 @@ def leave_processes() -> None:
 
 
 @contextmanager
-def one_line_for_lost_processes() -> Iterator[None]:
-    """Where another process of the run is gone, raise SconeError instead of what the communication library says."""
+def report_lost_ranks() -> Iterator[None]:
+    """Raise SconeError instead of the communication library's error when another rank is lost."""
     try:
         yield
     except RuntimeError as error:
@@ -53,7 +53,7 @@ def one_line_for_lost_processes() -> Iterator[None]:
                 "want of memory; expected it to live; give a lower --num_workers, and go on with "
                 "--resume_from_checkpoint"
             ) from error
-        if not tells_of_a_lost_process(error):
+        if not is_lost_rank(error):
             raise
         raise SconeError(
             "lost the connection to another process of this run, which ended or was killed (its own message is above "
@@ -62,7 +62,7 @@ def one_line_for_lost_processes() -> Iterator[None]:
         ) from error
 
 
-def tells_of_a_lost_process(error: RuntimeError) -> bool:
+def is_lost_rank(error: RuntimeError) -> bool:
     """Whether a communication library failed, and not the computation."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return False

@@ -1,4 +1,4 @@
-"""Where metrics go: the names of --report_to, checked before anything is done."""
+"""The metric trackers named by --report_to, checked before training starts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a checkpoint is one of the run that would go on from it: asked before anything is written."""
+"""Whether a checkpoint belongs to the run that resumes from it, checked before anything is written."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def check_resume(checkpoint: Path, model: PreTrainedModel, facts: Mapping[str, s
         raise _refusal(checkpoint, f"{name} {shape}", expected)
     if noted.get("tokens", facts["tokens"]) != facts["tokens"]:
         logger.warning(
-            "the training split is another than the one %s was trained on: training goes on with this one, in an order "
-            "of its own",
+            "the training split differs from the one that %s was trained on: training continues on the new one, in its "
+            "own order",
             checkpoint.name,
         )
 

@@ -1,4 +1,4 @@
-"""A training run from options to ``final_model``: corpus, f-grams, model, trainer."""
+"""A training run, from options to ``final_model``: corpus, f-grams, model, trainer."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from scone.configs.loading import save_options
-from scone.configs.schema import ROWS_LEARNING_RATE, SconeOptions, TrainingOptions
+from scone.configs.schema import SconeOptions, TrainingOptions
 from scone.data.collator import Collator
 from scone.data.dataset import BlockDataset
 from scone.data.f_gram_use import FGramUse
@@ -40,9 +40,9 @@ from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 from scone.tokenization.tokenizers import separator_ids, tokenizer_fingerprint
 from scone.training.compilation import compile_for_training
 from scone.training.model_options import check_input_embedding, f_gram_model_settings
-from scone.training.optimizer import learned_rows
+from scone.training.optimizer import learned_rows, rows_learning_rate
 from scone.training.precision import resolve_precision
-from scone.training.processes import meet_after_restart, one_line_for_lost_processes
+from scone.training.processes import reinit_process_group, report_lost_ranks
 from scone.training.reporters import reporter_names
 from scone.training.resume import check_resume
 from scone.training.run_folder import FINAL_MODEL, OPTIONS_FILE, one_run_at_a_time, resume_point
@@ -106,7 +106,7 @@ def train(
             trainer.add_callback(callback)
         trainer.add_callback(_NotesOfTheRun(options, output_dir))
         started = time.perf_counter()
-        with one_line_for_lost_processes(), suppress(TrainedAlready):
+        with report_lost_ranks(), suppress(TrainedAlready):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         trainer.is_in_train = False
         stop = next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, StopOnSignal))
@@ -271,8 +271,21 @@ def build_trainer(
         checkpoints_kept=training.save_total_limit,
         facts=_facts(corpus),
         f_gram_learning_rate=training.f_gram_learning_rate,
-        rows_learning_rate=(ROWS_LEARNING_RATE if training.rows_learning_rate is None else training.rows_learning_rate),
+        rows_learning_rate=(
+            rows_learning_rate(training_tokens(options, corpus.train.num_tokens, arguments.world_size))
+            if training.rows_learning_rate is None
+            else training.rows_learning_rate
+        ),
     )
+
+
+def training_tokens(options: SconeOptions, corpus_tokens: int, num_processes: int) -> int:
+    """How many tokens the run trains on, each as often as it is read."""
+    training = options.training
+    if training.max_steps <= 0:
+        return int(training.num_epochs * corpus_tokens)
+    per_step = training.batch_size * training.gradient_accumulation_steps * num_processes * options.data.max_length
+    return training.max_steps * per_step
 
 
 def evaluation_blocks(tokens: TokenFile, length: int, max_tokens: int | None = None) -> BlockDataset:
@@ -295,7 +308,7 @@ def training_arguments(training: TrainingOptions, num_workers: int, evaluate: bo
         raise SconeError("found --optimizer muon with --fsdp; expected adamw in a sharded run; use --optimizer adamw")
     if training.fsdp != "none" and precision == "fp16":
         raise SconeError("found --fp16 with --fsdp; expected bf16 or fp32 in a sharded run; use --bf16")
-    meet_after_restart("gloo" if use_cpu else None)
+    reinit_process_group("gloo" if use_cpu else None)
     # transformers 5.23 renamed it, and warns of the old name
     renamed = "activation_checkpointing" in TrainingArguments.__dataclass_fields__
     checkpointing: dict[str, Any] = {

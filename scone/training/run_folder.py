@@ -1,4 +1,4 @@
-"""The folder of a training run: whether it may be written, and where to resume."""
+"""The folder of a training run: who may write it, and where to resume."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LOCK_FILE = ".lock"
 
 @contextmanager
 def one_run_at_a_time(output_dir: Path) -> Iterator[None]:
-    """Keep other runs out of the folder while the block runs. Raises SconeError when one is in it.
+    """Lock the folder against other runs inside the block. Raises SconeError if another run holds it.
 
     The lock is the process's own: it ends with it, however it ends, and workers that outlive it do not hold it.
     """
@@ -37,7 +37,7 @@ def one_run_at_a_time(output_dir: Path) -> Iterator[None]:
 
 
 def resume_point(output_dir: Path, resume_from_checkpoint: str | None) -> Path | None:
-    """The checkpoint to go on from, None for a fresh start.
+    """The checkpoint to resume from; None for a fresh start.
 
     Raises SconeError when the folder holds something that a fresh start would mix with or overwrite, or the checkpoint
     asked for is not there.

@@ -18,7 +18,7 @@ from scone.models.learned_rows import LearnedRows
 
 
 def shard(model: nn.Module, reshard_after_forward: bool) -> None:
-    """Share the parameters of ``model`` out over all processes, in place: each keeps a part of every one.
+    """Shard the parameters of ``model`` over all processes, in place.
 
     The layers that the model names as units are gathered when they compute and, with ``reshard_after_forward``, given
     back at once; without it they stay until the backward pass. The learned rows stay whole on every rank, and

@@ -1,4 +1,4 @@
-"""The trainer: Hugging Face's, with the learned rows' optimizer, honest checkpoints and the figures users watch."""
+"""Hugging Face's trainer with the row optimizer, complete checkpoints and the metrics that users watch."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 
 def trunk_matrices(model: nn.Module) -> set[nn.Parameter]:
-    """What Muon is for: the trunk's matrices between its token embeddings and its head."""
+    """The parameters that Muon trains: the trunk's matrices between token embeddings and head."""
     trunk: Any = getattr(model, "trunk", model)
     outer = [layer.weight for layer in (trunk.get_input_embeddings(), trunk.get_output_embeddings()) if layer]
     embeddings = {module.weight for module in trunk.modules() if isinstance(module, nn.Embedding)}
@@ -84,7 +84,7 @@ class SconeTrainer(Trainer):
             )
         self.sharded = fsdp != "none" and self.args.world_size > 1
         if fsdp != "none" and not self.sharded:
-            logger.warning("fsdp=%s is ignored: one process has nobody to share the model with", fsdp)
+            logger.warning("fsdp=%s ignored: running in a single process", fsdp)
         if self.sharded:
             shard(self.model, reshard_after_forward=fsdp == "full_shard")
             # the model reduces its own gradients now: prepare it (device, precision) as one that is not wrapped
@@ -227,7 +227,7 @@ class SconeTrainer(Trainer):
 
 
 def _loading(checkpoint: str) -> AbstractContextManager[None]:
-    """What libraries raise for a checkpoint that does not fit or is damaged becomes one line."""
+    """Turn library errors about damaged or mismatched checkpoints into one line."""
     advice = "give the options that the run began with, or resume from another checkpoint"
     return library_refusal(f"cannot resume from {checkpoint}", advice)
 
@@ -243,11 +243,11 @@ class DropSkippedGradients(TrainerCallback):
 
 
 class TrainedAlready(Exception):
-    """The checkpoint that training would go on from is that of its last step."""
+    """The checkpoint to resume from is that of the last step."""
 
 
 class NothingLeftToTrain(TrainerCallback):
-    """Ends a run that is resumed where it had come to its end: transformers' loop would take one step more."""
+    """Ends a run that is resumed after its last step; transformers' loop would take one more step."""
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if 0 < state.max_steps <= state.global_step:
@@ -275,7 +275,7 @@ class CheckpointKeeper(TrainerCallback):
 
 
 def complete_checkpoints(output_dir: Path) -> list[Path]:
-    """Checkpoints that were written to their end, oldest first."""
+    """Complete checkpoints, oldest first."""
     folders = [path.parent for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{COMPLETE_MARKER}")]
     return sorted(folders, key=lambda folder: int(folder.name.rsplit("-", 1)[1]))
 

@@ -1,4 +1,4 @@
-"""Whether a model has parameters that a step may leave without a gradient: then processes have to look for them."""
+"""Whether a step may leave a parameter without a gradient; DDP then has to search for them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The f-gram vocabulary of a training corpus: counted once, then read from the cache."""
+"""The f-gram vocabulary of a training corpus: counted once, then cached."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def prepare_vocabulary(
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(shelf / "lock"):
         if not (folder / FILE_NAME).exists():
-            vocabulary = beginning_of_a_larger_one(shelf, min_freq, max_f_grams)
+            vocabulary = truncate_cached_vocabulary(shelf, min_freq, max_f_grams)
             if vocabulary is None:
                 counted = count_f_grams(
                     [tokens.tokens],
@@ -73,12 +73,12 @@ def prepare_vocabulary(
 
 
 def remove_empty_folder(folder: Path) -> None:
-    """Counting leaves its working folder, empty once it is through."""
+    """Remove the working folder that counting leaves empty."""
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
 
 
-def beginning_of_a_larger_one(shelf: Path, min_freq: int, max_f_grams: int) -> FGramVocabulary | None:
+def truncate_cached_vocabulary(shelf: Path, min_freq: int, max_f_grams: int) -> FGramVocabulary | None:
     """The vocabulary cut from one on the shelf that was counted with a lower floor and a higher limit, or None.
 
     Of one ranking, the f-grams that occur ``min_freq`` times are a beginning, and so are the first ``max_f_grams``.

@@ -1,1 +1,1 @@
-"""What two packages need and no library gives."""
+"""Helpers that several packages need and no library provides."""

@@ -1,4 +1,4 @@
-"""What every command does around its work: one-line errors, exit codes, suggestions for misspelt words."""
+"""Shared by all commands: one-line errors, exit codes, suggestions for misspelt words."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def _quiet_optional_libraries() -> None:
 
 
 def describe_error(error: Exception) -> tuple[str, int]:
-    """One line for ``error``, and the exit status that goes with it."""
+    """One line for ``error``, and its exit status."""
     if isinstance(error, SconeError):
         return one_line(str(error)), EXIT_USER_ERROR
     if isinstance(error, OSError):

@@ -1,4 +1,4 @@
-"""What a result was made with: versions, machine, commit; written beside it."""
+"""Versions, machine and commit that a result was made with."""
 
 from __future__ import annotations
 

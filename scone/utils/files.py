@@ -1,4 +1,4 @@
-"""Files that are either complete or not there: atomic writing, JSON, fingerprints."""
+"""Files that are complete or absent: atomic writes, JSON, fingerprints."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def _locked(descriptor: int, how: int) -> bool:
 
 
 @contextmanager
-def told_when_full(what: str, advice: str) -> Iterator[None]:
+def translate_disk_full(what: str, advice: str) -> Iterator[None]:
     """Turn the system's "disk full" while ``what`` is written into one line that says how to go on."""
     try:
         yield

@@ -1,4 +1,4 @@
-"""Whether the Hugging Face hub can be reached, found out once and quickly."""
+"""Whether the Hugging Face hub is reachable, checked once and quickly."""
 
 from __future__ import annotations
 

@@ -204,7 +204,10 @@ def test_sizes_of_a_file_without_a_base_model_stay(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--max_n", "1"], r"--max_n: found 1; expected a whole number from 2 to 255; meaning: longest f-gram"),
+        (
+            ["--max_n", "1"],
+            r"--max_n: found 1; expected a whole number from 2 to 255; meaning: length of the longest f-gram",
+        ),
         (["--min_freq", "0"], r"--min_freq: found 0; expected a whole number of at least 1"),
         (["--learning_rate", "fast"], r"--learning_rate: found fast; expected a number"),
         (["--learning_rate", "nan"], r"--learning_rate: found nan"),

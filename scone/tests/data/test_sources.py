@@ -1,4 +1,4 @@
-"""What a data set name resolves to, which splits it gives, and the one line where it gives nothing."""
+"""What a dataset name resolves to, which splits it gives, and the one line where it gives nothing."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_a_path_that_is_not_there_is_not_asked_of_the_hub(name):
 
 
 def test_a_data_set_that_is_neither_here_nor_cached_is_refused_in_one_line():
-    with pytest.raises(SconeError, match="data set 'no-such-data-set'") as caught:
+    with pytest.raises(SconeError, match="dataset 'no-such-data-set'") as caught:
         open_source("no-such-data-set", "some-config")
     assert "local" in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -118,7 +118,7 @@ def test_a_data_set_of_the_datasets_library_is_streamed_by_its_splits(tmp_path):
     assert {unit.split: list(unit.read(lambda n: None)) for unit in units} == {"train": ["1", "2", "3"], "test": ["4"]}
     with pytest.raises(SconeError, match="no column 'body'"):
         list(hub_units(name, None, "body")[0].read(lambda n: None))
-    with pytest.raises(SconeError, match=r"cannot open data set .*\(configuration 'nope'\)"):
+    with pytest.raises(SconeError, match=r"cannot open dataset .*\(configuration 'nope'\)"):
         hub_units(name, "nope", "text")
 
 
@@ -144,11 +144,11 @@ def test_the_standard_library_is_a_corpus():
 
 
 def hub_folder(folder, files, card="license: mit", **others: str):
-    """A data set as it comes from the hub: parquet files (path → comma-separated texts), README, other files."""
+    """A dataset as it comes from the hub: parquet files (path → comma-separated texts), README, other files."""
     for path, texts in files.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         pyarrow.parquet.write_table(pyarrow.table({"text": texts.split(",")}), folder / path)
-    (folder / "README.md").write_text(f"---\n{card}\n---\n# A data set\n", encoding="utf-8")
+    (folder / "README.md").write_text(f"---\n{card}\n---\n# A dataset\n", encoding="utf-8")
     for name, content in others.items():
         (folder / name.replace("__", ".")).write_text(content, encoding="utf-8")
     return str(folder)

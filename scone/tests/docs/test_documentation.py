@@ -9,6 +9,8 @@ import importlib
 import importlib.util
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,7 +31,7 @@ RUN = (
     *("docs/tutorial.md", "docs/how-to/large-table.md", "docs/how-to/read-a-report.md", "docs/how-to/sweeps.md"),
     *("docs/how-to/tracking.md", "docs/how-to/retrofit.md", "docs/how-to/several-gpus.md", "docs/how-to/spark.md"),
     *("docs/how-to/own-training-loop.md", "docs/how-to/packed-data.md", "docs/how-to/compile.md"),
-    *("docs/how-to/azure.md", "docs/how-to/container.md", "docs/index.md", "docs/hardening.md"),
+    *("docs/how-to/azure.md", "docs/how-to/container.md", "docs/index.md", "docs/robustness.md"),
 )
 ALL_BLOCKS = [block for page in pages() for block in blocks_of(page)] if (REPOSITORY / "mkdocs.yml").exists() else []
 _LINK = re.compile(r"\[[^\]\n]+\]\((?P<target>[^)\s]+)\)")
@@ -97,6 +99,28 @@ def test_links_lead_somewhere() -> None:
             elif anchor and path.suffix == ".md" and anchor not in anchors(path):
                 broken.append(f"{page.name}: no heading for {match['target']}")
     assert not broken
+
+
+def test_tables_are_those_of_the_results() -> None:
+    done = subprocess.run(
+        [sys.executable, str(REPOSITORY / "benchmarks" / "fill_tables.py"), "--check"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-500:]
+
+
+def test_the_readme_stays_short() -> None:
+    assert len((REPOSITORY / "README.md").read_text(encoding="utf-8").splitlines()) <= 130
+
+
+def test_every_decision_has_a_status_and_states_itself() -> None:
+    for path in (REPOSITORY / "docs" / "decisions").glob("*.md"):
+        title, blank, stated, *_ = path.read_text(encoding="utf-8").splitlines()
+        assert title.startswith(f"# {int(path.name[:4])}. "), path.name
+        assert not blank, path.name
+        assert re.fullmatch(r"\*Status: [^*]+\.\* .{20,}", stated), path.name
 
 
 def anchors(page: Path) -> set[str]:

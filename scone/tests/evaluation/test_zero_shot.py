@@ -41,7 +41,7 @@ def arc_items(answers: list[str]) -> list[dict]:
 
 
 def log_probability(model: torch.nn.Module, tokenizer, context: str, answer: str) -> float:
-    """The slow equal of what the harness asks for: log-probability of the answer's tokens after the context."""
+    """Reference of what the harness asks for: log-probability of the answer's tokens after the context."""
     before = tokenizer(context, add_special_tokens=False)["input_ids"]
     tokens = torch.tensor([tokenizer(context + answer, add_special_tokens=False)["input_ids"]])
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The counting kernels do what their slow equals say: odd sizes, repeats, nothing at all, keys of up to 64 bits."""
+"""The counting kernels equal their references: odd sizes, repeats, nothing at all, keys of up to 64 bits."""
 
 from __future__ import annotations
 

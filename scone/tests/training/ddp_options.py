@@ -6,7 +6,7 @@ import json
 import sys
 
 from scone.scripts.train import read_arguments
-from scone.training.processes import leave_processes
+from scone.training.processes import destroy_process_group
 from scone.training.run import build_model, build_trainer, prepare_run_corpus
 from scone.utils.command_line import is_first_process
 
@@ -19,4 +19,4 @@ if __name__ == "__main__":
         names = ("gradient_as_bucket_view", "find_unused_parameters", "broadcast_buffers")
         print(json.dumps({name: getattr(wrapped, name) for name in names}))
     del trainer, wrapped
-    leave_processes()
+    destroy_process_group()

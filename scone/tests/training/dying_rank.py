@@ -11,7 +11,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from scone.scripts.train import read_arguments
-from scone.training.processes import leave_processes
+from scone.training.processes import destroy_process_group
 from scone.training.run import train
 
 
@@ -29,4 +29,4 @@ class DieOnce(TrainerCallback):
 
 if __name__ == "__main__":
     train(read_arguments(sys.argv[2:]), callbacks=[DieOnce(Path(sys.argv[1]))], quiet=True)
-    leave_processes()  # as the command does: a rank that exits with its group may abort, once in some hundred runs
+    destroy_process_group()  # as the command does: a rank that exits with its group may abort

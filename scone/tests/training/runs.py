@@ -79,6 +79,7 @@ def command_line(corpus: Path, output_dir: Path, *flags: str) -> list[str]:
     return [
         *("--dataset_name", str(corpus), "--max_length", "32", "--min_freq", "3", "--tokenizer", "train"),
         *("--vocab_size", "300", "--hidden_size", "16", "--num_hidden_layers", "1", "--num_attention_heads", "2"),
+        *("--f_gram_num_hidden_layers", "1"),  # as in `options`: an f-gram model and rows
         *("--hidden_dropout_prob", "0", "--attention_probs_dropout_prob", "0", "--learning_rate", "0.01"),
         *("--output_dir", str(output_dir), "--cache_dir", str(corpus.parent / "cache"), "--num_workers", "0"),
         *("--report_to", "none", "--device", "cpu", *flags),

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from scone.tests.training.runs import STILL, assert_same_weights, command_line, options
-from scone.training.processes import one_line_for_lost_processes, tells_of_a_lost_process
+from scone.training.processes import is_lost_rank, report_lost_ranks
 from scone.training.run import train
 from scone.training.trainer import complete_checkpoints
 from scone.utils.errors import SconeError
@@ -131,10 +131,10 @@ def test_gradients_are_reduced_where_they_are_and_nothing_is_looked_for(corpus, 
 
 def test_a_lost_process_is_one_line(monkeypatch):
     closed = RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:9999")
-    with pytest.raises(RuntimeError, match=r"pair\.cc"), one_line_for_lost_processes():
+    with pytest.raises(RuntimeError, match=r"pair\.cc"), report_lost_ranks():
         raise closed  # alone there is nobody to lose
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
     monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
-    with pytest.raises(SconeError, match="start again with --resume_from_checkpoint"), one_line_for_lost_processes():
+    with pytest.raises(SconeError, match="start again with --resume_from_checkpoint"), report_lost_ranks():
         raise closed
-    assert not tells_of_a_lost_process(RuntimeError("shapes do not match"))
+    assert not is_lost_rank(RuntimeError("shapes do not match"))

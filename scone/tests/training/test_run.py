@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from scone.tests.training.runs import STILL, assert_same_weights, command_line, options, weights
+from scone.training.optimizer import rows_learning_rate
 from scone.training.run import build_model, build_trainer, prepare_run_corpus, train
 from scone.training.trainer import complete_checkpoints
 from scone.utils.errors import SconeError
@@ -85,6 +86,23 @@ def test_evaluation_reads_no_more_than_the_tokens_it_is_given(corpus, tmp_path):
     assert len({loss for loss, _ in losses.values()}) == 3
     final_model = train(options(corpus, tmp_path / "run", **{"training.max_eval_tokens": 100}), quiet=True)
     assert "validation perplexity (first 100 tokens)" in (final_model / "README.md").read_text()
+
+
+def test_rates_of_rows_follow_from_the_training_tokens(corpus, tmp_path):
+    """The measured points of docs/experiments, and what a run takes for its own budget, steps or epochs."""
+    assert [round(rows_learning_rate(tokens * 10**6), 4) for tokens in (4, 20, 82)] == [0.0091, 0.004, 0.002]
+    assert (rows_learning_rate(0), rows_learning_rate(10**12)) == (1e-2, 5e-4)
+    for changes, tokens in [
+        ({"training.max_steps": 400_000, "training.gradient_accumulation_steps": 2}, 400_000 * 2 * 4 * 32),
+        ({"training.max_steps": -1, "training.num_epochs": 50_000}, None),
+        ({"training.rows_learning_rate": 0.03}, None),
+    ]:
+        run = options(corpus, tmp_path, **changes)
+        files = prepare_run_corpus(run, quiet=True)
+        trainer = build_trainer(run, build_model(run, files, quiet=True), files, quiet=True)
+        tokens = tokens or 50_000 * files.train.num_tokens
+        expected = run.training.rows_learning_rate or rows_learning_rate(tokens)
+        assert trainer.create_optimizer().param_groups[-1]["lr"] == expected
 
 
 MODERN = {"model.base_model_name": "scone-modern", "model.input_norm": True, "training.optimizer": "muon"}
@@ -187,7 +205,11 @@ def test_kill_9_loses_at_most_the_steps_since_the_last_checkpoint(corpus, tmp_pa
         ({"data.max_length": 9999, "model.max_position_embeddings": 9999}, r"expected at least one block of 9999"),
         ({"model.hidden_size": 15}, r"multiple of the heads"),
         ({"model.base_model_name": "no/such/model"}, r"cannot find the model"),
-        ({"model.learned_rows": 0, "model.f_gram.num_hidden_layers": 0}, r"neither an f-gram model nor learned rows"),
+        # before counting, which would find nothing
+        (
+            {"model.learned_rows": 0, "model.f_gram.num_hidden_layers": 0, "data.min_freq": 10**6},
+            r"neither an f-gram model",
+        ),
         ({"training.resume_from_checkpoint": "nowhere"}, r"no complete checkpoint"),
         ({"training.report_to": "dvclive"}, r"not installed; install it"),
         ({"training.report_to": "tensorbord"}, r"did you mean tensorboard"),

@@ -23,7 +23,7 @@ from scone.tokenization.counting.tokens import TokenStream
 from scone.tokenization.f_gram_links import MAX_F_GRAM_LENGTH, MAX_VOCAB_SIZE
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 from scone.utils.errors import SconeError
-from scone.utils.files import fingerprint_of, told_when_full
+from scone.utils.files import fingerprint_of, translate_disk_full
 from scone.utils.progress import progress
 from scone.utils.text import human_bytes, human_count
 
@@ -210,7 +210,7 @@ def work_folder(work_dir: Path | None, key: str, temporary_bytes: int) -> Iterat
             return
         with tempfile.TemporaryDirectory(prefix="scone-count-") as name:
             _check_room(Path(name), temporary_bytes)
-            with told_when_full(f"temporary files in {name}", "count again, with a work_dir to resume"):
+            with translate_disk_full(f"temporary files in {name}", "count again, with a work_dir to resume"):
                 yield Path(name)
         return
     folder = work_dir / f"count-{key[:16]}"
@@ -222,7 +222,7 @@ def work_folder(work_dir: Path | None, key: str, temporary_bytes: int) -> Iterat
         raise SconeError(
             f"found another process counting in {folder}; expected one at a time; wait for it, or give another work_dir"
         ) from None
-    with held, told_when_full(f"temporary files in {folder}", "run the same command again to go on from here"):
+    with held, translate_disk_full(f"temporary files in {folder}", "run the same command again to go on from here"):
         _check_room(folder, temporary_bytes)
         yield folder
         shutil.rmtree(folder)
