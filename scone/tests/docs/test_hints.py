@@ -13,12 +13,15 @@ import scone
 REPOSITORY = Path(scone.__file__).parents[1]
 STRANGER = re.compile(r"pip install [^\n`;]*?(?<![\w./-])scone(?![\w./-])")
 SUFFIXES = {".py", ".md", ".toml", ".yml", ".yaml", ".sh", ".cff", ".txt", ".js", ".html", ""}
-NOT_OURS = {".git", ".venv", "build", "dist", "node_modules"}
+NOT_OURS = re.compile(r"build|dist|node_modules|\.(?!ci$|github$).+")
+"""Folders that are made, or hidden: environments, caches, what somebody keeps there."""
 
 
 def texts(folder: Path) -> list[Path]:
     paths = folder.rglob("*")
-    parts = (path for path in paths if not NOT_OURS & set(path.relative_to(folder).parts))
+    parts = (
+        path for path in paths if not any(NOT_OURS.fullmatch(part) for part in path.relative_to(folder).parts[:-1])
+    )
     return [path for path in parts if path.is_file() and path.suffix in SUFFIXES and path != Path(__file__)]
 
 
