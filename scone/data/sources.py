@@ -143,6 +143,11 @@ def _local_source(name: str, path: Path, config_name: str | None, text_column: s
     if path.is_dir() and describes_itself(path):
         found = {"files": [_file_facts(file, file.relative_to(root).as_posix()) for file in files]}
         return Source(name, hub_units(str(path), config_name, text_column, found), is_local=True)
+    if any(file.suffix == ".arrow" and (file.parent / "state.json").is_file() for file in files):
+        raise SconeError(
+            f"found {name!r}, which the datasets library saved by save_to_disk; expected files of text, JSON lines or "
+            "parquet; load each split by load_from_disk and write it by its to_parquet"
+        )
     readable = [file for file in files if kind_of(file)]
     if not readable:
         endings = sorted({"".join(file.suffixes[-2:]) or file.name for file in files})

@@ -76,7 +76,8 @@ class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
     def scaled(self, vectors: Tensor) -> Tensor:
         """Of `embed`, as the trunk gets them."""
         if self.input_norm is not None:
-            vectors = self.input_norm(vectors)
+            # in the precision of its gain, which a trunk that was converted to fp16 does not share
+            vectors = self.input_norm(vectors.to(self.input_norm.weight.dtype)).to(vectors.dtype)
         return vectors if self.config.embedding_scale == 1.0 else vectors * self.config.embedding_scale
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]

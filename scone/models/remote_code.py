@@ -18,7 +18,7 @@ def write_remote_code(folder: Path, *classes: type) -> None:
 
 try:
 {imports}
-except ImportError as error:
+except Exception as error:  # a package of another time fails in ways of its own
     raise ImportError(
         f"this model needs SCONE, which cannot be imported here ({{error}}); install it: pip install scone-lm "
         "(the package that is named scone is another one, and has to go: pip uninstall scone)"

@@ -16,6 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from scone.configs.presets import MODERN_TRUNK
 from scone.configs.presets import trunk_configuration as built_in_configuration
 from scone.configs.schema import ModelOptions
+from scone.models.configuration import EmbeddedTrunkConfig
 from scone.tokenization.gguf_files import load_arguments
 from scone.tokenization.tokenizers import vocabulary_size
 from scone.utils.errors import SconeError
@@ -113,6 +114,12 @@ def _pretrained(options: ModelOptions, tokenizer: PreTrainedTokenizerBase | None
     where = load_arguments(name)
     try:
         config = AutoConfig.from_pretrained(**where, local_files_only=_only_local(name))
+        if isinstance(config, EmbeddedTrunkConfig):
+            raise SconeError(
+                f"found {name!r} of type {config.model_type!r}, which has input embeddings of ours already; expected a "
+                "plain causal language model; train it on by --resume_from_checkpoint or in your own loop, or save "
+                "its model.trunk and give that"
+            )
         _check_pretrained_sizes(config, options)
         trunk = AutoModelForCausalLM.from_pretrained(
             **where, config=config, **({} if dtype is None else {"dtype": dtype})

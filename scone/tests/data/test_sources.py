@@ -6,6 +6,7 @@ import json
 import sys
 from itertools import chain
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -207,3 +208,12 @@ def test_a_configuration_may_be_a_folder(tmp_path):
     name = hub_folder(tmp_path, {"en/train.parquet": "1", "de/train.parquet": "2"})
     assert list(open_documents(name, "de", "all")) == ["2"]
     assert sorted(open_documents(name, None, "all")) == ["1", "2"]
+
+
+@pytest.mark.parametrize("with_splits", [False, True])
+def test_what_the_datasets_library_saved_for_itself_is_refused_by_name(tmp_path, with_splits):
+    """Its metadata is JSON, and would be read as text."""
+    data = datasets.Dataset.from_dict({"text": ["some text"] * 3})
+    (datasets.DatasetDict({"train": data}) if with_splits else data).save_to_disk(tmp_path / "saved")
+    with pytest.raises(SconeError, match="saved by save_to_disk; expected files of text, JSON lines or parquet"):
+        open_source(str(tmp_path / "saved"))

@@ -129,3 +129,22 @@ def test_replaced_leaves_tokens_alone():
     nodes = np.arange(10)
     assert replaced(nodes, 8, None) is nodes
     np.testing.assert_array_equal(replaced(nodes, 8, np.array([9, 8])), [0, 1, 2, 3, 4, 5, 6, 7, 9, 8])
+
+
+@pytest.mark.parametrize("served", [False, True])
+def test_an_input_norm_in_front_of_a_trunk_in_fp16_gives_fp16(served):
+    """Quantising converts the trunk alone; PyTorch warns of a norm whose gain is of another type."""
+    model = SconeForCausalLM.from_trunk(
+        tiny.trunk("llama"), tiny.vocabulary(), f_gram_model=None, learned_rows=40, input_norm=True
+    ).eval()
+    torch.nn.init.normal_(model.f_gram_embedding.rows.weight)
+    torch.nn.init.normal_(model.input_norm.weight)
+    if served:
+        model.attach_table(tiny.RowsInMemory(model))
+    ids = torch.from_numpy(tiny.corpus(24))[None]
+    with torch.no_grad():
+        expected = model.input_vectors(ids)
+        model.trunk.half()
+        found = model.input_vectors(ids)
+    assert found.dtype == torch.float16
+    torch.testing.assert_close(found.float(), expected, atol=5e-3, rtol=5e-3)

@@ -11,12 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
+from scone.configs.schema import ModelOptions
 from scone.inference.embedding_table import EmbeddingTable
 from scone.inference.loading import load_model
 from scone.inference.precompute import precompute_table
 from scone.models.language_model import SconeForCausalLM
 from scone.models.over_encoding import OverEncodingForCausalLM
 from scone.models.scaled_trunk import ScaledTrunkForCausalLM
+from scone.models.trunk import build_trunk
 from scone.tests import tiny
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 from scone.utils.errors import SconeError
@@ -82,6 +84,16 @@ def test_the_body_is_no_part_of_the_model_and_a_copy_has_its_own():
         ids = tokens(1, 20)
         ours, its = (each.base_model(ids).last_hidden_state for each in (model, other))
     assert not torch.allclose(ours, its, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["live", "over-encoding", "scaled"])
+def test_a_model_of_ours_is_no_trunk(kind, tmp_path):
+    """Around it, another layer would find the vectors of this one where it looks for token embeddings."""
+    model_of(kind).save_pretrained(tmp_path)
+    with pytest.raises(SconeError, match="input embeddings of ours already; expected a plain causal language model"):
+        build_trunk(ModelOptions(base_model_name=str(tmp_path), init="pretrained"), None)
+    model_of(kind).trunk.save_pretrained(tmp_path / "trunk")
+    assert build_trunk(ModelOptions(base_model_name=str(tmp_path / "trunk"), init="pretrained"), None) is not None
 
 
 # ------------------------------------------------------------------ tuples

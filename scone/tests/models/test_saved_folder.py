@@ -49,15 +49,20 @@ def test_without_the_package_one_line_says_what_to_install(folder: Path, tmp_pat
     assert "Run `pip" not in done.stderr  # what transformers would say of an import that it finds missing
 
 
-def test_a_strangers_package_of_our_name_is_told_apart(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("code", "fails_by"),
+    [('__version__ = "0.2.0"', "No module named 'scone.models'"), ("print 'of Python 2'", "Missing parentheses")],
+)
+def test_a_strangers_package_of_our_name_is_told_apart(folder: Path, tmp_path: Path, code: str, fails_by: str) -> None:
     (tmp_path / "scone").mkdir()
-    (tmp_path / "scone" / "__init__.py").write_text('__version__ = "0.2.0"\n')
+    (tmp_path / "scone" / "__init__.py").write_text(code + "\n")
     # an editable installation answers for its submodules whoever has the name
     alone = "import sys; sys.meta_path[:] = [finder for finder in sys.meta_path if 'editable' not in repr(finder)]; "
     done = run(alone + LOAD.format(str(folder)), tmp_path, PYTHONPATH=str(tmp_path))
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
-    assert "No module named 'scone.models'" in last
+    assert last.startswith("ImportError: this model needs SCONE")
+    assert fails_by in last
     assert "pip uninstall scone" in last
 
 
