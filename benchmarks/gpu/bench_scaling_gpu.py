@@ -162,7 +162,7 @@ def run_options(run: Run, folder: Path, options: Mapping[str, Any]) -> SconeOpti
                 "use_f_gram_embeddings": run.variant != "plain",
                 "learned_rows": options["f_grams"] if run.variant == "both" else 0,
                 # else the f-gram model's part of every row is zero before training, and equal whatever it computes
-                "f_gram": {"start": "random"} if run.strategy == "precompute" else {},
+                "f_gram": {"num_hidden_layers": None} | ({"start": "random"} if run.strategy == "precompute" else {}),
             },
             "training": {
                 "output_dir": str(folder / run.name),

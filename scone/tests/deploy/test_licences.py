@@ -10,7 +10,21 @@ from scone.tests.deploy.test_versions import REPOSITORY, floors, normal, pinned
 
 LIST = REPOSITORY / "docs" / "licences.md"
 pytestmark = pytest.mark.skipif(not LIST.exists(), reason="an installed package has no documentation")
-NOT_LISTED = {"lm-eval", "mkdocs", "mkdocs-material", "mypy", "openai", "pytest", "pytest-xdist", "ruff", "hypothesis"}
+NOT_LISTED = {
+    *(
+        "lm-eval",
+        "mkdocs",
+        "mkdocs-material",
+        "mypy",
+        "openai",
+        "peft",
+        "pytest",
+        "pytest-xdist",
+        "ruff",
+        "hypothesis",
+        "trl",
+    )
+}
 """For who tests, builds the site, or asks for zero-shot tasks."""
 
 

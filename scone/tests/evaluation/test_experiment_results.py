@@ -46,8 +46,12 @@ def test_kinds_and_sizes_are_read_from_the_options(results: dict[str, RunResult]
     assert results["model-1k"].f_gram_model_parameters == 8500
     assert results["both-1k"].f_gram_model_parameters == 500
     assert results["rows-1k"].f_gram_model_parameters == 0
-    assert kind_of_options({"model.combination": "replace", "model.learned_rows": 0}) == "f-gram model, replace"
-    assert kind_of_options({"model.rows_backoff": False}) == "f-gram model + learned rows, no back-off"
+    layers = {"model.f_gram.num_hidden_layers": None}
+    assert (
+        kind_of_options({"model.combination": "replace", "model.learned_rows": 0} | layers) == "f-gram model, replace"
+    )
+    assert kind_of_options({"model.rows_backoff": False} | layers) == "f-gram model + learned rows, no back-off"
+    assert kind_of_options({"model.rows_backoff": False}) == "learned rows, no back-off"
 
 
 @given(doublings=st.floats(0, 2))

@@ -173,7 +173,10 @@ def test_a_killed_count_goes_on_with_another_budget_or_number_of_threads(tmp_pat
     result = count_f_grams([tokens], quiet=True, **OPTIONS | _without_tokens(arguments) | change)
     whole = count_f_grams([tokens], quiet=True, **OPTIONS)
     assert same(result, whole)
-    assert result.statistics.levels[1:] == whole.statistics.levels[1:]
+    # how far the floor has risen, and so what survives it, depends on budget and threads; what is counted does not
+    assert [level.num_f_grams for level in result.statistics.levels] == [
+        level.num_f_grams for level in whole.statistics.levels
+    ]
     assert result.statistics.levels[0].num_candidates == 0  # so the bigrams were taken from the file
 
 
