@@ -56,13 +56,13 @@ function drawLegend(maxN) {
 
 function drawTokens() {
   $("tokens").replaceChildren(...tokens.map((token, index) => {
-    const span = element("span", { className: `token ${colour(token.length)}`, tabIndex: 0 }, shown(token.text));
+    const span = element("span", { className: `token ${colour(token.match_length)}`, tabIndex: 0 }, shown(token.text));
     span.addEventListener("mouseenter", () => choose(index));
     span.addEventListener("focus", () => choose(index));
     return span;
   }));
-  const matched = tokens.filter((token) => token.length > 1);
-  const mean = matched.reduce((sum, token) => sum + token.length, 0) / (matched.length || 1);
+  const matched = tokens.filter((token) => token.match_length > 1);
+  const mean = matched.reduce((sum, token) => sum + token.match_length, 0) / (matched.length || 1);
   $("summary").textContent = tokens.length
     ? `${matched.length} of ${tokens.length} tokens end an f-gram` +
       (matched.length ? `, ${mean.toFixed(2)} tokens long on average.` : ".")
@@ -73,26 +73,26 @@ function choose(index) {
   chosen = index;
   const token = tokens[index];
   [...$("tokens").children].forEach((span, place) => {
-    span.classList.toggle("part", place <= index && place > index - token.length);
+    span.classList.toggle("part", place <= index && place > index - token.match_length);
     span.classList.toggle("chosen", place === index);
   });
   const facts = token.rank === null || token.rank === undefined
     ? "No f-gram ends here: the token's own embedding is used."
-    : `${token.length} tokens · rank ${token.rank.toLocaleString("en")} · ` +
+    : `${token.match_length} tokens · rank ${token.rank.toLocaleString("en")} · ` +
       `${token.count.toLocaleString("en")} times in the corpus`;
   const neighbours = element("div", { id: "neighbours" });
   $("f-gram").replaceChildren(
-    element("p", { className: "name" }, shownInLine(token.f_gram ?? token.text)),
+    element("p", { className: "name" }, shownInLine(token.f_gram_text ?? token.text)),
     element("p", { className: "quiet" }, facts),
     neighbours,
   );
   clearTimeout(neighbourTimer);
-  if (token.node !== undefined) neighbourTimer = setTimeout(() => drawNeighbours(index, neighbours), 150);
+  if (token.rank !== null && token.rank !== undefined) neighbourTimer = setTimeout(() => drawNeighbours(index, neighbours), 150);
 }
 
 async function drawNeighbours(index, place) {
   try {
-    const found = await question("neighbours", { node: tokens[index].node });
+    const found = await question("neighbours", { rank: tokens[index].rank });
     if (chosen !== index) return;
     const rows = found.neighbours.map((one) => row(one.f_gram, one.cosine, one.cosine.toFixed(3)));
     place.replaceChildren(
@@ -148,7 +148,7 @@ async function look() {
     tokens = found.tokens;
     chosen = null;
     drawTokens();
-    const longest = tokens.reduce((best, token, index) => (token.length > tokens[best].length ? index : best), 0);
+    const longest = tokens.reduce((best, token, index) => (token.match_length > tokens[best].match_length ? index : best), 0);
     if (tokens.length) choose(longest);
     if (!text) return $("next").replaceChildren();
     const next = await question("next", { text });

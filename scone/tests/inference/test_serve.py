@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 import socket
@@ -24,8 +25,9 @@ from scone.utils.errors import SconeError
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
 openai = pytest.importorskip("openai", reason="the openai client is not installed")
 
-from scone.inference.serve import Service  # noqa: E402 (needs the extra)
-from scone.inference.serve_batching import Batcher, Job, QueueFullError  # noqa: E402
+from scone.inference.serve_protocol import ChatRequest, RequestError  # noqa: E402 (needs the extra)
+from scone.inference.serve_scheduler import GenerationJob, Scheduler  # noqa: E402
+from scone.inference.streaming import GeneratedSequence  # noqa: E402
 
 ORIGIN = "https://chat.example:8080"
 PROMPTS = ["the cat", "a dog ran under the hill and then", "it slept", "é \U0001f600", "mat"]
@@ -79,6 +81,11 @@ def completion(prompt: Any = "the cat", **options: Any) -> dict[str, Any]:
     return {"model": "tiny", "prompt": prompt, "max_tokens": 8, "temperature": 0} | options
 
 
+def job(engine: SconeInferenceEngine, new_tokens: int, copies: int = 1) -> GenerationJob:
+    options = GenerationOptions(max_new_tokens=new_tokens)
+    return GenerationJob([engine.sequence("mat", options) for _ in range(copies)], options)
+
+
 BAD = {
     "empty prompt": (completion(""), 400, "found an empty prompt"),
     "no prompt": (completion([]), 400, "found no prompt"),
@@ -129,10 +136,10 @@ def test_32_clients_at_once_get_the_engines_answers(address: str, client: Any, e
         if number % 4 != 3:
             assert text == expected(engine, PROMPTS[number % len(PROMPTS)], 5 + number), number
     found = metrics(address)
-    assert found["scone_batch_rows_sum"] > found["scone_batch_rows_count"], "some requests shared a batch"
-    assert found['scone_requests_total{endpoint="/v1/completions",status="200"}'] >= 24
+    assert found["scone_batch_sequences_total"] > found["scone_batches_total"], "some requests shared a batch"
+    assert found['scone_requests_total{status="200"}'] >= 24
     assert 0 < found["scone_table_rows_total"] < found["scone_table_positions_total"]
-    assert found["scone_waiting_requests"] == found["scone_running_rows"] == 0
+    assert found["scone_waiting_requests"] == found["scone_running_sequences"] == 0
 
 
 def test_completions_know_the_options_that_clients_use(client: Any, engine: SconeInferenceEngine) -> None:
@@ -174,14 +181,29 @@ def test_chat(client: Any, engine: SconeInferenceEngine) -> None:
     assert chunks[-1].usage.completion_tokens == 9
 
 
-def test_chat_without_a_template_is_refused(engine: SconeInferenceEngine) -> None:
-    from scone.inference.serve_protocol import ChatRequest, RequestError
+def test_an_assistant_that_called_tools_may_say_nothing_and_others_may_not(address: str) -> None:
+    def ask(*messages: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        body = {"model": "tiny", "max_tokens": 5, "temperature": 0, "messages": list(messages)}
+        return post(address, "/v1/chat/completions", body)
 
+    user, tool = {"role": "user", "content": "the cat"}, {"role": "tool", "content": "mat", "tool_call_id": "1"}
+    calls = {"role": "assistant", "tool_calls": [{"id": "1", "type": "function"}]}
+    status, answer = ask(user, calls | {"content": None}, tool)
+    assert status == 200, answer
+    for nothing in (calls, calls | {"content": ""}):
+        assert ask(user, nothing, tool)[1]["choices"] == answer["choices"]
+    for role in ("user", "system", "tool"):
+        status, answer = ask({"role": role, "content": None})
+        assert status == 400
+        assert f"a message of the {role} without content" in answer["error"]["message"]
+
+
+def test_chat_without_a_template_is_refused(engine: SconeInferenceEngine) -> None:
     asked = ChatRequest(model="tiny", messages=[{"role": "user", "content": "x"}])
     engine.tokenizer.chat_template = None
     try:
         with pytest.raises(RequestError, match="without a chat template"):
-            asked.prompt_ids(engine)
+            asked.prompts(engine)
     finally:
         engine.tokenizer.chat_template = TEMPLATE
 
@@ -199,11 +221,11 @@ def test_clients_that_leave_free_their_work(address: str, stream: bool) -> None:
             connection.recv(100)
     for _ in range(600):
         found = metrics(address)
-        if found["scone_running_rows"] == 0 and found["scone_disconnects_total"] > before:
+        if found["scone_running_sequences"] == 0 and found["scone_disconnects_total"] > before:
             break
         time.sleep(0.05)
     assert found["scone_disconnects_total"] == before + 1
-    assert found["scone_running_rows"] == 0
+    assert found["scone_running_sequences"] == 0
     assert post(address, "/v1/completions", completion())[0] == 200
 
 
@@ -335,39 +357,39 @@ def test_key_and_shutdown_while_a_client_is_served(folder: Path) -> None:
 
 
 def test_a_full_queue_is_refused_and_closing_tells_those_who_wait(engine: SconeInferenceEngine) -> None:
-    batcher = Batcher(engine, max_batch=4, max_waiting=1)
-    hold = threading.Event()
-    running = batcher.call(hold.wait)
-    while batcher.num_waiting:
-        time.sleep(0.001)
-    options = GenerationOptions(max_new_tokens=3)
-    waiting = Job([engine.continuation("the cat", options)], options)
-    batcher.submit(waiting)
-    with pytest.raises(QueueFullError):
-        batcher.submit(Job([engine.continuation("mat", options)], options))
-    closing = threading.Thread(target=batcher.close)
-    closing.start()
-    with pytest.raises(SconeError, match="shutting down"):
-        waiting.done.result(timeout=60)
-    hold.set()
-    closing.join(timeout=60)
-    assert running.result()
-    with pytest.raises(SconeError, match="shutting down"):
-        batcher.submit(waiting)
+    async def law() -> None:
+        scheduler = Scheduler(engine, max_batch=1, max_waiting=1)
+        with scheduler.model_lock:
+            running, waiting = job(engine, 100), job(engine, 3)
+            scheduler.submit(running)
+            await asyncio.sleep(0)  # it is taken from the queue
+            scheduler.submit(waiting)
+            with pytest.raises(RequestError, match="queue full"):
+                scheduler.submit(job(engine, 3))
+            scheduler.close()
+        with pytest.raises(RequestError, match="shutting down"):
+            await waiting.done
+        await running.done
+        assert [one.finish_reason for one in running.sequences] == ["cancelled"]
+        with pytest.raises(RequestError, match="shutting down"):
+            scheduler.submit(job(engine, 3))
+
+    asyncio.run(law())
 
 
 def test_a_failing_batch_is_told_and_the_next_one_runs(engine: SconeInferenceEngine) -> None:
-    batcher = Batcher(engine, max_batch=4, max_waiting=9)
-    broken = Job([engine.continuation("mat", GenerationOptions())], GenerationOptions(do_sample=True, temperature=-1.0))
-    batcher.submit(broken)
-    with pytest.raises(ValueError):
-        broken.done.result(timeout=60)
-    options = GenerationOptions(max_new_tokens=3)
-    fine = Job([engine.continuation("mat", options)], options)
-    batcher.submit(fine)
-    fine.done.result(timeout=60)
-    batcher.close()
-    assert len(fine.rows[0].token_ids) == 3
+    async def law() -> None:
+        scheduler = Scheduler(engine, max_batch=4, max_waiting=9)
+        broken, fine = job(engine, 3), job(engine, 3)
+        broken.options = GenerationOptions(do_sample=True, temperature=-1.0)
+        scheduler.submit(broken)
+        scheduler.submit(fine)
+        with pytest.raises(ValueError):
+            await broken.done
+        await fine.done
+        assert len(fine.sequences[0].token_ids) == 3
+
+    asyncio.run(law())
 
 
 def test_mistakes_are_told_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
@@ -387,13 +409,13 @@ def test_mistakes_are_told_before_anything_is_loaded(monkeypatch: pytest.MonkeyP
 
 
 def test_limits_by_time(engine: SconeInferenceEngine) -> None:
-    options = GenerationOptions(max_new_tokens=200)
-    service = Service(engine, "tiny")
-    rows = [engine.continuation("mat", options) for _ in range(2)]
-    rows[0].deadline, rows[1].deadline = time.perf_counter() - 1, time.perf_counter() + 0.05
-    job = Job(rows, options)
-    service.batcher.submit(job)
-    job.done.result(timeout=60)
-    service.batcher.close()
-    assert [row.finish_reason for row in rows] == ["time", "time"]
-    assert len(rows[0].token_ids) == 0 < len(rows[1].token_ids) < 200
+    async def law() -> list[GeneratedSequence]:
+        both = job(engine, 200, copies=2)
+        both.sequences[0].deadline, both.sequences[1].deadline = time.perf_counter() - 1, time.perf_counter() + 0.05
+        Scheduler(engine, max_batch=4, max_waiting=9).submit(both)
+        await both.done
+        return both.sequences
+
+    sequences = asyncio.run(law())
+    assert [one.finish_reason for one in sequences] == ["time", "time"]
+    assert len(sequences[0].token_ids) == 0 < len(sequences[1].token_ids) < 200
