@@ -1,27 +1,24 @@
 """Size and shape of the repository: lines and files of every package, import circles, imports that go upward.
 
-python benchmarks/house.py            (at a commit, or in a worktree of one, for the figures before and after a change)
+python benchmarks/house.py            (in a worktree of an older commit too, for the figures before a change)
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 import networkx as nx
 
 ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "scone"
 sys.path.insert(0, str(ROOT))
 
 from scone.tests.test_architecture import ALLOWED, FILES, imported  # noqa: E402
 
-PACKAGE = ROOT / "scone"
-
 
 def module_of(path: Path) -> str:
-    """Its dotted name."""
-    return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
 def import_circles() -> list[list[str]]:
@@ -48,17 +45,16 @@ def upward_imports() -> list[str]:
     return sorted(found)
 
 
-def show(name: str, paths: Iterable[Path]) -> None:
-    """One line of the table."""
-    lines = [len(path.read_bytes().splitlines()) for path in paths]
-    print(f"{name:28}{len(lines):6} files{sum(lines):8,} lines")
+def show(name: str, paths: list[Path]) -> None:
+    lines = sum(len(path.read_bytes().splitlines()) for path in paths)
+    print(f"{name:28}{len(paths):6} files{lines:8,} lines")
 
 
 if __name__ == "__main__":
     for package in ALLOWED:
         show(f"scone/{package}", [path for path in FILES if PACKAGE / package in path.parents])
     show("scone, all without tests", FILES)
-    show("scone/tests", (PACKAGE / "tests").rglob("*.py"))
+    show("scone/tests", list((PACKAGE / "tests").rglob("*.py")))
     show("benchmarks + experiments", [p for name in ("benchmarks", "experiments") for p in (ROOT / name).rglob("*.py")])
     print("import circles:", import_circles() or 0)
     print("upward imports:", upward_imports() or 0)
