@@ -9,6 +9,7 @@ import re
 import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, Protocol
@@ -36,6 +37,20 @@ LONGEST_PIECE_CHARACTERS = 1 << 18  # and at the latest here
 LONGEST_ARTICLE_CHARACTERS = 1 << 20
 
 CountBytes = Callable[[int], object]
+
+
+@dataclass(frozen=True)
+class CorpusFile:
+    """A file, or a split of a hub dataset: its documents are read in order.
+
+    ``facts`` identify its content without reading all of it; ``size_bytes`` is None when unknown.
+    """
+
+    name: str
+    split: str | None
+    size_bytes: int | None
+    facts: dict[str, Any]
+    read: Callable[[CountBytes], Iterator[str]] = field(compare=False)
 
 
 def kind_of(path: Path) -> tuple[str, str] | None:

@@ -256,9 +256,9 @@ class SconeInferenceEngine:
         return list(by_shape.values())
 
     def _prefetch(self, sequences: Sequence[GeneratedSequence]) -> None:
-        """Let a table on disk begin to read what the prompts of one batch will ask for."""
+        """Let a mapped table begin to read what the prompts of one batch will ask for."""
         table, match = self.loaded.table, getattr(self.model, "match", None)
-        if table is None or match is None:
+        if table is None or match is None or not table.memory.mapped:
             return
         tokens, mask = self._padded(sequences)
         nodes = match(tokens, mask)

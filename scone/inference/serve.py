@@ -27,7 +27,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from scone.inference.engine import SconeInferenceEngine
-from scone.inference.serve_page import Page
+from scone.inference.serve_page import FILES, Page, page_file
 from scone.inference.serve_protocol import (
     Answer,
     ChatRequest,
@@ -65,6 +65,7 @@ class Service:
         self.counts = self.scheduler.counts
         self.page = Page(engine, self.scheduler.model_lock, baseline)
         self.model = {"id": model_name, "object": "model", "created": int(time.time()), "owned_by": "scone"}
+        self.model |= self.page.facts()
 
     def app(self, hosts: list[str] | None, origins: Sequence[str], announce: Callable[[], None]) -> FastAPI:
         """The application. ``hosts``: names by which it may be called (None: any); ``origins``: web pages elsewhere
@@ -93,8 +94,8 @@ class Service:
         app.post("/v1/completions", **keyed)(self.completions)
         app.post("/v1/chat/completions", **keyed)(self.chat_completions)
         app.post("/page/{question}", **keyed)(self.page_answer)
-        for path in self.page.FILES:
-            app.get(path)(self.page.file)
+        for path in FILES:
+            app.get(path)(page_file)
         return app
 
     async def metrics_text(self) -> Response:
@@ -123,7 +124,7 @@ class Service:
         return await self._answer(request, parse(ChatRequest, await self._body(request)))
 
     async def page_answer(self, request: Request, question: str) -> Response:
-        """What the page asks: about, inspect, neighbours, next."""
+        """What the page asks: inspect, next."""
         return JSONResponse(await asyncio.to_thread(self.page.answer, question, await self._body(request)))
 
     async def _answer(self, request: Request, asked: GenerationRequest) -> Response:

@@ -7,16 +7,21 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from scone.inference.engine import GenerationOptions, SconeInferenceEngine
 from scone.inference.loading import position_limit
 from scone.inference.streaming import GeneratedSequence
 from scone.utils.errors import SconeError
 
-DEFAULT_NEW_TOKENS, MAX_STOPS, MAX_PROMPTS = 16, 8, 64
+DEFAULT_NEW_TOKENS, MAX_PROMPTS = 16, 64
+Stops = Annotated[
+    list[Annotated[str, Field(min_length=1)]],
+    BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
+    Field(max_length=8),
+]
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,7 @@ class GenerationRequest(RequestPart):
     repetition_penalty: float = Field(1.0, gt=0, le=10)
     n: int = Field(1, ge=1, le=32)
     seed: int | None = Field(None, ge=0, lt=2**63)
-    stop: str | list[str] = []
+    stop: Stops = []
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     user: str | None = None
@@ -88,13 +93,6 @@ class GenerationRequest(RequestPart):
             return GenerationOptions(repetition_penalty=self.repetition_penalty)
         names = ("temperature", "top_p", "top_k", "repetition_penalty")
         return GenerationOptions(do_sample=True, **{name: getattr(self, name) for name in names})
-
-    def stops(self) -> tuple[str, ...]:
-        """The strings that end a text. Raises RequestError for too many or empty ones."""
-        stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        if len(stops) > MAX_STOPS or not all(stops):
-            raise RequestError(f"found {len(stops)} stop strings; expected at most {MAX_STOPS}, none of them empty")
-        return stops
 
     def sequences(self, engine: SconeInferenceEngine, limits: ServeLimits, deadline: float) -> list[GeneratedSequence]:
         """``n`` sequences for each prompt. Raises SconeError for what the engine refuses and what is too long.
@@ -117,7 +115,7 @@ class GenerationRequest(RequestPart):
                 )
             length = wanted or min(room, most if is_chat else DEFAULT_NEW_TOKENS, most)
             sequences += [
-                GeneratedSequence(ids, length, stop=self.stops(), deadline=deadline, wants_text=True)
+                GeneratedSequence(ids, length, stop=tuple(self.stop), deadline=deadline, wants_text=True)
                 for _ in range(self.n)
             ]
         return sequences

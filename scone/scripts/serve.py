@@ -37,10 +37,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def serve_model(extra: argparse.Namespace, placement: str, device: str | None) -> int:
     """Load model and table and serve them. Raises SconeError; for a missing extra, before loading anything."""
-    check_extra()
-    from scone.inference.engine import SconeInferenceEngine
-    from scone.inference.serve import LOOPBACK, Service, serve
-    from scone.inference.serve_protocol import ServeLimits
+    try:
+        from scone.inference.serve import LOOPBACK, SconeInferenceEngine, ServeLimits, Service, serve
+    except ModuleNotFoundError as error:
+        raise SconeError(
+            f'found no {error.name}, which serving needs; install with: pip install "scone-lm[serve]"'
+        ) from error
 
     key = extra.api_key if extra.api_key is not None else os.environ.get(KEY_VARIABLE)
     if key is not None and not key.strip():
@@ -62,17 +64,6 @@ def serve_model(extra: argparse.Namespace, placement: str, device: str | None) -
 
     serve(Service(engine, name, limits, key, baseline), extra.host, extra.port, announce, extra.cors_origin)
     return 0
-
-
-def check_extra() -> None:
-    """Raise SconeError where the libraries of the extra ``serve`` are missing."""
-    from importlib.util import find_spec
-
-    missing = [name for name in ("fastapi", "uvicorn") if find_spec(name) is None]
-    if missing:
-        raise SconeError(
-            f'found no {", ".join(missing)}, which serving needs; install with: pip install "scone-lm[serve]"'
-        )
 
 
 def _at_least(low: float, kind: type[int] | type[float] = int) -> Callable[[str], float]:

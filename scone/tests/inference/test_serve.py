@@ -6,7 +6,7 @@ import asyncio
 import json
 import signal
 import socket
-import threading
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -101,7 +101,8 @@ BAD = {
     "not JSON": (b"{", 400, "the body"),
     "not UTF-8": (b'{"model": "\xff"}', 400, ""),
     "not an object": (b"[]", 400, "the body"),
-    "empty stop": (completion(stop=[""]), 400, "stop strings"),
+    "empty stop": (completion(stop=[""]), 400, "stop"),
+    "too many stops": (completion(stop=list("abcdefghi")), 400, "stop"),
     "too large": (b" " * (5 << 20), 413, "bytes"),
 }
 
@@ -344,7 +345,7 @@ def test_a_prompt_that_is_too_long_is_told_in_openais_words(address: str, chat: 
 def test_key_and_shutdown_while_a_client_is_served(folder: Path) -> None:
     with server(folder, key="secret") as (address, process):
         assert post(address, "/v1/completions", completion())[0] == 401
-        assert post(address, "/page/about", {})[0] == 401
+        assert post(address, "/page/inspect", {"text": "x"})[0] == 401
         authorized = {"Authorization": "Bearer secret"}
         assert post(address, "/v1/completions", completion(), **authorized)[0] == 200
         with openai.OpenAI(base_url=f"{address}/v1", api_key="secret", max_retries=0) as client:
@@ -403,7 +404,8 @@ def test_mistakes_are_told_before_anything_is_loaded(monkeypatch: pytest.MonkeyP
         taken.listen()
         with pytest.raises(SconeError, match="cannot listen on"):
             serve_script.main([*arguments, "--device", "cpu", "--port", str(taken.getsockname()[1])])
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.delitem(sys.modules, "scone.inference.serve")
     with pytest.raises(SconeError, match=r'pip install "scone-lm\[serve\]"'):
         serve_script.main(["--model_path", "missing"])
 
