@@ -67,9 +67,9 @@ class Collator:
         longest = max(len(block) for block in blocks)
         tokens = np.full((len(blocks), longest), self.pad_token_id, np.int64)
         mask = np.zeros(tokens.shape, bool)
-        for row, block in enumerate(blocks):
-            tokens[row, : len(block)] = block
-            mask[row, : len(block)] = True
+        for index, block in enumerate(blocks):
+            tokens[index, : len(block)] = block
+            mask[index, : len(block)] = True
         labels = np.where(mask, tokens, IGNORED_LABEL)
         labels[:, 0] = IGNORED_LABEL  # nothing predicts it; the trainer counts labels to normalise the loss
         batch: dict[str, Any] = {"input_ids": torch.from_numpy(tokens), "labels": torch.from_numpy(labels)}
@@ -78,9 +78,9 @@ class Collator:
         starts = None
         if any("position_ids" in item for item in items):
             positions = np.zeros_like(tokens)
-            for row, item in enumerate(items):
-                length = len(blocks[row])
-                positions[row, :length] = item.get("position_ids", range(length))
+            for index, item in enumerate(items):
+                length = len(blocks[index])
+                positions[index, :length] = item.get("position_ids", range(length))
             batch["position_ids"] = torch.from_numpy(positions)
             starts = np.diff(positions, axis=1, prepend=positions[:, :1] - 1) != 1
         if self.matcher is not None:

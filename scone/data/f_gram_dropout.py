@@ -30,7 +30,7 @@ class FGramDropout:
     def used(
         self, nodes: np.ndarray, tokens: np.ndarray, places: Sequence[BlockIndex], vocabulary: FGramVocabulary
     ) -> np.ndarray:
-        """What ``tokens`` [B, T] matched, ``nodes`` int64 [B, T], rows at ``places`` → the nodes that training uses."""
+        """What ``tokens`` [B, T] matched, ``nodes`` int64 [B, T], sequences at ``places`` → the nodes to train with."""
         if any(place.step < self.length_warmup_steps for place in places):
             longest = [self.longest(place.step, vocabulary.max_n) for place in places]
             nodes = shortened(nodes, np.array(longest)[:, None], vocabulary)

@@ -16,13 +16,7 @@ from torch import Tensor
 
 from scone.inference.loading import LoadedModel, device_of, load_model, position_limit
 from scone.inference.quantization import model_bytes
-from scone.inference.statistics import (
-    GenerationStats,
-    RequestStats,
-    TableReads,
-    accelerator_peak_bytes,
-    counted_reads,
-)
+from scone.inference.statistics import GenerationStats, RequestStats, TableReads, counted_reads
 from scone.inference.streaming import FirstTokenTimer, GeneratedSequence, SequenceStoppingCriteria
 from scone.utils.errors import SconeError
 from scone.utils.peak_memory import process_bytes
@@ -119,7 +113,8 @@ class SconeInferenceEngine:
             token_ids = [one.prompt_ids + one.token_ids for one in own]
             written = [self.text_of(ids) for ids in token_ids]
             generations.append(Generation(text, written, token_ids, len(own[0].prompt_ids)))
-        return generations, self._stats(sequences, generations, reads, started)
+        num_prompt_tokens = sum(one.num_prompt_tokens for one in generations)
+        return generations, self._stats(sequences, num_prompt_tokens, reads, started)
 
     def stream(self, prompt: str, options: GenerationOptions | None = None) -> Iterator[str]:
         """The continuation's text (without the prompt), piece by piece as it comes; giving up the iterator ends it.
@@ -336,14 +331,10 @@ class SconeInferenceEngine:
         return next(int(i) for i in candidates if i is not None and int(i) < vocab_size)
 
     def _stats(
-        self,
-        finished: Sequence[GeneratedSequence],
-        generations: Sequence[Generation],
-        reads: TableReads | None,
-        started: float,
+        self, finished: Sequence[GeneratedSequence], num_prompt_tokens: int, reads: TableReads | None, started: float
     ) -> GenerationStats:
-        table = self.loaded.table
-        requests = tuple(
+        table, device = self.loaded.table, device_of(self.model)
+        requests = [
             RequestStats(
                 len(one.prompt_ids),
                 len(one.token_ids),
@@ -351,18 +342,14 @@ class SconeInferenceEngine:
                 (one.finished_at or started) - started,
             )
             for one in finished
-        )
-        firsts = [one.first_token_seconds for one in requests if one.first_token_seconds is not None]
+        ]
         return GenerationStats(
-            num_sequences=len(finished),
-            num_prompt_tokens=sum(one.num_prompt_tokens for one in generations),
-            num_new_tokens=sum(one.num_new_tokens for one in requests),
+            tuple(requests),
+            num_prompt_tokens,
             seconds=time.perf_counter() - started,
             model_bytes=model_bytes(self.model),
             table_bytes=0 if table is None else table.num_rows * table.row_bytes,
-            first_token_seconds=min(firsts, default=None),
             reads=reads,
             process_bytes=process_bytes(),
-            accelerator_bytes=accelerator_peak_bytes(device_of(self.model)),
-            requests=requests,
+            accelerator_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
         )

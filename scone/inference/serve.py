@@ -102,10 +102,7 @@ class Service:
         """What was counted, in Prometheus' text format."""
         sequences = sum(len(job.sequences) for job in self.scheduler.running)
         now = {"waiting_requests": len(self.scheduler.waiting), "running_sequences": sequences}
-        counters = {
-            name.replace("{", "_total{") if "{" in name else f"{name}_total": n for name, n in self.counts.items()
-        }
-        lines = [f"scone_{name} {value}\n" for name, value in (counters | now).items()]
+        lines = [f"scone_{name} {value}\n" for name, value in ({**self.counts, **now}).items()]
         return Response("".join(lines), media_type="text/plain; version=0.0.4")
 
     async def model_of(self, name: str) -> dict[str, Any]:
@@ -138,7 +135,7 @@ class Service:
         if asked.stream:
             stream = _Stream(_events(job, answer, echoed, asked.stream_options.include_usage), job, self.counts)
             self.scheduler.submit(job)
-            self.counts['requests{status="200"}'] += 1
+            self.counts['requests_total{status="200"}'] += 1
             return stream
         self.scheduler.submit(job)
         try:
@@ -150,7 +147,7 @@ class Service:
         job.done.result()
         if all(sequence.finish_reason == "time" and not sequence.token_ids for sequence in sequences):
             raise RequestError("found no time to begin before the time limit; try again later", 503)
-        self.counts['requests{status="200"}'] += 1
+        self.counts['requests_total{status="200"}'] += 1
         return JSONResponse(answer.whole(sequences, echoed))
 
     async def _authorize(self, request: Request) -> None:
@@ -172,7 +169,7 @@ class Service:
     async def _refusal(self, request: Request, error: Exception) -> Response:
         """One line for whatever went wrong, with its status."""
         if isinstance(error, ClientDisconnect):
-            self.counts["disconnects"] += 1
+            self.counts["disconnects_total"] += 1
             error = RequestError("the client went away", 499)
         elif isinstance(error, HTTPException):
             message = f"found no {request.method} {request.url.path} here; see /v1/models, /v1/completions, /health"
@@ -180,7 +177,7 @@ class Service:
         elif not isinstance(error, SconeError):
             error = RequestError(f"unexpected {type(error).__name__}; see the server's log", 500)
         status = getattr(error, "status", 400)
-        self.counts[f'requests{{status="{status}"}}'] += 1
+        self.counts[f'requests_total{{status="{status}"}}'] += 1
         headers = {"Retry-After": "1"} if status in (429, 503) else {}
         return JSONResponse(error_body(error), status_code=status, headers=headers)
 
@@ -198,7 +195,7 @@ class _Stream(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             if not self._job.done.done():
-                self._counts["disconnects"] += 1
+                self._counts["disconnects_total"] += 1
             self._job.cancel()
 
 

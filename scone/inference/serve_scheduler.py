@@ -15,6 +15,7 @@ from scone.inference.statistics import counted_reads
 from scone.inference.streaming import GeneratedSequence
 
 COUNTED = ("batches", "batch_sequences", "generated_tokens", "table_positions", "table_rows", "disconnects")
+"""What is counted, for `/metrics`."""
 
 
 @dataclass(eq=False)
@@ -47,7 +48,7 @@ class Scheduler:
         self.waiting: list[GenerationJob] = []
         self.running: list[GenerationJob] = []
         self.model_lock = threading.Lock()
-        self.counts: Counter[str] = Counter(dict.fromkeys(COUNTED, 0))
+        self.counts: Counter[str] = Counter({f"{name}_total": 0 for name in COUNTED})
         self._worker: asyncio.Task[None] | None = None
         self._closed = False
 
@@ -97,10 +98,10 @@ class Scheduler:
             for first in range(0, len(sequences), self._max_batch):  # one request may have more than a batch holds
                 batch = sequences[first : first + self._max_batch]
                 self._engine.run(batch, replace(jobs[0].options, seed=seed), reads)
-                self.counts.update(batches=1, batch_sequences=len(batch))
-        self.counts["generated_tokens"] += sum(len(sequence.token_ids) for sequence in sequences)
+                self.counts.update(batches_total=1, batch_sequences_total=len(batch))
+        self.counts["generated_tokens_total"] += sum(len(sequence.token_ids) for sequence in sequences)
         if reads is not None:
-            self.counts.update(table_positions=max(0, reads.num_positions), table_rows=reads.num_rows)
+            self.counts.update(table_positions_total=max(0, reads.num_positions), table_rows_total=reads.num_rows)
 
 
 def _resolve(jobs: list[GenerationJob], error: Exception | None = None) -> None:

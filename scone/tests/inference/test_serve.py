@@ -209,8 +209,8 @@ def test_chat_without_a_template_is_refused(engine: SconeInferenceEngine) -> Non
         engine.tokenizer.chat_template = TEMPLATE
 
 
-@pytest.mark.parametrize("stream", [True, False])
-def test_clients_that_leave_free_their_work(address: str, stream: bool) -> None:
+@pytest.mark.parametrize(("stream", "reads"), [(True, True), (True, False), (False, False)])
+def test_clients_that_leave_free_their_work(address: str, stream: bool, reads: bool) -> None:
     before = metrics(address)["scone_disconnects_total"]
     # at random, so that not all of them end early
     wanted = completion(["the cat"] * 16, max_tokens=200, stream=stream, temperature=10)
@@ -218,7 +218,7 @@ def test_clients_that_leave_free_their_work(address: str, stream: bool) -> None:
     with socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2]))) as connection:
         head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
         connection.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + body)
-        if stream:
+        if reads:
             connection.recv(100)
     for _ in range(600):
         found = metrics(address)
@@ -391,6 +391,12 @@ def test_a_failing_batch_is_told_and_the_next_one_runs(engine: SconeInferenceEng
         assert len(fine.sequences[0].token_ids) == 3
 
     asyncio.run(law())
+
+
+def test_help_says_where_vllm_is_the_answer(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        serve_script.main(["--help"])
+    assert "vllm serve MODEL" in " ".join(capsys.readouterr().out.split())
 
 
 def test_mistakes_are_told_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
