@@ -23,7 +23,7 @@ import numpy as np
 
 from scone.inference.table_format import TableLayout
 from scone.utils.errors import SconeError
-from scone.utils.files import read_json, sync_folder, translate_disk_full, write_json
+from scone.utils.files import Closing, read_json, sync_folder, translate_disk_full, write_json
 from scone.utils.text import human_bytes
 from scone.utils.threads import map_in_order
 
@@ -55,7 +55,7 @@ class TablePlan:
         }
 
 
-class TableWriter:
+class TableWriter(Closing):
     """An unfinished table on disk. Use as a context manager; several processes may hold one of the same plan.
 
     Attributes: ``notice`` says in one line what was found when opened ("" when nothing was).
@@ -238,12 +238,6 @@ class TableWriter:
         """Release files and lock; what was finished stays for the next run."""
         for descriptor in (self._rows, self._journal, self._lock):
             os.close(descriptor)
-
-    def __enter__(self) -> TableWriter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def discard_partial(path: str | Path) -> None:
