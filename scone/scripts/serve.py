@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from scone.configs.loading import parse_options
+from scone.configs.schema import SconeOptions
 from scone.utils.command_line import run_main
 from scone.utils.errors import SconeError
 
@@ -21,9 +22,9 @@ EXAMPLES = (
 )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Serve until stopped by SIGTERM or Ctrl-C."""
-    options, extra = parse_options(
+def read_arguments(argv: Sequence[str] | None) -> tuple[SconeOptions, argparse.Namespace]:
+    """The options on the command line, and the script's own arguments. Raises SconeError."""
+    return parse_options(
         argv,
         ("training.device", "inference.use_memory_map"),
         "Serve a model, SCONE (with or without its table) or plain, on a CPU or to try it out: an OpenAI-compatible "
@@ -31,6 +32,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         examples=EXAMPLES,
         add_arguments=_add_arguments,
     )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serve until stopped by SIGTERM or Ctrl-C."""
+    options, extra = read_arguments(argv)
     placement = "mmap" if options.inference.use_memory_map else extra.placement
     return serve_model(extra, placement, options.training.device)
 
