@@ -137,11 +137,13 @@ class FGramVocabulary:
         rank_of: dict[tuple[int, ...], int] = {}
         prefixes = []
         for rank, gram in enumerate(map(tuple, f_grams)):
+            if len(gram) < 2:
+                raise ValueError(f"f-gram lengths are at least 2; that of rank {rank} is {len(gram)}")
+            if min(gram) < 0 or max(gram) >= vocab_size:
+                raise ValueError(f"the f-gram of rank {rank} has a token outside 0 … V − 1")
             prefix = gram[0] if len(gram) == 2 else vocab_size + rank_of.get(gram[:-1], rank)  # itself where none is
             prefixes.append(prefix)
             rank_of.setdefault(gram, rank)
-            if len(gram) < 2 or min(gram) < 0 or max(gram) >= vocab_size:
-                raise ValueError(f"the f-gram of rank {rank} is shorter than 2 or has a token outside 0 … V − 1")
         return cls.from_links(
             np.array(prefixes, np.uint64),
             np.array([gram[-1] for gram in f_grams], np.uint64),
