@@ -64,10 +64,11 @@ def draw(report: dict[str, Any]) -> Figure:
         axes.text(
             1.02, place, percent(change / 100), transform=line, color=INK, fontsize=14, va="center", fontweight="bold"
         )
-    axes.set(xlim=(0, -25), ylim=(len(RUNS) - 0.45, -0.55), yticks=[], xticks=range(0, -26, -5))
+    axes.set(xlim=(4, -25), ylim=(len(RUNS) - 0.45, -0.55), yticks=[], xticks=range(0, -26, -5))
     axes.tick_params(length=0, labelsize=12, colors=SOFT)
     axes.set_xticklabels(["plain", *(f"−{tick} %" for tick in range(5, 26, 5))])
     axes.grid(axis="x", color=GRID)
+    axes.axvline(0, color=SOFT, linewidth=0.8)
     axes.set_axisbelow(True)
     for spine in axes.spines.values():
         spine.set_visible(False)
