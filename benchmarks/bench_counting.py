@@ -7,7 +7,6 @@ either, synthetic ones. Every run is a process of its own; all engines must give
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import io
 import json
 import shutil
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import Report, in_child, shared_data
+from common import Report, has_peer, in_child, shared_data
 
 ENGINES = Path(__file__).with_name("counting_engines.py")
 MAX_N = 5
@@ -59,7 +58,8 @@ def compare(report: Report, tokens: Path, skip: list[str]) -> None:
     }
     report.config |= {"num_tokens": limit, "max_n": MAX_N, "max_f_grams": task["max_f_grams"]}
     bound = memory_bound(MAX_N)
-    peers = [name for name in ("polars", "duckdb", "counter") if name not in skip]
+    peers = [name for name in ("polars", "duckdb") if name not in skip and has_peer(name)]
+    peers += [] if "counter" in skip else ["counter"]
     rounds = 2 if report.quick else 3
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in ("ours", *peers)}
     for turn in range(rounds):
@@ -75,7 +75,7 @@ def compare(report: Report, tokens: Path, skip: list[str]) -> None:
         target = 50.0 if name == "counter" else 3.0
         report.add(f"speed_vs_{name}", "tokens/s", ours, peer=peer, peer_name=name, bound=bound, target=target)
         report.add(f"peak_bytes_{name}", "B", runs["ours"][0]["peak_bytes"], peer=runs[name][0]["peak_bytes"])
-    if "spark" not in skip and importlib.util.find_spec("pyspark") and shutil.which("java"):
+    if "spark" not in skip and has_peer("pyspark") and shutil.which("java"):
         piece = min(limit, 1_000_000 if report.quick else 10_000_000)
         task |= {"limit": piece, "max_f_grams": piece // TOKENS_PER_F_GRAM}
         here, spark = measured("ours", task), measured("spark", task)

@@ -1,6 +1,6 @@
 """Reading rows of an embedding table: our stores warm and cold, beside torch.index_select, fio and LMDB.
 
-    python benchmarks/bench_lookup.py [--quick] [--json FILE] [--rows N] [--dir DIR] [--plot FILE]
+    python benchmarks/bench_lookup.py [--quick] [--json FILE] [--rows N] [--dir DIR]
 
 Rows are 4 KiB (D = 1,024, fp32). Warm batches are Zipf-distributed ranks, as text asks for them; cold ones (page cache
 dropped) are uniform and without repeats, so that a row is a read. fio has as many reads under way as a batch has rows,
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import Report, in_child, interleaved
+from common import Report, has_peer, in_child, interleaved
 from lookup_peers import LmdbTable, drop_from_page_cache, fio_reads_per_second
 
 from scone.inference.embedding_table import EmbeddingTable
@@ -45,12 +45,13 @@ def main() -> None:
         table, peer = Path(folder) / "embeddings.cache", Path(folder) / "rows.lmdb"
         print(f"writing {num_rows:,} rows of {ROW_BYTES} bytes", flush=True)
         _write_table(table, num_rows)
-        LmdbTable.write(peer, _blocks(num_rows), num_rows, ROW_BYTES)
-        _check_same_rows(table, peer, num_rows)
+        if has_peer("lmdb"):
+            LmdbTable.write(peer, _blocks(num_rows), num_rows, ROW_BYTES)
+            _check_same_rows(table, peer, num_rows)
         measure_sizes(report, table, peer, num_rows)
         measure_warm(report, table, peer, num_rows)
         measure_cold(report, table, peer, num_rows)
-        measure_cuts(report, table, num_rows, options["plot"])
+        measure_cuts(report, table, num_rows)
     measure_row_types(report)
     measure_perplexity(report)
     report.finish()
@@ -59,7 +60,6 @@ def main() -> None:
 def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", type=int, help="rows of the table (500,000; quick: 100,000)")
     parser.add_argument("--dir", type=Path, default=Path(), help="where the files go: the disk that is measured")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw latency and memory against the cut points")
     parser.add_argument("--skip_perplexity", action="store_true", help="do not train the small model")
 
 
@@ -98,7 +98,7 @@ def measure_sizes(report: Report, table: Path, peer: Path, num_rows: int) -> Non
     """Bytes of the files against the rows alone, and against LMDB's."""
     size, payload = table.stat().st_size, num_rows * ROW_BYTES
     report.add("bytes_vs_payload", "bytes", size, peer=payload, peer_name="rows alone", target=1.01, better="lower")
-    lmdb_bytes = peer.stat().st_blocks * 512
+    lmdb_bytes = peer.stat().st_blocks * 512 if peer.exists() else None
     report.add("disk_vs_lmdb", "bytes", size, peer=lmdb_bytes, peer_name="LMDB", target=0.55, better="lower")
 
 
@@ -112,8 +112,9 @@ def measure_warm(report: Report, table: Path, peer: Path, num_rows: int) -> None
     ):
         whole = ram.rows(torch.arange(num_rows))
         mapped.rows(torch.arange(num_rows))
-        database = LmdbTable(peer)
-        database.rows_into(np.arange(num_rows), np.empty((num_rows, WIDTH), dtype=np.float32))
+        database = LmdbTable(peer) if peer.exists() else None
+        if database:
+            database.rows_into(np.arange(num_rows), np.empty((num_rows, WIDTH), dtype=np.float32))
         for batch in BATCHES:
             ranks, out = _zipf(num_rows, batch, random), torch.empty(batch, WIDTH)
             run: dict[str, Callable[[], object]] = {
@@ -122,8 +123,9 @@ def measure_warm(report: Report, table: Path, peer: Path, num_rows: int) -> None
                 "ram": lambda ranks=ranks, out=out: ram.rows(ranks, out=out),
                 "mmap": lambda ranks=ranks, out=out: mapped.rows(ranks, out=out),
                 "direct": lambda ranks=ranks, out=out: direct.rows(ranks, out=out),
-                "lmdb": lambda ranks=ranks, out=out: database.rows_into(ranks.numpy(), out.numpy()),
             }
+            if database:
+                run["lmdb"] = lambda ranks=ranks, out=out: database.rows_into(ranks.numpy(), out.numpy())
             rates = _rates(run, batch, repeats=200 if batch <= 16 else 20)
             suffix = "" if batch == BATCHES[-1] else f"_b{batch}"
             for name, store, target in (
@@ -139,9 +141,10 @@ def measure_warm(report: Report, table: Path, peer: Path, num_rows: int) -> None
                     bound=rates["copy"],
                     target=None if batch == 1 else target,
                 )
-            report.add(f"mmap_warm_vs_lmdb{suffix}", "rows/s", rates["mmap"], peer=rates["lmdb"], peer_name="LMDB")
+            report.add(f"mmap_warm_vs_lmdb{suffix}", "rows/s", rates["mmap"], peer=rates.get("lmdb"), peer_name="LMDB")
             report.add(f"direct_rows_per_second{suffix}", "rows/s", rates["direct"], ratio=None)
-        database.close()
+        if database:
+            database.close()
 
 
 def _rates(run: dict[str, Callable[[], object]], batch: int, repeats: int) -> dict[str, float]:
@@ -169,8 +172,8 @@ def measure_cold(report: Report, table: Path, peer: Path, num_rows: int) -> None
             times["direct"] += direct[1:]
             times["mmap"] += _cold(table, "mmap", batches)[1:]
             times["mmap_prefetched"] += _cold(table, "mmap", batches, prefetch=True)[1:]
-            times["lmdb"] += _cold_lmdb(peer, batches)[1:]
-        rates = {name: batch / statistics.median(values) for name, values in times.items()}
+            times["lmdb"] += _cold_lmdb(peer, batches)[1:] if peer.exists() else []
+        rates = {name: batch / statistics.median(values) for name, values in times.items() if values}
         _report_cold(report, batch, rates, batch / statistics.median(first), fio)
 
 
@@ -185,7 +188,7 @@ def _report_cold(
     named = {"peer": batched, "peer_name": "fio, waiting for each batch", "bound": batched}
     if batch <= QUEUE_DEPTH:  # a larger one is several of fio's
         report.add(f"direct_cold_vs_fio_in_batches{suffix}", "rows/s", rates["direct"], **named)
-    named = {"peer": rates["lmdb"], "peer_name": "LMDB"}
+    named = {"peer": rates.get("lmdb"), "peer_name": "LMDB"}
     report.add(f"cold_speed_vs_lmdb{suffix}", "rows/s", rates["direct"], **named, target=3.0)
     report.add(f"mmap_cold_vs_lmdb{suffix}", "rows/s", rates["mmap"], **named)
     report.add(f"mmap_cold_prefetched_vs_lmdb{suffix}", "rows/s", rates["mmap_prefetched"], **named)
@@ -219,10 +222,9 @@ def _cold_lmdb(peer: Path, batches: list[torch.Tensor]) -> list[float]:
     return seconds
 
 
-def measure_cuts(report: Report, table: Path, num_rows: int, plot: Path | None) -> None:
+def measure_cuts(report: Report, table: Path, num_rows: int) -> None:
     """Latency of a batch of 1,024 Zipf ranks, and memory, as the cut between RAM and disk moves."""
     random = np.random.default_rng(3)
-    points = []
     for share in (0.0, 0.001, 0.01, 0.1, 0.5, 1.0):
         kept = round(num_rows * share)
         with EmbeddingTable.open(table, f"ram:{kept},disk") as tiered:
@@ -232,32 +234,8 @@ def measure_cuts(report: Report, table: Path, num_rows: int, plot: Path | None) 
                 start = time.perf_counter()
                 tiered.rows(ranks)
                 times.append(time.perf_counter() - start)
-            points.append((share, statistics.median(times[2:]) * 1e6, tiered.memory.ram))
-    for share, latency, memory in points:
-        report.add(f"tiered_us_b1024_ram_{share:g}", "µs", latency, ratio=None)
-        report.add(f"tiered_ram_bytes_{share:g}", "bytes", memory, ratio=None)
-    if plot:
-        _draw(points, plot)
-
-
-def _draw(points: list[tuple[float, float, int]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(8, 3), layout="constrained")
-    shares = [100 * share for share, _, _ in points]
-    values = ([latency / 1000 for _, latency, _ in points], [memory / 2**20 for _, _, memory in points])
-    for place, heights, title in zip(axes, values, ("milliseconds for 1,024 rows", "RAM, MiB"), strict=True):
-        place.plot(shares, heights, "o-", color="tab:blue")
-        place.set_xscale("symlog", linthresh=0.1)
-        place.set_xticks(shares, [f"{share:g}" for share in shares])
-        place.set(title=title, xlabel="first rows kept in RAM, % of the table", ylim=(0, None))
-        place.spines[["top", "right"]].set_visible(False)
-        place.grid(axis="y", alpha=0.3)
-    figure.savefig(path, dpi=150)
-    print(f"plot: {path}")
+            report.add(f"tiered_us_b1024_ram_{share:g}", "µs", statistics.median(times[2:]) * 1e6, ratio=None)
+            report.add(f"tiered_ram_bytes_{share:g}", "bytes", tiered.memory.ram, ratio=None)
 
 
 def measure_row_types(report: Report) -> None:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from common import Report, interleaved, shared_data
+from common import Report, has_peer, interleaved, shared_data
 from numba import njit
 
 from scone.kernels.child_index import find_child, hash_key, home_slot
@@ -48,7 +48,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         largest.save(f"{folder}/10m")
         largest.truncated(1_000_000).save(f"{folder}/1m")
         del largest
-        measure_size(report, "1m", FGramVocabulary.load(f"{folder}/1m"), held_out, with_aho_corasick=True)
+        measure_size(
+            report, "1m", FGramVocabulary.load(f"{folder}/1m"), held_out, with_aho_corasick=has_peer("ahocorasick")
+        )
         start = time.perf_counter()
         vocabulary = FGramVocabulary.load(f"{folder}/10m")
         opening_seconds = time.perf_counter() - start

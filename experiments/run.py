@@ -1,12 +1,13 @@
 """Train several input embeddings under one budget and compare: ``python experiments/run.py experiments/NAME.yaml``.
 
-The YAML names the tokenizer and the token files of train, validation and test texts, ``base`` options, and ``runs``:
-what each run changes of them, and its ``seeds`` where it has several; ``{data}`` in it is the folder of ``--data``. All
-runs see the same batches. f-grams are counted once, before the first run. Finished runs are kept and skipped, so an
-interrupted experiment goes on where it was. ``--jobs`` runs several at once, those that compute most first, spread over
-``--gpus`` GPUs. With ``--deadline_s`` everything is over by then: ``--grace_s`` before it nothing more is started and
-what runs saves a checkpoint, from which the same command goes on; its loss curve up to there is kept, marked as
-unfinished. The result is one JSON with configuration, machine and commit, and a table, last.
+A result repeats its experiment: ``python experiments/run.py docs/results/NAME.json …``. A YAML names the tokenizer and
+the token files of train, validation and test texts, ``base`` options, and ``runs``: what each run changes of them, and
+its ``seeds`` where it has several; ``{data}`` in it is the folder of ``--data``. All runs see the same batches. f-grams
+are counted once, before the first run. Finished runs are kept and skipped, so an interrupted experiment goes on where
+it was. ``--jobs`` runs several at once, those that compute most first, spread over ``--gpus`` GPUs. With
+``--deadline_s`` everything is over by then: ``--grace_s`` before it nothing more is started and what runs saves a
+checkpoint, from which the same command goes on; its loss curve up to there is kept, marked as unfinished. The result
+is one JSON with configuration, machine and commit, and a table, last.
 """
 
 from __future__ import annotations
@@ -116,7 +117,10 @@ class Plan:
     @classmethod
     def read(cls, arguments: argparse.Namespace) -> Plan:
         """Every run's options, checked before anything starts. Raises SconeError."""
-        experiment = yaml.safe_load(arguments.experiment.read_text(encoding="utf-8"))
+        if arguments.experiment.suffix == ".json":
+            experiment = read_json(arguments.experiment)["experiment"]
+        else:
+            experiment = yaml.safe_load(arguments.experiment.read_text(encoding="utf-8"))
         overrides = dict(pair.split("=", 1) for pair in arguments.set)
         runs: dict[str, tuple[str, Mapping[str, Any]]] = {}
         for name, changes in experiment["runs"].items():
