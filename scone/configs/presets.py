@@ -78,13 +78,19 @@ def _sized(
 
 
 def _smol(width: int, layers: int, heads: int, kv: int, inner: int, positions: int, theta: float) -> TrunkConfiguration:
-    rest = {"vocab_size": 49152, "rope_theta": theta, "rms_norm_eps": 1e-5, "bos_token_id": 0, "eos_token_id": 0}
+    rest: dict[str, Any] = {
+        "vocab_size": 49152,
+        "rope_theta": theta,
+        "rms_norm_eps": 1e-5,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
     sizes = (width, layers, heads, inner, positions)
     return _sized("llama", *sizes, num_key_value_heads=kv, tie_word_embeddings=True, **rest)
 
 
 def _qwen2(positions: int) -> TrunkConfiguration:
-    rest = {"vocab_size": 151936, "rope_theta": 1e6, "rms_norm_eps": 1e-6, "tie_word_embeddings": True}
+    rest: dict[str, Any] = {"vocab_size": 151936, "rope_theta": 1e6, "rms_norm_eps": 1e-6, "tie_word_embeddings": True}
     rest |= {"bos_token_id": 151643, "eos_token_id": 151643}
     return _sized("qwen2", 896, 24, 14, 4864, positions, num_key_value_heads=2, **rest)
 

@@ -13,11 +13,10 @@ import torch
 
 from scone.data.prepare import prepare_corpus
 from scone.evaluation.benchmark_config import BaselineEntry, BenchmarkConfig, ModelEntry
-from scone.evaluation.measure import flops_per_token, training_only_parameters
 from scone.evaluation.perplexity import perplexity
 from scone.evaluation.report import write_report
 from scone.evaluation.results import OVER_ENCODING, PLAIN, STEM, RunResult, kind_of_parts
-from scone.evaluation.speed import measure_speed
+from scone.evaluation.speed import flops_per_token, measure_speed, training_only_parameters
 from scone.evaluation.text_size import sizes_of
 from scone.inference.loading import LoadedModel, choose_device, load_model, position_limit
 from scone.inference.quantization import check_quantization, model_bytes

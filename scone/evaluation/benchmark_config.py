@@ -61,67 +61,50 @@ class BenchmarkConfig:
 
 
 _ENTRIES = {"model_configs": ModelEntry, "baseline_configs": BaselineEntry, "dataset_configs": DatasetEntry}
-_POSITIVE_LISTS = ("batch_sizes", "sequence_lengths")
 
 
 def read_benchmark_config(path: str | Path) -> BenchmarkConfig:
     """Read and check the file. Raises SconeError: missing, not JSON, unknown or missing names, values of a wrong
     kind.
     """
-    found = read_json(path)
-    _check_names(found, BenchmarkConfig, str(path))
-    values: dict[str, Any] = {}
-    for name, value in found.items():
-        where = f"{path}: {name}"
-        if name in _ENTRIES:
-            values[name] = tuple(_entry(_ENTRIES[name], item, where) for item in _list(value, where))
-        elif name in _POSITIVE_LISTS:
-            values[name] = tuple(_whole_number(item, where, minimum=1) for item in _list(value, where))
-        else:
-            values[name] = _whole_number(value, where, minimum=0 if name == "warmup_runs" else 1)
-    config = BenchmarkConfig(**values)
+    config: BenchmarkConfig = _checked(read_json(path), BenchmarkConfig, str(path))
     if not config.entries:
         raise SconeError(f"{path}: found no models; expected entries in model_configs or baseline_configs")
     names = [entry.name for entry in config.entries]
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise SconeError(f"{path}: found the name {repeated[0]} twice; expected a name of its own for every model")
     return config
 
 
-def _entry(kind: type, item: Any, where: str) -> Any:
-    _check_names(item, kind, where)
-    for field in dataclasses.fields(kind):
-        value = item.get(field.name)
-        required = field.default is dataclasses.MISSING
-        if required and value is None:
-            raise SconeError(f"{where}: found an entry without {field.name}; expected {', '.join(_names(kind))}")
-        wanted = int if field.name == "max_f_grams" else str
-        if value is not None and not isinstance(value, wanted):
-            raise SconeError(f"{where}: {field.name}: found {value!r}; expected {wanted.__name__}")
-    return kind(**item)
-
-
-def _names(kind: type) -> list[str]:
-    return [field.name for field in dataclasses.fields(kind)]
-
-
-def _check_names(found: Any, kind: type, where: str) -> None:
+def _checked(found: Any, kind: Any, where: str) -> Any:
+    """``found`` as the dataclass ``kind``; ``where`` names the place in errors."""
+    fields = {field.name: field for field in dataclasses.fields(kind)}
     if not isinstance(found, dict):
-        raise SconeError(f"{where}: found {type(found).__name__}; expected an object with {', '.join(_names(kind))}")
+        raise SconeError(f"{where}: found {type(found).__name__}; expected an object with {', '.join(fields)}")
     for name in found:
-        if name not in _names(kind):
-            advice = did_you_mean(name, _names(kind)) or f"expected {', '.join(_names(kind))}"
+        if name not in fields:
+            advice = did_you_mean(name, fields) or f"expected {', '.join(fields)}"
             raise SconeError(f"{where}: found the unknown name {name}; {advice}")
+    values = {}
+    for name, field in fields.items():
+        value, place = found.get(name), f"{where}: {name}"
+        if value is None and field.default is dataclasses.MISSING:
+            raise SconeError(f"{where}: found an entry without {name}; expected {', '.join(fields)}")
+        if isinstance(field.default, tuple) and name in found:
+            if not isinstance(value, list):
+                raise SconeError(f"{place}: found {value!r}; expected a list")
+            entry = _ENTRIES.get(name)
+            value = tuple(_checked(item, entry, place) if entry else _number(item, place, 1) for item in value)
+        elif isinstance(field.default, int) and name in found:
+            value = _number(value, place, 0 if name == "warmup_runs" else 1)
+        elif value is not None and not isinstance(value, wanted := int if name == "max_f_grams" else str):
+            raise SconeError(f"{place}: found {value!r}; expected {wanted.__name__}")
+        if name in found:
+            values[name] = value
+    return kind(**values)
 
 
-def _list(value: Any, where: str) -> list[Any]:
-    if not isinstance(value, list):
-        raise SconeError(f"{where}: found {value!r}; expected a list")
-    return value
-
-
-def _whole_number(value: Any, where: str, minimum: int) -> int:
+def _number(value: Any, where: str, minimum: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
         raise SconeError(f"{where}: found {value!r}; expected a whole number of at least {minimum}")
     return value

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from scone.evaluation.figures import PALETTE, PLAIN_COLOR, Line, bar_figure, line_figure
-from scone.evaluation.report import Part, columns, figure, machine_line, render, section, table
+from scone.evaluation.report import Part, columns, figure, machine_line, render, table
 from scone.evaluation.results import Table
 from scone.utils.text import human_bytes, human_count
 
@@ -16,37 +16,21 @@ Report = Mapping[str, Any]
 
 
 def render_demo(report: Report) -> str:
-    """The whole page of what `scone.evaluation.demo` writes to report.json."""
-    sampling, f_grams = report["sampling"], report["f_grams"]
+    """The whole page of what `scone.evaluation.demo` writes to report.json; its words are in demo.html.j2."""
+    plain, scone = _models(report)
     meta = [report["created"], f"SCONE {report['scone_version']}", machine_line(report["machine"])]
-    sections = [
-        section("Quality at equal training tokens", [columns(_learning_curves(report), _loss_by_match_length(report))]),
-        section(
-            "The f-grams",
-            [columns(_match_curve(report), _examples(report))],
-            f"{f_grams['num_f_grams']:,} n-grams of 2 to {f_grams['max_n']} tokens that occur at least "
-            f"{f_grams['min_count']} times in the training text, ranked by count. The longest that ends at a position "
-            "gives that position its input embedding.",
-        ),
-        section(
-            "What it costs", [columns(table(cost_table(report)), [_loss_by_time(report), _steps(report)], style="top")]
-        ),
-        section(
-            "Generated text",
-            [_samples(report)],
-            "The openings of held-out documents (grey), continued by both models with the same seed, temperature "
-            f"{sampling['temperature']} and top-p {sampling['top_p']}. SCONE reads its input embeddings from the "
-            "table, for the generated tokens too. Models of this size imitate the surface of text; that is all to "
-            "look for here.",
-        ),
-        section("How this was measured", [{"list": _method(report)}]),
-    ]
     return render(
+        "demo.html.j2",
         f"SCONE on {report['corpus']['name']}",
         [*meta, f"{report['total_seconds'] / 60:.1f} minutes in all"],
-        sections,
+        **report,
+        names={key: name for key, (name, _) in NAMES.items()},
         verdict=verdict(report),
-        tiles=_tiles(report),
+        perplexity={"plain": plain["evaluation"]["perplexity"], "scone": scone["evaluation"]["perplexity"]},
+        flops_ratio=_flops_ratio(report),
+        quality=columns(_learning_curves(report), _loss_by_match_length(report)),
+        matches=columns(_match_curve(report), _examples(report)),
+        costs=columns(table(cost_table(report)), [_loss_by_time(report), _steps(report)], style="top"),
         footer="Every number on this page is in report.json beside it and was measured by this run.",
     )
 
@@ -99,34 +83,6 @@ def _models(report: Report) -> list[Mapping[str, Any]]:
 def _flops_ratio(report: Report) -> float:
     plain, scone = (model["inference_flops_per_token"] for model in _models(report))
     return float(scone / plain)
-
-
-def _tiles(report: Report) -> list[dict[str, str]]:
-    plain, scone = (model["evaluation"]["perplexity"] for model in _models(report))
-    f_grams = report["f_grams"]
-    tiles = [
-        (
-            f"{scone / plain - 1:+.1%}".replace("-", "−"),
-            "perplexity, SCONE against plain",
-            f"{plain:.2f} → {scone:.2f}",
-        ),
-        (
-            f"{_flops_ratio(report):.2f}×",
-            "inference FLOPs per token",
-            f"{human_count(report['models']['scone']['inference_flops_per_token'])}FLOP each",
-        ),
-        (
-            human_count(f_grams["num_f_grams"]),
-            "f-grams, counted exactly",
-            f"table {human_bytes(report['table']['file_bytes'])}",
-        ),
-        (
-            f"{f_grams['held_out_match_rate']:.0%}",
-            "of held-out positions match one",
-            f"up to {f_grams['max_n']} tokens long",
-        ),
-    ]
-    return [{"value": value, "name": name, "more": more} for value, name, more in tiles]
 
 
 def _two_decimals(value: float) -> str:
@@ -255,33 +211,3 @@ def cost_table(report: Report) -> Table:
 def _steps(report: Report) -> Part:
     rows = [[{"text": step["name"], "more": step["note"]}, f"{step['seconds']:.1f} s"] for step in report["steps"]]
     return table((["Step of this run", "Time"], rows))
-
-
-def _samples(report: Report) -> Part | None:
-    def sample(found: Mapping[str, str]) -> dict[str, Any]:
-        texts = [
-            {"name": name, "continuation": found[key].removeprefix(found["prompt"])} for key, (name, _) in NAMES.items()
-        ]
-        return {"prompt": found["prompt"], "texts": texts}
-
-    return {"samples": [sample(found) for found in report["samples"]]} if report["samples"] else None
-
-
-def _method(report: Report) -> list[str]:
-    corpus, training, check = report["corpus"], report["training"], report["comparison"]
-    low, high = check["loss_difference_interval"]
-    return [
-        f"Corpus: {corpus['description']}. {corpus['num_documents']:,} documents, split by document into "
-        f"{corpus['tokens']['train']:,} training, {corpus['tokens']['validation']:,} validation and "
-        f"{corpus['tokens']['test']:,} test tokens of {corpus['tokenizer']}.",
-        f"Trunk: {training['trunk']}. {training['steps']:,} steps of {training['batch_size']} × "
-        f"{training['max_length']} tokens, {training['optimizer']}, peak learning rate "
-        f"{training['learning_rate']:g}, {training['schedule']} schedule, seed {training['seed']}.",
-        "Seconds a step: the median of whole training steps that the two took in turn before training.",
-        f"SCONE: {training['input_embedding']}.",
-        f"Difference of the mean loss (SCONE − plain) over {check['num_windows']} held-out windows: "
-        f"{check['loss_difference']:+.4f} nats, 95 % interval {low:+.4f} to {high:+.4f} (paired over windows).",
-        f"The table gives the live model's predictions: the largest difference of a window's loss is "
-        f"{check['table_against_live']:.1e} nats.",
-        "FLOPs are by formula, a multiply-add is two; reading and adding rows are no products and count nothing.",
-    ]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib.resources import files
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment
+from jinja2 import Environment, FileSystemLoader
 
 import scone
 from scone.evaluation.figures import (
@@ -25,7 +24,7 @@ from scone.utils.files import atomic_path, write_json
 from scone.utils.text import human_bytes, human_count, markdown_table
 
 Part = dict[str, Any]
-"""What a section holds, as the template knows it: a figure, table, list, columns of parts, or samples of text."""
+"""What a section holds, as the template knows it: a figure, table, list, or columns of parts."""
 
 
 def write_report(
@@ -85,27 +84,16 @@ def machine_line(machine: Mapping[str, Any]) -> str:
     return f"{', '.join(dict.fromkeys(machine['accelerators'])) or processor}, PyTorch {machine['libraries']['torch']}"
 
 
-def render(
-    title: str,
-    meta: Sequence[str],
-    sections: Iterable[Mapping[str, Any]],
-    *,
-    verdict: Mapping[str, str] | None = None,
-    tiles: Sequence[Mapping[str, str]] = (),
-    footer: str = "",
-) -> str:
-    """The page. ``meta``: facts below the title. Sections have ``heading``, ``text``, ``note`` and ``parts``; those
-    without parts are left out.
-    """
-    environment = Environment(autoescape=True)
-    template = environment.from_string(files("scone.evaluation").joinpath("report.html.j2").read_text(encoding="utf-8"))
-    kept = [section | {"parts": [part for part in section["parts"] if part]} for section in map(dict, sections)]
-    return template.render(title=title, meta=meta, sections=kept, verdict=verdict, tiles=tiles, footer=footer)
+def render(template: str, title: str, meta: Sequence[str], **values: Any) -> str:
+    """The page that ``template`` makes. ``meta``: facts below the title."""
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
+    environment.filters |= {"bytes": human_bytes, "count": human_count}
+    return environment.get_template(template).render(title=title, meta=meta, **values)
 
 
-def section(heading: str, parts: Sequence[Part | None], text: str = "", note: str = "") -> dict[str, Any]:
-    """A heading and what stands below it."""
-    return {"heading": heading, "parts": parts, "text": text, "note": note}
+def section(heading: str, parts: Sequence[Part | None], note: str = "") -> dict[str, Any]:
+    """A heading and what stands below it; what is None is left out."""
+    return {"heading": heading, "parts": [part for part in parts if part], "note": note}
 
 
 def figure(title: str, svg: str, caption: str = "", keys: Mapping[str, str] | Sequence[Line] = ()) -> Part | None:
@@ -145,14 +133,14 @@ def comparison_page(
     if "Perplexity" in shown:
         quality.insert(0, shown.pop("Perplexity") | {"note": "Lower is better. In brackets the 95 % interval."})
     if "Memory" in shown:
-        shown["Memory"]["parts"].append(_memory_figures(results))
+        shown["Memory"]["parts"] += filter(None, [_memory_figures(results)])
     if "Speed" in shown:
-        shown["Speed"]["parts"].insert(0, _speed_figures(results))
+        shown["Speed"]["parts"][:0] = filter(None, [_speed_figures(results)])
     ends = {"Missing": missing, "How this was measured": facts.get("notes")}
     sections = [*quality, *shown.values()]
     sections += [section(heading, [{"list": list(entries)}]) for heading, entries in ends.items() if entries]
     meta = [f"{len(results)} models", *([machine_line(facts["machine"])] if "machine" in facts else [])]
-    return render(title, meta, sections)
+    return render("report.html.j2", title, meta, sections=sections)
 
 
 def colors_of_kinds(results: Sequence[RunResult]) -> dict[str, str]:

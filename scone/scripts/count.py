@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from scone.configs.loading import parse_options
 from scone.configs.presets import trunk_configuration
 from scone.configs.schema import SconeOptions
+from scone.scripts.arguments import add_shared
 from scone.utils.command_line import run_main
 from scone.utils.errors import SconeError
 from scone.utils.progress import is_quiet
@@ -220,7 +221,7 @@ def _held_out_line(held_out: list[dict[str, Any]]) -> str:
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", metavar="PATH", help="file or folder to write the vocabulary to")
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    add_shared(parser, "json")
     parser.add_argument("--plot", metavar="FILE", help="draw counts by rank and f-grams by length (png, svg, pdf)")
     parser.add_argument("--width", type=int, metavar="D", help="row width of the table (default: base_model_name's)")
 

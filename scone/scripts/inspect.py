@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from scone.configs.loading import parse_options
 from scone.configs.schema import SconeOptions
+from scone.scripts.arguments import add_shared
 from scone.scripts.serve import add_serving_arguments, serve_model
 from scone.utils.command_line import run_main
 from scone.utils.errors import SconeError
@@ -143,7 +144,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("text", nargs="?", metavar="TEXT", help="the text (default: standard input)")
     parser.add_argument("--model_path", metavar="FOLDER", help="model whose f-grams and tokenizer to use")
     parser.add_argument("--vocabulary", metavar="PATH", help="an f-gram vocabulary written by `scone count --output`")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_shared(parser, "json")
     parser.add_argument("--serve", action="store_true", help="show it in a browser (starts `scone serve`)")
     add_serving_arguments(parser)
 

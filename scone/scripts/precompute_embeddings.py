@@ -6,10 +6,11 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from scone.configs.loading import parse_options
 from scone.configs.schema import SconeOptions
+from scone.scripts.arguments import ROW_TYPES, add_shared
 from scone.utils.command_line import run_main
 from scone.utils.progress import is_quiet
 
@@ -37,21 +38,18 @@ def read_arguments(argv: Sequence[str] | None) -> tuple[SconeOptions, argparse.N
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model_path", required=True, help="folder of the trained model (OUTPUT_DIR/final_model)")
+    add_shared(parser, "model_path")
     parser.add_argument("--output_path", required=True, help="file to write, such as embeddings.cache")
-    parser.add_argument(
-        "--row_type", default="fp32", choices=("fp32", "fp16", "bf16", "int8", "int4"), help="row type of the table"
-    )
-    parser.add_argument("--group_size", type=int, help="values that share a scale in int8 and int4 rows (default: 64)")
+    parser.add_argument("--row_type", default="fp32", choices=ROW_TYPES, help="row type of the table")
+    add_shared(parser, "group_size")
     parser.add_argument(
         "--compute_dtype", default="fp32", choices=("fp32", "bf16", "fp16"), help="precision of the f-gram model"
     )
     parser.add_argument(
         "--tokenizer_path", help="tokenizer to check against the one that the f-grams were counted with"
     )
-    parser.add_argument(
-        "--local-rank", "--local_rank", type=int, default=0, dest="local_rank", help=argparse.SUPPRESS
-    )  # torch.distributed.launch passes it
+    local_rank: dict[str, Any] = {"type": int, "default": 0, "dest": "local_rank", "help": argparse.SUPPRESS}
+    parser.add_argument("--local-rank", "--local_rank", **local_rank)  # torch.distributed.launch passes it
 
 
 def main(argv: Sequence[str] | None = None) -> int:
