@@ -22,12 +22,11 @@ import numpy as np
 import torch
 from common import Report, has_peer, in_child, interleaved
 from lookup_peers import LmdbTable, drop_from_page_cache, fio_reads_per_second
+from workloads import write_table
 
 from scone.inference.embedding_table import EmbeddingTable
-from scone.inference.row_types import ROW_TYPES, RowFormat
+from scone.inference.row_types import ROW_TYPES
 from scone.inference.stores.direct import QUEUE_DEPTH
-from scone.inference.table_format import TableLayout
-from scone.inference.table_writer import TablePlan, TableWriter
 
 WIDTH = 1024
 ROW_BYTES = 4 * WIDTH
@@ -44,7 +43,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options["dir"], prefix="bench_lookup.") as folder:
         table, peer = Path(folder) / "embeddings.cache", Path(folder) / "rows.lmdb"
         print(f"writing {num_rows:,} rows of {ROW_BYTES} bytes", flush=True)
-        _write_table(table, num_rows)
+        write_table(table, "fp32", num_rows, map(torch.from_numpy, _blocks(num_rows)))
         if has_peer("lmdb"):
             LmdbTable.write(peer, _blocks(num_rows), num_rows, ROW_BYTES)
             _check_same_rows(table, peer, num_rows)
@@ -69,17 +68,6 @@ def _blocks(num_rows: int, block: int = 8192) -> Iterator[np.ndarray]:
         yield random.standard_normal((min(block, num_rows - low), WIDTH), dtype=np.float32)
 
 
-def _write_table(path: Path, num_rows: int) -> None:
-    row_format = RowFormat.of("fp32", WIDTH)
-    with TableWriter(path, TablePlan(TableLayout(num_rows, row_format), 1, {})) as writer:
-        first = 0
-        for block in _blocks(num_rows):
-            writer.write(np.arange(first, first + len(block)), row_format.encode(torch.from_numpy(block)))
-            first += len(block)
-        writer.mark_finished(0)
-        writer.finish()
-
-
 def _check_same_rows(table: Path, peer: Path, num_rows: int) -> None:
     ranks, out = _zipf(num_rows, 100, np.random.default_rng(5)), np.empty((100, WIDTH), dtype=np.float32)
     database = LmdbTable(peer)
@@ -97,9 +85,9 @@ def _zipf(num_rows: int, count: int, random: np.random.Generator) -> torch.Tenso
 def measure_sizes(report: Report, table: Path, peer: Path, num_rows: int) -> None:
     """Bytes of the files against the rows alone, and against LMDB's."""
     size, payload = table.stat().st_size, num_rows * ROW_BYTES
-    report.add("bytes_vs_payload", "bytes", size, peer=payload, peer_name="rows alone", target=1.01, better="lower")
+    report.add("bytes_vs_payload", "bytes", size, payload, "rows alone", at_most=1.01)
     lmdb_bytes = peer.stat().st_blocks * 512 if peer.exists() else None
-    report.add("disk_vs_lmdb", "bytes", size, peer=lmdb_bytes, peer_name="LMDB", target=0.55, better="lower")
+    report.add("disk_vs_lmdb", "bytes", size, lmdb_bytes, "LMDB", at_most=0.55)
 
 
 def measure_warm(report: Report, table: Path, peer: Path, num_rows: int) -> None:
@@ -136,12 +124,12 @@ def measure_warm(report: Report, table: Path, peer: Path, num_rows: int) -> None
                     name + suffix,
                     "rows/s",
                     rates[store],
-                    peer=rates["index_select"],
-                    peer_name="torch.index_select",
+                    rates["index_select"],
+                    "torch.index_select",
                     bound=rates["copy"],
-                    target=None if batch == 1 else target,
+                    at_least=None if batch == 1 else target,
                 )
-            report.add(f"mmap_warm_vs_lmdb{suffix}", "rows/s", rates["mmap"], peer=rates.get("lmdb"), peer_name="LMDB")
+            report.add(f"mmap_warm_vs_lmdb{suffix}", "rows/s", rates["mmap"], rates.get("lmdb"), "LMDB")
             report.add(f"direct_rows_per_second{suffix}", "rows/s", rates["direct"], ratio=None)
         if database:
             database.close()
@@ -183,13 +171,13 @@ def _report_cold(
     suffix = "" if batch == 1024 else f"_b{batch}"
     steady, batched = (statistics.median(found) if found else None for found in (fio[False], fio[True]))
     named = {"peer": steady, "peer_name": "fio", "bound": steady}
-    report.add(f"direct_cold_vs_fio{suffix}", "rows/s", rates["direct"], **named, target=0.8)
+    report.add(f"direct_cold_vs_fio{suffix}", "rows/s", rates["direct"], **named, at_least=0.8)
     report.add(f"direct_first_batch_vs_fio{suffix}", "rows/s", first, **named)
     named = {"peer": batched, "peer_name": "fio, waiting for each batch", "bound": batched}
     if batch <= QUEUE_DEPTH:  # a larger one is several of fio's
         report.add(f"direct_cold_vs_fio_in_batches{suffix}", "rows/s", rates["direct"], **named)
     named = {"peer": rates.get("lmdb"), "peer_name": "LMDB"}
-    report.add(f"cold_speed_vs_lmdb{suffix}", "rows/s", rates["direct"], **named, target=3.0)
+    report.add(f"cold_speed_vs_lmdb{suffix}", "rows/s", rates["direct"], **named, at_least=3.0)
     report.add(f"mmap_cold_vs_lmdb{suffix}", "rows/s", rates["mmap"], **named)
     report.add(f"mmap_cold_prefetched_vs_lmdb{suffix}", "rows/s", rates["mmap_prefetched"], **named)
 
@@ -234,7 +222,7 @@ def measure_cuts(report: Report, table: Path, num_rows: int) -> None:
                 start = time.perf_counter()
                 tiered.rows(ranks)
                 times.append(time.perf_counter() - start)
-            report.add(f"tiered_us_b1024_ram_{share:g}", "µs", statistics.median(times[2:]) * 1e6, ratio=None)
+            report.add(f"tiered_us_b1024_ram_{share:g}", "µs", statistics.median(times[2:]) * 1000000.0, ratio=None)
             report.add(f"tiered_ram_bytes_{share:g}", "bytes", tiered.memory.ram, ratio=None)
 
 
@@ -246,12 +234,8 @@ def measure_row_types(report: Report) -> None:
     with tempfile.TemporaryDirectory(dir=report.config["dir"], prefix="bench_lookup.") as folder:
         tables = {}
         for row_type in ROW_TYPES:
-            row_format = RowFormat.of(row_type, WIDTH)
             path = Path(folder) / row_type
-            with TableWriter(path, TablePlan(TableLayout(num_rows, row_format), 1, {})) as writer:
-                writer.write(np.arange(num_rows), row_format.encode(rows))
-                writer.mark_finished(0)
-                writer.finish()
+            write_table(path, row_type, num_rows, [rows])
             tables[row_type] = EmbeddingTable.open(path, "ram")
         run: dict[str, Callable[[], object]] = {
             row_type: lambda table=table: table.rows(ranks, out=out) for row_type, table in tables.items()
@@ -270,15 +254,7 @@ def measure_perplexity(report: Report) -> None:
     found = in_child(Path(__file__).with_name("table_perplexity.py"), size)
     report.config["perplexity"] = found["config"]
     for row_type, target in (("bf16", None), ("int8", 1.001), ("int4", None)):
-        report.add(
-            f"{row_type}_perplexity",
-            "perplexity",
-            found[row_type],
-            peer=found["fp32"],
-            peer_name="fp32 table",
-            target=target,
-            better="lower",
-        )
+        report.add(f"{row_type}_perplexity", "perplexity", found[row_type], found["fp32"], "fp32 table", at_most=target)
 
 
 if __name__ == "__main__":

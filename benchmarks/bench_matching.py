@@ -14,11 +14,11 @@ import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from common import Report, has_peer, interleaved, shared_data
+from common import Report, has_peer, interleaved
 from numba import njit
+from workloads import f_grams_of, gpt2_tokens
 
 from scone.kernels.child_index import find_child, hash_key, home_slot
-from scone.tokenization.counting import count_f_grams
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 from scone.tokenization.matcher import Matcher
 
@@ -31,20 +31,13 @@ BATCH = 64
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the benchmark."""
     report = Report.from_arguments("matching", __doc__, argv, _add_options)
-    corpus, vocab_size, separator, origin = tokens_to_match(report.quick)
+    corpus, origin = gpt2_tokens(QUICK_FILES if report.quick else None)
     held_out = np.asarray(corpus[-report.config["matched_tokens"] :]).astype(np.int64)
     counted = corpus[: -len(held_out)]
     report.config |= {"tokens": origin, "counted_tokens": len(counted), "max_n": MAX_N}
     with tempfile.TemporaryDirectory() as folder:
         print(f"counting f-grams in {len(counted):,} tokens ({origin})", flush=True)
-        largest = count_f_grams(
-            [counted],
-            vocab_size=vocab_size,
-            max_n=MAX_N,
-            min_freq=1 if report.quick else 2,
-            max_f_grams=10_000_000,
-            separator_ids=[separator],
-        ).vocabulary
+        largest = f_grams_of(counted, 10_000_000, min_freq=1 if report.quick else 2)
         largest.save(f"{folder}/10m")
         largest.truncated(1_000_000).save(f"{folder}/1m")
         del largest
@@ -56,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         opening_seconds = time.perf_counter() - start
         report.config["largest_num_f_grams"] = vocabulary.num_f_grams
         measure_size(report, "10m", vocabulary, held_out, with_aho_corasick=False)
-        report.add("open_seconds_10m", "s", opening_seconds, ratio="ours", target=1.0, better="lower")
+        report.add("open_seconds_10m", "s", opening_seconds, ratio="ours", at_most=1.0)
         measure_memory_and_step(report, vocabulary, held_out)
     report.finish()
 
@@ -64,34 +57,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=5, help="timed rounds, of which the median counts")
     parser.add_argument("--matched_tokens", type=int, default=2_000_000, help="tokens that are matched, not counted")
-
-
-def tokens_to_match(quick: bool) -> tuple[np.ndarray, int, int, str]:
-    """Tokens [n], vocabulary size, separator, and what they are."""
-    text, tokenizer_folder = shared_data("wikipedia"), shared_data("tokenizers", "gpt2")
-    if text is None or tokenizer_folder is None:
-        return *zipf_tokens(12_000_000 if quick else 43_000_000), "synthetic Zipf tokens"
-    from scone.data.prepare import prepare_corpus
-    from scone.tokenization.tokenizers import document_separator_id, load_tokenizer
-
-    tokenizer = load_tokenizer(tokenizer_folder)
-    sources = sorted(text.glob("part-*"))[:QUICK_FILES] if quick else [text]
-    files = [prepare_corpus(str(source), tokenizer, splits=("all",))["all"] for source in sources]
-    tokens = np.concatenate([file.tokens for file in files])
-    return tokens, len(tokenizer), document_separator_id(tokenizer), "Wikipedia, GPT-2's tokenizer"
-
-
-def zipf_tokens(num_tokens: int, vocab_size: int = 50_257) -> tuple[np.ndarray, int, int]:
-    """Tokens of Zipf frequencies in which phrases recur: half of all tokens repeat what followed some earlier place."""
-    random = np.random.default_rng(0)
-    weights = 1 / np.arange(1, vocab_size)
-    phrases = random.choice(vocab_size - 1, (1 << 18, 8), p=weights / weights.sum()).astype(np.uint16)
-    chosen = random.zipf(1.2, num_tokens // 4) % len(phrases)
-    pieces = phrases[chosen][:, :4]
-    fresh = random.choice(vocab_size - 1, pieces.shape[0], p=weights / weights.sum())
-    pieces[:, 3] = np.where(random.random(len(pieces)) < 0.5, fresh, pieces[:, 3])
-    pieces[:: 1 << 8, 0] = vocab_size - 1
-    return pieces.reshape(-1), vocab_size, vocab_size - 1
 
 
 def measure_size(
@@ -142,17 +107,17 @@ def measure_size(
         f"tokens_per_second_{name}",
         "tokens/s",
         speed["ours"],
-        peer=speed["dictionary probing"],
-        peer_name="dictionary probing",
+        speed["dictionary probing"],
+        "dictionary probing",
         bound=speed["bound"],
-        target=50,
+        at_least=50,
     )
     report.add(
         f"speed_vs_automaton_{name}",
         "tokens/s",
         speed["ours"],
-        peer=speed["automaton"],
-        peer_name="ours, by suffix links",
+        speed["automaton"],
+        "ours, by suffix links",
         bound=speed["bound"],
     )
     if with_aho_corasick:
@@ -160,10 +125,10 @@ def measure_size(
             "speed_vs_aho_corasick",
             "tokens/s",
             speed["ours"],
-            peer=speed["pyahocorasick"],
-            peer_name="pyahocorasick",
+            speed["pyahocorasick"],
+            "pyahocorasick",
             bound=speed["bound"],
-            target=3,
+            at_least=3,
         )
 
 
@@ -171,7 +136,7 @@ def measure_memory_and_step(report: Report, vocabulary: FGramVocabulary, tokens:
     """Bytes of everything that matching and training keep in memory; microseconds of a decode step."""
     arrays = (vocabulary.keys, vocabulary.suffixes, vocabulary.lengths, vocabulary.index.slots)
     bytes_each = sum(array.nbytes for array in arrays) / vocabulary.num_f_grams
-    report.add("index_bytes_per_f_gram", "bytes", bytes_each, ratio="ours", target=20, better="lower")
+    report.add("index_bytes_per_f_gram", "bytes", bytes_each, ratio="ours", at_most=20)
     matcher = Matcher(vocabulary)
     columns = tokens[: len(tokens) // BATCH * BATCH].reshape(BATCH, -1).T.copy()
     states = np.full(BATCH, -1)
@@ -181,7 +146,7 @@ def measure_memory_and_step(report: Report, vocabulary: FGramVocabulary, tokens:
         states = matcher.step(states, column)
         microseconds.append(1e6 * (time.perf_counter() - start))
     step = statistics.median(microseconds[100:])
-    report.add("decode_step_us_batch64", "µs", step, ratio="ours", target=50, better="lower")
+    report.add("decode_step_us_batch64", "µs", step, ratio="ours", at_most=50)
 
 
 def dictionary_matcher(f_grams: list[tuple[int, ...]], vocab_size: int) -> Callable[[tuple[int, ...]], list[int]]:

@@ -142,10 +142,9 @@ def add(
         metric,
         "perplexity",
         math.exp(own_loss),
-        peer=None if peer_loss is None else math.exp(peer_loss),
-        peer_name=peer_name,
-        target=target,
-        better="lower",
+        None if peer_loss is None else math.exp(peer_loss),
+        peer_name,
+        at_most=target,
     )
 
 
