@@ -85,9 +85,9 @@ def _zipf(num_rows: int, count: int, random: np.random.Generator) -> torch.Tenso
 def measure_sizes(report: Report, table: Path, peer: Path, num_rows: int) -> None:
     """Bytes of the files against the rows alone, and against LMDB's."""
     size, payload = table.stat().st_size, num_rows * ROW_BYTES
-    report.add("bytes_vs_payload", "bytes", size, payload, "rows alone", at_most=1.01)
+    report.add("bytes_vs_payload", "bytes", size, payload, "rows alone", target=1.01, better="lower")
     lmdb_bytes = peer.stat().st_blocks * 512 if peer.exists() else None
-    report.add("disk_vs_lmdb", "bytes", size, lmdb_bytes, "LMDB", at_most=0.55)
+    report.add("disk_vs_lmdb", "bytes", size, lmdb_bytes, "LMDB", target=0.55, better="lower")
 
 
 def measure_warm(report: Report, table: Path, peer: Path, num_rows: int) -> None:
@@ -127,7 +127,7 @@ def measure_warm(report: Report, table: Path, peer: Path, num_rows: int) -> None
                     rates["index_select"],
                     "torch.index_select",
                     bound=rates["copy"],
-                    at_least=None if batch == 1 else target,
+                    target=None if batch == 1 else target,
                 )
             report.add(f"mmap_warm_vs_lmdb{suffix}", "rows/s", rates["mmap"], rates.get("lmdb"), "LMDB")
             report.add(f"direct_rows_per_second{suffix}", "rows/s", rates["direct"], ratio=None)
@@ -171,13 +171,13 @@ def _report_cold(
     suffix = "" if batch == 1024 else f"_b{batch}"
     steady, batched = (statistics.median(found) if found else None for found in (fio[False], fio[True]))
     named = {"peer": steady, "peer_name": "fio", "bound": steady}
-    report.add(f"direct_cold_vs_fio{suffix}", "rows/s", rates["direct"], **named, at_least=0.8)
+    report.add(f"direct_cold_vs_fio{suffix}", "rows/s", rates["direct"], **named, target=0.8)
     report.add(f"direct_first_batch_vs_fio{suffix}", "rows/s", first, **named)
     named = {"peer": batched, "peer_name": "fio, waiting for each batch", "bound": batched}
     if batch <= QUEUE_DEPTH:  # a larger one is several of fio's
         report.add(f"direct_cold_vs_fio_in_batches{suffix}", "rows/s", rates["direct"], **named)
     named = {"peer": rates.get("lmdb"), "peer_name": "LMDB"}
-    report.add(f"cold_speed_vs_lmdb{suffix}", "rows/s", rates["direct"], **named, at_least=3.0)
+    report.add(f"cold_speed_vs_lmdb{suffix}", "rows/s", rates["direct"], **named, target=3.0)
     report.add(f"mmap_cold_vs_lmdb{suffix}", "rows/s", rates["mmap"], **named)
     report.add(f"mmap_cold_prefetched_vs_lmdb{suffix}", "rows/s", rates["mmap_prefetched"], **named)
 
@@ -254,7 +254,15 @@ def measure_perplexity(report: Report) -> None:
     found = in_child(Path(__file__).with_name("table_perplexity.py"), size)
     report.config["perplexity"] = found["config"]
     for row_type, target in (("bf16", None), ("int8", 1.001), ("int4", None)):
-        report.add(f"{row_type}_perplexity", "perplexity", found[row_type], found["fp32"], "fp32 table", at_most=target)
+        report.add(
+            f"{row_type}_perplexity",
+            "perplexity",
+            found[row_type],
+            found["fp32"],
+            "fp32 table",
+            target=target,
+            better="lower",
+        )
 
 
 if __name__ == "__main__":

@@ -144,7 +144,8 @@ def add(
         math.exp(own_loss),
         None if peer_loss is None else math.exp(peer_loss),
         peer_name,
-        at_most=target,
+        target=target,
+        better="lower",
     )
 
 

@@ -4,7 +4,7 @@ A benchmark is a script ``bench_NAME.py`` that makes one ``Report``, adds record
 
     report = Report.from_arguments("counting", __doc__)
     times = interleaved({"ours": run_ours, "polars": run_polars}, repeats=3)
-    report.add("speed_vs_polars", "tokens/s", ours, theirs, "polars", at_least=3.0)
+    report.add("speed_vs_polars", "tokens/s", ours, theirs, "polars", target=3.0)
     report.finish()
 """
 
@@ -86,18 +86,17 @@ class Report:
         *,
         bound: float | None = None,
         ratio: float | Literal["ours/peer", "peer/ours", "ours"] | None = "ours/peer",
-        at_least: float | None = None,
-        at_most: float | None = None,
+        target: float | None = None,
+        better: Literal["higher", "lower"] = "higher",
     ) -> Record:
         """Add a record and print it. ``ratio`` is a number or says how it comes from ``ours`` and ``peer``.
 
-        ``bound`` is what the hardware allows, in the unit of ``ours``; ``at_least`` or ``at_most``: the target of the
-        ratio.
+        ``bound`` is what the hardware allows, in the unit of ``ours``; ``better`` says on which side of ``target``
+        the ratio must lie.
         """
         if isinstance(ratio, str):
             ratio = _ratio(ratio, ours, peer)
-        target = at_least if at_most is None else at_most
-        met = None if target is None or ratio is None else (ratio >= target if at_most is None else ratio <= target)
+        met = None if target is None or ratio is None else (ratio >= target if better == "higher" else ratio <= target)
         record = Record(metric, unit, ours, peer, peer_name, bound, ratio, target, met)
         self.records.append(record)
         print("  ".join(_cells(record)), flush=True)

@@ -13,7 +13,6 @@ is one JSON with configuration, machine and commit, and a table, last.
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import signal
 import sys
@@ -58,10 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not names:
         raise SconeError(f"found no run of {arguments.experiment} to start; it has {', '.join(plan.options)}")
     started = time.monotonic()
-    estimates = plan.estimates(names)
-    ordered = sorted(names, key=lambda name: -estimates[name])
+    ordered = sorted(names, key=lambda name: -plan.cost(name))
     if arguments.list:
-        print("\n".join(f"{estimates[name]:10.3g} FLOPs  {name}" for name in ordered))
+        print("\n".join(ordered))
         return 0
     pending = [name for name in ordered if not is_finished(plan.output_dir / f"{name}.json")]
     print(f"{len(names)} runs, {len(names) - len(pending)} of them finished before", flush=True)
@@ -97,7 +95,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--deadline_s", type=float, help="seconds after which nothing runs any more")
     parser.add_argument("--grace_s", type=float, default=45, help="seconds of these to save checkpoints in")
     parser.add_argument("--keep_models", action="store_true", help="keep the trained models too")
-    parser.add_argument("--list", action="store_true", help="show the runs and their estimated cost, and stop")
+    parser.add_argument("--list", action="store_true", help="show the runs, those that compute most first, and stop")
     parser.add_argument("--json", type=Path, help="write the merged result here (default OUTPUT_DIR/result.json)")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
@@ -166,17 +164,13 @@ class Plan:
             TokenFile.open(self.data / self.experiment["validation"]),
         )
 
-    def estimates(self, names: Sequence[str]) -> dict[str, float]:
-        """About the operations of each of these runs."""
-        from scone.evaluation.sweep import estimated_flops
-
-        logging.getLogger("scone.models.trunk").setLevel(logging.ERROR)  # it would speak of the hub once a run
-        corpus = self.corpus()
-        known: dict[str, float] = {}
-        for name in names:
-            if (run := self.runs[name][0]) not in known:
-                known[run] = estimated_flops(self.options[name], corpus)
-        return {name: known[self.runs[name][0]] for name in names}
+    def cost(self, name: str) -> float:
+        """About what a run computes, up to a factor: those with most start first."""
+        options = self.options[name]
+        training, model = options.training, options.model
+        tokens = training.max_steps * training.batch_size * training.gradient_accumulation_steps
+        tokens *= options.data.max_length
+        return float(tokens * (model.hidden_size or 768) ** 2 * (model.num_hidden_layers or 12))
 
     def prepare(self) -> None:
         """Count all vocabularies, and compile what workers would each compile for themselves."""

@@ -278,9 +278,12 @@ def report_variant(report: Report, name: str, now: Measured, plain: Measured | N
             now.at_hand / other.at_hand,
             now.flops / other.flops,
             "predicted from FLOPs",
-            at_most=1.15 if "shared" in name else None,
+            target=1.15 if "shared" in name else None,
+            better="lower",
         )
-    report.add(f"{name}_loader_hidden", "s", now.loaded, now.at_hand, "step on prepared batches", at_most=1.05)
+    report.add(
+        f"{name}_loader_hidden", "s", now.loaded, now.at_hand, "step on prepared batches", target=1.05, better="lower"
+    )
 
 
 def report_speedup(

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scone.evaluation.loss_groups import LengthLoss, LossTally, RankLoss, mean_interval
+from scone.evaluation.loss_groups import LengthLoss, LossSums, LossTally, RankLoss, mean_interval
 from scone.inference.loading import device_of, position_limit
 from scone.utils.errors import SconeError
 from scone.utils.progress import progress
@@ -29,8 +29,8 @@ class PerplexityResult:
     """What a corpus costs a model. Losses are in nats.
 
     ``loss_sum`` is over ``num_predicted`` of ``num_tokens`` tokens: those that begin a window have no context and are
-    not predicted. ``num_bytes`` and ``num_words``: size of the text, where known. ``document_sums`` and
-    ``document_counts`` [documents]: losses and predicted tokens of each document, where documents are known.
+    not predicted. ``num_bytes`` and ``num_words``: size of the text, where known. ``documents``: losses and
+    predicted tokens of each document, where documents are known.
     """
 
     loss_sum: float
@@ -42,8 +42,7 @@ class PerplexityResult:
     window_losses: list[float] = field(default_factory=list, repr=False)  # mean loss of each window, in order
     num_words: int | None = None
     by_rank: list[RankLoss] = field(default_factory=list)
-    document_sums: np.ndarray | None = field(default=None, repr=False)
-    document_counts: np.ndarray | None = field(default=None, repr=False)
+    documents: LossSums | None = field(default=None, repr=False)
 
     @property
     def loss(self) -> float:
@@ -68,9 +67,7 @@ class PerplexityResult:
     @property
     def loss_interval(self) -> tuple[float, float] | None:
         """95 % interval of ``loss`` over documents (`mean_interval`); None without documents, or for too few."""
-        if self.document_sums is None or self.document_counts is None:
-            return None
-        return mean_interval(self.document_sums, self.document_counts)
+        return None if self.documents is None else mean_interval(self.documents.sums, self.documents.counts)
 
     @property
     def perplexity_interval(self) -> tuple[float, float] | None:
@@ -81,7 +78,7 @@ class PerplexityResult:
     @property
     def num_documents(self) -> int | None:
         """Documents with a predicted token, where documents are known."""
-        return None if self.document_counts is None else int(np.count_nonzero(self.document_counts))
+        return None if self.documents is None else int(np.count_nonzero(self.documents.counts))
 
     @property
     def tokens_per_second(self) -> float:
@@ -90,23 +87,14 @@ class PerplexityResult:
 
     def to_dict(self) -> dict[str, object]:
         """A JSON-ready mapping."""
-        return {
-            "perplexity": self.perplexity,
-            "perplexity_interval": self.perplexity_interval,
-            "loss": self.loss,
-            "loss_interval": self.loss_interval,
-            "bits_per_byte": self.bits_per_byte,
-            "word_perplexity": self.word_perplexity,
-            "num_predicted": self.num_predicted,
-            "num_tokens": self.num_tokens,
-            "num_bytes": self.num_bytes,
-            "num_words": self.num_words,
-            "num_documents": self.num_documents,
-            "seconds": self.seconds,
-            "tokens_per_second": self.tokens_per_second,
-            "by_match_length": [vars(entry) for entry in self.by_match_length],
-            "by_rank": [vars(entry) for entry in self.by_rank],
-        }
+        groups = {name: [vars(entry) for entry in getattr(self, name)] for name in ("by_match_length", "by_rank")}
+        return {name: getattr(self, name) for name in _SHOWN} | groups
+
+
+_SHOWN = (
+    *("perplexity", "perplexity_interval", "loss", "loss_interval", "bits_per_byte", "word_perplexity"),
+    *("num_predicted", "num_tokens", "num_bytes", "num_words", "num_documents", "seconds", "tokens_per_second"),
+)
 
 
 def _exp(loss: float) -> float:
@@ -153,7 +141,8 @@ def token_losses(
     rows = np.stack([np.asarray(tokens[window.start : window.end], dtype=np.int64) for window in batch])
     input_ids = torch.from_numpy(rows).to(device)
     kept = 1 + max(window.end - window.first_target for window in batch)
-    fewer = {"logits_to_keep": kept} if kept < rows.shape[1] and _can_keep_few_logits(model) else {}
+    can_keep_few = kept < rows.shape[1] and "logits_to_keep" in inspect.signature(model.forward).parameters
+    fewer = {"logits_to_keep": kept} if can_keep_few else {}
     with torch.inference_mode():
         # nothing is padded; the mask says so, where transformers would warn that a padding token occurs in the text
         mask = torch.ones_like(input_ids)
@@ -165,10 +154,6 @@ def token_losses(
                 predictions, input_ids[index, -predicted:], reduction="none"
             )
             yield losses.double().cpu().numpy()
-
-
-def _can_keep_few_logits(model: PreTrainedModel) -> bool:
-    return "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
 def perplexity(
@@ -223,8 +208,7 @@ def perplexity(
         tally.window_losses,
         num_words,
         tally.by_rank(),
-        tally.documents.sums if tally.documents else None,
-        tally.documents.counts if tally.documents else None,
+        tally.documents,
     )
 
 

@@ -20,21 +20,15 @@ from scone.data.token_file import TokenFile
 from scone.evaluation.perplexity import perplexity
 from scone.evaluation.text_size import sizes_of
 from scone.inference.loading import choose_device
-from scone.models.accounting import f_gram_forward_flops, parameter_counts, training_flops, trunk_forward_flops
-from scone.models.f_gram_config import FGramModelConfig
+from scone.models.accounting import parameter_counts
 from scone.models.language_model import SconeForCausalLM
 from scone.models.trunk import trunk_configuration
 from scone.tokenization.matcher import Matcher
 from scone.tokenization.tokenizers import vocabulary_size
-from scone.training.model_options import f_gram_model_settings
 from scone.training.run import TRAINING_LOG_FILE, Corpus, run_vocabulary, train
 from scone.training.run_folder import FINAL_MODEL
 from scone.training.trainer import complete_checkpoints
 from scone.utils.files import read_json, write_json
-
-TYPICAL_NODES_PER_POSITION = 0.8
-"""For estimates before anything was measured (docs/experiments/training-cost.md)."""
-
 
 # ---------------------------------------------------------------------- count once
 
@@ -81,20 +75,6 @@ def _largest_by_length(runs: Sequence[SconeOptions]) -> list[SconeOptions]:
         )
         for _, same in sorted(by_length.items())
     ]
-
-
-def estimated_flops(options: SconeOptions, corpus: Corpus) -> float:
-    """About what training with ``options`` will compute, to start long runs first. Needs ``max_steps``."""
-    training, model = options.training, options.model
-    config = trunk_configuration(model)
-    config.vocab_size = vocabulary_size(corpus.tokenizer)
-    forward = trunk_forward_flops(config, options.data.max_length)
-    settings = f_gram_model_settings(model, config) if _with_f_grams([options]) else None
-    if settings is not None:
-        sizes = FGramModelConfig(**settings)
-        forward += f_gram_forward_flops(sizes, config.hidden_size, [0, TYPICAL_NODES_PER_POSITION])
-    tokens = training.max_steps * training.batch_size * training.gradient_accumulation_steps * options.data.max_length
-    return training_flops(forward) * tokens
 
 
 # ---------------------------------------------------------------------- run many

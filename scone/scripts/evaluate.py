@@ -8,7 +8,7 @@ import json
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from scone.configs.loading import parse_options
 from scone.configs.schema import SconeOptions
@@ -39,7 +39,7 @@ DEFAULTS = {"inference.batch_size": 8}
 
 def read_arguments(argv: Sequence[str] | None) -> tuple[SconeOptions, argparse.Namespace]:
     """The options on the command line, and the script's own arguments. Raises SconeError."""
-    settings = {"examples": EXAMPLES, "add_arguments": _add_arguments, "defaults": DEFAULTS}
+    settings: dict[str, Any] = {"examples": EXAMPLES, "add_arguments": _add_arguments, "defaults": DEFAULTS}
     options, extra = parse_options(argv, OPTIONS, DESCRIPTION, **settings)
     if extra.max_tokens is not None and extra.max_tokens < 2:
         raise SconeError(f"--max_tokens: found {extra.max_tokens}; expected at least 2")
@@ -144,7 +144,7 @@ def _print_perplexity(result: PerplexityResult) -> None:
         print(f"word perplexity   {result.word_perplexity:.4f}")
     if result.bits_per_byte is not None:
         print(f"bits per byte     {result.bits_per_byte:.4f}")
-    groups = [
+    groups: list[tuple[str, int, Any]] = [
         ("no f-gram matched" if each.length == 1 else f"f-gram of {each.length} tokens matched", 30, each)
         for each in result.by_match_length
     ]
