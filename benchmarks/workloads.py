@@ -43,10 +43,16 @@ def gpt2_tokens(parts: int | None = None, file: str | Path | None = None) -> tup
 def phrases(length: int) -> np.ndarray:
     """Tokens by Zipf's law, two thirds of them in phrases of two to six that themselves follow it; uint16 [length]."""
     rng = np.random.default_rng(0)
-    known = [rng.zipf(1.15, int(size)) % SEPARATOR for size in rng.integers(2, 7, 400_000)]
-    chosen = np.minimum(rng.zipf(1.05, length // 6) - 1, len(known) - 1)
-    pieces = itertools.chain.from_iterable((known[phrase], rng.zipf(1.15, 2) % SEPARATOR) for phrase in chosen)
-    return np.concatenate(list(pieces))[:length].astype(np.uint16)
+    sizes = rng.integers(2, 7, 400_000)
+    known, starts = rng.zipf(1.15, sizes.sum()) % SEPARATOR, np.cumsum(sizes) - sizes
+    chosen = np.minimum(rng.zipf(1.05, length // 6) - 1, len(sizes) - 1)
+    tokens = rng.zipf(1.15, sizes[chosen].sum() + 2 * len(chosen)) % SEPARATOR
+    # each phrase is written over the beginning of its place, and two tokens of no phrase stay behind it
+    counts = sizes[chosen]
+    inner = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    places = np.repeat(np.cumsum(counts + 2) - counts - 2, counts) + inner
+    tokens[places] = known[np.repeat(starts[chosen], counts) + inner]
+    return tokens[:length].astype(np.uint16)
 
 
 def most_frequent(tokens: np.ndarray, vocab_size: int) -> np.ndarray:
