@@ -2,7 +2,7 @@
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->`` and is made from ``docs/results/NAME.json``:
 a benchmark's report (``benchmarks/common.py``) or a demo's ``report.json``. ``NAME__summary`` gives of a benchmark's
-records those that have a target; ``NAME__graphs`` and ``NAME__trunk_graphs`` see `tables.generation_tables`;
+records those that have a target; ``NAME__graphs`` see `tables.generation_tables`;
 ``recipe__VIEW`` see `recipe_table`. Tables of finished experiments have no such marks: nothing measures them again.
 
     python benchmarks/fill_tables.py            fill them

@@ -158,7 +158,7 @@ def demo_table(report: Report) -> str:
 def generation_tables(report: Report, view: str = "") -> str:
     """Milliseconds by placement and batch size, with plain's time ÷ theirs; bold where that misses its target.
 
-    ``view``: "graphs", only steps that are CUDA graphs; "trunk_graphs", all, of a time when they held the trunk alone.
+    ``view``: "graphs", only steps that are CUDA graphs.
     """
     found: dict[str, dict[str, dict[int, Record]]] = {}
     memory: dict[str, dict[str, float]] = {}
@@ -169,8 +169,6 @@ def generation_tables(report: Report, view: str = "") -> str:
             memory.setdefault(match[2], {})[match[1]] = record["ours"]
     parts = []
     for kind, title in TIMES.items():
-        if view == "trunk_graphs":
-            title = title.replace("each step one CUDA graph", "the trunk as a CUDA graph")
         if kind in found and (view != "graphs" or "_" in kind):
             batches = sorted({batch for records in found[kind].values() for batch in records})
             rows = [

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from scone.utils.errors import SconeError
+
 ROW_TYPES = ("fp32", "fp16", "bf16", "int8", "int4")
 SHARED: dict[str, dict[str, Any]] = {
     "model_path": {"required": True, "metavar": "FOLDER", "help": "the model: a final_model folder"},
@@ -18,6 +20,18 @@ SHARED: dict[str, dict[str, Any]] = {
     "group_size": {"type": int, "help": "values that share a scale in int8 and int4 rows (default: 64)"},
     "json": {"action": "store_true", "help": "print the result as JSON"},
 }
+
+
+def check_tokenizer(tokenizer: Any, vocabulary: Any, advice: str) -> None:
+    """Refuse a tokenizer other than the one whose tokens the f-grams of ``vocabulary`` were counted on."""
+    from scone.tokenization.tokenizers import tokenizer_fingerprint
+
+    found, expected = tokenizer_fingerprint(tokenizer), vocabulary.tokenizer_fingerprint
+    if expected and found != expected:
+        raise SconeError(
+            f"found a tokenizer with fingerprint {found[:12]}…; expected {expected[:12]}…, with which the f-grams were "
+            f"counted; {advice}"
+        )
 
 
 def add_shared(parser: argparse._ActionsContainer, *names: str) -> None:

@@ -10,8 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scone.evaluation.loss_groups import LossSums, mean_interval, students_factor
-from scone.evaluation.perplexity import perplexity, windows
+from scone.evaluation.perplexity import LossSums, mean_interval, perplexity, students_factor, windows
 from scone.tests import tiny
 from scone.tokenization.matcher import Matcher
 
