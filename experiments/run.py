@@ -189,19 +189,23 @@ class Plan:
 
     def run(self, name: str, keep_model: bool) -> None:
         """Train and test one configuration; its JSON is marked as finished when it is done."""
+        from measured_run import measured_run
+
         from scone.data.token_file import TokenFile
-        from scone.evaluation.sweep import Tests, measured_run, shared_matcher
+        from scone.evaluation.sweep import shared_matcher
 
         run, changes = self.runs[name]
-        corpus, options = self.corpus(), self.options[name]
-        path = self.output_dir / f"{name}.json"
-        tests = Tests(
+        path, corpus = self.output_dir / f"{name}.json", self.corpus()
+        result = measured_run(
+            self.options[name],
+            corpus,
             {test: TokenFile.open(self.data / test) for test in self.experiment["tests"]},
-            shared_matcher(list(self.options.values()), corpus),
-            self.experiment.get("stride"),
-            self.experiment.get("shuffled_tests", ()),
+            path,
+            matcher=shared_matcher(list(self.options.values()), corpus),
+            stride=self.experiment.get("stride"),
+            shuffled=self.experiment.get("shuffled_tests", ()),
+            keep_model=keep_model,
         )
-        result = measured_run(options, corpus, tests, path, keep_model=keep_model)
         write_json(path, {"experiment": self.name, "run": run, "changes": changes} | result)
 
     def merge(self) -> dict[str, Any]:

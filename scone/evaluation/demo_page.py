@@ -89,9 +89,8 @@ def _two_decimals(value: float) -> str:
     return f"{value:.2f}"
 
 
-def _curves(report: Report, title: str, x_label: str, caption: str, lines: Sequence[Line]) -> Part | None:
-    svg = line_figure(lines, x_label, "loss, nats per token", y_format=_two_decimals)
-    return figure(title, svg, caption, KEYS)
+def _curves(title: str, x_label: str, caption: str, lines: Sequence[Line]) -> Part | None:
+    return figure(title, line_figure(lines, x_label, "loss, nats per token", y_format=_two_decimals), caption, KEYS)
 
 
 def _learning_curves(report: Report) -> Part | None:
@@ -101,24 +100,22 @@ def _learning_curves(report: Report) -> Part | None:
         lines.append(Line(f"{name}, validation", model["validation_curve"], color, markers=True))
         lines.append(Line(f"{name}, training", model["training_curve"], color, dashed=True))
     caption = "Solid: validation text. Dashed: training batches, smoothed by the logging interval."
-    return _curves(report, "Learning curves", "training tokens", caption, lines)
+    return _curves("Learning curves", "training tokens", caption, lines)
 
 
 def _loss_by_time(report: Report) -> Part | None:
     """Validation loss over training time at each model's seconds a step: what equal tokens leave out."""
-    lines = []
-    tokens_a_step = report["training"]["tokens"] / report["training"]["steps"]
-    for key, (name, color) in NAMES.items():
-        model = report["models"][key]
-        points = [
-            (tokens / tokens_a_step * model["seconds_a_step"], loss) for tokens, loss in model["validation_curve"]
-        ]
+    lines, tokens_a_step = [], report["training"]["tokens"] / report["training"]["steps"]
+    for model, (name, color) in zip(_models(report), NAMES.values(), strict=True):
+        seconds_a_token = model["seconds_a_step"] / tokens_a_step
+        points = [(tokens * seconds_a_token, loss) for tokens, loss in model["validation_curve"]]
         lines.append(Line(name, points, color, markers=True))
     caption = (
         "The same runs over time, at each one's seconds a step. The schedules end at different times: only the last "
-        "points are finished models."
     )
-    return _curves(report, "Validation loss by training time", "training time, seconds", caption, lines)
+    return _curves(
+        "Validation loss by training time", "training time, seconds", caption + "points are finished models.", lines
+    )
 
 
 def _loss_by_match_length(report: Report) -> Part | None:

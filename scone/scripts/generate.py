@@ -79,12 +79,10 @@ def _check(extra: argparse.Namespace) -> None:
     """Refuse values early that transformers would refuse with a traceback."""
     for name, (_, low, high, _) in NUMBERS.items():
         value, high = getattr(extra, name), extra.max_length if name == "min_length" else high
-        if value is not None and (value < low or (high is not None and value > high)):
-            raise SconeError(
-                f"--{name}: found {value}; expected {f'at least {low}' if high is None else f'{low} to {high}'}"
-            )
-        if value == 0 and name in ("temperature", "repetition_penalty"):
-            raise SconeError(f"--{name}: found {value}; expected more than 0")
+        positive = name in ("temperature", "repetition_penalty")
+        if value is not None and (value < low or (positive and value == 0) or (high is not None and value > high)):
+            expected = "more than 0" if positive else f"at least {low}" if high is None else f"{low} to {high}"
+            raise SconeError(f"--{name}: found {value}; expected {expected}")
     if extra.stream and extra.stats:
         raise SconeError("found both --stream and --stats; expected one of them; leave --stream out")
     choices = extra.num_return_sequences
