@@ -38,7 +38,7 @@ from scone.data.token_file import TokenFile
 from scone.inference.embedding_table import EmbeddingTable
 from scone.inference.engine import GenerationOptions, SconeInferenceEngine
 from scone.inference.loading import LoadedModel
-from scone.inference.streaming import Continuation
+from scone.inference.streaming import GeneratedSequence
 from scone.models.f_gram_config import FGramModelConfig
 from scone.models.language_model import SconeForCausalLM
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
@@ -268,7 +268,7 @@ def measure_engine(
             engine = SconeInferenceEngine(loaded, tokenizer)
             synchronize()
             start = time.perf_counter()
-            engine.run([Continuation(ids, steps) for ids in prompts], GenerationOptions())
+            engine.run([GeneratedSequence(ids, steps) for ids in prompts], GenerationOptions())
             if turn:
                 taken[name].append((time.perf_counter() - start) / steps * 1e3)
     add_times(report, {name: statistics.median(times) for name, times in taken.items()}, f"engine_ms_b{batch}")
