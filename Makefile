@@ -37,6 +37,7 @@ type: $(VENV)/installed-$(EXTRAS)
 	$(BIN)/mypy
 
 bench: $(VENV)/installed-$(EXTRAS)
+	-$(BIN)/python -m pip install --quiet --constraint constraints.txt --requirement benchmarks/requirements.txt
 	for bench in benchmarks/bench_*.py; do $(BIN)/python $$bench --quick || exit 1; done
 
 docs: $(VENV)/installed-dev,docs

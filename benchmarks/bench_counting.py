@@ -7,8 +7,6 @@ either, synthetic ones. Every run is a process of its own; all engines must give
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import io
 import json
 import shutil
 import statistics
@@ -19,11 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import Report, in_child, shared_data
+from common import Report, has_peer, in_child
+from workloads import SEPARATOR as GPT2_SEPARATOR
+from workloads import VOCAB_SIZE as GPT2_SIZE
+from workloads import gpt2_tokens
 
 ENGINES = Path(__file__).with_name("counting_engines.py")
 MAX_N = 5
-GPT2_SIZE, GPT2_SEPARATOR = 50257, 50256
 TOKENS_PER_F_GRAM = 43  # S = 1 M for the 43 M tokens of the full corpus, in proportion for the quick one
 
 
@@ -39,8 +39,9 @@ def main() -> None:
     report = Report.from_arguments("counting", __doc__, add_options=add_options)
     skip, work_dir = report.config["skip"], report.config["work_dir"]
     with tempfile.TemporaryDirectory(dir=work_dir, prefix="bench-counting-") as folder:
-        tokens = report.config["tokens"] or real_tokens(Path(folder), 8_000_000 if report.quick else None)
-        compare(report, tokens, skip)
+        tokens, report.config["source"] = gpt2_tokens(3 if report.quick else None, report.config["tokens"])
+        np.save(Path(folder) / "tokens.npy", tokens)
+        compare(report, Path(folder) / "tokens.npy", skip)
         if "growth" not in skip:
             growth(report, Path(folder))
     report.finish()
@@ -59,7 +60,8 @@ def compare(report: Report, tokens: Path, skip: list[str]) -> None:
     }
     report.config |= {"num_tokens": limit, "max_n": MAX_N, "max_f_grams": task["max_f_grams"]}
     bound = memory_bound(MAX_N)
-    peers = [name for name in ("polars", "duckdb", "counter") if name not in skip]
+    peers = [name for name in ("polars", "duckdb") if name not in skip and has_peer(name)]
+    peers += [] if "counter" in skip else ["counter"]
     rounds = 2 if report.quick else 3
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in ("ours", *peers)}
     for turn in range(rounds):
@@ -73,9 +75,9 @@ def compare(report: Report, tokens: Path, skip: list[str]) -> None:
         same_answer(runs["ours"][0], runs[name][0], name)
         peer = _median(runs[name], limit)
         target = 50.0 if name == "counter" else 3.0
-        report.add(f"speed_vs_{name}", "tokens/s", ours, peer=peer, peer_name=name, bound=bound, target=target)
+        report.add(f"speed_vs_{name}", "tokens/s", ours, peer, name, bound=bound, target=target)
         report.add(f"peak_bytes_{name}", "B", runs["ours"][0]["peak_bytes"], peer=runs[name][0]["peak_bytes"])
-    if "spark" not in skip and importlib.util.find_spec("pyspark") and shutil.which("java"):
+    if "spark" not in skip and has_peer("pyspark") and shutil.which("java"):
         piece = min(limit, 1_000_000 if report.quick else 10_000_000)
         task |= {"limit": piece, "max_f_grams": piece // TOKENS_PER_F_GRAM}
         here, spark = measured("ours", task), measured("spark", task)
@@ -84,8 +86,8 @@ def compare(report: Report, tokens: Path, skip: list[str]) -> None:
             "speed_vs_spark_local",
             "tokens/s",
             piece / here["seconds"],
-            peer=piece / spark["seconds"],
-            peer_name="spark local",
+            piece / spark["seconds"],
+            "spark local",
             target=3.0,
         )
 
@@ -113,20 +115,12 @@ def growth(report: Report, folder: Path) -> None:
         "cost_growth",
         "s/token",
         seconds_large,
-        peer=seconds_small,
-        peer_name=f"ours at {small / 1e6:.0f} M",
+        seconds_small,
+        f"ours at {small / 1000000.0:.0f} M",
         target=1.5,
         better="lower",
     )
-    report.add(
-        "memory_vs_budget",
-        "B",
-        larger["peak_bytes"],
-        peer=budget,
-        peer_name="budget",
-        target=1.05,
-        better="lower",
-    )
+    report.add("memory_vs_budget", "B", larger["peak_bytes"], budget, "budget", target=1.05, better="lower")
 
 
 def measured(engine: str, task: dict[str, Any]) -> dict[str, Any]:
@@ -156,33 +150,6 @@ def memory_bound(max_n: int) -> float:
         np.copyto(target, source)
         seconds.append(time.perf_counter() - start)
     return 2 * source.nbytes / min(seconds) / ((max_n - 1) * 16)
-
-
-def real_tokens(folder: Path, most: int | None) -> Path:
-    """GPT-2 tokens of the shared Wikipedia as an array file; Zipf tokens where that is not here."""
-    source, tokenizer_folder = shared_data("wikipedia"), shared_data("tokenizers", "gpt2")
-    if source is None or tokenizer_folder is None:
-        print("the shared corpus is not here: counting synthetic tokens instead", file=sys.stderr)
-        return zipf_tokens(folder / "tokens.npy", most or 40_000_000)
-    import zstandard
-    from transformers import GPT2TokenizerFast
-
-    tokenizer = GPT2TokenizerFast(
-        vocab=str(tokenizer_folder / "vocab.json"), merges=str(tokenizer_folder / "merges.txt")
-    ).backend_tokenizer
-    pieces: list[np.ndarray] = []
-    total = 0
-    for path in sorted(source.glob("*.zst")):
-        with path.open("rb") as file, zstandard.ZstdDecompressor().stream_reader(file) as stream:
-            texts = [json.loads(line)["text"] for line in io.TextIOWrapper(stream, encoding="utf-8", newline="\n")]
-        for start in range(0, len(texts), 256):
-            for encoding in tokenizer.encode_batch_fast(texts[start : start + 256], add_special_tokens=False):
-                pieces.append(np.array([*encoding.ids, GPT2_SEPARATOR], np.uint16))
-                total += len(pieces[-1])
-        if most and total >= most:
-            break
-    np.save(folder / "tokens.npy", np.concatenate(pieces)[:most])
-    return folder / "tokens.npy"
 
 
 def zipf_tokens(path: Path, length: int) -> Path:

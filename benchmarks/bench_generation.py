@@ -24,18 +24,14 @@ import numpy as np
 import torch
 from common import PeakMemory, Report, in_child
 from torch import nn
-from training_data import SEPARATOR, VOCAB_SIZE, gpt2_tokens
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers import PreTrainedModel
+from workloads import VOCAB_SIZE, f_grams_of, gpt2_tokens, gpt2_trunk, write_table
 
 from scone.evaluation.speed import wait
 from scone.inference.embedding_table import EmbeddingTable
 from scone.inference.quantization import QUANTIZATIONS, model_bytes, quantize_trunk
-from scone.inference.row_types import RowFormat
-from scone.inference.table_format import TableLayout
-from scone.inference.table_writer import TablePlan, TableWriter
 from scone.models.configuration import SconeConfig
 from scone.models.language_model import SconeForCausalLM
-from scone.tokenization.counting import count_f_grams
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 
 MAX_N = 5
@@ -53,8 +49,7 @@ def main() -> None:
         return
     rows = options["rows"] or (100_000 if report.quick else 1_000_000)
     tokens, source = gpt2_tokens(1 if report.quick else 4)
-    limits: dict[str, Any] = {"vocab_size": VOCAB_SIZE, "max_n": MAX_N, "min_freq": 2, "max_f_grams": rows}
-    vocabulary = count_f_grams([tokens], **limits, separator_ids=[SEPARATOR], quiet=True).vocabulary
+    vocabulary = f_grams_of(tokens, rows)
     options |= {"tokens": source, "rows": vocabulary.num_f_grams, "max_n": MAX_N, "trunk": [WIDTH, LAYERS, HEADS]}
     options |= {"threads": torch.get_num_threads(), "prompt": 64 if report.quick else 256}
     options |= {"steps": 8 if report.quick else 32, "turns": 3 if report.quick else 9}
@@ -62,7 +57,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options["dir"], prefix="bench_generation.") as name:
         folder = Path(name)
         vocabulary.save(folder)
-        write_table(folder / TABLE, vocabulary, trunk_of(options).transformer.wte)
+        rows = rows_of(vocabulary, trunk_of(options).get_input_embeddings())
+        write_table(folder / TABLE, "fp32", vocabulary.num_f_grams, rows)
         subjects = dict(all_subjects(folder, options))
         for batch in BATCHES:
             # int4 and int8 take seconds a step on CPUs
@@ -129,11 +125,9 @@ class Subject:
             self.table.close()
 
 
-def trunk_of(options: dict[str, Any]) -> GPT2LMHeadModel:
+def trunk_of(options: dict[str, Any]) -> PreTrainedModel:
     """GPT-2 small with random weights, the same in every process."""
-    torch.manual_seed(0)
-    config = GPT2Config(vocab_size=VOCAB_SIZE, n_embd=WIDTH, n_layer=LAYERS, n_head=HEADS)
-    model = GPT2LMHeadModel(config).eval().requires_grad_(False)
+    model = gpt2_trunk(WIDTH, LAYERS, HEADS).eval().requires_grad_(False)
     return model.to(options["device"], getattr(torch, options["dtype"]))
 
 
@@ -150,7 +144,7 @@ def placements(num_rows: int) -> dict[str, str]:
 
 
 def subject_of(
-    name: str, trunk: GPT2LMHeadModel, vocabulary: FGramVocabulary, folder: Path, options: dict[str, Any]
+    name: str, trunk: PreTrainedModel, vocabulary: FGramVocabulary, folder: Path, options: dict[str, Any]
 ) -> Subject:
     """The plain trunk, or a SCONE around it (around a quantised copy, for the name of a quantisation)."""
     if name == "plain":
@@ -173,17 +167,12 @@ def subject_of(
     return Subject(model, table)
 
 
-def write_table(path: Path, vocabulary: FGramVocabulary, tokens: nn.Module) -> None:
+def rows_of(vocabulary: FGramVocabulary, tokens: nn.Module) -> Iterator[torch.Tensor]:
     """Rows as training leaves them: the last token's embedding and something of the same scale."""
     weight, random = tokens.weight.detach().float().cpu(), torch.Generator().manual_seed(1)
-    row_format = RowFormat.of("fp32", WIDTH)
-    with TableWriter(path, TablePlan(TableLayout(vocabulary.num_f_grams, row_format), 1, {})) as writer:
-        for first in range(0, vocabulary.num_f_grams, 8192):
-            last = torch.from_numpy(vocabulary.last_tokens[first : first + 8192].astype(np.int64))
-            rows = weight[last] + 0.02 * torch.randn(len(last), WIDTH, generator=random)
-            writer.write(np.arange(first, first + len(last)), row_format.encode(rows))
-        writer.mark_finished(0)
-        writer.finish()
+    for first in range(0, vocabulary.num_f_grams, 8192):
+        last = torch.from_numpy(vocabulary.last_tokens[first : first + 8192].astype(np.int64))
+        yield weight[last] + 0.02 * torch.randn(len(last), WIDTH, generator=random)
 
 
 # ---------------------------------------------------------------------- measurements
@@ -220,7 +209,7 @@ def measure_batch(report: Report, subjects: dict[str, Subject], tokens: np.ndarr
         report.add(f"prefill_vs_plain{at}{suffix}", "tokens/s", **rates, target=target if not at else None)
         seconds = statistics.median(embedding[name])
         where = ("" if batch == 1 else f"_b{batch}") + suffix
-        report.add(f"embedding_us_per_token{where}", "µs", 1e6 * seconds / batch, ratio=None)
+        report.add(f"embedding_us_per_token{where}", "µs", 1000000.0 * seconds / batch, ratio=None)
         report.add(f"embedding_share{where}", "share of a step", seconds / step[name], ratio="ours")
 
 
@@ -229,7 +218,7 @@ def measure_bytes(report: Report, subjects: dict[str, Subject]) -> None:
     plain = model_bytes(subjects["plain"].model)
     for name in ("live", *QUANTIZATIONS):
         size = model_bytes(subjects[name].model)
-        report.add(f"model_bytes_{name}", "bytes", size, peer=plain, peer_name="plain trunk")
+        report.add(f"model_bytes_{name}", "bytes", size, plain, "plain trunk")
     for name, subject in subjects.items():
         if subject.table is not None and name not in QUANTIZATIONS:
             report.add(f"table_ram_bytes_{name}", "bytes", subject.table.memory.ram, ratio=None)
@@ -245,7 +234,7 @@ def measure_peaks(report: Report, folder: Path) -> None:
         plain = plain or found
         for key, peak in found.items():
             if peak is not None:
-                report.add(f"{key}_{name}", "bytes", peak, peer=plain[key], peer_name="plain trunk")
+                report.add(f"{key}_{name}", "bytes", peak, plain[key], "plain trunk")
 
 
 def peak_memory(folder: Path, name: str, options: dict[str, Any]) -> dict[str, int | None]:

@@ -1,6 +1,6 @@
 """Reading rows of an embedding table: our stores warm and cold, beside torch.index_select, fio and LMDB.
 
-    python benchmarks/bench_lookup.py [--quick] [--json FILE] [--rows N] [--dir DIR] [--plot FILE]
+    python benchmarks/bench_lookup.py [--quick] [--json FILE] [--rows N] [--dir DIR]
 
 Rows are 4 KiB (D = 1,024, fp32). Warm batches are Zipf-distributed ranks, as text asks for them; cold ones (page cache
 dropped) are uniform and without repeats, so that a row is a read. fio has as many reads under way as a batch has rows,
@@ -20,14 +20,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import Report, in_child, interleaved
+from common import Report, has_peer, in_child, interleaved
 from lookup_peers import LmdbTable, drop_from_page_cache, fio_reads_per_second
+from workloads import write_table
 
 from scone.inference.embedding_table import EmbeddingTable
-from scone.inference.row_types import ROW_TYPES, RowFormat
+from scone.inference.row_types import ROW_TYPES
 from scone.inference.stores.direct import QUEUE_DEPTH
-from scone.inference.table_format import TableLayout
-from scone.inference.table_writer import TablePlan, TableWriter
 
 WIDTH = 1024
 ROW_BYTES = 4 * WIDTH
@@ -44,13 +43,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options["dir"], prefix="bench_lookup.") as folder:
         table, peer = Path(folder) / "embeddings.cache", Path(folder) / "rows.lmdb"
         print(f"writing {num_rows:,} rows of {ROW_BYTES} bytes", flush=True)
-        _write_table(table, num_rows)
-        LmdbTable.write(peer, _blocks(num_rows), num_rows, ROW_BYTES)
-        _check_same_rows(table, peer, num_rows)
+        write_table(table, "fp32", num_rows, map(torch.from_numpy, _blocks(num_rows)))
+        if has_peer("lmdb"):
+            LmdbTable.write(peer, _blocks(num_rows), num_rows, ROW_BYTES)
+            _check_same_rows(table, peer, num_rows)
         measure_sizes(report, table, peer, num_rows)
         measure_warm(report, table, peer, num_rows)
         measure_cold(report, table, peer, num_rows)
-        measure_cuts(report, table, num_rows, options["plot"])
+        measure_cuts(report, table, num_rows)
     measure_row_types(report)
     measure_perplexity(report)
     report.finish()
@@ -59,7 +59,6 @@ def main() -> None:
 def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", type=int, help="rows of the table (500,000; quick: 100,000)")
     parser.add_argument("--dir", type=Path, default=Path(), help="where the files go: the disk that is measured")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw latency and memory against the cut points")
     parser.add_argument("--skip_perplexity", action="store_true", help="do not train the small model")
 
 
@@ -67,17 +66,6 @@ def _blocks(num_rows: int, block: int = 8192) -> Iterator[np.ndarray]:
     random = np.random.default_rng(0)
     for low in range(0, num_rows, block):
         yield random.standard_normal((min(block, num_rows - low), WIDTH), dtype=np.float32)
-
-
-def _write_table(path: Path, num_rows: int) -> None:
-    row_format = RowFormat.of("fp32", WIDTH)
-    with TableWriter(path, TablePlan(TableLayout(num_rows, row_format), 1, {})) as writer:
-        first = 0
-        for block in _blocks(num_rows):
-            writer.write(np.arange(first, first + len(block)), row_format.encode(torch.from_numpy(block)))
-            first += len(block)
-        writer.mark_finished(0)
-        writer.finish()
 
 
 def _check_same_rows(table: Path, peer: Path, num_rows: int) -> None:
@@ -97,9 +85,9 @@ def _zipf(num_rows: int, count: int, random: np.random.Generator) -> torch.Tenso
 def measure_sizes(report: Report, table: Path, peer: Path, num_rows: int) -> None:
     """Bytes of the files against the rows alone, and against LMDB's."""
     size, payload = table.stat().st_size, num_rows * ROW_BYTES
-    report.add("bytes_vs_payload", "bytes", size, peer=payload, peer_name="rows alone", target=1.01, better="lower")
-    lmdb_bytes = peer.stat().st_blocks * 512
-    report.add("disk_vs_lmdb", "bytes", size, peer=lmdb_bytes, peer_name="LMDB", target=0.55, better="lower")
+    report.add("bytes_vs_payload", "bytes", size, payload, "rows alone", target=1.01, better="lower")
+    lmdb_bytes = peer.stat().st_blocks * 512 if peer.exists() else None
+    report.add("disk_vs_lmdb", "bytes", size, lmdb_bytes, "LMDB", target=0.55, better="lower")
 
 
 def measure_warm(report: Report, table: Path, peer: Path, num_rows: int) -> None:
@@ -112,8 +100,9 @@ def measure_warm(report: Report, table: Path, peer: Path, num_rows: int) -> None
     ):
         whole = ram.rows(torch.arange(num_rows))
         mapped.rows(torch.arange(num_rows))
-        database = LmdbTable(peer)
-        database.rows_into(np.arange(num_rows), np.empty((num_rows, WIDTH), dtype=np.float32))
+        database = LmdbTable(peer) if peer.exists() else None
+        if database:
+            database.rows_into(np.arange(num_rows), np.empty((num_rows, WIDTH), dtype=np.float32))
         for batch in BATCHES:
             ranks, out = _zipf(num_rows, batch, random), torch.empty(batch, WIDTH)
             run: dict[str, Callable[[], object]] = {
@@ -122,8 +111,9 @@ def measure_warm(report: Report, table: Path, peer: Path, num_rows: int) -> None
                 "ram": lambda ranks=ranks, out=out: ram.rows(ranks, out=out),
                 "mmap": lambda ranks=ranks, out=out: mapped.rows(ranks, out=out),
                 "direct": lambda ranks=ranks, out=out: direct.rows(ranks, out=out),
-                "lmdb": lambda ranks=ranks, out=out: database.rows_into(ranks.numpy(), out.numpy()),
             }
+            if database:
+                run["lmdb"] = lambda ranks=ranks, out=out: database.rows_into(ranks.numpy(), out.numpy())
             rates = _rates(run, batch, repeats=200 if batch <= 16 else 20)
             suffix = "" if batch == BATCHES[-1] else f"_b{batch}"
             for name, store, target in (
@@ -134,14 +124,15 @@ def measure_warm(report: Report, table: Path, peer: Path, num_rows: int) -> None
                     name + suffix,
                     "rows/s",
                     rates[store],
-                    peer=rates["index_select"],
-                    peer_name="torch.index_select",
+                    rates["index_select"],
+                    "torch.index_select",
                     bound=rates["copy"],
                     target=None if batch == 1 else target,
                 )
-            report.add(f"mmap_warm_vs_lmdb{suffix}", "rows/s", rates["mmap"], peer=rates["lmdb"], peer_name="LMDB")
+            report.add(f"mmap_warm_vs_lmdb{suffix}", "rows/s", rates["mmap"], rates.get("lmdb"), "LMDB")
             report.add(f"direct_rows_per_second{suffix}", "rows/s", rates["direct"], ratio=None)
-        database.close()
+        if database:
+            database.close()
 
 
 def _rates(run: dict[str, Callable[[], object]], batch: int, repeats: int) -> dict[str, float]:
@@ -169,8 +160,8 @@ def measure_cold(report: Report, table: Path, peer: Path, num_rows: int) -> None
             times["direct"] += direct[1:]
             times["mmap"] += _cold(table, "mmap", batches)[1:]
             times["mmap_prefetched"] += _cold(table, "mmap", batches, prefetch=True)[1:]
-            times["lmdb"] += _cold_lmdb(peer, batches)[1:]
-        rates = {name: batch / statistics.median(values) for name, values in times.items()}
+            times["lmdb"] += _cold_lmdb(peer, batches)[1:] if peer.exists() else []
+        rates = {name: batch / statistics.median(values) for name, values in times.items() if values}
         _report_cold(report, batch, rates, batch / statistics.median(first), fio)
 
 
@@ -185,7 +176,7 @@ def _report_cold(
     named = {"peer": batched, "peer_name": "fio, waiting for each batch", "bound": batched}
     if batch <= QUEUE_DEPTH:  # a larger one is several of fio's
         report.add(f"direct_cold_vs_fio_in_batches{suffix}", "rows/s", rates["direct"], **named)
-    named = {"peer": rates["lmdb"], "peer_name": "LMDB"}
+    named = {"peer": rates.get("lmdb"), "peer_name": "LMDB"}
     report.add(f"cold_speed_vs_lmdb{suffix}", "rows/s", rates["direct"], **named, target=3.0)
     report.add(f"mmap_cold_vs_lmdb{suffix}", "rows/s", rates["mmap"], **named)
     report.add(f"mmap_cold_prefetched_vs_lmdb{suffix}", "rows/s", rates["mmap_prefetched"], **named)
@@ -219,10 +210,9 @@ def _cold_lmdb(peer: Path, batches: list[torch.Tensor]) -> list[float]:
     return seconds
 
 
-def measure_cuts(report: Report, table: Path, num_rows: int, plot: Path | None) -> None:
+def measure_cuts(report: Report, table: Path, num_rows: int) -> None:
     """Latency of a batch of 1,024 Zipf ranks, and memory, as the cut between RAM and disk moves."""
     random = np.random.default_rng(3)
-    points = []
     for share in (0.0, 0.001, 0.01, 0.1, 0.5, 1.0):
         kept = round(num_rows * share)
         with EmbeddingTable.open(table, f"ram:{kept},disk") as tiered:
@@ -232,32 +222,8 @@ def measure_cuts(report: Report, table: Path, num_rows: int, plot: Path | None) 
                 start = time.perf_counter()
                 tiered.rows(ranks)
                 times.append(time.perf_counter() - start)
-            points.append((share, statistics.median(times[2:]) * 1e6, tiered.memory.ram))
-    for share, latency, memory in points:
-        report.add(f"tiered_us_b1024_ram_{share:g}", "µs", latency, ratio=None)
-        report.add(f"tiered_ram_bytes_{share:g}", "bytes", memory, ratio=None)
-    if plot:
-        _draw(points, plot)
-
-
-def _draw(points: list[tuple[float, float, int]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(8, 3), layout="constrained")
-    shares = [100 * share for share, _, _ in points]
-    values = ([latency / 1000 for _, latency, _ in points], [memory / 2**20 for _, _, memory in points])
-    for place, heights, title in zip(axes, values, ("milliseconds for 1,024 rows", "RAM, MiB"), strict=True):
-        place.plot(shares, heights, "o-", color="tab:blue")
-        place.set_xscale("symlog", linthresh=0.1)
-        place.set_xticks(shares, [f"{share:g}" for share in shares])
-        place.set(title=title, xlabel="first rows kept in RAM, % of the table", ylim=(0, None))
-        place.spines[["top", "right"]].set_visible(False)
-        place.grid(axis="y", alpha=0.3)
-    figure.savefig(path, dpi=150)
-    print(f"plot: {path}")
+            report.add(f"tiered_us_b1024_ram_{share:g}", "µs", statistics.median(times[2:]) * 1000000.0, ratio=None)
+            report.add(f"tiered_ram_bytes_{share:g}", "bytes", tiered.memory.ram, ratio=None)
 
 
 def measure_row_types(report: Report) -> None:
@@ -268,12 +234,8 @@ def measure_row_types(report: Report) -> None:
     with tempfile.TemporaryDirectory(dir=report.config["dir"], prefix="bench_lookup.") as folder:
         tables = {}
         for row_type in ROW_TYPES:
-            row_format = RowFormat.of(row_type, WIDTH)
             path = Path(folder) / row_type
-            with TableWriter(path, TablePlan(TableLayout(num_rows, row_format), 1, {})) as writer:
-                writer.write(np.arange(num_rows), row_format.encode(rows))
-                writer.mark_finished(0)
-                writer.finish()
+            write_table(path, row_type, num_rows, [rows])
             tables[row_type] = EmbeddingTable.open(path, "ram")
         run: dict[str, Callable[[], object]] = {
             row_type: lambda table=table: table.rows(ranks, out=out) for row_type, table in tables.items()
@@ -296,8 +258,8 @@ def measure_perplexity(report: Report) -> None:
             f"{row_type}_perplexity",
             "perplexity",
             found[row_type],
-            peer=found["fp32"],
-            peer_name="fp32 table",
+            found["fp32"],
+            "fp32 table",
             target=target,
             better="lower",
         )

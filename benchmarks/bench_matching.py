@@ -1,4 +1,4 @@
-"""Matching tokens to f-grams: tokens per second per core against a dictionary, Aho–Corasick and the plain automaton.
+"""Matching tokens to f-grams: tokens per second per core against a dictionary and Aho–Corasick.
 
 Real tokens (Wikipedia, GPT-2's tokenizer) where the maintainers' data is present, else synthetic Zipf tokens. The
 f-grams are counted on one part, matching is timed on the rest, on one thread. The bound is the time to read the cache
@@ -14,11 +14,11 @@ import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from common import Report, interleaved, shared_data
+from common import Report, has_peer, interleaved
 from numba import njit
+from workloads import f_grams_of, gpt2_tokens
 
-from scone.kernels.child_index import find_child, hash_key, home_slot
-from scone.tokenization.counting import count_f_grams
+from scone.kernels.child_index import hash_key, home_slot
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 from scone.tokenization.matcher import Matcher
 
@@ -31,24 +31,19 @@ BATCH = 64
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the benchmark."""
     report = Report.from_arguments("matching", __doc__, argv, _add_options)
-    corpus, vocab_size, separator, origin = tokens_to_match(report.quick)
+    corpus, origin = gpt2_tokens(QUICK_FILES if report.quick else None)
     held_out = np.asarray(corpus[-report.config["matched_tokens"] :]).astype(np.int64)
     counted = corpus[: -len(held_out)]
     report.config |= {"tokens": origin, "counted_tokens": len(counted), "max_n": MAX_N}
     with tempfile.TemporaryDirectory() as folder:
         print(f"counting f-grams in {len(counted):,} tokens ({origin})", flush=True)
-        largest = count_f_grams(
-            [counted],
-            vocab_size=vocab_size,
-            max_n=MAX_N,
-            min_freq=1 if report.quick else 2,
-            max_f_grams=10_000_000,
-            separator_ids=[separator],
-        ).vocabulary
+        largest = f_grams_of(counted, 10_000_000, min_freq=1 if report.quick else 2)
         largest.save(f"{folder}/10m")
         largest.truncated(1_000_000).save(f"{folder}/1m")
         del largest
-        measure_size(report, "1m", FGramVocabulary.load(f"{folder}/1m"), held_out, with_aho_corasick=True)
+        measure_size(
+            report, "1m", FGramVocabulary.load(f"{folder}/1m"), held_out, with_aho_corasick=has_peer("ahocorasick")
+        )
         start = time.perf_counter()
         vocabulary = FGramVocabulary.load(f"{folder}/10m")
         opening_seconds = time.perf_counter() - start
@@ -64,34 +59,6 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--matched_tokens", type=int, default=2_000_000, help="tokens that are matched, not counted")
 
 
-def tokens_to_match(quick: bool) -> tuple[np.ndarray, int, int, str]:
-    """Tokens [n], vocabulary size, separator, and what they are."""
-    text, tokenizer_folder = shared_data("wikipedia"), shared_data("tokenizers", "gpt2")
-    if text is None or tokenizer_folder is None:
-        return *zipf_tokens(12_000_000 if quick else 43_000_000), "synthetic Zipf tokens"
-    from scone.data.prepare import prepare_corpus
-    from scone.tokenization.tokenizers import document_separator_id, load_tokenizer
-
-    tokenizer = load_tokenizer(tokenizer_folder)
-    sources = sorted(text.glob("part-*"))[:QUICK_FILES] if quick else [text]
-    files = [prepare_corpus(str(source), tokenizer, splits=("all",))["all"] for source in sources]
-    tokens = np.concatenate([file.tokens for file in files])
-    return tokens, len(tokenizer), document_separator_id(tokenizer), "Wikipedia, GPT-2's tokenizer"
-
-
-def zipf_tokens(num_tokens: int, vocab_size: int = 50_257) -> tuple[np.ndarray, int, int]:
-    """Tokens of Zipf frequencies in which phrases recur: half of all tokens repeat what followed some earlier place."""
-    random = np.random.default_rng(0)
-    weights = 1 / np.arange(1, vocab_size)
-    phrases = random.choice(vocab_size - 1, (1 << 18, 8), p=weights / weights.sum()).astype(np.uint16)
-    chosen = random.zipf(1.2, num_tokens // 4) % len(phrases)
-    pieces = phrases[chosen][:, :4]
-    fresh = random.choice(vocab_size - 1, pieces.shape[0], p=weights / weights.sum())
-    pieces[:, 3] = np.where(random.random(len(pieces)) < 0.5, fresh, pieces[:, 3])
-    pieces[:: 1 << 8, 0] = vocab_size - 1
-    return pieces.reshape(-1), vocab_size, vocab_size - 1
-
-
 def measure_size(
     report: Report, name: str, vocabulary: FGramVocabulary, tokens: np.ndarray, with_aho_corasick: bool
 ) -> None:
@@ -101,7 +68,6 @@ def measure_size(
     few = tokens[:PEER_TOKENS]
     slots, ranks = lines_read(tokens, nodes, vocabulary)
     index = vocabulary.index
-    automaton = np.empty(len(tokens), np.int64)
     f_grams = [
         tuple(row[:length])
         for row, length in zip(
@@ -117,49 +83,30 @@ def measure_size(
     runs: dict[str, Callable[[], object]] = {
         "ours": lambda: matcher.match(tokens, num_threads=1),
         "bound": lambda: read_lines(index.slots, vocabulary.keys.reshape(-1), slots, ranks),
-        "automaton": lambda: follow_automaton(
-            vocabulary.keys,
-            vocabulary.suffixes,
-            index.slots,
-            index.rank_bits,
-            index.max_probes,
-            vocabulary.vocab_size,
-            tokens,
-            automaton,
-        ),
     }
     for peer, match in peers.items():
         runs[peer] = lambda peer=peer, match=match: results.update({peer: match(tuple(few.tolist()))})
     seconds = interleaved(runs, repeats=report.config["repeats"])
     for peer, result in results.items():
         assert result == nodes[: len(few)].tolist(), f"{peer} found other matches"
-    assert (automaton == nodes).all(), "the automaton found other matches"
     speed = {run: (len(few) if run in peers else len(tokens)) / seconds[run] for run in runs}
     report.config |= {f"match_rate_{name}": float((nodes >= vocabulary.vocab_size).mean())}
     report.add(
         f"tokens_per_second_{name}",
         "tokens/s",
         speed["ours"],
-        peer=speed["dictionary probing"],
-        peer_name="dictionary probing",
+        speed["dictionary probing"],
+        "dictionary probing",
         bound=speed["bound"],
         target=50,
-    )
-    report.add(
-        f"speed_vs_automaton_{name}",
-        "tokens/s",
-        speed["ours"],
-        peer=speed["automaton"],
-        peer_name="ours, by suffix links",
-        bound=speed["bound"],
     )
     if with_aho_corasick:
         report.add(
             "speed_vs_aho_corasick",
             "tokens/s",
             speed["ours"],
-            peer=speed["pyahocorasick"],
-            peer_name="pyahocorasick",
+            speed["pyahocorasick"],
+            "pyahocorasick",
             bound=speed["bound"],
             target=3,
         )
@@ -220,22 +167,6 @@ def aho_corasick_matcher(f_grams: list[tuple[int, ...]], vocab_size: int) -> Cal
         return nodes
 
     return match
-
-
-@njit
-def follow_automaton(keys, suffixes, slots, bits, max_probes, vocab_size, tokens, nodes):
-    """The other way of matching: one state, following (state, token) or falling back along suffix links."""
-    state = np.int64(-1)
-    for position in range(len(tokens)):
-        token = tokens[position]
-        found = token
-        while state >= 0:
-            rank = find_child(keys, slots, bits, max_probes, state, token)
-            if rank >= 0:
-                found = vocab_size + rank
-                break
-            state = np.int64(-1) if state < vocab_size else np.int64(suffixes[state - vocab_size])
-        nodes[position] = state = found
 
 
 def lines_read(tokens: np.ndarray, nodes: np.ndarray, vocabulary: FGramVocabulary) -> tuple[np.ndarray, np.ndarray]:

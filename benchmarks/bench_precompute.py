@@ -2,7 +2,7 @@
 
     python benchmarks/bench_precompute.py [--quick] [--json FILE] [--f_grams N] [--f_gram_model small] [--dir DIR]
 
-The f-grams (N = 5) are those of Wikipedia's (or Python's standard library's) words. The padded reference runs the same
+The f-grams (N = 5) are those of Wikipedia's most frequent tokens. The padded reference runs the same
 f-gram model over each f-gram alone, padded to N tokens, in batches of its best size. Both compute with one thread: that
 is how precomputing uses a processor, a chunk to each core.
 """
@@ -19,12 +19,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from common import Report, in_child, interleaved
-from table_perplexity import words
+from workloads import f_grams_of, gpt2_tokens, gpt2_trunk, most_frequent
 
 from scone.inference.precompute import ROWS_PER_BATCH_UNIT, precompute_table
 from scone.models.f_gram_model import padded_f_gram_model
 from scone.models.language_model import SconeForCausalLM
-from scone.tokenization.counting import count_f_grams
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 
 VOCAB_SIZE, MAX_N = 16_384, 5
@@ -45,9 +44,8 @@ def main() -> None:
     options = report.config
     num_f_grams = options["f_grams"] or (300_000 if report.quick else 1_000_000)
     size = options["f_gram_model"] or ("tiny" if report.quick else "small")
-    tokens = words(VOCAB_SIZE, parts=2 if report.quick else 6)
-    limits = {"vocab_size": VOCAB_SIZE, "max_n": MAX_N, "min_freq": 2, "max_f_grams": num_f_grams}
-    vocabulary = count_f_grams([tokens], **limits, separator_ids=(), quiet=True).vocabulary
+    tokens = most_frequent(gpt2_tokens(2 if report.quick else 6)[0], VOCAB_SIZE)
+    vocabulary = f_grams_of(tokens, num_f_grams, (), vocab_size=VOCAB_SIZE)
     model = _model(vocabulary, size)
     options |= {"f_grams": vocabulary.num_f_grams, "f_gram_model": size, "max_n": MAX_N, "vocab_size": VOCAB_SIZE}
     options["mean_length"] = float(np.mean(vocabulary.lengths))
@@ -67,20 +65,12 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 def _model(vocabulary: FGramVocabulary, size: str) -> SconeForCausalLM:
     """A SCONE whose trunk is only its token embedding's width: it plays no part here."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    torch.manual_seed(0)
-    hidden, layers, heads, intermediate = SIZES[size]
-    config = GPT2Config(
-        vocab_size=vocabulary.vocab_size, n_embd=hidden, n_layer=1, n_head=heads, bos_token_id=0, eos_token_id=0
-    )
-    sizes = {
-        "hidden_size": hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "intermediate_size": intermediate,
-    }
-    return SconeForCausalLM.from_trunk(GPT2LMHeadModel(config), vocabulary, f_gram_model=sizes).eval()
+    width, *rest = SIZES[size]
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    trunk = gpt2_trunk(width, 1, rest[1], vocab_size=vocabulary.vocab_size)
+    return SconeForCausalLM.from_trunk(
+        trunk, vocabulary, f_gram_model=dict(zip(names, SIZES[size], strict=True))
+    ).eval()
 
 
 def _chunk_nodes(vocabulary: FGramVocabulary, batch_size: int = 32) -> list[torch.Tensor]:
@@ -98,8 +88,8 @@ def measure_tokens(report: Report, model: SconeForCausalLM) -> None:
         "model_tokens_per_f_gram",
         "tokens",
         tokens / vocabulary.num_f_grams,
-        peer=float(MAX_N),
-        peer_name="padded",
+        float(MAX_N),
+        "padded",
         ratio="ours",
         target=1.05,
         better="lower",
@@ -123,12 +113,7 @@ def measure_speed(report: Report, model: SconeForCausalLM) -> None:
     torch.set_num_threads(threads)
     best = min(value for name, value in seconds.items() if name.startswith("padded"))
     report.add(
-        "speed_vs_padded",
-        "f-grams/s a core",
-        len(chunk) / seconds["shared"],
-        peer=len(chunk) / best,
-        peer_name="padded",
-        target=2.5,
+        "speed_vs_padded", "f-grams/s a core", len(chunk) / seconds["shared"], len(chunk) / best, "padded", target=2.5
     )
 
 
@@ -173,15 +158,7 @@ def measure_memory(report: Report, vocabulary: FGramVocabulary, folder: Path) ->
         path = part.save(folder / f"f_grams_{divisor}.safetensors")
         found = in_child(Path(__file__), ["child", str(path), "tiny", str(folder / f"table_{divisor}")])
         peaks[divisor] = found["peak_bytes"]
-    report.add(
-        "memory_growth",
-        "bytes",
-        peaks[1],
-        peer=peaks[10],
-        peer_name="a tenth of the rows",
-        target=1.1,
-        better="lower",
-    )
+    report.add("memory_growth", "bytes", peaks[1], peaks[10], "a tenth of the rows", target=1.1, better="lower")
 
 
 def _child(vocabulary_path: Path, size: str, table: Path) -> dict[str, int]:

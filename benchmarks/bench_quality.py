@@ -21,7 +21,7 @@ import math
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ from scone.utils.files import read_json
 RESULTS = REPOSITORY / "docs" / "results" / "main_claim_best.json"
 DOUBLED = (1.8, 2.3)
 """What counts as twice the inference FLOPs."""
+OUTSIDE = "plain: budget outside its runs"
 QUICK_SECONDS = 270
 
 
@@ -88,83 +89,57 @@ def compare(report: Report, experiment: dict[str, Any]) -> None:
         return
     best = best_of(ours)
     report.config["best"] = best.name
-    against_plain(report, results, best, tests)
-    against_peers(report, results, best.num_f_grams, tests)
+    measure(report, results, best, tests)
     for size in sizes:
-        suffix = f"_{short(size)}"
         at_size = best_of([result for result in ours if result.num_f_grams == size])
-        report.config[f"best{suffix}"] = at_size.name
-        against_plain(report, results, at_size, tests, suffix)
-        against_peers(report, results, size, tests, suffix)
+        report.config[f"best_{short(size)}"] = at_size.name
+        measure(report, results, at_size, tests, f"_{short(size)}")
     for test in tests:
-        against_plain(report, results, best, [test], f"_{test}")
+        measure(report, results, best, [test], f"_{test}", PLAIN_PEERS)
 
 
-def against_plain(
-    report: Report, results: Sequence[RunResult], ours: RunResult, tests: Sequence[str], suffix: str = ""
+PLAIN_PEERS = {"plain_equal_tokens": 0.90, "plain_equal_train_flops": 0.97, "doubled_plain": 1.0}
+EQUAL_ROWS = {"over_encoding": 0.98, "rows_only": 1.0, "model_only": 1.0}
+"""Peer in the metric's name → target."""
+
+
+def measure(
+    report: Report,
+    results: Sequence[RunResult],
+    ours: RunResult,
+    tests: Sequence[str],
+    suffix: str = "",
+    targets: Mapping[str, float] = PLAIN_PEERS | EQUAL_ROWS,
 ) -> None:
-    """Equal tokens, equal training FLOPs, and the doubled plain trunk."""
-    own = mean_loss(ours, tests)
+    """Records of one run of ours against its peers; without a peer the ratio is null, and no target met or missed."""
+    at_size = [result for result in results if result.num_f_grams == ours.num_f_grams]
     plain = [result for result in results if result.kind == PLAIN and same_tokens(result, ours)]
-    same = [result for result in plain if math.isclose(flops_ratio(result, ours), 1, rel_tol=0.02)]
-    doubled = [result for result in plain if DOUBLED[0] <= flops_ratio(result, ours) <= DOUBLED[1]]
-    best_same = [best_of(same)] if same else []
-    add(report, f"perplexity_vs_plain_equal_tokens{suffix}", own, loss_of(best_same, tests), name_of(best_same), 0.90)
-    budget = plain_loss_at(results, ours.training_flops or 1.0, tests)
-    name = "plain at equal training FLOPs" if budget is not None else "plain: budget outside its runs"
-    add(report, f"perplexity_vs_plain_equal_train_flops{suffix}", own, budget, name, 0.97)
-    best_doubled = [min(doubled, key=lambda result: mean_loss(result, tests))] if doubled else []
-    add(report, f"perplexity_vs_doubled_plain{suffix}", own, loss_of(best_doubled, tests), name_of(best_doubled), 1.0)
+    times = {result.name: _flops(result) / _flops(ours) for result in plain}
+    peers: dict[str, list[RunResult]] = {
+        "plain_equal_tokens": [result for result in plain if math.isclose(times[result.name], 1, rel_tol=0.02)],
+        "doubled_plain": [result for result in plain if DOUBLED[0] <= times[result.name] <= DOUBLED[1]],
+    }
+    for name, kind in {"over_encoding": OVER_ENCODING, "rows_only": ROWS, "model_only": MODEL}.items():
+        peers[name] = [result for result in at_size if family(result.kind) == kind]
+    for name, target in targets.items():
+        if name == "plain_equal_train_flops":
+            loss = plain_loss_at(results, ours.training_flops or 1.0, tests)
+            peer_name: str | None = "plain at equal training FLOPs" if loss is not None else OUTSIDE
+        elif peers[name]:
+            hardest = min(peers[name], key=lambda result: mean_loss(result, tests))
+            peer = hardest if name == "doubled_plain" else best_of(peers[name])
+            seeds = len(peer.facts["seeds"])
+            loss, peer_name = mean_loss(peer, tests), peer.name + (f", {seeds} seeds" if seeds > 1 else "")
+        else:
+            loss, peer_name = None, None
+        value = None if loss is None else math.exp(loss)
+        own = math.exp(mean_loss(ours, tests))
+        metric = f"perplexity_vs_{name}{suffix}"
+        report.add(metric, "perplexity", own, value, peer_name, target=target, better="lower")
 
 
-def against_peers(
-    report: Report, results: Sequence[RunResult], size: int | None, tests: Sequence[str], suffix: str = ""
-) -> None:
-    """Over-encoding, rows alone and the f-gram model alone, at equal rows."""
-    at_size = [result for result in results if result.num_f_grams == size]
-    ours = best_of([result for result in at_size if family(result.kind) in OURS])
-    own = mean_loss(ours, tests)
-    for metric, kind, target in (
-        ("perplexity_vs_over_encoding", OVER_ENCODING, 0.98),
-        ("perplexity_vs_rows_only", ROWS, 1.0),
-        ("perplexity_vs_model_only", MODEL, 1.0),
-    ):
-        peers = [result for result in at_size if family(result.kind) == kind]
-        best = [best_of(peers)] if peers else []
-        add(report, f"{metric}{suffix}", own, loss_of(best, tests), name_of(best), target)
-
-
-def add(
-    report: Report, metric: str, own_loss: float, peer_loss: float | None, peer_name: str | None, target: float
-) -> None:
-    """One record of perplexities; without a peer, the ratio is null and no target is met or missed."""
-    report.add(
-        metric,
-        "perplexity",
-        math.exp(own_loss),
-        peer=None if peer_loss is None else math.exp(peer_loss),
-        peer_name=peer_name,
-        target=target,
-        better="lower",
-    )
-
-
-def flops_ratio(result: RunResult, reference: RunResult) -> float:
-    """Inference FLOPs as a multiple of the reference's."""
-    return (result.inference_flops_per_token or 0.0) / (reference.inference_flops_per_token or 1.0)
-
-
-def loss_of(found: Sequence[RunResult], tests: Sequence[str]) -> float | None:
-    """Mean loss of the first, None where there is none."""
-    return mean_loss(found[0], tests) if found else None
-
-
-def name_of(found: Sequence[RunResult]) -> str | None:
-    """Name of the first, with its number of seeds."""
-    if not found:
-        return None
-    seeds = len(found[0].facts["seeds"])
-    return found[0].name + (f", {seeds} seeds" if seeds > 1 else "")
+def _flops(result: RunResult) -> float:
+    return result.inference_flops_per_token or 1.0
 
 
 def short(size: int) -> str:

@@ -19,17 +19,15 @@ import numpy as np
 import torch
 from common import PeakMemory, Report, interleaved
 from torch import Tensor
-from training_data import SEPARATOR, VOCAB_SIZE, gpt2_tokens
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
+from workloads import SEPARATOR, VOCAB_SIZE, TrainingStep, f_grams_of, gpt2_tokens, gpt2_trunk
 
 from scone.data.collator import Collator
 from scone.models.accounting import f_gram_forward_flops, trunk_forward_flops
 from scone.models.f_gram_config import FGramModelConfig
 from scone.models.f_gram_model import FGramModel, padded_f_gram_model
 from scone.models.language_model import SconeForCausalLM
-from scone.tokenization.counting import count_f_grams
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
-from scone.training.optimizer import AdamWWithRows, learned_rows
 
 MAX_N, NUM_F_GRAMS, MOST_ROWS = 5, 1_000_000, 4_000_000
 SEQUENCE_LENGTH = 512
@@ -43,8 +41,7 @@ def main() -> None:
     tokens, source = gpt2_tokens(3 if report.quick else None, options["tokens"])
     print(f"{len(tokens):,} tokens ({source})", flush=True)
     started = time.perf_counter()
-    limits: dict[str, Any] = {"vocab_size": VOCAB_SIZE, "max_n": MAX_N, "min_freq": 2, "max_f_grams": MOST_ROWS}
-    large = count_f_grams([tokens], **limits, separator_ids=[SEPARATOR], quiet=True).vocabulary
+    large = f_grams_of(tokens, MOST_ROWS)
     vocabulary = large.truncated(min(NUM_F_GRAMS, large.num_f_grams))
     seconds = time.perf_counter() - started
     print(f"{large.num_f_grams:,} f-grams in {seconds:.0f} s", flush=True)
@@ -121,8 +118,8 @@ def measure_sharing(
         "f_gram_forward_backward_speedup_16k",
         "s",
         seconds["ours"],
-        peer=seconds["padded"],
-        peer_name="padded, every position",
+        seconds["padded"],
+        "padded, every position",
         ratio="peer/ours",
         target=6.0,
     )
@@ -130,8 +127,8 @@ def measure_sharing(
         "f_gram_speedup_over_padded_distinct_16k",
         "s",
         seconds["ours"],
-        peer=seconds["distinct"],
-        peer_name="padded, every distinct f-gram",
+        seconds["distinct"],
+        "padded, every distinct f-gram",
         ratio="peer/ours",
     )
     peaks = []
@@ -139,9 +136,7 @@ def measure_sharing(
         with PeakMemory() as peak:
             step()
         peaks.append(peak.growth_bytes / 2**20)
-    report.add(
-        "f_gram_peak_memory_16k", "MiB", peaks[0], peer=peaks[1], peer_name="padded, every position", ratio="peer/ours"
-    )
+    report.add("f_gram_peak_memory_16k", "MiB", peaks[0], peaks[1], "padded, every position", ratio="peer/ours")
 
 
 def _padded(f_grams: Tensor, vocabulary: FGramVocabulary) -> tuple[Tensor, Tensor]:
@@ -160,32 +155,8 @@ def _padded(f_grams: Tensor, vocabulary: FGramVocabulary) -> tuple[Tensor, Tenso
     return torch.from_numpy(np.take_along_axis(backwards, columns, 1)), torch.from_numpy(lengths)
 
 
-class Step:
-    """Whole training steps of one model: forward, backward, clipping, optimizer; on prepared batches in turn."""
-
-    def __init__(self, model: PreTrainedModel, prepared: list[Batch], rows_learning_rate: float = 1e-3) -> None:
-        self.model = model.train()
-        self.batches = itertools.cycle(prepared)
-        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.optimizer = AdamWWithRows(
-            [{"params": parameters, "lr": 1e-4}], rows=learned_rows(model), rows_learning_rate=rows_learning_rate
-        )
-
-    def __call__(self) -> None:
-        self.model(**next(self.batches)).loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-
 def _trunk(sizes: dict[str, int]) -> PreTrainedModel:
-    torch.manual_seed(0)
-    special = {"bos_token_id": SEPARATOR, "eos_token_id": SEPARATOR}
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", vocab_size=VOCAB_SIZE, **sizes, **special))
-
-
-def _without_trie(batch: Batch) -> Batch:
-    return {name: value for name, value in batch.items() if name != "trie"}
+    return gpt2_trunk(*sizes.values(), bos_token_id=SEPARATOR, eos_token_id=SEPARATOR)
 
 
 def measure_steps(
@@ -195,11 +166,14 @@ def measure_steps(
     source = batches(tokens, vocabulary, positions)
     prepared = list(itertools.islice(source, 3))
     plain = _trunk(trunk)
-    steps: dict[str, Callable[[], object]] = {"plain": Step(plain, [_without_trie(batch) for batch in prepared])}
+    without_trie = [{name: value for name, value in batch.items() if name != "trie"} for batch in prepared]
+    steps: dict[str, Callable[[], object]] = {"plain": TrainingStep(plain, without_trie)}
     predicted = {}
     for scale in (0.5, 1.0, 2.0):
         sizes = _f_gram_sizes(trunk, scale)
-        steps[f"{scale}x"] = Step(SconeForCausalLM.from_trunk(_trunk(trunk), vocabulary, f_gram_model=sizes), prepared)
+        steps[f"{scale}x"] = TrainingStep(
+            SconeForCausalLM.from_trunk(_trunk(trunk), vocabulary, f_gram_model=sizes), prepared
+        )
         predicted[scale] = 1 + _f_gram_flops(sizes, prepared) / trunk_forward_flops(plain.config, SEQUENCE_LENGTH)
     steps["trie"] = lambda: next(source)
     plain_source = batches(tokens, None, positions)
@@ -212,8 +186,8 @@ def measure_steps(
             name if positions == report.config["positions"][0] else f"{name}_{positions}",
             "plain steps",
             measured,
-            peer=expected,
-            peer_name=f"predicted from FLOPs, {positions:,} positions",
+            expected,
+            f"predicted from FLOPs, {positions:,} positions",
             target=1.15 if scale == 1.0 else None,
             better="lower",
         )
@@ -221,8 +195,8 @@ def measure_steps(
         "trie_build_share" if positions == report.config["positions"][0] else f"trie_build_share_{positions}",
         "s",
         seconds["trie"] - seconds["tokens"],
-        peer=seconds["1.0x"],
-        peer_name=f"step of {positions:,} positions",
+        seconds["1.0x"],
+        f"step of {positions:,} positions",
         target=0.05,
         better="lower",
     )
@@ -252,23 +226,17 @@ def measure_rows(report: Report, tokens: np.ndarray, large: FGramVocabulary, tru
         model = _trunk(trunk)
         if num_rows:
             model = SconeForCausalLM.from_trunk(model, vocabulary, f_gram_model=None, learned_rows=num_rows)
-        steps[str(num_rows)] = Step(model, prepared)
+        steps[str(num_rows)] = TrainingStep(model, prepared, rows_learning_rate=1e-3)
     seconds = interleaved(steps, repeats)
     report.add(
-        "rows_step_overhead",
-        "s",
-        seconds[str(NUM_F_GRAMS)],
-        peer=seconds["0"],
-        peer_name="plain step",
-        target=1.1,
-        better="lower",
+        "rows_step_overhead", "s", seconds[str(NUM_F_GRAMS)], seconds["0"], "plain step", target=1.1, better="lower"
     )
     report.add(
         "rows_step_growth",
         "s",
         seconds[str(MOST_ROWS)],
-        peer=seconds["100000"],
-        peer_name="step with 100,000 rows",
+        seconds["100000"],
+        "step with 100,000 rows",
         target=1.1,
         better="lower",
     )

@@ -4,7 +4,7 @@ A benchmark is a script ``bench_NAME.py`` that makes one ``Report``, adds record
 
     report = Report.from_arguments("counting", __doc__)
     times = interleaved({"ours": run_ours, "polars": run_polars}, repeats=3)
-    report.add("speed_vs_polars", "tokens/s", ours=..., peer=..., peer_name="polars", target=3.0)
+    report.add("speed_vs_polars", "tokens/s", ours, theirs, "polars", target=3.0)
     report.finish()
 """
 
@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -80,9 +81,9 @@ class Report:
         metric: str,
         unit: str,
         ours: float | None,
-        *,
         peer: float | None = None,
         peer_name: str | None = None,
+        *,
         bound: float | None = None,
         ratio: float | Literal["ours/peer", "peer/ours", "ours"] | None = "ours/peer",
         target: float | None = None,
@@ -203,6 +204,14 @@ def in_child(script: Path, arguments: Sequence[str], timeout_seconds: float | No
     if done.returncode:
         raise RuntimeError(f"{script.name} {' '.join(arguments)} exited with {done.returncode}: {done.stderr[-2000:]}")
     return json.loads(done.stdout.strip().split("\n")[-1])
+
+
+def has_peer(package: str) -> bool:
+    """Whether a library that ours is compared with is there; says so where it is not, and the rest goes on."""
+    if found := find_spec(package) is not None:
+        return found
+    print(f"{package}: not installed (pip install --requirement benchmarks/requirements.txt); left out", flush=True)
+    return False
 
 
 def shared_data(*parts: str) -> Path | None:

@@ -1,10 +1,9 @@
 """Fill the tables of README.md and docs/ from the JSON of real runs, so that no number is typed by hand.
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->`` and is made from ``docs/results/NAME.json``:
-a benchmark's report (``benchmarks/common.py``), a demo's ``report.json`` or an experiment (``experiments/run.py``).
-``NAME__summary`` gives of a benchmark's records those that have a target, and of an experiment's runs the plain ones
-and those with the most f-grams; ``NAME__groups_PLAIN_ROWS_BOTH`` losses of three runs by the f-grams that end at a
-position; ``NAME__graphs`` and ``NAME__trunk_graphs`` see `tables.generation_tables`.
+a benchmark's report (``benchmarks/common.py``) or a demo's ``report.json``. ``NAME__summary`` gives of a benchmark's
+records those that have a target; ``NAME__graphs`` see `tables.generation_tables`;
+``recipe__VIEW`` see `recipe_table`. Tables of finished experiments have no such marks: nothing measures them again.
 
     python benchmarks/fill_tables.py            fill them
     python benchmarks/fill_tables.py --check    exit 1 if one is out of date
@@ -20,7 +19,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "docs" / "results"
-sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks"), str(REPOSITORY / "experiments")]
+sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks")]
 
 import tables  # noqa: E402
 from recipe_table import recipe_table  # noqa: E402
@@ -54,9 +53,6 @@ def table(name: str) -> str:
     report = json.loads(path.read_text(encoding="utf-8"))
     if "screens" in report:
         return recipe_table(report, view)
-    if view.startswith("groups"):  # __groups_PLAIN_ROWS_BOTH: the runs of these kinds
-        columns = dict(zip(view.split("_")[1:], ("plain", "learned rows", "f-gram model + learned rows"), strict=True))
-        return tables.groups_table(report, report["experiment"]["tests"][0], columns)
     if report.get("benchmark") == "gpu_generation":
         return tables.generation_tables(report, view)
     if report.get("benchmark") == "gpu_training":
@@ -67,25 +63,11 @@ def table(name: str) -> str:
         return tables.benchmark_table(report, view == "summary")
     if "comparison" in report:
         return tables.demo_table(report)
-    if "commands" in report:
-        return tables.transcript(report)
-    if "costs" in report:
-        return tables.cost_tables(report)
-    if report.get("experiment", {}).get("by_budget"):
-        return tables.budget_table(report)
-    if "runs" in report and any("cost" in run for run in report["runs"].values()):
-        return tables.comparison_table(report, view == "summary")
-    if "before" in report and "after" in report:
-        return tables.retrofit_table(report)
     if "bad_inputs" in report:
         return tables.bad_input_table(report)
     if "batches" in report:
         return tables.fault_tables(report)
-    if "runs" in report:
-        return tables.experiment_table(report)
-    raise SystemExit(
-        f"{path}: expected a benchmark's report with records, an experiment's with runs, costs, or a transcript"
-    )
+    raise SystemExit(f"{path}: expected the report of a benchmark, of the demo or of the recipe")
 
 
 if __name__ == "__main__":

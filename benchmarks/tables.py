@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from claim_plot import shown_results
-from experiment_results import best_of, mean_loss, perplexity_text, run_results, same_tokens
-
-from scone.evaluation.results import PLAIN, RunResult
 from scone.utils.text import markdown_table
 
 Record = Mapping[str, Any]
@@ -67,17 +62,8 @@ def _commit(report: Report) -> str:
     return f"at commit {report['commit'][:10]}"
 
 
-def _measured(report: Report) -> str:
-    where = accelerators(report["machine"]) or report["machine"].get("processor", "")
-    return f"Measured on {where} {_commit(report)}."
-
-
 def _on_processor(report: Report) -> str:
     return f"{report['machine']['processor']}, {report['machine']['cores']} cores"
-
-
-def _minus(text: str) -> str:
-    return text.replace("-", "−")
 
 
 def _number(value: float | None) -> str:
@@ -138,16 +124,6 @@ def bad_input_table(report: Report) -> str:
     return markdown(head, rows, note=f"{note}. On {_on_processor(report)}, {_commit(report)}.")
 
 
-def retrofit_table(report: Report) -> str:
-    """A pretrained model before and after it was given f-grams, on text that neither was trained on."""
-    parts = {"the pretrained trunk": report["before"], "with f-grams, the trunk frozen": report["after"]}
-    rows = [[name, f"{part['perplexity']:.3f}", f"{part['loss']:.4f}"] for name, part in parts.items()]
-    seconds = f"{report['train_seconds']:,.0f} s"
-    note = f"{report['train_tokens']:,} training tokens in {seconds} on {_on_processor(report)}, other work beside it"
-    held_out = f"{report['before']['num_predicted']:,} held-out tokens"
-    return markdown(["", "perplexity", "loss, nats"], rows, note=f"{note}; {held_out}; {_commit(report)}.")
-
-
 def demo_table(report: Report) -> str:
     """A demo's two models side by side."""
     models, training, table = report["models"], report["training"], report["table"]
@@ -176,47 +152,13 @@ def demo_table(report: Report) -> str:
     return markdown(["", "plain", "SCONE, from the table"], rows, note=note)
 
 
-def cost_tables(report: Report) -> str:
-    """What the f-gram model computes per position, by batch size; and training steps in plain steps."""
-    columns = ("match_rate", "padded", "exact_lengths", "distinct_f_grams", "nodes")
-    head = ["f-grams", "positions of a batch", *(name.replace("_", " ") for name in columns)]
-    rows = [
-        [f"{batch['f_grams']:,}", f"{batch['positions']:,}", *(f"{batch[name]:.2f}" for name in columns)]
-        for batch in report["batches"]
-    ]
-    first = markdown(head, rows, words=0)
-    sizes = sorted({line["positions"] for line in report["costs"]})
-    head = ["trunk + f-gram model, f-grams", "padded", "exact lengths", *(f"shared, {size:,}" for size in sizes)]
-    groups: dict[tuple[str, str, int], dict[int, dict[str, float]]] = {}
-    for line in report["costs"]:
-        groups.setdefault((line["trunk"], line["f_gram_model"], line["f_grams"]), {})[line["positions"]] = line
-    rows = []
-    for (trunk, f_gram_model, f_grams), by_size in groups.items():
-        largest = by_size[max(by_size)]
-        shared = [f"{by_size[size]['shared']:.2f}" if size in by_size else "" for size in sizes]
-        cells = [f"{largest['padded']:.2f}", f"{largest['exact_lengths']:.2f}", *shared]
-        rows.append([f"{trunk} + {f_gram_model}, {f_grams:,}", *cells])
-    config = report["config"]
-    note = f"{config['num_tokens']:,} tokens ({config['tokens']}), N = {config['max_n']}"
-    return first + "\n" + markdown(head, rows, note=f"Counted on {note}, {_commit(report)}.")
-
-
-def transcript(report: Report) -> str:
-    """Each command with what it printed."""
-    blocks = [
-        f"```console\n$ {done['command']}\n{done['output'].strip()}\n```\n\n*{done['seconds']:,.0f} s*\n"
-        for done in report["commands"]
-    ]
-    return "\n".join(blocks) + f"\n*Run on {report['machine']['processor']} {_commit(report)}.*\n"
-
-
 # ---------------------------------------------------------------------- benchmarks on GPUs
 
 
 def generation_tables(report: Report, view: str = "") -> str:
     """Milliseconds by placement and batch size, with plain's time ÷ theirs; bold where that misses its target.
 
-    ``view``: "graphs", only steps that are CUDA graphs; "trunk_graphs", all, of a time when they held the trunk alone.
+    ``view``: "graphs", only steps that are CUDA graphs.
     """
     found: dict[str, dict[str, dict[int, Record]]] = {}
     memory: dict[str, dict[str, float]] = {}
@@ -227,8 +169,6 @@ def generation_tables(report: Report, view: str = "") -> str:
             memory.setdefault(match[2], {})[match[1]] = record["ours"]
     parts = []
     for kind, title in TIMES.items():
-        if view == "trunk_graphs":
-            title = title.replace("each step one CUDA graph", "the trunk as a CUDA graph")
         if kind in found and (view != "graphs" or "_" in kind):
             batches = sorted({batch for records in found[kind].values() for batch in records})
             rows = [
@@ -358,125 +298,3 @@ def _where(report: Report) -> str:
     versions = ", ".join(f"{name} {machine['libraries'][name]}" for name in ("torch", "transformers"))
     where = accelerators(machine) or machine["processor"]
     return f"Measured on {where}, {machine['cores']} cores, {versions}, {_commit(report)}."
-
-
-# ---------------------------------------------------------------------- experiments
-
-
-def experiment_table(report: Report) -> str:
-    """Validation loss of each run after so many steps, and its distance to the first run's."""
-    runs = report["runs"]
-    first = next(iter(runs))
-    steps = [step for step, _ in runs[first]["validation_loss"]]
-    base = runs[first]["final_validation_loss"]
-    rows = [
-        [name, *(f"{loss:.3f}" for _, loss in run["validation_loss"]), f"{run['final_validation_loss'] - base:+.3f}"]
-        for name, run in runs.items()
-    ]
-    head = ["validation loss after steps", *(f"{step:,}" for step in steps), f"to {first}"]
-    return markdown(head, rows, note=f"Measured on {accelerators(report['machine'])} {_commit(report)}.")
-
-
-def comparison_table(report: Report, summary: bool = False) -> str:
-    """Each run's perplexities (± half the range over seeds) beside its FLOPs and its change to the first's.
-
-    Bold: the lowest of each text at plain's inference FLOPs and tokens. ``summary``: what the picture shows, and
-    changes to its plain run, which has the best settings.
-    """
-    tests = report["experiment"]["tests"]
-    results = run_results(report)
-    base = shown_results(results)[0] if summary else reference(results)
-    own = mean_loss(base, tests)
-
-    def multiple(result: RunResult, field: str) -> float:
-        return getattr(result, field) / getattr(base, field)
-
-    equal = [
-        result
-        for result in results
-        if multiple(result, "inference_flops_per_token") < 1.02 and same_tokens(result, base)
-    ]
-    best = {test: min(result.perplexity_of(test) or math.inf for result in equal) for test in tests}
-    rows = []
-    for result in shown_results(results) if summary else results:
-        cells = [_perplexity(result, test, best if result in equal else {}) for test in tests]
-        change = math.exp(mean_loss(result, tests) - own) - 1
-        flops = [f"{multiple(result, field):.2f}×" for field in ("inference_flops_per_token", "training_flops")]
-        f_grams = f"{result.num_f_grams:,}" if result.num_f_grams else "–"
-        last = "–" if result is base else _minus(f"{100 * change:+.1f} %")
-        rows.append([result.name, result.kind, f_grams, *flops, *cells, last])
-    unfinished = sum(not run.get("finished", True) for run in report["runs"].values())
-    counts = sorted({len(result.facts["seeds"]) for result in results} - {1})
-    seeds = " or ".join(map(str, counts))
-    note = f"{base.training_tokens:,} training tokens; FLOPs as multiples of {base.name}'s" + (
-        f"; {seeds} seeds where a ± stands" if seeds else "; one seed"
-    )
-    note += f"; {unfinished} runs unfinished" if unfinished else ""
-    names = [test.replace("_", " ") for test in tests]
-    head = ["run", "input embedding", "f-grams", "inference FLOPs", "training FLOPs", *names, f"mean, to {base.name}"]
-    return markdown(head, rows, words=2, note=f"{note}. {_measured(report)}")
-
-
-def reference(results: Sequence[RunResult]) -> RunResult:
-    """The first run; where it saw other tokens than most (a model as it was before), the best plain one of theirs."""
-    usual, _ = Counter(result.training_tokens for result in results).most_common(1)[0]
-    if results[0].training_tokens == usual:
-        return results[0]
-    return best_of([result for result in results if result.training_tokens == usual and result.kind == PLAIN])
-
-
-def _perplexity(result: RunResult, test: str, best: Mapping[str, float]) -> str:
-    text = perplexity_text(result, test)
-    return f"**{text}**" if best.get(test) == result.perplexity_of(test) else text
-
-
-def budget_table(report: Report) -> str:
-    """Perplexity of each kind after so many tokens, and its distance to plain's of as many tokens."""
-    tests = report["experiment"]["tests"]
-    results = run_results(report)
-    kinds = sorted({result.kind for result in results}, key=lambda kind: (kind != PLAIN, len(kind), kind))
-    rows = []
-    for tokens in sorted({result.training_tokens or 0 for result in results}):
-        losses = {result.kind: mean_loss(result, tests) for result in results if result.training_tokens == tokens}
-        cells = ["–" if kind not in losses else f"{math.exp(losses[kind]):,.1f}" for kind in kinds]
-        for place, kind in enumerate(kinds):
-            if kind in losses and kind != PLAIN:
-                cells[place] += _minus(f" ({100 * (math.exp(losses[kind] - losses[PLAIN]) - 1):+.1f} %)")
-        rows.append([f"{tokens:,}", *cells])
-    texts = " and ".join(test.replace("_", " ") for test in tests)
-    note = f"Geometric mean of the perplexities of {texts}; one seed. {_measured(report)}"
-    return markdown(["training tokens", *kinds], rows, words=0, note=note)
-
-
-def groups_table(report: Report, test: str, names: Mapping[str, str]) -> str:
-    """Loss in nats by the length of the longest f-gram that ends at a position, and by its rank.
-
-    ``names``: the run of each column and what the column is called; the first is what the others are compared with.
-    Several seeds of a run are averaged.
-    """
-    found = {column: _groups_of(report, run, test) for run, column in names.items()}
-    first, *others = found
-    rows = []
-    for group, (count, base) in found[first].items():
-        losses = [found[other][group][1] for other in others]
-        changes = [_minus(f"{loss:.3f} ({loss - base:+.3f})") for loss in losses]
-        rows.append([group, f"{count:,}", _minus(f"{base:.3f}"), *changes])
-    note = f"Nats a token on {test.replace('_', ' ')}, and the distance to {first}'s."
-    return markdown(["the longest f-gram has", "positions", *found], rows, note=note)
-
-
-def _groups_of(report: Report, run: str, test: str) -> dict[str, tuple[int, float]]:
-    """Positions and mean loss of every group, by what it is called."""
-    tests = [result["tests"][test] for result in report["runs"].values() if result["run"] == run]
-    groups: dict[str, tuple[int, float]] = {}
-    for kind in ("by_match_length", "by_rank"):
-        for place, group in enumerate(tests[0][kind]):
-            if kind == "by_match_length":
-                name = "1 token: none ends here" if group["length"] == 1 else f"{group['length']} tokens"
-            elif group["first_rank"] is not None:
-                name = f"rank {group['first_rank']:,} to {group['last_rank']:,}"
-            else:
-                continue
-            losses = [each[kind][place]["loss"] for each in tests]
-            groups[name] = group["num_predicted"], sum(losses) / len(losses)
-    return groups

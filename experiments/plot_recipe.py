@@ -6,13 +6,10 @@ dot a text. Colours are CSS variables, so that the picture suits light and dark 
 
 from __future__ import annotations
 
-import io
-import re
 import sys
 from pathlib import Path
 from typing import Any
 
-from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -20,18 +17,17 @@ sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks")]
 
 from recipe_table import TEXTS, mean_perplexity, percent, runs_of  # noqa: E402
 
+from scone.evaluation.figures import CARD, GRID, INK, SERIES, SOFT, svg_of  # noqa: E402
 from scone.utils.files import atomic_path, read_json  # noqa: E402
 
-INK, SOFT, GRID, CARD = "#1c1e21", "#5f6670", "#ebedf0", "#ffffff"
-GREY, OURS, PEER = "#7a8594", "#0f766e", "#7c3aed"
-VARIABLES = {INK: "--ink", SOFT: "--soft", GRID: "--grid", CARD: "--card"}
-VARIABLES |= {GREY: "--plain", OURS: "--ours", PEER: "--peer"}
+GREY, OURS, PEER = SERIES[0], SERIES[2], SERIES[4]
 STYLE = """
-svg { --card: #ffffff; --ink: #1c1e21; --soft: #5f6670; --grid: #ebedf0; --plain: #7a8594; --ours: #0f766e;
-  --peer: #7c3aed; background: var(--card); font-family: system-ui, "Segoe UI", Roboto, Helvetica, Arial, sans-serif; }
+svg { --card: #ffffff; --ink: #1c1e21; --soft: #5f6670; --grid: #ebedf0; --series-1: #7a8594; --series-3: #0f766e;
+  --series-5: #7c3aed; background: var(--card);
+  font-family: system-ui, "Segoe UI", Roboto, Helvetica, Arial, sans-serif; }
 @media (prefers-color-scheme: dark) {
-  svg { --card: #16191c; --ink: #e8eaed; --soft: #9aa3ad; --grid: #272b30; --plain: #9aa6b5; --ours: #2dd4bf;
-    --peer: #a78bfa; }
+  svg { --card: #16191c; --ink: #e8eaed; --soft: #9aa3ad; --grid: #272b30; --series-1: #9aa6b5; --series-3: #2dd4bf;
+    --series-5: #a78bfa; }
 }
 """
 RUNS = (
@@ -79,25 +75,16 @@ def draw(report: dict[str, Any]) -> Figure:
     return figure
 
 
-def svg_of(figure: Figure) -> str:
-    """The figure as SVG text: words stay text, colours become variables, the same figure has the same bytes."""
-    buffer = io.StringIO()
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "scone", "font.family": "sans-serif"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg ") :]
-    for color, name in VARIABLES.items():
-        svg = svg.replace(color, f"var({name})")
-    svg = re.sub(r"font-family: [^;]*; ", "", svg)  # the page's own
-    head, _, rest = svg.partition(">")
-    label = 'role="img" aria-label="Change of perplexity against a plain model"'
-    return f"{head} {label}>\n<style>{STYLE}</style>{rest}"
-
-
 def main() -> int:
     results = REPOSITORY / "docs" / "results"
+    figure = draw(read_json(results / "recipe.json"))
+    width, height = (72 * inches for inches in figure.get_size_inches())
+    svg = svg_of(figure, "Change of perplexity against a plain model")
+    names = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    names += f' width="{width:g}pt" height="{height:g}pt"'
+    svg = svg.replace("<svg ", f"<svg {names} ", 1).replace(">", f">\n<style>{STYLE}</style>", 1)
     with atomic_path(results / "recipe.svg") as temporary:
-        temporary.write_text(svg_of(draw(read_json(results / "recipe.json"))), encoding="utf-8")
+        temporary.write_text(svg + "\n", encoding="utf-8")
     return 0
 
 

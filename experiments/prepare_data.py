@@ -1,11 +1,10 @@
 """Make the folder that experiments read with ``--data``: a tokenizer and the token files that their YAMLs name.
 
-    python experiments/prepare_data.py --output_dir DATA [--trunk FOLDER]
+    python experiments/prepare_data.py --output_dir DATA
 
 Articles and novels are divided by the content of their documents, as ``scone train`` divides a corpus; training tokens
 are half articles, half novels, in the order of their files. The byte-level BPE of 16,384 entries is trained on them.
-With ``--trunk``, a pretrained model's folder (``retrofit_smollm2.py`` writes one), the same texts in its tokens too,
-for ``pretrained.yaml``. A token file that is there is kept, so an interrupted call goes on with the next.
+A token file that is there is kept, so an interrupted call goes on with the next.
 """
 
 from __future__ import annotations
@@ -49,12 +48,6 @@ HELD_OUT = {
     "c4": ("c4", "all", 10**9),
 }
 """Token file → text, its split, and after how many tokens no further document is taken."""
-OF_TRUNK = {
-    "smollm2_validation": ("wikipedia", "validation", 100_000),
-    "smollm2_wikipedia_test": ("wikipedia", "test", 250_000),
-    "smollm2_wikitext103_test": ("wikitext-103/wiki.test.tokens", "all", 10**9),
-    "smollm2_novels": ("novels", "test", 250_000),
-}
 BATCH_CHARACTERS = 1 << 18
 
 
@@ -64,8 +57,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--texts", type=Path, help="folder of the texts (default: the maintainers' shared data)")
     parser.add_argument("--train_tokens", type=int, default=44_000_000)
-    parser.add_argument("--trunk", type=Path, help="a pretrained model, for the data of pretrained.yaml")
-    parser.add_argument("--trunk_train_tokens", type=int, default=8_000_000)
     arguments = parser.parse_args(argv)
     texts, folder = arguments.texts or shared_data(), arguments.output_dir
     if texts is None or not texts.is_dir():
@@ -83,11 +74,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     write(folder / "train", tokenizer, [(articles(texts), half), (novels(texts), half)])
     for name, (text, split, limit) in HELD_OUT.items():
         write(folder / name, tokenizer, [(open_documents(str(texts / text), split=split), limit)])
-    if arguments.trunk is not None:
-        tokenizer = load_tokenizer(arguments.trunk)
-        write(folder / "smollm2_train", tokenizer, [(articles(texts), arguments.trunk_train_tokens)])
-        for name, (text, split, limit) in OF_TRUNK.items():
-            write(folder / name, tokenizer, [(open_documents(str(texts / text), split=split), limit)])
     return 0
 
 

@@ -1,18 +1,18 @@
 """Train several input embeddings under one budget and compare: ``python experiments/run.py experiments/NAME.yaml``.
 
-The YAML names the tokenizer and the token files of train, validation and test texts, ``base`` options, and ``runs``:
-what each run changes of them, and its ``seeds`` where it has several; ``{data}`` in it is the folder of ``--data``. All
-runs see the same batches. f-grams are counted once, before the first run. Finished runs are kept and skipped, so an
-interrupted experiment goes on where it was. ``--jobs`` runs several at once, those that compute most first, spread over
-``--gpus`` GPUs. With ``--deadline_s`` everything is over by then: ``--grace_s`` before it nothing more is started and
-what runs saves a checkpoint, from which the same command goes on; its loss curve up to there is kept, marked as
-unfinished. The result is one JSON with configuration, machine and commit, and a table, last.
+A result repeats its experiment: ``python experiments/run.py docs/results/NAME.json …``. A YAML names the tokenizer and
+the token files of train, validation and test texts, ``base`` options, and ``runs``: what each run changes of them, and
+its ``seeds`` where it has several; ``{data}`` in it is the folder of ``--data``. All runs see the same batches. f-grams
+are counted once, before the first run. Finished runs are kept and skipped, so an interrupted experiment goes on where
+it was. ``--jobs`` runs several at once, those that compute most first, spread over ``--gpus`` GPUs. With
+``--deadline_s`` everything is over by then: ``--grace_s`` before it nothing more is started and what runs saves a
+checkpoint, from which the same command goes on; its loss curve up to there is kept, marked as unfinished. The result
+is one JSON with configuration, machine and commit, and a table, last.
 """
 
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import signal
 import sys
@@ -57,10 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not names:
         raise SconeError(f"found no run of {arguments.experiment} to start; it has {', '.join(plan.options)}")
     started = time.monotonic()
-    estimates = plan.estimates(names)
-    ordered = sorted(names, key=lambda name: -estimates[name])
+    ordered = sorted(names, key=lambda name: -plan.cost(name))
     if arguments.list:
-        print("\n".join(f"{estimates[name]:10.3g} FLOPs  {name}" for name in ordered))
+        print("\n".join(ordered))
         return 0
     pending = [name for name in ordered if not is_finished(plan.output_dir / f"{name}.json")]
     print(f"{len(names)} runs, {len(names) - len(pending)} of them finished before", flush=True)
@@ -96,7 +95,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--deadline_s", type=float, help="seconds after which nothing runs any more")
     parser.add_argument("--grace_s", type=float, default=45, help="seconds of these to save checkpoints in")
     parser.add_argument("--keep_models", action="store_true", help="keep the trained models too")
-    parser.add_argument("--list", action="store_true", help="show the runs and their estimated cost, and stop")
+    parser.add_argument("--list", action="store_true", help="show the runs, those that compute most first, and stop")
     parser.add_argument("--json", type=Path, help="write the merged result here (default OUTPUT_DIR/result.json)")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
@@ -116,7 +115,10 @@ class Plan:
     @classmethod
     def read(cls, arguments: argparse.Namespace) -> Plan:
         """Every run's options, checked before anything starts. Raises SconeError."""
-        experiment = yaml.safe_load(arguments.experiment.read_text(encoding="utf-8"))
+        if arguments.experiment.suffix == ".json":
+            experiment = read_json(arguments.experiment)["experiment"]
+        else:
+            experiment = yaml.safe_load(arguments.experiment.read_text(encoding="utf-8"))
         overrides = dict(pair.split("=", 1) for pair in arguments.set)
         runs: dict[str, tuple[str, Mapping[str, Any]]] = {}
         for name, changes in experiment["runs"].items():
@@ -162,17 +164,13 @@ class Plan:
             TokenFile.open(self.data / self.experiment["validation"]),
         )
 
-    def estimates(self, names: Sequence[str]) -> dict[str, float]:
-        """About the operations of each of these runs."""
-        from scone.evaluation.sweep import estimated_flops
-
-        logging.getLogger("scone.models.trunk").setLevel(logging.ERROR)  # it would speak of the hub once a run
-        corpus = self.corpus()
-        known: dict[str, float] = {}
-        for name in names:
-            if (run := self.runs[name][0]) not in known:
-                known[run] = estimated_flops(self.options[name], corpus)
-        return {name: known[self.runs[name][0]] for name in names}
+    def cost(self, name: str) -> float:
+        """About what a run computes, up to a factor: those with most start first."""
+        options = self.options[name]
+        training, model = options.training, options.model
+        tokens = training.max_steps * training.batch_size * training.gradient_accumulation_steps
+        tokens *= options.data.max_length
+        return float(tokens * (model.hidden_size or 768) ** 2 * (model.num_hidden_layers or 12))
 
     def prepare(self) -> None:
         """Count all vocabularies, and compile what workers would each compile for themselves."""
@@ -191,19 +189,23 @@ class Plan:
 
     def run(self, name: str, keep_model: bool) -> None:
         """Train and test one configuration; its JSON is marked as finished when it is done."""
+        from measured_run import measured_run
+
         from scone.data.token_file import TokenFile
-        from scone.evaluation.sweep import Tests, measured_run, shared_matcher
+        from scone.evaluation.sweep import shared_matcher
 
         run, changes = self.runs[name]
-        corpus, options = self.corpus(), self.options[name]
-        path = self.output_dir / f"{name}.json"
-        tests = Tests(
+        path, corpus = self.output_dir / f"{name}.json", self.corpus()
+        result = measured_run(
+            self.options[name],
+            corpus,
             {test: TokenFile.open(self.data / test) for test in self.experiment["tests"]},
-            shared_matcher(list(self.options.values()), corpus),
-            self.experiment.get("stride"),
-            self.experiment.get("shuffled_tests", ()),
+            path,
+            matcher=shared_matcher(list(self.options.values()), corpus),
+            stride=self.experiment.get("stride"),
+            shuffled=self.experiment.get("shuffled_tests", ()),
+            keep_model=keep_model,
         )
-        result = measured_run(options, corpus, tests, path, keep_model=keep_model)
         write_json(path, {"experiment": self.name, "run": run, "changes": changes} | result)
 
     def merge(self) -> dict[str, Any]:

@@ -31,29 +31,18 @@ from common import Report
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    DynamicCache,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    StaticCache,
-)
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast, StaticCache
+from workloads import f_grams_of, gpt2_trunk, write_table
 
 from scone.data.token_file import TokenFile
 from scone.inference.embedding_table import EmbeddingTable
 from scone.inference.engine import GenerationOptions, SconeInferenceEngine
 from scone.inference.loading import LoadedModel
-from scone.inference.row_types import RowFormat
 from scone.inference.streaming import GeneratedSequence
-from scone.inference.table_format import TableLayout
-from scone.inference.table_writer import TablePlan, TableWriter
 from scone.models.f_gram_config import FGramModelConfig
 from scone.models.language_model import SconeForCausalLM
-from scone.tokenization.counting import count_f_grams
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 
-VOCAB_SIZE = 50_257
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SIZES = {"tiny": (64, 2, 1), "gpt2": (768, 12, 12), "1b": (2048, 20, 16)}  # width, layers, heads
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
@@ -64,22 +53,15 @@ def main() -> None:
     report = Report.from_arguments("gpu_generation", __doc__, add_options=_add_options)
     options = report.config
     tiny, file = options["tiny"], TokenFile.open(options["tokens"])
-    counted = count_f_grams(
-        [file.tokens],
-        vocab_size=VOCAB_SIZE,
-        max_n=5,
-        min_freq=2,
-        max_f_grams=5_000 if tiny else 1_000_000,
-        separator_ids=[file.separator_id],
-        quiet=True,
-    ).vocabulary
+    counted = f_grams_of(file.tokens, 5_000 if tiny else 1_000_000, [file.separator_id])
     batches = [1, 4] if tiny else options["batches"]
     prompt, steps = (16, 4) if tiny else (128, 48)
     options |= {"f_grams": counted.num_f_grams, "prompt": prompt, "steps": steps, "batches": batches}
     width, layers, heads = SIZES["tiny" if tiny else options["trunk"]]
     with tempfile.TemporaryDirectory(dir=options["dir"], prefix="bench_generation.") as folder:
         path = Path(folder) / "embeddings.cache"
-        write_table(path, counted.num_f_grams, width)
+        # random rows: their values do not change how fast they are read
+        write_table(path, "bf16", counted.num_f_grams, [torch.randn(65_536, width)])
         models = build_all(counted, path, width, layers, heads, options["models"])
         text = torch.from_numpy(file.tokens[: 4_000_000 if not tiny else 40_000].astype(np.int64))
         options["failed"] = []
@@ -108,26 +90,10 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trunk", choices=["gpt2", "1b"], default="gpt2", help="its size")
 
 
-def write_table(path: Path, num_rows: int, width: int) -> None:
-    """Random bf16 rows: their values do not change how fast they are read."""
-    row_format = RowFormat.of("bf16", width)
-    with TableWriter(path, TablePlan(TableLayout(num_rows, row_format), 1, {})) as writer:
-        random = torch.Generator().manual_seed(0)
-        block = row_format.encode(torch.randn(65_536, width, generator=random))
-        for low in range(0, num_rows, len(block)):
-            part = block[: num_rows - low]
-            writer.write(np.arange(low, low + len(part)), part)
-        writer.mark_finished(0)
-        writer.finish()
-
-
 def trunk_of(width: int, layers: int, heads: int) -> PreTrainedModel:
     """A GPT-2 trunk with random weights."""
-    torch.manual_seed(0)
-    config = AutoConfig.for_model("gpt2", vocab_size=VOCAB_SIZE, n_embd=width, n_layer=layers, n_head=heads)
     with DEVICE:  # where random numbers come faster
-        trunk = AutoModelForCausalLM.from_config(config)
-    return trunk.to(DEVICE, DTYPE).eval()
+        return gpt2_trunk(width, layers, heads).to(DEVICE, DTYPE).eval()
 
 
 def build_all(
@@ -247,13 +213,7 @@ def add_times(report: Report, milliseconds: dict[str, float], metric: str) -> No
             continue
         from_table = name not in ("doubled", "live")
         report.add(
-            f"{metric}_{name}",
-            "ms",
-            value,
-            peer=plain,
-            peer_name="plain",
-            ratio="peer/ours",
-            target=0.97 if from_table else None,
+            f"{metric}_{name}", "ms", value, plain, "plain", ratio="peer/ours", target=0.97 if from_table else None
         )
 
 

@@ -269,7 +269,7 @@ def add_records(report: Report, run: Run, measured: Mapping[Run, Mapping[str, fl
     unit = "f-grams/s" if is_table else "tokens/s"
     one = measured.get(Run("precompute" if is_table else "one", run.variant, 1))
     if run.gpus == 1:
-        report.add(f"{'f_grams' if is_table else 'tokens'}_per_second_{ending}", unit, now["per_second"], ratio=None)
+        report.add(f"{('f_grams' if is_table else 'tokens')}_per_second_{ending}", unit, now["per_second"], ratio=None)
         if not is_table:
             report.add(f"peak_memory_{ending}", "GiB", now["peak_bytes"] / gib, ratio=None)
         return
@@ -277,15 +277,13 @@ def add_records(report: Report, run: Run, measured: Mapping[Run, Mapping[str, fl
         f"precompute_efficiency_{run.gpus}" if is_table else f"{run.strategy}_efficiency_{ending}",
         unit,
         now["per_second"],
-        peer=one and run.gpus * one["per_second"],
-        peer_name=f"{run.gpus} times one GPU",
+        one and run.gpus * one["per_second"],
+        f"{run.gpus} times one GPU",
         target=EFFICIENCY,
     )
     if not is_table:
         peer = one and one["peak_bytes"] / gib
-        report.add(
-            f"{run.strategy}_peak_memory_{ending}", "GiB", now["peak_bytes"] / gib, peer=peer, peer_name="one GPU"
-        )
+        report.add(f"{run.strategy}_peak_memory_{ending}", "GiB", now["peak_bytes"] / gib, peer, "one GPU")
     elif one is not None:
         difference = largest_difference(folder / "table_1", folder / f"table_{run.gpus}")
         name = f"precompute_difference_{run.gpus}"

@@ -17,7 +17,6 @@ import itertools
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from common import Report
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
+from workloads import TrainingStep, f_grams_of, gpt2_trunk
 
 from scone.data.collator import Collator
 from scone.data.dataset import BlockDataset
@@ -35,13 +35,9 @@ from scone.models.accounting import f_gram_forward_flops, training_flops, trunk_
 from scone.models.f_gram_config import FGramModelConfig
 from scone.models.f_gram_model import FGramModel, padded_f_gram_model
 from scone.models.language_model import SconeForCausalLM
-from scone.tokenization.counting import count_f_grams
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 from scone.training.compilation import compile_for_training
-from scone.training.optimizer import AdamWWithRows, learned_rows
 
-VOCAB_SIZE = 50_257
-"""Of the trunk's head, GPT-2's, whatever the tokenizer of the tokens is."""
 TRUNKS = {"1024x6": (1024, 6, 16), "gpt2": (768, 12, 12)}
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 H100_BF16_TFLOPS = 989.0
@@ -54,15 +50,7 @@ def main() -> None:
     options = report.config
     file = TokenFile.open(options["tokens"])
     tiny = options["tiny"]
-    counted = count_f_grams(
-        [file.tokens],
-        vocab_size=VOCAB_SIZE,
-        max_n=5,
-        min_freq=2,
-        max_f_grams=10_000 if tiny else 1_000_000,
-        separator_ids=[file.separator_id],
-        quiet=True,
-    ).vocabulary
+    counted = f_grams_of(file.tokens, 10_000 if tiny else 1_000_000, [file.separator_id])
     length = 64 if tiny else 1024
     if tiny:
         options["positions"] = [positions // 64 for positions in options["positions"]]
@@ -121,7 +109,7 @@ def measure(
     model = build(variant, sizes, vocabulary)
     if not options["no_compile"] and DEVICE.type == "cuda":
         compile_for_training(model, dynamic=True)  # one compilation for all batch sizes
-    step = Step(model)
+    step = TrainingStep(model)
     for positions in sorted(options["positions"]):
         try:
             yield positions, measured_steps(variant, model, step, file, (positions // length, length), options)
@@ -139,7 +127,7 @@ def measure(
 def measured_steps(
     variant: str,
     model: PreTrainedModel,
-    step: Step,
+    step: TrainingStep,
     file: TokenFile,
     shape: tuple[int, int],
     options: Mapping[str, Any],
@@ -175,10 +163,7 @@ def measured_steps(
 def build(variant: str, sizes: tuple[int, int, int], vocabulary: FGramVocabulary) -> PreTrainedModel:
     """The model of a variant on the device, in fp32 weights."""
     width, layers, heads = sizes
-    torch.manual_seed(0)
-    shape = {"n_embd": width, "n_layer": layers, "n_head": heads, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
-    config = AutoConfig.for_model("gpt2", vocab_size=VOCAB_SIZE, attn_pdrop=0.0, **shape)
-    trunk = AutoModelForCausalLM.from_config(config)
+    trunk = gpt2_trunk(width, layers, heads, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
     if variant == "plain":
         return trunk.to(DEVICE).train()
     its_layers = {"shared_half": max(1, layers // 2), "shared_double": 2 * layers}.get(variant, layers)
@@ -215,24 +200,6 @@ class PaddedFGramModel(FGramModel):
         return total / count
 
 
-class Step:
-    """A whole training step: forward, backward, clipping, optimizer."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
-        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.optimizer = AdamWWithRows([{"params": self.parameters, "lr": 1e-4}], rows=learned_rows(model))
-
-    def __call__(self, batch: Mapping[str, Any]) -> None:
-        autocast = torch.autocast(DEVICE.type, torch.bfloat16) if DEVICE.type == "cuda" else nullcontext()
-        with autocast:
-            loss = self.model(**batch).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-
 def to_device(batch: Mapping[str, Any]) -> dict[str, Any]:
     """Tensors to the device; what a trie keeps on the host stays there."""
 
@@ -244,7 +211,7 @@ def to_device(batch: Mapping[str, Any]) -> dict[str, Any]:
     return moved(batch)
 
 
-def seconds_a_step(step: Step, batches: Iterator[dict[str, Any]], count: int) -> float:
+def seconds_a_step(step: TrainingStep, batches: Iterator[dict[str, Any]], count: int) -> float:
     """Wall seconds of one of ``count`` steps, after one that is not counted."""
     step(next(batches))
     synchronize()
@@ -295,8 +262,8 @@ def report_variant(report: Report, name: str, now: Measured, plain: Measured | N
         f"{name}_tokens_per_second",
         "tokens/s",
         now.tokens / now.loaded,
-        peer=other and other.tokens / other.loaded,
-        peer_name=other and "plain",
+        other and other.tokens / other.loaded,
+        other and "plain",
         ratio="ours/peer" if other else None,
     )
     report.add(f"{name}_utilisation", "of peak", now.flops / now.at_hand / peak, ratio=None)
@@ -309,19 +276,13 @@ def report_variant(report: Report, name: str, now: Measured, plain: Measured | N
             f"{name}_step_vs_flops",
             "plain steps",
             now.at_hand / other.at_hand,
-            peer=now.flops / other.flops,
-            peer_name="predicted from FLOPs",
+            now.flops / other.flops,
+            "predicted from FLOPs",
             target=1.15 if "shared" in name else None,
             better="lower",
         )
     report.add(
-        f"{name}_loader_hidden",
-        "s",
-        now.loaded,
-        peer=now.at_hand,
-        peer_name="step on prepared batches",
-        target=1.05,
-        better="lower",
+        f"{name}_loader_hidden", "s", now.loaded, now.at_hand, "step on prepared batches", target=1.05, better="lower"
     )
 
 
@@ -335,16 +296,16 @@ def report_speedup(
         f"{trunk}_f_gram_speedup_over_padded{number}",
         "s",
         shared.at_hand - plain.at_hand,
-        peer=padded.at_hand - plain.at_hand,
-        peer_name="padded, added to the plain step",
+        padded.at_hand - plain.at_hand,
+        "padded, added to the plain step",
         ratio="peer/ours",
     )
     report.add(
         f"{trunk}_step_speedup_over_padded{number}",
         "s",
         shared.at_hand,
-        peer=padded.at_hand,
-        peer_name="a whole step, padded",
+        padded.at_hand,
+        "a whole step, padded",
         ratio="peer/ours",
     )
 

@@ -57,7 +57,7 @@ class OptionParser(argparse.ArgumentParser):
             metavar=metavar,
             nargs="?" if optional_value else None,
             default=argparse.SUPPRESS,
-            help=text.replace("%", "%%"),
+            help=argparse.SUPPRESS if info.hidden else text.replace("%", "%%"),
         )
         self.entries_by_flag[f"--{entry.flag}"] = entry
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from scone.configs.flags import build_parser, flag_values
 from scone.configs.presets import MODERN_RECIPE, MODERN_TRUNK
-from scone.configs.schema import SECTIONS, SconeOptions
+from scone.configs.schema import SECTIONS, TRUNK_SIZES, SconeOptions
 from scone.configs.values import convert, entries, shortened, shown
 from scone.utils.command_line import did_you_mean, is_first_process, one_line
 from scone.utils.errors import SconeError
@@ -20,22 +20,9 @@ from scone.utils.progress import is_quiet
 
 FLAG = "flag"
 
-_TRUNK_SIZES = (
-    "model.hidden_size",
-    "model.num_hidden_layers",
-    "model.num_attention_heads",
-    "model.intermediate_size",
-    "model.hidden_act",
-    "model.hidden_dropout_prob",
-    "model.attention_probs_dropout_prob",
-    "model.max_position_embeddings",
-    "model.type_vocab_size",
-    "model.initializer_range",
-    "model.layer_norm_eps",
-)
 # What describes another option's value: a file's sizes are those of the file's own base model, and wikitext-103-v1 is
 # a configuration of wikitext. They go when a later layer replaces that value, unless that layer gives them too.
-_DESCRIBES = {"data.dataset_name": ("data.dataset_config_name",), "model.base_model_name": _TRUNK_SIZES}
+_DESCRIBES = {"data.dataset_name": ("data.dataset_config_name",), "model.base_model_name": TRUNK_SIZES}
 
 
 @dataclass(frozen=True)
@@ -51,46 +38,26 @@ def parse_options(
     sections: Sequence[str],
     description: str,
     *,
-    examples: Sequence[str] = (),
-    program: str | None = None,
-    add_arguments: Callable[[argparse.ArgumentParser], object] | None = None,
     defaults: Mapping[str, Any] | None = None,
-    config_flag: bool = True,
+    **settings: Any,
 ) -> tuple[SconeOptions, argparse.Namespace]:
     """Read the command line (``argv``; None: of this process): the options, and the script's own arguments.
 
     ``sections`` names what the script exposes: whole sections ("data") or single options ("training.seed"), because two
-    sections have a ``batch_size``. ``add_arguments(parser)`` adds the script's own flags. ``defaults`` (dotted name →
-    value) replaces schema defaults. ``config_flag`` adds ``--config FILE``. Raises SconeError for bad input.
+    sections have a ``batch_size``. ``defaults`` (dotted name → value) replaces schema defaults. ``settings`` as
+    `build_parser` has them: ``examples``, ``add_arguments`` …. Raises SconeError for bad input.
     """
-    layers, extra = parse_layers(
-        argv,
-        sections,
-        description,
-        examples=examples,
-        program=program,
-        add_arguments=add_arguments,
-        defaults=defaults,
-        config_flag=config_flag,
-    )
+    layers, extra = parse_layers(argv, sections, description, defaults=defaults, **settings)
     options, notices = merge(layers, defaults)
     print_notices(notices)
     return options, extra
 
 
 def parse_layers(
-    argv: Sequence[str] | None,
-    sections: Sequence[str],
-    description: str,
-    *,
-    examples: Sequence[str] = (),
-    program: str | None = None,
-    add_arguments: Callable[[argparse.ArgumentParser], object] | None = None,
-    defaults: Mapping[str, Any] | None = None,
-    config_flag: bool = True,
+    argv: Sequence[str] | None, sections: Sequence[str], description: str, *, config_flag: bool = True, **settings: Any
 ) -> tuple[list[Layer], argparse.Namespace]:
     """As :func:`parse_options`, but unmerged: the file's layer, then the flags', for scripts that put one between."""
-    parser = build_parser(sections, description, examples, program, add_arguments, defaults, config_flag)
+    parser = build_parser(sections, description, config_flag=config_flag, **settings)
     values, extra = flag_values(parser, sys.argv[1:] if argv is None else argv)
     layers = [Layer(FLAG, values)]
     if config_flag and extra.config is not None:
@@ -148,14 +115,23 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     """
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        """YAML forbids a key twice, PyYAML takes the last: the first half of a section would be lost in silence."""
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            seen: set[str] = set()
+            for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+                if isinstance(key.value, str) and key.value != "<<":
+                    if key.value in seen:
+                        raise SconeError(
+                            f"{path}, line {key.start_mark.line + 1}: found {shortened(key.value)} a second time; "
+                            "expected each key once; put what belongs to it in one place"
+                        )
+                    seen.add(key.value)
+            return super().construct_mapping(node, deep)
+
     try:
-        loader = yaml.SafeLoader(Path(path).read_text(encoding="utf-8"))
-        try:
-            node = loader.get_single_node()
-            _refuse_keys_given_twice(node, str(path), set())
-            loaded = None if node is None else loader.construct_document(node)
-        finally:
-            loader.dispose()
+        loaded = Loader(Path(path).read_text(encoding="utf-8")).get_single_data()
     except FileNotFoundError:
         raise SconeError(f"found no file {path}; expected a YAML file of options; check --config") from None
     # what PyYAML raises for its input, besides its own
@@ -167,25 +143,6 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(loaded, dict):
         raise SconeError(f"{path}: found {type(loaded).__name__}; expected sections: {', '.join(SECTIONS)}")
     return loaded
-
-
-def _refuse_keys_given_twice(node: Any, path: str, seen: set[int]) -> None:
-    """YAML forbids them, PyYAML takes the last: a section that stands twice would lose its first half in silence."""
-    if node is None or id(node) in seen or isinstance(node.value, str):
-        return
-    seen.add(id(node))  # an alias may stand for what it is part of
-    keys: set[str] = set()
-    for part in node.value:
-        key, *values = part if isinstance(part, tuple) else (part,)
-        if values and isinstance(key.value, str):
-            if key.value in keys and key.value != "<<":
-                raise SconeError(
-                    f"{path}, line {key.start_mark.line + 1}: found {shortened(key.value)} a second time; expected "
-                    "each key once; put what belongs to it in one place"
-                )
-            keys.add(key.value)
-        for child in (key, *values):
-            _refuse_keys_given_twice(child, path, seen)
 
 
 def load_options(path: str | Path) -> SconeOptions:

@@ -69,98 +69,57 @@ def _gpt2(width: int, layers: int, heads: int) -> TrunkConfiguration:
     return TrunkConfiguration("gpt2", {"n_embd": width, "n_layer": layers, "n_head": heads})
 
 
-def _bert(width: int, layers: int, heads: int) -> TrunkConfiguration:
-    return TrunkConfiguration(
-        "bert",
-        {
-            "hidden_size": width,
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "intermediate_size": 4 * width,
-            "pad_token_id": 0,
-        },
-    )
-
-
-def _llama(
-    width: int, layers: int, heads: int, key_value_heads: int, intermediate: int, positions: int, **rest: Any
+def _sized(
+    model_type: str, width: int, layers: int, heads: int, intermediate: int, positions: int = 0, **rest: Any
 ) -> TrunkConfiguration:
-    return TrunkConfiguration("llama", _grouped(width, layers, heads, key_value_heads, intermediate, positions) | rest)
+    fields = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
+    fields |= {"intermediate_size": intermediate} | ({"max_position_embeddings": positions} if positions else {})
+    return TrunkConfiguration(model_type, fields | rest)
+
+
+def _smol(width: int, layers: int, heads: int, kv: int, inner: int, positions: int, theta: float) -> TrunkConfiguration:
+    rest: dict[str, Any] = {
+        "vocab_size": 49152,
+        "rope_theta": theta,
+        "rms_norm_eps": 1e-5,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
+    sizes = (width, layers, heads, inner, positions)
+    return _sized("llama", *sizes, num_key_value_heads=kv, tie_word_embeddings=True, **rest)
 
 
 def _qwen2(positions: int) -> TrunkConfiguration:
-    fields = _grouped(896, 24, 14, 2, 4864, positions)
-    return TrunkConfiguration(
-        "qwen2",
-        fields
-        | {
-            "vocab_size": 151936,
-            "rope_theta": 1_000_000.0,
-            "rms_norm_eps": 1e-6,
-            "tie_word_embeddings": True,
-            "bos_token_id": 151643,
-            "eos_token_id": 151643,
-        },
-    )
+    rest: dict[str, Any] = {"vocab_size": 151936, "rope_theta": 1e6, "rms_norm_eps": 1e-6, "tie_word_embeddings": True}
+    rest |= {"bos_token_id": 151643, "eos_token_id": 151643}
+    return _sized("qwen2", 896, 24, 14, 4864, positions, num_key_value_heads=2, **rest)
 
 
-def _grouped(
-    width: int, layers: int, heads: int, key_value_heads: int, intermediate: int, positions: int
-) -> dict[str, Any]:
-    return {
-        "hidden_size": width,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": key_value_heads,
-        "intermediate_size": intermediate,
-        "max_position_embeddings": positions,
-    }
-
-
-def _smol(
-    width: int, layers: int, heads: int, key_value_heads: int, intermediate: int, first: bool
-) -> TrunkConfiguration:
-    return _llama(
-        width,
-        layers,
-        heads,
-        key_value_heads,
-        intermediate,
-        2048 if first else 8192,
-        vocab_size=49152,
-        rope_theta=10_000.0 if first else 100_000.0,
-        rms_norm_eps=1e-5,
-        tie_word_embeddings=True,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-
-
-_TINY_LLAMA = _llama(2048, 22, 32, 4, 5632, 2048, vocab_size=32000, rope_theta=10_000.0, rms_norm_eps=1e-5)
-_LLAMA_3_ROPE = {
-    "rope_type": "llama3",
-    "factor": 32.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-_LLAMA_3_1B = _llama(
-    2048,
-    16,
-    32,
-    8,
-    8192,
-    131072,
+_TINY_LLAMA = _sized(
+    *("llama", 2048, 22, 32, 5632, 2048),
+    num_key_value_heads=4,
+    vocab_size=32000,
+    rope_theta=1e4,
+    rms_norm_eps=1e-5,
+)
+_LLAMA_3_1B = _sized(
+    *("llama", 2048, 16, 32, 8192, 131072),
+    num_key_value_heads=8,
     vocab_size=128256,
     head_dim=64,
-    rope_theta=500_000.0,
-    rope_scaling=_LLAMA_3_ROPE,
+    rope_theta=5e5,
     rms_norm_eps=1e-5,
     tie_word_embeddings=True,
     bos_token_id=128000,
     eos_token_id=128001,
+    rope_scaling={
+        "rope_type": "llama3",
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
 )
-
 TRUNK_CONFIGURATIONS: Mapping[str, TrunkConfiguration] = MappingProxyType(
     {
         "openai-community/gpt2": _gpt2(768, 12, 12),
@@ -168,19 +127,19 @@ TRUNK_CONFIGURATIONS: Mapping[str, TrunkConfiguration] = MappingProxyType(
         "openai-community/gpt2-large": _gpt2(1280, 36, 20),
         "openai-community/gpt2-xl": _gpt2(1600, 48, 25),
         "distilbert/distilgpt2": _gpt2(768, 6, 12),
-        "google-bert/bert-base-uncased": _bert(768, 12, 12),
-        "google-bert/bert-large-uncased": _bert(1024, 24, 16),
+        "google-bert/bert-base-uncased": _sized("bert", 768, 12, 12, 3072, pad_token_id=0),
+        "google-bert/bert-large-uncased": _sized("bert", 1024, 24, 16, 4096, pad_token_id=0),
         "TinyLlama/TinyLlama-1.1B-Chat-v1.0": _TINY_LLAMA,
         "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T": _TINY_LLAMA,
         "TinyLlama/TinyLlama_v1.1": _TINY_LLAMA,
-        "HuggingFaceTB/SmolLM-135M": _smol(576, 30, 9, 3, 1536, first=True),
-        "HuggingFaceTB/SmolLM-360M": _smol(960, 32, 15, 5, 2560, first=True),
-        "HuggingFaceTB/SmolLM2-135M": _smol(576, 30, 9, 3, 1536, first=False),
-        "HuggingFaceTB/SmolLM2-360M": _smol(960, 32, 15, 5, 2560, first=False),
+        "HuggingFaceTB/SmolLM-135M": _smol(576, 30, 9, 3, 1536, 2048, 1e4),
+        "HuggingFaceTB/SmolLM-360M": _smol(960, 32, 15, 5, 2560, 2048, 1e4),
+        "HuggingFaceTB/SmolLM2-135M": _smol(576, 30, 9, 3, 1536, 8192, 1e5),
+        "HuggingFaceTB/SmolLM2-360M": _smol(960, 32, 15, 5, 2560, 8192, 1e5),
         "Qwen/Qwen2-0.5B": _qwen2(131072),
         "Qwen/Qwen2.5-0.5B": _qwen2(32768),
         "meta-llama/Llama-3.2-1B": _LLAMA_3_1B,
-        f"scone/{MODERN_TRUNK}": TrunkConfiguration("qwen3", _grouped(512, 8, 8, 8, 1408, 2048) | {"head_dim": 64}),
+        f"scone/{MODERN_TRUNK}": _sized("qwen3", 512, 8, 8, 1408, 2048, num_key_value_heads=8, head_dim=64),
     }
 )
 """Hub name → architecture, for training from scratch where the hub cannot be reached."""

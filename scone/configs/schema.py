@@ -22,23 +22,17 @@ class OptionInfo:
     flag: str | None = None  # the flag's name, if it differs from the field's
     bare: str | None = None  # the value of a flag that is given without one
     check: Callable[[Any], object] | None = None  # raises SconeError on a bad value
+    hidden: bool = False  # not in --help: kept for experiments that are over (docs/experiments)
 
 
-def option(
-    default: Any,
-    help: str,
-    *,
-    unit: str | None = None,
-    minimum: float | None = None,
-    maximum: float | None = None,
-    choices: tuple[str, ...] | None = None,
-    flag: str | None = None,
-    bare: str | None = None,
-    check: Callable[[Any], object] | None = None,
-) -> Any:
+def option(default: Any, help: str, **info: Any) -> Any:
     """A dataclass field that carries an :class:`OptionInfo` (read it with :func:`option_info`)."""
-    info = OptionInfo(help, unit, minimum, maximum, choices, flag, bare, check)
-    return field(default=default, metadata={"option": info})
+    return field(default=default, metadata={"option": OptionInfo(help, **info)})
+
+
+def of_the_trunk(help: str, **info: Any) -> Any:
+    """An option of the trunk's configuration, whose default is that of its base model."""
+    return option(None, f"{help} (default: base_model_name's)", **info)
 
 
 def option_info(item: dataclasses.Field[Any]) -> OptionInfo | None:
@@ -103,16 +97,20 @@ class FGramModelOptions:
         "the last token's embedding (default: zero; random if the gain or the token embedding is disabled)",
         choices=("zero", "random", "identity"),
         flag="f_gram_start",
+        hidden=True,
     )
     output_norm: bool = option(
-        True, "normalise the f-gram model's output to a root mean square of one", flag="f_gram_output_norm"
+        True, "normalise the f-gram model's output to a root mean square of one", flag="f_gram_output_norm", hidden=True
     )
-    output_gain: bool = option(True, "multiply the f-gram model's output by a learned gain", flag="f_gram_output_gain")
+    output_gain: bool = option(
+        True, "multiply the f-gram model's output by a learned gain", flag="f_gram_output_gain", hidden=True
+    )
     token_embeddings: str = option(
         "shared",
         "shared: the f-gram model's input is the trunk's token embeddings; separate: it has its own",
         choices=("shared", "separate"),
         flag="f_gram_token_embeddings",
+        hidden=True,
     )
 
 
@@ -159,6 +157,7 @@ class ModelOptions:
         "none",
         "control experiment. shuffled: f-grams of one length swap vectors; single: all f-grams share one vector",
         choices=("none", "shuffled", "single"),
+        hidden=True,
     )
     over_encoding_rows: int = option(
         0,
@@ -168,7 +167,10 @@ class ModelOptions:
         minimum=0,
     )
     over_encoding_start: str = option(
-        "zero", "initial over-encoding rows; random: at the scale of token embeddings", choices=("zero", "random")
+        "zero",
+        "initial over-encoding rows; random: at the scale of token embeddings",
+        choices=("zero", "random"),
+        hidden=True,
     )
     embedding_scale: float = option(
         1.0, "factor by which the input embeddings are multiplied, before position embeddings are added", minimum=0
@@ -178,35 +180,23 @@ class ModelOptions:
         "normalise the input embeddings before the trunk (RMSNorm with a learned gain), with or without f-grams",
     )
     f_gram: FGramModelOptions = field(default_factory=FGramModelOptions)
-    hidden_size: int | None = option(None, "width of the trunk (default: base_model_name's)", minimum=1)
-    num_hidden_layers: int | None = option(None, "layers of the trunk (default: base_model_name's)", minimum=1)
-    num_attention_heads: int | None = option(
-        None, "attention heads of the trunk (default: base_model_name's)", minimum=1
-    )
-    intermediate_size: int | None = option(
-        None, "feed-forward width of the trunk (default: base_model_name's)", minimum=1
-    )
-    hidden_act: str | None = option(
-        None, "activation function of the trunk, such as gelu or silu (default: base_model_name's)"
-    )
-    hidden_dropout_prob: float | None = option(
-        None, "dropout of embeddings and hidden states (default: base_model_name's)", minimum=0, maximum=1
-    )
-    attention_probs_dropout_prob: float | None = option(
-        None, "dropout of attention weights (default: base_model_name's)", minimum=0, maximum=1
-    )
-    max_position_embeddings: int | None = option(
-        None, "longest sequence of the trunk (default: base_model_name's)", unit="tokens", minimum=1
-    )
+    hidden_size: int | None = of_the_trunk("width of the trunk", minimum=1)
+    num_hidden_layers: int | None = of_the_trunk("layers of the trunk", minimum=1)
+    num_attention_heads: int | None = of_the_trunk("attention heads of the trunk", minimum=1)
+    intermediate_size: int | None = of_the_trunk("feed-forward width of the trunk", minimum=1)
+    hidden_act: str | None = of_the_trunk("activation function of the trunk, such as gelu or silu")
+    hidden_dropout_prob: float | None = of_the_trunk("dropout of embeddings and hidden states", minimum=0, maximum=1)
+    attention_probs_dropout_prob: float | None = of_the_trunk("dropout of attention weights", minimum=0, maximum=1)
+    max_position_embeddings: int | None = of_the_trunk("longest sequence of the trunk", unit="tokens", minimum=1)
     type_vocab_size: int | None = option(
         None, "token types of the trunk (BERT; ignored by architectures without them)", minimum=1
     )
-    initializer_range: float | None = option(
-        None, "standard deviation of the initial weights (default: base_model_name's)", minimum=0
-    )
-    layer_norm_eps: float | None = option(
-        None, "epsilon of the trunk's normalisation layers (default: base_model_name's)", minimum=0
-    )
+    initializer_range: float | None = of_the_trunk("standard deviation of the initial weights", minimum=0)
+    layer_norm_eps: float | None = of_the_trunk("epsilon of the trunk's normalisation layers", minimum=0)
+
+
+TRUNK_SIZES = [f"model.{item.name}" for item in dataclasses.fields(ModelOptions)][-11:]
+"""Options that are fields of the trunk's configuration, whatever that calls them."""
 
 
 def _check_max_steps(value: int) -> None:
@@ -240,12 +230,14 @@ class TrainingOptions:
         "probability that a matched position uses its token instead of its f-gram in training",
         minimum=0,
         maximum=0.99,
+        hidden=True,
     )
     f_gram_length_warmup_steps: int = option(
         0,
         "steps over which the length of the f-grams used in training grows from 2 to max_n",
         unit="steps",
         minimum=0,
+        hidden=True,
     )
     optimizer: str = option(
         "adamw",

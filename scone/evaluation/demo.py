@@ -19,8 +19,14 @@ import scone
 from scone.configs.schema import SconeOptions
 from scone.data.prepare import prepare_corpus
 from scone.data.token_file import TokenFile
-from scone.evaluation.benchmark import Benchmark, BenchmarkSettings
-from scone.evaluation.benchmark_config import BaselineEntry, BenchmarkConfig, DatasetEntry, ModelEntry
+from scone.evaluation.benchmark import (
+    BaselineEntry,
+    Benchmark,
+    BenchmarkConfig,
+    BenchmarkSettings,
+    DatasetEntry,
+    ModelEntry,
+)
 from scone.evaluation.demo_options import DemoOptions, model_options
 from scone.evaluation.demo_page import render_demo, summary
 from scone.evaluation.perplexity import paired_difference, perplexity

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from scone.evaluation.figures import PALETTE, PLAIN_COLOR, Line, bar_figure, line_figure
-from scone.evaluation.report import Part, columns, figure, machine_line, render, section, table
+from scone.evaluation.report import Part, columns, figure, machine_line, render, table
 from scone.evaluation.results import Table
 from scone.utils.text import human_bytes, human_count
 
@@ -16,37 +16,21 @@ Report = Mapping[str, Any]
 
 
 def render_demo(report: Report) -> str:
-    """The whole page of what `scone.evaluation.demo` writes to report.json."""
-    sampling, f_grams = report["sampling"], report["f_grams"]
+    """The whole page of what `scone.evaluation.demo` writes to report.json; its words are in demo.html.j2."""
+    plain, scone = _models(report)
     meta = [report["created"], f"SCONE {report['scone_version']}", machine_line(report["machine"])]
-    sections = [
-        section("Quality at equal training tokens", [columns(_learning_curves(report), _loss_by_match_length(report))]),
-        section(
-            "The f-grams",
-            [columns(_match_curve(report), _examples(report))],
-            f"{f_grams['num_f_grams']:,} n-grams of 2 to {f_grams['max_n']} tokens that occur at least "
-            f"{f_grams['min_count']} times in the training text, ranked by count. The longest that ends at a position "
-            "gives that position its input embedding.",
-        ),
-        section(
-            "What it costs", [columns(table(cost_table(report)), [_loss_by_time(report), _steps(report)], style="top")]
-        ),
-        section(
-            "Generated text",
-            [_samples(report)],
-            "The openings of held-out documents (grey), continued by both models with the same seed, temperature "
-            f"{sampling['temperature']} and top-p {sampling['top_p']}. SCONE reads its input embeddings from the "
-            "table, for the generated tokens too. Models of this size imitate the surface of text; that is all to "
-            "look for here.",
-        ),
-        section("How this was measured", [{"list": _method(report)}]),
-    ]
     return render(
+        "demo.html.j2",
         f"SCONE on {report['corpus']['name']}",
         [*meta, f"{report['total_seconds'] / 60:.1f} minutes in all"],
-        sections,
+        **report,
+        names={key: name for key, (name, _) in NAMES.items()},
         verdict=verdict(report),
-        tiles=_tiles(report),
+        perplexity={"plain": plain["evaluation"]["perplexity"], "scone": scone["evaluation"]["perplexity"]},
+        flops_ratio=_flops_ratio(report),
+        quality=columns(_learning_curves(report), _loss_by_match_length(report)),
+        matches=columns(_match_curve(report), _examples(report)),
+        costs=columns(table(cost_table(report)), [_loss_by_time(report), _steps(report)], style="top"),
         footer="Every number on this page is in report.json beside it and was measured by this run.",
     )
 
@@ -101,41 +85,12 @@ def _flops_ratio(report: Report) -> float:
     return float(scone / plain)
 
 
-def _tiles(report: Report) -> list[dict[str, str]]:
-    plain, scone = (model["evaluation"]["perplexity"] for model in _models(report))
-    f_grams = report["f_grams"]
-    tiles = [
-        (
-            f"{scone / plain - 1:+.1%}".replace("-", "−"),
-            "perplexity, SCONE against plain",
-            f"{plain:.2f} → {scone:.2f}",
-        ),
-        (
-            f"{_flops_ratio(report):.2f}×",
-            "inference FLOPs per token",
-            f"{human_count(report['models']['scone']['inference_flops_per_token'])}FLOP each",
-        ),
-        (
-            human_count(f_grams["num_f_grams"]),
-            "f-grams, counted exactly",
-            f"table {human_bytes(report['table']['file_bytes'])}",
-        ),
-        (
-            f"{f_grams['held_out_match_rate']:.0%}",
-            "of held-out positions match one",
-            f"up to {f_grams['max_n']} tokens long",
-        ),
-    ]
-    return [{"value": value, "name": name, "more": more} for value, name, more in tiles]
-
-
 def _two_decimals(value: float) -> str:
     return f"{value:.2f}"
 
 
-def _curves(report: Report, title: str, x_label: str, caption: str, lines: Sequence[Line]) -> Part | None:
-    svg = line_figure(lines, x_label, "loss, nats per token", y_format=_two_decimals)
-    return figure(title, svg, caption, KEYS)
+def _curves(title: str, x_label: str, caption: str, lines: Sequence[Line]) -> Part | None:
+    return figure(title, line_figure(lines, x_label, "loss, nats per token", y_format=_two_decimals), caption, KEYS)
 
 
 def _learning_curves(report: Report) -> Part | None:
@@ -145,24 +100,22 @@ def _learning_curves(report: Report) -> Part | None:
         lines.append(Line(f"{name}, validation", model["validation_curve"], color, markers=True))
         lines.append(Line(f"{name}, training", model["training_curve"], color, dashed=True))
     caption = "Solid: validation text. Dashed: training batches, smoothed by the logging interval."
-    return _curves(report, "Learning curves", "training tokens", caption, lines)
+    return _curves("Learning curves", "training tokens", caption, lines)
 
 
 def _loss_by_time(report: Report) -> Part | None:
     """Validation loss over training time at each model's seconds a step: what equal tokens leave out."""
-    lines = []
-    tokens_a_step = report["training"]["tokens"] / report["training"]["steps"]
-    for key, (name, color) in NAMES.items():
-        model = report["models"][key]
-        points = [
-            (tokens / tokens_a_step * model["seconds_a_step"], loss) for tokens, loss in model["validation_curve"]
-        ]
+    lines, tokens_a_step = [], report["training"]["tokens"] / report["training"]["steps"]
+    for model, (name, color) in zip(_models(report), NAMES.values(), strict=True):
+        seconds_a_token = model["seconds_a_step"] / tokens_a_step
+        points = [(tokens * seconds_a_token, loss) for tokens, loss in model["validation_curve"]]
         lines.append(Line(name, points, color, markers=True))
     caption = (
         "The same runs over time, at each one's seconds a step. The schedules end at different times: only the last "
-        "points are finished models."
     )
-    return _curves(report, "Validation loss by training time", "training time, seconds", caption, lines)
+    return _curves(
+        "Validation loss by training time", "training time, seconds", caption + "points are finished models.", lines
+    )
 
 
 def _loss_by_match_length(report: Report) -> Part | None:
@@ -255,33 +208,3 @@ def cost_table(report: Report) -> Table:
 def _steps(report: Report) -> Part:
     rows = [[{"text": step["name"], "more": step["note"]}, f"{step['seconds']:.1f} s"] for step in report["steps"]]
     return table((["Step of this run", "Time"], rows))
-
-
-def _samples(report: Report) -> Part | None:
-    def sample(found: Mapping[str, str]) -> dict[str, Any]:
-        texts = [
-            {"name": name, "continuation": found[key].removeprefix(found["prompt"])} for key, (name, _) in NAMES.items()
-        ]
-        return {"prompt": found["prompt"], "texts": texts}
-
-    return {"samples": [sample(found) for found in report["samples"]]} if report["samples"] else None
-
-
-def _method(report: Report) -> list[str]:
-    corpus, training, check = report["corpus"], report["training"], report["comparison"]
-    low, high = check["loss_difference_interval"]
-    return [
-        f"Corpus: {corpus['description']}. {corpus['num_documents']:,} documents, split by document into "
-        f"{corpus['tokens']['train']:,} training, {corpus['tokens']['validation']:,} validation and "
-        f"{corpus['tokens']['test']:,} test tokens of {corpus['tokenizer']}.",
-        f"Trunk: {training['trunk']}. {training['steps']:,} steps of {training['batch_size']} × "
-        f"{training['max_length']} tokens, {training['optimizer']}, peak learning rate "
-        f"{training['learning_rate']:g}, {training['schedule']} schedule, seed {training['seed']}.",
-        "Seconds a step: the median of whole training steps that the two took in turn before training.",
-        f"SCONE: {training['input_embedding']}.",
-        f"Difference of the mean loss (SCONE − plain) over {check['num_windows']} held-out windows: "
-        f"{check['loss_difference']:+.4f} nats, 95 % interval {low:+.4f} to {high:+.4f} (paired over windows).",
-        f"The table gives the live model's predictions: the largest difference of a window's loss is "
-        f"{check['table_against_live']:.1e} nats.",
-        "FLOPs are by formula, a multiply-add is two; reading and adding rows are no products and count nothing.",
-    ]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib.resources import files
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment
+from jinja2 import Environment, FileSystemLoader
 
 import scone
 from scone.evaluation.figures import (
@@ -25,7 +24,7 @@ from scone.utils.files import atomic_path, write_json
 from scone.utils.text import human_bytes, human_count, markdown_table
 
 Part = dict[str, Any]
-"""What a section holds, as the template knows it: a figure, table, list, columns of parts, or samples of text."""
+"""What a section holds, as the template knows it: a figure, table, list, or columns of parts."""
 
 
 def write_report(
@@ -85,40 +84,28 @@ def machine_line(machine: Mapping[str, Any]) -> str:
     return f"{', '.join(dict.fromkeys(machine['accelerators'])) or processor}, PyTorch {machine['libraries']['torch']}"
 
 
-def render(
-    title: str,
-    meta: Sequence[str],
-    sections: Iterable[Mapping[str, Any]],
-    *,
-    verdict: Mapping[str, str] | None = None,
-    tiles: Sequence[Mapping[str, str]] = (),
-    footer: str = "",
-) -> str:
-    """The page. ``meta``: facts below the title. Sections have ``heading``, ``text``, ``note`` and ``parts``; those
-    without parts are left out.
-    """
-    environment = Environment(autoescape=True)
-    template = environment.from_string(files("scone.evaluation").joinpath("report.html.j2").read_text(encoding="utf-8"))
-    kept = [section | {"parts": [part for part in section["parts"] if part]} for section in map(dict, sections)]
-    return template.render(title=title, meta=meta, sections=kept, verdict=verdict, tiles=tiles, footer=footer)
+def render(template: str, title: str, meta: Sequence[str], **values: Any) -> str:
+    """The page that ``template`` makes. ``meta``: facts below the title."""
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
+    environment.filters |= {"bytes": human_bytes, "count": human_count}
+    return environment.get_template(template).render(title=title, meta=meta, **values)
 
 
-def section(heading: str, parts: Sequence[Part | None], text: str = "", note: str = "") -> dict[str, Any]:
-    """A heading and what stands below it."""
-    return {"heading": heading, "parts": parts, "text": text, "note": note}
+def section(heading: str, parts: Sequence[Part | None], note: str = "") -> dict[str, Any]:
+    """A heading and what stands below it; what is None is left out."""
+    return {"heading": heading, "parts": [part for part in parts if part], "note": note}
 
 
 def figure(title: str, svg: str, caption: str = "", keys: Mapping[str, str] | Sequence[Line] = ()) -> Part | None:
     """A figure with a legend: of points by name and colour, or of lines; None where there is nothing to see."""
     if not svg:
         return None
-    if isinstance(keys, Mapping):
-        legend = [{"name": name, "color": f"var({VARIABLES[color]})", "style": "dot"} for name, color in keys.items()]
-    else:
-        legend = [
-            {"name": line.name, "color": f"var({VARIABLES[line.color]})", "style": "dashed" if line.dashed else ""}
-            for line in keys
-        ]
+    named = (
+        [(name, color, "dot") for name, color in keys.items()]
+        if isinstance(keys, Mapping)
+        else [(line.name, line.color, "dashed" if line.dashed else "") for line in keys]
+    )
+    legend = [{"name": name, "color": f"var({VARIABLES[color]})", "style": style} for name, color, style in named]
     return {"title": title, "svg": svg, "caption": caption, "keys": legend}
 
 
@@ -135,34 +122,25 @@ def columns(*found: Part | Sequence[Part | None] | None, style: str = "") -> Par
 
 
 def comparison_page(
-    results: Sequence[RunResult],
-    title: str,
-    facts: Mapping[str, Any],
-    missing: Sequence[Mapping[str, str]],
+    results: Sequence[RunResult], title: str, facts: Mapping[str, Any], missing: Sequence[Mapping[str, str]]
 ) -> str:
     """The page of a comparison: tables, and plots of quality against what it costs."""
     colors = colors_of_kinds(results)
-    found = tables(results)
-    names = {"Perplexity": "Lower is better. In brackets the 95 % interval."}
-    shown = {
-        heading: section(heading, [table(content, wide=True)], note=names.get(heading, ""))
-        for heading, content in found.items()
-    }
-    if "Memory" in shown:
-        shown["Memory"]["parts"].append(_memory_figures(results))
-    if "Speed" in shown:
-        shown["Speed"]["parts"].insert(0, _speed_figures(results))
-    datasets = datasets_of(results)
-    quality = [section(f"Quality on {name}", [_quality_figures(results, name, colors)]) for name in datasets]
-    sections = [
-        *(shown[heading] for heading in ("Perplexity",) if heading in shown),
-        *quality,
-        *(shown[heading] for heading in shown if heading != "Perplexity"),
-        section("Missing", [{"list": list(missing)}] if missing else []),
-        section("How this was measured", [{"list": list(facts["notes"])}] if facts.get("notes") else []),
+    shown = {heading: section(heading, [table(content, wide=True)]) for heading, content in tables(results).items()}
+    quality = [
+        section(f"Quality on {name}", [_quality_figures(results, name, colors)]) for name in datasets_of(results)
     ]
+    if "Perplexity" in shown:
+        quality.insert(0, shown.pop("Perplexity") | {"note": "Lower is better. In brackets the 95 % interval."})
+    if "Memory" in shown:
+        shown["Memory"]["parts"] += filter(None, [_memory_figures(results)])
+    if "Speed" in shown:
+        shown["Speed"]["parts"][:0] = filter(None, [_speed_figures(results)])
+    ends = {"Missing": missing, "How this was measured": facts.get("notes")}
+    sections = [*quality, *shown.values()]
+    sections += [section(heading, [{"list": list(entries)}]) for heading, entries in ends.items() if entries]
     meta = [f"{len(results)} models", *([machine_line(facts["machine"])] if "machine" in facts else [])]
-    return render(title, meta, sections)
+    return render("report.html.j2", title, meta, sections=sections)
 
 
 def colors_of_kinds(results: Sequence[RunResult]) -> dict[str, str]:
@@ -173,106 +151,83 @@ def colors_of_kinds(results: Sequence[RunResult]) -> dict[str, str]:
 
 def _quality_figures(results: Sequence[RunResult], dataset: str, colors: Mapping[str, str]) -> Part | None:
     """Perplexity on a data set against what it costs, over S and over the size of the f-gram model."""
-    measured = [result for result in results if result.perplexity_of(dataset) is not None]
+    measured = [(result, y) for result in results if (y := result.perplexity_of(dataset)) is not None]
     label = f"perplexity, {dataset}"
-    whole = any(result.training_flops for result in results)
 
-    def scatter(title: str, value: Callable[[RunResult], float | None], x_label: str, caption: str) -> Part | None:
+    def scatter(title: str, cost: str, x_label: str, caption: str) -> Part | None:
         points = []
-        for result in measured:
-            x, spread = value(result), result.perplexity[dataset].get("perplexity_spread")
-            if x:
-                y = float(result.perplexity[dataset]["perplexity"])
+        for result, y in measured:
+            if x := getattr(result, cost):
+                spread = result.perplexity[dataset].get("perplexity_spread")
                 points.append(Point(result.name, x, y, colors[result.kind], tuple(spread) if spread else None))
-        keys = {kind: colors[kind] for kind in dict.fromkeys(result.kind for result in measured)}
+        keys = {result.kind: colors[result.kind] for result, _ in measured}
         return figure(title, scatter_figure(points, x_label, label), caption, keys)
 
+    def lines(title: str, cost: str, name_of: Callable[[RunResult], str], x_label: str, caption: str) -> Part | None:
+        """A line for each name, plain as a level; a kind's first line has its colour of all plots."""
+        found: dict[str, list[tuple[float, float]]] = {}
+        drawn: list[Line] = []
+        for result, y in measured:
+            if result.num_f_grams and (x := getattr(result, cost)):
+                found.setdefault(f"{result.kind}{name_of(result)}", []).append((float(x), y))
+        xs = {x for points in found.values() for x, _ in points}
+        if len(xs) < 2:
+            return None
+        for name, points in found.items():
+            kind = next(kind for kind in sorted(colors, key=len, reverse=True) if name.startswith(kind))
+            taken, free = {line.color for line in drawn}, [each for each in PALETTE if each not in colors.values()]
+            color = next((each for each in (colors[kind], *free) if each not in taken), free[0])
+            drawn.append(Line(name, sorted(points), color, markers=True))
+        for plain, y in [each for each in measured if each[0].kind == PLAIN][:1]:
+            drawn.insert(0, Line(plain.name, [(min(xs), y), (max(xs), y)], PLAIN_COLOR, dashed=True))
+        return figure(title, line_figure(drawn, x_label, label, logarithmic=True), caption, drawn)
+
+    def model_size(result: RunResult) -> str:
+        size = result.f_gram_model_parameters
+        return f", {result.f_gram_model_size or human_count(size)}" if size else ""
+
+    whole = any(result.training_flops for result in results)
     parts = [
         scatter(
             "Against inference FLOPs",
-            lambda result: result.inference_flops_per_token,
+            "inference_flops_per_token",
             "inference FLOPs per token",
             "Down and to the left is better. Dotted: the Pareto front; no model is below and left of it.",
         ),
         scatter(
             "Against training FLOPs",
-            lambda result: result.training_flops if whole else result.training_flops_per_token,
+            "training_flops" if whole else "training_flops_per_token",
             "training FLOPs" if whole else "training FLOPs per token",
             "What the same quality costs to train.",
         ),
     ]
     if dataset == datasets_of(results)[0]:
         caption = "The table, off the accelerator, is not part of it."
-        bytes_of: Callable[[RunResult], float | None] = lambda result: result.resident_bytes  # noqa: E731
         x_label = "bytes of the model, on the accelerator"
-        parts.append(scatter("Against memory of the model", bytes_of, x_label, caption))
-    with_f_grams = [result for result in measured if result.num_f_grams]
-
-    def model_size(result: RunResult) -> str:
-        size = result.f_gram_model_parameters
-        return f", {result.f_gram_model_size or human_count(size)}" if size else ""
-
+        parts.append(scatter("Against memory of the model", "resident_bytes", x_label, caption))
     parts += [
-        _lines(
+        lines(
             "Against the number of f-grams",
-            [(result, float(result.num_f_grams or 0), result.kind + model_size(result)) for result in with_f_grams],
-            *(measured, dataset, "number of f-grams S", label, colors),
+            "num_f_grams",
+            model_size,
+            "number of f-grams S",
             "More f-grams: a larger table, the same inference FLOPs.",
         ),
-        _lines(
+        lines(
             "Against the size of the f-gram model",
-            [
-                (result, float(size), f"{result.kind}, S = {human_count(result.num_f_grams or 0)}")
-                for result in with_f_grams
-                if (size := result.f_gram_model_parameters)
-            ],
-            *(measured, dataset, "parameters of the f-gram model", label, colors),
+            "f_gram_model_parameters",
+            lambda result: f", S = {human_count(result.num_f_grams or 0)}",
+            "parameters of the f-gram model",
             "A larger f-gram model costs training, and nothing at inference.",
         ),
     ]
     return columns(*parts)
 
 
-def _lines(
-    title: str,
-    found: Sequence[tuple[RunResult, float, str]],
-    measured: Sequence[RunResult],
-    dataset: str,
-    x_label: str,
-    y_label: str,
-    colors: Mapping[str, str],
-    caption: str,
-) -> Part | None:
-    """A line for each name among ``found`` (result, x, name), with the plain model as a level.
-
-    A kind's first line has its colour of all plots.
-    """
-    xs = [x for _, x, _ in found]
-    if len(set(xs)) < 2:
-        return None
-    groups: dict[str, list[tuple[float, float]]] = {}
-    kinds: dict[str, str] = {}
-    for result, x, name in found:
-        groups.setdefault(name, []).append((x, float(result.perplexity[dataset]["perplexity"])))
-        kinds[name] = result.kind
-    free = [color for color in PALETTE if color not in colors.values()] or list(PALETTE)
-    lines: list[Line] = []
-    for name, points in groups.items():
-        taken = {line.color for line in lines}
-        wanted = colors[kinds[name]]
-        color = wanted if wanted not in taken else next((color for color in free if color not in taken), free[0])
-        lines.append(Line(name, sorted(points), color, markers=True))
-    plain = next((result for result in measured if result.kind == PLAIN), None)
-    if plain is not None:
-        level = float(plain.perplexity[dataset]["perplexity"])
-        lines.insert(0, Line(plain.name, [(min(xs), level), (max(xs), level)], PLAIN_COLOR, dashed=True))
-    return figure(title, line_figure(lines, x_label, y_label, logarithmic=True), caption, lines)
-
-
 def _bars(
+    results: Sequence[RunResult],
     title: str,
     caption: str,
-    results: Sequence[RunResult],
     series: Mapping[str, Sequence[float | None]],
     label: str,
     form: Callable[[float], str],
@@ -290,7 +245,7 @@ def _bars(
 def _memory_figures(results: Sequence[RunResult]) -> Part | None:
     def chart(title: str, caption: str, fields: Mapping[str, str]) -> Part | None:
         series = {name: [getattr(result, field) or None for result in results] for name, field in fields.items()}
-        return _bars(title, caption, results, series, "bytes", human_bytes)
+        return _bars(results, title, caption, series, "bytes", human_bytes)
 
     return columns(
         chart(
@@ -309,23 +264,24 @@ def _memory_figures(results: Sequence[RunResult]) -> Part | None:
 def _speed_figures(results: Sequence[RunResult]) -> Part | None:
     """Tokens a second at the longest sequences that all models can read."""
     lengths = [{speed["sequence_length"] for speed in result.speed} for result in results if result.speed]
-    common = set.intersection(*lengths)
-    if not common:
+    if not (common := set.intersection(*lengths)):
         return None
-    length = max(common)
+    found = {
+        (result.name, speed["batch_size"]): speed
+        for result in results
+        for speed in result.speed
+        if speed["sequence_length"] == max(common)
+    }
 
-    def chart(title: str, field: str, caption: str) -> Part | None:
-        by_size = {
-            (result.name, speed["batch_size"]): speed.get(field)
-            for result in results
-            for speed in result.speed
-            if speed["sequence_length"] == length
+    def chart(kind: str, caption: str) -> Part | None:
+        rate = f"{kind.lower()}_tokens_per_second"
+        series = {
+            f"batch {batch}": [found.get((result.name, batch), {}).get(rate) for result in results]
+            for batch in sorted({batch for _, batch in found})
         }
-        batches = sorted({batch for _, batch in by_size})
-        series = {f"batch {batch}": [by_size.get((result.name, batch)) for result in results] for batch in batches}
-        return _bars(title, caption, results, series, f"tokens per second, {length:,} tokens", human_count)
+        return _bars(results, kind, caption, series, f"tokens per second, {max(common):,} tokens", human_count)
 
     return columns(
-        chart("Prefill", "prefill_tokens_per_second", "Reading the prompt; all sequences of the batch together."),
-        chart("Decode", "decode_tokens_per_second", "Writing new tokens; all sequences of the batch together."),
+        chart("Prefill", "Reading the prompt; all sequences of the batch together."),
+        chart("Decode", "Writing new tokens; all sequences of the batch together."),
     )

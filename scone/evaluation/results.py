@@ -10,6 +10,7 @@ import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 from scone.utils.text import human_bytes, human_count
@@ -18,8 +19,13 @@ PLAIN, MODEL, ROWS, OVER_ENCODING = "plain", "f-gram model", "learned rows", "ov
 BOTH = f"{MODEL} + {ROWS}"
 STEM = "benchmark"
 
+SPEED_HEAD = ["model", "batch", "tokens", "prefill tokens/s", "decode tokens/s", "first token, ms"]
+SPEED_HEAD += ["decode step, ms (p50 / p90 / p99)"]
+
 Table = tuple[list[str], list[list[Any]]]
 """Heads, and rows of cells; on a page a cell may also be a mapping (``text``, ``more`` below it, ``style``)."""
+
+Cell = Callable[["RunResult"], str]
 
 
 @dataclass
@@ -80,90 +86,59 @@ def datasets_of(results: Sequence[RunResult]) -> list[str]:
 
 def csv_text(results: Sequence[RunResult]) -> str:
     """One line a model; columns name their units, a data set's begin with ``perplexity:``."""
-    datasets = datasets_of(results)
-    plain_fields = [
-        name for name in RunResult.__dataclass_fields__ if name not in ("perplexity", "parameters", "speed", "facts")
-    ]
-    parameters = ("resident", "training_only", "table")
-    head = [*plain_fields, *(f"{name}_parameters" for name in parameters)]
-    per_dataset = ("perplexity", "perplexity_low", "perplexity_high", "bits_per_byte", "word_perplexity")
-    head += [f"{value}:{name}" for name in datasets for value in per_dataset]
+    left_out = ("perplexity", "parameters", "speed", "facts")
     rows = []
     for result in results:
-        row: list[Any] = [getattr(result, name) for name in plain_fields]
-        row += [(result.parameters or {}).get(name) for name in parameters]
-        for name in datasets:
+        row = {name: getattr(result, name) for name in RunResult.__dataclass_fields__ if name not in left_out}
+        for name in ("resident", "training_only", "table"):
+            row[f"{name}_parameters"] = (result.parameters or {}).get(name)
+        for name in datasets_of(results):
             found = result.perplexity.get(name, {})
-            low, high = found.get("perplexity_interval") or (None, None)
-            row += [found.get("perplexity"), low, high, found.get("bits_per_byte"), found.get("word_perplexity")]
+            row[f"perplexity:{name}"] = found.get("perplexity")
+            interval = found.get("perplexity_interval") or (None, None)
+            row[f"perplexity_low:{name}"], row[f"perplexity_high:{name}"] = interval
+            row |= {f"{value}:{name}": found.get(value) for value in ("bits_per_byte", "word_perplexity")}
         rows.append(row)
-    return _csv(head, rows)
+    return _csv(rows)
 
 
 def speed_csv(results: Sequence[RunResult]) -> str:
     """One line for each model, batch size and sequence length."""
-    values = list(dict.fromkeys(name for result in results for speed in result.speed for name in speed))
-    rows = [[result.name, *(speed.get(name) for name in values)] for result in results for speed in result.speed]
-    return _csv(["name", *values], rows)
+    return _csv([{"name": result.name} | speed for result in results for speed in result.speed])
 
 
-def _csv(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(head)
+    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
+    writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
 
 
 def tables(results: Sequence[RunResult]) -> dict[str, Table]:
-    """The tables that have anything to show, by heading."""
-    found = {
-        "Perplexity": _quality_table(results),
-        "Parameters and FLOPs": _cost_table(results),
-        "Memory": _memory_table(results),
-        "Speed": _speed_table(results),
+    """The tables that have anything to show, by heading; a column that no model has a value for is left out."""
+    base = next((result for result in results if result.kind == PLAIN), results[0])
+
+    def sized(field: str, form: Callable[[float], str]) -> Cell:
+        return lambda result: form(value) if (value := getattr(result, field)) else "–"
+
+    def parameters(name: str) -> Cell:
+        return lambda result: human_count(value) if (value := (result.parameters or {}).get(name)) else "–"
+
+    def flops(field: str) -> Cell:
+        """With the multiple of the first plain model's."""
+        unit = getattr(base, field)
+        return lambda result: (
+            "–" if (value := getattr(result, field)) is None
+            else human_count(value) + (f" ({value / unit:.2f}×)" if unit else "")
+        )  # fmt: skip
+
+    quality: dict[str, Cell] = {
+        "input embedding": lambda result: result.kind + (", live" if result.facts.get("served") == "live" else "")
     }
-    return {
-        heading: (head, rows)
-        for heading, (head, rows) in found.items()
-        if rows and len(head) > (2 if heading == "Perplexity" else 1)
-    }
-
-
-def _quality_table(results: Sequence[RunResult]) -> Table:
-    """Perplexity on each data set, with its interval or its spread over seeds."""
-
-    def cell(found: Mapping[str, Any] | None) -> str:
-        if found is None or found.get("perplexity") is None:
-            return "–"
-        spread = found.get("perplexity_spread") or found.get("perplexity_interval")
-        return f"{found['perplexity']:.2f}" + (f" ({spread[0]:.2f}–{spread[1]:.2f})" if spread else "")
-
-    def kind(result: RunResult) -> str:
-        return result.kind + (", live" if result.facts.get("served") == "live" else "")
-
-    datasets = datasets_of(results)
-    rows: list[list[Any]] = [
-        [result.name, kind(result), *(cell(result.perplexity.get(name)) for name in datasets)] for result in results
-    ]
-    return ["model", "input embedding", *datasets], rows
-
-
-def _cost_table(results: Sequence[RunResult]) -> Table:
-    """f-grams, parameters and FLOPs, those as multiples of the first plain model's too."""
-    reference = next((result for result in results if result.kind == PLAIN), results[0])
-
-    def flops(name: str) -> list[str]:
-        base, values = getattr(reference, name), [getattr(result, name) for result in results]
-        if base is None:
-            return [_shown(value, human_count) for value in values]
-        return ["–" if value is None else f"{human_count(value)} ({value / base:.2f}×)" for value in values]
-
-    def parameters(name: str) -> list[str]:
-        return [_shown((result.parameters or {}).get(name), human_count) for result in results]
-
-    columns = {
-        "f-grams": [_shown(result.num_f_grams, human_count) for result in results],
+    quality |= {name: partial(_perplexity, name) for name in datasets_of(results)}
+    costs = {
+        "f-grams": sized("num_f_grams", human_count),
         "parameters": parameters("resident"),
         "in the table": parameters("table"),
         "in training only": parameters("training_only"),
@@ -171,60 +146,39 @@ def _cost_table(results: Sequence[RunResult]) -> Table:
         "training FLOPs/token": flops("training_flops_per_token"),
         "training FLOPs": flops("training_flops"),
     }
-    return _columns(results, columns)
-
-
-def _memory_table(results: Sequence[RunResult]) -> Table:
-    """Bytes of model and table, and peaks."""
-    fields = {
-        "model": "resident_bytes",
-        "table on disk": "table_bytes",
-        "table in RAM": "table_memory_bytes",
-        "peak of the process": "peak_process_bytes",
-        "peak on the accelerator": "peak_accelerator_bytes",
+    memory = {
+        "model": sized("resident_bytes", human_bytes),
+        "table on disk": sized("table_bytes", human_bytes),
+        "table in RAM": sized("table_memory_bytes", human_bytes),
+        "peak of the process": sized("peak_process_bytes", human_bytes),
+        "peak on the accelerator": sized("peak_accelerator_bytes", human_bytes),
     }
-    columns = {
-        head: [_shown(getattr(result, name), human_bytes) for result in results] for head, name in fields.items()
-    }
-    return _columns(results, columns)
+    found = {}
+    for heading, columns in {"Perplexity": quality, "Parameters and FLOPs": costs, "Memory": memory}.items():
+        cells = {head: [cell(result) for result in results] for head, cell in columns.items()}
+        kept = {head: column for head, column in cells.items() if set(column) != {"–"}}
+        if len(kept) > (heading == "Perplexity"):
+            rows = [[result.name, *row] for result, *row in zip(results, *kept.values(), strict=True)]
+            found[heading] = (["model", *kept], rows)
+    speeds = [[result.name, *_speed_cells(speed)] for result in results for speed in result.speed]
+    return found | ({"Speed": (SPEED_HEAD, speeds)} if speeds else {})
 
 
-def _columns(results: Sequence[RunResult], columns: Mapping[str, list[str]]) -> Table:
-    """A table of those columns that some model has."""
-    kept = {head: cells for head, cells in columns.items() if any(cell != "–" for cell in cells)}
-    rows: list[list[Any]] = [
-        [result.name, *(cells[index] for cells in kept.values())] for index, result in enumerate(results)
-    ]
-    return ["model", *kept], rows
+def _perplexity(dataset: str, result: RunResult) -> str:
+    """With its interval, or its spread over seeds."""
+    found = result.perplexity.get(dataset, {})
+    if found.get("perplexity") is None:
+        return "–"
+    spread = found.get("perplexity_spread") or found.get("perplexity_interval")
+    return f"{found['perplexity']:.2f}" + (f" ({spread[0]:.2f}–{spread[1]:.2f})" if spread else "")
 
 
-def _shown(value: float | None, form: Callable[[float], str]) -> str:
-    return form(value) if value else "–"
-
-
-def _speed_table(results: Sequence[RunResult]) -> Table:
+def _speed_cells(speed: Mapping[str, Any]) -> list[str]:
     """Tokens a second, and latencies in milliseconds as p50 / p90 / p99."""
-
-    def latency(speed: Mapping[str, Any], name: str) -> str:
-        values = [speed.get(f"{name}_seconds_p{p}") for p in (50, 90, 99)]
-        return "–" if None in values else " / ".join(f"{1000 * value:,.1f}" for value in values if value is not None)
-
-    def rate(speed: Mapping[str, Any], name: str) -> str:
-        return f"{speed[name]:,.0f}" if name in speed else "–"
-
-    head = ["model", "batch", "tokens", "prefill tokens/s", "decode tokens/s"]
-    head += ["first token, ms", "decode step, ms (p50 / p90 / p99)"]
-    rows: list[list[Any]] = [
-        [
-            result.name,
-            str(speed["batch_size"]),
-            str(speed["sequence_length"]),
-            rate(speed, "prefill_tokens_per_second"),
-            rate(speed, "decode_tokens_per_second"),
-            latency(speed, "first_token"),
-            latency(speed, "decode_step"),
-        ]
-        for result in results
-        for speed in result.speed
-    ]
-    return head, rows
+    rates = [speed.get(f"{name}_tokens_per_second") for name in ("prefill", "decode")]
+    cells = [str(speed["batch_size"]), str(speed["sequence_length"])]
+    cells += ["–" if rate is None else f"{rate:,.0f}" for rate in rates]
+    for name in ("first_token", "decode_step"):
+        values = [speed[key] for p in (50, 90, 99) if (key := f"{name}_seconds_p{p}") in speed]
+        cells.append(" / ".join(f"{1000 * value:,.1f}" for value in values) or "–")
+    return cells

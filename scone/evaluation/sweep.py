@@ -1,42 +1,18 @@
-"""Several runs on one corpus: f-grams are counted once, each run is trained, resumed or kept, and all are tested alike.
-
-Every input embedding and baseline goes through here, so that runs differ in their options alone.
-"""
+"""Several runs on one corpus: f-grams are counted once, and each run is trained, resumed or kept."""
 
 from __future__ import annotations
 
-import shutil
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
-from transformers import TrainingArguments as Arguments
+from transformers import TrainerCallback
 
 from scone.configs.schema import SconeOptions
-from scone.data.token_file import TokenFile
-from scone.evaluation.perplexity import perplexity
-from scone.evaluation.text_size import sizes_of
-from scone.inference.loading import choose_device
-from scone.models.accounting import f_gram_forward_flops, parameter_counts, training_flops, trunk_forward_flops
-from scone.models.f_gram_config import FGramModelConfig
-from scone.models.language_model import SconeForCausalLM
 from scone.models.trunk import trunk_configuration
 from scone.tokenization.matcher import Matcher
 from scone.tokenization.tokenizers import vocabulary_size
-from scone.training.model_options import f_gram_model_settings
-from scone.training.run import TRAINING_LOG_FILE, Corpus, run_vocabulary, train
-from scone.training.run_folder import FINAL_MODEL
-from scone.training.trainer import complete_checkpoints
-from scone.utils.files import read_json, write_json
-
-TYPICAL_NODES_PER_POSITION = 0.8
-"""For estimates before anything was measured (docs/experiments/training-cost.md)."""
-
-
-# ---------------------------------------------------------------------- count once
+from scone.training.run import Corpus, run_vocabulary, train
 
 
 def count_once(runs: Sequence[SconeOptions], corpus: Corpus, *, quiet: bool = False) -> None:
@@ -83,23 +59,6 @@ def _largest_by_length(runs: Sequence[SconeOptions]) -> list[SconeOptions]:
     ]
 
 
-def estimated_flops(options: SconeOptions, corpus: Corpus) -> float:
-    """About what training with ``options`` will compute, to start long runs first. Needs ``max_steps``."""
-    training, model = options.training, options.model
-    config = trunk_configuration(model)
-    config.vocab_size = vocabulary_size(corpus.tokenizer)
-    forward = trunk_forward_flops(config, options.data.max_length)
-    settings = f_gram_model_settings(model, config) if _with_f_grams([options]) else None
-    if settings is not None:
-        sizes = FGramModelConfig(**settings)
-        forward += f_gram_forward_flops(sizes, config.hidden_size, [0, TYPICAL_NODES_PER_POSITION])
-    tokens = training.max_steps * training.batch_size * training.gradient_accumulation_steps * options.data.max_length
-    return training_flops(forward) * tokens
-
-
-# ---------------------------------------------------------------------- run many
-
-
 def train_or_resume(
     options: SconeOptions,
     corpus: Corpus | None = None,
@@ -114,102 +73,3 @@ def train_or_resume(
     resume = options.training.resume_from_checkpoint or "true"
     options = replace(options, training=replace(options.training, resume_from_checkpoint=resume))
     return train(options, corpus=corpus, quiet=quiet, callbacks=callbacks)
-
-
-@dataclass(frozen=True)
-class Tests:
-    """What finished models are tested on.
-
-    ``matcher`` groups the losses of every run by the same f-grams, plain ones too. On the texts named in ``shuffled``
-    a model with f-grams is also tested with its vectors handed to other f-grams, which tells whether it used what they
-    say or only that they are there.
-    """
-
-    texts: Mapping[str, TokenFile]
-    matcher: Matcher | None = None
-    stride: int | None = None
-    shuffled: Sequence[str] = field(default_factory=tuple)
-
-
-def measured_run(
-    options: SconeOptions, corpus: Corpus, tests: Tests, progress_path: Path, *, keep_model: bool = False
-) -> dict[str, Any]:
-    """Train and test one model; an interrupted run goes on from its checkpoint.
-
-    Args:
-        progress_path: a JSON file that holds the log so far while the model trains, marked as unfinished.
-        keep_model: leave the run's folder; otherwise it is removed once everything is measured.
-
-    Returns the options' seed, tokens seen, seconds, costs per token and in all, parameters, the log, and for each test
-    its perplexity per token and word, bits per byte, losses by match length and rank, and the windows' mean losses.
-
-    Raises SconeError as ``train`` does.
-    """
-    started = time.perf_counter()
-    before, folder = 0.0, Path(options.training.output_dir)
-    if complete_checkpoints(folder) and not (folder / FINAL_MODEL).exists():
-        before = read_json(progress_path)["train_seconds"] if progress_path.exists() else 0.0
-    else:
-        shutil.rmtree(folder, ignore_errors=True)  # what a killed run left
-    final_model = train_or_resume(options, corpus, quiet=True, callbacks=[ProgressFile(progress_path, before)])
-    log = read_json(folder / TRAINING_LOG_FILE)
-    model: Any = AutoModelForCausalLM.from_pretrained(final_model)
-    model = model.to(choose_device(options.training.device)).eval()
-    tokens = log["steps"] * log["tokens_per_step"]
-    result: dict[str, Any] = {
-        "finished": True,
-        "seed": options.training.seed,
-        "steps": log["steps"],
-        "tokens": tokens,
-        "train_tokens": log["train_tokens"],
-        "train_seconds": before + log["train_seconds"],
-        "cost": log["cost"] | {"training_flops": log["cost"]["training_flops_per_token"] * tokens},
-        "parameters": parameter_counts(model).to_dict(),
-        "tests": {name: _tested(model, file, options, corpus, tests) for name, file in tests.texts.items()},
-        "log": log["log"],
-    }
-    if isinstance(model, SconeForCausalLM) and model.config.control == "none" and tests.shuffled:
-        assert model.vocabulary is not None
-        model.config.control = "shuffled"
-        model.set_vocabulary(model.vocabulary)
-        result["tests_shuffled"] = {
-            name: _tested(model, tests.texts[name], options, corpus, replace(tests, matcher=None))
-            for name in tests.shuffled
-        }
-    if not keep_model:
-        shutil.rmtree(folder)
-    return result | {"seconds": time.perf_counter() - started}
-
-
-def _tested(
-    model: PreTrainedModel, file: TokenFile, options: SconeOptions, corpus: Corpus, tests: Tests
-) -> dict[str, Any]:
-    result = perplexity(
-        model,
-        file.tokens,
-        max_length=options.data.max_length,
-        batch_size=options.training.batch_size,
-        stride=tests.stride,
-        matcher=tests.matcher,
-        separator_id=file.separator_id,
-        quiet=True,
-        **sizes_of(corpus.tokenizer, file.tokens),
-    )
-    return result.to_dict() | {"window_losses": [round(loss, 4) for loss in result.window_losses]}
-
-
-class ProgressFile(TrainerCallback):
-    """Writes the log so far to a JSON file at every log line, so that a run that is cut off leaves its curve.
-
-    ``seconds_before``: those that the run took before it was resumed.
-    """
-
-    def __init__(self, path: Path, seconds_before: float = 0.0) -> None:
-        self.path = path
-        self._started = time.perf_counter() - seconds_before
-
-    def on_log(self, args: Arguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if state.is_world_process_zero:
-            facts = {"finished": False, "seed": args.seed, "steps": state.global_step, "max_steps": state.max_steps}
-            seconds = time.perf_counter() - self._started
-            write_json(self.path, facts | {"train_seconds": seconds, "log": state.log_history})

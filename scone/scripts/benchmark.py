@@ -37,8 +37,7 @@ def read_arguments(argv: Sequence[str] | None) -> tuple[SconeOptions, argparse.N
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark and print its tables."""
     options, extra = read_arguments(argv)
-    from scone.evaluation.benchmark import BenchmarkSettings, run_benchmark
-    from scone.evaluation.benchmark_config import read_benchmark_config
+    from scone.evaluation.benchmark import BenchmarkSettings, read_benchmark_config, run_benchmark
     from scone.evaluation.results import STEM
 
     config = read_benchmark_config(extra.config)

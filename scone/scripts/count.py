@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from scone.configs.loading import parse_options
 from scone.configs.presets import trunk_configuration
 from scone.configs.schema import SconeOptions
+from scone.scripts.arguments import add_shared
 from scone.utils.command_line import run_main
 from scone.utils.errors import SconeError
 from scone.utils.progress import is_quiet
@@ -29,30 +30,17 @@ EXAMPLES = (
     "scone count --dataset_name my_texts/ --tokenizer train --memory_budget 4GiB --json --plot counts.png",
 )
 OPTIONS = (
-    "data.dataset_name",
-    "data.dataset_config_name",
-    "data.text_column",
-    "data.max_n",
-    "data.min_freq",
-    "data.max_f_grams",
-    "data.cache_dir",
-    "data.memory_budget",
-    "model.base_model_name",
-    "model.tokenizer",
-    "model.vocab_size",
+    *(f"data.{name}" for name in ("dataset_name", "dataset_config_name", "text_column", "max_n", "min_freq")),
+    *("data.max_f_grams", "data.cache_dir", "data.memory_budget"),
+    *("model.base_model_name", "model.tokenizer", "model.vocab_size"),
 )
 DEFAULT_WIDTH = 768
 
 
 def read_arguments(argv: Sequence[str] | None) -> tuple[SconeOptions, argparse.Namespace]:
     """The options on the command line, and the script's own arguments. Raises SconeError."""
-    return parse_options(
-        argv,
-        OPTIONS,
-        "Count the most frequent n-grams of a corpus and show what they cover on held-out text.",
-        examples=EXAMPLES,
-        add_arguments=_add_arguments,
-    )
+    description = "Count the most frequent n-grams of a corpus and show what they cover on held-out text."
+    return parse_options(argv, OPTIONS, description, examples=EXAMPLES, add_arguments=_add_arguments)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -164,11 +152,7 @@ def _token_files(options: SconeOptions, quiet: bool) -> tuple[PreTrainedTokenize
     from scone.data.prepare import prepare_corpus, prepare_tokenizer
 
     data, model = options.data, options.model
-    source: dict[str, Any] = {
-        "dataset_config_name": data.dataset_config_name,
-        "text_column": data.text_column,
-        "cache_dir": data.cache_dir,
-    }
+    source: dict[str, Any] = {name: getattr(data, name) for name in ("dataset_config_name", "text_column", "cache_dir")}
     name = model.tokenizer or model.base_model_name
     tokenizer = prepare_tokenizer(name, data.dataset_name, vocab_size=model.vocab_size, **source)
     files = prepare_corpus(data.dataset_name, tokenizer, quiet=quiet, **source)
@@ -185,6 +169,12 @@ def _trunk_width(options: SconeOptions) -> int:
 
 def _readable(report: dict[str, Any]) -> str:
     """The report as lines for a terminal."""
+    coverage = "no held-out text"
+    for found in report["held_out"][:1]:
+        positions = found["num_positions"]
+        shares = ", ".join(f"{n}: {each / positions:.1%}" for n, each in found["positions_by_length"].items())
+        coverage = f"{found['match_rate']:.1%} of {positions:,} held-out tokens, "
+        coverage += f"mean length {found['mean_match_length']:.2f} (by length {shares})"
     corpus, count = report["corpus"], report["count"]
     sizes = ", ".join(f"{row_type} {human_bytes(size)}" for row_type, size in report["table_bytes"].items())
     lines = [
@@ -197,7 +187,7 @@ def _readable(report: dict[str, Any]) -> str:
             f"{level['num_f_grams']:>15,} {level['floor']:>9,}"
             for level in count["levels"]
         ),
-        _held_out_line(report["held_out"]),
+        f"match rate     {coverage}",
         f"time           {count['seconds']:.1f} s on {count['num_threads']} threads",
         f"table          {sizes}",
     ]
@@ -207,20 +197,9 @@ def _readable(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _held_out_line(held_out: list[dict[str, Any]]) -> str:
-    if not held_out:
-        return "match rate     no held-out text"
-    found = held_out[0]
-    shares = ", ".join(f"{n}: {each / found['num_positions']:.1%}" for n, each in found["positions_by_length"].items())
-    return (
-        f"match rate     {found['match_rate']:.1%} of {found['num_positions']:,} held-out tokens, "
-        f"mean length {found['mean_match_length']:.2f} (by length {shares})"
-    )
-
-
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", metavar="PATH", help="file or folder to write the vocabulary to")
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    add_shared(parser, "json")
     parser.add_argument("--plot", metavar="FILE", help="draw counts by rank and f-grams by length (png, svg, pdf)")
     parser.add_argument("--width", type=int, metavar="D", help="row width of the table (default: base_model_name's)")
 

@@ -8,10 +8,11 @@ import json
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from scone.configs.loading import parse_options
 from scone.configs.schema import SconeOptions
+from scone.scripts.arguments import add_shared
 from scone.utils.command_line import run_main
 from scone.utils.errors import SconeError
 
@@ -29,29 +30,17 @@ EXAMPLES = (
 DESCRIPTION = """\
 Measure the perplexity of a SCONE model (with or without its table) or a plain model on a dataset split, and its
 zero-shot accuracy on tasks. With --tasks, perplexity is measured only if --dataset_name is given too."""
-OPTIONS = (
-    "data.dataset_name",
-    "data.dataset_config_name",
-    "data.text_column",
-    "data.max_length",
-    "data.cache_dir",
-    "training.device",
-    "training.seed",
-    "inference",
+OPTIONS = tuple(
+    f"data.{name}" for name in ("dataset_name", "dataset_config_name", "text_column", "max_length", "cache_dir")
 )
+OPTIONS += ("training.device", "training.seed", "inference")
 DEFAULTS = {"inference.batch_size": 8}
 
 
 def read_arguments(argv: Sequence[str] | None) -> tuple[SconeOptions, argparse.Namespace]:
     """The options on the command line, and the script's own arguments. Raises SconeError."""
-    options, extra = parse_options(
-        argv,
-        OPTIONS,
-        DESCRIPTION,
-        examples=EXAMPLES,
-        add_arguments=_add_arguments,
-        defaults=DEFAULTS,
-    )
+    settings: dict[str, Any] = {"examples": EXAMPLES, "add_arguments": _add_arguments, "defaults": DEFAULTS}
+    options, extra = parse_options(argv, OPTIONS, DESCRIPTION, **settings)
     if extra.max_tokens is not None and extra.max_tokens < 2:
         raise SconeError(f"--max_tokens: found {extra.max_tokens}; expected at least 2")
     if extra.tasks is None:
@@ -155,37 +144,36 @@ def _print_perplexity(result: PerplexityResult) -> None:
         print(f"word perplexity   {result.word_perplexity:.4f}")
     if result.bits_per_byte is not None:
         print(f"bits per byte     {result.bits_per_byte:.4f}")
-    for group in result.by_match_length:
-        matched = "no f-gram matched" if group.length == 1 else f"f-gram of {group.length} tokens matched"
-        print(f"  {matched:<30}{group.num_predicted / result.num_predicted:6.1%} of tokens, loss {group.loss:.4f}")
-    for bucket in result.by_rank:
-        if bucket.first_rank is not None and bucket.last_rank is not None:
-            ranks = f"f-gram ranks {bucket.first_rank + 1:,} to {bucket.last_rank + 1:,}"
-            print(f"  {ranks:<34}{bucket.num_predicted / result.num_predicted:6.1%} of tokens, loss {bucket.loss:.4f}")
+    groups: list[tuple[str, int, Any]] = [
+        ("no f-gram matched" if each.length == 1 else f"f-gram of {each.length} tokens matched", 30, each)
+        for each in result.by_match_length
+    ]
+    groups += [
+        (f"f-gram ranks {each.first_rank + 1:,} to {each.last_rank + 1:,}", 34, each)
+        for each in result.by_rank
+        if each.first_rank is not None and each.last_rank is not None
+    ]
+    for name, width, group in groups:
+        print(f"  {name:<{width}}{group.num_predicted / result.num_predicted:6.1%} of tokens, loss {group.loss:.4f}")
     print(f"speed             {result.tokens_per_second:,.0f} tokens a second, {result.seconds:.1f} s")
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    parser.add_argument("--model_path", required=True, metavar="FOLDER", help="the model: a final_model folder")
-    parser.add_argument(
-        "--embedding_cache_path", metavar="FILE", help="its embedding table (default: compute f-gram embeddings live)"
-    )
-    parser.add_argument("--tokenizer_path", metavar="FOLDER", help="tokenizer (default: the model's own)")
+    add_shared(parser, "json", "model_path", "embedding_cache_path", "tokenizer_path")
     parser.add_argument("--split", default="test", metavar="NAME", help="split of the dataset (default: test)")
-    parser.add_argument(
-        "--stride", type=int, metavar="N", help="tokens between window starts (default: max_length, no overlap)"
-    )
-    parser.add_argument("--max_tokens", type=int, metavar="N", help="evaluate on the first N tokens only")
     parser.add_argument("--tasks", metavar="NAMES", help="zero-shot tasks, separated by commas, or all")
     parser.add_argument(
         "--task_data",
         metavar="FOLDER",
         help="folder of JSON-lines files, such as piqa_validation.jsonl.zst (default: download)",
     )
-    parser.add_argument("--limit", type=int, metavar="N", help="evaluate the first N items of each task only")
-    parser.add_argument("--placement", default="ram", help="where the table is kept: ram, mmap, direct, or tiers")
-    parser.add_argument("--quantization", metavar="TYPE", help="quantise the trunk: fp16, int8 or int4")
+    for name, text in (
+        ("stride", "tokens between window starts (default: max_length, no overlap)"),
+        ("max_tokens", "evaluate on the first N tokens only"),
+        ("limit", "evaluate the first N items of each task only"),
+    ):
+        parser.add_argument(f"--{name}", type=int, metavar="N", help=text)
+    add_shared(parser, "placement", "quantization")
     parser.add_argument("--output", metavar="FILE", help="also write the result as JSON")
 
 

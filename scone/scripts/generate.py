@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from scone.configs.loading import parse_options
 from scone.configs.schema import SconeOptions
+from scone.scripts.arguments import add_shared
 from scone.utils.command_line import run_main
 from scone.utils.errors import SconeError
 
@@ -48,18 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         device=options.training.device,
         tokenizer_path=extra.tokenizer_path,
     )
-    wanted = GenerationOptions(
-        max_length=extra.max_length,
-        min_length=extra.min_length,
-        do_sample=extra.do_sample,
-        num_beams=extra.num_beams,
-        temperature=extra.temperature,
-        top_k=extra.top_k,
-        top_p=extra.top_p,
-        repetition_penalty=extra.repetition_penalty,
-        num_return_sequences=extra.num_return_sequences,
-        seed=options.training.seed,
-    )
+    numbers = {name: getattr(extra, name) for name in NUMBERS}
+    wanted = GenerationOptions(**numbers, do_sample=extra.do_sample, seed=options.training.seed)
     if extra.stream:
         return _stream(engine, extra.prompt, wanted)
     generations, stats = engine.generate(extra.prompt, wanted)
@@ -86,24 +77,12 @@ def _stream(engine: SconeInferenceEngine, prompts: list[str], options: Generatio
 
 def _check(extra: argparse.Namespace) -> None:
     """Refuse values early that transformers would refuse with a traceback."""
-    bounds = {
-        "max_length": (1, None),
-        "min_length": (0, extra.max_length),
-        "num_beams": (1, None),
-        "num_return_sequences": (1, None),
-        "top_k": (0, None),
-        "top_p": (0.0, 1.0),
-    }
-    for name, (low, high) in bounds.items():
-        value = getattr(extra, name)
-        if value is None:
-            continue
-        if value < low or (high is not None and value > high):
-            expected = f"at least {low}" if high is None else f"{low} to {high}"
+    for name, (_, low, high, _) in NUMBERS.items():
+        value, high = getattr(extra, name), extra.max_length if name == "min_length" else high
+        positive = name in ("temperature", "repetition_penalty")
+        if value is not None and (value < low or (positive and value == 0) or (high is not None and value > high)):
+            expected = "more than 0" if positive else f"at least {low}" if high is None else f"{low} to {high}"
             raise SconeError(f"--{name}: found {value}; expected {expected}")
-    for name in ("temperature", "repetition_penalty"):
-        if getattr(extra, name) <= 0:
-            raise SconeError(f"--{name}: found {getattr(extra, name)}; expected more than 0")
     if extra.stream and extra.stats:
         raise SconeError("found both --stream and --stats; expected one of them; leave --stream out")
     choices = extra.num_return_sequences
@@ -114,36 +93,33 @@ def _check(extra: argparse.Namespace) -> None:
         )
 
 
+NUMBERS: dict[str, tuple[int | float | None, int | float, float | None, str]] = {
+    "max_length": (
+        None,
+        1,
+        None,
+        "total length, prompt included, in tokens (default: 100, or the model's limit if lower)",
+    ),
+    "min_length": (0, 0, None, "minimum total length, prompt included, in tokens (default: 0)"),
+    "num_beams": (1, 1, None, "number of beams (default: 1, no beam search)"),
+    "temperature": (1.0, 0.0, None, "sampling temperature (default: 1.0)"),
+    "top_k": (50, 0, None, "sample from the k most likely tokens, 0: all (default: 50)"),
+    "top_p": (1.0, 0.0, 1.0, "nucleus sampling probability (default: 1.0)"),
+    "repetition_penalty": (1.0, 0.0, None, "penalty for repeated tokens; 1: none (default: 1.0)"),
+    "num_return_sequences": (1, 1, None, "continuations per prompt (default: 1)"),
+}
+"""Name → default, lowest and highest value, help."""
+
+
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model_path", required=True, metavar="FOLDER", help="the model: a final_model folder")
-    parser.add_argument(
-        "--embedding_cache_path", metavar="FILE", help="its embedding table (default: compute f-gram embeddings live)"
-    )
-    parser.add_argument("--tokenizer_path", metavar="FOLDER", help="tokenizer (default: the model's own)")
+    add_shared(parser, "model_path", "embedding_cache_path", "tokenizer_path")
     parser.add_argument(
         "--prompt", required=True, action="append", metavar="TEXT", help="text to continue; may be given several times"
     )
-    parser.add_argument(
-        "--max_length",
-        type=int,
-        help="total length, prompt included, in tokens (default: 100, or the model's limit if lower)",
-    )
-    parser.add_argument(
-        "--min_length", type=int, default=0, help="minimum total length, prompt included, in tokens (default: 0)"
-    )
+    for name, (default, low, _, text) in NUMBERS.items():
+        parser.add_argument(f"--{name}", type=type(low), default=default, help=text)
     parser.add_argument("--do_sample", action="store_true", help="sample tokens (default: greedy decoding)")
-    parser.add_argument("--num_beams", type=int, default=1, help="number of beams (default: 1, no beam search)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="sampling temperature (default: 1.0)")
-    parser.add_argument(
-        "--top_k", type=int, default=50, help="sample from the k most likely tokens, 0: all (default: 50)"
-    )
-    parser.add_argument("--top_p", type=float, default=1.0, help="nucleus sampling probability (default: 1.0)")
-    parser.add_argument(
-        "--repetition_penalty", type=float, default=1.0, help="penalty for repeated tokens; 1: none (default: 1.0)"
-    )
-    parser.add_argument("--num_return_sequences", type=int, default=1, help="continuations per prompt (default: 1)")
-    parser.add_argument("--quantization", metavar="TYPE", help="quantise the trunk: fp16, int8 or int4")
-    parser.add_argument("--placement", default="ram", help="where the table is kept: ram, mmap, direct, or tiers")
+    add_shared(parser, "quantization", "placement")
     parser.add_argument("--stream", action="store_true", help="print the text while it is being generated")
     parser.add_argument("--stats", action="store_true", help="print latency, speed, table reads and memory to stderr")
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from scone.configs.loading import parse_options
 from scone.configs.schema import SconeOptions
+from scone.scripts.arguments import add_shared, check_tokenizer
 from scone.scripts.serve import add_serving_arguments, serve_model
 from scone.utils.command_line import run_main
 from scone.utils.errors import SconeError
@@ -19,7 +20,6 @@ from scone.utils.errors import SconeError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from scone.tokenization.f_gram_vocabulary import FGramVocabulary
     from scone.tokenization.inspection import InspectedToken
 
 EXAMPLES = (
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     text = sys.stdin.read() if extra.text is None else extra.text
     vocabulary = FGramVocabulary.load(extra.vocabulary or _vocabulary_folder(extra.model_path))
     tokenizer = load_tokenizer(options.model.tokenizer or extra.model_path)
-    _check_fit(tokenizer, vocabulary)
+    check_tokenizer(tokenizer, vocabulary, "give that one by --tokenizer")
     tokens = tokenizer.encode(text, add_special_tokens=False)
     records = inspect_tokens(np.array(tokens, np.int64), Matcher(vocabulary))
     print(_as_json(tokenizer, records) if extra.json else _as_table(tokenizer, records))
@@ -85,36 +85,21 @@ def _vocabulary_folder(model_path: str) -> str:
     return model_path
 
 
-def _check_fit(tokenizer: PreTrainedTokenizerBase, vocabulary: FGramVocabulary) -> None:
-    """Refuse a tokenizer other than the one that made the counted tokens."""
-    from scone.tokenization.tokenizers import tokenizer_fingerprint
-
-    found, expected = tokenizer_fingerprint(tokenizer), vocabulary.tokenizer_fingerprint
-    if expected and found != expected:
-        raise SconeError(
-            f"found a tokenizer with fingerprint {found[:12]}…; expected {expected[:12]}…, which made the tokens of "
-            "the f-gram vocabulary; give that one by --tokenizer"
-        )
-
-
 def _as_table(tokenizer: PreTrainedTokenizerBase, records: list[InspectedToken]) -> str:
     rows = [("position", "token", "longest f-gram ending here", "length", "rank", "count")]
     for record in records:
-        matched = record.rank is not None
-        rows.append(
-            (
-                f"{record.position:,}",
-                _quoted(tokenizer, (record.token,)),
-                _quoted(tokenizer, record.f_gram) if matched else "",
-                str(record.match_length) if matched else "",
-                f"{record.rank:,}" if matched else "",
-                f"{record.count:,}" if matched else "",
+        matched = ("", "", "", "")
+        if record.rank is not None:
+            matched = (
+                _quoted(tokenizer, record.f_gram),
+                str(record.match_length),
+                f"{record.rank:,}",
+                f"{record.count:,}",
             )
-        )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    align = (">", "<", "<", ">", ">", ">")
+        rows.append((f"{record.position:,}", _quoted(tokenizer, (record.token,)), *matched))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
-        "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, align, widths, strict=True)).rstrip()
+        "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, "><<>>>", widths, strict=True)).rstrip()
         for row in rows
     ]
     lengths = [record.match_length for record in records if record.rank is not None]
@@ -143,7 +128,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("text", nargs="?", metavar="TEXT", help="the text (default: standard input)")
     parser.add_argument("--model_path", metavar="FOLDER", help="model whose f-grams and tokenizer to use")
     parser.add_argument("--vocabulary", metavar="PATH", help="an f-gram vocabulary written by `scone count --output`")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_shared(parser, "json")
     parser.add_argument("--serve", action="store_true", help="show it in a browser (starts `scone serve`)")
     add_serving_arguments(parser)
 

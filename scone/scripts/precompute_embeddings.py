@@ -6,11 +6,13 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from scone.configs.loading import parse_options
 from scone.configs.schema import SconeOptions
+from scone.scripts.arguments import ROW_TYPES, add_shared, check_tokenizer
 from scone.utils.command_line import run_main
+from scone.utils.errors import SconeError
 from scone.utils.progress import is_quiet
 
 if TYPE_CHECKING:
@@ -37,21 +39,18 @@ def read_arguments(argv: Sequence[str] | None) -> tuple[SconeOptions, argparse.N
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model_path", required=True, help="folder of the trained model (OUTPUT_DIR/final_model)")
+    add_shared(parser, "model_path")
     parser.add_argument("--output_path", required=True, help="file to write, such as embeddings.cache")
-    parser.add_argument(
-        "--row_type", default="fp32", choices=("fp32", "fp16", "bf16", "int8", "int4"), help="row type of the table"
-    )
-    parser.add_argument("--group_size", type=int, help="values that share a scale in int8 and int4 rows (default: 64)")
+    parser.add_argument("--row_type", default="fp32", choices=ROW_TYPES, help="row type of the table")
+    add_shared(parser, "group_size")
     parser.add_argument(
         "--compute_dtype", default="fp32", choices=("fp32", "bf16", "fp16"), help="precision of the f-gram model"
     )
     parser.add_argument(
         "--tokenizer_path", help="tokenizer to check against the one that the f-grams were counted with"
     )
-    parser.add_argument(
-        "--local-rank", "--local_rank", type=int, default=0, dest="local_rank", help=argparse.SUPPRESS
-    )  # torch.distributed.launch passes it
+    local_rank: dict[str, Any] = {"type": int, "default": 0, "dest": "local_rank", "help": argparse.SUPPRESS}
+    parser.add_argument("--local-rank", "--local_rank", **local_rank)  # torch.distributed.launch passes it
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,7 +70,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
     model = _load_scone(arguments.model_path, device)
     if arguments.tokenizer_path:
-        _check_tokenizer(model, arguments.tokenizer_path)
+        from scone.tokenization.tokenizers import load_tokenizer
+
+        advice = "leave --tokenizer_path out, or give the tokenizer of the model"
+        check_tokenizer(load_tokenizer(arguments.tokenizer_path), model.vocabulary, advice)
     complete = precompute_table(
         model,
         arguments.output_path,
@@ -93,7 +95,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _load_scone(model_path: str, device: torch.device) -> SconeForCausalLM:
     from scone.inference.loading import load_model
     from scone.models.language_model import SconeForCausalLM
-    from scone.utils.errors import SconeError
 
     model = load_model(model_path, device=device).model
     if model.config.model_type == "scone_over_encoding":
@@ -107,20 +108,6 @@ def _load_scone(model_path: str, device: torch.device) -> SconeForCausalLM:
             "a model without f-grams needs no embedding table"
         )
     return model
-
-
-def _check_tokenizer(model: SconeForCausalLM, tokenizer_path: str) -> None:
-    from scone.tokenization.tokenizers import load_tokenizer, tokenizer_fingerprint
-    from scone.utils.errors import SconeError
-
-    found = tokenizer_fingerprint(load_tokenizer(tokenizer_path))
-    assert model.vocabulary is not None
-    expected = model.vocabulary.tokenizer_fingerprint
-    if expected and found != expected:
-        raise SconeError(
-            f"found tokenizer {tokenizer_path} with fingerprint {found[:12]}…; expected {expected[:12]}…, with which "
-            "the f-grams were counted; leave --tokenizer_path out, or give the tokenizer of the model"
-        )
 
 
 if __name__ == "__main__":

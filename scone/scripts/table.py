@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from scone.configs.loading import parse_options
+from scone.scripts.arguments import ROW_TYPES, add_shared
 from scone.utils.command_line import did_you_mean, run_main
 from scone.utils.errors import SconeError
 from scone.utils.progress import is_quiet
@@ -18,7 +19,6 @@ EXAMPLES = (
     "scone table convert embeddings.cache embeddings.int4 --row_type int4 --group_size 32",
     "scone table convert embeddings.cache head.cache --num_rows 100000",
 )
-_ROW_TYPES = ("fp32", "fp16", "bf16", "int8", "int4")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -96,14 +96,14 @@ def _convert(argv: Sequence[str]) -> None:
 
 def _add_info(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="PATH", help="the table")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_shared(parser, "json")
 
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SOURCE", help="the table to read")
     parser.add_argument("output", metavar="OUTPUT", help="the table to write")
-    parser.add_argument("--row_type", choices=_ROW_TYPES, help="row type of the output (default: as the source)")
-    parser.add_argument("--group_size", type=int, help="values that share a scale in int8 and int4 rows (default: 64)")
+    parser.add_argument("--row_type", choices=ROW_TYPES, help="row type of the output (default: as the source)")
+    add_shared(parser, "group_size")
     parser.add_argument("--num_rows", type=int, help="keep only the first rows, those of the most frequent f-grams")
     parser.add_argument(
         "--vocabulary_path", help="the vocabulary that the rows belong to, if it is smaller than the table"

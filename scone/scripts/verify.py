@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from scone.configs.loading import load_options, parse_options
+from scone.scripts.arguments import add_shared
 from scone.utils.command_line import run_main
 from scone.utils.errors import SconeError, library_refusal
 from scone.utils.files import read_json
@@ -57,9 +58,7 @@ def verify(path: Path, model_folder: Path | None = None) -> list[str]:
     if not path.exists():
         raise SconeError(f"found nothing at {path}; {_EXPECTED}; check the path")
     kind = recognise(path)
-    if kind == "table" and model_folder is not None:
-        return _verify_table_of_model(path, model_folder)
-    return _VERIFIERS[kind](path)
+    return _verify_table(path, model_folder) if kind == "table" else _VERIFIERS[kind](path)
 
 
 def recognise(path: Path) -> str:
@@ -68,29 +67,25 @@ def recognise(path: Path) -> str:
     Raises SconeError for anything else.
     """
     if path.is_dir():
-        names = (
-            ("config.json", "model"),
-            ("tokens.json", "tokens"),
-            ("corpus.json", "corpus"),
-            ("f_grams.safetensors", "vocabulary"),
-            ("final_model", "run"),
-        )
-        for name, kind in names:
-            if (path / name).exists():
-                return kind
-        raise SconeError(f"found a folder {path} without anything of SCONE; {_EXPECTED}; check the path")
-    by_format = {"scone-f-gram-vocabulary": "vocabulary", "scone-embedding-table": "table"}
-    by_name = {"f_grams.safetensors": "vocabulary", "tokens.npy": "tokens", "tokens.json": "tokens"}
-    by_ending = {".cache": "table"}
-    found = by_format.get(_stated_format(path)) or by_name.get(path.name) or by_ending.get(path.suffix)
+        found = next((kind for name, kind in _BY_MEMBER.items() if (path / name).exists()), None)
+        what = f"a folder {path} without anything of SCONE"
+    else:
+        found = _BY_FORMAT.get(_stated_format(path)) or _BY_NAME.get(path.name) or _BY_NAME.get(path.suffix)
+        what = f"{path}, which states none of SCONE's formats"
     if found is None:
-        raise SconeError(f"found {path}, which states none of SCONE's formats; {_EXPECTED}; check the path")
+        raise SconeError(f"found {what}; {_EXPECTED}; check the path")
     return found
+
+
+_BY_MEMBER = {"config.json": "model", "tokens.json": "tokens", "corpus.json": "corpus"}
+_BY_MEMBER |= {"f_grams.safetensors": "vocabulary", "final_model": "run"}
+_BY_FORMAT = {"scone-f-gram-vocabulary": "vocabulary", "scone-embedding-table": "table"}
+_BY_NAME = {"f_grams.safetensors": "vocabulary", "tokens.npy": "tokens", "tokens.json": "tokens", ".cache": "table"}
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("paths", nargs="+", metavar="PATH", help="what to check")
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    add_shared(parser, "json")
     parser.add_argument("--model_path", metavar="FOLDER", help="model to compare an embedding table with")
 
 
@@ -113,27 +108,18 @@ def _verify_vocabulary(path: Path) -> list[str]:
     return [f"{path}: whole: {vocabulary.num_f_grams:,} f-grams of up to {vocabulary.longest} tokens"]
 
 
-def _verify_table(path: Path) -> list[str]:
-    from scone.inference.table_check import verify_table
-
-    layout = verify_table(path).layout
-    row = layout.row_format
-    return [f"{path}: whole: embedding table, {layout.num_rows:,} rows of {row.width} {row.row_type}"]
-
-
-def _verify_table_of_model(path: Path, model_folder: Path) -> list[str]:
+def _verify_table(path: Path, model_folder: Path | None = None) -> list[str]:
     """A table, and some of its rows against those of the model that it was made from."""
     from scone.inference.table_check import verify_table
     from scone.models.language_model import SconeForCausalLM
     from scone.utils.progress import hide_library_bars
 
     hide_library_bars()
-    check = verify_table(path, model=SconeForCausalLM.from_pretrained(model_folder))
-    layout = check.layout
-    return [
-        f"{path}: whole: embedding table, {layout.num_rows:,} rows of {layout.row_format.width} "
-        f"{layout.row_format.row_type}; {check.sampled_rows:,} of them are the rows of {model_folder}"
-    ]
+    check = verify_table(path, model=SconeForCausalLM.from_pretrained(model_folder) if model_folder else None)
+    row, compared = check.layout.row_format, ""
+    if model_folder:
+        compared = f"; {check.sampled_rows:,} of them are the rows of {model_folder}"
+    return [f"{path}: whole: embedding table, {check.layout.num_rows:,} rows of {row.width} {row.row_type}{compared}"]
 
 
 def _verify_tokens(path: Path) -> list[str]:
@@ -150,10 +136,9 @@ def _verify_corpus(path: Path) -> list[str]:
 
 
 def _verify_run(path: Path) -> list[str]:
-    lines = _verify_model(path / "final_model")
-    for table in sorted(path.glob("*.cache")):
-        lines += _verify_table_of_model(table, path / "final_model")
-    return lines
+    model = path / "final_model"
+    tables = [line for table in sorted(path.glob("*.cache")) for line in _verify_table(table, model)]
+    return _verify_model(model) + tables
 
 
 def _verify_model(folder: Path) -> list[str]:
@@ -163,6 +148,8 @@ def _verify_model(folder: Path) -> list[str]:
         raise SconeError(f"found {folder / 'config.json'} without a configuration; expected an object; copy it again")
     lines = [_verify_weights(folder)]
     import scone.models.language_model  # noqa: F401 (registers itself: else AutoTokenizer asks to run the folder's code)
+    from scone.inference.loading import load_model
+    from scone.tokenization.f_gram_vocabulary import FGramVocabulary
     from scone.tokenization.tokenizers import load_tokenizer, tokenizer_fingerprint
 
     with library_refusal(f"cannot use the tokenizer in {folder}", "copy it again"):
@@ -170,36 +157,23 @@ def _verify_model(folder: Path) -> list[str]:
     lines.append(f"{folder}: whole: tokenizer")
     if config.get("num_f_grams"):
         lines += _verify_vocabulary(folder / "f_grams.safetensors")
-        _verify_fit(folder, config, fingerprint)
-    lines.append(_verify_loads(folder))
+        vocabulary = FGramVocabulary.load(folder)
+        for what, found, expected in (
+            ("model's configuration", vocabulary.fingerprint, config.get("vocabulary_fingerprint")),
+            ("tokenizer", vocabulary.tokenizer_fingerprint, fingerprint),
+        ):
+            if found and expected and found != expected:
+                raise SconeError(
+                    f"{folder}: the f-gram vocabulary does not fit the {what} (fingerprint {found[:12]}…); "
+                    f"expected {str(expected)[:12]}…; copy the whole folder again"
+                )
+    # the weights are those of the model that config.json speaks of: none missing, none of another shape
+    parameters = sum(parameter.numel() for parameter in load_model(folder, device="cpu").model.parameters())
+    lines.append(f"{folder}: whole: model, {parameters:,} parameters")
     if (folder / "options.yaml").exists():
         load_options(folder / "options.yaml")
         lines.append(f"{folder / 'options.yaml'}: whole: options")
     return lines
-
-
-def _verify_loads(folder: Path) -> str:
-    """The weights are those of the model that config.json speaks of: none missing, none of another shape."""
-    from scone.inference.loading import load_model
-
-    parameters = sum(parameter.numel() for parameter in load_model(folder, device="cpu").model.parameters())
-    return f"{folder}: whole: model, {parameters:,} parameters"
-
-
-def _verify_fit(folder: Path, config: dict[str, object], tokenizer: str) -> None:
-    """Raise SconeError where the vocabulary belongs to another model or another tokenizer."""
-    from scone.tokenization.f_gram_vocabulary import FGramVocabulary
-
-    vocabulary = FGramVocabulary.load(folder)
-    for what, found, expected in (
-        ("model's configuration", vocabulary.fingerprint, config.get("vocabulary_fingerprint")),
-        ("tokenizer", vocabulary.tokenizer_fingerprint, tokenizer),
-    ):
-        if found and expected and found != expected:
-            raise SconeError(
-                f"{folder}: the f-gram vocabulary does not fit the {what} (fingerprint {found[:12]}…); "
-                f"expected {str(expected)[:12]}…; copy the whole folder again"
-            )
 
 
 def _verify_weights(folder: Path) -> str:
@@ -229,7 +203,6 @@ _VERIFIERS: dict[str, Callable[[Path], list[str]]] = {
     "model": _verify_model,
     "run": _verify_run,
     "vocabulary": _verify_vocabulary,
-    "table": _verify_table,
     "tokens": _verify_tokens,
     "corpus": _verify_corpus,
 }

@@ -281,13 +281,19 @@ def test_no_file_content_raises_anything_but_scone_error(
         load_options(path)
 
 
-def test_help_shows_every_option_of_the_sections(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_shows_every_option_of_the_sections_but_those_of_past_experiments(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     with pytest.raises(SystemExit) as stopped:
         parse("--help")
     assert stopped.value.code == 0
     text = capsys.readouterr().out
     for entry in entries().values():
-        assert (f"--{entry.flag} " in text) == (entry.section in SECTIONS or entry.flag == "batch_size"), entry.name
+        shown = (entry.section in SECTIONS or entry.flag == "batch_size") and not entry.info.hidden
+        assert (f"--{entry.flag} " in text) == shown, entry.name
+    hidden = {entry.flag for entry in entries().values() if entry.info.hidden}
+    assert {"f_gram_dropout", "f_gram_length_warmup_steps"} <= hidden
+    assert parse("--f_gram_dropout", "0.1").training.f_gram_dropout == 0.1, "still read"
 
 
 def test_a_script_may_expose_single_options_with_its_own_defaults() -> None:

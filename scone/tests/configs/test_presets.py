@@ -67,7 +67,8 @@ def test_the_modern_trunk_has_any_width(caplog: pytest.LogCaptureFixture) -> Non
     assert (config.head_dim, config.intermediate_size, config.num_hidden_layers) == (64, 704, 4)
     config = configured(ModelOptions(base_model_name="scone-modern", hidden_size=96, num_attention_heads=3))
     assert (config.head_dim, config.num_key_value_heads) == (32, 3)
-    assert caplog.records == [], "nobody asks the hub for a name of ours"
+    ours = [record for record in caplog.records if record.name.startswith("scone")]
+    assert ours == [], "nobody asks the hub for a name of ours"
 
 
 def test_trunks_are_known_by_full_and_short_name() -> None:

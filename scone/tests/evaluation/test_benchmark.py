@@ -10,7 +10,7 @@ import torch
 
 from scone.cli import main
 from scone.evaluation.benchmark import kind_of
-from scone.evaluation.measure import flops_per_token, training_only_parameters
+from scone.evaluation.speed import flops_per_token, training_only_parameters
 from scone.inference.loading import load_model
 from scone.tests import tiny
 from scone.tests.evaluation.conftest import WORDS

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import scone
-from scone.evaluation.benchmark_config import read_benchmark_config
+from scone.evaluation.benchmark import read_benchmark_config
 from scone.utils.errors import SconeError
 
 SHIPPED = Path(scone.__file__).parent / "configs" / "benchmark_config.json"

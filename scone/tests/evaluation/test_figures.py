@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
 import xml.etree.ElementTree as ElementTree
@@ -23,7 +22,6 @@ from scone.evaluation.figures import (
     row_figure,
     scatter_figure,
     short_number,
-    spread_labels,
 )
 
 
@@ -75,9 +73,9 @@ def test_rows_show_every_value_in_proportion(values: list[float | None]) -> None
         assert svg == ""
         return
     widths = [_span(path, axis=0) for path in _bars(svg)]
-    full = figures.WIDTH - figures.NAME_WIDTH - figures.VALUE_WIDTH
-    expected = [value / (max(present) or 1) * full for value in present]
+    expected = [value / (max(present) or 1) * max(widths) for value in present]
     assert widths == pytest.approx(expected, abs=0.01)
+    assert max(present) == 0 or max(widths) > figures.WIDTH / 2
     shown = [text.text or "" for text in parsed(svg).iter("text") if (text.text or "").startswith("a model")]
     assert len(shown) == len(present)
     assert all(len(name) <= figures.LONGEST_NAME for name in shown)
@@ -103,19 +101,6 @@ def test_pareto_front_is_what_no_other_point_beats(points: list[tuple[int, int]]
         return any(other[0] <= point[0] and other[1] <= point[1] and other != point for other in points)
 
     assert pareto_front(points) == sorted({point for point in points if not beaten(point)})
-
-
-@settings(max_examples=200, deadline=None)
-@given(heights=st.lists(st.floats(0, 240), min_size=1, max_size=17))
-def test_labels_are_apart_inside_and_in_order(heights: list[float]) -> None:
-    heights = sorted(heights)
-    places = spread_labels(heights, 14.0, 0.0, 240.0)
-    assert places[0] >= 7 - 1e-6
-    assert places[-1] <= 233 + 1e-6
-    assert all(high - low >= 14 - 1e-6 for low, high in itertools.pairwise(places))
-    far = all(high - low >= 14 for low, high in itertools.pairwise(heights))
-    if far and heights[0] >= 7 and heights[-1] <= 233:
-        assert places == pytest.approx(heights), "what is not in the way stays"
 
 
 def label_boxes(svg: str) -> list[tuple[float, float, float]]:

@@ -10,8 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scone.evaluation.loss_groups import LossSums, mean_interval, students_factor
-from scone.evaluation.perplexity import perplexity, windows
+from scone.evaluation.perplexity import LossSums, mean_interval, perplexity, students_factor, windows
 from scone.tests import tiny
 from scone.tokenization.matcher import Matcher
 
@@ -35,8 +34,8 @@ def test_sums_over_groups_equal_the_total(model, max_length: int, data: st.DataO
     for groups in (result.by_match_length, result.by_rank):
         assert sum(group.num_predicted for group in groups) == result.num_predicted
         assert sum(group.num_predicted * group.loss for group in groups) == pytest.approx(result.loss_sum)
-    assert result.document_sums.sum() == pytest.approx(result.loss_sum)
-    assert result.document_counts.sum() == result.num_predicted
+    assert result.documents.sums.sum() == pytest.approx(result.loss_sum)
+    assert result.documents.counts.sum() == result.num_predicted
 
 
 @pytest.mark.parametrize("stride", [3, 16])
@@ -62,8 +61,8 @@ def test_groups_equal_the_plain_loop(model, stride: int) -> None:
     for bucket in buckets:
         assert bucket.num_predicted == sum(bucket.first_rank <= rank <= bucket.last_rank for rank in ranks)
     assert buckets[-1].last_rank == model.vocabulary.num_f_grams - 1
-    counts = np.bincount(documents, minlength=len(result.document_counts))
-    assert counts.tolist() == result.document_counts.tolist()
+    counts = np.bincount(documents, minlength=len(result.documents.counts))
+    assert counts.tolist() == result.documents.counts.tolist()
     assert result.num_documents == np.count_nonzero(counts)
 
 

@@ -111,7 +111,7 @@ def test_documents_give_an_interval(model: GPT2LMHeadModel, tokens: np.ndarray) 
     result = perplexity(model, tokens, 16, quiet=True, separator_id=0)
     low, high = result.perplexity_interval
     assert low < result.perplexity < high
-    assert result.to_dict()["num_documents"] == np.count_nonzero(result.document_counts)
+    assert result.to_dict()["num_documents"] == np.count_nonzero(result.documents.counts)
 
 
 def test_evaluation_leaves_the_model_as_it_was(model: GPT2LMHeadModel, tokens: np.ndarray) -> None:

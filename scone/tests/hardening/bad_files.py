@@ -26,7 +26,7 @@ from scone.configs.loading import load_options, parse_options, to_mapping
 from scone.configs.schema import SconeOptions
 from scone.data.readers import read_documents
 from scone.data.token_file import METADATA_NAME, TokenFile, TokenFileWriter, _metadata_checksum
-from scone.evaluation.benchmark_config import BenchmarkConfig, read_benchmark_config
+from scone.evaluation.benchmark import BenchmarkConfig, read_benchmark_config
 from scone.inference import table_format
 from scone.inference.embedding_table import EmbeddingTable
 from scone.inference.table_check import verify_table

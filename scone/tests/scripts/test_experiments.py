@@ -1,4 +1,4 @@
-"""The experiments of the repository: every run of every YAML can be built, and the runner survives interruptions."""
+"""The experiments of the repository: every run can be built, results repeat theirs, interruptions are survived."""
 
 from __future__ import annotations
 
@@ -26,8 +26,13 @@ from scone.utils.errors import SconeError
 
 REPOSITORY = Path(__file__).parents[3]
 RUNNER = REPOSITORY / "experiments" / "run.py"
-EXPERIMENTS = {path.stem: yaml.safe_load(path.read_text()) for path in RUNNER.parent.glob("*.yaml")}
-EXPERIMENTS = {name: experiment for name, experiment in EXPERIMENTS.items() if "runs" in experiment}
+PATHS = {path.stem: path for path in RUNNER.parent.glob("*.yaml")}
+PATHS |= {name: REPOSITORY / "docs" / "results" / f"{name}.json" for name in ("ablations", "main_claim", "pretrained")}
+EXPERIMENTS = {
+    name: yaml.safe_load(path.read_text()) if path.suffix == ".yaml" else json.loads(path.read_text())["experiment"]
+    for name, path in PATHS.items()
+    if path.exists()
+}
 SMALL = {
     "training.max_steps": 2,
     "training.batch_size": 2,
@@ -89,7 +94,7 @@ def runner():
 
 
 def plan_of(runner, experiment: str, data: Path, output_dir: Path, **changes: object):
-    flags = [str(RUNNER.parent / f"{experiment}.yaml"), "--data", str(data), "--output_dir", str(output_dir)]
+    flags = [str(PATHS[experiment]), "--data", str(data), "--output_dir", str(output_dir)]
     pairs = [f"{name}={value}" for name, value in (SMALL | changes).items()]
     return runner.Plan.read(runner.parse([*flags, "--set", *pairs]))
 
@@ -227,4 +232,4 @@ def test_a_run_that_does_not_exist_is_refused(runner, data, tmp_path):
 
 
 def _flags(data: Path, output_dir: Path) -> list[str]:
-    return [str(RUNNER.parent / "main_claim.yaml"), "--data", str(data), "--output_dir", str(output_dir)]
+    return [str(PATHS["main_claim"]), "--data", str(data), "--output_dir", str(output_dir)]

@@ -1,0 +1,117 @@
+"""One run of an experiment: trained or resumed, then tested as all others are, so that they differ in options alone."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from scone.configs.schema import SconeOptions
+from scone.data.token_file import TokenFile
+from scone.evaluation.perplexity import perplexity
+from scone.evaluation.sweep import train_or_resume
+from scone.evaluation.text_size import sizes_of
+from scone.inference.loading import choose_device
+from scone.models.accounting import parameter_counts
+from scone.models.language_model import SconeForCausalLM
+from scone.tokenization.matcher import Matcher
+from scone.training.run import TRAINING_LOG_FILE, Corpus
+from scone.training.run_folder import FINAL_MODEL
+from scone.training.trainer import complete_checkpoints
+from scone.utils.files import read_json, write_json
+
+
+def measured_run(
+    options: SconeOptions,
+    corpus: Corpus,
+    texts: Mapping[str, TokenFile],
+    progress_path: Path,
+    *,
+    matcher: Matcher | None,
+    stride: int | None = None,
+    shuffled: Sequence[str] = (),
+    keep_model: bool = False,
+) -> dict[str, Any]:
+    """Train and test one model; an interrupted run goes on from its checkpoint.
+
+    Args:
+        texts: what it is tested on.
+        progress_path: a JSON file that holds the log so far while the model trains, marked as unfinished.
+        matcher: groups the losses of every run by the same f-grams, plain ones too.
+        shuffled: texts on which a model with f-grams is also tested with its vectors handed to other f-grams, which
+            tells whether it used what they say or only that they are there.
+        keep_model: leave the run's folder; otherwise it is removed once everything is measured.
+
+    Returns the options' seed, tokens seen, seconds, costs per token and in all, parameters, the log, and for each test
+    its perplexity per token and word, bits per byte, losses by match length and rank, and the windows' mean losses.
+
+    Raises SconeError as ``train`` does.
+    """
+    started = time.perf_counter()
+    before, folder = 0.0, Path(options.training.output_dir)
+    if complete_checkpoints(folder) and not (folder / FINAL_MODEL).exists():
+        before = read_json(progress_path)["train_seconds"] if progress_path.exists() else 0.0
+    else:
+        shutil.rmtree(folder, ignore_errors=True)  # what a killed run left
+    final_model = train_or_resume(options, corpus, quiet=True, callbacks=[ProgressFile(progress_path, before)])
+    log = read_json(folder / TRAINING_LOG_FILE)
+    model: Any = AutoModelForCausalLM.from_pretrained(final_model)
+    model = model.to(choose_device(options.training.device)).eval()
+    tokens = log["steps"] * log["tokens_per_step"]
+
+    def tested(name: str, groups: Matcher | None) -> dict[str, Any]:
+        file = texts[name]
+        found = perplexity(
+            model,
+            file.tokens,
+            options.data.max_length,
+            options.training.batch_size,
+            stride,
+            matcher=groups,
+            separator_id=file.separator_id,
+            quiet=True,
+            **sizes_of(corpus.tokenizer, file.tokens),
+        )
+        return found.to_dict() | {"window_losses": [round(loss, 4) for loss in found.window_losses]}
+
+    result: dict[str, Any] = {
+        "finished": True,
+        "seed": options.training.seed,
+        "steps": log["steps"],
+        "tokens": tokens,
+        "train_tokens": log["train_tokens"],
+        "train_seconds": before + log["train_seconds"],
+        "cost": log["cost"] | {"training_flops": log["cost"]["training_flops_per_token"] * tokens},
+        "parameters": parameter_counts(model).to_dict(),
+        "tests": {name: tested(name, matcher) for name in texts},
+        "log": log["log"],
+    }
+    if isinstance(model, SconeForCausalLM) and model.config.control == "none" and shuffled:
+        assert model.vocabulary is not None
+        model.config.control = "shuffled"
+        model.set_vocabulary(model.vocabulary)
+        result["tests_shuffled"] = {name: tested(name, None) for name in shuffled}
+    if not keep_model:
+        shutil.rmtree(folder)
+    return result | {"seconds": time.perf_counter() - started}
+
+
+class ProgressFile(TrainerCallback):
+    """Writes the log so far to a JSON file at every log line, so that a run that is cut off leaves its curve.
+
+    ``seconds_before``: those that the run took before it was resumed.
+    """
+
+    def __init__(self, path: Path, seconds_before: float = 0.0) -> None:
+        self.path = path
+        self._started = time.perf_counter() - seconds_before
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.is_world_process_zero:
+            facts = {"finished": False, "seed": args.seed, "steps": state.global_step, "max_steps": state.max_steps}
+            seconds = time.perf_counter() - self._started
+            write_json(self.path, facts | {"train_seconds": seconds, "log": state.log_history})
