@@ -127,13 +127,16 @@ class LearnedRows(nn.Module):
         if self.exchange is None:
             super()._load_from_state_dict(state_dict, prefix, *args)
             return
-        whole = state_dict.get(f"{prefix}weight")
-        if whole is not None:
-            expected = (self.num_rows, self.weight.shape[1])
-            if tuple(whole.shape) != expected:
-                raise ValueError(f"found {prefix}weight {tuple(whole.shape)}; expected {expected}")
-            with torch.no_grad():
-                self.weight.copy_(self.shards.own(whole))
+        found = state_dict.get(f"{prefix}weight")
+        if found is None:
+            return
+        width = self.weight.shape[1]
+        if tuple(found.shape) == (self.num_rows, width):
+            found = self.shards.own(found)
+        if found.shape != self.weight.shape:
+            raise ValueError(f"found {prefix}weight {tuple(found.shape)}; expected {(self.num_rows, width)}")
+        with torch.no_grad():
+            self.weight.copy_(found)
 
     def forward(self, row_ids: np.ndarray, row_chains: Tensor) -> Tensor:
         """Sums over the suffix chains, ``[M, D]``.
