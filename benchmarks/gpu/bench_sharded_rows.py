@@ -99,7 +99,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=VARIANTS, help="what is trained")
     parser.add_argument("--rows", type=int, default=10_000_000, help="f-grams and learned rows")
     parser.add_argument("--host", action="store_true", help="keep rows in host memory")
-    parser.add_argument("--tokens", type=int, default=30_000_000, help="synthetic tokens, without --data")
+    parser.add_argument("--tokens", type=int, default=16_000_000, help="synthetic tokens, without --data")
     parser.add_argument("--positions", type=int, default=16_384, help="positions of a batch, per GPU")
     parser.add_argument("--warmup", type=int, default=10, help="steps before the time is taken")
     parser.add_argument("--steps", type=int, default=40, help="steps whose time is taken")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -75,7 +76,8 @@ def _parts(key: str) -> tuple[str, int, int, int]:
 
 
 def _read(folder: Path, tensors: dict[str, Tensor]) -> None:
-    with _first_failure():
+    with _first_failure(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # each process reads what it needs
         dcp.load(tensors, checkpoint_id=folder, no_dist=True)
 
 

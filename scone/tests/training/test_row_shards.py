@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from scone.models.learned_rows import LearnedRows
 from scone.tests import tiny
 from scone.training.optimizer import AdamWWithRows, learned_rows
 from scone.training.sharding import shard
@@ -32,7 +35,14 @@ def local(weight: torch.Tensor) -> torch.Tensor:
     return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
-def trained(shared: bool, strategy: str, rank: int, world_size: int, on_host: bool = False) -> tuple[Any, Any, list]:
+def trained(
+    shared: bool,
+    strategy: str,
+    rank: int,
+    world_size: int,
+    on_host: bool = False,
+    device: torch.device = torch.device("cpu"),  # noqa: B008
+) -> tuple[Any, Any, list]:
     """A model after a few steps of accumulated, clipped gradients, its optimizer, and the losses on the way.
 
     Ranks see other text, and the last one none with an f-gram in the second step.
@@ -43,6 +53,7 @@ def trained(shared: bool, strategy: str, rank: int, world_size: int, on_host: bo
     if shared:
         rows.share_out()
         assert rows.weight.shape[0] == len(range(rank, ROWS, world_size))
+    model.to(device)
     if strategy == "fsdp":
         shard(model, reshard_after_forward=True)
     dense = [parameter for parameter in model.parameters() if parameter is not rows.weight]
@@ -54,6 +65,7 @@ def trained(shared: bool, strategy: str, rank: int, world_size: int, on_host: bo
             ids = torch.from_numpy(tiny.corpus(40, 100 * step + 10 * turn + rank).reshape(2, 20))
             if step == 1 and rank == world_size - 1:
                 ids = torch.full_like(ids, tiny.VOCAB_SIZE - 1)
+            ids = ids.to(device)
             loss = wrapped(input_ids=ids, labels=ids).loss
             (loss / PASSES).backward()
             losses.append(loss.detach())
@@ -86,6 +98,69 @@ def check_that_shares_equal_copies(rank: int, world_size: int, strategy: str) ->
             )
         memory = sum(tensor.nbytes for tensor in (rows.weight, state["sums"], state["visits"]))
         assert memory == len(rows.weight) * (4 * 16 + 8)
+
+
+def _touch_on_a_gpu(rank: int, folder: Path) -> None:
+    """Rows of copies, of shares on the GPUs and of shares on the host learn the same."""
+    device = torch.device("cuda", rank)
+    torch.cuda.set_device(device)
+    dist.init_process_group("nccl", init_method=f"file://{folder}/nccl", rank=rank, world_size=2, device_id=device)
+    learned = []
+    for shared, on_host in ((False, False), (True, False), (True, True)):
+        rows = LearnedRows(100_001, 256)
+        with torch.no_grad():
+            rows.weight.copy_(torch.randn(rows.weight.shape, generator=torch.Generator().manual_seed(1)))
+        rows.on_host = on_host
+        if shared:
+            rows.share_out()
+        rows.to(device)
+        optimizer = AdamWWithRows([], rows=rows, rows_learning_rate=0.1)
+        random = np.random.default_rng(rank)
+        seen = []
+        for step in range(4):
+            for _ in range(1 + step % 2):
+                ids = random.permutation(rows.num_rows)[: 0 if (step, rank) == (2, 1) else 5000]
+                chains = torch.from_numpy(random.integers(0, len(ids) + 1, (6000, 3))).to(device)
+                vectors = rows(ids, chains)
+                direction = torch.from_numpy(random.standard_normal(vectors.shape, np.float32)).to(device)
+                (vectors * direction).sum().backward()
+                seen.append(vectors.detach())
+            optimizer.step()
+        weight = rows.weight.detach()
+        assert weight.device.type == ("cpu" if on_host else "cuda")
+        state = optimizer.state[rows.weight]
+        learned.append([*seen, *(part.to(device) for part in (weight, state["sums"], state["columns"]))])
+    own = rows.shards.own
+    *vectors, weight, sums, columns = learned[0]
+    for mine, ours in zip([*vectors, own(weight), own(sums), columns], learned[1], strict=True):
+        assert torch.equal(mine, ours), "shares and copies"
+    for ours, its in zip(learned[1], learned[2], strict=True):  # a kernel of its own, which adds in another order
+        torch.testing.assert_close(ours, its, atol=1e-4, rtol=1e-4)
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_sharded_rows_equal_replicated_rows_on_gpus(tmp_path: Path) -> None:
+    """Over NCCL, bit for bit; and rows_on_host_equal_rows_on_device."""
+    torch.multiprocessing.spawn(_touch_on_a_gpu, args=(tmp_path,), nprocs=2)
+
+
+def _train_on_a_gpu(rank: int, folder: Path) -> None:
+    device = torch.device("cuda", rank)
+    torch.cuda.set_device(device)
+    dist.init_process_group("nccl", init_method=f"file://{folder}/model", rank=rank, world_size=2, device_id=device)
+    for strategy in ("ddp", "fsdp"):
+        copies, _, its_losses = trained(False, strategy, rank, 2, device=device)
+        shared, _, losses = trained(True, strategy, rank, 2, device=device)
+        torch.testing.assert_close(losses, its_losses, atol=1e-4, rtol=1e-4)
+        rows, copied = learned_rows(shared), learned_rows(copies)
+        torch.testing.assert_close(rows.weight, rows.shards.own(copied.weight), atol=1e-3, rtol=1e-3)
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_models_with_sharded_rows_train_on_gpus(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_train_on_a_gpu, args=(tmp_path,), nprocs=2)
 
 
 def _as_ranks(rank: int, folder: Path) -> None:
