@@ -18,6 +18,7 @@ from scone.models.configuration import EmbeddedTrunkConfig
 from scone.models.host_lookup import Find, looked_up
 from scone.models.learned_rows import LearnedRows
 from scone.models.remote_code import write_remote_code
+from scone.models.row_shards import ROWS_FOLDER
 from scone.models.token_history import TokenHistory, extend_history, known_past, marked, starts_of_examples
 from scone.utils.errors import SconeError
 from scone.utils.files import give_umask_mode
@@ -79,6 +80,21 @@ class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
             # in the precision of its gain, which a trunk that was converted to fp16 does not share
             vectors = self.input_norm(vectors.to(self.input_norm.weight.dtype)).to(vectors.dtype)
         return vectors if self.config.embedding_scale == 1.0 else vectors * self.config.embedding_scale
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """As Hugging Face's; of the checkpoint of a run of several processes, with the rows that lie beside it."""
+        model = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        loaded, info = model if isinstance(model, tuple) else (model, None)
+        shares = Path(pretrained_model_name_or_path) / ROWS_FOLDER
+        if shares.is_dir():
+            from scone.models.row_files import load_shares  # a second, which models elsewhere do not need
+
+            for name, rows in loaded._rows():
+                load_shares(shares, {"weight": rows.weight.detach()}, rows.shards)
+                if info is not None:
+                    info["missing_keys"] = set(info["missing_keys"]) - {f"{name}.weight"}
+        return model
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
         """As Hugging Face's, plus the file by which ``trust_remote_code`` finds us.

@@ -25,8 +25,6 @@ from scone.models.learned_rows import LearnedRows
 from scone.models.row_shards import RowShards
 from scone.utils.files import atomic_path, read_json, write_json
 
-ROWS_FOLDER = "rows"
-"""Of a checkpoint."""
 BLOCK_ROWS = 1 << 15
 _TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
