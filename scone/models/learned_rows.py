@@ -9,20 +9,31 @@ import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from scone.models.row_shards import Exchange, RowShards, number_of_ranks
+from scone.models.row_shards import Exchange, Route, RowShards, number_of_ranks
 from scone.utils.errors import SconeError
 
 MOST_PASSES_PER_STEP = 4096
 """How many backward passes may wait for one step of a row optimizer: far more than anybody accumulates."""
 
 _NO_RESERVE = 0x4000  # MAP_NORESERVE of Linux, which Python 3.11 has no name for
+
+
+class Pass(NamedTuple):
+    """What a backward pass left."""
+
+    row_ids: np.ndarray
+    """int64 ``[r]``, distinct, on the host."""
+    gradients: Tensor
+    """``[r, D]``."""
+    route: Route | None
+    """On which rows that are shared out came."""
 
 
 class LearnedRows(nn.Module):
@@ -46,9 +57,8 @@ class LearnedRows(nn.Module):
             them.
         shards: which of the rows ``weight`` has.
         exchange: with the other processes; None where this one has all rows.
-        pending: of each backward pass since the last step of the row optimizer, the distinct row ids int64 ``[r]`` on
-            the host and their gradients ``[r, D]``. Whoever takes a step empties it; without a row optimizer it is
-            always empty.
+        pending: each backward pass since the last step of the row optimizer. Whoever takes a step empties it; without a
+            row optimizer it is always empty.
     """
 
     def __init__(self, num_rows: int, width: int, std: float = 0.0) -> None:
@@ -59,7 +69,7 @@ class LearnedRows(nn.Module):
         self.exchange: Exchange | None = None
         self.weight = nn.Parameter(untouched_zeros(num_rows, width, torch.get_default_device()))
         self.on_host = False
-        self.pending: list[tuple[np.ndarray, Tensor]] = []
+        self.pending: list[Pass] = []
         self._optimizer: weakref.ref[Any] | None = None
 
     def share_out(self) -> None:
@@ -147,13 +157,13 @@ class LearnedRows(nn.Module):
             row_chains: int64 ``[M, N - 1]``, 1 + index into ``row_ids``; 0 adds nothing.
         """
         trains = self.weight.requires_grad and torch.is_grad_enabled()
-        if self.exchange is not None:
-            route = self.exchange.route(row_ids)
+        route = None if self.exchange is None else self.exchange.route(row_ids)
+        if route is not None:
             rows = route.fetch(self._own(route.wanted, row_chains.device))
         else:
             rows = self._own(row_ids, row_chains.device, trains and not self.are_collected)
         if trains and self.are_collected:
-            rows.requires_grad_().register_post_accumulate_grad_hook(partial(self._collect, row_ids))
+            rows.requires_grad_().register_post_accumulate_grad_hook(partial(self._collect, row_ids, route))
         elif trains and self.exchange is not None:
             raise SconeError(
                 f"found learned rows that are shared out over {self.shards.world_size} processes, without a row "
@@ -172,7 +182,7 @@ class LearnedRows(nn.Module):
         ids = ids.to(self.weight.device, non_blocking=True)
         return self.weight.index_select(0, ids).to(device) if with_history else self._copies(ids, device)
 
-    def _collect(self, row_ids: np.ndarray, rows: Tensor) -> None:
+    def _collect(self, row_ids: np.ndarray, route: Route | None, rows: Tensor) -> None:
         """Keep what a backward pass found for its copies of rows. A pass without one leaves nothing behind."""
         if len(self.pending) >= MOST_PASSES_PER_STEP:
             raise RuntimeError(
@@ -181,7 +191,9 @@ class LearnedRows(nn.Module):
                 "called, or delete it, and the rows are trained by any optimizer of model.parameters()"
             )
         assert rows.grad is not None, "called when a gradient was accumulated"
-        self.pending.append((row_ids, rows.grad))
+        self.pending.append(Pass(row_ids, rows.grad, route))
+        if route is not None:
+            _ = route.sums  # now, while an accelerator is still at the backward pass
         rows.grad = None  # a graph that is kept may be gone through again
 
     def _copies(self, ids: Tensor, device: Any) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -41,7 +43,7 @@ class RowShards:
         return rows[self.rank :: self.world_size]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Route:
     """How rows travel from their owners to this rank, and their gradients back."""
 
@@ -64,13 +66,31 @@ class Route:
         back[self.order] = np.arange(len(back))
         return _picked(taken, back)
 
-    def give_back(self, gradients: Tensor) -> list[tuple[np.ndarray, Tensor]]:
-        """Gradients of the rows that this rank asked for → of each rank, in the order of ranks, which of our own rows
-        it asked for and their gradients.
+    @cached_property
+    def sums(self) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Which of its own rows this rank gives to any rank, sorted; and the places among them of those for each."""
+        distinct, places = np.unique(self.wanted, return_inverse=True)
+        return distinct, np.split(places.reshape(-1), np.cumsum(self.given)[:-1])
+
+    def give_back(self, gradients: Tensor) -> tuple[np.ndarray, Tensor]:
+        """Gradients of the rows that this rank asked for → which of its own rows were asked for, sorted, and the sums
+        of their gradients, added up in the order of ranks.
         """
         ours = _all_to_all(_picked(gradients, self.order), self.taken, self.given)
-        ids = np.split(self.wanted, np.cumsum(self.given)[:-1])
-        return list(zip(ids, ours.split(self.given), strict=True))
+        row_ids, places = self.sums
+        return row_ids, sum_parts(len(row_ids), places, ours.split(self.given))
+
+
+def sum_parts(num_rows: int, places: Sequence[np.ndarray], parts: Sequence[Tensor]) -> Tensor:
+    """``[num_rows, D]``: the rows of each part, which has distinct places, are added there one part after the other, so
+    the sums are the same bits wherever they are computed.
+    """
+    first = parts[0]
+    total = first.new_zeros(num_rows, first.shape[1])
+    everywhere = to_device(torch.from_numpy(np.concatenate(places)), first.device)
+    for at, part in zip(everywhere.split([len(each) for each in places]), parts, strict=True):
+        total.index_add_(0, at, part)
+    return total
 
 
 def _picked(rows: Tensor, indices: np.ndarray) -> Tensor:
@@ -109,6 +129,12 @@ class Exchange:
             asked = torch.from_numpy(row_ids[order] // shards.world_size)
             dist.all_to_all_single(wanted, asked, given, taken.tolist(), group=self.hosts)
         return Route(wanted.numpy(), given, taken.tolist(), in_all, order)
+
+    def all_agree(self, agrees: bool) -> bool:
+        """Whether all ranks say yes; all have to ask at once."""
+        answers = [torch.zeros(1, dtype=torch.bool) for _ in range(self.shards.world_size)]
+        dist.all_gather(answers, torch.tensor([agrees]), group=self.hosts)
+        return all(map(bool, answers))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Exchange:
         return self  # connections are not copied

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from scone.kernels.common import to_device, triton_is_installed
 from scone.kernels.row_rms import update_rows
-from scone.models.learned_rows import LearnedRows
-from scone.models.row_shards import group_of_hosts, number_of_ranks
+from scone.models.learned_rows import LearnedRows, Pass
+from scone.models.row_shards import group_of_hosts, number_of_ranks, sum_parts
 from scone.utils.errors import SconeError
 
 logger = logging.getLogger(__name__)
@@ -47,15 +47,14 @@ class _StepsRows:
         """
         rows, world_size = self.rows, number_of_ranks()
         assert rows is not None
-        row_ids, gradients = pending_gradients(rows)
+        passes = list(rows.pending)
         rows.pending.clear()  # trainers zero the model's gradients, not the optimizer's
-        in_all = len(row_ids)
         if rows.exchange is not None:
-            route = rows.exchange.route(row_ids)
-            in_all = route.in_all
-            row_ids, gradients = sum_by_row(route.give_back(gradients)) if in_all else (row_ids, gradients)
-        elif world_size > 1:
-            row_ids, gradients = gather_over_ranks(row_ids, gradients, self._group_of_hosts())
+            row_ids, gradients, in_all = _gathered_by_owner(rows, passes)
+        else:
+            row_ids, gradients = sum_of(passes, rows)
+            if world_size > 1:
+                row_ids, gradients = gather_over_ranks(row_ids, gradients, self._group_of_hosts())
             in_all = len(row_ids)
         if not in_all:
             return
@@ -83,6 +82,20 @@ class _StepsRows:
             for name in PER_ROW.intersection(state):
                 if len(state[name]) == self.rows.num_rows:
                     state[name] = self.rows.shards.own(state[name]).contiguous()
+
+
+def _gathered_by_owner(rows: LearnedRows, passes: Sequence[Pass]) -> tuple[np.ndarray, Tensor, int]:
+    """Of rows that are shared out: which of its own a step of any rank touched, the sums of their gradients, and how
+    many rows travelled between all ranks. After one pass, on the route that the rows came on.
+    """
+    assert rows.exchange is not None
+    row_ids, gradients = sum_of(passes, rows)
+    is_one = rows.exchange.all_agree(len(passes) == 1)
+    route = passes[0].route if is_one else rows.exchange.route(row_ids)
+    assert route is not None, "of rows that are shared out"
+    if route.in_all:
+        row_ids, gradients = route.give_back(gradients)
+    return row_ids, gradients, route.in_all
 
 
 def _of_columns(row_ids: np.ndarray, gradients: Tensor, world_size: int, are_own: bool) -> Tensor:
@@ -323,28 +336,23 @@ def learned_rows(model: nn.Module) -> LearnedRows | None:
     return next((rows for rows in found if rows.weight.requires_grad), found[0] if found else None)
 
 
-def pending_gradients(rows: LearnedRows) -> tuple[np.ndarray, Tensor]:
-    """Distinct row ids int64 ``[R]`` and their summed gradients ``[R, D]`` of the passes since the last step."""
-    if not rows.pending:
+def sum_of(passes: Sequence[Pass], rows: LearnedRows) -> tuple[np.ndarray, Tensor]:
+    """Distinct row ids int64 ``[r]`` of ``passes`` and their summed gradients ``[r, D]``."""
+    if not passes:
         return np.empty(0, np.int64), rows.weight.detach().new_zeros(0, rows.weight.shape[1])
-    return sum_by_row(rows.pending)
+    return sum_by_row([(each.row_ids, each.gradients) for each in passes])
 
 
 def sum_by_row(parts: Sequence[tuple[np.ndarray, Tensor]]) -> tuple[np.ndarray, Tensor]:
     """Distinct row ids and the sums of their gradients ``[r, D]`` over ``parts``, each of which has distinct ids.
 
-    The ids are on the host, so it needs no answer from an accelerator. Parts are added one after the other: the sums
-    are the same bits wherever they are computed.
+    The ids are on the host, so it needs no answer from an accelerator.
     """
     if len(parts) == 1:
         return parts[0]
     row_ids, inverse = np.unique(np.concatenate([ids for ids, _ in parts]), return_inverse=True)
-    first = parts[0][1]
-    total = first.new_zeros(len(row_ids), first.shape[1])
-    places = to_device(torch.from_numpy(inverse.reshape(-1)), first.device)
-    for place, (_, gradients) in zip(places.split([len(ids) for ids, _ in parts]), parts, strict=True):
-        total.index_add_(0, place, gradients)
-    return row_ids, total
+    places = np.split(inverse.reshape(-1), np.cumsum([len(ids) for ids, _ in parts])[:-1])
+    return row_ids, sum_parts(len(row_ids), places, [gradients for _, gradients in parts])
 
 
 def gather_over_ranks(
