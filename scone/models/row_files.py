@@ -7,26 +7,61 @@ it.
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import pickle
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
 
 from scone.models.learned_rows import LearnedRows
 from scone.models.row_shards import RowShards
 from scone.utils.files import atomic_path, read_json, write_json
 
 BLOCK_ROWS = 1 << 15
+_OF_METADATA = {
+    *(
+        ("torch.distributed.checkpoint.metadata", name)
+        for name in ("Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "TensorProperties")
+    ),
+    ("torch.distributed.checkpoint.metadata", "ChunkStorageMetadata"),
+    ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.serialization", "_get_layout"),
+    ("torch", "Size"),
+    *((module, name) for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "WindowsPath")),
+}
 _TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+class _Unpickler(pickle.Unpickler):
+    """Of metadata as ``torch.distributed.checkpoint`` writes it: it names nothing else, and nothing else is called."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _OF_METADATA or (
+            module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        ):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"found {module}.{name} in the metadata; expected sizes of tensors")
+
+
+class _Reader(dcp.FileSystemReader):
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        metadata: Metadata = _Unpickler(io.BytesIO((Path(self.path) / ".metadata").read_bytes())).load()
+        if metadata.storage_meta is not None:
+            metadata.storage_meta.load_id = self.load_id
+        return metadata
 
 
 def save_shares(
@@ -47,7 +82,7 @@ def save_shares(
 
 def load_shares(folder: Path, tensors: Mapping[str, Tensor], shards: RowShards) -> None:
     """Fill ``tensors`` ``[r, …]``, this rank's share of each, from what any number of ranks saved."""
-    saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    saved = _Reader(folder).read_metadata().state_dict_metadata
     direct: dict[str, Tensor] = {}
     for key, entry in saved.items():
         name, owner, owners, first = _parts(key)
@@ -76,7 +111,7 @@ def _parts(key: str) -> tuple[str, int, int, int]:
 def _read(folder: Path, tensors: dict[str, Tensor]) -> None:
     with _first_failure(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # each process reads what it needs
-        dcp.load(tensors, checkpoint_id=folder, no_dist=True)
+        dcp.load(tensors, storage_reader=_Reader(folder), no_dist=True)
 
 
 @contextmanager
@@ -90,7 +125,7 @@ def _first_failure() -> Iterator[None]:
 
 def saved_shape(folder: Path, name: str = "weight") -> tuple[int, ...]:
     """Of all shares of ``name`` together, ``(R, …)``."""
-    saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    saved = _Reader(folder).read_metadata().state_dict_metadata
     sizes = [entry.size for key, entry in saved.items() if _parts(key)[0] == name]  # type: ignore[union-attr]
     return (sum(size[0] for size in sizes), *sizes[0][1:])
 
