@@ -18,7 +18,7 @@ from scone.models.configuration import EmbeddedTrunkConfig
 from scone.models.host_lookup import Find, looked_up
 from scone.models.learned_rows import LearnedRows
 from scone.models.remote_code import write_remote_code
-from scone.models.row_shards import ROWS_FOLDER
+from scone.models.row_files import ROWS_FOLDER, load_shares
 from scone.models.token_history import TokenHistory, extend_history, known_past, marked, starts_of_examples
 from scone.utils.errors import SconeError
 from scone.utils.files import give_umask_mode
@@ -88,8 +88,6 @@ class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
         loaded, info = model if isinstance(model, tuple) else (model, None)
         shares = Path(pretrained_model_name_or_path) / ROWS_FOLDER
         if shares.is_dir():
-            from scone.models.row_files import load_shares  # a second, which models elsewhere do not need
-
             for name, rows in loaded._rows():
                 load_shares(shares, {"weight": rows.weight.detach()}, rows.shards)
                 if info is not None:

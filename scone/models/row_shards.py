@@ -14,9 +14,6 @@ from torch import Tensor
 
 from scone.kernels.common import to_device
 
-ROWS_FOLDER = "rows"
-"""Of a checkpoint: see ``row_files``."""
-
 
 def number_of_ranks() -> int:
     """Processes of the default group; 1 without one."""

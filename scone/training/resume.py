@@ -11,8 +11,7 @@ from safetensors import safe_open
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from scone.models.learned_rows import LearnedRows
-from scone.models.row_files import saved_shape
-from scone.models.row_shards import ROWS_FOLDER
+from scone.models.row_files import ROWS_FOLDER, saved_shape
 from scone.utils.errors import SconeError, library_refusal
 from scone.utils.files import read_json
 

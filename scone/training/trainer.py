@@ -25,8 +25,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from scone.data.training_order import TrainingOrder
 from scone.models.language_model import SconeForCausalLM
 from scone.models.learned_rows import LearnedRows
-from scone.models.row_files import append_rows, load_shares, save_shares
-from scone.models.row_shards import ROWS_FOLDER
+from scone.models.row_files import ROWS_FOLDER, append_rows, load_shares, save_shares
 from scone.training.optimizer import PER_ROW, AdamWWithRows, learned_rows
 from scone.training.resume import COMPLETE_MARKER
 from scone.training.sharding import load_whole_optimizer, load_whole_weights, shard, whole_state, whole_weights
