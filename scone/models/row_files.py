@@ -1,7 +1,7 @@
 """Files of learned rows that are shared out: a checkpoint share by share, and a finished model's weights.
 
-No process ever holds all rows. Each rank writes its share to a safetensors file of its own, ``2-of-4.safetensors``, say,
-and any number of processes reads them. ``torch.distributed.checkpoint`` would do as well, were its metadata no pickle.
+No process ever holds all rows. Each rank writes its share to a safetensors file, ``2-of-4.safetensors``, say, and any
+number of processes reads them. ``torch.distributed.checkpoint`` would do as well, were its metadata no pickle.
 """
 
 from __future__ import annotations
