@@ -16,7 +16,7 @@ COUNT_BYTES = 176  # an f-gram while it is counted, at most: counting/plan.py, N
 COUNT_RATE = 12.3e6 / 2  # tokens/s a core: bench_counting, 10⁹ tokens
 PRECOMPUTE_RATE = 212_766 * 0.91  # f-grams/s a GPU, f-gram model of six layers × 1,024: bench_scaling_gpu_before
 TABLE_BYTES = 1056 / 1024  # int8 with a scale for 64 numbers: a number of width
-ROWS_A_BATCH = 31_600  # distinct rows of 16,384 positions: bench_sharded_rows, synthetic tokens
+ROWS_A_BATCH = {10**7: 25_600, 10**8: 34_600, 10**9: 34_600}  # distinct, of 16,384 positions of Wikipedia; at most 50 M
 TRUNK_BYTES = 15 * 2**30  # of a GPU beside its rows: weights, moments, activations of a trunk as small as GPT-2
 NETWORK = {"NVLink": 300e9, "400 Gbit/s a GPU": 40e9}  # bytes/s that one GPU sends
 DISK = 2e9  # bytes/s that one host writes
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for gpus in (1, 8, 64):
             share = rows * (4 * width + 8) / gpus
             # rows to those that want them, and gradients back
-            sent = 2 * ROWS_A_BATCH * 4 * width * (gpus - 1) / gpus
+            sent = 2 * ROWS_A_BATCH[rows] * 4 * width * (gpus - 1) / gpus
             times = [f"{1000 * sent / speed:.1f} ms" for speed in NETWORK.values()]
             minutes = rows / (PRECOMPUTE_RATE * gpus) / 60
             cells = [f"{rows:,}", gpus, shown(share), where(share, gpus), f"{minutes:.1f} min", shown(sent), *times]
