@@ -235,8 +235,10 @@ class SconeTrainer(Trainer):
             self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
             rows = learned_rows(self.model) if self.model is not None else None
             if rows is not None and (Path(checkpoint) / ROWS_FOLDER).exists():
-                shares = {name: rows.weight.new_zeros(len(rows.weight)) for name in PER_ROW}
-                self.optimizer.state[rows.weight].update(shares)
+                state = self.optimizer.state[rows.weight]
+                # a run that met no f-gram yet has no state of rows
+                shares = {name: rows.weight.new_zeros(len(rows.weight)) for name in PER_ROW if "columns" in state}
+                state.update(shares)
                 load_shares(Path(checkpoint) / ROWS_FOLDER, {"weight": rows.weight.detach()} | shares, rows.shards)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -24,7 +25,7 @@ from scone.models.row_shards import RowShards
 from scone.tests import tiny
 from scone.training.optimizer import PER_ROW, AdamWWithRows, learned_rows
 from scone.training.processes import report_lost_ranks
-from scone.training.sharding import shard
+from scone.training.sharding import load_whole_weights, shard, whole_weights
 from scone.utils.errors import SconeError
 from scone.utils.peak_memory import process_bytes
 
@@ -84,6 +85,8 @@ def trained(
         nn.utils.clip_grad_norm_(dense, 0.5)
         optimizer.step()
         optimizer.zero_grad()
+    if not steps:
+        return model, optimizer, losses
     model.eval()
     ids = torch.from_numpy(tiny.corpus(40, rank).reshape(2, 20)).to(device)
     with torch.no_grad():
@@ -109,6 +112,8 @@ def check_that_shares_equal_copies(rank: int, world_size: int, strategy: str, fo
         memory = torch.tensor([*map(nbytes, (rows.weight, *(optimizer.state[rows.weight][name] for name in PER_ROW)))])
         dist.all_reduce(memory)
         assert memory.sum() == ROWS * (4 * WIDTH + 8)
+    if strategy == "fsdp":
+        check_that_whole_weights_are_cut(copies, copied.weight, rank, world_size, folder)
     if strategy == "ddp":
         save(shared, optimizer, folder / str(world_size))
         if rank == 0:
@@ -117,6 +122,18 @@ def check_that_shares_equal_copies(rank: int, world_size: int, strategy: str, fo
         shared.load_state_dict(copies.state_dict())
         optimizer.load_state_dict(its_optimizer.state_dict())
         check_state(learned_rows(shared), optimizer, copied.weight, expected)
+
+
+def check_that_whole_weights_are_cut(
+    copies: Any, weight: torch.Tensor, rank: int, world_size: int, folder: Path
+) -> None:
+    """A checkpoint of one process goes on as one of several that is sharded."""
+    state = whole_weights(copies, keep=True)
+    save_file(state, folder / f"whole{rank}.safetensors")
+    shared, _, _ = trained(True, "fsdp", rank, world_size, steps=0)
+    load_whole_weights(shared, folder / f"whole{rank}.safetensors")
+    rows = learned_rows(shared)
+    assert torch.equal(rows.weight, rows.shards.own(weight))
 
 
 def nbytes(tensor: torch.Tensor) -> int:
