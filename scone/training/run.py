@@ -27,7 +27,7 @@ from scone.configs.loading import save_options
 from scone.configs.schema import SconeOptions, TrainingOptions
 from scone.data.collator import Collator
 from scone.data.dataset import BlockDataset
-from scone.data.f_gram_use import FGramUse
+from scone.data.f_gram_dropout import FGramDropout
 from scone.data.prepare import default_cache_folder, prepare_corpus, prepare_tokenizer
 from scone.data.token_file import TokenFile
 from scone.models.accounting import parameter_counts
@@ -267,7 +267,7 @@ def build_trainer(
             backoff=options.model.rows_backoff,
             control=options.model.control,
             hashed=model.grams if isinstance(model, OverEncodingForCausalLM) else None,
-            use=FGramUse(training.seed, training.f_gram_dropout, training.f_gram_length_warmup_steps),
+            use=FGramDropout(training.seed, training.f_gram_dropout, training.f_gram_length_warmup_steps),
         ),
         processing_class=corpus.tokenizer,
         callbacks=[StopOnSignal()],
@@ -277,20 +277,20 @@ def build_trainer(
         facts=_facts(corpus),
         f_gram_learning_rate=training.f_gram_learning_rate,
         rows_learning_rate=(
-            rows_learning_rate(training_tokens(options, corpus.train.num_tokens, arguments.world_size))
+            rows_learning_rate(tokens_of_a_pass(options, corpus.train.num_tokens, arguments.world_size))
             if training.rows_learning_rate is None
             else training.rows_learning_rate
         ),
     )
 
 
-def training_tokens(options: SconeOptions, corpus_tokens: int, num_processes: int) -> int:
-    """How many tokens the run trains on, each as often as it is read."""
+def tokens_of_a_pass(options: SconeOptions, corpus_tokens: int, num_processes: int) -> int:
+    """How many tokens the run reads before it reads one again, or ends."""
     training = options.training
     if training.max_steps <= 0:
-        return int(training.num_epochs * corpus_tokens)
+        return int(min(training.num_epochs, 1.0) * corpus_tokens)
     per_step = training.batch_size * training.gradient_accumulation_steps * num_processes * options.data.max_length
-    return training.max_steps * per_step
+    return min(training.max_steps * per_step, corpus_tokens)
 
 
 def evaluation_blocks(tokens: TokenFile, length: int, max_tokens: int | None = None) -> BlockDataset:
