@@ -19,6 +19,7 @@ from scone.models.embedded_trunk import EmbeddedTrunk
 from scone.models.f_gram_config import FGramModelConfig
 from scone.models.f_gram_model import FGramModel
 from scone.models.language_model import SconeForCausalLM
+from scone.models.learned_rows import LearnedRows
 from scone.models.over_encoding import OverEncodingForCausalLM
 
 BACKWARD_FACTOR = 2
@@ -65,7 +66,10 @@ def f_gram_model_parameters(config: PreTrainedConfig) -> int:
 
 
 def _count(module: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+    """Of all processes together, where learned rows are shared out."""
+    rows = [part for part in module.modules() if isinstance(part, LearnedRows)]
+    elsewhere = sum((part.num_rows - len(part.weight)) * part.weight.shape[1] for part in rows)
+    return elsewhere + sum(parameter.numel() for parameter in module.parameters())
 
 
 def trunk_forward_flops(config: PreTrainedConfig, sequence_length: int) -> float:

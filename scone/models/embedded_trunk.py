@@ -18,6 +18,7 @@ from scone.models.configuration import EmbeddedTrunkConfig
 from scone.models.host_lookup import Find, looked_up
 from scone.models.learned_rows import LearnedRows
 from scone.models.remote_code import write_remote_code
+from scone.models.row_files import ROWS_FOLDER, load_shares
 from scone.models.token_history import TokenHistory, extend_history, known_past, marked, starts_of_examples
 from scone.utils.errors import SconeError
 from scone.utils.files import give_umask_mode
@@ -80,8 +81,29 @@ class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
             vectors = self.input_norm(vectors.to(self.input_norm.weight.dtype)).to(vectors.dtype)
         return vectors if self.config.embedding_scale == 1.0 else vectors * self.config.embedding_scale
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """As Hugging Face's; of the checkpoint of a run of several processes, with the rows that lie beside it."""
+        model = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        loaded, info = model if isinstance(model, tuple) else (model, None)
+        shares = Path(pretrained_model_name_or_path) / ROWS_FOLDER
+        if shares.is_dir():
+            for name, rows in loaded._rows():
+                load_shares(shares, {"weight": rows.weight.detach()}, rows.shards)
+                if info is not None:
+                    info["missing_keys"] = set(info["missing_keys"]) - {f"{name}.weight"}
+        return model
+
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
-        """As Hugging Face's, plus the file by which ``trust_remote_code`` finds us."""
+        """As Hugging Face's, plus the file by which ``trust_remote_code`` finds us.
+
+        Raises SconeError where learned rows are shared out over processes, and no ``state_dict`` is given.
+        """
+        if "state_dict" not in kwargs and any(rows.exchange is not None for _, rows in self._rows()):
+            raise SconeError(
+                "found learned rows that are shared out over processes; expected them in one place to save the model; "
+                "save it as the trainer does: without rows on the first process, then row_files.append_rows on all"
+            )
         # sharding puts a class of its own in front of ours
         model_class = next(ours for ours in type(self).__mro__ if ours.__module__.startswith("scone."))
         names: dict[str, type] = {"AutoConfig": type(self.config), "AutoModelForCausalLM": model_class}
@@ -135,8 +157,10 @@ class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
         """What ``DistributedDataParallel`` leaves alone: rows that a row optimizer keeps alike on all ranks."""
-        rows = [(name, part) for name, part in self.named_modules() if isinstance(part, LearnedRows)]
-        return [f"{name}.weight" for name, part in rows if part.are_collected]
+        return [f"{name}.weight" for name, rows in self._rows() if rows.are_collected or rows.exchange is not None]
+
+    def _rows(self) -> list[tuple[str, LearnedRows]]:
+        return [(name, part) for name, part in self.named_modules() if isinstance(part, LearnedRows)]
 
     def get_output_embeddings(self) -> nn.Module:
         return self.trunk.get_output_embeddings()

@@ -3,17 +3,37 @@
 from __future__ import annotations
 
 import mmap
+import re
+import sys
 import weakref
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+
+from scone.models.row_shards import Exchange, Route, RowShards, number_of_ranks
+from scone.utils.errors import SconeError
 
 MOST_PASSES_PER_STEP = 4096
 """How many backward passes may wait for one step of a row optimizer: far more than anybody accumulates."""
+
+_NO_RESERVE = 0x4000  # MAP_NORESERVE of Linux, which Python 3.11 has no name for
+
+
+class Pass(NamedTuple):
+    """What a backward pass left."""
+
+    row_ids: np.ndarray
+    """int64 ``[r]``, distinct, on the host."""
+    gradients: Tensor
+    """``[r, D]``."""
+    route: Route | None
+    """On which rows that are shared out came."""
 
 
 class LearnedRows(nn.Module):
@@ -27,20 +47,47 @@ class LearnedRows(nn.Module):
 
     With ``on_host`` the rows stay in host memory wherever the model goes, and the copies of a step travel.
 
+    Once they are `share_out` over the processes of a run, each holds every W-th row. A pass fetches the rows of its
+    batch from their owners, so all processes have to make as many passes; only a row optimizer trains them; and a state
+    dictionary is without them (``row_files`` writes and reads them). Loading whole rows loads this process's share.
+
     Attributes:
-        weight: fp32 ``[R, D]``. Rows train if it requires a gradient, whoever updates them.
-        pending: of each backward pass since the last step of the row optimizer, the distinct row ids int64 ``[r]`` on
-            the host and their gradients ``[r, D]``. Whoever takes a step empties it; without a row optimizer it is
-            always empty.
+        num_rows: R.
+        weight: fp32 ``[R, D]``, or the share of this process. Rows train if it requires a gradient, whoever updates
+            them.
+        shards: which of the rows ``weight`` has.
+        exchange: with the other processes; None where this one has all rows.
+        pending: each backward pass since the last step of the row optimizer. Whoever takes a step empties it; without a
+            row optimizer it is always empty.
     """
 
     def __init__(self, num_rows: int, width: int, std: float = 0.0) -> None:
         super().__init__()
         self.std = std
+        self.num_rows = num_rows
+        self.shards = RowShards(num_rows)
+        self.exchange: Exchange | None = None
         self.weight = nn.Parameter(untouched_zeros(num_rows, width, torch.get_default_device()))
         self.on_host = False
-        self.pending: list[tuple[np.ndarray, Tensor]] = []
+        self.pending: list[Pass] = []
         self._optimizer: weakref.ref[Any] | None = None
+
+    def share_out(self) -> None:
+        """Share the rows out over the processes of the default group, all of which have to do so.
+
+        Before anything holds the weight: optimizers, ``DistributedDataParallel``. One process alone keeps all.
+        """
+        assert self.exchange is None, "shared out already"
+        if number_of_ranks() == 1:
+            return
+        self.shards = RowShards(self.num_rows, dist.get_rank(), number_of_ranks())
+        self.exchange = Exchange(self.shards)
+        weight = self.weight.detach()
+        if is_untouched(weight):
+            own = untouched_zeros(self.shards.num_own, weight.shape[1], weight.device)
+        else:
+            own = self.shards.own(weight).clone()
+        self.weight = nn.Parameter(own, self.weight.requires_grad)
 
     def collect_for(self, optimizer: Any) -> None:
         """From now on, and as long as ``optimizer`` lives, gradients go to ``pending`` and not to the weight."""
@@ -66,12 +113,40 @@ class LearnedRows(nn.Module):
         """Every row at its start. Memory that is zero already is only read: pages that nobody wrote to take no room."""
         if self.std:
             nn.init.normal_(self.weight, std=self.std)
-        elif self.weight.device.type == "meta" or bool(self.weight.any()):
+        elif self.weight.device.type == "meta" or not is_all_zero(self.weight):
             nn.init.zeros_(self.weight)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LearnedRows:
         """What ``to``, ``cuda``, ``half`` … do to a module; rows on the host neither move nor change their type."""
-        return self if self.on_host else super()._apply(fn, recurse)  # type: ignore[no-any-return, misc]
+        if self.on_host:
+            return self
+        if is_untouched(self.weight):
+            with torch.no_grad():
+                like = fn(self.weight[:0])
+            if like.device.type == "cuda":  # zeros need not travel
+                self.weight.data = like.new_zeros(self.weight.shape)
+                return self
+        return super()._apply(fn, recurse)  # type: ignore[no-any-return, misc]
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        if self.exchange is None:
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        """Of whole rows the share of this process; what has none leaves them as they are, where they are shared out."""
+        if self.exchange is None:
+            super()._load_from_state_dict(state_dict, prefix, *args)
+            return
+        found = state_dict.get(f"{prefix}weight")
+        if found is None:
+            return
+        width = self.weight.shape[1]
+        if tuple(found.shape) == (self.num_rows, width):
+            found = self.shards.own(found)
+        if found.shape != self.weight.shape:
+            raise ValueError(f"found {prefix}weight {tuple(found.shape)}; expected {(self.num_rows, width)}")
+        with torch.no_grad():
+            self.weight.copy_(found)
 
     def forward(self, row_ids: np.ndarray, row_chains: Tensor) -> Tensor:
         """Sums over the suffix chains, ``[M, D]``.
@@ -81,23 +156,33 @@ class LearnedRows(nn.Module):
                 for the accelerator.
             row_chains: int64 ``[M, N - 1]``, 1 + index into ``row_ids``; 0 adds nothing.
         """
-        device = row_chains.device
-        ids = torch.from_numpy(row_ids)
-        if self.weight.device.type == "cuda":
-            ids = ids.pin_memory()  # from ordinary memory the copy would wait until the last step is through
-        ids = ids.to(self.weight.device, non_blocking=True)
         trains = self.weight.requires_grad and torch.is_grad_enabled()
-        if trains and not self.are_collected:
-            rows = self.weight.index_select(0, ids).to(device)
+        route = None if self.exchange is None else self.exchange.route(row_ids)
+        if route is not None:
+            rows = route.fetch(self._own(route.wanted, row_chains.device))
         else:
-            rows = self._copies(ids, device)
-            if trains:
-                rows.requires_grad_().register_post_accumulate_grad_hook(partial(self._collect, row_ids))
+            rows = self._own(row_ids, row_chains.device, trains and not self.are_collected)
+        if trains and self.are_collected:
+            rows.requires_grad_().register_post_accumulate_grad_hook(partial(self._collect, row_ids, route))
+        elif trains and self.exchange is not None:
+            raise SconeError(
+                f"found learned rows that are shared out over {self.shards.world_size} processes, without a row "
+                "optimizer; expected one, since each process has gradients for other rows; make a scone.RowOptimizer, "
+                "or freeze the rows"
+            )
         # row 0 of the bag is the zero vector that padding points to
         table = torch.cat([rows.new_zeros(1, rows.shape[1]), rows])
         return nn.functional.embedding_bag(row_chains, table, mode="sum", padding_idx=0)
 
-    def _collect(self, row_ids: np.ndarray, rows: Tensor) -> None:
+    def _own(self, indices: np.ndarray, device: torch.device, with_history: bool = False) -> Tensor:
+        """Copies of rows of ``weight`` on ``device``."""
+        ids = torch.from_numpy(indices)
+        if self.weight.device.type == "cuda":
+            ids = ids.pin_memory()  # from ordinary memory the copy would wait until the last step is through
+        ids = ids.to(self.weight.device, non_blocking=True)
+        return self.weight.index_select(0, ids).to(device) if with_history else self._copies(ids, device)
+
+    def _collect(self, row_ids: np.ndarray, route: Route | None, rows: Tensor) -> None:
         """Keep what a backward pass found for its copies of rows. A pass without one leaves nothing behind."""
         if len(self.pending) >= MOST_PASSES_PER_STEP:
             raise RuntimeError(
@@ -106,7 +191,9 @@ class LearnedRows(nn.Module):
                 "called, or delete it, and the rows are trained by any optimizer of model.parameters()"
             )
         assert rows.grad is not None, "called when a gradient was accumulated"
-        self.pending.append((row_ids, rows.grad))
+        self.pending.append(Pass(row_ids, rows.grad, route))
+        if route is not None:
+            _ = route.sums  # now, while an accelerator is still at the backward pass
         rows.grad = None  # a graph that is kept may be gone through again
 
     def _copies(self, ids: Tensor, device: Any) -> Tensor:
@@ -118,6 +205,9 @@ class LearnedRows(nn.Module):
         return torch.index_select(weight, 0, ids, out=rows).to(device, non_blocking=True)
 
 
+_MAPPINGS = Path("/proc/self/smaps")
+
+
 def untouched_zeros(num_rows: int, width: int, device: torch.device) -> Tensor:
     """fp32 zeros ``[R, D]``; on the host, memory that the system provides page by page as it is written to.
 
@@ -125,7 +215,31 @@ def untouched_zeros(num_rows: int, width: int, device: torch.device) -> Tensor:
     """
     if device.type != "cpu" or not num_rows or not hasattr(mmap, "MAP_ANONYMOUS"):
         return torch.zeros(num_rows, width, device=device)
-    memory = mmap.mmap(-1, 4 * num_rows * width, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    # not reserved: before rows are shared out there may be more than this machine has room for
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | (_NO_RESERVE if sys.platform == "linux" else 0)
+    memory = mmap.mmap(-1, 4 * num_rows * width, flags=flags)
     if hasattr(mmap, "MADV_NOHUGEPAGE"):
         memory.madvise(mmap.MADV_NOHUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.float32).view(num_rows, width)
+
+
+def is_all_zero(weight: Tensor) -> bool:
+    return is_untouched(weight) or not bool(weight.any())
+
+
+def is_untouched(weight: Tensor) -> bool:
+    """Whether the system has provided none of the memory of ``weight`` yet, so that all of it is zero: known without
+    reading it, which takes seconds for tens of gigabytes. False where that cannot be told.
+    """
+    if weight.device.type != "cpu" or weight.nbytes < 1 << 20 or not _MAPPINGS.exists():
+        return False
+    first, last, inside, known = weight.data_ptr(), weight.data_ptr() + weight.nbytes, False, False
+    for line in _MAPPINGS.read_text(encoding="ascii", errors="replace").splitlines():
+        name, *values = line.split()
+        if bounds := re.fullmatch(r"([0-9a-f]+)-([0-9a-f]+)", name):
+            inside = int(bounds[1], 16) <= first and last <= int(bounds[2], 16)
+        elif inside and name in ("Anonymous:", "Swap:"):  # pages that were written to
+            known = name == "Anonymous:" or known
+            if int(values[0]):
+                return False
+    return known

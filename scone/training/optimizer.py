@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from scone.kernels.common import to_device, triton_is_installed
 from scone.kernels.row_rms import update_rows
-from scone.models.learned_rows import LearnedRows
+from scone.models.learned_rows import LearnedRows, Pass
+from scone.models.row_shards import group_of_hosts, number_of_ranks, sum_parts
 from scone.utils.errors import SconeError
 
 logger = logging.getLogger(__name__)
@@ -22,6 +23,8 @@ PRIOR_VISITS = 4.0
 """How many visits the mean row counts for in a row's second moment."""
 MEMORY = 0.99
 """Decay of the columns' second moments and of the mean row's, per step."""
+PER_ROW = {"sums", "visits"}
+"""What of the optimizer's state has a number for each row."""
 
 
 class _StepsRows:
@@ -37,20 +40,34 @@ class _StepsRows:
 
     @torch.no_grad()
     def _step_rows(self, group: dict[str, Any], state: dict[str, Any], scale: float | None) -> None:
-        """Apply what is pending. Under ``torch.distributed`` it is averaged over the ranks first.
+        """Apply what is pending. Under ``torch.distributed`` it is averaged over the ranks first: of rows that are
+        shared out, each owner gets what concerns it; of others, each rank gets all.
 
         ``scale``: by what the loss was multiplied (fp16); gradients that overflowed then are dropped.
         """
-        assert self.rows is not None
-        row_ids, gradients = pending_gradients(self.rows)
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            row_ids, gradients = gather_over_ranks(row_ids, gradients, self._group_of_hosts())
-        self.rows.pending.clear()  # trainers zero the model's gradients, not the optimizer's
-        if not len(row_ids) or (scale is not None and not gradients.isfinite().all()):
+        rows, world_size = self.rows, number_of_ranks()
+        assert rows is not None
+        passes = list(rows.pending)
+        rows.pending.clear()  # trainers zero the model's gradients, not the optimizer's
+        if rows.exchange is not None:
+            row_ids, gradients, in_all = _gathered_by_owner(rows, passes)
+        else:
+            row_ids, gradients = sum_of(passes, rows)
+            if world_size > 1:
+                row_ids, gradients = gather_over_ranks(row_ids, gradients, self._group_of_hosts())
+            in_all = len(row_ids)
+        if not in_all:
             return
-        weight = self.rows.weight
-        gradients = gradients.div_(1.0 if scale is None else scale).to(weight.device)
-        update_with_rms(weight, to_device(torch.from_numpy(row_ids), weight.device), gradients, group["lr"], state)
+        gradients = gradients.float().div_(world_size * (1.0 if scale is None else scale))
+        figures = _of_columns(row_ids, gradients, world_size, rows.exchange is not None)
+        if scale is not None and not figures.isfinite().all():
+            return
+        weight = rows.weight
+        update_with_rms(
+            *(weight, to_device(torch.from_numpy(row_ids), weight.device), gradients.to(weight.device), group["lr"]),
+            state,
+            (figures[:-1] / figures[-1]).to(weight.device),
+        )
 
     def start_rows_again(self) -> None:
         """Put the rows, and what is known of each, back to their start: wherever a text is read from the beginning
@@ -61,15 +78,58 @@ class _StepsRows:
         with torch.no_grad():
             self.rows.reset()
         state = self.state[self.rows.weight]  # type: ignore[attr-defined]
-        for name in ("sums", "visits"):
-            if name in state:
-                state[name].zero_()
+        for name in PER_ROW.intersection(state):
+            state[name].zero_()
 
     def _group_of_hosts(self) -> dist.ProcessGroup | None:
-        """Where hosts talk to each other; made by all ranks at their first step. None: the default group."""
-        if self._hosts is None and dist.get_backend() != "gloo":
-            self._hosts = dist.new_group(backend="gloo")
+        if self._hosts is None:
+            self._hosts = group_of_hosts()
         return self._hosts
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As any optimizer's; of the state of all rows, rows that are shared out take what concerns theirs."""
+        super().load_state_dict(state_dict)  # type: ignore[misc]
+        if self.rows is not None:
+            state = self.state[self.rows.weight]  # type: ignore[attr-defined]
+            for name in PER_ROW.intersection(state):
+                if len(state[name]) == self.rows.num_rows:
+                    state[name] = self.rows.shards.own(state[name]).contiguous()
+
+
+def _gathered_by_owner(rows: LearnedRows, passes: Sequence[Pass]) -> tuple[np.ndarray, Tensor, int]:
+    """Of rows that are shared out: which of its own a step of any rank touched, the sums of their gradients, and how
+    many rows travelled between all ranks. After one pass, on the route that the rows came on.
+    """
+    assert rows.exchange is not None
+    row_ids, gradients = sum_of(passes, rows)
+    is_one = rows.exchange.all_agree(len(passes) == 1)
+    route = passes[0].route if is_one else rows.exchange.route(row_ids)
+    assert route is not None, "of rows that are shared out"
+    if route.in_all:
+        row_ids, gradients = route.give_back(gradients)
+    return row_ids, gradients, route.in_all
+
+
+def _of_columns(row_ids: np.ndarray, gradients: Tensor, world_size: int, are_own: bool) -> Tensor:
+    """Sums of squares over the columns of all rows' gradients, and the number of rows, ``[D + 1]``, alike on all ranks.
+
+    They are added owner by owner, so that rows that are shared out (``are_own``: these are this rank's) and rows that
+    every rank has a copy of give the same bits.
+    """
+
+    def of(part: Tensor) -> Tensor:
+        return torch.cat([part.square().sum(0), part.new_full((1,), len(part))])
+
+    if are_own:
+        mine = of(gradients)
+        parts = [torch.empty_like(mine) for _ in range(world_size)]
+        dist.all_gather(parts, mine)
+    elif world_size > 1:
+        owned = [np.flatnonzero(row_ids % world_size == owner) for owner in range(world_size)]
+        parts = [of(gradients[to_device(torch.from_numpy(places), gradients.device)]) for places in owned]
+    else:
+        return of(gradients)
+    return torch.stack(parts).cumsum(0)[-1]
 
 
 class RowOptimizer(_StepsRows, torch.optim.Optimizer):
@@ -203,7 +263,12 @@ def muon_for(groups: Sequence[dict[str, Any]]) -> Any:
 
 @torch.no_grad()
 def update_with_rms(
-    weight: Tensor, row_ids: Tensor, gradients: Tensor, learning_rate: float, state: dict[str, Any]
+    weight: Tensor,
+    row_ids: Tensor,
+    gradients: Tensor,
+    learning_rate: float,
+    state: dict[str, Any],
+    now: Tensor | None = None,
 ) -> None:
     """One row-RMS step of the rows ``row_ids`` int64 [r], distinct, of ``weight`` [R, D] by ``gradients`` [r, D].
 
@@ -211,7 +276,7 @@ def update_with_rms(
     2018): one number a column, a moving average over steps, times one number a row, the mean over the visits that the
     row has had. ``PRIOR_VISITS`` of a mean row count as visits too, so that a row's first gradient is not divided by
     itself. There is no momentum. Only these rows are read and written; ``state`` is made when it is empty and takes 8
-    bytes a row.
+    bytes a row. ``now`` [D]: mean squares of the step's gradients, where other processes have rows too.
 
     Reference implementation: ``kernels.reference.rms_rows``.
     """
@@ -229,7 +294,7 @@ def update_with_rms(
     fresh = 1 - min(MEMORY, 1 - 1 / state["step"].item())  # the first steps average all there were
     columns, mean = state["columns"], state["mean"]
     gradients = gradients.float()
-    now = gradients.square().mean(0)
+    now = gradients.square().mean(0) if now is None else now
     columns.lerp_((now / now.mean().clamp_min(1e-30)), fresh).clamp_min_(1e-8)
     mean.lerp_((now / columns).mean(), fresh)
     if weight.device.type == "cpu" and weight.dtype == torch.float32:
@@ -283,34 +348,29 @@ def learned_rows(model: nn.Module) -> LearnedRows | None:
     return next((rows for rows in found if rows.weight.requires_grad), found[0] if found else None)
 
 
-def pending_gradients(rows: LearnedRows) -> tuple[np.ndarray, Tensor]:
-    """Distinct row ids int64 ``[R]`` and their summed gradients ``[R, D]`` of the passes since the last step."""
-    if not rows.pending:
+def sum_of(passes: Sequence[Pass], rows: LearnedRows) -> tuple[np.ndarray, Tensor]:
+    """Distinct row ids int64 ``[r]`` of ``passes`` and their summed gradients ``[r, D]``."""
+    if not passes:
         return np.empty(0, np.int64), rows.weight.detach().new_zeros(0, rows.weight.shape[1])
-    return sum_by_row(rows.pending)
+    return sum_by_row([(each.row_ids, each.gradients) for each in passes])
 
 
 def sum_by_row(parts: Sequence[tuple[np.ndarray, Tensor]]) -> tuple[np.ndarray, Tensor]:
     """Distinct row ids and the sums of their gradients ``[r, D]`` over ``parts``, each of which has distinct ids.
 
-    The ids are on the host, so it needs no answer from an accelerator. Parts are added one after the other: the sums
-    are the same bits wherever they are computed.
+    The ids are on the host, so it needs no answer from an accelerator.
     """
     if len(parts) == 1:
         return parts[0]
     row_ids, inverse = np.unique(np.concatenate([ids for ids, _ in parts]), return_inverse=True)
-    first = parts[0][1]
-    total = first.new_zeros(len(row_ids), first.shape[1])
-    places = to_device(torch.from_numpy(inverse.reshape(-1)), first.device)
-    for place, (_, gradients) in zip(places.split([len(ids) for ids, _ in parts]), parts, strict=True):
-        total.index_add_(0, place, gradients)
-    return row_ids, total
+    places = np.split(inverse.reshape(-1), np.cumsum([len(ids) for ids, _ in parts])[:-1])
+    return row_ids, sum_parts(len(row_ids), places, [gradients for _, gradients in parts])
 
 
 def gather_over_ranks(
     row_ids: np.ndarray, gradients: Tensor, hosts: dist.ProcessGroup | None
 ) -> tuple[np.ndarray, Tensor]:
-    """The average over all ranks, the same on each. Ranks touch different rows, so ids travel with the gradients: from
+    """The sum over all ranks, the same on each. Ranks touch different rows, so ids travel with the gradients: from
     host to host, where they are known, while accelerators are still at the backward pass.
 
     ``hosts``: a group of all ranks in which they can talk.
@@ -322,8 +382,7 @@ def gather_over_ranks(
     padded = nn.functional.pad(gradients, (0, 0, 0, longest - len(gradients)))
     gathered = [torch.empty_like(padded) for _ in all_ids]
     dist.all_gather(gathered, padded)
-    distinct, total = sum_by_row([(ids, part[: len(ids)]) for ids, part in zip(all_ids, gathered, strict=True)])
-    return distinct, total.div_(len(all_ids))
+    return sum_by_row([(ids, part[: len(ids)]) for ids, part in zip(all_ids, gathered, strict=True)])
 
 
 def ids_of_all_ranks(row_ids: np.ndarray, group: dist.ProcessGroup | None) -> list[np.ndarray]:

@@ -10,6 +10,8 @@ from typing import Any
 from safetensors import safe_open
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from scone.models.learned_rows import LearnedRows
+from scone.models.row_files import ROWS_FOLDER, saved_shape
 from scone.utils.errors import SconeError, library_refusal
 from scone.utils.files import read_json
 
@@ -100,6 +102,11 @@ def _other_weights(checkpoint: Path, model: PreTrainedModel) -> Iterator[tuple[s
     for path in sorted(checkpoint.glob("model*.safetensors")):
         with library_refusal(f"cannot read {path}", "resume from another checkpoint"), safe_open(path, "pt") as file:
             saved |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    shares = checkpoint / ROWS_FOLDER
+    if shares.exists():
+        with library_refusal(f"cannot read {shares}", "resume from another checkpoint"):
+            shape = saved_shape(shares)
+        saved |= {f"{name}.weight": shape for name, part in model.named_modules() if isinstance(part, LearnedRows)}
     present = {ours[name].data_ptr() for name in saved if name in ours}
     for name, shape in saved.items():
         if name not in ours:

@@ -106,13 +106,15 @@ def train(
             trainer.add_callback(callback)
         trainer.add_callback(_NotesOfTheRun(options, output_dir))
         started = time.perf_counter()
-        with report_lost_ranks(), suppress(TrainedAlready):
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        trainer.is_in_train = False
-        stop = next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, StopOnSignal))
-        if stop.received is not None:
-            raise KeyboardInterrupt
-        return _save_result(options, trainer, corpus, time.perf_counter() - started)
+        with report_lost_ranks():
+            with suppress(TrainedAlready):
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            trainer.is_in_train = False
+            callbacks = trainer.callback_handler.callbacks
+            stop = next(callback for callback in callbacks if isinstance(callback, StopOnSignal))
+            if stop.received is not None:
+                raise KeyboardInterrupt
+            return _save_result(options, trainer, corpus, time.perf_counter() - started)
 
 
 class _NotesOfTheRun(TrainerCallback):
@@ -243,6 +245,9 @@ def build_trainer(
         arguments.ddp_broadcast_buffers = False  # training changes none
         if all_are_used(model):  # else transformers looks for the others in every step
             arguments.ddp_find_unused_parameters = False
+        rows = learned_rows(model)
+        if rows is not None:
+            rows.share_out()
     if training.torch_compile:
         compile_for_training(model)
     return SconeTrainer(

@@ -21,8 +21,8 @@ def shard(model: nn.Module, reshard_after_forward: bool) -> None:
     """Shard the parameters of ``model`` over all processes, in place.
 
     The layers that the model names as units are gathered when they compute and, with ``reshard_after_forward``, given
-    back at once; without it they stay until the backward pass. The learned rows stay whole on every rank, and
-    ``AdamWWithRows`` updates them alike everywhere.
+    back at once; without it they stay until the backward pass. The learned rows are left alone: they are shared out in
+    their own way (`LearnedRows.share_out`).
     """
     device = next(model.parameters()).device
     options: dict[str, Any] = {"mesh": init_device_mesh(device.type, (dist.get_world_size(),))}

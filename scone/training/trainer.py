@@ -25,7 +25,8 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from scone.data.training_order import TrainingOrder
 from scone.models.language_model import SconeForCausalLM
 from scone.models.learned_rows import LearnedRows
-from scone.training.optimizer import AdamWWithRows, learned_rows
+from scone.models.row_files import ROWS_FOLDER, append_rows, load_shares, save_shares
+from scone.training.optimizer import PER_ROW, AdamWWithRows, learned_rows
 from scone.training.passes import RowPasses, RowsStartAgain, once_a_pass
 from scone.training.resume import COMPLETE_MARKER
 from scone.training.sharding import load_whole_optimizer, load_whole_weights, shard, whole_state, whole_weights
@@ -190,16 +191,27 @@ class SconeTrainer(Trainer):
         super().log(logs, start_time)
 
     # A sharded run writes the checkpoints of any other, whole weights and a whole optimizer, so that each resumes the
-    # other's, in any number of processes.
+    # other's, in any number of processes. Only learned rows that are shared out are written share by share, and a
+    # finished model has them in their place among its weights.
+
+    @property
+    def _shared_rows(self) -> LearnedRows | None:
+        assert self.model is not None
+        rows = learned_rows(self.model)
+        return rows if rows is not None and rows.exchange is not None else None
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        if not self.sharded:
+        rows = self._shared_rows
+        if not self.sharded and rows is None:
             super().save_model(output_dir, _internal_call)
             return
         assert self.model is not None
         state = whole_weights(self.model, keep=self.args.should_save)
         if self.args.should_save:
             self._save(output_dir, state_dict=state)
+        if rows is not None and not _internal_call:  # else it is a checkpoint
+            name = next(name for name, module in self.model.named_modules() if module is rows)
+            append_rows(Path(output_dir or str(self.args.output_dir)), f"{name}.weight", rows)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
@@ -207,15 +219,23 @@ class SconeTrainer(Trainer):
             give_umask_mode(Path(output_dir or str(self.args.output_dir)), "*.safetensors")
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self.sharded:
-            super()._save_optimizer_and_scheduler(output_dir)
-            return
         assert self.optimizer is not None
         assert self.lr_scheduler is not None
-        optimizer = whole_state(self.optimizer.state_dict(), keep=self.args.should_save)
-        if self.args.should_save:
-            torch.save(optimizer, Path(output_dir) / OPTIMIZER_NAME)
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+        rows = self._shared_rows
+        state = {} if rows is None else self.optimizer.state[rows.weight]
+        shares = {name: state.pop(name) for name in PER_ROW.intersection(state)} if rows is not None else {}
+        if not self.sharded:
+            super()._save_optimizer_and_scheduler(output_dir)
+        else:
+            optimizer = whole_state(self.optimizer.state_dict(), keep=self.args.should_save)
+            if self.args.should_save:
+                torch.save(optimizer, Path(output_dir) / OPTIMIZER_NAME)
+                torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+        state.update(shares)
+        if rows is not None:
+            assert rows.exchange is not None
+            shares["weight"] = rows.weight.detach()
+            save_shares(Path(output_dir) / ROWS_FOLDER, shares, rows.shards, rows.exchange.hosts)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
@@ -225,6 +245,13 @@ class SconeTrainer(Trainer):
         with _loading(checkpoint):
             load_whole_optimizer(self.optimizer, Path(checkpoint) / OPTIMIZER_NAME)
             self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+            rows = learned_rows(self.model) if self.model is not None else None
+            if rows is not None and (Path(checkpoint) / ROWS_FOLDER).exists():
+                state = self.optimizer.state[rows.weight]
+                # a run that met no f-gram yet has no state of rows
+                shares = {name: rows.weight.new_zeros(len(rows.weight)) for name in PER_ROW if "columns" in state}
+                state.update(shares)
+                load_shares(Path(checkpoint) / ROWS_FOLDER, {"weight": rows.weight.detach()} | shares, rows.shards)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         marker = read_json(Path(resume_from_checkpoint) / COMPLETE_MARKER)

@@ -105,6 +105,28 @@ def test_one_rank_resumes_what_two_began(corpus, one, run, request, tmp_path):
     assert_same_weights(one, train(options(corpus, folder, **RUN, **changes), quiet=True), **LAW)
 
 
+def test_two_nodes_equal_one_rank_with_twice_the_batch(corpus, one, tmp_path):
+    """Two launchers, each with an address of its own, as on two machines that share a file system."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    flags = command_line(corpus, tmp_path / "run", "--batch_size", "2", "--max_steps", "6", "--save_steps", "3", *FLAGS)
+    nodes = []
+    for rank, address in enumerate(("127.0.0.1", "127.0.0.2")):
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node_rank={rank}"]
+        launcher += ["--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={port}"]
+        launcher += [f"--local_addr={address}", "-m", "scone.scripts.train", *flags]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+        with (tmp_path / f"{rank}.log").open("w") as log:
+            nodes.append(subprocess.Popen(launcher, stdout=log, stderr=log, env=environment))
+    try:
+        codes = [node.wait(timeout=300) for node in nodes]
+    finally:
+        for node in nodes:
+            node.kill()
+    assert codes == [0, 0], [(tmp_path / f"{rank}.log").read_text()[-2000:] for rank in range(2)]
+    assert_same_weights(one, tmp_path / "run" / "final_model", **LAW)
+
+
 def test_max_restarts_brings_a_killed_rank_back_to_the_last_checkpoint(corpus, one, tmp_path):
     """A fresh folder with --resume_from_checkpoint simply starts; after the kill the same command resumes."""
     flags = command_line(

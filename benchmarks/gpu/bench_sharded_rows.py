@@ -1,0 +1,312 @@
+"""Ten million learned rows on W GPUs of one host: a step with shared rows against a plain step, and how it scales.
+
+    python benchmarks/gpu/bench_sharded_rows.py [--data DATA] [--json FILE] [--gpus 1 2 4] [--timeout 150] [--tiny]
+
+On each number of GPUs the same processes train one variant after the other, as ``scone train`` does, in bf16 and not
+compiled: the plain trunk with DDP; with rows that are shared out over the GPUs; with a copy of all rows on every GPU;
+and the plain trunk with FSDP. Each GPU has ``--positions`` of its own; the time is that of ``--steps``
+steps after ``--warmup`` others. Where the GPUs suffice, runs on different numbers of them go side by side. Results are
+written as they come, and after ``--timeout`` what still runs is ended.
+
+DATA has the folders tokenizer and train (``experiments/prepare_data.py`` makes them); without it tokens are synthetic,
+Zipf-distributed phrases. ``--tiny`` rehearses everything in processes on a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+from common import REPOSITORY, Report
+from side_by_side import Program, last_words, run_side_by_side
+from timed_training import measure, read_corpus
+
+from scone.configs.loading import from_mapping, load_options, save_options
+from scone.configs.schema import SconeOptions
+from scone.data.token_file import TokenFileWriter
+from scone.evaluation.sweep import count_once
+from scone.models.learned_rows import LearnedRows
+from scone.tokenization.tokenizers import tokenizer_fingerprint
+from scone.training.processes import destroy_process_group
+from scone.utils.command_line import is_first_process
+from scone.utils.files import read_json, write_json
+
+VARIANTS = ("plain", "shared", "copies", "fsdp")
+"""The plain trunk; rows shared out; a copy of all rows on each GPU; the plain trunk sharded."""
+TRUNK = (1024, 12, 16, 1024)
+"""Width, layers, heads and context: GPT-2 small's depth at width 1,024."""
+TINY = {"rows": 3000, "positions": 256, "warmup": 1, "steps": 3, "workers": 0, "tokens": 20_000}
+TINY_TRUNK = (32, 2, 2, 64)
+STEP_TARGET, ROWS_EFFICIENCY, PLAIN_EFFICIENCY = 1.10, 0.92, 0.9
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, print the table of records, write the JSON; or be one of the processes that are timed."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is read that is not on this machine
+    if argv is None and sys.argv[1:2] == ["--worker"]:
+        work(Path(sys.argv[2]), int(sys.argv[3]))
+        return
+    started = time.monotonic()
+    report = Report.from_arguments("sharded_rows", __doc__, argv, add_options)
+    options = report.config
+    options |= TINY if options["tiny"] else {}
+    available = max(options["gpus"]) if options["tiny"] else torch.cuda.device_count()
+    options["gpus"] = sorted(count for count in {*options["gpus"]} if count <= available)
+    if not options["gpus"]:
+        raise SystemExit("found no GPU; expected at least one; give --tiny for a rehearsal on the CPU")
+    folder = Path(tempfile.mkdtemp(prefix="rows-", dir=options["output_dir"]))
+    print(f"logs in {folder}", flush=True)
+    options["failed"] = {}
+    try:
+        prepare(folder, options)
+        print(f"counted after {time.monotonic() - started:.0f} s", flush=True)
+        for counts in rounds(options["gpus"], available):
+            programs = [program(count, place, folder, options) for count, place in counts]
+            run_side_by_side(programs, max(1.0, options["timeout"] - (time.monotonic() - started)))
+            print(f"{[count for count, _ in counts]} GPUs after {time.monotonic() - started:.0f} s", flush=True)
+            for (count, _), its_program in zip(counts, programs, strict=True):
+                log = its_program.log.read_text(encoding="utf-8", errors="replace")
+                for variant in variants_on(count, options):
+                    if not (folder / f"{variant}_{count}.json").exists():
+                        options["failed"][f"{variant}_{count}"] = last_words(log)
+                        print(f"{variant}_{count} failed; its log ends:\n{log[-2000:]}", file=sys.stderr, flush=True)
+            report.records.clear()
+            add_records(report, folder)
+    finally:
+        shutil.rmtree(folder / "cache", ignore_errors=True)
+    report.finish()
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", type=Path, help="folder of the tokenizer and the token file train")
+    parser.add_argument("--output_dir", type=Path, help="where a folder of logs is made (default: /tmp)")
+    parser.add_argument("--tiny", action="store_true", help="a rehearsal at toy size, in processes on the CPU")
+    parser.add_argument("--gpus", type=int, nargs="*", default=[1, 2, 4], help="numbers of GPUs; those there are")
+    parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=VARIANTS, help="what is trained")
+    parser.add_argument("--rows", type=int, default=10_000_000, help="f-grams and learned rows")
+    parser.add_argument("--host", action="store_true", help="keep rows in host memory")
+    parser.add_argument("--tokens", type=int, default=16_000_000, help="synthetic tokens, without --data")
+    parser.add_argument("--positions", type=int, default=16_384, help="positions of a batch, per GPU")
+    parser.add_argument("--warmup", type=int, default=10, help="steps before the time is taken")
+    parser.add_argument("--steps", type=int, default=40, help="steps whose time is taken")
+    parser.add_argument("--workers", type=int, default=4, help="processes that prepare batches, per GPU")
+    parser.add_argument("--profile", action="store_true", help="tell in the logs what the first rank did")
+    parser.add_argument("--timeout", type=float, default=150, help="seconds after which everything is ended")
+
+
+def rounds(gpus: Sequence[int], available: int) -> list[list[tuple[int, int]]]:
+    """Numbers of GPUs and the first of each, those in one list at once."""
+    found: list[list[tuple[int, int]]] = []
+    for count in gpus:
+        taken = sum(number for number, _ in found[-1]) if found else available
+        if taken + count > available:
+            found.append([(count, 0)])
+        else:
+            found[-1].append((count, taken))
+    return found
+
+
+def variants_on(count: int, options: dict[str, Any]) -> list[str]:
+    """One GPU shares nothing out: its rows are all there."""
+    return [variant for variant in options["variants"] if count > 1 or variant in ("plain", "shared")]
+
+
+def run_options(variant: str, count: int, folder: Path, options: dict[str, Any]) -> SconeOptions:
+    """The options of ``scone train``: a GPT-2 trunk, with rows and no f-gram model."""
+    width, layers, heads, length = TINY_TRUNK if options["tiny"] else TRUNK
+    rows = variant in ("shared", "copies")
+    return from_mapping(
+        {
+            "data": {
+                "max_length": length,
+                "max_n": 5,
+                "min_freq": 2 if options["data"] else 1,
+                "max_f_grams": options["rows"],
+                "cache_dir": str(folder / "cache"),
+                "num_workers": options["workers"],
+            },
+            "model": {
+                "base_model_name": "gpt2",
+                "hidden_size": width,
+                "num_hidden_layers": layers,
+                "num_attention_heads": heads,
+                "intermediate_size": 4 * width,
+                "max_position_embeddings": length,
+                "hidden_act": "gelu_pytorch_tanh",  # GPT-2's own function, as one kernel
+                "hidden_dropout_prob": 0.0,
+                "attention_probs_dropout_prob": 0.0,
+                "use_f_gram_embeddings": rows,
+                "learned_rows": options["rows"] if rows else 0,
+                "rows_device": "host" if options["host"] else "accelerator",
+                "f_gram": {"num_hidden_layers": 0},
+            },
+            "training": {
+                "output_dir": str(folder / f"run_{variant}_{count}"),
+                "batch_size": options["positions"] // length,
+                "max_steps": options["warmup"] + options["steps"],
+                "bf16": True,
+                "fsdp": "full_shard" if variant == "fsdp" else "none",
+                "logging_steps": 10**9,
+                "save_steps": 10**9,
+                "report_to": "none",
+            },
+        }
+    )
+
+
+def prepare(folder: Path, options: dict[str, Any]) -> None:
+    """Tokens, counted f-grams, and the options of each run."""
+    data = folder
+    if options["data"] is None:
+        make_data(folder, options["tokens"])
+    else:
+        data = options["data"]
+    corpus = read_corpus(data)
+    settings = {
+        (variant, count): run_options(variant, count, folder, options)
+        for count in options["gpus"]
+        for variant in variants_on(count, options)
+    }
+    count_once(list(settings.values()), corpus, quiet=True)
+    for (variant, count), its in settings.items():
+        save_options(its, folder / f"{variant}_{count}.yaml")
+    plan = {name: options[name] for name in ("warmup", "tiny", "profile")} | {"data": str(data)}
+    for count in options["gpus"]:
+        write_json(folder / f"plan_{count}.json", plan | {"variants": variants_on(count, options)})
+    options["num_tokens"] = corpus.train.num_tokens
+    options["trunk"] = "{} wide, {} layers, {} heads, context {}".format(*(TINY_TRUNK if options["tiny"] else TRUNK))
+
+
+def make_data(folder: Path, num_tokens: int) -> None:
+    """Phrases of four tokens, Zipf-distributed like the tokens in them, each followed by two tokens of its own."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    random, size = np.random.default_rng(0), 50_257
+    phrases = random.zipf(1.15, (1_000_000, 4)) % size
+    chosen = np.minimum(random.zipf(1.05, num_tokens // 6) - 1, len(phrases) - 1)
+    tokens = np.concatenate([phrases[chosen], random.zipf(1.15, (len(chosen), 2)) % size], axis=1)
+    words = {f"w{number}": number for number in range(size)}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, "w0")), eos_token="w0")
+    tokenizer.save_pretrained(folder / "tokenizer")
+    writer = TokenFileWriter(folder / "train", size, 0)
+    writer.add_document(tokens.reshape(-1))
+    writer.finish({"tokenizer_fingerprint": tokenizer_fingerprint(tokenizer)})
+
+
+def program(count: int, place: int, folder: Path, options: dict[str, Any]) -> Program:
+    """What times all variants on ``count`` GPUs, from the ``place``-th on."""
+    command = [sys.executable]
+    if count > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+    command += [str(Path(__file__)), "--worker", str(folder), str(count)]
+    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    devices = visible or [str(number) for number in range(64)]
+    environment = {
+        "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // max(options["gpus"]))),
+        "TOKENIZERS_PARALLELISM": "false",
+        "CUDA_VISIBLE_DEVICES": "" if options["tiny"] else ",".join(devices[place : place + count]),
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH")))),
+    }
+    return Program(command, folder / f"log_{count}.txt", environment)
+
+
+def work(folder: Path, count: int) -> None:
+    """Train the variants, one after the other; one that fails does not keep the others from being measured."""
+    plan = read_json(folder / f"plan_{count}.json")
+    share_out = LearnedRows.share_out
+    for variant in plan["variants"]:
+        LearnedRows.share_out = (lambda rows: None) if variant == "copies" else share_out  # type: ignore[method-assign]
+        started = time.monotonic()
+        try:
+            measured = (
+                profiled(folder, variant, count, plan) if plan["profile"] else timed(folder, variant, count, plan)
+            )
+            if is_first_process():
+                write_json(folder / f"{variant}_{count}.json", measured)
+                print(f"{variant}: {time.monotonic() - started:.0f} s, {measured}", flush=True)
+        except Exception:
+            traceback.print_exc()
+            if count > 1:  # the ranks no longer agree on what comes next
+                raise
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    destroy_process_group()
+
+
+def timed(folder: Path, variant: str, count: int, plan: dict[str, Any]) -> dict[str, float]:
+    options = folder / f"{variant}_{count}.yaml"
+    measured = measure(options, Path(plan["data"]), plan["warmup"])
+    settings = load_options(options)
+    positions = settings.training.batch_size * settings.data.max_length * count
+    return measured | {"step_seconds": positions / measured["per_second"]}
+
+
+def profiled(folder: Path, variant: str, count: int, plan: dict[str, Any]) -> dict[str, float]:
+    """As `timed`; the times of operators, the GPU's and the host's, go to the log."""
+    from torch.profiler import ProfilerActivity, profile
+
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])
+    with profile(activities=activities) as found:
+        measured = timed(folder, variant, count, plan)
+    if is_first_process():
+        for column in ("self_cuda_time_total", "self_cpu_time_total"):
+            print(f"{variant}_{count} by {column}\n{found.key_averages().table(sort_by=column, row_limit=25)}")
+    return measured
+
+
+def add_records(report: Report, folder: Path) -> None:
+    """All that was measured so far."""
+    options, gib = report.config, 2**30
+    found = {
+        (variant, count): read_json(path)
+        for count in options["gpus"]
+        for variant in VARIANTS
+        if (path := folder / f"{variant}_{count}.json").exists()
+    }
+    for (variant, count), now in found.items():
+        plain, one = found.get(("plain", count)), found.get((variant if variant != "fsdp" else "plain", 1))
+        one = found.get(("shared", 1)) if variant == "copies" else one
+        name = f"{variant}_{count}"
+        target = STEP_TARGET if variant == "shared" else None
+        milliseconds = plain and 1000 * plain["step_seconds"]
+        report.add(
+            *(f"step_{name}", "ms", 1000 * now["step_seconds"]),
+            peer=milliseconds,
+            peer_name="plain step",
+            target=target,
+            better="lower",
+        )
+        report.add(f"peak_memory_{name}", "GiB", now["peak_bytes"] / gib, ratio=None)
+        if count > 1 and one is not None:
+            report.add(
+                *(f"efficiency_{name}", "tokens/s", now["per_second"]),
+                peer=count * one["per_second"],
+                peer_name=f"{count} times one GPU",
+                target=ROWS_EFFICIENCY if variant == "shared" else PLAIN_EFFICIENCY,
+            )
+        if variant in ("shared", "copies") and plain is not None:
+            width = (TINY_TRUNK if options["tiny"] else TRUNK)[0]
+            a_row = count * (now["peak_bytes"] - plain["peak_bytes"]) / options["rows"]
+            bound = 4 * width + 8
+            report.add(f"memory_a_row_{name}", "bytes over all GPUs", a_row, bound=bound, ratio=a_row / bound)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # runs are ended, not left behind
+    main()
