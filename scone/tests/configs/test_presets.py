@@ -8,10 +8,8 @@ import pytest
 
 from scone.configs.loading import Layer, load_options, merge
 from scone.configs.presets import F_GRAM_CONFIGURATIONS, TRUNK_CONFIGURATIONS, trunk_configuration
-from scone.utils.files import read_json
 
 REPOSITORY = Path(__file__).parents[3]
-PACKAGE = Path(__file__).parents[2]
 
 
 def test_f_gram_configurations_are_the_promised_ones() -> None:
@@ -88,19 +86,3 @@ def test_ready_yaml_files_hold_the_documented_values() -> None:
     assert (large.data.max_n, large.data.min_freq, large.data.max_f_grams) == (4, 50, 5_000_000)
     assert (large.training.batch_size, large.training.gradient_accumulation_steps) == (4, 4)
     assert (large.training.learning_rate, large.training.warmup_steps, large.training.fp16) == (3e-5, 1000, True)
-
-
-def test_the_benchmark_configuration_has_the_documented_fields() -> None:
-    config = read_json(PACKAGE / "configs" / "benchmark_config.json")
-    fields = {"name", "model_path", "embedding_cache_path", "f_gram_model_size", "max_f_grams"}
-    assert all(set(model) == fields for model in config["model_configs"])
-    assert all(set(baseline) == {"name", "model_name"} for baseline in config["baseline_configs"])
-    fields = {"name", "dataset_name", "dataset_config_name", "text_column", "split"}
-    assert all(set(data_set) == fields for data_set in config["dataset_configs"])
-    assert [(d["name"], d["split"]) for d in config["dataset_configs"]] == [
-        ("WikiText-103", "test"),
-        ("C4", "validation"),
-        ("PG19", "test"),
-    ]
-    assert (config["batch_sizes"], config["sequence_lengths"]) == ([1, 4, 8], [512, 1024])
-    assert (config["num_runs"], config["warmup_runs"]) == (5, 2)

@@ -11,7 +11,6 @@ import torch
 from scone.inference.embedding_table import EmbeddingTable
 from scone.scripts.precompute_embeddings import main
 from scone.tests.inference.tables import VOCAB_SIZE, small_model
-from scone.utils.errors import SconeError
 
 
 @pytest.fixture(scope="module")
@@ -45,14 +44,3 @@ def test_processes_share_the_work(
     EmbeddingTable.open(path).close()
     shares = re.findall(r"^rank (\d): computed (\d+) rows in ", capsys.readouterr().err, re.MULTILINE)
     assert shares == [("1", "128"), ("0", "226")]
-
-
-def test_mistakes_are_one_line(folder: Path, tmp_path: Path) -> None:
-    for arguments, message in (
-        (["--model_path", str(folder)], "--output_path"),
-        (["--model_path", str(tmp_path), "--output_path", "x"], "found no config.json"),
-        (["--model_path", str(folder), "--output_path", "x", "--row_type", "int2"], "invalid choice"),
-        (["--model_path", str(folder), "--output_path", str(tmp_path)], "in the way"),
-    ):
-        with pytest.raises(SconeError, match=message):
-            main([*arguments, "--device", "cpu"])

@@ -180,15 +180,6 @@ def test_a_damaged_token_file_is_refused(run: Run, tmp_path: Path, capsys: pytes
     assert "checksum" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["missing", "folder", "text.txt", "short"])
-def test_what_is_not_ours_is_named(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "text.txt").write_text("hello, this is a text")
-    (tmp_path / "short").write_bytes(b"\x01")
-    assert main(["verify", str(tmp_path / name)]) == 2
-    assert name in capsys.readouterr().err
-
-
 def test_count_says_what_f_grams_cover(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["count", "--dataset_name", str(run.corpus), "--cache_dir", str(run.cache), "--tokenizer", "train"]
     argv += ["--vocab_size", "300", "--min_freq", "5", "--output", str(tmp_path / "v"), "--width", "16"]
@@ -229,19 +220,3 @@ def test_inspect_shows_f_grams_ranks_and_counts(
     shown = capsys.readouterr().out
     assert shown.splitlines()[0].split()[-3:] == ["length", "rank", "count"]
     assert r'"\n"' in shown
-
-
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        (["x"], "found none of --model_path and --vocabulary"),
-        (["x", "--vocabulary", "v", "--model_path", "m"], "found both of --model_path and --vocabulary"),
-        (["x", "--vocabulary", "v"], "found --vocabulary without --tokenizer"),
-        (["x", "--model_path", "no/such/model"], "found no f_grams.safetensors in no/such/model"),
-    ],
-)
-def test_inspect_without_what_it_needs_gets_one_line(
-    argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["inspect", *argv]) == 2
-    assert message in capsys.readouterr().err
