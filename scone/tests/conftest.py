@@ -15,6 +15,7 @@ if os.environ.get("CI"):
 
 # one thread a process: the tests run in several processes, and spinning threads of one slow the others down
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no processes that import PyTorch to compile one graph
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

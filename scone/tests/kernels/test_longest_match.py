@@ -74,6 +74,12 @@ def test_depth_first_order_is_the_preorder(case: Case) -> None:
     assert case.vocabulary.depth_first_order().tolist() == reference.depth_first(case.f_grams)
 
 
+def test_depth_first_order_of_a_trie_with_many_branches():
+    vocabulary, _ = long_case()
+    f_grams = [vocabulary.tokens(vocabulary.vocab_size + rank) for rank in range(vocabulary.num_f_grams)]
+    assert vocabulary.depth_first_order().tolist() == reference.depth_first(f_grams)
+
+
 def long_case() -> tuple[FGramVocabulary, np.ndarray]:
     """A vocabulary and a row of tokens that spans several blocks, with matches across every boundary."""
     random = np.random.default_rng(0)
