@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from scone.evaluation.perplexity import perplexity
 from scone.inference.engine import GenerationOptions, SconeInferenceEngine
 from scone.inference.loading import LoadedModel, choose_device, load_model
 from scone.inference.precompute import precompute_table
@@ -24,25 +23,7 @@ from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 from scone.tokenization.tokenizers import train_tokenizer
 from scone.utils.errors import SconeError
 
-WORDS = [
-    "<|endoftext|>",
-    "the",
-    "a",
-    "cat",
-    "dog",
-    "sat",
-    "ran",
-    "on",
-    "under",
-    "mat",
-    "hill",
-    "and",
-    "then",
-    "it",
-    "slept",
-    ".",
-    ",",
-]
+WORDS = "<|endoftext|> the a cat dog sat ran on under mat hill and then it slept . ,".split()  # noqa: SIM905
 
 
 @pytest.fixture(scope="module")
@@ -159,15 +140,6 @@ def test_tokens_outside_the_vocabulary_are_refused(tokenizer: PreTrainedTokenize
         engine.generate("the dog", GenerationOptions(max_length=10))
 
 
-def test_plain_model_folder_loads_and_generates(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    tiny_model().save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    engine = SconeInferenceEngine.from_pretrained(tmp_path, device="cpu", quantization="fp16")
-    assert engine.loaded.quantization is not None
-    generations, _ = engine.generate("the cat", GenerationOptions(max_length=10))
-    assert len(generations[0].texts) == 1
-
-
 def test_what_is_not_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SconeError, match="found no folder"):
         load_model(tmp_path / "missing")
@@ -183,12 +155,9 @@ def test_what_is_not_a_model_is_refused(tmp_path: Path) -> None:
         load_model(tmp_path)
     with pytest.raises(SconeError, match="cannot load a causal language model from no-such-model"):
         load_model("no-such-model")
-
-
-def test_table_for_a_plain_model_is_refused(tmp_path: Path) -> None:
-    tiny_model().save_pretrained(tmp_path)
+    tiny_model().save_pretrained(tmp_path / "plain")
     with pytest.raises(SconeError, match="a model without f-grams"):
-        load_model(tmp_path, table_path=tmp_path / "embeddings.cache")
+        load_model(tmp_path / "plain", table_path=tmp_path / "embeddings.cache")
 
 
 def test_unknown_devices_are_refused() -> None:
@@ -223,9 +192,6 @@ def test_table_model_equals_live_model(tmp_path: Path, tokenizer: PreTrainedToke
     assert served.generate(PROMPTS, options)[0] == live.generate(PROMPTS, options)[0]
     assert served.generate(PROMPTS[0])[1].table_bytes == 4 * 32 * 4
     assert served.model.f_gram_embedding is None, "a served model holds no f-gram model"
-    tokens = np.array([1, 3, 5, 2, 4, 0, 1, 3])
-    by_live, by_table = (perplexity(engine.model, tokens, 8, quiet=True).loss for engine in (live, served))
-    assert by_table == pytest.approx(by_live, abs=1e-6)
 
 
 def test_table_of_another_model_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -237,18 +203,15 @@ def test_table_of_another_model_is_refused(tmp_path: Path, tokenizer: PreTrained
         load_model(folder, tmp_path / "missing.cache", device="cpu")
 
 
-@pytest.mark.parametrize("with_table", [False, True])
-@pytest.mark.parametrize("quantization", ["fp16", "int8"])
-def test_quantised_scone_generates(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, quantization: str, with_table: bool
-) -> None:
+def test_quantised_scone_generates(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Live in int8, from the table in fp16; that a trunk of every kind stays the same function is test_quantization's."""
     pytest.importorskip("bitsandbytes")
     folder = tiny_scone(tmp_path, tokenizer)
-    table = folder / "embeddings.cache" if with_table else None
-    engine = SconeInferenceEngine.from_pretrained(folder, table, quantization=quantization, device="cpu")
-    assert engine.loaded.quantization is not None
-    assert engine.loaded.quantization.bytes_after < engine.loaded.quantization.bytes_before
-    assert len(engine.generate(PROMPTS, GenerationOptions(max_length=20))[0]) == 3
+    for quantization, table in (("int8", None), ("fp16", folder / "embeddings.cache")):
+        engine = SconeInferenceEngine.from_pretrained(folder, table, quantization=quantization, device="cpu")
+        assert engine.loaded.quantization is not None
+        assert engine.loaded.quantization.bytes_after < engine.loaded.quantization.bytes_before
+        assert len(engine.generate(PROMPTS, GenerationOptions(max_length=20))[0]) == 3
 
 
 def test_streamed_text_equals_generated_text(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
