@@ -118,12 +118,10 @@ def test_interval_stays_between_never_and_always() -> None:
     [
         (["--tasks", "helaswag"], "--tasks: found the unknown task helaswag; did you mean hellaswag"),
         (["--tasks", ","], "--tasks: found no task"),
-        (["--limit", "3"], "found --limit without --tasks"),
-        (["--tasks", "piqa", "--limit", "0"], "--limit: found 0"),
         (["--tasks", "piqa", "--task_data", "nowhere"], "found no data of the task piqa in nowhere"),
     ],
 )
-def test_mistakes_get_one_line(folder: Path, argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_get_one_line(folder, argv, message, capsys):
     assert main(["evaluate", "--model_path", str(folder), "--device", "cpu", *argv]) == 2
     assert message in capsys.readouterr().err
 

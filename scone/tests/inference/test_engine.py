@@ -204,7 +204,7 @@ def test_table_of_another_model_is_refused(tmp_path: Path, tokenizer: PreTrained
 
 
 def test_quantised_scone_generates(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Live in int8, from the table in fp16; that a trunk of every kind stays the same function is test_quantization's."""
+    """Live in int8, from the table in fp16 (that trunks stay the same function: test_quantization)."""
     pytest.importorskip("bitsandbytes")
     folder = tiny_scone(tmp_path, tokenizer)
     for quantization, table in (("int8", None), ("fp16", folder / "embeddings.cache")):

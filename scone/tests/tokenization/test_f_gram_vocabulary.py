@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -126,93 +129,72 @@ def test_what_is_no_vocabulary_is_refused(f_grams: list[tuple[int, ...]], counts
         FGramVocabulary.from_ranked(f_grams, counts, vocab_size=5, max_n=3, separator_ids=[0])
 
 
-def test_limits_are_checked() -> None:
+def test_limits_and_questions_about_what_is_not_there():
     for limits in ({"vocab_size": 0}, {"vocab_size": 2**32}, {"max_n": 0}, {"max_n": 256}, {"separator_ids": [5]}):
         with pytest.raises(ValueError, match="expected"):
             FGramVocabulary.from_ranked([], [], **({"vocab_size": 5} | limits))
-    with pytest.raises(ValueError, match="lengths"):
-        FGramVocabulary.from_ranked([(1,)], [1], vocab_size=5)
-    with pytest.raises(ValueError, match="counts"):
-        FGramVocabulary.from_ranked([(1, 2)], [], vocab_size=5)
-
-
-def test_questions_about_what_is_not_there() -> None:
+    for f_grams, counts, word in (([(1,)], [1], "lengths"), ([(1, 2)], [], "counts")):
+        with pytest.raises(ValueError, match=word):
+            FGramVocabulary.from_ranked(f_grams, counts, vocab_size=5)
     vocabulary = FGramVocabulary.from_counts({(1, 2): 1}, vocab_size=5)
-    assert vocabulary.node([]) is None
-    assert vocabulary.node([1, 3]) is None
-    assert vocabulary.node([7]) is None
-    assert vocabulary.node([-1, 2]) is None
-    assert vocabulary.node([3]) == 3
-    for node in (-1, 6):
+    assert [vocabulary.node(tokens) for tokens in ([], [1, 3], [7], [-1, 2], [3])] == [None, None, None, None, 3]
+    for ask, node in itertools.product((vocabulary.tokens, vocabulary.length), (-1, 6)):
         with pytest.raises(ValueError, match="does not exist"):
-            vocabulary.tokens(node)
-        with pytest.raises(ValueError, match="does not exist"):
-            vocabulary.length(node)
+            ask(node)
     with pytest.raises(ValueError, match="ranks are"):
         vocabulary.token_matrix(np.array([1]))
     with pytest.raises(ValueError, match="read-only"):
         vocabulary.counts[0] = 3
 
 
+@functools.cache
 def made_vocabulary() -> FGramVocabulary:
     """About a hundred f-grams, enough for every array to have many bytes."""
     corpus = np.random.default_rng(0).integers(0, 4, 400).tolist()
-    counts: dict[tuple[int, ...], int] = {}
-    for n in range(2, 5):
-        for start in range(len(corpus) - n + 1):
-            gram = tuple(corpus[start : start + n])
-            counts[gram] = counts.get(gram, 0) + 1
+    counts = Counter(tuple(corpus[at : at + n]) for n in range(2, 5) for at in range(len(corpus) - n + 1))
     return FGramVocabulary.from_counts(counts, vocab_size=4, max_f_grams=100, tokenizer_fingerprint="abc")
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    return made_vocabulary().save(tmp_path_factory.mktemp("saved")).read_bytes()
+@pytest.fixture
+def path(tmp_path):
+    return made_vocabulary().save(tmp_path)
 
 
-def assert_refused(path: Path, content: bytes) -> None:
+def assert_refused(path, content):
     """Opening or verifying says no; where opening says yes, matching stays in range."""
     path.write_bytes(content)
-    with pytest.raises(SconeError, match=path.name):
-        use_and_verify(path)
+    with pytest.raises(SconeError, match=path.name):  # noqa: PT012
+        vocabulary = FGramVocabulary.load(path)
+        nodes = Matcher(vocabulary).match(np.random.default_rng(0).integers(0, 4, 300))
+        assert ((nodes >= 0) & (nodes < vocabulary.num_nodes)).all()
+        vocabulary.depth_first_order()
+        vocabulary.verify()
 
 
-def use_and_verify(path: Path) -> None:
-    vocabulary = FGramVocabulary.load(path)
-    nodes = Matcher(vocabulary).match(np.random.default_rng(0).integers(0, 4, 300))
-    assert ((nodes >= 0) & (nodes < vocabulary.num_nodes)).all()
-    vocabulary.depth_first_order()
-    vocabulary.verify()
-
-
-def test_damaged_file_is_refused(saved: bytes, tmp_path: Path) -> None:
-    """Any byte changed, at steps through every region and near its ends."""
-    path = tmp_path / "f_grams.safetensors"
+def test_damaged_file_is_refused(path):
+    """Any byte changed, at steps through every region and near its ends; cut, or longer."""
+    saved = path.read_bytes()
     header_end = 8 + int.from_bytes(saved[:8], "little")
     positions = {*range(40), *range(40, header_end, 11), *range(header_end - 10, header_end)}
     positions |= {*range(header_end, len(saved), 61), *range(len(saved) - 10, len(saved))}
-    for position in sorted(positions):
-        for flip in (0x01, 0x80):
-            assert_refused(path, saved[:position] + bytes([saved[position] ^ flip]) + saved[position + 1 :])
-
-
-def test_cut_or_lengthened_file_is_refused(saved: bytes, tmp_path: Path) -> None:
-    path = tmp_path / "f_grams.safetensors"
+    for position, flip in itertools.product(sorted(positions), (0x01, 0x80)):
+        assert_refused(path, saved[:position] + bytes([saved[position] ^ flip]) + saved[position + 1 :])
     for length in (0, 1, 7, 8, 9, 200, len(saved) // 2, len(saved) - 1):
         assert_refused(path, saved[:length])
     assert_refused(path, saved + b"\0")
+
+
+def test_other_files_are_named(path, tmp_path):
+    saved = path.read_bytes()
+    for content, message in (
+        ((2).to_bytes(8, "little") + b"{}", "no f-gram vocabulary header"),
+        (saved.replace(b'"format_version":"1"', b'"format_version":"9"'), r"version 9; expected scone-f-gram-vocab"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(SconeError, match=message):
+            FGramVocabulary.load(path)
     with pytest.raises(SconeError, match="cannot read"):
         FGramVocabulary.load(tmp_path / "nowhere")
-    path.write_bytes((2).to_bytes(8, "little") + b"{}")
-    with pytest.raises(SconeError, match="no f-gram vocabulary header"):
-        FGramVocabulary.load(path)
-
-
-def test_other_version_is_named(saved: bytes, tmp_path: Path) -> None:
-    path = tmp_path / "f_grams.safetensors"
-    path.write_bytes(saved.replace(b'"format_version":"1"', b'"format_version":"9"'))
-    with pytest.raises(SconeError, match=r"version 9; expected scone-f-gram-vocabulary version 1"):
-        FGramVocabulary.load(path)
 
 
 def test_verify_finds_arrays_that_do_not_belong_together() -> None:

@@ -201,9 +201,7 @@ def test_one_thread_per_call_puts_the_variable_back(monkeypatch):
         assert os.environ.get("TOKENIZERS_PARALLELISM") == value
 
 
-@pytest.mark.parametrize(
-    ("text", "unknown"), [("今天天气很好。", "[UNK]"), ("0123456789", None), ("😀😃😄", None)]
-)
+@pytest.mark.parametrize(("text", "unknown"), [("今天天气很好。", "[UNK]"), ("0123456789", None), ("😀😃😄", None)])
 def test_a_tokenizer_need_not_know_latin_letters(tmp_path, text, unknown):
     """Nor anything outside of what it was made for; then it is told apart by its entries."""
     entries = {entry: i for i, entry in enumerate([*([unknown] if unknown else []), "[EOS]", *sorted(set(text))])}

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from scone.models.learned_rows import LearnedRows
 from scone.tests.training.dense_row_rms import DenseRowRMS
+from scone.tests.training.runs import run_ranks
 from scone.training.optimizer import AdamWWithRows, sum_by_row, update_with_rms
 
 
@@ -213,7 +214,7 @@ def test_ranks_agree_whatever_their_default_group(tmp_path: Path) -> None:
     """On GPUs it is not one in which hosts talk, and the optimizer makes one: "cpu:gloo" is not known to be one."""
     found = []
     for backend in ("gloo", "cpu:gloo"):
-        torch.multiprocessing.spawn(_learn_as_a_rank, args=(backend, tmp_path), nprocs=2)
+        run_ranks(_learn_as_a_rank, 2, backend, tmp_path)
         found += [torch.load(tmp_path / f"{backend}.{rank}", weights_only=True) for rank in range(2)]
     assert found[0].abs().sum() > 1
     assert all(torch.equal(rows, found[0]) for rows in found)

@@ -12,6 +12,7 @@ import sys
 import pytest
 import torch
 
+from scone.scripts.train import read_arguments
 from scone.tests.training.runs import STILL, assert_same_weights, command_line, options, weights
 from scone.training.optimizer import rows_learning_rate
 from scone.training.run import build_model, build_trainer, prepare_run_corpus, train
@@ -160,6 +161,7 @@ def test_accumulated_batches_equal_one_large_batch(corpus, tmp_path):
     assert_same_weights(large, small, atol=2e-4, rtol=2e-3)
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_a_run_that_resumes(corpus, tmp_path):
     flags = command_line(
         corpus, tmp_path / "run", "--batch_size", "4", "--max_steps", "100000", "--save_steps", "50000"
@@ -177,8 +179,7 @@ def test_ctrl_c_leaves_a_run_that_resumes(corpus, tmp_path):
     assert "Traceback" not in output
     (checkpoint,) = complete_checkpoints(tmp_path / "run")
     step = int(checkpoint.name.split("-")[1])
-    resume = ["--resume_from_checkpoint", "--max_steps", str(step + 2)]
-    subprocess.run([sys.executable, "-m", "scone.scripts.train", *flags, *resume], check=True, timeout=120)
+    train(read_arguments([*flags, "--resume_from_checkpoint", "--max_steps", str(step + 2)]), quiet=True)
     assert (tmp_path / "run" / "final_model" / "model.safetensors").exists()
 
 
