@@ -123,19 +123,16 @@ def test_a_damaged_cache_is_refused_and_made_again_once_deleted(tmp_path, tiny_t
     assert contents(prepare_corpus(name, tiny_tokenizer, cache_dir=tmp_path / "cache")) == before
 
 
-def test_a_bad_line_far_in_leaves_no_corpus(tmp_path, tiny_tokenizer):
+def test_what_cannot_be_read_or_written_is_named_and_leaves_no_corpus(tmp_path, tiny_tokenizer):
     name = corpus(tmp_path / "c")
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(SconeError, match=r"cannot write .*choose another folder by cache_dir"):
+        prepare_corpus(name, tiny_tokenizer, cache_dir=tmp_path / "file")
     with (tmp_path / "c" / "part-2.jsonl").open("a") as file:
         file.write("{broken\n")
     with pytest.raises(SconeError, match=r"part-2\.jsonl, line 101 is not JSON"):
         prepare_corpus(name, tiny_tokenizer, cache_dir=tmp_path / "cache")
     assert not list((tmp_path / "cache").rglob("corpus.json"))
-
-
-def test_a_cache_folder_that_cannot_be_written_is_named(tmp_path, tiny_tokenizer):
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(SconeError, match=r"cannot write .*choose another folder by cache_dir"):
-        prepare_corpus(corpus(tmp_path / "c"), tiny_tokenizer, cache_dir=tmp_path / "file")
 
 
 def test_a_corpus_that_changes_while_it_is_read_is_refused(tmp_path, tiny_tokenizer, monkeypatch):

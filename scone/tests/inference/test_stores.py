@@ -68,14 +68,18 @@ class StoreContract:
 
         check()
 
-    def test_all_rows_at_once(self, store: RowStore, table: Path, rows: torch.Tensor) -> None:
+    def test_all_rows_at_once_and_none_that_is_not_there(
+        self, store: RowStore, table: Path, rows: torch.Tensor
+    ) -> None:
+        """Also in inference mode: stores read on threads, which know nothing of the caller's mode."""
         order = torch.randperm(NUM_ROWS)
-        assert torch.equal(read(store, order), stored(table, rows)[order])
-
-    @pytest.mark.parametrize("wrong", [-1, NUM_ROWS, 2**40])
-    def test_a_rank_that_is_not_there_is_refused(self, store: RowStore, wrong: int) -> None:
-        with pytest.raises(IndexError):
-            read(store, torch.tensor([0, wrong, 3]))
+        for mode in (False, True):
+            with torch.inference_mode(mode):
+                assert torch.equal(read(store, order), stored(table, rows)[order])
+        for wrong in (-1, NUM_ROWS, 2**40):
+            with pytest.raises(IndexError):
+                read(store, torch.tensor([0, wrong, 3]))
+        assert store.memory.ram + store.memory.mapped + store.memory.device > 0
 
     def test_threads_may_read_side_by_side(self, store: RowStore) -> None:
         expected, wrong = read(store, torch.arange(NUM_ROWS)), []
@@ -95,17 +99,6 @@ class StoreContract:
             thread.join()
         assert not wrong
 
-    def test_inference_mode_changes_nothing(self, store: RowStore) -> None:
-        """Stores read on threads of their own, which know nothing of the mode that the caller is in."""
-        ranks = torch.randperm(NUM_ROWS)
-        expected = read(store, ranks)
-        with torch.inference_mode():
-            assert torch.equal(read(store, ranks), expected)
-
-    def test_memory_is_stated(self, store: RowStore) -> None:
-        read(store, torch.arange(5))
-        assert store.memory.ram + store.memory.mapped + store.memory.device > 0
-
 
 def read(store: RowStore, ranks: torch.Tensor) -> torch.Tensor:
     """The bytes of these rows, uint8 [n, row_bytes]."""
@@ -121,18 +114,15 @@ def stored(table: Path, rows: torch.Tensor) -> torch.Tensor:
 
 
 class TestRam(StoreContract):
-    def open(self, file: TableFile) -> RowStore:
-        return MemoryStore.ram(file)
+    open = staticmethod(MemoryStore.ram)
 
 
 class TestMmap(StoreContract):
-    def open(self, file: TableFile) -> RowStore:
-        return MemoryStore.mapped(file)
+    open = staticmethod(MemoryStore.mapped)
 
 
 class TestDirect(StoreContract):
-    def open(self, file: TableFile) -> RowStore:
-        return DirectStore(file)
+    open = staticmethod(DirectStore)
 
 
 class TestDirectInManyParts(StoreContract):
