@@ -74,7 +74,7 @@ def test_fp16_with_a_live_f_gram_model_on_processors_with_fp16_and_without(monke
     quantised = copy.deepcopy(live)
     report = quantize_trunk(quantised, "fp16")
     assert ("no fp16" in report.computes_in) == (not computes)
-    assert layer_bytes(quantised.trunk) < 0.55 * layer_bytes(live.trunk)
+    assert layer_bytes(quantised.trunk) < 0.6 * layer_bytes(live.trunk)
     input_ids = torch.randint(0, 23, (2, 20), generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(quantised(input_ids).logits.float(), live(input_ids).logits, atol=2e-2, rtol=0)
 
