@@ -27,7 +27,7 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session")
-def shared_data() -> Path:
+def shared_data():
     """The folder of real texts and tokenizers that the maintainers test with; users do not have it."""
     candidates = [os.environ.get("SCONE_SHARED"), Path(__file__).parents[3] / "shared"]
     for candidate in candidates:

@@ -12,7 +12,7 @@ from scone.configs.presets import F_GRAM_CONFIGURATIONS, TRUNK_CONFIGURATIONS, t
 REPOSITORY = Path(__file__).parents[3]
 
 
-def test_f_gram_configurations_are_the_promised_ones() -> None:
+def test_f_gram_configurations_are_the_promised_ones():
     sizes = {"small": (384, 6, 6, 1536), "medium": (768, 12, 12, 3072), "large": (1024, 24, 16, 4096)}
     vocabularies = {"100k": (100_000, 100), "500k": (500_000, 50), "1m": (1_000_000, 20)}
     assert set(F_GRAM_CONFIGURATIONS) == {f"{size}-{count}" for size in sizes for count in vocabularies}
@@ -47,7 +47,7 @@ def test_f_gram_configurations_are_the_promised_ones() -> None:
         ("meta-llama/Llama-3.2-1B", 2048, 16, 32),
     ],
 )
-def test_known_trunks_have_their_sizes(name: str, width: int, layers: int, heads: int) -> None:
+def test_known_trunks_have_their_sizes(name, width, layers, heads):
     from transformers import AutoConfig
 
     trunk = trunk_configuration(name)
@@ -56,7 +56,7 @@ def test_known_trunks_have_their_sizes(name: str, width: int, layers: int, heads
     assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (width, layers, heads)
 
 
-def test_the_modern_trunk_has_any_width(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_modern_trunk_has_any_width(caplog):
     from scone.configs.schema import ModelOptions
     from scone.models.trunk import trunk_configuration as configured
 
@@ -68,13 +68,13 @@ def test_the_modern_trunk_has_any_width(caplog: pytest.LogCaptureFixture) -> Non
     assert caplog.records == [], "nobody asks the hub for a name of ours"
 
 
-def test_trunks_are_known_by_full_and_short_name() -> None:
+def test_trunks_are_known_by_full_and_short_name():
     for name in TRUNK_CONFIGURATIONS:
         assert trunk_configuration(name) is trunk_configuration(name.split("/")[1]) is TRUNK_CONFIGURATIONS[name]
     assert trunk_configuration("someone/unknown") is None
 
 
-def test_ready_yaml_files_hold_the_documented_values() -> None:
+def test_ready_yaml_files_hold_the_documented_values():
     if not (REPOSITORY / "configs").is_dir():
         pytest.skip("the ready YAML files are in the repository, not in an installed package")
     base = load_options(REPOSITORY / "configs" / "base_config.yaml")

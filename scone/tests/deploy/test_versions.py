@@ -43,19 +43,19 @@ def floors() -> dict[str, str]:
     return found
 
 
-def test_the_lowest_versions_are_those_that_make_test_minimum_installs() -> None:
+def test_the_lowest_versions_are_those_that_make_test_minimum_installs():
     assert pinned("constraints-minimum.txt") == floors()
     named = {normal(re.match(r"[\w.-]+", line)[0]) for line in required()}  # type: ignore[index]
     assert named - {"scone-lm"} == set(floors()), "every requirement has a lowest version"
 
 
-def test_the_pinned_versions_are_allowed() -> None:
+def test_the_pinned_versions_are_allowed():
     lowest = floors()
     for name, version in pinned("constraints.txt").items():
         assert numbers(version) >= numbers(lowest.get(name, "0")), name
 
 
-def test_the_readme_and_the_makefile_say_the_lowest_versions() -> None:
+def test_the_readme_and_the_makefile_say_the_lowest_versions():
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     python, lowest = project["requires-python"].removeprefix(">="), floors()
     readme = " ".join((REPOSITORY / "README.md").read_text(encoding="utf-8").split())

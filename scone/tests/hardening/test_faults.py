@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -17,7 +16,7 @@ SCENARIOS = (
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("faults")
 
 
@@ -44,7 +43,7 @@ def test_killed_jobs_go_on_to_the_same_bytes(folder, jobs, kills):
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="read errors come from Linux's /proc")
-def test_other_faults_are_survived(folder: Path) -> None:
+def test_other_faults_are_survived(folder):
     (outcomes,) = results("scenarios", "--folder", str(folder), "--only", *SCENARIOS)
     assert outcomes == dict.fromkeys(outcomes, "survived")
     assert len(outcomes) == len(SCENARIOS)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import zstandard
@@ -17,7 +16,6 @@ from scone.tests.hardening.bad_files import (
     READERS,
     TABLE,
     VOCABULARY,
-    Files,
     good_table,
     good_tokens,
     good_vocabulary,
@@ -32,7 +30,7 @@ KINDS = [(reader, kind) for reader in READERS for kind in READERS[reader].kinds]
 
 
 @pytest.mark.parametrize(("name", "kind"), KINDS)
-def test_bad_inputs_are_refused_or_read(tmp_path: Path, name: str, kind: str) -> None:
+def test_bad_inputs_are_refused_or_read(tmp_path, name, kind):
     reader = READERS[name]
     (tmp_path / "good").mkdir()
     good = reader.good(tmp_path / "good")
@@ -42,19 +40,19 @@ def test_bad_inputs_are_refused_or_read(tmp_path: Path, name: str, kind: str) ->
 
     @settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck))
     @given(reader.kinds[kind](good))
-    def law(files: Files) -> None:
+    def law(files):
         assert judge(files) in (READ, REFUSED)
 
     law()
 
 
 @pytest.fixture(scope="module")
-def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+def vocabulary(tmp_path_factory):
     return good_vocabulary(tmp_path_factory.mktemp("vocabulary"))[VOCABULARY]
 
 
 @pytest.fixture(scope="module")
-def table(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+def table(tmp_path_factory):
     return good_table(tmp_path_factory.mktemp("table"))[TABLE]
 
 
@@ -126,9 +124,7 @@ for path in sys.argv[1:]:
 """
 
 
-def test_sizes_in_headers_are_checked_before_anything_is_allocated(
-    tmp_path: Path, vocabulary: bytes, table: bytes
-) -> None:
+def test_sizes_in_headers_are_checked_before_anything_is_allocated(tmp_path, vocabulary, table):
     """With 64 MiB to spare, files that claim thousands of times that are refused in one line each."""
     paths = []
     for number, (name, content) in enumerate(_claims(vocabulary, table)):

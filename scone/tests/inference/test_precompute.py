@@ -6,7 +6,6 @@ Real processes are killed at random moments, with all long jobs, in hardening/.
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -37,7 +36,7 @@ def small_chunks(monkeypatch):
 
 
 @pytest.fixture
-def path(tmp_path) -> Path:
+def path(tmp_path):
     return tmp_path / "embeddings.cache"
 
 

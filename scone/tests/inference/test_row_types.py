@@ -21,7 +21,7 @@ FINITE = st.floats(-(2.0**100), 2.0**100, width=32)
     row_type=st.sampled_from(["int8", "int4"]),
     group_size=st.sampled_from([2, 4, 10, 64]),
 )
-def test_dequantised_error_is_within_half_a_step(rows: np.ndarray, row_type: str, group_size: int) -> None:
+def test_dequantised_error_is_within_half_a_step(rows, row_type, group_size):
     """Exactly: |x − decode(encode(x))| ≤ step / 2, with no slack for rounding."""
     row = RowFormat.of(row_type, rows.shape[1], group_size)
     raw = torch.from_numpy(row.encode(torch.from_numpy(rows)))
@@ -31,7 +31,7 @@ def test_dequantised_error_is_within_half_a_step(rows: np.ndarray, row_type: str
 
 @settings(max_examples=60, deadline=None)
 @given(rows=hnp.arrays(np.float32, st.tuples(st.integers(1, 4), st.integers(1, 41)), elements=FINITE))
-def test_steps_are_as_small_as_the_codes_allow(rows: np.ndarray) -> None:
+def test_steps_are_as_small_as_the_codes_allow(rows):
     """A step is at most its group's largest magnitude ÷ half the code range, rounded up to a bfloat16."""
     for row_type, highest in (("int8", 127.5), ("int4", 7.5)):
         row = RowFormat.of(row_type, rows.shape[1], 64)
@@ -42,7 +42,7 @@ def test_steps_are_as_small_as_the_codes_allow(rows: np.ndarray) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(rows=hnp.arrays(np.float32, (3, 7), elements=st.floats(-65000, 65000, width=32)))
-def test_float_rows_are_rounded_once(rows: np.ndarray) -> None:
+def test_float_rows_are_rounded_once(rows):
     values = torch.from_numpy(rows)
     for row_type, dtype in (("fp32", torch.float32), ("fp16", torch.float16), ("bf16", torch.bfloat16)):
         row = RowFormat.of(row_type, 7)
@@ -52,7 +52,7 @@ def test_float_rows_are_rounded_once(rows: np.ndarray) -> None:
 @pytest.mark.parametrize(
     ("row_type", "row_bytes"), [("fp32", 404), ("fp16", 202), ("bf16", 202), ("int8", 4 + 101), ("int4", 4 + 51)]
 )
-def test_row_bytes_are_scales_and_codes_alone(row_type: str, row_bytes: int) -> None:
+def test_row_bytes_are_scales_and_codes_alone(row_type, row_bytes):
     row = RowFormat.of(row_type, 101, 64)
     assert row.row_bytes == row_bytes
     assert row.encode(torch.zeros(2, 101)).shape == (2, row_bytes)
@@ -75,7 +75,7 @@ def test_numbers_that_no_row_can_hold_are_refused(row_type):
 
 
 @pytest.mark.parametrize("row_type", ROW_TYPES)
-def test_a_row_is_the_same_bytes_whatever_is_stored_with_it(row_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_is_the_same_bytes_whatever_is_stored_with_it(row_type, monkeypatch):
     monkeypatch.setattr("scone.inference.row_types._NUMBERS_ON_A_HOST", 3 * 101 + 5)  # three rows at a time
     row, rows = RowFormat.of(row_type, 101), torch.randn(10, 101, generator=torch.Generator().manual_seed(0))
     np.testing.assert_array_equal(row.encode(rows), np.concatenate([row.encode(one) for one in rows.split(1)]))
@@ -92,7 +92,7 @@ def test_an_accelerator_stores_the_same_bytes(row_type):
     np.testing.assert_array_equal(row.encode(rows.cuda()), row.encode(rows))
 
 
-def test_unknown_choices_are_refused() -> None:
+def test_unknown_choices_are_refused():
     with pytest.raises(SconeError, match="found row type 'int2'; expected one of fp32"):
         RowFormat.of("int2", 4)
     with pytest.raises(SconeError, match="found group size 7"):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from scone.kernels import reference
-from scone.tests.tokenization.f_gram_strategies import LARGEST_VOCABULARY, Case, cases
+from scone.tests.tokenization.f_gram_strategies import LARGEST_VOCABULARY, cases
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 from scone.tokenization.matcher import Matcher
 from scone.utils.errors import SconeError
@@ -35,7 +35,7 @@ def same(left: FGramVocabulary, right: FGramVocabulary) -> bool:
 
 @settings(max_examples=80, deadline=None)
 @given(cases())
-def test_vocabulary_is_prefix_and_suffix_closed(case: Case) -> None:
+def test_vocabulary_is_prefix_and_suffix_closed(case):
     vocabulary, size = case.vocabulary, case.vocab_size
     grams = [vocabulary.tokens(size + rank) for rank in range(vocabulary.num_f_grams)]
     assert grams == case.f_grams
@@ -54,7 +54,7 @@ def test_vocabulary_is_prefix_and_suffix_closed(case: Case) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(cases(), st.integers(0, 60))
-def test_truncated_vocabulary_is_the_smaller_vocabulary(case: Case, size: int) -> None:
+def test_truncated_vocabulary_is_the_smaller_vocabulary(case, size):
     grams = case.f_grams[:size]
     smaller = FGramVocabulary.from_ranked(
         grams,
@@ -70,7 +70,7 @@ def test_truncated_vocabulary_is_the_smaller_vocabulary(case: Case, size: int) -
 
 @settings(max_examples=30, deadline=None)
 @given(cases())
-def test_saved_vocabulary_is_the_same(case: Case) -> None:
+def test_saved_vocabulary_is_the_same(case):
     with tempfile.TemporaryDirectory() as folder:
         path = case.vocabulary.save(folder)
         assert path == Path(folder) / "f_grams.safetensors"
@@ -82,7 +82,7 @@ def test_saved_vocabulary_is_the_same(case: Case) -> None:
         assert again.read_bytes() == path.read_bytes()
 
 
-def test_ways_of_making_one_agree() -> None:
+def test_ways_of_making_one_agree():
     counts = {(1, 2): 3, (2, 1): 3, (2, 2): 2, (1, 2, 1): 3, (2, 1, 2): 2, (0, 2): 9, (1, 1): 1}
     made = FGramVocabulary.from_counts(counts, vocab_size=3, max_n=3, min_freq=2, separator_ids=[0])
     grams = reference.ranked({gram: count for gram, count in counts.items() if 0 not in gram and count > 1})
@@ -98,7 +98,7 @@ def test_ways_of_making_one_agree() -> None:
         assert same(other, made)
 
 
-def test_nodes_take_64_bits_where_32_do_not_suffice() -> None:
+def test_nodes_take_64_bits_where_32_do_not_suffice():
     last = LARGEST_VOCABULARY - 1
     counts = {(last, last): 2, (0, last): 1}
     small = FGramVocabulary.from_counts(counts, vocab_size=LARGEST_VOCABULARY, max_f_grams=1)
@@ -124,7 +124,7 @@ def test_nodes_take_64_bits_where_32_do_not_suffice() -> None:
         ([(1, 1), (1, 1, 1), (1, 1, 1, 1)], [1, 1, 1], "longer than max_n"),
     ],
 )
-def test_what_is_no_vocabulary_is_refused(f_grams: list[tuple[int, ...]], counts: list[int], fault: str) -> None:
+def test_what_is_no_vocabulary_is_refused(f_grams, counts, fault):
     with pytest.raises(ValueError, match=f"rank {len(f_grams) - 1} .*{fault}"):
         FGramVocabulary.from_ranked(f_grams, counts, vocab_size=5, max_n=3, separator_ids=[0])
 
@@ -197,7 +197,7 @@ def test_other_files_are_named(path, tmp_path):
         FGramVocabulary.load(tmp_path / "nowhere")
 
 
-def test_verify_finds_arrays_that_do_not_belong_together() -> None:
+def test_verify_finds_arrays_that_do_not_belong_together():
     whole = made_vocabulary()
     arrays = {name: np.array(getattr(whole, name)) for name in ("keys", "suffixes", "lengths", "counts")}
     arrays["counts"][5] += 1000
@@ -211,7 +211,7 @@ def test_verify_finds_arrays_that_do_not_belong_together() -> None:
         FGramVocabulary(**arrays, vocab_size=4, max_n=4, index=whole.index, fingerprint="0" * 64).verify()
 
 
-def test_the_file_is_plain_safetensors(tmp_path: Path) -> None:
+def test_the_file_is_plain_safetensors(tmp_path):
     vocabulary = made_vocabulary()
     with safe_open(vocabulary.save(tmp_path), framework="np") as file:
         assert sorted(file.keys()) == ["counts", "keys", "lengths", "slots", "suffixes"]
@@ -219,7 +219,7 @@ def test_the_file_is_plain_safetensors(tmp_path: Path) -> None:
         assert file.metadata()["tokenizer_fingerprint"] == "abc"
 
 
-def test_a_file_that_changed_is_not_reopened_in_a_worker(tmp_path: Path) -> None:
+def test_a_file_that_changed_is_not_reopened_in_a_worker(tmp_path):
     made_vocabulary().save(tmp_path)
     loaded = FGramVocabulary.load(tmp_path)
     reopen, arguments = loaded.__reduce__()

@@ -27,14 +27,14 @@ GO_ON = {"training.max_steps": 4, "training.resume_from_checkpoint": "true"}
 
 
 @pytest.fixture(scope="module")
-def tokenizer(corpus, tmp_path_factory) -> str:
+def tokenizer(corpus, tmp_path_factory):
     """Trained on the corpus as it was."""
     run = options(corpus, tmp_path_factory.mktemp("tokenizer") / "run", **(BEGAN | {"training.max_steps": 1}))
     return str(train(run, quiet=True))
 
 
 @pytest.fixture(scope="module")
-def begun(corpus, tokenizer, tmp_path_factory) -> Path:
+def begun(corpus, tokenizer, tmp_path_factory):
     """A run of two steps."""
     folder = tmp_path_factory.mktemp("begun") / "run"
     train(options(corpus, folder, **BEGAN, **{"model.tokenizer": tokenizer}), quiet=True)
@@ -42,7 +42,7 @@ def begun(corpus, tokenizer, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def grown(corpus, tmp_path_factory) -> Path:
+def grown(corpus, tmp_path_factory):
     """The corpus with more text, in which other n-grams are frequent."""
     path = tmp_path_factory.mktemp("grown") / corpus.name
     more = [json.dumps({"text": " ".join([*WORDS[::-1]] * 12)}) for _ in range(60)]
