@@ -137,7 +137,7 @@ def test_a_demo_that_is_stopped_goes_on_from_the_middle(options, report, tmp_pat
     with pytest.raises(KeyboardInterrupt):
         run(stopped, stop)
     said, found = run(stopped)
-    steps = [int(found[1]) for line in said if (found := re.match(r" *step +(\d+)/24", line))]
+    steps = [int(step[1]) for line in said if (step := re.match(r" *step +(\d+)/24", line))]
     assert steps[0] == 13
     assert losses(found) == pytest.approx(losses(report), rel=1e-5)
 

@@ -182,8 +182,8 @@ CONFIGURATION_COMMANDS = {
     ),
     "azure": (
         "--distributed --num_gpus 4 --fp16 --gradient_checkpointing --configs medium-100k medium-500k medium-1m",
-        "--num_gpus 1 --configs medium-1m --dataset_name wikitext --output_dir ./outputs/azure",
-        ["medium-1m"],
+        "--num_gpus 1 --dataset_name wikitext --output_dir ./outputs/azure",
+        ["medium-100k", "medium-500k", "medium-1m"],
     ),
 }
 
@@ -234,15 +234,12 @@ def test_generate(model, more, capsys):
 
 @pytest.mark.slow
 def test_generate_without_a_table_and_as_a_process(model, capsys):
-    """The text is the same from the live f-gram model, and alone on standard output; a mistake is one line."""
+    """The text is the same from the live f-gram model, and alone on standard output."""
     run(f"{GENERATE} --max_length 20".replace(TABLE, ""))
     live = capsys.readouterr().out
     done = launch(f"{GENERATE} --max_length 20")
     assert done.returncode == 0, done.stderr
     assert done.stdout == live
-    wrong = launch(f"{GENERATE} --max_length 2")
-    assert wrong.returncode == 2
-    assert wrong.stderr.strip().splitlines()[-1].startswith("error: found a prompt of")
 
 
 def test_benchmark(model, capsys):

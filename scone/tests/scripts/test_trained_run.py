@@ -15,14 +15,17 @@ from pathlib import Path
 import pytest
 
 from scone.cli import main
+from scone.configs.loading import from_mapping
 from scone.inference.embedding_table import EmbeddingTable
-from scone.models.accounting import f_gram_model_parameters
+from scone.models.accounting import f_gram_model_parameters, parameter_counts
 from scone.models.configuration import SconeConfig
 from scone.models.language_model import SconeForCausalLM
+from scone.scripts.train_configurations import write_family_report
 from scone.tests import tiny
+from scone.tests.inference.tables import small_model
 from scone.tests.training.runs import write_corpus
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
-from scone.utils.files import read_json
+from scone.utils.files import read_json, write_json
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
@@ -34,7 +37,7 @@ TINY = shlex.split(
     "--tokenizer train --vocab_size 300 --hidden_size 16 --num_hidden_layers 1 --num_attention_heads 2 "
     "--intermediate_size 32 --f_gram_hidden_size 16 --f_gram_num_hidden_layers 1 --f_gram_num_attention_heads 2 "
     "--f_gram_intermediate_size 32 --max_length 32 --max_steps 4 --save_steps 2 --eval_steps 4 --num_workers 0 "
-    "--report_to none --device cpu --max_eval_tokens 1000"
+    "--report_to none --device cpu"
 )
 
 
@@ -87,13 +90,23 @@ def test_each_configuration_lands_in_its_folder_with_one_count(run):
     assert len(list(run.cache.glob("vocabularies/*/*/counting.json"))) == 1  # the second was cut from the first
 
 
-def test_the_report_shows_quality_over_the_size_of_the_f_gram_model(run):
-    page = (run.output / "benchmark.html").read_text(encoding="utf-8")
+def test_the_report_shows_quality_over_the_size_of_the_f_gram_model(tmp_path):
+    """Of what finished runs leave: f-gram models of two widths."""
+    options, weights = {}, []
+    for name, width in {"small-100k": 8, "medium-100k": 16}.items():
+        folder, sizes = tmp_path / f"scone-{name}", tiny.F_GRAM_SIZES | {"hidden_size": width}
+        model = SconeForCausalLM.from_trunk(tiny.trunk(), tiny.vocabulary(), f_gram_model=sizes, learned_rows=5)
+        model.config.save_pretrained(folder / "final_model")
+        log = {"final": {"eval_perplexity": 90.0 - width}, "steps": 3, "tokens_per_step": 64}
+        write_json(folder / "training_log.json", log | {"parameters": parameter_counts(model).to_dict()})
+        options[name] = from_mapping({"training": {"output_dir": str(folder), "max_eval_tokens": 1000}})
+        weights.append(sum(weight.numel() for weight in model.f_gram_embedding.f_gram_model.parameters()))
+    write_family_report(tmp_path, options)
+    page = (tmp_path / "benchmark.html").read_text(encoding="utf-8")
     assert "Against the size of the f-gram model" in page
     assert "the first 1,000 tokens of the validation split" in page
-    for record in read_json(run.output / "benchmark.json")["records"]:
-        model = SconeForCausalLM.from_pretrained(run.output / record["name"] / "final_model").f_gram_embedding
-        assert record["f_gram_model_parameters"] == sum(one.numel() for one in model.f_gram_model.parameters())
+    records = read_json(tmp_path / "benchmark.json")["records"]
+    assert [record["f_gram_model_parameters"] for record in records] == weights
     assert f_gram_model_parameters(tiny.trunk().config) == f_gram_model_parameters(SconeConfig()) == 0
 
 
@@ -134,20 +147,20 @@ def test_processes_are_not_started_by_processes(run, capsys, monkeypatch):
     assert "found --distributed inside a distributed launch" in capsys.readouterr().err
 
 
-def test_processes_share_the_table_of_a_model(run, tmp_path, monkeypatch, capsys):
+def test_processes_share_the_table_of_a_model(tmp_path, monkeypatch, capsys):
     """The variables that torchrun sets are all that they need; each says what it did."""
-    path, model = tmp_path / "table", run.output / "scone-medium-1m" / "final_model"
-    words = ["precompute", "--model_path", str(model), "--output_path", str(path), "--batch_size", "1", "--row_type"]
+    small_model().save_pretrained(tmp_path / "model")
+    words = ["precompute", "--model_path", str(tmp_path / "model"), "--output_path", str(tmp_path / "table")]
+    words += ["--batch_size", "1", "--row_type", "int8", "--use_memory_map", "--device", "cpu"]
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in (1, 0):
-        assert not path.exists()
+        assert not (tmp_path / "table").exists()
         monkeypatch.setenv("RANK", str(rank))
-        assert main([*words, "int8", "--device", "cpu", f"--local-rank={rank}"]) == 0
-    shares = re.findall(r"^rank (\d): computed (\d+) rows in ", capsys.readouterr().err, re.MULTILINE)
-    with EmbeddingTable.open(path) as table:
-        assert [rank for rank, _ in shares] == ["1", "0"]
-        assert sum(int(rows) for _, rows in shares) == table.num_rows
-        assert all(int(rows) > 0 for _, rows in shares)
+        assert main([*words, f"--local-rank={rank}"]) == 0
+    shown = capsys.readouterr()
+    assert re.findall(r"^rank (\d): computed (\d+) rows in ", shown.err, re.MULTILINE) == [("1", "128"), ("0", "226")]
+    assert "354 rows × 32 int8" in shown.out
+    EmbeddingTable.open(tmp_path / "table").close()
 
 
 # ------------------------------------------------------------------ verify
