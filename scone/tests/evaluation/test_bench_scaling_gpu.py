@@ -97,5 +97,7 @@ def test_the_last_words_of_a_program(modules, tmp_path, monkeypatch):
     ]
     side_by_side.run_side_by_side(started, timeout_seconds=4)
     assert [side_by_side.last_words(program.log.read_text()) for program in started] == list(programs.values())
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert side_by_side.gpu_for(1) == {"CUDA_VISIBLE_DEVICES": "1"}
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")  # each sees one of the GPUs that we were given
     assert side_by_side.gpu_for(1) == {"CUDA_VISIBLE_DEVICES": "7"}
