@@ -82,6 +82,14 @@ def test_shards_in_any_order_give_the_same_vocabulary(shards, random, num_thread
     assert dataclasses.replace(other.statistics, **how) == dataclasses.replace(first.statistics, **how)
 
 
+@settings(max_examples=25, deadline=None)
+@given(corpora(), st.integers(0, 400), st.integers(0, 400))
+def test_truncated_vocabulary_is_the_smaller_vocabulary(shards, size, other_size):
+    larger, smaller = max(size, other_size), min(size, other_size)
+    whole = count(shards, max_f_grams=larger).vocabulary
+    assert_same(whole.truncated(smaller), count(shards, max_f_grams=smaller).vocabulary)
+
+
 @settings(max_examples=15, deadline=None)
 @given(corpora(), st.sampled_from([2**20, 2**32 - 1]), st.sampled_from([1, 2]))
 def test_token_ids_may_be_almost_as_large_as_32_bits_allow(shards, vocab_size, min_freq):
