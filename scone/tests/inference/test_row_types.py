@@ -32,12 +32,15 @@ def test_dequantised_error_is_within_half_a_step(rows, row_type, group_size):
 @settings(max_examples=60, deadline=None)
 @given(rows=hnp.arrays(np.float32, st.tuples(st.integers(1, 4), st.integers(1, 41)), elements=FINITE))
 def test_steps_are_as_small_as_the_codes_allow(rows):
-    """A step is at most its group's largest magnitude ÷ half the code range, rounded up to a bfloat16."""
-    for row_type, highest in (("int8", 127.5), ("int4", 7.5)):
-        row = RowFormat.of(row_type, rows.shape[1], 64)
-        steps = row.steps(torch.from_numpy(row.encode(torch.from_numpy(rows)))).double()
-        largest = torch.from_numpy(rows).double().abs().amax(1, keepdim=True)
-        assert (steps <= largest / highest * (1 + 2**-7) + 1e-40).all()
+    """A step is at most its group's largest magnitude ÷ half the code range, rounded up to a bfloat16; where all have
+    one sign, the side of the codes that reaches one further is theirs.
+    """
+    for values, further in ((torch.from_numpy(rows), 0), (torch.from_numpy(rows).abs(), 1)):
+        for row_type, highest in (("int8", 127.5), ("int4", 7.5)):
+            row = RowFormat.of(row_type, values.shape[1], 64)
+            steps = row.steps(torch.from_numpy(row.encode(values))).double()
+            largest = values.double().abs().amax(1, keepdim=True)
+            assert (steps <= largest / (highest + further) * (1 + 2**-7) + 1e-40).all()
 
 
 @settings(max_examples=60, deadline=None)
