@@ -104,7 +104,7 @@ def test_min_length_holds_for_every_prompt(engine):
 def test_padding_is_no_repetition(tokenizer):
     """Even where it is the token that the model would say next."""
     engine = SconeInferenceEngine(LoadedModel(tiny_model(), None, None), copy.deepcopy(tokenizer))
-    options = GenerationOptions(max_length=20, repetition_penalty=1.5)
+    options = GenerationOptions(max_length=20, repetition_penalty=10.0)
     first = engine.generate("it", options)[0][0].token_ids[0][1]
     engine.tokenizer.pad_token = WORDS[first]
     for generation in engine.generate(PROMPTS, options)[0]:

@@ -146,14 +146,16 @@ def test_rows_come_back_from_a_state_dict():
 
 
 def test_loss_scale_is_taken_out_of_the_rows_gradients():
+    """One that changes: the update itself divides out a scale that stays."""
     results = []
-    for scale in (1.0, 1024.0):
-        rows = LearnedRows(3, 2)
-        optimizer = AdamWWithRows(
-            [{"params": [torch.nn.Parameter(torch.zeros(1))]}], rows=rows, gradient_scale=lambda scale=scale: scale
-        )
-        touch(rows, torch.tensor([[1]]), scale * torch.tensor([[1e-6, -2e-6]]))
-        optimizer.step()
+    for scales in ((1.0, 1.0), (1024.0, 8.0)):
+        rows, now = LearnedRows(3, 2), [0.0]
+        dense = [{"params": [torch.nn.Parameter(torch.zeros(1))]}]
+        optimizer = AdamWWithRows(dense, rows=rows, gradient_scale=lambda now=now: now[0])
+        for now[0] in scales:
+            touch(rows, torch.tensor([[1]]), now[0] * torch.tensor([[1e-6, -2e-6]]))
+            optimizer.step()
+            optimizer.zero_grad()
         results.append(rows.weight.detach().clone())
     torch.testing.assert_close(results[0], results[1])
 

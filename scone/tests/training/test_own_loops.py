@@ -199,6 +199,7 @@ def test_rows_learn_under_any_loop(loop, made, tmp_path):
         keeper = RowOptimizer(original)
         model = copy.deepcopy(original)
         assert learned_rows(original).are_collected
+        assert not learned_rows(model).are_collected, "a copy is nobody's"
         del keeper
     before = learned_rows(model).weight.detach().clone()
     reference = PlainRows(model).train()
