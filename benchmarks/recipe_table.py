@@ -3,50 +3,46 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import statistics
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 TEXTS = {"wikipedia_test": "Wikipedia", "novels": "novels", "wikitext103_test": "WikiText-103", "c4": "C4"}
-PLAIN = {"1": "plain", "2": "plain-modern-norm-muon"}
+PLAIN = {"1": "plain", "2": "plain-modern-norm-muon", "4": "plain"}
 """The run that a screen's changes are measured against; the second screen's was trained with the first."""
 SUMMARY = {
-    "plain-modern-norm-muon": "plain",
-    "plain-lr4e-3": "plain at its better learning rate",
-    "over-encoding-x0.1-nodecay": "over-encoding (hashed n-grams), 1 M rows",
-    "rows-rms": "**learned rows, 1 M f-grams**",
+    "plain": "plain",
+    "rows-100k": "learned rows, 100 k f-grams",
+    "over-encoding-1M": "over-encoding (hashed n-grams), 1 M rows",
+    "rows-1M": "**learned rows, 1 M f-grams** (default)",
+    "rows-3M": "learned rows, 3 M f-grams",
     "plain-2x-flops": "plain with twice the FLOPs",
 }
-"""The five runs of the README, and what they are called there."""
+"""The six runs of the README, of screen 4, and what they are called there."""
 GROUPS = {
     "1": ("plain", ("rows-x1", "rows-x0.1", "model-x1-stopped", "model-x1-own-tokens", "rows-x1-bare-gradient")),
-    "2": (
-        "plain-nodecay",
-        ("rows-rms-nodecay", "rows-3M-rms-nodecay", "over-encoding-x0.1-nodecay", "both-own-tokens"),
-    ),
+    "4": ("plain", ("rows-1M", "rows-3M", "over-encoding-1M", "both-own-tokens-1M")),
+    "5": ("epochs4-plain", ("epochs4-rows", "epochs4-start-again", "epochs4-model-own-tokens")),
 }
 """By screen: the run to compare with, and those that are compared. Groups depend on the screen's f-grams, so on no
 other's."""
 
 
-CURVES = ("plain-lr4e-3", "plain-lr8e-3", "rows-rms", "rows-lr4e-3", "rows-lr4e-3-rows2e-3", "plain-2x-flops")
-
-
 def recipe_table(report: Mapping[str, Any], view: str) -> str:
     """``summary``: the README's runs. ``screen_N``: all runs of a screen. ``groups_N``: change of loss by match.
-    ``budgets``: the short runs of screen 3, each beside plain at its budget. ``curves``: validation losses on the way.
+    ``budgets``: the short runs of screen 3, each beside plain at its budget; ``passes``: those of screen 5.
     """
     if view == "summary":
-        return _comparison({**_runs(report, "1"), **_runs(report, "2")}, PLAIN["2"], SUMMARY)
-    if view == "budgets":
-        return _budgets(_runs(report, "3"))
-    if view == "curves":
-        return _curves({**_runs(report, "2"), **_runs(report, "3")}, CURVES)
+        return _comparison(runs_of(report, "4"), "plain", SUMMARY)
+    if view in ("budgets", "passes"):
+        return _budgets(runs_of(report, {"budgets": "3", "passes": "5"}[view]))
     kind, _, screen = view.partition("_")
-    runs = _runs(report, screen)
+    runs = runs_of(report, screen)
     if kind == "groups":
         return _groups(runs, *GROUPS[screen])
-    plain = {PLAIN[screen]: _runs(report, "1")[PLAIN[screen]]}
-    return _comparison({**plain, **runs}, PLAIN[screen], {name: f"`{name}`" for name in {**plain, **runs}})
+    plain = PLAIN[screen]
+    runs = {plain: runs_of(report, "1")[plain] if screen == "2" else runs[plain]} | runs
+    return _comparison(runs, plain, {name: f"`{name}`" for name in runs})
 
 
 def mean_perplexity(run: Mapping[str, Any]) -> float:
@@ -54,8 +50,28 @@ def mean_perplexity(run: Mapping[str, Any]) -> float:
     return math.exp(sum(run["tests"][text]["loss"] for text in TEXTS) / len(TEXTS))
 
 
-def _runs(report: Mapping[str, Any], screen: str) -> dict[str, Any]:
-    return dict(report["screens"][screen]["runs"])
+def runs_of(report: Mapping[str, Any], screen: str) -> dict[str, Any]:
+    """The runs of a screen by name; several seeds of one are one, with the mean of each loss."""
+    seeds: dict[str, list[Mapping[str, Any]]] = {}
+    for name, run in report["screens"][screen]["runs"].items():
+        seeds.setdefault(name.partition("-seed")[0], []).append(run)
+    return {name: _mean(runs) for name, runs in seeds.items()}
+
+
+def _mean(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    tests = {}
+    for text, first in runs[0]["tests"].items():
+        groups = [run["tests"][text]["by_match_length"] for run in runs]
+        loss = sum(run["tests"][text]["loss"] for run in runs) / len(runs)
+        tests[text] = {
+            "loss": loss,
+            "perplexity": math.exp(loss),
+            "by_match_length": [
+                group | {"loss": sum(each[place]["loss"] for each in groups) / len(runs)}
+                for place, group in enumerate(first["by_match_length"])
+            ],
+        }
+    return {**runs[0], "tests": tests, "seeds": len(runs), "means": [mean_perplexity(run) for run in runs]}
 
 
 def _comparison(runs: Mapping[str, Any], plain: str, names: Mapping[str, str]) -> str:
@@ -71,35 +87,29 @@ def _comparison(runs: Mapping[str, Any], plain: str, names: Mapping[str, str]) -
         ]
         perplexities = [f"{runs[run]['tests'][text]['perplexity']:.1f}" for text in TEXTS]
         change = "–" if run == plain else percent(mean_perplexity(runs[run]) / mean_perplexity(base) - 1)
+        if run != plain and runs[run]["seeds"] > 1:
+            spread = statistics.stdev(runs[run]["means"]) / mean_perplexity(base)
+            change += f" ± {100 * spread:.1f}"
         lines.append(f"| {name} | {' | '.join([*cost, *perplexities])} | {change} |")
-    note = f"Perplexity after {base['tokens'] / 1e6:.0f} M training tokens; 4 layers × 256; one seed; 4 × H100."
+    seeds = "one seed"
+    if base["seeds"] > 1:
+        seeds += f", or the mean of several where ± is their standard deviation (plain: {base['seeds']})"
+    note = f"Perplexity after {base['tokens'] / 1e6:.0f} M training tokens; 4 layers × 256; {seeds}; 4 × H100."
     return "\n".join(lines) + f"\n\n*{note}*\n"
 
 
 def _budgets(runs: Mapping[str, Any]) -> str:
     lines = [f"| tokens | | {' | '.join(TEXTS.values())} | mean of four |", "|---:|---|" + "---:|" * (len(TEXTS) + 1)]
-    finished = [name for name, run in runs.items() if run.get("finished", True)]
-    for name in sorted(finished, key=lambda name: (runs[name]["tokens"], "plain" not in name, name)):
+    for name in runs:
         run, kind = runs[name], name.partition("-")[2]
-        plain = next(runs[other] for other in finished if other.startswith(f"{name.partition('-')[0]}-plain"))
+        plain = next(runs[other] for other in runs if other.startswith(f"{name.partition('-')[0]}-plain"))
         if run is plain:
             cells = [f"{run['tests'][text]['perplexity']:.1f}" for text in TEXTS] + ["–"]
         else:
             cells = [percent(run["tests"][t]["perplexity"] / plain["tests"][t]["perplexity"] - 1) for t in TEXTS]
             cells.append(percent(mean_perplexity(run) / mean_perplexity(plain) - 1))
         lines.append(f"| {run['tokens'] / 1e6:.0f} M | `{kind}` | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n\n*Perplexity of plain, and the change from it; rate 4e-3, one seed, one H100.*\n"
-
-
-def _curves(runs: Mapping[str, Any], names: tuple[str, ...]) -> str:
-    steps = sorted({step for name in names for step, _ in runs[name]["validation_losses"]})
-    lines = ["| | " + " | ".join(f"step {step:,}" for step in steps) + " |", "|---|" + "---:|" * len(steps)]
-    for name in names:
-        losses = dict(runs[name]["validation_losses"])
-        lines.append(
-            f"| `{name}` | " + " | ".join(f"{losses[s]:.3f}" if s in losses else "cut off" for s in steps) + " |"
-        )
-    return "\n".join(lines) + "\n\n*Validation loss, nats a token, of 5,000 steps.*\n"
+    return "\n".join(lines) + "\n\n*Perplexity of plain, and the change from it; rate 4e-3, one seed, H100.*\n"
 
 
 def _groups(runs: Mapping[str, Any], plain: str, others: tuple[str, ...]) -> str:

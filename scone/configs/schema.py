@@ -232,7 +232,7 @@ class TrainingOptions:
     )
     rows_learning_rate: float | None = option(
         None,
-        "peak learning rate of the learned rows (default: 2e-3 · √(82 M / training tokens), from 5e-4 to 1e-2)",
+        "peak learning rate of the learned rows (default: 2e-3 · √(82 M / tokens of one pass), from 5e-4 to 1e-2)",
         minimum=0,
     )
     f_gram_dropout: float = option(

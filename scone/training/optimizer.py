@@ -52,6 +52,19 @@ class _StepsRows:
         gradients = gradients.div_(1.0 if scale is None else scale).to(weight.device)
         update_with_rms(weight, to_device(torch.from_numpy(row_ids), weight.device), gradients, group["lr"], state)
 
+    def start_rows_again(self) -> None:
+        """Put the rows, and what is known of each, back to their start: wherever a text is read from the beginning
+        again (`scone.training.passes` says why). What is known of the columns stays.
+        """
+        assert self.rows is not None
+        self.rows.pending.clear()
+        with torch.no_grad():
+            self.rows.reset()
+        state = self.state[self.rows.weight]  # type: ignore[attr-defined]
+        for name in ("sums", "visits"):
+            if name in state:
+                state[name].zero_()
+
     def _group_of_hosts(self) -> dist.ProcessGroup | None:
         """Where hosts talk to each other; made by all ranks at their first step. None: the default group."""
         if self._hosts is None and dist.get_backend() != "gloo":
@@ -250,15 +263,15 @@ def update_with_rms(
         weight.index_add_(0, row_ids, (gradients * steps[:, None] / columns.sqrt()).to(weight.dtype), alpha=-1.0)
 
 
-def rows_learning_rate(training_tokens: int) -> float:
-    """The rate that suits row-RMS for a run of so many tokens, epochs counted each: 2e-3 · √(82 M / tokens), between
-    5e-4 and 1e-2.
+def rows_learning_rate(tokens_of_a_pass: int) -> float:
+    """The rate that suits row-RMS for so many training tokens, each read once: 2e-3 · √(82 M / tokens), between 5e-4
+    and 1e-2.
 
     A row's path is a sum of steps of one size, so its noise grows with the root of its visits; fewer tokens allow
-    longer steps. Measured on the modern trunk at 4, 20 and 82 M tokens: of 1e-3, 3e-3 and 1e-2, of 1e-3 and 3e-3, and
-    of 1e-3 and 2e-3 the largest was best (docs/experiments).
+    longer steps. Measured on the modern trunk: at 4 M tokens 1e-2 is best (3e-3: half the gain; 3e-2: a tenth less), at
+    20 M 4e-3 (1e-2: 1 % worse), at 82 M 2e-3 and 4e-3 (1e-2: 1 to 2 % worse); docs/experiments/recipe.md.
     """
-    return min(max(2e-3 * (82e6 / max(training_tokens, 1)) ** 0.5, 5e-4), 1e-2)
+    return min(max(2e-3 * (82e6 / max(tokens_of_a_pass, 1)) ** 0.5, 5e-4), 1e-2)
 
 
 def learned_rows(model: nn.Module) -> LearnedRows | None:

@@ -272,20 +272,20 @@ def build_trainer(
         facts=_facts(corpus),
         f_gram_learning_rate=training.f_gram_learning_rate,
         rows_learning_rate=(
-            rows_learning_rate(training_tokens(options, corpus.train.num_tokens, arguments.world_size))
+            rows_learning_rate(tokens_of_a_pass(options, corpus.train.num_tokens, arguments.world_size))
             if training.rows_learning_rate is None
             else training.rows_learning_rate
         ),
     )
 
 
-def training_tokens(options: SconeOptions, corpus_tokens: int, num_processes: int) -> int:
-    """How many tokens the run trains on, each as often as it is read."""
+def tokens_of_a_pass(options: SconeOptions, corpus_tokens: int, num_processes: int) -> int:
+    """How many tokens the run reads before it reads one again, or ends."""
     training = options.training
     if training.max_steps <= 0:
-        return int(training.num_epochs * corpus_tokens)
+        return int(min(training.num_epochs, 1.0) * corpus_tokens)
     per_step = training.batch_size * training.gradient_accumulation_steps * num_processes * options.data.max_length
-    return training.max_steps * per_step
+    return min(training.max_steps * per_step, corpus_tokens)
 
 
 def evaluation_blocks(tokens: TokenFile, length: int, max_tokens: int | None = None) -> BlockDataset:

@@ -26,6 +26,7 @@ from scone.data.training_order import TrainingOrder
 from scone.models.language_model import SconeForCausalLM
 from scone.models.learned_rows import LearnedRows
 from scone.training.optimizer import AdamWWithRows, learned_rows
+from scone.training.passes import RowPasses, RowsStartAgain, once_a_pass
 from scone.training.resume import COMPLETE_MARKER
 from scone.training.sharding import load_whole_optimizer, load_whole_weights, shard, whole_state, whole_weights
 from scone.training.step_cost import RunCost, StepCost
@@ -71,6 +72,7 @@ class SconeTrainer(Trainer):
         rows = learned_rows(self.model)
         if rows is not None:
             self.add_callback(DropSkippedGradients(rows))
+            self.add_callback(RowsStartAgain(lambda state: self._row_passes(state.max_steps)))
         self.step_cost = StepCost(self.model) if isinstance(self.model, SconeForCausalLM) else None
         self.run_cost = RunCost(self.model)
         self.add_callback(CheckpointKeeper(checkpoints_kept, self.run_cost, facts or {}))
@@ -118,6 +120,16 @@ class SconeTrainer(Trainer):
                 eps=self.args.adam_epsilon,
             )
         return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        is_new = self.lr_scheduler is None
+        scheduler: Any = super().create_scheduler(num_training_steps, optimizer)
+        if is_new and self.model is not None and learned_rows(self.model) is not None:
+            once_a_pass(scheduler, self._row_passes(num_training_steps))
+        return scheduler
+
+    def _row_passes(self, max_steps: int) -> RowPasses:
+        return RowPasses(max_steps, self._get_train_sampler().steps_per_epoch)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As Hugging Face's. Before and after it the learned rows are parameters that any other loop may train."""

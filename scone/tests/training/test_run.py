@@ -15,7 +15,7 @@ import torch
 from scone.scripts.train import read_arguments
 from scone.tests.training.runs import STILL, assert_same_weights, command_line, options, weights
 from scone.training.optimizer import rows_learning_rate
-from scone.training.run import build_model, build_trainer, prepare_run_corpus, train
+from scone.training.run import build_model, build_trainer, prepare_run_corpus, tokens_of_a_pass, train
 from scone.training.trainer import complete_checkpoints
 from scone.utils.errors import SconeError
 
@@ -82,21 +82,23 @@ def test_evaluation_reads_no_more_than_the_tokens_it_is_given(corpus, tmp_path):
     assert "validation perplexity (first 100 tokens)" in (final_model / "README.md").read_text()
 
 
-def test_rates_of_rows_follow_from_the_training_tokens(corpus, tmp_path):
+def test_rates_of_rows_follow_from_the_tokens_of_one_pass(corpus, tmp_path):
     """The measured points of docs/experiments, and what a run takes for its own budget, steps or epochs."""
     assert [round(rows_learning_rate(tokens * 10**6), 4) for tokens in (4, 20, 82)] == [0.0091, 0.004, 0.002]
     assert (rows_learning_rate(0), rows_learning_rate(10**12)) == (1e-2, 5e-4)
     for changes, tokens in [
-        ({"training.max_steps": 400_000, "training.gradient_accumulation_steps": 2}, 400_000 * 2 * 4 * 32),
-        ({"training.max_steps": -1, "training.num_epochs": 50_000}, None),
-        ({"training.rows_learning_rate": 0.03}, None),
+        ({"training.max_steps": 3, "training.gradient_accumulation_steps": 2}, lambda corpus_tokens: 3 * 2 * 4 * 32),
+        ({"training.max_steps": 10**6}, lambda corpus_tokens: corpus_tokens),
+        ({"training.max_steps": -1, "training.num_epochs": 50}, lambda corpus_tokens: corpus_tokens),
+        ({"training.max_steps": -1, "training.num_epochs": 0.5}, lambda corpus_tokens: corpus_tokens // 2),
     ]:
         run = options(corpus, tmp_path, **changes)
         files = prepare_run_corpus(run, quiet=True)
-        trainer = build_trainer(run, build_model(run, files, quiet=True), files, quiet=True)
-        tokens = tokens or 50_000 * files.train.num_tokens
-        expected = run.training.rows_learning_rate or rows_learning_rate(tokens)
-        assert trainer.create_optimizer().param_groups[-1]["lr"] == expected
+        assert tokens_of_a_pass(run, files.train.num_tokens, 1) == tokens(files.train.num_tokens)
+        given = options(corpus, tmp_path, **changes, **{"training.rows_learning_rate": 0.03})
+        for each, rate in ((run, rows_learning_rate(tokens(files.train.num_tokens))), (given, 0.03)):
+            trainer = build_trainer(each, build_model(each, files, quiet=True), files, quiet=True)
+            assert trainer.create_optimizer().param_groups[-1]["lr"] == rate
 
 
 def test_weight_decay_acts_on_matrices_alone_and_not_on_rows(corpus, tmp_path):
