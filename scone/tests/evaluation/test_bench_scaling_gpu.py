@@ -49,7 +49,7 @@ def rehearse(modules, tmp_path_factory, tmp_path):
 
 @pytest.mark.slow
 def test_a_rehearsal_measures_everything(modules, rehearse, tmp_path):
-    report = rehearse("--variants", "both", "--strategies", "ddp")
+    report = rehearse("--variants", "both", "--strategies", "ddp", "precompute")
     assert report["benchmark"] == "gpu_scaling"
     assert report["config"]["failed"] == {}
     found = {record["metric"]: record for record in report["records"]}
@@ -85,7 +85,9 @@ def test_the_last_words_of_a_program(modules, tmp_path, monkeypatch):
     programs = {
         "import sys; print('[rank1]: ValueError: no'); print('bye'); sys.exit(1)": "[rank1]: ValueError: no",
         "raise SystemExit('error: found a fly in the soup')": "error: found a fly in the soup",
-        "print('distributed.elastic.ChildFailedError: x'); import os; os.kill(os.getpid(), 9)": "Signal 9 ended it",
+        "print('torch.distributed.elastic.ChildFailedError: x'); import os; os.kill(os.getpid(), 9)": (
+            "Signal 9 ended it"
+        ),
         "print('hello')": "hello",
         "": "no output",
         "import time; time.sleep(60)": "TimeoutError: not through after 4 s",
