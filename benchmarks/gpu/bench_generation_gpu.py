@@ -45,7 +45,7 @@ from scone.inference.embedding_table import EmbeddingTable
 from scone.inference.engine import GenerationOptions, SconeInferenceEngine
 from scone.inference.loading import LoadedModel
 from scone.inference.row_types import RowFormat
-from scone.inference.streaming import Continuation
+from scone.inference.streaming import GeneratedSequence
 from scone.inference.table_format import TableLayout
 from scone.inference.table_writer import TablePlan, TableWriter
 from scone.models.f_gram_config import FGramModelConfig
@@ -308,7 +308,7 @@ def measure_engine(
             engine = SconeInferenceEngine(loaded, tokenizer)
             synchronize()
             start = time.perf_counter()
-            engine.run([Continuation(ids, steps) for ids in prompts], GenerationOptions())
+            engine.run([GeneratedSequence(ids, steps) for ids in prompts], GenerationOptions())
             if turn:
                 taken[name].append((time.perf_counter() - start) / steps * 1e3)
     add_times(report, {name: statistics.median(times) for name, times in taken.items()}, f"engine_ms_b{batch}")

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from scone.data.f_gram_use import FGramUse
-from scone.data.training_order import Place
+from scone.data.f_gram_dropout import FGramDropout
+from scone.data.training_order import BlockIndex
 from scone.kernels.trie_batch import build_trie_batch
-from scone.tokenization.controls import replaced, stand_ins
+from scone.tokenization.controls import permuted_nodes, replaced
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 from scone.tokenization.hashed_grams import HashedGrams
 from scone.tokenization.matcher import Matcher
@@ -43,7 +43,7 @@ class Collator:
         backoff: bool = True,
         control: str = "none",
         hashed: HashedGrams | None = None,
-        use: FGramUse | None = None,
+        use: FGramDropout | None = None,
     ) -> None:
         assert vocabulary is None or hashed is None, "a batch has f-grams or hashed n-grams"
         self.matcher = Matcher(vocabulary) if vocabulary is not None else None
@@ -51,7 +51,7 @@ class Collator:
         self.pad_token_id = pad_token_id
         self.round_sizes = round_sizes
         self.backoff = backoff
-        self.stand_ins = stand_ins(vocabulary, control, num_rows) if vocabulary is not None else None
+        self.permuted_nodes = permuted_nodes(vocabulary, control, num_rows) if vocabulary is not None else None
         self.hashed = hashed
         self.use = use
 
@@ -67,9 +67,9 @@ class Collator:
         longest = max(len(block) for block in blocks)
         tokens = np.full((len(blocks), longest), self.pad_token_id, np.int64)
         mask = np.zeros(tokens.shape, bool)
-        for row, block in enumerate(blocks):
-            tokens[row, : len(block)] = block
-            mask[row, : len(block)] = True
+        for index, block in enumerate(blocks):
+            tokens[index, : len(block)] = block
+            mask[index, : len(block)] = True
         labels = np.where(mask, tokens, IGNORED_LABEL)
         labels[:, 0] = IGNORED_LABEL  # nothing predicts it; the trainer counts labels to normalise the loss
         batch: dict[str, Any] = {"input_ids": torch.from_numpy(tokens), "labels": torch.from_numpy(labels)}
@@ -78,9 +78,9 @@ class Collator:
         starts = None
         if any("position_ids" in item for item in items):
             positions = np.zeros_like(tokens)
-            for row, item in enumerate(items):
-                length = len(blocks[row])
-                positions[row, :length] = item.get("position_ids", range(length))
+            for index, item in enumerate(items):
+                length = len(blocks[index])
+                positions[index, :length] = item.get("position_ids", range(length))
             batch["position_ids"] = torch.from_numpy(positions)
             starts = np.diff(positions, axis=1, prepend=positions[:, :1] - 1) != 1
         if self.matcher is not None:
@@ -91,7 +91,7 @@ class Collator:
         return batch
 
     def _trie(
-        self, tokens: np.ndarray, mask: np.ndarray, starts: np.ndarray | None, places: Sequence[Place]
+        self, tokens: np.ndarray, mask: np.ndarray, starts: np.ndarray | None, places: Sequence[BlockIndex]
     ) -> dict[str, Any]:
         assert self.matcher is not None
         vocabulary = self.matcher.vocabulary
@@ -100,7 +100,7 @@ class Collator:
         if self.use is not None and places:
             nodes = self.use.used(nodes, tokens, places, vocabulary)
         trie = build_trie_batch(
-            replaced(nodes, vocabulary.vocab_size, self.stand_ins),
+            replaced(nodes, vocabulary.vocab_size, self.permuted_nodes),
             vocabulary.keys,
             vocabulary.suffixes,
             vocabulary.vocab_size,

@@ -8,9 +8,8 @@ from typing import Any
 
 import yaml
 
-from scone.data.readers import CountBytes, split_articles, text_of_row, unknown_column
+from scone.data.readers import CorpusFile, CountBytes, split_articles, text_of_row, unknown_column
 from scone.data.splits import SPLITS, split_of_name
-from scone.data.unit import Unit
 from scone.utils.errors import SconeError
 from scone.utils.hub import why_hub_is_unreachable
 
@@ -31,7 +30,7 @@ def hub_units(
     dataset_config_name: str | None,
     text_column: str,
     local_facts: Mapping[str, Any] | None = None,
-) -> tuple[Unit, ...]:
+) -> tuple[CorpusFile, ...]:
     """One unit per split of a dataset. With ``HF_HUB_OFFLINE`` a copy in the ``datasets`` cache is used.
 
     ``local_facts`` say that the name is a folder on this machine, and what is in it. Raises SconeError when the hub
@@ -86,7 +85,7 @@ def _split_unit(
     split: str | None,
     facts: dict[str, Any],
     sizes: Any,
-) -> Unit:
+) -> CorpusFile:
     def rows(count_bytes: CountBytes) -> Iterator[str]:
         where = f"dataset {dataset_name!r}, split {split_name!r}"
         for row in _streamed(dataset_name, dataset_config_name, split_name, where):
@@ -101,7 +100,7 @@ def _split_unit(
         return split_articles(row if row.endswith("\n") else row + "\n" for row in rows(count_bytes))
 
     size = sizes[split_name].num_bytes if sizes and split_name in sizes else None
-    return Unit(split_name, split, size, facts | {"split": split_name}, documents)
+    return CorpusFile(split_name, split, size, facts | {"split": split_name}, documents)
 
 
 def _streamed(dataset_name: str, config_name: str | None, split_name: str, where: str) -> Iterator[dict[str, Any]]:

@@ -17,7 +17,7 @@ import filelock
 
 import scone
 from scone.data.encoding import CorpusEncoder
-from scone.data.sources import Group, Source, empty_split, open_documents, open_source, plan
+from scone.data.sources import Source, SplitGroup, empty_split, open_documents, open_source, plan
 from scone.data.splits import ALL, SPLITS
 from scone.data.token_file import METADATA_NAME, TokenFile, TokenFileWriter
 from scone.tokenization.tokenizers import (
@@ -191,7 +191,7 @@ class _Job:
     def __init__(
         self,
         source: Source,
-        group: Group,
+        group: SplitGroup,
         tokenizer: PreTrainedTokenizerBase,
         recipe: dict[str, Any],
         cache_folder: Path,

@@ -9,6 +9,7 @@ import re
 import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, Protocol
@@ -36,6 +37,20 @@ LONGEST_PIECE_CHARACTERS = 1 << 18  # and at the latest here
 LONGEST_ARTICLE_CHARACTERS = 1 << 20
 
 CountBytes = Callable[[int], object]
+
+
+@dataclass(frozen=True)
+class CorpusFile:
+    """A file, or a split of a hub dataset: its documents are read in order.
+
+    ``facts`` identify its content without reading all of it; ``size_bytes`` is None when unknown.
+    """
+
+    name: str
+    split: str | None
+    size_bytes: int | None
+    facts: dict[str, Any]
+    read: Callable[[CountBytes], Iterator[str]] = field(compare=False)
 
 
 def kind_of(path: Path) -> tuple[str, str] | None:
@@ -145,22 +160,8 @@ def _text_lines(pieces: Iterable[str]) -> Iterator[str]:
         yield last
 
 
-def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of one file of JSON lines, possibly compressed. Raises SconeError, with the file's name and the line."""
-    kind = kind_of(path)
-    assert kind is not None, path
-    assert kind[0] == "rows", path
-    for _, row in _json_rows(path, _byte_pieces(path, kind[1], lambda n: None)):
-        yield row
-
-
 def _json_documents(path: Path, pieces: Iterable[bytes], text_column: str) -> Iterator[str]:
-    for where, row in _json_rows(path, pieces):
-        yield text_of_row(row, text_column, where)
-
-
-def _json_rows(path: Path, pieces: Iterable[bytes]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where it stands, for messages, and the row) of every line that is not blank."""
+    """The text of every line that is not blank."""
     for number, line in enumerate(_byte_lines(path, pieces), start=1):
         if not line.strip():
             continue
@@ -177,7 +178,7 @@ def _json_rows(path: Path, pieces: Iterable[bytes]) -> Iterator[tuple[str, dict[
             ) from error
         if not isinstance(row, dict):
             raise SconeError(f"{where} holds a JSON {type(row).__name__}; expected one JSON object a line")
-        yield where, row
+        yield text_of_row(row, text_column, where)
 
 
 def text_of_row(row: dict[str, Any], text_column: str, where: str) -> str:

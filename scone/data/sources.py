@@ -13,15 +13,8 @@ from typing import Any
 
 from scone.data import stdlib_corpus
 from scone.data.hub_source import describes_itself, hub_units
-from scone.data.readers import (
-    COMPRESSIONS,
-    FORMATS,
-    CountBytes,
-    kind_of,
-    read_documents,
-)
+from scone.data.readers import COMPRESSIONS, FORMATS, CorpusFile, CountBytes, kind_of, read_documents
 from scone.data.splits import ALL, SPLITS, is_shard, split_of_path, split_of_single_file, split_rule
-from scone.data.unit import Unit
 from scone.utils.errors import SconeError
 
 _IGNORED_NAMES = re.compile(r"(readme|licen[cs]e|copying|notice|attribution)\b", re.IGNORECASE)
@@ -34,7 +27,7 @@ class Source:
     """A resolved corpus: its units in a fixed order."""
 
     name: str
-    units: tuple[Unit, ...]
+    units: tuple[CorpusFile, ...]
     is_local: bool = False
 
     @property
@@ -44,10 +37,10 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Group:
+class SplitGroup:
     """Units that are read together, and the splits that their documents go to (train or a held-out one by hash)."""
 
-    units: tuple[Unit, ...]
+    units: tuple[CorpusFile, ...]
     splits: tuple[str, ...]
 
     def documents(self) -> Iterator[str]:
@@ -89,7 +82,7 @@ def empty_split(source: Source, split: str) -> str:
     return f"{source.name!r} gives no document to its {split!r} split; give more text, or choose another split"
 
 
-def plan(source: Source, splits: Sequence[str] | None) -> list[Group]:
+def plan(source: Source, splits: Sequence[str] | None) -> list[SplitGroup]:
     """What has to be read for ``splits`` (None: every split that the source can give).
 
     A source that names no splits, or only train, is divided by the content of its documents into train, validation
@@ -101,13 +94,13 @@ def plan(source: Source, splits: Sequence[str] | None) -> list[Group]:
     if splits is not None and ALL in splits:
         if list(splits) != [ALL]:
             raise SconeError(f"found splits {', '.join(splits)}; expected {ALL!r} alone or some of {', '.join(SPLITS)}")
-        return [Group(source.units, (ALL,))]
+        return [SplitGroup(source.units, (ALL,))]
     if not named or named == ("train",):
-        groups = [Group(by_split.get("train", source.units), SPLITS)]
+        groups = [SplitGroup(by_split.get("train", source.units), SPLITS)]
     elif named == ("train", "test"):
-        groups = [Group(by_split["train"], ("train", "validation")), Group(by_split["test"], ("test",))]
+        groups = [SplitGroup(by_split["train"], ("train", "validation")), SplitGroup(by_split["test"], ("test",))]
     else:
-        groups = [Group(by_split[split], (split,)) for split in named]
+        groups = [SplitGroup(by_split[split], (split,)) for split in named]
     available = [split for group in groups for split in group.splits]
     wanted = available if splits is None else list(splits)
     for split in wanted:
@@ -186,9 +179,9 @@ def _readable_files(folder: Path) -> list[Path]:
     return sorted(found, key=lambda file: file.relative_to(folder).as_posix())
 
 
-def _file_unit(path: Path, relative_name: str, split: str | None, text_column: str) -> Unit:
+def _file_unit(path: Path, relative_name: str, split: str | None, text_column: str) -> CorpusFile:
     facts = _file_facts(path, relative_name)
-    return Unit(
+    return CorpusFile(
         relative_name, split, facts["size"], facts, lambda count_bytes: read_documents(path, text_column, count_bytes)
     )
 
@@ -220,4 +213,4 @@ def _stdlib_source() -> Source:
             yield from read_documents(path, "", count_bytes)
 
     facts = {"name": stdlib_corpus.NAME, "files": len(files), "size": size, "sha256": digest.hexdigest()}
-    return Source(stdlib_corpus.NAME, (Unit(stdlib_corpus.NAME, None, size, facts, read),))
+    return Source(stdlib_corpus.NAME, (CorpusFile(stdlib_corpus.NAME, None, size, facts, read),))

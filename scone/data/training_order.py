@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import Sampler
 
 
-class Place(NamedTuple):
+class BlockIndex(NamedTuple):
     """The position of a training block in the run. It travels with the block to the loader's workers."""
 
     block: int
@@ -17,7 +17,7 @@ class Place(NamedTuple):
     step: int  # of the optimizer, from 0
 
 
-class TrainingOrder(Sampler[Place]):
+class TrainingOrder(Sampler[BlockIndex]):
     """All blocks, shuffled anew for every epoch.
 
     The order depends on seed and epoch alone (that of accelerate's seedable sampler: PyTorch's permutation with the
@@ -55,9 +55,9 @@ class TrainingOrder(Sampler[Place]):
     def __len__(self) -> int:
         return self._length
 
-    def __iter__(self) -> Iterator[Place]:
+    def __iter__(self) -> Iterator[BlockIndex]:
         epoch = self.steps_done() // self.steps_per_epoch
         order = torch.randperm(self.num_blocks, generator=torch.Generator().manual_seed(self.seed + epoch)).tolist()
         for number in range(self._length):
             step = epoch * self.steps_per_epoch + number // self.round // self.accumulation
-            yield Place(order[number % self.num_blocks], epoch, step)
+            yield BlockIndex(order[number % self.num_blocks], epoch, step)

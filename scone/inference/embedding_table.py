@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 import torch
@@ -17,13 +16,14 @@ from scone.inference.table_format import TableFile
 from scone.kernels.common import GPUReadableRows, to_device, triton_is_installed
 from scone.kernels.dequantize import dequantize_rows
 from scone.utils.errors import SconeError
+from scone.utils.files import Closing
 from scone.utils.text import human_bytes
 
 _FP32, _INT64 = torch.float32, torch.int64
 _DECODED_BYTES = 1 << 24  # stored bytes that are read and decoded at a time; above 32 MiB fresh memory is slow
 
 
-class EmbeddingTable:
+class EmbeddingTable(Closing):
     """S rows of D numbers, row r for the f-gram of rank r; use `open`.
 
     Attributes: ``num_rows`` (S), ``width`` (D), ``layout`` (the header), ``store``, ``path``, ``device``.
@@ -222,14 +222,6 @@ class EmbeddingTable:
         self._held = None
         self.store.close()
         self._file.close()
-
-    def __enter__(self) -> EmbeddingTable:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def decode_rows(table: Tensor, ranks: Tensor, row: RowFormat, dtype: torch.dtype) -> Tensor:

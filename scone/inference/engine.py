@@ -16,14 +16,8 @@ from torch import Tensor
 
 from scone.inference.loading import LoadedModel, device_of, load_model, position_limit
 from scone.inference.quantization import model_bytes
-from scone.inference.statistics import (
-    GenerationStats,
-    RequestStats,
-    TableReads,
-    accelerator_peak_bytes,
-    counted_reads,
-)
-from scone.inference.streaming import Continuation, FirstStep, RowControl
+from scone.inference.statistics import GenerationStats, RequestStats, TableReads, counted_reads
+from scone.inference.streaming import FirstTokenTimer, GeneratedSequence, SequenceStoppingCriteria
 from scone.utils.errors import SconeError
 from scone.utils.peak_memory import process_bytes
 
@@ -110,16 +104,17 @@ class SconeInferenceEngine:
             raise SconeError("found no prompt; expected at least one; give --prompt")
         started = time.perf_counter()
         copies = options.num_return_sequences
-        rows = [one for text in texts for one in self._continuations(text, options, copies)]
+        sequences = [one for text in texts for one in self._sequences(text, options, copies)]
         with counted_reads(self.model) as reads:
-            self.run(rows, options, reads)
+            self.run(sequences, options, reads)
         generations = []
         for index, text in enumerate(texts):
-            own = rows[index * copies : (index + 1) * copies]
+            own = sequences[index * copies : (index + 1) * copies]
             token_ids = [one.prompt_ids + one.token_ids for one in own]
             written = [self.text_of(ids) for ids in token_ids]
             generations.append(Generation(text, written, token_ids, len(own[0].prompt_ids)))
-        return generations, self._stats(rows, generations, reads, started)
+        num_prompt_tokens = sum(one.num_prompt_tokens for one in generations)
+        return generations, self._stats(sequences, num_prompt_tokens, reads, started)
 
     def stream(self, prompt: str, options: GenerationOptions | None = None) -> Iterator[str]:
         """The continuation's text (without the prompt), piece by piece as it comes; giving up the iterator ends it.
@@ -133,16 +128,16 @@ class SconeInferenceEngine:
                 f"found {options.num_beams} beams and {options.num_return_sequences} sequences to stream; expected one "
                 "of each; leave --stream out"
             )
-        continuation = self.continuation(prompt, options)
-        return self._stream(continuation, options)
+        sequence = self.sequence(prompt, options)
+        return self._stream(sequence, options)
 
-    def _stream(self, continuation: Continuation, options: GenerationOptions) -> Iterator[str]:
+    def _stream(self, sequence: GeneratedSequence, options: GenerationOptions) -> Iterator[str]:
         pieces: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
-        continuation.on_text = pieces.put
+        sequence.on_text = pieces.put
 
         def work() -> None:
             try:
-                self.run([continuation], options)
+                self.run([sequence], options)
                 pieces.put(None)
             except BaseException as error:  # whatever it is, it belongs to the reader
                 pieces.put(error)
@@ -155,30 +150,32 @@ class SconeInferenceEngine:
                     raise piece
                 yield piece
         finally:
-            continuation.cancel()
+            sequence.cancel()
             worker.join()
 
     def prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
         """The tokens that a text, or token ids, give the model. Raises SconeError for none or unknown ones."""
         return self._encode(prompt) if isinstance(prompt, str) else self._checked(list(prompt))
 
-    def continuation(self, prompt: str | Sequence[int], options: GenerationOptions) -> Continuation:
+    def sequence(self, prompt: str | Sequence[int], options: GenerationOptions) -> GeneratedSequence:
         """What `run` takes, of a text or of token ids. Raises SconeError as `generate` does."""
-        return self._continuations(prompt, options, 1)[0]
+        return self._sequences(prompt, options, 1)[0]
 
-    def _continuations(
+    def _sequences(
         self, prompt: str | Sequence[int], options: GenerationOptions, copies: int
-    ) -> list[Continuation]:
+    ) -> list[GeneratedSequence]:
         ids = self.prompt_ids(prompt)
-        return [Continuation(ids, self._total_length(ids, options) - len(ids)) for _ in range(copies)]
+        return [GeneratedSequence(ids, self._total_length(ids, options) - len(ids)) for _ in range(copies)]
 
-    def run(self, rows: Sequence[Continuation], options: GenerationOptions, reads: TableReads | None = None) -> None:
-        """Continue all ``rows``, in as few batches as the model's positions allow.
+    def run(
+        self, sequences: Sequence[GeneratedSequence], options: GenerationOptions, reads: TableReads | None = None
+    ) -> None:
+        """Continue all ``sequences``, in as few batches as the model's positions allow.
 
-        Lengths in ``options`` are not looked at: each row has its own. With beams, the ``num_return_sequences`` rows of
-        a prompt are neighbours. Padding is taken out of ``reads``.
+        Lengths in ``options`` are not looked at: each sequence has its own. With beams, the ``num_return_sequences``
+        sequences of a prompt are neighbours. Padding is taken out of ``reads``.
         """
-        groups = self._groups(rows, options)
+        groups = self._groups(sequences, options)
         for number, group in enumerate(groups):
             if number == 0:
                 self._prefetch(group)
@@ -238,49 +235,53 @@ class SconeInferenceEngine:
             )
         return total
 
-    def _groups(self, rows: Sequence[Continuation], options: GenerationOptions) -> list[list[Continuation]]:
+    def _groups(
+        self, sequences: Sequence[GeneratedSequence], options: GenerationOptions
+    ) -> list[list[GeneratedSequence]]:
         """Rows that run together: all, unless padding would walk past the model's positions, or be punished as repeated
         text; then by length.
         """
-        limit, lengths = position_limit(self.model), {len(row.prompt_ids) for row in rows}
-        fits = limit is None or max(lengths) + max(row.max_new_tokens for row in rows) <= limit
+        limit, lengths = position_limit(self.model), {len(sequence.prompt_ids) for sequence in sequences}
+        fits = limit is None or max(lengths) + max(sequence.max_new_tokens for sequence in sequences) <= limit
         if fits and (options.repetition_penalty == 1 or len(lengths) == 1):
-            return [list(rows)]
-        by_shape: dict[tuple[int, int], list[Continuation]] = {}
-        for row in rows:
-            by_shape.setdefault((len(row.prompt_ids), row.max_new_tokens), []).append(row)
+            return [list(sequences)]
+        by_shape: dict[tuple[int, int], list[GeneratedSequence]] = {}
+        for sequence in sequences:
+            by_shape.setdefault((len(sequence.prompt_ids), sequence.max_new_tokens), []).append(sequence)
         return list(by_shape.values())
 
-    def _prefetch(self, rows: Sequence[Continuation]) -> None:
-        """Let a table on disk begin to read what the prompts of one batch will ask for."""
+    def _prefetch(self, sequences: Sequence[GeneratedSequence]) -> None:
+        """Let a mapped table begin to read what the prompts of one batch will ask for."""
         table, match = self.loaded.table, getattr(self.model, "match", None)
-        if table is None or match is None:
+        if table is None or match is None or not table.memory.mapped:
             return
-        tokens, mask = self._padded(rows)
+        tokens, mask = self._padded(sequences)
         nodes = match(tokens, mask)
         ranks = nodes[nodes >= self.model.config.vocab_size] - self.model.config.vocab_size
         table.prefetch(torch.from_numpy(np.ascontiguousarray(ranks)))
 
-    def _padded(self, rows: Sequence[Continuation]) -> tuple[Tensor, Tensor]:
+    def _padded(self, sequences: Sequence[GeneratedSequence]) -> tuple[Tensor, Tensor]:
         """Tokens and mask of the prompts, int64 [B, T] on the host, padded on the left."""
-        pad, width = self._pad_token_id(), max(len(row.prompt_ids) for row in rows)
-        tokens = [[pad] * (width - len(row.prompt_ids)) + row.prompt_ids for row in rows]
-        mask = [[0] * (width - len(row.prompt_ids)) + [1] * len(row.prompt_ids) for row in rows]
+        pad, width = self._pad_token_id(), max(len(sequence.prompt_ids) for sequence in sequences)
+        tokens = [[pad] * (width - len(sequence.prompt_ids)) + sequence.prompt_ids for sequence in sequences]
+        mask = [[0] * (width - len(sequence.prompt_ids)) + [1] * len(sequence.prompt_ids) for sequence in sequences]
         return torch.tensor(tokens), torch.tensor(mask)
 
-    def _run_group(self, rows: Sequence[Continuation], options: GenerationOptions, reads: TableReads | None) -> None:
-        """Continue one batch: one row a continuation, or with beams as many as they have copies in ``rows``."""
+    def _run_group(
+        self, sequences: Sequence[GeneratedSequence], options: GenerationOptions, reads: TableReads | None
+    ) -> None:
+        """Continue one batch; with beams, the copies of a prompt in ``sequences`` are one search."""
         copies = options.num_return_sequences if options.num_beams > 1 else 1
-        prompts = rows[::copies]
+        prompts = sequences[::copies]
         tokens, mask = self._padded(prompts)
         width, ends, device = tokens.shape[1], self._eos_token_ids(), device_of(self.model)
-        for row in rows:
-            row.begin(self.tokenizer)
-        clock = FirstStep() if options.num_beams > 1 else RowControl(rows, ends, width)
+        for sequence in sequences:
+            sequence.begin(self.tokenizer)
+        clock = FirstTokenTimer() if options.num_beams > 1 else SequenceStoppingCriteria(sequences, ends, width)
         if reads is not None:
             reads.num_padding += int((mask == 0).sum()) * options.num_beams
-        shortest = min(len(row.prompt_ids) for row in rows)
-        new_tokens = max(row.max_new_tokens for row in rows)
+        shortest = min(len(sequence.prompt_ids) for sequence in sequences)
+        new_tokens = max(sequence.max_new_tokens for sequence in sequences)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(options.seed)
             output: Tensor = self.model.generate(  # type: ignore[operator]
@@ -290,13 +291,13 @@ class SconeInferenceEngine:
                 stopping_criteria=[clock],
             )
         now = time.perf_counter()
-        if isinstance(clock, FirstStep):
-            for row, ids in zip(rows, output[:, width:].tolist(), strict=True):
-                row.first_token_at = clock.at
+        if isinstance(clock, FirstTokenTimer):
+            for sequence, ids in zip(sequences, output[:, width:].tolist(), strict=True):
+                sequence.first_token_at = clock.at
                 for token in ids:
-                    row.add(token, ends, now)
-        for row in rows:
-            row.finish("length", now)
+                    sequence.add(token, ends, now)
+        for sequence in sequences:
+            sequence.finish("length", now)
 
     def _generation_config(self, options: GenerationOptions, new_tokens: int, shortest: int) -> Any:
         from transformers import GenerationConfig
@@ -330,14 +331,10 @@ class SconeInferenceEngine:
         return next(int(i) for i in candidates if i is not None and int(i) < vocab_size)
 
     def _stats(
-        self,
-        finished: Sequence[Continuation],
-        generations: Sequence[Generation],
-        reads: TableReads | None,
-        started: float,
+        self, finished: Sequence[GeneratedSequence], num_prompt_tokens: int, reads: TableReads | None, started: float
     ) -> GenerationStats:
-        table = self.loaded.table
-        requests = tuple(
+        table, device = self.loaded.table, device_of(self.model)
+        requests = [
             RequestStats(
                 len(one.prompt_ids),
                 len(one.token_ids),
@@ -345,18 +342,14 @@ class SconeInferenceEngine:
                 (one.finished_at or started) - started,
             )
             for one in finished
-        )
-        firsts = [one.first_token_seconds for one in requests if one.first_token_seconds is not None]
+        ]
         return GenerationStats(
-            num_sequences=len(finished),
-            num_prompt_tokens=sum(one.num_prompt_tokens for one in generations),
-            num_new_tokens=sum(one.num_new_tokens for one in requests),
+            tuple(requests),
+            num_prompt_tokens,
             seconds=time.perf_counter() - started,
             model_bytes=model_bytes(self.model),
             table_bytes=0 if table is None else table.num_rows * table.row_bytes,
-            first_token_seconds=min(firsts, default=None),
             reads=reads,
             process_bytes=process_bytes(),
-            accelerator_bytes=accelerator_peak_bytes(device_of(self.model)),
-            requests=requests,
+            accelerator_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
         )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from scone.inference.row_types import RowFormat
 from scone.inference.table_format import FINGERPRINT_NAMES, TableLayout, layout_in_the_way
-from scone.inference.table_writer import TablePlan, TableWriter, remove_unfinished
+from scone.inference.table_writer import TablePlan, TableWriter, discard_partial
 from scone.utils.errors import SconeError
 from scone.utils.progress import progress
 from scone.utils.text import human_bytes, human_count
@@ -28,19 +28,8 @@ ROWS_PER_BATCH_UNIT = 128
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class Vocabulary(Protocol):
-    """What precomputing needs of the f-gram vocabulary."""
-
-    vocab_size: int
-    num_f_grams: int
-    tokenizer_fingerprint: str
-
-    def depth_first_order(self) -> np.ndarray:
-        """All ranks, int64 [S]: every f-gram directly after its prefix's other descendants."""
-
-
 class RowModel(Protocol):
-    """What precomputing needs of a model: its vocabulary, live rows and what they depend on."""
+    """What precomputing needs of a model: its f-gram vocabulary, live rows and what they depend on."""
 
     vocabulary: Any
 
@@ -91,7 +80,7 @@ def precompute_table(
     say = _silent if quiet or rank else _say
     plan = _plan(model, row_type, group_size, batch_size * ROWS_PER_BATCH_UNIT, compute_dtype)
     if _is_complete(path, plan, say):
-        remove_unfinished(path)
+        discard_partial(path)
         return True
     if rank == 0:
         layout = plan.layout
@@ -110,7 +99,7 @@ def precompute_table(
 
 
 def _plan(model: RowModel, row_type: str, group_size: int | None, chunk_rows: int, compute_dtype: str) -> TablePlan:
-    vocabulary: Vocabulary = model.vocabulary
+    vocabulary = model.vocabulary
     known = {"tokenizer": vocabulary.tokenizer_fingerprint} | model.table_fingerprints()
     fingerprints = {name: known.get(name, "") for name in FINGERPRINT_NAMES}
     width = model.embed_nodes(torch.zeros(1, dtype=torch.int64)).shape[1]

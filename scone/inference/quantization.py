@@ -96,8 +96,7 @@ def quantize_trunk(model: PreTrainedModel, quantization: str) -> QuantizationRep
         bitsandbytes = _import_bitsandbytes(quantization)
         compute_type = torch.float16 if device.type == "cuda" else torch.float32
         for name, (weight, bias) in layers.items():
-            build = _int8_linear if quantization == "int8" else _int4_linear
-            _replace(trunk, name, build(bitsandbytes, weight, bias, compute_type).to(device))
+            _replace(trunk, name, _quantised(bitsandbytes, quantization, weight, bias, compute_type).to(device))
         computes_in = "int8" if quantization == "int8" else str(compute_type).removeprefix("torch.")
     return QuantizationReport(quantization, len(layers), num_left, bytes_before, model_bytes(model), computes_in)
 
@@ -155,25 +154,20 @@ def _linear_layers(trunk: PreTrainedModel) -> dict[str, tuple[Tensor, Tensor | N
     return found
 
 
-def _int8_linear(bitsandbytes: ModuleType, weight: Tensor, bias: Tensor | None, compute_type: torch.dtype) -> nn.Module:
-    out_features, in_features = weight.shape
-    layer: nn.Module = bitsandbytes.nn.Linear8bitLt(
-        in_features, out_features, bias=bias is not None, has_fp16_weights=False, threshold=6.0
-    )
-    layer.weight = bitsandbytes.nn.Int8Params(weight.cpu().clone(), requires_grad=False, has_fp16_weights=False)
+def _quantised(
+    bitsandbytes: ModuleType, quantization: str, weight: Tensor, bias: Tensor | None, compute_type: torch.dtype
+) -> nn.Module:
+    nn_, shape, values = bitsandbytes.nn, (weight.shape[1], weight.shape[0], bias is not None), weight.cpu().clone()
+    layer: nn.Module
+    if quantization == "int8":
+        layer = nn_.Linear8bitLt(*shape, has_fp16_weights=False, threshold=6.0)
+        layer.weight = nn_.Int8Params(values, requires_grad=False, has_fp16_weights=False)
+    else:
+        layer = nn_.Linear4bit(*shape, compute_dtype=compute_type, quant_type="nf4")
+        layer.weight = nn_.Params4bit(values, requires_grad=False, quant_type="nf4")
     if bias is not None:
-        layer.bias = nn.Parameter(bias.to(compute_type), requires_grad=False)
-    return layer
-
-
-def _int4_linear(bitsandbytes: ModuleType, weight: Tensor, bias: Tensor | None, compute_type: torch.dtype) -> nn.Module:
-    out_features, in_features = weight.shape
-    layer: nn.Module = bitsandbytes.nn.Linear4bit(
-        in_features, out_features, bias=bias is not None, compute_dtype=compute_type, quant_type="nf4"
-    )
-    layer.weight = bitsandbytes.nn.Params4bit(weight.cpu().clone(), requires_grad=False, quant_type="nf4")
-    if bias is not None:
-        layer.bias = nn.Parameter(bias.clone(), requires_grad=False)
+        bias = bias.to(compute_type) if quantization == "int8" else bias.clone()
+        layer.bias = nn.Parameter(bias, requires_grad=False)
     return layer
 
 

@@ -65,17 +65,19 @@ class GenerationStats:
     accelerator.
     """
 
-    num_sequences: int
+    requests: tuple[RequestStats, ...]
     num_prompt_tokens: int
-    num_new_tokens: int
     seconds: float
     model_bytes: int
     table_bytes: int
-    first_token_seconds: float | None = None
     reads: TableReads | None = None
     process_bytes: int | None = None
     accelerator_bytes: int | None = None
-    requests: tuple[RequestStats, ...] = field(default=())
+
+    @property
+    def num_new_tokens(self) -> int:
+        """Of all sequences."""
+        return sum(one.num_new_tokens for one in self.requests)
 
     @property
     def tokens_per_second(self) -> float:
@@ -85,11 +87,12 @@ class GenerationStats:
     def __str__(self) -> str:
         """A small report, several lines."""
         lines = [
-            f"{self.num_sequences} sequence(s), {self.num_prompt_tokens} prompt tokens, "
+            f"{len(self.requests)} sequence(s), {self.num_prompt_tokens} prompt tokens, "
             f"{self.num_new_tokens} new tokens in {self.seconds:.2f} s: {self.tokens_per_second:.1f} tokens/s"
         ]
-        if self.first_token_seconds is not None:
-            lines[0] += f", first token after {1000 * self.first_token_seconds:.0f} ms"
+        firsts = [one.first_token_seconds for one in self.requests if one.first_token_seconds is not None]
+        if firsts:
+            lines[0] += f", first token after {1000 * min(firsts):.0f} ms"
         if len(self.requests) > 1:
             lines += [_request_line(*item) for item in enumerate(self.requests[:SHOWN_REQUESTS], 1)]
         if len(self.requests) > SHOWN_REQUESTS:
@@ -127,8 +130,3 @@ def counted_reads(model: PreTrainedModel) -> Iterator[TableReads | None]:
         yield reads
     finally:
         reads.add([after - earlier for after, earlier in zip(layer.reads(), before, strict=True)])
-
-
-def accelerator_peak_bytes(device: torch.device) -> int | None:
-    """The most memory that PyTorch held on a CUDA device since its statistics were reset; None elsewhere."""
-    return int(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else None

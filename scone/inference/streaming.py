@@ -78,7 +78,7 @@ def _common_length(left: str, right: str) -> int:
 
 
 @dataclass
-class Continuation:
+class GeneratedSequence:
     """One prompt being continued.
 
     Args:
@@ -113,10 +113,13 @@ class Continuation:
         """End it at the next token; may be called from any thread."""
         self._cancelled = True
 
-    @property
-    def is_cancelled(self) -> bool:
-        """Whether somebody called it off."""
-        return self._cancelled
+    def has_ended(self, now: float) -> bool:
+        """Whether it is over, by itself, by its deadline or because somebody called it off."""
+        if self._cancelled:
+            self.finish("cancelled", now)
+        elif self.deadline is not None and now > self.deadline:
+            self.finish("time", now)
+        return self.finish_reason is not None
 
     def begin(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Get ready to receive tokens."""
@@ -136,10 +139,8 @@ class Continuation:
             self.finish("stop", now)
         elif len(self.token_ids) >= self.max_new_tokens:
             self.finish("length", now)
-        elif self._cancelled:
-            self.finish("cancelled", now)
-        elif self.deadline is not None and now > self.deadline:
-            self.finish("time", now)
+        else:
+            self.has_ended(now)
 
     def finish(self, reason: FinishReason, now: float) -> None:
         """End it, for whatever reason; one that has ended stays as it is."""
@@ -172,31 +173,31 @@ def _start_of_stop(text: str, stops: Sequence[str]) -> int:
     return 0
 
 
-class RowControl(StoppingCriteria):
-    """Hands each row's new tokens to its `Continuation` after every step, and tells ``generate`` which rows are done.
+class SequenceStoppingCriteria(StoppingCriteria):
+    """Hands each sequence its new tokens after every step, and tells ``generate`` which sequences are done.
 
-    Not for beam search, whose rows change places.
+    Not for beam search, whose sequences change places.
     """
 
-    def __init__(self, continuations: Sequence[Continuation], ends: set[int], width: int) -> None:
+    def __init__(self, sequences: Sequence[GeneratedSequence], ends: set[int], width: int) -> None:
         """``width``: columns of the padded prompts."""
-        self._continuations = continuations
+        self._sequences = sequences
         self._ends = ends
         self._seen = width
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        """bool [B]: the rows that are done."""
+        """bool [B]: the sequences that are done."""
         fresh = input_ids[:, self._seen :].tolist()
         self._seen = input_ids.shape[1]
         now = time.perf_counter()
-        for continuation, tokens in zip(self._continuations, fresh, strict=True):
+        for sequence, tokens in zip(self._sequences, fresh, strict=True):
             for token in tokens:
-                continuation.add(token, self._ends, now)
-        done = [continuation.finish_reason is not None for continuation in self._continuations]
+                sequence.add(token, self._ends, now)
+        done = [sequence.finish_reason is not None for sequence in self._sequences]
         return torch.tensor(done, device=input_ids.device)
 
 
-class FirstStep(StoppingCriteria):
+class FirstTokenTimer(StoppingCriteria):
     """Notes when the first token of a batch was there; ends nothing."""
 
     def __init__(self) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,13 +9,14 @@ import numpy as np
 import torch
 
 from scone.inference.precompute import RowModel
-from scone.inference.stores.memory import MemoryStore, damaged_rows
+from scone.inference.stores.memory import MemoryStore, load_rows
 from scone.inference.table_format import TableFile, TableLayout, check_fingerprints
 from scone.utils.errors import SconeError
 
 # Largest difference, relative to the row's largest number, between rows that the same weights gave in batches of
 # different shapes. The stored type's own rounding comes on top.
 _COMPUTE_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}
+_CHUNKS_AT_A_TIME = 16  # some 64 MiB
 _ROUNDING = {"fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8}
 
 
@@ -40,11 +39,10 @@ def verify_table(
     Raises SconeError at the first thing that is wrong: damage, another model's fingerprints, a row that differs.
     """
     with TableFile(path) as file:
-        checksums = file.checksums()
-        with ThreadPoolExecutor(num_threads or torch.get_num_threads()) as pool:
-            for _ in pool.map(lambda chunk: _check_chunk(file, chunk, checksums[chunk]), range(len(checksums))):
-                pass
-        file.check_unchanged()
+        step = _CHUNKS_AT_A_TIME * file.layout.checksum_rows
+        for first in range(0, max(1, file.layout.num_rows), step):
+            count = min(step, file.layout.num_rows - first)
+            load_rows(file, first, count, num_threads or torch.get_num_threads())  # which checks them
         if model is None:
             return TableCheck(file.layout, 0, 0.0)
         check_fingerprints(file.path, file.layout.fingerprints, model.table_fingerprints())
@@ -80,15 +78,3 @@ def _compare(file: TableFile, model: RowModel, sample: int, seed: int) -> TableC
             "number; expected the same row; precompute the table again from this model"
         )
     return TableCheck(layout, count, float(deviation[worst]))
-
-
-def _check_chunk(file: TableFile, chunk: int, checksum: bytes) -> None:
-    """Read a chunk of rows and compare its checksum. Raises SconeError when it differs."""
-    layout = file.layout
-    first = chunk * layout.checksum_rows
-    rows = file.read(
-        file.data_start + first * layout.row_bytes,
-        min(layout.checksum_rows, layout.num_rows - first) * layout.row_bytes,
-    )
-    if hashlib.sha256(rows).digest() != checksum:
-        raise damaged_rows(file, first)

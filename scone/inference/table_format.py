@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from os import SEEK_END, fstat, lseek
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from scone.inference.row_types import ROW_TYPES, RowFormat
 from scone.utils.errors import SconeError
+from scone.utils.files import Closing
 
 PAGE_BYTES = 4096
 FORMAT_NAME = "scone-embedding-table"
@@ -115,7 +115,7 @@ class TableLayout:
         }
 
 
-class TableFile:
+class TableFile(Closing):
     """An open table file whose header has been checked. The descriptor stays open, so renaming or deleting is harmless.
 
     Attributes: ``path``, ``descriptor``, ``layout``; ``data_start`` (byte of row 0) and ``file_bytes``, for which the
@@ -196,14 +196,6 @@ class TableFile:
         if self.descriptor >= 0:
             os.close(self.descriptor)
             self.descriptor = -1
-
-    def __enter__(self) -> TableFile:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def layout_in_the_way(path: Path) -> TableLayout | None:

@@ -23,7 +23,7 @@ import numpy as np
 
 from scone.inference.table_format import TableLayout
 from scone.utils.errors import SconeError
-from scone.utils.files import read_json, sync_folder, translate_disk_full, write_json
+from scone.utils.files import Closing, read_json, sync_folder, translate_disk_full, write_json
 from scone.utils.text import human_bytes
 from scone.utils.threads import map_in_order
 
@@ -55,7 +55,7 @@ class TablePlan:
         }
 
 
-class TableWriter:
+class TableWriter(Closing):
     """An unfinished table on disk. Use as a context manager; several processes may hold one of the same plan.
 
     Attributes: ``notice`` says in one line what was found when opened ("" when nothing was).
@@ -77,7 +77,7 @@ class TableWriter:
         self._data_start = plan.layout.data_start
         self._thread_lock = threading.Lock()
         self._rank = rank
-        with self._told_when_full():
+        with self._says_when_full():
             self._lock = self._enter_folder()
             self._rows = os.open(self.folder / "table", os.O_RDWR | os.O_CLOEXEC)
             self._journal = _open_journal(self.folder / f"done-{rank}.txt")
@@ -169,13 +169,13 @@ class TableWriter:
             raise ValueError(f"ranks {ranks[0]} to {ranks[-1]} are not all in [0, {layout.num_rows})")
         starts = np.flatnonzero(np.concatenate(([True], np.diff(ranks) != 1)))
         view = rows.data
-        with self._told_when_full():
+        with self._says_when_full():
             for low, high in zip(starts.tolist(), [*starts[1:].tolist(), len(ranks)], strict=True):
                 _write_all(self._rows, view[low:high].cast("B"), self._data_start + int(ranks[low]) * layout.row_bytes)
 
     def mark_finished(self, chunk: int) -> None:
         """Note that all rows of ``chunk`` are written; first they, then the note, are made durable."""
-        with self._told_when_full(), self._thread_lock:
+        with self._says_when_full(), self._thread_lock:
             os.fdatasync(self._rows)
             _write_all(self._journal, memoryview(f"{chunk}\n".encode()), None)
             os.fdatasync(self._journal)
@@ -187,7 +187,7 @@ class TableWriter:
 
         False: other processes are still working on their chunks; the last of them completes the table.
         """
-        with self._told_when_full():
+        with self._says_when_full():
             try:
                 lock = os.open(self.folder, os.O_RDONLY | os.O_CLOEXEC)  # a lock of its own: one process completes
             except FileNotFoundError:
@@ -229,7 +229,7 @@ class TableWriter:
 
         yield from map_in_order(checksum, range(layout.num_checksums), os.cpu_count() or 1)
 
-    def _told_when_full(self) -> AbstractContextManager[None]:
+    def _says_when_full(self) -> AbstractContextManager[None]:
         return translate_disk_full(
             f"the table in {self.folder}", "run the same command again: what is finished is kept"
         )
@@ -239,14 +239,8 @@ class TableWriter:
         for descriptor in (self._rows, self._journal, self._lock):
             os.close(descriptor)
 
-    def __enter__(self) -> TableWriter:
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-def remove_unfinished(path: str | Path) -> None:
+def discard_partial(path: str | Path) -> None:
     """Delete what an unfinished run for ``path`` left, unless a process is still writing it."""
     folder = Path(path).with_name(Path(path).name + ".part")
     if not folder.is_dir():

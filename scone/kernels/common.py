@@ -42,7 +42,7 @@ def launching_on(device: torch.device) -> AbstractContextManager[object]:
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """``values`` (on the host) on ``device``; to a CUDA device by way of page-locked memory.
+    """``values`` (on the host) on ``device``; to a CUDA device by way of pinned memory.
 
     From other memory a copy would first wait for all that runs there.
     """
@@ -62,7 +62,7 @@ class GPUReadableRows:
     """All rows of a table as they are stored, uint8 ``[m, row_bytes]`` in at most two blocks.
 
     The rows from rank 0 on are ``near``, those that follow are ``far`` (None where ``near`` holds all): on the
-    accelerator, or in page-locked memory of the host. ``width``: D; ``group_size``: 0 for row types that are floats.
+    accelerator, or in pinned memory of the host. ``width``: D; ``group_size``: 0 for row types that are floats.
     """
 
     near: Tensor

@@ -1,4 +1,4 @@
-"""The trie of f-grams in arrays: made from tokens, checked, linked by suffixes, unrolled, walked depth first."""
+"""The trie of f-grams in arrays: checked, linked by suffixes, unrolled, walked depth first."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from numba import njit
 from scone.kernels.child_index import NO_F_GRAM, find_child, insert_child
 
 VALID, BAD_TOKEN, SEPARATOR_INSIDE, PREFIX_MISSING, SUFFIX_MISSING, DUPLICATE, WRONG_ORDER, TOO_LONG = range(8)
-"""Outcomes of `link_f_grams` and `keys_of_token_matrix`."""
+"""Outcomes of `link_f_grams`."""
 
 
 @njit(cache=True, nogil=True)
@@ -37,40 +37,6 @@ def check_links(keys, suffixes, lengths, vocab_size, max_n):
 def _contains(sorted_values, value):
     position = np.searchsorted(sorted_values, value)
     return position < len(sorted_values) and sorted_values[position] == value
-
-
-@njit(cache=True, nogil=True)
-def keys_of_token_matrix(tokens, lengths, vocab_size, keys, slots, bits):
-    """Fill ``keys`` [S, 2] from the f-grams' tokens, in rank order; ``slots`` (zeroed) serves as scratch.
-
-    Args:
-        tokens: int64 [S, N], f-gram r in ``tokens[r, :lengths[r]]``.
-        lengths: int64 [S], each 2 … N.
-
-    Returns:
-        (outcome, rank): `VALID`, or what is wrong with the f-gram of that rank.
-    """
-    max_probes = 0
-    for rank in range(len(keys)):
-        node = tokens[rank, 0]
-        if node < 0 or node >= vocab_size:
-            return BAD_TOKEN, rank
-        for position in range(1, lengths[rank]):
-            token = tokens[rank, position]
-            if token < 0 or token >= vocab_size:
-                return BAD_TOKEN, rank
-            child = find_child(keys, slots, bits, max_probes, node, token)
-            if position == lengths[rank] - 1:
-                if child != NO_F_GRAM:
-                    return DUPLICATE, rank
-                keys[rank, 0] = node
-                keys[rank, 1] = token
-                max_probes = max(max_probes, insert_child(slots, bits, node, token, rank))
-            elif child == NO_F_GRAM:
-                return PREFIX_MISSING, rank
-            else:
-                node = vocab_size + child
-    return VALID, len(keys)
 
 
 @njit(cache=True)

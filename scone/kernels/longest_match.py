@@ -119,17 +119,17 @@ def _match_block(keys, slots, bits, max_probes, vocab_size, longest, token, node
 
 @njit(cache=True, nogil=True)
 def match_positions(
-    keys, slots, bits, max_probes, vocab_size, longest, tokens, mask, row_length, start, stop, contexts, nodes
+    keys, slots, bits, max_probes, vocab_size, longest, tokens, mask, length, start, stop, contexts, nodes
 ):
-    """Match the flat positions ``start`` … ``stop`` of a batch of rows, reading up to N − 1 tokens to their left.
+    """Match the flat positions ``start`` … ``stop`` of a batch of sequences, reading up to N − 1 tokens to their left.
 
     Args:
         keys, slots, bits, max_probes: the index, as in `child_index.find_child`.
         longest: N, the length of the longest f-gram.
-        tokens: int64 [B · T], row after row.
+        tokens: int64 [B · T], sequence after sequence.
         mask: uint8 [B · T], 0 where nothing may match or cross, FIRST where an example begins; or [0] for no mask.
-        row_length: T.
-        contexts: int64 [B, N − 1], tokens before each row, right-aligned, -1 where there are none; or [0, 0].
+        length: T.
+        contexts: int64 [B, N − 1], tokens before each sequence, right-aligned, -1 where there are none; or [0, 0].
         nodes: int64 [B · T]; ``nodes[start:stop]`` is filled.
 
     Returns:
@@ -153,25 +153,25 @@ def match_positions(
     has_mask = len(mask) > 0
     position = start
     while position < stop:
-        # A block is a run of rows or parts of rows, each with a break (level 0) and its left context before it.
+        # A block is a run of sequences or parts of them, each with a break (level 0) and its left context before it.
         m = 0
         while position < stop and m < BLOCK:
-            row = position // row_length
-            row_start = row * row_length
+            sequence = position // length
+            sequence_start = sequence * length
             token[m] = node[m] = level[m] = 0
             target[m] = -1
             m += 1
             context_start = position - (longest - 1)
-            if context_start < row_start and len(contexts) > 0:
-                for k in range(position - row_start, longest - 1):
-                    if contexts[row, k] >= 0:
-                        token[m] = node[m] = contexts[row, k]
+            if context_start < sequence_start and len(contexts) > 0:
+                for k in range(position - sequence_start, longest - 1):
+                    if contexts[sequence, k] >= 0:
+                        token[m] = node[m] = contexts[sequence, k]
                         level[m] = 1
                         is_first[m] = False
                         target[m] = -1
                         m += 1
-            end = min(row_start + row_length, stop, position + max(1, BLOCK - m))
-            for p in range(max(context_start, row_start), end):
+            end = min(sequence_start + length, stop, position + max(1, BLOCK - m))
+            for p in range(max(context_start, sequence_start), end):
                 value = tokens[p]
                 if value < 0 or value >= vocab_size:
                     return p

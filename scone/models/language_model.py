@@ -22,7 +22,7 @@ from scone.models.input_embeddings import FGramInputEmbedding, TableInputEmbeddi
 from scone.models.learned_rows import LearnedRows
 from scone.models.table_lookup import RowSource, find_with
 from scone.models.token_history import TokenHistory, known_past, marked
-from scone.tokenization.controls import replaced, stand_ins
+from scone.tokenization.controls import permuted_nodes, replaced
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 from scone.tokenization.matcher import Matcher
 from scone.utils.errors import SconeError
@@ -152,7 +152,7 @@ class SconeForCausalLM(EmbeddedTrunk):
             )
         self.vocabulary = vocabulary
         self.matcher = Matcher(vocabulary)
-        self._stand_ins = stand_ins(vocabulary, self.config.control, self.config.learned_rows)
+        self._stand_ins = permuted_nodes(vocabulary, self.config.control, self.config.learned_rows)
         if self.table_embedding is not None:
             self.attach_table(self.table_embedding.table)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,20 @@ def test_no_code_from_data():
             if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "yaml.load"):
                 safe = [keyword for keyword in node.keywords if ast.unparse(keyword) == "weights_only=True"]
                 assert safe, f"{path}:{node.lineno}: a load that may execute what it reads"
+
+
+def test_files_that_are_no_code_are_packaged():
+    """Else an installed package lacks them, which a checkout does not show."""
+    project = ROOT.parent / "pyproject.toml"
+    if not project.exists():
+        pytest.skip("an installed package has no pyproject.toml")
+    globs = tomllib.loads(project.read_text(encoding="utf-8"))["tool"]["setuptools"]["package-data"]
+    packaged = {path for package, names in globs.items() for name in names
+                for path in (ROOT.parent / package.replace(".", "/")).glob(name)}  # fmt: skip
+    there = {
+        path for path in ROOT.rglob("*.*") if path.is_file() and path.suffix not in (".py", ".pyc", ".nbi", ".nbc")
+    }
+    assert {path for path in there if "tests" not in path.relative_to(ROOT).parts} == packaged
 
 
 def test_files_fit_in_a_head():

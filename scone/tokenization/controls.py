@@ -10,7 +10,7 @@ CONTROLS = ("none", "shuffled", "single")
 SHUFFLE_SEED = 0
 
 
-def stand_ins(vocabulary: FGramVocabulary, control: str, num_rows: int = 0) -> np.ndarray | None:
+def permuted_nodes(vocabulary: FGramVocabulary, control: str, num_rows: int = 0) -> np.ndarray | None:
     """The node whose vector each f-gram takes under ``control``, int64 ``[S]``; None for "none".
 
     * "shuffled": another f-gram of the same length, by a permutation with a fixed seed. Among the f-grams with a

@@ -70,21 +70,6 @@ def renumbered(nodes: np.ndarray, vocab_size: int, new_vocab_size: int) -> np.nd
     return moved.astype(node_dtype(new_vocab_size, len(nodes)))
 
 
-def keys_of_tokens(tokens: np.ndarray, lengths: np.ndarray, vocab_size: int) -> np.ndarray:
-    """Keys [S, 2] of ranked f-grams, tokens int64 [S, N] and lengths int64 [S].
-
-    Raises ValueError when a token does not exist, a prefix is missing or an f-gram occurs twice; names the rank.
-    """
-    keys = np.empty((len(tokens), 2), node_dtype(vocab_size, len(tokens)))
-    bits = child_index.rank_bits(len(tokens))
-    outcome, rank = f_gram_trie.keys_of_token_matrix(
-        np.ascontiguousarray(tokens), lengths, vocab_size, keys, _empty_slots(len(tokens)), bits
-    )
-    if outcome != f_gram_trie.VALID:
-        raise ValueError(f"the f-gram of rank {rank} {_FAULTS[outcome]}")
-    return keys
-
-
 def link(
     keys: np.ndarray, counts: np.ndarray, vocab_size: int, max_n: int, separator_ids: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray, ChildIndex]:

@@ -17,7 +17,6 @@ from scone.tokenization.f_gram_links import (
     ChildIndex,
     check_limits,
     frozen,
-    keys_of_tokens,
     link,
     node_dtype,
     renumbered,
@@ -101,45 +100,59 @@ class FGramVocabulary:
         keys = np.empty((size, 2), node_dtype(vocab_size, size))
         keys[:, 0] = prefixes
         keys[:, 1] = last_tokens
-        return cls._from_keys(keys, counts, vocab_size, max_n, separator_ids, tokenizer_fingerprint)
+        counts = np.asarray(counts).astype(np.uint64)
+        if len(counts) != size:
+            raise ValueError(f"{len(counts)} counts for {size} f-grams")
+        suffixes, lengths, index = link(keys, counts, vocab_size, max_n, separator_ids)
+        return cls(
+            keys=keys,
+            suffixes=suffixes,
+            lengths=lengths,
+            counts=counts,
+            vocab_size=vocab_size,
+            max_n=max_n,
+            separator_ids=separator_ids,
+            tokenizer_fingerprint=tokenizer_fingerprint,
+            index=index,
+        )
 
     @classmethod
     def from_ranked(
         cls,
-        f_grams: np.ndarray | Sequence[Sequence[int]],
+        f_grams: Sequence[Sequence[int]],
         counts: np.ndarray | Sequence[int],
         *,
         vocab_size: int,
         max_n: int | None = None,
-        lengths: np.ndarray | None = None,
         separator_ids: Sequence[int] = (),
         tokenizer_fingerprint: str = "",
     ) -> FGramVocabulary:
-        """From the tokens of every f-gram, in rank order.
-
-        Args:
-            f_grams: sequence of S token sequences; or integers [S, N], the f-gram of rank r in its first
-                ``lengths[r]`` columns (``lengths`` omitted: all N).
-            counts: integers [S].
-            max_n: default the longest f-gram.
+        """From the tokens of every f-gram, in rank order, with its count; ``max_n``: default the longest f-gram.
 
         Raises:
             ValueError: as `from_links`.
         """
-        if isinstance(f_grams, np.ndarray) and f_grams.ndim == 2:
-            tokens = f_grams.astype(np.int64, copy=False)
-            lengths = np.full(len(tokens), tokens.shape[1]) if lengths is None else lengths
-        else:
-            lengths = np.array([len(gram) for gram in f_grams], np.int64)
-            tokens = np.zeros((len(lengths), lengths.max(initial=0)), np.int64)
-            for row, gram in zip(tokens, f_grams, strict=True):
-                row[: len(gram)] = gram
-        if len(lengths) and (lengths.min() < 2 or lengths.max() > tokens.shape[1]):
-            raise ValueError(f"f-gram lengths are {lengths.min()} … {lengths.max()}; expected 2 … {tokens.shape[1]}")
-        max_n = max(1, int(lengths.max(initial=1))) if max_n is None else max_n
+        max_n = max(map(len, f_grams), default=1) if max_n is None else max_n
         check_limits(vocab_size, max_n, separator_ids)
-        keys = keys_of_tokens(tokens, lengths.astype(np.int64), vocab_size)
-        return cls._from_keys(keys, np.asarray(counts), vocab_size, max_n, separator_ids, tokenizer_fingerprint)
+        rank_of: dict[tuple[int, ...], int] = {}
+        prefixes = []
+        for rank, gram in enumerate(map(tuple, f_grams)):
+            if len(gram) < 2:
+                raise ValueError(f"f-gram lengths are at least 2; that of rank {rank} is {len(gram)}")
+            if min(gram) < 0 or max(gram) >= vocab_size:
+                raise ValueError(f"the f-gram of rank {rank} has a token outside 0 … V − 1")
+            prefix = gram[0] if len(gram) == 2 else vocab_size + rank_of.get(gram[:-1], rank)  # itself where none is
+            prefixes.append(prefix)
+            rank_of.setdefault(gram, rank)
+        return cls.from_links(
+            np.array(prefixes, np.uint64),
+            np.array([gram[-1] for gram in f_grams], np.uint64),
+            np.asarray(counts),
+            vocab_size=vocab_size,
+            max_n=max_n,
+            separator_ids=separator_ids,
+            tokenizer_fingerprint=tokenizer_fingerprint,
+        )
 
     @classmethod
     def from_counts(
@@ -175,32 +188,6 @@ class FGramVocabulary:
             max_n=max_n,
             separator_ids=separator_ids,
             tokenizer_fingerprint=tokenizer_fingerprint,
-        )
-
-    @classmethod
-    def _from_keys(
-        cls,
-        keys: np.ndarray,
-        counts: np.ndarray,
-        vocab_size: int,
-        max_n: int,
-        separator_ids: Sequence[int],
-        tokenizer_fingerprint: str,
-    ) -> FGramVocabulary:
-        counts = np.asarray(counts).astype(np.uint64)
-        if len(counts) != len(keys):
-            raise ValueError(f"{len(counts)} counts for {len(keys)} f-grams")
-        suffixes, lengths, index = link(keys, counts, vocab_size, max_n, separator_ids)
-        return cls(
-            keys=keys,
-            suffixes=suffixes,
-            lengths=lengths,
-            counts=counts,
-            vocab_size=vocab_size,
-            max_n=max_n,
-            separator_ids=separator_ids,
-            tokenizer_fingerprint=tokenizer_fingerprint,
-            index=index,
         )
 
     def truncated(self, num_f_grams: int) -> FGramVocabulary:

@@ -66,14 +66,14 @@ class Matcher:
         if array.ndim not in (1, 2):
             raise ValueError(f"tokens have shape {array.shape}; expected [B, T] or [T]")
         nodes = np.empty(array.shape, np.int64)
-        num_rows, row_length = array.shape if array.ndim == 2 else (1, len(array))
+        num_sequences, length = array.shape if array.ndim == 2 else (1, len(array))
         kinds = _kinds_of(mask, starts, array.shape)
-        contexts = _NO_CONTEXTS if initial_states is None else self._contexts(initial_states, num_rows)
+        contexts = _NO_CONTEXTS if initial_states is None else self._contexts(initial_states, num_sequences)
         flat = array.reshape(-1)
 
         def match_range(start: int, stop: int) -> int:
             return longest_match.match_positions(
-                *self._index, self._longest, flat, kinds, row_length, start, stop, contexts, nodes.reshape(-1)
+                *self._index, self._longest, flat, kinds, length, start, stop, contexts, nodes.reshape(-1)
             )
 
         num_threads = min(num_threads or _available_cores(), max(1, len(flat) // TOKENS_PER_THREAD))
@@ -128,21 +128,21 @@ class Matcher:
             raise self._foreign_token(token_array[wrong])
         return nodes
 
-    def _contexts(self, initial_states: Any, num_rows: int) -> np.ndarray:
+    def _contexts(self, initial_states: Any, num_sequences: int) -> np.ndarray:
         """The tokens of each state, int64 [B, N − 1], right-aligned, -1 before them.
 
         They are all of the past that a later f-gram can contain: its part before the boundary is an f-gram or token
         that ends there, so it is no longer than the longest one.
         """
         states = _integers(initial_states, "initial_states").reshape(-1)
-        if len(states) != num_rows:
-            raise ValueError(f"{len(states)} initial states for {num_rows} sequences")
-        contexts = np.full((num_rows, self._longest - 1), -1, np.int64)
-        for row, state in zip(contexts, states.tolist(), strict=True):
+        if len(states) != num_sequences:
+            raise ValueError(f"{len(states)} initial states for {num_sequences} sequences")
+        contexts = np.full((num_sequences, self._longest - 1), -1, np.int64)
+        for context, state in zip(contexts, states.tolist(), strict=True):
             self._check_state(state)
-            if state != longest_match.FRESH and len(row):
-                tokens = self.vocabulary.tokens(state)[-len(row) :]
-                row[-len(tokens) :] = tokens
+            if state != longest_match.FRESH and len(context):
+                tokens = self.vocabulary.tokens(state)[-len(context) :]
+                context[-len(tokens) :] = tokens
         return contexts
 
     def _check_state(self, state: int) -> None:

@@ -50,18 +50,14 @@ def load_tokenizer(name_or_folder: str | Path) -> PreTrainedTokenizerBase:
     where = load_arguments(folder) if folder.exists() or folder.suffix == ".gguf" else {}
     if "gguf_file" in where:
         tokenizer = _from_gguf(where)
-        _check_usable(tokenizer, name)
-        return tokenizer
-    if folder.is_dir():
+    elif folder.is_dir():
         tokenizer = _from_folder(folder)
-        with library_refusal(f"cannot use the tokenizer in {str(folder)!r}", "copy or save it again"):
-            _check_usable(tokenizer, name)
-        return tokenizer
     elif folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise SconeError(f"found no tokenizer folder {name!r}; expected a folder with tokenizer files; check the path")
     else:
         tokenizer = _from_hub(name)
-    _check_usable(tokenizer, name)
+    with library_refusal(f"cannot use the tokenizer {name!r}", "copy or save it again"):
+        _check_usable(tokenizer, name)
     return tokenizer
 
 

@@ -3,7 +3,7 @@
 
 const $ = (id) => document.getElementById(id);
 const LONGEST_COLOUR = 5;
-let tokens = [], latest = 0, chosen = null, modelName = "", neighbourTimer = 0, running = null;
+let tokens = [], latest = 0, modelName = "", running = null;
 
 function element(tag, properties = {}, ...children) {
   const made = Object.assign(document.createElement(tag), properties);
@@ -56,13 +56,13 @@ function drawLegend(maxN) {
 
 function drawTokens() {
   $("tokens").replaceChildren(...tokens.map((token, index) => {
-    const span = element("span", { className: `token ${colour(token.length)}`, tabIndex: 0 }, shown(token.text));
+    const span = element("span", { className: `token ${colour(token.match_length)}`, tabIndex: 0 }, shown(token.text));
     span.addEventListener("mouseenter", () => choose(index));
     span.addEventListener("focus", () => choose(index));
     return span;
   }));
-  const matched = tokens.filter((token) => token.length > 1);
-  const mean = matched.reduce((sum, token) => sum + token.length, 0) / (matched.length || 1);
+  const matched = tokens.filter((token) => token.match_length > 1);
+  const mean = matched.reduce((sum, token) => sum + token.match_length, 0) / (matched.length || 1);
   $("summary").textContent = tokens.length
     ? `${matched.length} of ${tokens.length} tokens end an f-gram` +
       (matched.length ? `, ${mean.toFixed(2)} tokens long on average.` : ".")
@@ -70,55 +70,29 @@ function drawTokens() {
 }
 
 function choose(index) {
-  chosen = index;
   const token = tokens[index];
   [...$("tokens").children].forEach((span, place) => {
-    span.classList.toggle("part", place <= index && place > index - token.length);
+    span.classList.toggle("part", place <= index && place > index - token.match_length);
     span.classList.toggle("chosen", place === index);
   });
   const facts = token.rank === null || token.rank === undefined
     ? "No f-gram ends here: the token's own embedding is used."
-    : `${token.length} tokens · rank ${token.rank.toLocaleString("en")} · ` +
+    : `${token.match_length} tokens · rank ${token.rank.toLocaleString("en")} · ` +
       `${token.count.toLocaleString("en")} times in the corpus`;
-  const neighbours = element("div", { id: "neighbours" });
   $("f-gram").replaceChildren(
-    element("p", { className: "name" }, shownInLine(token.f_gram ?? token.text)),
+    element("p", { className: "name" }, shownInLine(token.f_gram_text ?? token.text)),
     element("p", { className: "quiet" }, facts),
-    neighbours,
   );
-  clearTimeout(neighbourTimer);
-  if (token.node !== undefined) neighbourTimer = setTimeout(() => drawNeighbours(index, neighbours), 150);
-}
-
-async function drawNeighbours(index, place) {
-  try {
-    const found = await question("neighbours", { node: tokens[index].node });
-    if (chosen !== index) return;
-    const rows = found.neighbours.map((one) => row(one.f_gram, one.cosine, one.cosine.toFixed(3)));
-    place.replaceChildren(
-      table("nearest by vector", rows),
-      element("p", { className: "quiet" }, `among the ${found.compared.toLocaleString("en")} most frequent f-grams`),
-    );
-  } catch (error) { complain(error); }
 }
 
 // ---------------------------------------------------------------- tables with bars
 
-function bar(share) {
-  const name = "http://www.w3.org/2000/svg";
-  const svg = document.createElementNS(name, "svg");
-  const rect = document.createElementNS(name, "rect");
-  svg.setAttribute("class", "bar");
-  rect.setAttribute("width", `${Math.max(0, Math.min(1, share)) * 100}%`);
-  rect.setAttribute("height", "100%");
-  svg.append(rect);
-  return svg;
-}
-
 function row(word, share, number) {
+  const bar = element("div", { className: "bar" });
+  bar.style.width = `${100 * share}%`;
   return element("tr", {},
     element("td", { className: "word", title: word }, shownInLine(word)),
-    element("td", {}, bar(share)),
+    element("td", {}, bar),
     element("td", { className: "number" }, number));
 }
 
@@ -146,9 +120,8 @@ async function look() {
     if (mine !== latest) return;
     complain(null);
     tokens = found.tokens;
-    chosen = null;
     drawTokens();
-    const longest = tokens.reduce((best, token, index) => (token.length > tokens[best].length ? index : best), 0);
+    const longest = tokens.reduce((best, token, index) => (token.match_length > tokens[best].match_length ? index : best), 0);
     if (tokens.length) choose(longest);
     if (!text) return $("next").replaceChildren();
     const next = await question("next", { text });
@@ -190,8 +163,8 @@ async function generate() {
 
 async function start() {
   try {
-    const about = await question("about", {});
-    modelName = (await (await ask("v1/models")).json()).data[0].id;
+    const about = (await (await ask("v1/models")).json()).data[0];
+    modelName = about.id;
     const frequent = about.f_grams ? `${about.f_grams.toLocaleString("en")} f-grams of 2 to ${about.max_n} tokens` : "no f-grams";
     $("about").textContent = `${modelName} · ${frequent} · ${about.table ?? "no table"}`;
     drawLegend(about.max_n);

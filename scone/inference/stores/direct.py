@@ -6,11 +6,9 @@ import mmap
 import os
 import threading
 import warnings
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -27,7 +25,6 @@ _POLLED_PIECES = 64  # a batch of up to so many reads is polled for, so often th
 _POLLS = 2000
 _MAX_THREADS = 32
 _BATCH_BYTES = 64 << 20  # a larger batch is read in parts, so that its buffer stays small
-_PREFETCHED_BATCHES = 2
 
 
 class DirectStore(RowStore):
@@ -45,8 +42,6 @@ class DirectStore(RowStore):
         self._queue_depth = queue_depth
         self._queues = _Queues(queue_depth) if use_queues and self.is_direct else None
         self._readers = ThreadPoolExecutor(min(queue_depth, _MAX_THREADS), "scone-read")
-        self._prefetcher = ThreadPoolExecutor(1, "scone-prefetch")
-        self._prefetched: deque[_Prefetched] = deque(maxlen=_PREFETCHED_BATCHES)
         self._buffers = _Buffers()
         self._rows_at_once = max(1, _BATCH_BYTES // (-(-self.row_format.row_bytes // PAGE_BYTES) * PAGE_BYTES))
 
@@ -61,11 +56,6 @@ class DirectStore(RowStore):
     @contextmanager
     def _located(self, ranks: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """The bytes of these rows: (buffer uint8 [any], offset of each row in it int64 [n]), valid inside."""
-        for batch in tuple(self._prefetched):
-            rows = batch.find(ranks)
-            if rows is not None:
-                yield batch.buffer.result(), rows
-                return
         unique, inverse = np.unique(ranks, return_inverse=True)
         pieces, rows = plan_pieces(unique, self._file.data_start, self.row_format.row_bytes)
         buffer = self._buffers.take(_bytes_of(pieces))
@@ -83,21 +73,6 @@ class DirectStore(RowStore):
         order = np.argsort(ranks, kind="stable")
         for low in range(0, len(order), self._rows_at_once):
             yield order[low : low + self._rows_at_once]
-
-    def prefetch(self, ranks: Tensor) -> None:
-        """Read these rows in the background. A later batch of which all are among them takes them from memory.
-
-        The last two such batches are kept; one of more than 64 MiB is not fetched ahead.
-        """
-        unique = np.unique(ranks.numpy())
-        if 0 < len(unique) <= self._rows_at_once:
-            pieces, rows = plan_pieces(unique, self._file.data_start, self.row_format.row_bytes)
-            self._prefetched.append(_Prefetched(unique, rows, self._prefetcher.submit(self._fetch, pieces)))
-
-    def _fetch(self, pieces: np.ndarray) -> np.ndarray:
-        buffer = _aligned(_bytes_of(pieces))
-        self._read(pieces, buffer)
-        return buffer
 
     def _read(self, pieces: np.ndarray, buffer: np.ndarray) -> None:
         """Fill the buffer. Raises SconeError: the file was changed, ends early, or the disk fails."""
@@ -133,39 +108,19 @@ class DirectStore(RowStore):
 
     @property
     def memory(self) -> StoreMemory:
-        fetched = [batch.buffer for batch in tuple(self._prefetched)]
-        ready = [buffer.result().nbytes for buffer in fetched if buffer.done() and not buffer.exception()]
-        return StoreMemory(ram=self._buffers.kept_bytes + sum(ready))
+        return StoreMemory(ram=self._buffers.kept_bytes)
 
     def describe(self) -> str:
         how = "with O_DIRECT" if self.is_direct else "through the page cache"
         return f"{self._file.layout.num_rows:,} rows on disk, read {how}"
 
     def close(self) -> None:
-        self._prefetcher.shutdown()
         self._readers.shutdown()
-        self._prefetched.clear()
         if self._queues is not None:
             self._queues.close()
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
-
-
-@dataclass(frozen=True)
-class _Prefetched:
-    """Rows fetched ahead: unique sorted ranks, each one's place in the buffer, and the buffer once it is read."""
-
-    ranks: np.ndarray
-    rows: np.ndarray
-    buffer: Future[np.ndarray]
-
-    def find(self, ranks: np.ndarray) -> np.ndarray | None:
-        """Where these rows are in the buffer; None unless all of them are here and reading has not failed."""
-        place = np.minimum(np.searchsorted(self.ranks, ranks), len(self.ranks) - 1)
-        if not np.array_equal(self.ranks[place], ranks) or self.buffer.exception():
-            return None
-        return self.rows[place]
 
 
 class _Buffers:

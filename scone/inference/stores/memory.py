@@ -155,7 +155,8 @@ def load_rows(file: TableFile, first_row: int, num_rows: int, num_threads: int) 
         digest.update(view[low - start : high - start])
         digest.update(file.read(file.data_start + high, chunk_high - high))
         if digest.digest() != checksums[chunk]:
-            raise damaged_rows(file, chunk * layout.checksum_rows)
+            rows_of = range(chunk * layout.checksum_rows, min((chunk + 1) * layout.checksum_rows, layout.num_rows))
+            raise damaged(file.path, f"rows {rows_of[0]:,} to {rows_of[-1]:,} do not fit their checksum")
 
     chunks = range(start // span, -(-(start + size) // span)) if size else ()
     with ThreadPoolExecutor(num_threads) as pool:
@@ -163,12 +164,6 @@ def load_rows(file: TableFile, first_row: int, num_rows: int, num_threads: int) 
             pass
     file.check_unchanged()
     return rows
-
-
-def damaged_rows(file: TableFile, first: int) -> SconeError:
-    """The error for the chunk that begins with row ``first``."""
-    last = min(first + file.layout.checksum_rows, file.layout.num_rows) - 1
-    return damaged(file.path, f"rows {first:,} to {last:,} do not fit their checksum")
 
 
 def _read_into(file: TableFile, offset: int, target: memoryview) -> None:

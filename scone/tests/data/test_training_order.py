@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler
 
-from scone.data.training_order import Place, TrainingOrder
+from scone.data.training_order import BlockIndex, TrainingOrder
 
 
-def batches(num_blocks, *, batch_size, processes, accumulation, steps_done=0, rank=0) -> list[list[Place]]:
+def batches(num_blocks, *, batch_size, processes, accumulation, steps_done=0, rank=0) -> list[list[BlockIndex]]:
     """What one process reads in the epoch that begins after ``steps_done``, the way the trainer's loader shares out."""
     order = TrainingOrder(
         *(num_blocks,),

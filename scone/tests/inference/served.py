@@ -61,6 +61,7 @@ def server(
             assert process.stdout is not None
             line = process.stdout.readline()
             assert line.startswith("serving tiny at http://127.0.0.1:"), line
+            assert "vllm serve MODEL" in line
             yield line.split()[3], process
         finally:
             if process.poll() is None:

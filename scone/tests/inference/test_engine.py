@@ -18,7 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from scone.inference.engine import GenerationOptions, SconeInferenceEngine
 from scone.inference.loading import LoadedModel, choose_device, load_model
 from scone.inference.precompute import precompute_table
-from scone.inference.streaming import Continuation
+from scone.inference.streaming import GeneratedSequence
 from scone.models.language_model import SconeForCausalLM
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 from scone.tokenization.tokenizers import train_tokenizer
@@ -60,7 +60,7 @@ def test_a_text_that_begins_with_the_end_of_another_brings_no_warning(tokenizer,
     warned: list[str] = []
     monkeypatch.setattr("transformers.modeling_utils.logger.warning_once", lambda text, *_: warned.append(text))
     engine = SconeInferenceEngine.from_pretrained(tmp_path, device="cpu")
-    engine.run([engine.continuation([0, 3], GenerationOptions(max_new_tokens=3))], GenerationOptions())
+    engine.run([engine.sequence([0, 3], GenerationOptions(max_new_tokens=3))], GenerationOptions())
     tokens = torch.tensor([[0, 3, 4]])
     engine.model(input_ids=tokens, labels=tokens)
     assert warned == []
@@ -240,7 +240,7 @@ def test_a_stream_that_nobody_reads_on_ends(engine):
 def test_rows_end_at_their_own_limits_and_stop_strings(engine):
     options = GenerationOptions(max_length=40)
     whole = [engine.generate(prompt, options)[0][0] for prompt in PROMPTS]
-    rows = [engine.continuation(prompt, options) for prompt in PROMPTS]
+    rows = [engine.sequence(prompt, options) for prompt in PROMPTS]
     first_words = whole[1].texts[0][len(PROMPTS[1]) :].split()
     rows[0].max_new_tokens, rows[1].stop, rows[2].wants_text = 3, (f" {first_words[2]} ",), True
     rows[2].cancel()
@@ -263,7 +263,7 @@ def test_pieces_of_text_are_the_text(byte_tokenizer, text, seed, stop):
     prompt, ids = byte_tokenizer("bé ").input_ids, byte_tokenizer(text).input_ids
     ids += np.random.default_rng(seed).integers(1, 200, 5).tolist()  # bytes that are no characters
     pieces: list[str] = []
-    row = Continuation(prompt, len(ids), stop=(stop,) if stop else (), on_text=pieces.append)
+    row = GeneratedSequence(prompt, len(ids), stop=(stop,) if stop else (), on_text=pieces.append)
     row.begin(byte_tokenizer)
     for token in ids:
         row.add(token, set(), 0.0)

@@ -11,7 +11,7 @@ from scone.models.f_gram_config import FGramModelConfig
 from scone.models.input_embeddings import scale_at_start
 from scone.models.language_model import SconeForCausalLM
 from scone.tests import tiny
-from scone.tokenization.controls import replaced, stand_ins
+from scone.tokenization.controls import permuted_nodes, replaced
 
 IDENTITY = {"start": "identity", "output_norm": False}
 VARIANTS = {
@@ -106,13 +106,13 @@ def test_starts_that_cannot_be_are_refused():
 
 def test_shuffling_permutes_f_grams_of_one_length_among_those_with_rows():
     vocabulary, num_rows = tiny.vocabulary(), 25
-    nodes = stand_ins(vocabulary, "shuffled", num_rows)
+    nodes = permuted_nodes(vocabulary, "shuffled", num_rows)
     ranks = nodes - vocabulary.vocab_size
     np.testing.assert_array_equal(np.sort(ranks), np.arange(vocabulary.num_f_grams))
     np.testing.assert_array_equal(vocabulary.lengths[ranks], vocabulary.lengths)
     np.testing.assert_array_equal(ranks < num_rows, np.arange(len(ranks)) < num_rows)
     assert (ranks != np.arange(len(ranks))).mean() > 0.5
-    np.testing.assert_array_equal(stand_ins(vocabulary, "shuffled", num_rows), nodes)
+    np.testing.assert_array_equal(permuted_nodes(vocabulary, "shuffled", num_rows), nodes)
 
 
 @torch.no_grad()

@@ -87,9 +87,8 @@ def test_ways_of_making_one_agree():
     made = FGramVocabulary.from_counts(counts, vocab_size=3, max_n=3, min_freq=2, separator_ids=[0])
     grams = reference.ranked({gram: count for gram, count in counts.items() if 0 not in gram and count > 1})
     assert [made.tokens(3 + rank) for rank in range(made.num_f_grams)] == grams
-    matrix = made.token_matrix(np.arange(made.num_f_grams))
     others = (
-        FGramVocabulary.from_ranked(matrix, made.counts, lengths=made.lengths, vocab_size=3, separator_ids=[0]),
+        FGramVocabulary.from_ranked(grams, made.counts, vocab_size=3, separator_ids=[0]),
         FGramVocabulary.from_links(
             made.prefixes, made.last_tokens, made.counts, vocab_size=3, max_n=3, separator_ids=[0]
         ),

@@ -46,7 +46,7 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Piece:
+class PartitionChunk:
     """Remainders in memory of partitions ``first … first + len(starts) - 1``: block share b of partition first + p is
     ``remainders[starts[p, b]:stops[p, b]]``. ``complete`` is False where more pieces of one partition follow.
     """
@@ -94,13 +94,13 @@ class MemoryBlocks:
         """How many n-grams each partition has over all blocks, int64 [P]."""
         return np.sum([np.diff(offsets) for offsets in self._offsets], axis=0)
 
-    def pieces(self, first: int, last: int, num_partitions: int, dtype: np.dtype) -> Iterator[Piece]:
+    def pieces(self, first: int, last: int, num_partitions: int, dtype: np.dtype) -> Iterator[PartitionChunk]:
         """The remainders of partitions ``first:last``, all at once."""
         offsets = np.stack(self._offsets, axis=1)
         stride = self._plan.block_positions * self._plan.remainder_bytes // dtype.itemsize
         bases = np.arange(self._plan.num_blocks) * stride
         flat = self._bytes[: self._bytes.size // dtype.itemsize * dtype.itemsize].view(dtype)
-        yield Piece(first, flat, offsets[first:last] + bases, offsets[first + 1 : last + 1] + bases, True)
+        yield PartitionChunk(first, flat, offsets[first:last] + bases, offsets[first + 1 : last + 1] + bases, True)
 
 
 class FileBlocks:
@@ -151,7 +151,7 @@ class FileBlocks:
             total += np.diff(self._load(block, "offsets", np.empty(num_partitions + 1, np.int64)))
         return total
 
-    def pieces(self, first: int, last: int, num_partitions: int, dtype: np.dtype) -> Iterator[Piece]:
+    def pieces(self, first: int, last: int, num_partitions: int, dtype: np.dtype) -> Iterator[PartitionChunk]:
         """The remainders of partitions ``first:last``, in pieces of at most the plan's ``group_bytes``."""
         offsets = np.empty((self._plan.num_blocks, last - first + 1), np.int64)
         for block in range(self._plan.num_blocks):
@@ -167,14 +167,18 @@ class FileBlocks:
             yield self._piece(first, dtype, offsets[block:stop], block, complete)
             block = stop
 
-    def _piece(self, first: int, dtype: np.dtype, offsets: np.ndarray, first_block: int, complete: bool) -> Piece:
+    def _piece(
+        self, first: int, dtype: np.dtype, offsets: np.ndarray, first_block: int, complete: bool
+    ) -> PartitionChunk:
         lengths = offsets[:, -1] - offsets[:, 0]
         ends = np.cumsum(lengths)
         flat = page_array(int(ends[-1]), dtype)
         for row, (length, end) in enumerate(zip(lengths.tolist(), ends.tolist(), strict=True)):
             self._load(first_block + row, "remainders", flat[end - length : end], int(offsets[row, 0]))
         shifted = (offsets - offsets[:, :1] + (ends - lengths)[:, None]).T
-        return Piece(first, flat, np.ascontiguousarray(shifted[:-1]), np.ascontiguousarray(shifted[1:]), complete)
+        return PartitionChunk(
+            first, flat, np.ascontiguousarray(shifted[:-1]), np.ascontiguousarray(shifted[1:]), complete
+        )
 
     def _path(self, block: int, name: str) -> Path:
         return self._folder / f"{block:08d}-{name}.npy"

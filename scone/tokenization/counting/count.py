@@ -17,7 +17,7 @@ import filelock
 import numpy as np
 
 from scone.tokenization.counting.engine import CountEngine
-from scone.tokenization.counting.levels import Survivors, rank_survivors
+from scone.tokenization.counting.levels import FrequentNGrams, rank_survivors
 from scone.tokenization.counting.plan import CountingPlan, plan_count
 from scone.tokenization.counting.tokens import TokenStream
 from scone.tokenization.f_gram_links import MAX_F_GRAM_LENGTH, MAX_VOCAB_SIZE
@@ -147,7 +147,7 @@ def count_f_grams(
 
 def result_of_levels(
     token_of_id: np.ndarray,
-    levels: list[Survivors],
+    levels: list[FrequentNGrams],
     *,
     num_tokens: int,
     vocab_size: int,
@@ -242,7 +242,7 @@ def _statistics(
     num_tokens: int,
     max_f_grams: int | None,
     min_freq: int,
-    levels: list[Survivors],
+    levels: list[FrequentNGrams],
     counts: np.ndarray,
     lengths: np.ndarray,
 ) -> CountStatistics:

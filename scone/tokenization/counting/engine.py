@@ -13,8 +13,8 @@ import numpy as np
 
 from scone.kernels import ngram_count
 from scone.kernels.ngram_count import NO_ID
-from scone.tokenization.counting.blocks import FileBlocks, MemoryBlocks, Piece, page_array
-from scone.tokenization.counting.levels import CandidatePool, IdTable, KeySpace, RisingFloor, Survivors
+from scone.tokenization.counting.blocks import FileBlocks, MemoryBlocks, PartitionChunk, page_array
+from scone.tokenization.counting.levels import CandidatePool, FrequentNGrams, IdTable, KeySpace, RisingFloor
 from scone.tokenization.counting.plan import CountingPlan
 from scone.tokenization.counting.tokens import TokenStream
 from scone.utils.files import atomic_path
@@ -80,7 +80,7 @@ class CountEngine:
 
     # All lengths
 
-    def count(self, folder: Path | None) -> tuple[np.ndarray, list[Survivors]]:
+    def count(self, folder: Path | None) -> tuple[np.ndarray, list[FrequentNGrams]]:
         """Tokens by id uint32 [K], and what survived of lengths 2 … N (fewer where nothing is left to extend).
 
         ``folder``: where finished levels are kept and found again, and blocks that do not fit into memory.
@@ -89,7 +89,7 @@ class CountEngine:
             return np.empty(0, np.uint32), []
         self._blocks = self._empty_blocks(folder)
         self._last_keys = np.full(self._plan.num_blocks, _NO_KEY, np.uint64)
-        levels: list[Survivors] = []
+        levels: list[FrequentNGrams] = []
         below: tuple[KeySpace, np.ndarray] | None = None
         if self._plan.token_table:
             token_of_id = self._tokens_of_table()
@@ -130,7 +130,7 @@ class CountEngine:
         below: tuple[KeySpace, np.ndarray] | None,
         floor: RisingFloor,
         folder: Path | None,
-    ) -> Survivors:
+    ) -> FrequentNGrams:
         """Bring all blocks to level ``length``; count it, or take what an interrupted count found."""
         finished = _load_level(folder, length)
         if finished is None or length < self._max_n:
@@ -204,7 +204,7 @@ class CountEngine:
         table = IdTable.build(keys_below, below)
         places = np.minimum(np.searchsorted(keys_below, self._last_keys), len(keys_below) - 1)
         last_ids = np.where(keys_below[places] == self._last_keys, places.astype(np.uint32), NO_ID)
-        carries = np.concatenate([[NO_ID], last_ids[:-1]])  # the id just before each block
+        boundary_ids = np.concatenate([[NO_ID], last_ids[:-1]])  # the id just before each block
 
         def advance(block: int) -> int:
             content = self._blocks.read(block, below.num_partitions, below.dtype)
@@ -212,14 +212,14 @@ class CountEngine:
             ngram_count.ids_of_remainders(content.remainders, content.offsets, table.slot_bits, table.slots, in_order)
             ids = self._scratch("ids", len(content.parts))
             ngram_count.restore_positions(in_order, content.offsets, content.parts, ids)
-            self._write_keys(space, block, ids, carries[block])
+            self._write_keys(space, block, ids, boundary_ids[block])
             return len(ids)
 
         self._each(advance, range(self._plan.num_blocks))
 
     # Counting
 
-    def _count_level(self, length: int, space: KeySpace, floor: RisingFloor) -> Survivors:
+    def _count_level(self, length: int, space: KeySpace, floor: RisingFloor) -> FrequentNGrams:
         pool = CandidatePool(floor, self._max_f_grams if length > 1 else None)
         sizes = self._blocks.partition_sizes(space.num_partitions)
         self._bar.update(self._plan.num_positions - int(sizes.sum()))  # positions where no candidate ends
@@ -230,12 +230,12 @@ class CountEngine:
         used_floor = floor.value
         keys, counts = pool.take()
         cut = floor.finish_level(counts) if length > 1 else 0
-        return Survivors(space.num_ids, keys, counts, cut, pool.num_candidates, used_floor)
+        return FrequentNGrams(space.num_ids, keys, counts, cut, pool.num_candidates, used_floor)
 
     def _count_group(self, first: int, last: int, space: KeySpace, pool: CandidatePool) -> None:
         """Count partitions ``first:last`` into the pool."""
 
-        def count(piece: Piece, row: int) -> int:
+        def count(piece: PartitionChunk, row: int) -> int:
             table, distinct = self._add_to_table(piece, row, self._fresh_table(space.dtype), 0)
             self._collect(piece.first + row, table, distinct, space, pool)
             return int((piece.stops[row] - piece.starts[row]).sum())
@@ -259,7 +259,9 @@ class CountEngine:
         table[:] = 0
         return table
 
-    def _add_to_table(self, piece: Piece, row: int, table: np.ndarray, distinct: int) -> tuple[np.ndarray, int]:
+    def _add_to_table(
+        self, piece: PartitionChunk, row: int, table: np.ndarray, distinct: int
+    ) -> tuple[np.ndarray, int]:
         table, distinct = ngram_count.count_partition(
             piece.remainders, piece.starts[row], piece.stops[row], table, distinct
         )
@@ -304,23 +306,23 @@ def _groups(sizes: np.ndarray, space: KeySpace, plan: CountingPlan) -> Iterator[
 # Finished levels
 
 
-def _save_level(folder: Path | None, length: int, level: Survivors) -> None:
+def _save_level(folder: Path | None, length: int, level: FrequentNGrams) -> None:
     if folder is not None:
         with atomic_path(_level_path(folder, length)) as temporary, temporary.open("wb") as file:
             np.savez(file, **vars(level))
 
 
-def _load_level(folder: Path | None, length: int) -> Survivors | None:
+def _load_level(folder: Path | None, length: int) -> FrequentNGrams | None:
     """The survivors of a level that was counted to its end; None where they are not there or damaged (checksums)."""
     if folder is None:
         return None
     try:
         # opened here: of a file that is no archive, NumPy would leave the descriptor open
         with _level_path(folder, length).open("rb") as file, np.load(file, allow_pickle=False) as saved:
-            arrays = {name: saved[name] for name in Survivors.__annotations__}
+            arrays = {name: saved[name] for name in FrequentNGrams.__annotations__}
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
         return None
-    return Survivors(**{name: array if array.ndim else array.item() for name, array in arrays.items()})
+    return FrequentNGrams(**{name: array if array.ndim else array.item() for name, array in arrays.items()})
 
 
 def _level_path(folder: Path, length: int) -> Path:

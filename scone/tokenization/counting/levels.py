@@ -40,7 +40,7 @@ class KeySpace:
 
 
 @dataclass(frozen=True)
-class Survivors:
+class FrequentNGrams:
     """What a level found: keys uint64 [K], ascending (so lexicographic), their counts uint64 [K]; and how it was found.
 
     The first-level keys are tokens; those above are ``prefix id * num_ids + suffix id`` in the ids of the level below.
@@ -192,7 +192,7 @@ def _by_falling_count(counts: np.ndarray) -> np.ndarray:
 
 
 def rank_survivors(
-    token_of_id: np.ndarray, levels: list[Survivors], vocab_size: int, max_f_grams: int | None
+    token_of_id: np.ndarray, levels: list[FrequentNGrams], vocab_size: int, max_f_grams: int | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """The first S over all levels: prefix nodes, last tokens, counts and lengths, in rank order.
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from scone.tokenization.counting.count import CountResult, result_of_levels
-from scone.tokenization.counting.levels import CandidatePool, RisingFloor, Survivors
+from scone.tokenization.counting.levels import CandidatePool, FrequentNGrams, RisingFloor
 from scone.tokenization.counting.tokens import file_offset
 from scone.utils.errors import SconeError
 
@@ -117,11 +117,11 @@ def _levels(
     max_n: int,
     min_freq: int,
     max_f_grams: int | None,
-) -> list[Survivors]:
-    """Survivors of lengths 2 … N, each counted by one Spark job."""
+) -> list[FrequentNGrams]:
+    """FrequentNGrams of lengths 2 … N, each counted by one Spark job."""
     from pyspark import StorageLevel
 
-    levels: list[Survivors] = []
+    levels: list[FrequentNGrams] = []
     floor = RisingFloor(min_freq, max_f_grams)
     keys_below = [token_of_id.astype(np.int64)]
     for _length in range(2, max_n + 1):
@@ -143,7 +143,7 @@ def _levels(
         pool.add(found.astype(np.uint64), numbers.astype(np.uint64), num_candidates)
         used_floor = floor.value
         keys, counts = pool.take()
-        levels.append(Survivors(num_ids, keys, counts, floor.finish_level(counts), num_candidates, used_floor))
+        levels.append(FrequentNGrams(num_ids, keys, counts, floor.finish_level(counts), num_candidates, used_floor))
         keys_below.append(keys[levels[-1].id_indices()].astype(np.int64))
     return levels
 

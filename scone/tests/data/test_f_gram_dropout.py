@@ -11,16 +11,16 @@ from torch.utils.data import DataLoader
 
 from scone.data.collator import Collator
 from scone.data.dataset import BlockDataset
-from scone.data.f_gram_use import FGramUse
+from scone.data.f_gram_dropout import FGramDropout
 from scone.data.token_file import TokenFileWriter
-from scone.data.training_order import Place, TrainingOrder
+from scone.data.training_order import BlockIndex, TrainingOrder
 from scone.tests import tiny
 
 VOCABULARY = tiny.vocabulary(max_n=4)
 LENGTH = 16
 BLOCKS = tiny.corpus(200 * LENGTH, seed=5).reshape(-1, LENGTH)
-HALF = FGramUse(seed=7, dropout=0.5)
-BOTH = FGramUse(seed=7, dropout=0.5, length_warmup_steps=60)
+HALF = FGramDropout(seed=7, dropout=0.5)
+BOTH = FGramDropout(seed=7, dropout=0.5, length_warmup_steps=60)
 
 
 def items(places):
@@ -34,7 +34,7 @@ def f_grams(batch) -> np.ndarray:
 
 
 def everything(use=None, epoch=0) -> np.ndarray:
-    return f_grams(Collator(VOCABULARY, use=use)(items(Place(block, epoch, 0) for block in range(len(BLOCKS)))))
+    return f_grams(Collator(VOCABULARY, use=use)(items(BlockIndex(block, epoch, 0) for block in range(len(BLOCKS)))))
 
 
 def assert_same(left, right):
@@ -48,7 +48,7 @@ def assert_same(left, right):
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
 def test_matches_are_left_out_at_the_rate_and_nothing_else_is_touched(rate):
-    whole, left = everything(), everything(FGramUse(seed=7, dropout=rate))
+    whole, left = everything(), everything(FGramDropout(seed=7, dropout=rate))
     matched = whole > 0
     dropped = matched & (left == 0)
     assert np.array_equal(left[~dropped], whole[~dropped])
@@ -59,9 +59,9 @@ def test_matches_are_left_out_at_the_rate_and_nothing_else_is_touched(rate):
 
 def test_draws_differ_between_blocks_epochs_and_seeds():
     def draws(seed, block, epoch):
-        use = FGramUse(seed, 0.5)
+        use = FGramDropout(seed, 0.5)
         nodes, tokens = np.ones((1, 64), np.int64), np.zeros((1, 64), np.int64)
-        return tuple(use.used(nodes, tokens, [Place(block, epoch, 0)], VOCABULARY)[0].tolist())
+        return tuple(use.used(nodes, tokens, [BlockIndex(block, epoch, 0)], VOCABULARY)[0].tolist())
 
     everywhere = [(seed, block, epoch) for seed in (0, 1, 2**32 - 1) for block in range(20) for epoch in range(3)]
     assert len({draws(*where) for where in everywhere}) == len(everywhere)
@@ -73,7 +73,9 @@ def test_a_position_that_is_left_out_has_exactly_its_tokens_embedding():
     tokens = model.get_input_embeddings()
     assert model.vocabulary is not None
     for use in (None, HALF):
-        batch = Collator(model.vocabulary, model.config.learned_rows, use=use)(items([Place(0, 0, 0), Place(9, 0, 0)]))
+        batch = Collator(model.vocabulary, model.config.learned_rows, use=use)(
+            items([BlockIndex(0, 0, 0), BlockIndex(9, 0, 0)])
+        )
         vectors = model.f_gram_embedding(batch["input_ids"], tokens, batch["trie"])
         plain = (vectors == tokens(batch["input_ids"])).all(-1)
         assert torch.equal(plain, batch["trie"]["position_index"] == 0)
@@ -83,7 +85,7 @@ def test_a_position_that_is_left_out_has_exactly_its_tokens_embedding():
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(0, len(BLOCKS) - 1), min_size=1, max_size=9), st.integers(0, 3), st.integers(0, 100))
 def test_a_block_is_treated_alike_in_any_batch(blocks, epoch, step):
-    places = [Place(block, epoch, step) for block in blocks]
+    places = [BlockIndex(block, epoch, step) for block in blocks]
     together = f_grams(Collator(VOCABULARY, use=BOTH)(items(places)))
     for row, place in zip(together, places, strict=True):
         assert np.array_equal(row, f_grams(Collator(VOCABULARY, use=BOTH)(items([place])))[0])
@@ -91,21 +93,21 @@ def test_a_block_is_treated_alike_in_any_batch(blocks, epoch, step):
 
 @given(st.lists(st.integers(0, len(BLOCKS) - 1), min_size=1, max_size=9))
 def test_without_dropout_and_in_evaluation_batches_are_what_they_are(blocks):
-    training = items(Place(block, 1, 1) for block in blocks)
+    training = items(BlockIndex(block, 1, 1) for block in blocks)
     evaluation = [{"input_ids": item["input_ids"]} for item in training]
     present = Collator(VOCABULARY, 40)(evaluation)
-    assert_same(present, Collator(VOCABULARY, 40, use=FGramUse(seed=7))(training))
+    assert_same(present, Collator(VOCABULARY, 40, use=FGramDropout(seed=7))(training))
     assert_same(present, Collator(VOCABULARY, 40, use=BOTH)(evaluation))
 
 
 @pytest.mark.parametrize("longest", [2, 3, 4])
 def test_during_the_warmup_longer_matches_are_those_of_a_vocabulary_without_longer_f_grams(longest):
     """The longest allowed f-gram that ends somewhere is the suffix of the longest one that does."""
-    use = FGramUse(seed=7, length_warmup_steps=100)
+    use = FGramDropout(seed=7, length_warmup_steps=100)
     step = {2: 49, 3: 50, 4: 100}[longest]
-    found = f_grams(Collator(VOCABULARY, use=use)(items(Place(block, 0, step) for block in range(len(BLOCKS)))))
+    found = f_grams(Collator(VOCABULARY, use=use)(items(BlockIndex(block, 0, step) for block in range(len(BLOCKS)))))
     short = tiny.vocabulary(max_n=longest)
-    expected = f_grams(Collator(short)(items(Place(block, 0, step) for block in range(len(BLOCKS)))))
+    expected = f_grams(Collator(short)(items(BlockIndex(block, 0, step) for block in range(len(BLOCKS)))))
     assert (VOCABULARY.lengths[found[found > 0] - tiny.VOCAB_SIZE].max()) == longest
     for ours, theirs in zip(found.reshape(-1), expected.reshape(-1), strict=True):
         assert (ours > 0) == (theirs > 0)
@@ -114,7 +116,7 @@ def test_during_the_warmup_longer_matches_are_those_of_a_vocabulary_without_long
 
 @given(st.integers(2, 9), st.integers(0, 200))
 def test_the_warmup_has_equal_stages_from_2_to_n(max_n, warmup):
-    use = FGramUse(seed=0, length_warmup_steps=warmup)
+    use = FGramDropout(seed=0, length_warmup_steps=warmup)
     lengths = [use.longest(step, max_n) for step in range(warmup + 1)]
     assert lengths == sorted(lengths)
     assert lengths[-1] == max_n

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from scone.data.training_order import Place
+from scone.data.training_order import BlockIndex
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 
 
 @dataclass(frozen=True)
-class FGramUse:
+class FGramDropout:
     """Drops matches from training batches; which ones depends only on where the blocks stand in the run.
 
     So it is the same in whatever batch, worker or process a block is prepared, and after a resume.
@@ -28,9 +28,9 @@ class FGramUse:
     length_warmup_steps: int = 0
 
     def used(
-        self, nodes: np.ndarray, tokens: np.ndarray, places: Sequence[Place], vocabulary: FGramVocabulary
+        self, nodes: np.ndarray, tokens: np.ndarray, places: Sequence[BlockIndex], vocabulary: FGramVocabulary
     ) -> np.ndarray:
-        """What ``tokens`` [B, T] matched, ``nodes`` int64 [B, T], rows at ``places`` → the nodes that training uses."""
+        """What ``tokens`` [B, T] matched, ``nodes`` int64 [B, T], sequences at ``places`` → the nodes to train with."""
         if any(place.step < self.length_warmup_steps for place in places):
             longest = [self.longest(place.step, vocabulary.max_n) for place in places]
             nodes = shortened(nodes, np.array(longest)[:, None], vocabulary)
@@ -45,7 +45,7 @@ class FGramUse:
             return max_n
         return 2 + step * max(max_n - 2, 0) // self.length_warmup_steps
 
-    def _draws(self, place: Place, length: int) -> np.ndarray:
+    def _draws(self, place: BlockIndex, length: int) -> np.ndarray:
         """A number in [0, 1) for each position of a block, another one in each epoch, float64 [T].
 
         Philox counts: block and epoch are high words of its counter, so no two blocks meet.
