@@ -49,9 +49,13 @@ def steps_of_a_pass(run):
     return -(-len(BlockDataset(files.train, run.data.max_length, drop_last=True)) // run.training.batch_size)
 
 
-@pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_rows_know_the_last_pass_alone(corpus, tmp_path, schedule):
-    changes = {"training.lr_scheduler_type": schedule, "training.warmup_steps": 3, "training.batch_size": 16}
+@pytest.mark.parametrize(
+    "kind",
+    [{"training.lr_scheduler_type": "cosine"}, {"model.over_encoding_rows": 500}],
+    ids=["f-grams", "over-encoding"],
+)
+def test_rows_know_the_last_pass_alone(corpus, tmp_path, kind):
+    changes = kind | {"training.warmup_steps": 3, "training.batch_size": 16}
     length = steps_of_a_pass(options(corpus, tmp_path, **changes))
     changes |= {"training.max_steps": 3 * length}
     watch = Watch()
