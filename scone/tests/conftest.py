@@ -15,12 +15,19 @@ if os.environ.get("CI"):
 
 # one thread a process: the tests run in several processes, and spinning threads of one slow the others down
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no processes that import PyTorch to compile one graph
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+def pytest_collection_modifyitems(items):
+    """Files with slow tests first: whole files are handed to processes, and none should begin a long one at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session")
-def shared_data() -> Path:
+def shared_data():
     """The folder of real texts and tokenizers that the maintainers test with; users do not have it."""
     candidates = [os.environ.get("SCONE_SHARED"), Path(__file__).parents[3] / "shared"]
     for candidate in candidates:

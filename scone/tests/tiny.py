@@ -82,10 +82,11 @@ def scone(
     combination: str = "add",
     max_n: int = 3,
     min_freq: int = 4,
+    **trunk_changes: Any,
 ) -> SconeForCausalLM:
     """A SCONE model; ``trained`` gives gain and rows random values, as if training had moved them."""
     model = SconeForCausalLM.from_trunk(
-        trunk(kind),
+        trunk(kind, **trunk_changes),
         vocabulary(max_n=max_n, min_freq=min_freq),
         f_gram_model=F_GRAM_SIZES if f_gram_model else None,
         learned_rows=learned_rows,

@@ -8,13 +8,11 @@ import pytest
 
 from scone.configs.loading import Layer, load_options, merge
 from scone.configs.presets import F_GRAM_CONFIGURATIONS, TRUNK_CONFIGURATIONS, trunk_configuration
-from scone.utils.files import read_json
 
 REPOSITORY = Path(__file__).parents[3]
-PACKAGE = Path(__file__).parents[2]
 
 
-def test_f_gram_configurations_are_the_promised_ones() -> None:
+def test_f_gram_configurations_are_the_promised_ones():
     sizes = {"small": (384, 6, 6, 1536), "medium": (768, 12, 12, 3072), "large": (1024, 24, 16, 4096)}
     vocabularies = {"100k": (100_000, 100), "500k": (500_000, 50), "1m": (1_000_000, 20)}
     assert set(F_GRAM_CONFIGURATIONS) == {f"{size}-{count}" for size in sizes for count in vocabularies}
@@ -49,7 +47,7 @@ def test_f_gram_configurations_are_the_promised_ones() -> None:
         ("meta-llama/Llama-3.2-1B", 2048, 16, 32),
     ],
 )
-def test_known_trunks_have_their_sizes(name: str, width: int, layers: int, heads: int) -> None:
+def test_known_trunks_have_their_sizes(name, width, layers, heads):
     from transformers import AutoConfig
 
     trunk = trunk_configuration(name)
@@ -58,7 +56,7 @@ def test_known_trunks_have_their_sizes(name: str, width: int, layers: int, heads
     assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (width, layers, heads)
 
 
-def test_the_modern_trunk_has_any_width(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_modern_trunk_has_any_width(caplog):
     from scone.configs.schema import ModelOptions
     from scone.models.trunk import trunk_configuration as configured
 
@@ -71,13 +69,13 @@ def test_the_modern_trunk_has_any_width(caplog: pytest.LogCaptureFixture) -> Non
     assert ours == [], "nobody asks the hub for a name of ours"
 
 
-def test_trunks_are_known_by_full_and_short_name() -> None:
+def test_trunks_are_known_by_full_and_short_name():
     for name in TRUNK_CONFIGURATIONS:
         assert trunk_configuration(name) is trunk_configuration(name.split("/")[1]) is TRUNK_CONFIGURATIONS[name]
     assert trunk_configuration("someone/unknown") is None
 
 
-def test_ready_yaml_files_hold_the_documented_values() -> None:
+def test_ready_yaml_files_hold_the_documented_values():
     if not (REPOSITORY / "configs").is_dir():
         pytest.skip("the ready YAML files are in the repository, not in an installed package")
     base = load_options(REPOSITORY / "configs" / "base_config.yaml")
@@ -89,19 +87,3 @@ def test_ready_yaml_files_hold_the_documented_values() -> None:
     assert (large.data.max_n, large.data.min_freq, large.data.max_f_grams) == (4, 50, 5_000_000)
     assert (large.training.batch_size, large.training.gradient_accumulation_steps) == (4, 4)
     assert (large.training.learning_rate, large.training.warmup_steps, large.training.fp16) == (3e-5, 1000, True)
-
-
-def test_the_benchmark_configuration_has_the_documented_fields() -> None:
-    config = read_json(PACKAGE / "configs" / "benchmark_config.json")
-    fields = {"name", "model_path", "embedding_cache_path", "f_gram_model_size", "max_f_grams"}
-    assert all(set(model) == fields for model in config["model_configs"])
-    assert all(set(baseline) == {"name", "model_name"} for baseline in config["baseline_configs"])
-    fields = {"name", "dataset_name", "dataset_config_name", "text_column", "split"}
-    assert all(set(data_set) == fields for data_set in config["dataset_configs"])
-    assert [(d["name"], d["split"]) for d in config["dataset_configs"]] == [
-        ("WikiText-103", "test"),
-        ("C4", "validation"),
-        ("PG19", "test"),
-    ]
-    assert (config["batch_sizes"], config["sequence_lengths"]) == ([1, 4, 8], [512, 1024])
-    assert (config["num_runs"], config["warmup_runs"]) == (5, 2)

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
+from scone.data.collator import Collator
 from scone.data.dataset import BlockDataset, num_blocks
 from scone.data.token_file import TokenFileWriter
 from scone.utils.errors import SconeError
@@ -57,3 +58,11 @@ def test_workers_read_the_same_blocks_from_a_small_pickle(tmp_path):
 def test_a_block_has_room_for_a_prediction(tmp_path):
     with pytest.raises(SconeError, match="found max_length 1; expected at least 2"):
         BlockDataset(token_file(tmp_path, 10), 1)
+
+
+def test_labels_are_the_tokens_that_something_predicts():
+    """Not a block's first, which the trainer would count when it takes means, and no padding."""
+    batch = Collator(None)([{"input_ids": torch.tensor([3, 4, 5])}, {"input_ids": torch.tensor([6, 7])}])
+    assert batch["labels"].tolist() == [[-100, 4, 5], [-100, 7, -100]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert "attention_mask" not in Collator(None)([{"input_ids": torch.tensor([3, 4])}])

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
-import sys
-import textwrap
 from itertools import chain
 
 import pytest
@@ -127,19 +123,16 @@ def test_a_damaged_cache_is_refused_and_made_again_once_deleted(tmp_path, tiny_t
     assert contents(prepare_corpus(name, tiny_tokenizer, cache_dir=tmp_path / "cache")) == before
 
 
-def test_a_bad_line_far_in_leaves_no_corpus(tmp_path, tiny_tokenizer):
+def test_what_cannot_be_read_or_written_is_named_and_leaves_no_corpus(tmp_path, tiny_tokenizer):
     name = corpus(tmp_path / "c")
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(SconeError, match=r"cannot write .*choose another folder by cache_dir"):
+        prepare_corpus(name, tiny_tokenizer, cache_dir=tmp_path / "file")
     with (tmp_path / "c" / "part-2.jsonl").open("a") as file:
         file.write("{broken\n")
     with pytest.raises(SconeError, match=r"part-2\.jsonl, line 101 is not JSON"):
         prepare_corpus(name, tiny_tokenizer, cache_dir=tmp_path / "cache")
     assert not list((tmp_path / "cache").rglob("corpus.json"))
-
-
-def test_a_cache_folder_that_cannot_be_written_is_named(tmp_path, tiny_tokenizer):
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(SconeError, match=r"cannot write .*choose another folder by cache_dir"):
-        prepare_corpus(corpus(tmp_path / "c"), tiny_tokenizer, cache_dir=tmp_path / "file")
 
 
 def test_a_corpus_that_changes_while_it_is_read_is_refused(tmp_path, tiny_tokenizer, monkeypatch):
@@ -195,80 +188,3 @@ def test_truncation_and_padding_of_a_tokenizer_do_not_reach_a_corpus(tiny_tokeni
     finally:
         tiny_tokenizer.backend_tokenizer.no_truncation()
         tiny_tokenizer.backend_tokenizer.no_padding()
-
-
-INTERRUPTED = """
-    import json, os, pathlib, shutil, signal, sys
-    from scone.data import prepare
-    from scone.tokenization.tokenizers import load_tokenizer
-
-    corpus, tokenizer_folder, cache = sys.argv[1:]
-    prepare.BATCH_CHARACTERS, prepare.COMMIT_CHARACTERS = 500, 4000
-    tokenizer = load_tokenizer(tokenizer_folder)
-    events = 0
-    fatal_event = 0
-
-    def kill(event, arguments):  # at the fatal_event-th change of a file in the cache
-        global events
-        if fatal_event and event in ("open", "os.rename", "os.remove", "os.mkdir") and cache in str(arguments[0]):
-            events += 1
-            if events == fatal_event:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.addaudithook(kill)
-
-    def start(moment):
-        global events, fatal_event
-        pid = os.fork()
-        if pid == 0:
-            events, fatal_event = 0, moment
-            prepare.prepare_corpus(corpus, tokenizer, cache_dir=cache, num_threads=1)
-            os._exit(0)
-        return pid
-
-    def end(pid):
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-    def contents():
-        return [(path.parent.name, path.read_bytes()) for path in sorted(pathlib.Path(cache).rglob("tokens.npy"))]
-
-    code, whole = end(start(0)), contents()
-    result = {"code": code, "splits": len(whole), "codes": [], "same": []}
-    for moment in range(2, 1000, 7):
-        shutil.rmtree(cache)
-        codes = [end(start(moment)), end(start(moment // 2 + 1)), end(start(0))]
-        result["codes"] += [codes]
-        result["same"] += [contents() == whole]
-        if codes[0] == 0:
-            break
-    shutil.rmtree(cache)
-    both = [start(0), start(0)]
-    result["together"] = [end(pid) for pid in both]
-    result["together_same"] = contents() == whole
-    print(json.dumps(result))
-"""
-
-
-@pytest.fixture(scope="module")
-def interrupted_runs(tmp_path_factory, tiny_tokenizer):
-    """What a process found that ran, killed (signal 9) and doubled preparation in processes of its own."""
-    folder = tmp_path_factory.mktemp("interrupted")
-    tiny_tokenizer.save_pretrained(folder / "t")
-    arguments = [corpus(folder / "c"), str(folder / "t"), str(folder / "cache")]
-    command = [sys.executable, "-c", textwrap.dedent(INTERRUPTED), *arguments]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=180)
-    assert process.returncode == 0, process.stderr
-    return json.loads(process.stdout)
-
-
-def test_killed_at_any_moment_it_goes_on_to_the_same_tokens(interrupted_runs):
-    assert (interrupted_runs["code"], interrupted_runs["splits"]) == (0, 3)
-    first, _, last = zip(*interrupted_runs["codes"], strict=True)
-    assert first.count(-signal.SIGKILL) == len(first) - 1 >= 8
-    assert set(last) == {0}
-    assert all(interrupted_runs["same"])
-
-
-def test_two_at_once_make_one_corpus(interrupted_runs):
-    assert interrupted_runs["together"] == [0, 0]
-    assert interrupted_runs["together_same"]

@@ -56,9 +56,11 @@ def test_plain_text_is_cut_alike_in_every_compression(tmp_path, compression):
     assert all(document.endswith("\n\n") for document in documents[:-1])
 
 
-def test_a_python_file_is_one_document(tmp_path):
+def test_a_python_file_is_one_document_and_a_byte_order_mark_no_text(tmp_path):
     text = "x = 1\n\n\n" * 10_000
     assert list(read_documents(write(tmp_path / "a.py", text.encode()), "")) == [text]
+    assert list(read_documents(write(tmp_path / "a.txt", b"\xef\xbb\xbfhello"), "")) == ["hello"]
+    assert list(read_documents(write(tmp_path / "a.jsonl", b'\xef\xbb\xbf{"text": "hello"}'), "text")) == ["hello"]
 
 
 def test_several_frames_in_one_file_are_all_read(tmp_path):
@@ -66,11 +68,6 @@ def test_several_frames_in_one_file_are_all_read(tmp_path):
         path = tmp_path / f"a.jsonl{compression}"
         path.write_bytes(COMPRESS[compression](json_lines(["a"])) + COMPRESS[compression](json_lines(["b"])))
         assert list(read_documents(path, "text")) == ["a", "b"]
-
-
-def test_a_byte_order_mark_is_not_text(tmp_path):
-    assert list(read_documents(write(tmp_path / "a.txt", b"\xef\xbb\xbfhello"), "")) == ["hello"]
-    assert list(read_documents(write(tmp_path / "a.jsonl", b'\xef\xbb\xbf{"text": "hello"}'), "text")) == ["hello"]
 
 
 def test_bytes_read_are_counted(tmp_path):

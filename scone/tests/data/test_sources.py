@@ -33,47 +33,44 @@ def splits_of(name: str) -> dict[str, list[str]]:
     }
 
 
+def everything(found):
+    return sorted(chain.from_iterable(found.values()))
+
+
 def test_files_that_name_splits_are_the_splits(tmp_path):
+    """A missing validation split comes from train, a missing test split from nowhere, and training from no other."""
     name = corpus(tmp_path / "a", train="1,2,3", valid="4,5", test="6")
     assert splits_of(name) == {"train": ["1", "2", "3"], "validation": ["4", "5"], "test": ["6"]}
     assert list(open_documents(name, None, "all")) == ["6", "1", "2", "3", "4", "5"]
+    found = splits_of(corpus(tmp_path / "b", train="1,2,3,4,5", test="6,7"))
+    assert found.pop("test") == ["6", "7"]
+    assert everything(found) == ["1", "2", "3", "4", "5"]
+    assert len(found["validation"]) == 1
+    name = corpus(tmp_path / "c", train="1,2,3", validation="4")
+    assert splits_of(name) == {"train": ["1", "2", "3"], "validation": ["4"]}
+    with pytest.raises(SconeError, match="has no 'test' split; it has train, validation; choose one of these or 'all'"):
+        list(open_documents(name, None, "test"))
+    name = corpus(tmp_path / "d", validation="1", test="2")
+    with pytest.raises(SconeError, match="has no 'train' split; it has validation, test"):
+        list(open_documents(name, None, "train"))
+    assert list(open_documents(str(tmp_path / "d" / "test.jsonl"), None, "test")) == ["2"]
 
 
 def test_names_say_nothing_where_one_file_names_no_split(tmp_path):
-    name = corpus(tmp_path / "a", test="1,2", main="3,4,5")
-    found = splits_of(name)
-    assert sorted(chain.from_iterable(found.values())) == ["1", "2", "3", "4", "5"]
+    found = splits_of(corpus(tmp_path / "a", test="1,2", main="3,4,5"))
+    assert everything(found) == ["1", "2", "3", "4", "5"]
     assert [len(found[split]) for split in ("train", "validation", "test")] == [3, 1, 1]
 
 
 @pytest.mark.parametrize("file_name", ["corpus", "train"])
 def test_a_source_of_one_split_is_divided_by_content(tmp_path, file_name):
-    texts = [f"text {number}" for number in range(200)]
-    corpus(tmp_path / "a", **{file_name: ",".join([*texts, *texts])})
+    texts = [f"text {number}" for number in range(200)] * 2
+    corpus(tmp_path / "a", **{file_name: ",".join(texts)})
     for name in (tmp_path / "a", tmp_path / "a" / f"{file_name}.jsonl"):
         found = splits_of(str(name))
-        assert sorted(chain.from_iterable(found.values())) == sorted([*texts, *texts])
-        assert not set(found["train"]) & set(found["validation"])
-        assert not set(found["train"]) & set(found["test"])
+        assert everything(found) == sorted(texts)
+        assert not set(found["train"]) & {*found["validation"], *found["test"]}
         assert len(found["validation"]) >= 2
-
-
-def test_a_missing_validation_split_comes_from_train_and_a_missing_test_split_from_nowhere(tmp_path):
-    found = splits_of(corpus(tmp_path / "a", train="1,2,3,4,5", test="6,7"))
-    assert found["test"] == ["6", "7"]
-    assert sorted(found["train"] + found["validation"]) == ["1", "2", "3", "4", "5"]
-    assert len(found["validation"]) == 1
-    name = corpus(tmp_path / "b", train="1,2,3", validation="4")
-    assert splits_of(name) == {"train": ["1", "2", "3"], "validation": ["4"]}
-    with pytest.raises(SconeError, match="has no 'test' split; it has train, validation; choose one of these or 'all'"):
-        list(open_documents(name, None, "test"))
-
-
-def test_held_out_files_alone_give_no_training_split(tmp_path):
-    name = corpus(tmp_path / "a", validation="1", test="2")
-    with pytest.raises(SconeError, match="has no 'train' split; it has validation, test"):
-        list(open_documents(name, None, "train"))
-    assert list(open_documents(str(tmp_path / "a" / "test.jsonl"), None, "test")) == ["2"]
 
 
 def test_folders_are_read_in_order_without_hidden_files_read_mes_and_licences(tmp_path):
@@ -176,9 +173,9 @@ def test_splits_of_other_names_are_left_out_as_from_the_hub(tmp_path):
     assert sorted(chain.from_iterable(splits_of(alone).values())) == ["1", "2", "3"]
 
 
-@pytest.mark.parametrize("word", ["test", "testing", "eval", "evaluation"])
-def test_the_hubs_words_for_test(tmp_path, word):
-    assert splits_of(corpus(tmp_path, **{"train": "1,2,3", "dev": "4", word: "5"}))["test"] == ["5"]
+def test_the_hubs_words_for_test(tmp_path):
+    for word in ("test", "testing", "eval", "evaluation"):
+        assert splits_of(corpus(tmp_path / word, **{"train": "1,2,3", "dev": "4", word: "5"}))["test"] == ["5"]
 
 
 CONFIGURATIONS = """configs:

@@ -56,39 +56,24 @@ def test_one_long_document_stays_in_training():
         assert rule(texts[0] + str(salt)) == "train"
 
 
-@pytest.mark.parametrize(
-    ("name", "split"),
-    [
-        ("train", "train"),
-        ("wiki.train.tokens", "train"),
-        ("validation-00000-of-00008.parquet", "validation"),
-        ("wiki.valid.tokens", "validation"),
-        ("dev.jsonl.zst", "validation"),
-        ("test_sft", "test"),
-        ("contest.txt", None),
-        ("notes.txt", None),
-    ],
-)
-def test_split_of_name(name, split):
-    assert split_of_name(name) == split
+SPLITS_OF_NAMES = {
+    split_of_name: {
+        "train": "train", "wiki.train.tokens": "train", "validation-00000-of-00008.parquet": "validation",
+        "wiki.valid.tokens": "validation", "dev.jsonl.zst": "validation", "test_sft": "test", "contest.txt": None,
+        "notes.txt": None,
+    },
+    # the file's before the folders'
+    lambda name: split_of_path(PurePosixPath(name)): {
+        "test/wiki.train.tokens": "train", "Train/part-0.jsonl": "train", "tests-of-mine/part-0.jsonl": None,
+    },
+    # at the end of its name
+    split_of_single_file: {
+        "wiki.test.tokens": "test", "train.jsonl.zst": "train", "c4-validation.00000-of-00008.json.gz": "validation",
+        "test-results.txt": None, "dev-notes.md": None, "2024.txt": None,
+    },
+}  # fmt: skip
 
 
-def test_split_of_a_path_is_the_files_before_the_folders():
-    assert split_of_path(PurePosixPath("test/wiki.train.tokens")) == "train"
-    assert split_of_path(PurePosixPath("Train/part-0.jsonl")) == "train"
-    assert split_of_path(PurePosixPath("tests-of-mine/part-0.jsonl")) is None
-
-
-@pytest.mark.parametrize(
-    ("name", "split"),
-    [
-        ("wiki.test.tokens", "test"),
-        ("train.jsonl.zst", "train"),
-        ("c4-validation.00000-of-00008.json.gz", "validation"),
-        ("test-results.txt", None),
-        ("dev-notes.md", None),
-        ("2024.txt", None),
-    ],
-)
-def test_a_single_file_says_its_split_at_the_end_of_its_name(name, split):
-    assert split_of_single_file(name) == split
+@pytest.mark.parametrize(("split_of", "names"), SPLITS_OF_NAMES.items(), ids=["name", "path", "single file"])
+def test_names_say_splits(split_of, names):
+    assert {name: split_of(name) for name in names} == names

@@ -43,22 +43,19 @@ def floors() -> dict[str, str]:
     return found
 
 
-def test_the_lowest_versions_are_those_that_make_test_minimum_installs() -> None:
+def test_the_lowest_versions_are_those_that_make_test_minimum_installs():
     assert pinned("constraints-minimum.txt") == floors()
-
-
-def test_every_requirement_has_a_lowest_version() -> None:
     named = {normal(re.match(r"[\w.-]+", line)[0]) for line in required()}  # type: ignore[index]
-    assert named - {"scone-lm"} == set(floors())
+    assert named - {"scone-lm"} == set(floors()), "every requirement has a lowest version"
 
 
-def test_the_pinned_versions_are_allowed() -> None:
+def test_the_pinned_versions_are_allowed():
     lowest = floors()
     for name, version in pinned("constraints.txt").items():
         assert numbers(version) >= numbers(lowest.get(name, "0")), name
 
 
-def test_the_readme_and_the_makefile_say_the_lowest_versions() -> None:
+def test_the_readme_and_the_makefile_say_the_lowest_versions():
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     python, lowest = project["requires-python"].removeprefix(">="), floors()
     readme = " ".join((REPOSITORY / "README.md").read_text(encoding="utf-8").split())
@@ -69,3 +66,14 @@ def test_the_readme_and_the_makefile_say_the_lowest_versions() -> None:
     makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
     assert f"v >= {numbers(python)}" in makefile
     assert f"expected {python} or later" in makefile
+
+
+def test_the_list_of_licences_names_what_we_ask_for_in_the_versions_that_we_pin():
+    """But for what tests, builds the site, or asks for zero-shot tasks."""
+    text = (REPOSITORY / "docs" / "licences.md").read_text(encoding="utf-8")
+    found = re.findall(r"^\| ([\w.-]+) \| ([\w.]+) \| (.+) \|$", text, re.MULTILINE)
+    versions = {name: version for name, version, _ in found}
+    tools = "lm-eval mkdocs mkdocs-material mypy openai peft pytest pytest-xdist ruff hypothesis trl types-pyyaml"
+    for name in set(floors()) - set(tools.split()):
+        assert versions[name] == pinned("constraints.txt")[name], name
+    assert not [name for name, _, licence in found if re.search(r"unknown|(?<!L)GPL", licence)]

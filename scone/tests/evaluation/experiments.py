@@ -6,7 +6,6 @@ import importlib
 import math
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -18,7 +17,7 @@ PLAIN = {"model.use_f_gram_embeddings": False}
 ROWS = {"model.f_gram.num_hidden_layers": 0, "model.learned_rows": 1000}
 
 
-def module(name: str) -> ModuleType:
+def module(name: str) -> Any:
     """One of the repository's own, from benchmarks/ or experiments/; skips where only the package is installed."""
     folders = [REPOSITORY / "benchmarks", REPOSITORY / "experiments"]
     if not folders[0].is_dir():
@@ -27,37 +26,15 @@ def module(name: str) -> ModuleType:
     return importlib.import_module(name)
 
 
-def run(
-    name: str,
-    loss: float,
-    changes: dict[str, Any],
-    inference: float = 1e6,
-    training: float = 1e12,
-    seed: int = 1,
-    tokens: int = 10_000,
-) -> dict[str, Any]:
+def run(name, loss, changes, inference=1e6, training=1e12, seed=1, tokens=10_000) -> dict[str, Any]:
     """One run's JSON: ``loss`` on the first test, 0.1 and 0.2 more on the others."""
-    tests = {
-        test: {"loss": loss + index / 10, "perplexity": math.exp(loss + index / 10), "num_predicted": 1000}
-        for index, test in enumerate(TESTS)
-    }
-    return {
-        "run": name,
-        "changes": changes,
-        "finished": True,
-        "seed": seed,
-        "steps": 10,
-        "tokens": tokens,
-        "train_seconds": 5.0,
-        "cost": {
-            "inference_flops_per_token": inference,
-            "training_flops_per_token": training / tokens,
-            "training_flops": training,
-        },
-        "parameters": {"resident": 100, "training_only": 8500, "table": 8000},
-        "tests": tests,
-        "log": [{"step": 5, "eval_loss": loss + 1.0}, {"step": 10, "eval_loss": loss + 0.5}],
-    }
+    losses = [(test, loss + index / 10) for index, test in enumerate(TESTS)]
+    tests = {test: {"loss": each, "perplexity": math.exp(each), "num_predicted": 1000} for test, each in losses}
+    cost = {"inference_flops_per_token": inference, "training_flops_per_token": training / tokens}
+    log = [{"step": 5, "eval_loss": loss + 1.0}, {"step": 10, "eval_loss": loss + 0.5}]
+    facts = {"run": name, "changes": changes, "finished": True, "seed": seed, "steps": 10, "tokens": tokens}
+    facts |= {"train_seconds": 5.0, "parameters": {"resident": 100, "training_only": 8500, "table": 8000}}
+    return facts | {"cost": cost | {"training_flops": training}, "tests": tests, "log": log}
 
 
 def experiment() -> dict[str, Any]:
@@ -77,9 +54,6 @@ def experiment() -> dict[str, Any]:
         "rows-1k-shuffled": run("rows-1k-shuffled", 3.7, ROWS | {"model.control": "shuffled"}),
         "late": {"run": "late", "changes": {}, "finished": False, "seed": 1, "steps": 3, "max_steps": 10, "log": []},
     }
-    return {
-        "experiment": {"tests": TESTS, "base": BASE},
-        "machine": {"processor": "P", "cores": 2, "accelerators": ["G"]},
-        "commit": "0123456789abcdef",
-        "runs": runs,
-    }
+    machine = {"processor": "P", "cores": 2, "accelerators": ["G"]}
+    facts = {"experiment": {"tests": TESTS, "base": BASE}, "machine": machine, "commit": "0123456789abcdef"}
+    return facts | {"runs": runs}

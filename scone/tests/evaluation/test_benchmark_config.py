@@ -14,8 +14,13 @@ from scone.utils.errors import SconeError
 SHIPPED = Path(scone.__file__).parent / "configs" / "benchmark_config.json"
 
 
-def test_shipped_configuration_says_what_is_documented() -> None:
-    config = read_benchmark_config(SHIPPED)
+def test_shipped_configuration_says_what_is_documented():
+    config, raw = read_benchmark_config(SHIPPED), json.loads(SHIPPED.read_text())
+    fields = {"name", "model_path", "embedding_cache_path", "f_gram_model_size", "max_f_grams"}
+    assert all(set(model) == fields for model in raw["model_configs"])
+    assert all(set(baseline) == {"name", "model_name"} for baseline in raw["baseline_configs"])
+    fields = {"name", "dataset_name", "dataset_config_name", "text_column", "split"}
+    assert all(set(data_set) == fields for data_set in raw["dataset_configs"])
     assert [entry.name for entry in config.dataset_configs] == ["WikiText-103", "C4", "PG19"]
     assert [entry.split for entry in config.dataset_configs] == ["test", "validation", "test"]
     assert (config.batch_sizes, config.sequence_lengths) == ((1, 4, 8), (512, 1024))
@@ -37,14 +42,14 @@ def test_shipped_configuration_says_what_is_documented() -> None:
         ({"baseline_configs": [{"name": "a", "model_name": "b"}] * 2}, "found the name a twice"),
     ],
 )
-def test_mistakes_are_told(tmp_path: Path, change: dict[str, object], message: str) -> None:
+def test_mistakes_are_told(tmp_path, change, message):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(SHIPPED.read_text()) | change))
     with pytest.raises(SconeError, match=message):
         read_benchmark_config(path)
 
 
-def test_what_is_no_object_is_refused(tmp_path: Path) -> None:
+def test_what_is_no_object_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(SconeError, match="found list; expected an object"):
         read_benchmark_config(tmp_path / "config.json")

@@ -27,42 +27,36 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def options(tmp_path_factory: pytest.TempPathFactory) -> DemoOptions:
+def options(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
     texts = [path.read_text(encoding="utf-8")[:4000] for path in stdlib_files()[:60]]
     lines = "".join(json.dumps({"text": text}) + "\n" for text in texts if text.strip())
     (folder / "corpus.jsonl").write_text(lines, encoding="utf-8")
-    return DemoOptions(
-        data=str(folder / "corpus.jsonl"),
-        output_dir=str(folder / "demo"),
-        steps=24,
-        batch_size=4,
-        max_length=64,
-        vocab_size=400,
-        hidden_size=32,
-        num_hidden_layers=1,
-        max_f_grams=2000,
-        max_test_tokens=2000,
-    )
+    sizes = {"steps": 24, "batch_size": 4, "max_length": 64, "vocab_size": 400, "hidden_size": 32}
+    sizes |= {"num_hidden_layers": 1, "max_f_grams": 2000, "max_test_tokens": 2000}
+    return DemoOptions(data=str(folder / "corpus.jsonl"), output_dir=str(folder / "demo"), **sizes)
+
+
+def run(options, listen=lambda line: None):
+    """What it says, and its report."""
+    said = []
+    run_demo(options, lambda line: (said.append(line), listen(line)))
+    return said, json.loads((Path(options.output_dir) / "report.json").read_text())
 
 
 @pytest.fixture(scope="module")
-def lines(options: DemoOptions) -> list[str]:
-    said: list[str] = []
-    run_demo(options, said.append)
-    return said
+def report(options):
+    return run(options)[1]
 
 
-@pytest.fixture
-def report(options: DemoOptions, lines: list[str]) -> dict:
-    return json.loads((Path(options.output_dir) / "report.json").read_text())
+def losses(report):
+    return [report["models"][name]["evaluation"]["loss"] for name in ("plain", "scone")]
 
 
-def test_demo_measures_both_models_alike(options: DemoOptions, report: dict) -> None:
+def test_demo_measures_both_models_alike(options, report):
     plain, scone = report["models"]["plain"], report["models"]["scone"]
-    assert scone["inference_flops_per_token"] == plain["inference_flops_per_token"]
-    assert scone["training_flops_per_token"] == plain["training_flops_per_token"], "rows are read, not computed"
-    assert scone["resident_parameters"] == plain["resident_parameters"]
+    for figure in ("inference_flops_per_token", "training_flops_per_token", "resident_parameters"):
+        assert scone[figure] == plain[figure], "rows are read, not computed"
     assert scone["evaluation"]["num_predicted"] == plain["evaluation"]["num_predicted"]
     first_losses = [model["training_curve"][0][1] for model in (plain, scone)]
     assert first_losses[0] == pytest.approx(first_losses[1], abs=0.02), "the same start, the same batches"
@@ -71,14 +65,14 @@ def test_demo_measures_both_models_alike(options: DemoOptions, report: dict) -> 
     assert 1 <= len(report["samples"]) <= 3
 
 
-def test_report_is_one_page_without_outside_resources(options: DemoOptions, report: dict) -> None:
+def test_report_is_one_page_without_outside_resources(options, report):
     page = (Path(options.output_dir) / "report.html").read_text(encoding="utf-8")
     assert page == render_demo(report), "the page is made of report.json alone"
     assert page.count("<svg") == 4
     check_page(page)
 
 
-def test_page_says_what_plain_could_do_in_the_same_time(report: dict) -> None:
+def test_page_says_what_plain_could_do_in_the_same_time(report):
     changed = copy.deepcopy(report)
     for plain, scone, steps in [(0.5, 0.6, 29), (0.5, 0.5, 24), (0.5, 0.4, 19)]:
         changed["models"]["plain"]["seconds_a_step"] = plain
@@ -107,100 +101,83 @@ class BalancedTags(HTMLParser):
         super().__init__()
         self.open: list[str] = []
 
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+    def handle_starttag(self, tag, attrs):
         if tag not in self.VOID:
             self.open.append(tag)
 
-    def handle_endtag(self, tag: str) -> None:
+    def handle_endtag(self, tag):
         if tag not in self.VOID:
             assert self.open.pop() == tag
 
 
-def test_second_run_uses_what_was_finished(options: DemoOptions, report: dict) -> None:
-    said: list[str] = []
-    run_demo(options, said.append)
+def test_a_second_run_uses_what_was_finished_unless_options_or_text_are_others(options, report, tmp_path):
+    shutil.copytree(options.output_dir, tmp_path / "demo")
+    again = replace(options, output_dir=str(tmp_path / "demo"))
+    said, found = run(again)
     assert sum("finished before, used again" in line for line in said) == 2
-    again = json.loads((Path(options.output_dir) / "report.json").read_text())
-    for name in ("plain", "scone"):
-        assert again["models"][name]["evaluation"]["loss"] == report["models"][name]["evaluation"]["loss"]
+    assert losses(found) == losses(report)
+    said, _ = run(replace(again, steps=20))
+    assert sum("training again" in line for line in said) == 2
+    text = Path(options.data).read_text(encoding="utf-8")
+    try:  # the path is the same, what is there is not
+        Path(options.data).write_text("".join(reversed(text.splitlines(keepends=True))), encoding="utf-8")
+        said, _ = run(replace(again, steps=20))
+    finally:
+        Path(options.data).write_text(text, encoding="utf-8")
+    assert sum("training again" in line for line in said) == 2
 
 
-def test_a_demo_that_is_stopped_goes_on_from_the_middle(options: DemoOptions, report: dict, tmp_path: Path) -> None:
+def test_a_demo_that_is_stopped_goes_on_from_the_middle(options, report, tmp_path):
     stopped = replace(options, output_dir=str(tmp_path / "demo"))
 
-    def stop(line: str) -> None:
+    def stop(line):
         if re.match(r" *step +18/24", line):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_demo(stopped, stop)
-    said: list[str] = []
-    run_demo(stopped, said.append)
-    steps = [int(found[1]) for line in said if (found := re.match(r" *step +(\d+)/24", line))]
+        run(stopped, stop)
+    said, found = run(stopped)
+    steps = [int(step[1]) for line in said if (step := re.match(r" *step +(\d+)/24", line))]
     assert steps[0] == 13
-    again = json.loads((tmp_path / "demo" / "report.json").read_text())
-    for name in ("plain", "scone"):
-        expected = report["models"][name]["evaluation"]["loss"]
-        assert again["models"][name]["evaluation"]["loss"] == pytest.approx(expected, rel=1e-5)
-
-
-def test_other_options_train_again(options: DemoOptions, report: dict) -> None:
-    said: list[str] = []
-    run_demo(replace(options, steps=20), said.append)
-    assert sum("training again" in line for line in said) == 2
-
-
-def test_other_text_trains_again(options: DemoOptions, report: dict, tmp_path: Path) -> None:
-    """The path is the same, what is there is not."""
-    shutil.copytree(options.output_dir, tmp_path / "demo")
-    text = Path(options.data).read_text(encoding="utf-8")
-    Path(options.data).write_text("".join(reversed(text.splitlines(keepends=True))), encoding="utf-8")
-    said: list[str] = []
-    run_demo(replace(options, output_dir=str(tmp_path / "demo")), said.append)
-    Path(options.data).write_text(text, encoding="utf-8")
-    assert sum("training again" in line for line in said) == 2
+    assert losses(found) == pytest.approx(losses(report), rel=1e-5)
 
 
 @settings(max_examples=100, deadline=None)
 @given(seconds=st.floats(2e-3, 20), validation_tokens=st.integers(0, 10_000_000), minutes=st.floats(0.5, 20))
-def test_plan_fits_into_the_minutes(seconds: float, validation_tokens: int, minutes: float) -> None:
+def test_plan_fits_into_the_minutes(seconds, validation_tokens, minutes):
     asked = DemoOptions(minutes=minutes)
     steps, evaluations = plan_steps(asked, seconds, validation_tokens)
     assert MIN_STEPS <= steps <= asked.steps
     assert 1 <= evaluations <= asked.num_evaluations
     reading = seconds / 3 * validation_tokens / (asked.batch_size * asked.max_length)
-    total = steps * seconds + (evaluations + 1) * reading
-    assert total <= 60 * minutes or steps == MIN_STEPS
+    assert steps * seconds + (evaluations + 1) * reading <= 60 * minutes or steps == MIN_STEPS
 
 
-def test_verdict_fits_whoever_won(report: dict) -> None:
-    for interval, factor, kind, word in [
+@pytest.mark.parametrize(
+    ("interval", "factor", "kind", "word"),
+    [
         ((-0.2, -0.1), 0.8, "good", "SCONE wins"),
         ((0.1, 0.2), 1.2, "bad", "The plain model wins"),
         ((-0.1, 0.1), 1.0, "even", "No clear difference"),
-    ]:
-        changed = copy.deepcopy(report)
-        changed["comparison"]["loss_difference_interval"] = interval
-        plain = changed["models"]["plain"]["evaluation"]["perplexity"]
-        changed["models"]["scone"]["evaluation"]["perplexity"] = plain * factor
-        assert verdict(changed)["kind"] == kind
-        assert verdict(changed)["headline"].startswith(word)
-        assert word in render_demo(changed)
+    ],
+)
+def test_verdict_fits_whoever_won(report, interval, factor, kind, word):
+    changed = copy.deepcopy(report)
+    changed["comparison"]["loss_difference_interval"] = interval
+    plain = changed["models"]["plain"]["evaluation"]["perplexity"]
+    changed["models"]["scone"]["evaluation"]["perplexity"] = plain * factor
+    assert verdict(changed)["kind"] == kind
+    assert verdict(changed)["headline"].startswith(word)
+    assert word in render_demo(changed)
 
 
-def test_foreign_folder_is_left_alone(options: DemoOptions, tmp_path: Path) -> None:
+def test_other_folders_and_too_little_text_are_refused(options, tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(SconeError, match=r"holds something else \(found thesis\.tex\)"):
-        run_demo(replace(options, output_dir=str(tmp_path)), lambda line: None)
+        run(replace(options, output_dir=str(tmp_path)))
     with pytest.raises(SconeError, match="found a file"):
-        run_demo(replace(options, output_dir=str(tmp_path / "thesis.tex")), lambda line: None)
-
-
-def test_too_little_text_is_refused(options: DemoOptions, tmp_path: Path) -> None:
+        run(replace(options, output_dir=str(tmp_path / "thesis.tex")))
     lines = "".join(json.dumps({"text": f"a few words, number {number}"}) + "\n" for number in range(30))
     (tmp_path / "small.jsonl").write_text(lines)
     with pytest.raises(SconeError, match="give more text"):
-        run_demo(
-            replace(options, data=str(tmp_path / "small.jsonl"), output_dir=str(tmp_path / "demo")),
-            lambda line: None,
-        )
+        run(replace(options, data=str(tmp_path / "small.jsonl"), output_dir=str(tmp_path / "demo")))

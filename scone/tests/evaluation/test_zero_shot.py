@@ -24,7 +24,7 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def folder(served_model: Path) -> Path:
+def folder(served_model):
     pytest.importorskip("lm_eval")
     return served_model
 
@@ -49,7 +49,7 @@ def log_probability(model: torch.nn.Module, tokenizer, context: str, answer: str
     return sum(float(log_probabilities[i - 1, tokens[0, i]]) for i in range(len(before), tokens.shape[1]))
 
 
-def test_accuracy_equals_the_plain_loop(folder: Path, tmp_path: Path) -> None:
+def test_accuracy_equals_the_plain_loop(folder, tmp_path):
     from scone.inference.loading import load_model
     from scone.tokenization.tokenizers import load_tokenizer
 
@@ -69,9 +69,7 @@ def test_accuracy_equals_the_plain_loop(folder: Path, tmp_path: Path) -> None:
     assert result == TaskResult("arc_easy", right / 8, normalised / 8, pytest.approx(1 / 3), 8)
 
 
-def test_table_and_live_model_agree_on_the_command_line(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_table_and_live_model_agree_on_the_command_line(folder, tmp_path, capsys):
     write_items(tmp_path, "arc_easy_validation", arc_items(list("ABCAB")))
     write_items(tmp_path, "boolq", [{"question": "is the sun hot", "answer": True, "passage": "the sun is hot"}] * 4)
     write_items(tmp_path, "lambada_openai", [{"context": "the sun is", "continuation": "hot"}] * 2)
@@ -94,7 +92,7 @@ def test_table_and_live_model_agree_on_the_command_line(
     assert 0 <= low <= results["boolq"]["accuracy"] <= high <= 1
 
 
-def test_every_task_runs_on_real_items(folder: Path, shared_data: Path) -> None:
+def test_every_task_runs_on_real_items(folder, shared_data):
     from scone.inference.loading import load_model
     from scone.tokenization.tokenizers import load_tokenizer
 
@@ -105,7 +103,7 @@ def test_every_task_runs_on_real_items(folder: Path, shared_data: Path) -> None:
     assert "winogrande" in describe_tasks(results)
 
 
-def test_interval_stays_between_never_and_always() -> None:
+def test_interval_stays_between_never_and_always():
     never = TaskResult("a", 0.0, None, 0.5, 10)
     assert never.accuracy_interval[0] == 0
     assert 0.2 < never.accuracy_interval[1] < 0.35
@@ -118,17 +116,15 @@ def test_interval_stays_between_never_and_always() -> None:
     [
         (["--tasks", "helaswag"], "--tasks: found the unknown task helaswag; did you mean hellaswag"),
         (["--tasks", ","], "--tasks: found no task"),
-        (["--limit", "3"], "found --limit without --tasks"),
-        (["--tasks", "piqa", "--limit", "0"], "--limit: found 0"),
         (["--tasks", "piqa", "--task_data", "nowhere"], "found no data of the task piqa in nowhere"),
     ],
 )
-def test_mistakes_get_one_line(folder: Path, argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_get_one_line(folder, argv, message, capsys):
     assert main(["evaluate", "--model_path", str(folder), "--device", "cpu", *argv]) == 2
     assert message in capsys.readouterr().err
 
 
-def test_an_answer_longer_than_the_model_gets_one_line(folder: Path, tmp_path: Path) -> None:
+def test_an_answer_longer_than_the_model_gets_one_line(folder, tmp_path):
     from scone.tokenization.tokenizers import load_tokenizer
 
     long = {"context": "the sun is", "continuation": "hot" * 100}
@@ -137,7 +133,7 @@ def test_an_answer_longer_than_the_model_gets_one_line(folder: Path, tmp_path: P
         evaluate_tasks(tiny.trunk(), load_tokenizer(folder), ["lambada_openai"], tmp_path)
 
 
-def test_missing_harness_gets_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_harness_gets_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(SconeError, match=r"found no lm-evaluation-harness.*pip install 'scone-lm\[tasks\]'"):
         evaluate_tasks(tiny.trunk(), None, ["piqa"])

@@ -1,4 +1,4 @@
-"""A small slice of benchmarks/fault_injection.py: some kills of the quick jobs, and the scenarios of a moment."""
+"""A slice of benchmarks/fault_injection.py: some kills of every long job, and the scenarios of a moment."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-QUICK_SCENARIOS = (*("file_size_limit_train", "two_at_once_convert", "clock_jumps_tokenise", "read_error"),)
+SCENARIOS = (
+    *("file_size_limit_train", "file_size_limit_precompute", "file_size_limit_count", "two_at_once_convert"),
+    *("two_at_once_tokenise", "two_at_once_precompute", "clock_jumps_tokenise", "read_error"),
+)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("faults")
 
 
@@ -29,18 +31,19 @@ def results(module: str, *arguments: str) -> list[dict]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are watched through Linux's system calls")
-def test_killed_jobs_go_on_to_the_same_bytes(folder: Path) -> None:
+@pytest.mark.parametrize(("jobs", "kills"), [(("tokenise", "convert"), 4), (("count", "precompute", "train"), 1)])
+def test_killed_jobs_go_on_to_the_same_bytes(folder, jobs, kills):
     seed = str(int.from_bytes(os.urandom(2), "little")) if not os.environ.get("CI") else "0"
-    batches = results("kills", "tokenise", "count", "convert", "--kills", "2", "--seed", seed, "--folder", str(folder))
-    assert len(batches) == 3
+    batches = results("kills", *jobs, "--kills", str(kills), "--seed", seed, "--folder", str(folder))
+    assert [batch["job"] for batch in batches] == list(jobs)
     for batch in batches:
         assert not batch["failures"], batch
-        assert sum(batch["kills"].values()) >= 2
+        assert sum(batch["kills"].values()) >= kills
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="read errors come from Linux's /proc")
-def test_other_faults_are_survived(folder: Path) -> None:
-    (outcomes,) = results("scenarios", "--folder", str(folder), "--only", *QUICK_SCENARIOS)
+def test_other_faults_are_survived(folder):
+    (outcomes,) = results("scenarios", "--folder", str(folder), "--only", *SCENARIOS)
     assert outcomes == dict.fromkeys(outcomes, "survived")
-    assert len(outcomes) == len(QUICK_SCENARIOS)
+    assert len(outcomes) == len(SCENARIOS)

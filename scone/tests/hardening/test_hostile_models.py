@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -13,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from scone.inference.loading import load_model
 from scone.scripts.verify import verify
 from scone.tests import tiny
-from scone.tests.hardening.bad_files import Files, files_below
+from scone.tests.hardening.bad_files import files_below
 from scone.tests.hardening.bad_inputs import READ, REFUSED, judge_files
 from scone.tests.hardening.bad_models import MODEL, good_model, use_model
 from scone.tests.hardening.hostile import refused_or_read
@@ -28,7 +27,7 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model") / "final_model"
     good_model(folder)
     return folder
@@ -36,22 +35,29 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", MODEL.kinds)
-def test_bad_model_folders_are_refused_or_read(tmp_path: Path, model: Path, kind: str) -> None:
+def test_bad_model_folders_are_refused_or_read(tmp_path, model, kind):
     good = files_below(model)
     judge = judge_files(MODEL, kind, good, tmp_path / "input")
 
-    @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
     @given(MODEL.kinds[kind](good))
-    def law(files: Files) -> None:
+    def law(files):
         assert judge(files) in (READ, REFUSED)
 
     law()
 
 
-@pytest.mark.parametrize("change", ["missing", "left over"])
-def test_weights_that_do_not_fit_the_configuration_are_refused(tmp_path: Path, model: Path, change: str) -> None:
+@pytest.mark.parametrize("change", ["missing", "left over", "plain"])
+def test_weights_that_do_not_fit_the_configuration_are_refused(tmp_path, model, change):
     """Libraries put random numbers where weights are missing, and drop those that the configuration does not name."""
     folder = tmp_path / "m"
+    if change == "plain":
+        tiny.trunk("gpt2").save_pretrained(folder)
+        config = json.loads((folder / "config.json").read_text()) | {"n_layer": 3, "layer_types": None}
+        (folder / "config.json").write_text(json.dumps(config))
+        with pytest.raises(SconeError, match="no weights for"):
+            load_model(folder, device="cpu")
+        return
     shutil.copytree(model, folder)
     if change == "missing":
         weights = load_file(folder / "model.safetensors")
@@ -65,7 +71,7 @@ def test_weights_that_do_not_fit_the_configuration_are_refused(tmp_path: Path, m
             use(folder)
 
 
-def test_a_tokenizer_with_an_absurd_id_is_refused(tmp_path: Path, model: Path) -> None:
+def test_a_tokenizer_with_an_absurd_id_is_refused(tmp_path, model):
     """The library that writes it out would ask for memory for every number below."""
     folder = tmp_path / "m"
     shutil.copytree(model, folder)
@@ -78,18 +84,8 @@ def test_a_tokenizer_with_an_absurd_id_is_refused(tmp_path: Path, model: Path) -
             use(folder)
 
 
-def test_a_plain_model_with_missing_weights_is_refused(tmp_path: Path) -> None:
-    tiny.trunk("gpt2").save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"n_layer": 3, "layer_types": None}))
-    with pytest.raises(SconeError, match="no weights for"):
-        load_model(tmp_path, device="cpu")
-
-
 @pytest.mark.parametrize("kind", ["scone", "gpt2", "unknown"])
-def test_code_in_a_model_folder_is_not_run(
-    tmp_path: Path, model: Path, kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_code_in_a_model_folder_is_not_run(tmp_path, model, kind, monkeypatch):
     """Not even asked for on the terminal."""
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("somebody was asked whether to run code"))
     folder = tmp_path / "m"
@@ -106,7 +102,7 @@ def test_code_in_a_model_folder_is_not_run(
     assert not (tmp_path / "ran").exists()
 
 
-def test_pickled_weights_are_not_run(tmp_path: Path, model: Path) -> None:
+def test_pickled_weights_are_not_run(tmp_path, model):
     """A folder with pytorch_model.bin instead of safetensors."""
     import os
     import pickle

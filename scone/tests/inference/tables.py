@@ -60,25 +60,6 @@ def small_model(f_gram_model: bool = True, learned_rows: int = 40, seed: int = 0
     return model.eval()
 
 
-class TokenSums:
-    """A model without PyTorch modules, for processes that must start fast: e(node) mixes a sum of token vectors."""
-
-    def __init__(self) -> None:
-        self.vocabulary = small_vocabulary()
-        random = torch.Generator().manual_seed(0)
-        self._tokens = torch.randn(VOCAB_SIZE, 256, generator=random)
-        self._mixing = torch.randn(256, 32, generator=random)
-
-    def embed_nodes(self, nodes: torch.Tensor) -> torch.Tensor:
-        """float32 [n, 32]."""
-        sums = torch.stack([self._tokens[list(self.vocabulary.tokens(node))].sum(0) for node in nodes.tolist()])
-        return sums @ self._mixing
-
-    def table_fingerprints(self) -> dict[str, str]:
-        """Of the vocabulary alone."""
-        return {"vocabulary": self.vocabulary.fingerprint}
-
-
 def write_table(
     path: Path, rows: torch.Tensor, row_type: str = "fp32", group_size: int | None = None, **fingerprints: str
 ) -> RowFormat:

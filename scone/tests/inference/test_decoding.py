@@ -1,8 +1,9 @@
 """Decoding laws: however a sequence is decoded, it is what full forward passes over its bare tokens give.
 
-Models are tiny, random, of all trunk kinds and in double precision, so that no rounding decides between two tokens. The
-reference knows no cache, no padding and no batch. Contrastive search is no longer part of transformers (it became code
-to download); what it does to a cache (repeat, select, crop) is among the operations below.
+Models are tiny, random, of all trunk kinds, live, from a table and over-encoding, and in double precision, so that no
+rounding decides between two tokens. The reference knows no cache, no padding and no batch. Contrastive search is no
+longer part of transformers (it became code to download); what it does to a cache (repeat, select, crop) is among the
+operations below.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from transformers import DynamicCache, NoRepeatNGramLogitsProcessor, StaticCache
 
 from scone.models.language_model import SconeForCausalLM
 from scone.tests import tiny
+from scone.tests.models.test_over_encoding import over_encoding
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -27,19 +29,22 @@ NO_REPEATS = {"no_repeat_ngram_size": 2}  # random models repeat one token for e
 
 kinds = st.sampled_from(list(tiny.TRUNKS))
 parts = st.sampled_from([(True, 40), (True, 0), (False, 40)])  # f-gram model, learned rows
+HASHED = (False, 0)
 lengths = st.integers(2, 4)  # N
 seeds = st.integers(0, 10**6)
 
 
 @cache
-def random_model(kind: str, parts: tuple[bool, int], max_n: int, served: bool) -> SconeForCausalLM:
+def random_model(kind: str, parts: tuple[bool, int], max_n: int, served: bool) -> Any:
+    if parts == HASHED:
+        return over_encoding(kind).double()
     model = tiny.scone(kind, f_gram_model=parts[0], learned_rows=parts[1], max_n=max_n, min_freq=1)
     if served:
         model.attach_table(tiny.RowsInMemory(model))
     return model.double()
 
 
-models = st.builds(random_model, kinds, parts, lengths, st.booleans())
+models = st.builds(random_model, kinds, parts | st.just(HASHED), lengths, st.booleans())
 
 
 def rows_of(seed: int, lengths: list[int]) -> list[list[int]]:

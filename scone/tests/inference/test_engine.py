@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import threading
 from pathlib import Path
@@ -14,7 +15,6 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from scone.evaluation.perplexity import perplexity
 from scone.inference.engine import GenerationOptions, SconeInferenceEngine
 from scone.inference.loading import LoadedModel, choose_device, load_model
 from scone.inference.precompute import precompute_table
@@ -24,29 +24,11 @@ from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 from scone.tokenization.tokenizers import train_tokenizer
 from scone.utils.errors import SconeError
 
-WORDS = [
-    "<|endoftext|>",
-    "the",
-    "a",
-    "cat",
-    "dog",
-    "sat",
-    "ran",
-    "on",
-    "under",
-    "mat",
-    "hill",
-    "and",
-    "then",
-    "it",
-    "slept",
-    ".",
-    ",",
-]
+WORDS = "<|endoftext|> the a cat dog sat ran on under mat hill and then it slept . ,".split()  # noqa: SIM905
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer():
     backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="."))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
@@ -62,16 +44,14 @@ def tiny_model(positions: int = 64) -> GPT2LMHeadModel:
 
 
 @pytest.fixture(scope="module")
-def engine(tokenizer: PreTrainedTokenizerFast) -> SconeInferenceEngine:
+def engine(tokenizer):
     return SconeInferenceEngine(LoadedModel(tiny_model(), None, None), tokenizer)
 
 
 PROMPTS = ["the cat", "a dog ran under the hill and then", "it"]
 
 
-def test_a_text_that_begins_with_the_end_of_another_brings_no_warning(
-    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_text_that_begins_with_the_end_of_another_brings_no_warning(tokenizer, tmp_path, monkeypatch):
     """transformers takes that token for padding, and leaves masks of ones out."""
     tiny = tiny_model()
     tiny.config.pad_token_id = 0
@@ -88,9 +68,7 @@ def test_a_text_that_begins_with_the_end_of_another_brings_no_warning(
 
 @pytest.mark.parametrize("num_beams", [1, 3])
 @pytest.mark.parametrize("positions", [64, 20])
-def test_batched_generation_equals_one_prompt_at_a_time(
-    tokenizer: PreTrainedTokenizerFast, num_beams: int, positions: int
-) -> None:
+def test_batched_generation_equals_one_prompt_at_a_time(tokenizer, num_beams, positions):
     """With 20 positions the padded batch would not fit, though every prompt does."""
     engine = SconeInferenceEngine(LoadedModel(tiny_model(positions), None, None), tokenizer)
     options = GenerationOptions(max_length=20, num_beams=num_beams)
@@ -107,7 +85,7 @@ def test_batched_generation_equals_one_prompt_at_a_time(
     assert "tokens/s" in str(stats)
 
 
-def test_sampling_is_repeatable_and_leaves_the_global_generator_alone(engine: SconeInferenceEngine) -> None:
+def test_sampling_is_repeatable_and_leaves_the_global_generator_alone(engine):
     options = GenerationOptions(max_length=16, do_sample=True, temperature=0.7, top_p=0.9, num_return_sequences=3)
     state = torch.get_rng_state()
     first, _ = engine.generate("the cat", options)
@@ -118,18 +96,22 @@ def test_sampling_is_repeatable_and_leaves_the_global_generator_alone(engine: Sc
     assert len(first[0].texts) == 3
 
 
-def test_min_length_holds_for_every_prompt(engine: SconeInferenceEngine) -> None:
+def test_min_length_holds_for_every_prompt(engine):
     generations, _ = engine.generate(PROMPTS, GenerationOptions(max_length=30, min_length=25))
     assert all(len(generation.token_ids[0]) >= 25 for generation in generations)
 
 
-def test_padding_is_no_repetition(engine: SconeInferenceEngine) -> None:
-    options = GenerationOptions(max_length=20, repetition_penalty=1.5)
+def test_padding_is_no_repetition(tokenizer):
+    """Even where it is the token that the model would say next."""
+    engine = SconeInferenceEngine(LoadedModel(tiny_model(), None, None), copy.deepcopy(tokenizer))
+    options = GenerationOptions(max_length=20, repetition_penalty=10.0)
+    first = engine.generate("it", options)[0][0].token_ids[0][1]
+    engine.tokenizer.pad_token = WORDS[first]
     for generation in engine.generate(PROMPTS, options)[0]:
         assert engine.generate(generation.prompt, options)[0] == [generation]
 
 
-def test_max_new_tokens_wins_over_max_length(engine: SconeInferenceEngine) -> None:
+def test_max_new_tokens_wins_over_max_length(engine):
     generations, _ = engine.generate("the cat", GenerationOptions(max_length=3, max_new_tokens=5, min_length=7))
     assert len(generations[0].token_ids[0]) == 7
 
@@ -145,30 +127,19 @@ def test_max_new_tokens_wins_over_max_length(engine: SconeInferenceEngine) -> No
         ("the cat sat", {"max_new_tokens": 62}, "the model has 64 positions"),
     ],
 )
-def test_prompts_that_cannot_be_continued_are_refused(
-    engine: SconeInferenceEngine, prompts: str | list[str], options: dict[str, int], message: str
-) -> None:
+def test_prompts_that_cannot_be_continued_are_refused(engine, prompts, options, message):
     with pytest.raises(SconeError, match=message):
         engine.generate(prompts, GenerationOptions(**options))
 
 
-def test_tokens_outside_the_vocabulary_are_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_tokens_outside_the_vocabulary_are_refused(tokenizer):
     config = GPT2Config(vocab_size=3, n_embd=8, n_layer=1, n_head=1, n_positions=32, bos_token_id=0, eos_token_id=0)
     engine = SconeInferenceEngine(LoadedModel(GPT2LMHeadModel(config).eval(), None, None), tokenizer)
     with pytest.raises(SconeError, match="found token 4 in the prompt; the model's vocabulary has 3 tokens"):
         engine.generate("the dog", GenerationOptions(max_length=10))
 
 
-def test_plain_model_folder_loads_and_generates(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    tiny_model().save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    engine = SconeInferenceEngine.from_pretrained(tmp_path, device="cpu", quantization="fp16")
-    assert engine.loaded.quantization is not None
-    generations, _ = engine.generate("the cat", GenerationOptions(max_length=10))
-    assert len(generations[0].texts) == 1
-
-
-def test_what_is_not_a_model_is_refused(tmp_path: Path) -> None:
+def test_what_is_not_a_model_is_refused(tmp_path):
     with pytest.raises(SconeError, match="found no folder"):
         load_model(tmp_path / "missing")
     with pytest.raises(SconeError, match=r"found no config\.json"):
@@ -183,15 +154,12 @@ def test_what_is_not_a_model_is_refused(tmp_path: Path) -> None:
         load_model(tmp_path)
     with pytest.raises(SconeError, match="cannot load a causal language model from no-such-model"):
         load_model("no-such-model")
-
-
-def test_table_for_a_plain_model_is_refused(tmp_path: Path) -> None:
-    tiny_model().save_pretrained(tmp_path)
+    tiny_model().save_pretrained(tmp_path / "plain")
     with pytest.raises(SconeError, match="a model without f-grams"):
-        load_model(tmp_path, table_path=tmp_path / "embeddings.cache")
+        load_model(tmp_path / "plain", table_path=tmp_path / "embeddings.cache")
 
 
-def test_unknown_devices_are_refused() -> None:
+def test_unknown_devices_are_refused():
     for device in ("warp", "cuda:99"):
         with pytest.raises(SconeError, match="use --device cpu"):
             choose_device(device)
@@ -215,7 +183,7 @@ def tiny_scone(folder: Path, tokenizer: PreTrainedTokenizerFast, seed: int = 0) 
     return folder
 
 
-def test_table_model_equals_live_model(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_table_model_equals_live_model(tmp_path, tokenizer):
     folder = tiny_scone(tmp_path, tokenizer)
     live = SconeInferenceEngine.from_pretrained(folder, device="cpu")
     served = SconeInferenceEngine.from_pretrained(folder, folder / "embeddings.cache", device="cpu")
@@ -223,12 +191,9 @@ def test_table_model_equals_live_model(tmp_path: Path, tokenizer: PreTrainedToke
     assert served.generate(PROMPTS, options)[0] == live.generate(PROMPTS, options)[0]
     assert served.generate(PROMPTS[0])[1].table_bytes == 4 * 32 * 4
     assert served.model.f_gram_embedding is None, "a served model holds no f-gram model"
-    tokens = np.array([1, 3, 5, 2, 4, 0, 1, 3])
-    by_live, by_table = (perplexity(engine.model, tokens, 8, quiet=True).loss for engine in (live, served))
-    assert by_table == pytest.approx(by_live, abs=1e-6)
 
 
-def test_table_of_another_model_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_table_of_another_model_is_refused(tmp_path, tokenizer):
     folder = tiny_scone(tmp_path / "this", tokenizer)
     other = tiny_scone(tmp_path / "other", tokenizer, seed=1)
     with pytest.raises(SconeError, match="the table of another model"):
@@ -237,21 +202,18 @@ def test_table_of_another_model_is_refused(tmp_path: Path, tokenizer: PreTrained
         load_model(folder, tmp_path / "missing.cache", device="cpu")
 
 
-@pytest.mark.parametrize("with_table", [False, True])
-@pytest.mark.parametrize("quantization", ["fp16", "int8"])
-def test_quantised_scone_generates(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, quantization: str, with_table: bool
-) -> None:
+def test_quantised_scone_generates(tmp_path, tokenizer):
+    """Live in int8, from the table in fp16 (that trunks stay the same function: test_quantization)."""
     pytest.importorskip("bitsandbytes")
     folder = tiny_scone(tmp_path, tokenizer)
-    table = folder / "embeddings.cache" if with_table else None
-    engine = SconeInferenceEngine.from_pretrained(folder, table, quantization=quantization, device="cpu")
-    assert engine.loaded.quantization is not None
-    assert engine.loaded.quantization.bytes_after < engine.loaded.quantization.bytes_before
-    assert len(engine.generate(PROMPTS, GenerationOptions(max_length=20))[0]) == 3
+    for quantization, table in (("int8", None), ("fp16", folder / "embeddings.cache")):
+        engine = SconeInferenceEngine.from_pretrained(folder, table, quantization=quantization, device="cpu")
+        assert engine.loaded.quantization is not None
+        assert engine.loaded.quantization.bytes_after < engine.loaded.quantization.bytes_before
+        assert len(engine.generate(PROMPTS, GenerationOptions(max_length=20))[0]) == 3
 
 
-def test_streamed_text_equals_generated_text(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_streamed_text_equals_generated_text(tmp_path, tokenizer):
     folder = tiny_scone(tmp_path, tokenizer)
     engine = SconeInferenceEngine.from_pretrained(folder, folder / "embeddings.cache", device="cpu")
     for options in (GenerationOptions(max_length=24), GenerationOptions(max_length=24, do_sample=True, seed=3)):
@@ -261,21 +223,21 @@ def test_streamed_text_equals_generated_text(tmp_path: Path, tokenizer: PreTrain
             assert prompt + "".join(pieces) == engine.generate(prompt, options)[0][0].texts[0]
 
 
-def test_streams_are_refused_before_they_start(engine: SconeInferenceEngine) -> None:
+def test_streams_are_refused_before_they_start(engine):
     with pytest.raises(SconeError, match="found an empty prompt"):
         engine.stream("")
     with pytest.raises(SconeError, match="found 2 beams"):
         engine.stream("the cat", GenerationOptions(num_beams=2))
 
 
-def test_a_stream_that_nobody_reads_on_ends(engine: SconeInferenceEngine) -> None:
+def test_a_stream_that_nobody_reads_on_ends(engine):
     pieces = engine.stream("the cat", GenerationOptions(max_length=60))
     next(pieces)
     pieces.close()  # waits for the thread that generates
     assert not [thread for thread in threading.enumerate() if thread.name == "scone-stream"]
 
 
-def test_rows_end_at_their_own_limits_and_stop_strings(engine: SconeInferenceEngine) -> None:
+def test_rows_end_at_their_own_limits_and_stop_strings(engine):
     options = GenerationOptions(max_length=40)
     whole = [engine.generate(prompt, options)[0][0] for prompt in PROMPTS]
     rows = [engine.sequence(prompt, options) for prompt in PROMPTS]
@@ -296,7 +258,7 @@ def test_rows_end_at_their_own_limits_and_stop_strings(engine: SconeInferenceEng
     seed=st.integers(0, 99),
     stop=st.text("ab\U0001f600é", max_size=2),
 )
-def test_pieces_of_text_are_the_text(byte_tokenizer: PreTrainedTokenizerFast, text: str, seed: int, stop: str) -> None:
+def test_pieces_of_text_are_the_text(byte_tokenizer, text, seed, stop):
     """Characters of several tokens included; nothing of a stop string or after it is passed on."""
     prompt, ids = byte_tokenizer("bé ").input_ids, byte_tokenizer(text).input_ids
     ids += np.random.default_rng(seed).integers(1, 200, 5).tolist()  # bytes that are no characters
@@ -310,11 +272,11 @@ def test_pieces_of_text_are_the_text(byte_tokenizer: PreTrainedTokenizerFast, te
 
 
 @pytest.fixture(scope="module")
-def byte_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerFast:
+def byte_tokenizer(tmp_path_factory):
     return train_tokenizer(iter(["ab é ab \U0001f600 ab"] * 9), 280, tmp_path_factory.mktemp("tokenizer"))
 
 
-def test_stats_count_what_was_read(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_stats_count_what_was_read(tmp_path, tokenizer):
     folder = tiny_scone(tmp_path, tokenizer)
     engine = SconeInferenceEngine.from_pretrained(folder, folder / "embeddings.cache", device="cpu")
     prompts = ["a cat sat on", "the cat sat"]  # one token of padding

@@ -1,14 +1,11 @@
-"""A table holds the live model's rows, however often precomputing was killed and however it was split."""
+"""A table holds the live model's rows, however precomputing was split, and wherever it was cut off.
+
+Real processes are killed at random moments, with all long jobs, in hardening/.
+"""
 
 from __future__ import annotations
 
-import itertools
 import os
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,136 +18,100 @@ from scone.inference.row_types import ROW_TYPES, RowFormat
 from scone.inference.table_check import verify_table
 from scone.inference.table_format import TableLayout
 from scone.inference.table_writer import TablePlan, TableWriter
-from scone.tests.inference.tables import VOCAB_SIZE, TokenSums, small_model
+from scone.tests.inference.tables import VOCAB_SIZE, small_model
 from scone.utils.errors import SconeError
 
+NUM_ROWS = 354
+QUICK = {"batch_size": 1, "quiet": True}
 
-def _live(model: object) -> torch.Tensor:
-    return model.embed_nodes(torch.arange(model.vocabulary.num_f_grams) + VOCAB_SIZE)
+
+def live_rows(model) -> torch.Tensor:
+    return model.embed_nodes(torch.arange(NUM_ROWS) + VOCAB_SIZE)
 
 
 @pytest.fixture(autouse=True)
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Eleven chunks for the small vocabulary's 354 f-grams."""
+def small_chunks(monkeypatch):
+    """Eleven chunks for the small vocabulary's f-grams."""
     monkeypatch.setattr(precompute, "ROWS_PER_BATCH_UNIT", 33)
 
 
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "embeddings.cache"
+
+
 @pytest.mark.parametrize(("f_gram_model", "learned_rows"), [(True, 0), (False, 40), (True, 40)])
-def test_table_row_equals_live_model(tmp_path: Path, f_gram_model: bool, learned_rows: int) -> None:
-    """Every f-gram's row, for each kind of input embedding."""
+def test_table_row_equals_live_model(path, f_gram_model, learned_rows):
+    """Every f-gram's row, for each kind of input embedding; and whose rows they are."""
     model = small_model(f_gram_model, learned_rows)
-    path = tmp_path / "embeddings.cache"
-    assert precompute_table(model, path, batch_size=1, quiet=True)
+    assert precompute_table(model, path, **QUICK)
     with EmbeddingTable.open(path, expected_fingerprints=model.table_fingerprints()) as table:
-        torch.testing.assert_close(table.rows(torch.arange(table.num_rows)), _live(model), rtol=1e-5, atol=1e-6)
-    assert verify_table(path, model).sampled_rows == 354
-    assert os.listdir(tmp_path) == ["embeddings.cache"]
+        assert {name: table.fingerprints[name] for name in ("weights", "vocabulary")} == model.table_fingerprints()
+        torch.testing.assert_close(table.rows(torch.arange(NUM_ROWS)), live_rows(model), rtol=1e-5, atol=1e-6)
+    assert verify_table(path, model).sampled_rows == NUM_ROWS
+    assert os.listdir(path.parent) == ["embeddings.cache"]
 
 
 @pytest.mark.parametrize("placement", ["ram", "mmap", "direct", "ram:100,disk"])
-def test_table_model_equals_live_model(tmp_path: Path, placement: str) -> None:
+@torch.no_grad()
+def test_table_model_equals_live_model(path, placement):
     """Logits, with padding, from the table as from the live layer."""
     model = small_model()
-    path = tmp_path / "embeddings.cache"
     precompute_table(model, path, quiet=True)
     random = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, VOCAB_SIZE, (3, 30), generator=random) // 3  # the frequent tokens, so that much matches
     mask = torch.ones_like(tokens)
     mask[1, :7] = 0
-    with torch.no_grad():
-        live = model(tokens, attention_mask=mask).logits
-        with EmbeddingTable.open(path, placement) as table:
-            model.attach_table(table)
-            served = model(tokens, attention_mask=mask).logits
+    live = model(tokens, attention_mask=mask).logits
+    with EmbeddingTable.open(path, placement) as table:
+        model.attach_table(table)
+        served = model(tokens, attention_mask=mask).logits
     assert (model.match(tokens) >= VOCAB_SIZE).mean() > 0.3
     torch.testing.assert_close(served, live, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("row_type", ROW_TYPES)
-def test_precompute_split_over_ranks_equals_precompute_in_one_go(tmp_path: Path, row_type: str) -> None:
+def test_precompute_split_or_resumed_equals_precompute_in_one_go(tmp_path, row_type):
     """Any number of ranks, in any order of finishing, even where the number changes in between; any threads."""
-    model = small_model()
-    whole, split = tmp_path / "whole", tmp_path / "split"
-    assert precompute_table(model, whole, row_type=row_type, batch_size=1, quiet=True)
-    assert not precompute_table(model, split, row_type=row_type, batch_size=1, rank=2, world_size=3, quiet=True)
-    assert not precompute_table(model, split, row_type=row_type, batch_size=1, rank=0, world_size=2, quiet=True)
+    model, whole, split = small_model(), tmp_path / "whole", tmp_path / "split"
+    assert precompute_table(model, whole, row_type=row_type, **QUICK)
+    assert not precompute_table(model, split, row_type=row_type, rank=2, world_size=3, **QUICK)
+    assert not precompute_table(model, split, row_type=row_type, rank=0, world_size=2, **QUICK)
     assert not split.exists()
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
-        assert precompute_table(model, split, row_type=row_type, batch_size=1, rank=1, world_size=2, quiet=True)
+        assert precompute_table(model, split, row_type=row_type, rank=1, world_size=2, **QUICK)
     finally:
         torch.set_num_threads(threads)
     assert split.read_bytes() == whole.read_bytes()
 
 
-def _worker(path: Path, row_type: str, rank: int, world_size: int, seconds: float) -> subprocess.Popen:
-    arguments = [str(path), row_type, str(rank), str(world_size), str(seconds)]
-    command = [sys.executable, "-m", "scone.tests.inference.precompute_worker", *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-@pytest.mark.slow
-def test_precompute_split_or_resumed_equals_precompute_in_one_go(tmp_path: Path) -> None:
-    """Two real processes, killed with SIGKILL at two moments of their work, then let finish."""
-    whole, path = tmp_path / "whole", tmp_path / "embeddings.cache"
-    precompute_table(TokenSums(), whole, row_type="int8", batch_size=1, quiet=True)
-    for chunks_before_kill in (1, 5):
-        workers = [_worker(path, "int8", rank, 2, 0.2) for rank in (0, 1)]
-        while _listed(path) < chunks_before_kill:
-            time.sleep(0.01)
-            assert all(worker.poll() is None for worker in workers)
-        for worker in workers:
-            worker.send_signal(signal.SIGKILL)
-            worker.communicate()
-        assert not path.exists()
-        assert chunks_before_kill <= _listed(path) < 11
-    workers = [_worker(path, "int8", rank, 2, 0.0) for rank in (0, 1)]
-    outputs = [worker.communicate(timeout=120) for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0], outputs
-    assert "going on with" in outputs[0][1]
-    assert path.read_bytes() == whole.read_bytes()
-    assert sorted(os.listdir(tmp_path)) == ["embeddings.cache", "whole"]
-
-
-def _listed(path: Path) -> int:
-    """Chunks that the unfinished table lists as finished."""
-    return sum(len(journal.read_text().split()) for journal in path.parent.glob(f"{path.name}.part/done-*.txt"))
-
-
-def test_killed_between_any_two_steps_it_goes_on(tmp_path: Path) -> None:
-    """The states that a kill can leave: no plan yet, a torn line in the list, everything but the rename done."""
-    model = small_model()
-    whole = tmp_path / "whole"
-    precompute_table(model, whole, batch_size=1, quiet=True)
-    plan = precompute._plan(model, "fp32", None, 33, "fp32")
-    for number, state in enumerate(("empty folder", "no plan", "torn line", "all listed", "folder left behind")):
-        path = tmp_path / f"{number}"
-        folder = tmp_path / f"{number}.part"
-        if state in ("empty folder", "no plan"):
-            folder.mkdir()
-            if state == "no plan":
-                (folder / "table").write_bytes(b"x")
-        elif state in ("torn line", "all listed"):
-            assert not precompute_table(model, path, batch_size=1, rank=1, world_size=2, quiet=True)
-            if state == "torn line":
-                with (folder / "done-1.txt").open("a") as journal:
-                    journal.write("1")  # the beginning of "10\n"
-            else:
-                with TableWriter(path, plan) as writer:
-                    precompute._compute_chunks(model, writer, "fp32", 0, 1, quiet=True)
-        else:
+@pytest.mark.parametrize("state", ["empty folder", "no plan", "torn line", "folder left behind"])
+def test_cut_off_between_any_two_steps_it_goes_on(tmp_path, path, state):
+    model, whole, folder = small_model(), tmp_path / "whole", path.with_name(path.name + ".part")
+    precompute_table(model, whole, **QUICK)
+    ranks = {"rank": 0, "world_size": 1}
+    if state == "torn line":
+        ranks["world_size"] = 2  # so that nobody else does what this rank's list does not say
+        journal = folder / "done-1.txt"
+        assert not precompute_table(model, path, rank=1, world_size=2, **QUICK)
+        journal.write_bytes(journal.read_bytes()[:-1])  # the last line without its end
+        assert not precompute_table(model, path, rank=1, world_size=2, **QUICK)
+    else:
+        folder.mkdir()
+        if state == "no plan":
+            (folder / "table").write_bytes(b"x")
+        elif state == "folder left behind":
             path.write_bytes(whole.read_bytes())
-            folder.mkdir()
-        assert precompute_table(model, path, batch_size=1, quiet=True), state
-        assert path.read_bytes() == whole.read_bytes(), state
-        assert not folder.exists(), state
+    assert precompute_table(model, path, **ranks, **QUICK)
+    assert path.read_bytes() == whole.read_bytes()
+    assert not folder.exists()
 
 
-def test_an_unfinished_table_of_another_model_is_started_over(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    path = tmp_path / "embeddings.cache"
-    assert not precompute_table(small_model(), path, batch_size=1, world_size=2)
+def test_an_unfinished_table_of_another_model_is_started_over(path, capsys):
     other = small_model(seed=1)
+    assert not precompute_table(small_model(), path, batch_size=1, world_size=2)
     assert precompute_table(other, path, batch_size=1)
     assert "starting over" in (notices := capsys.readouterr().err)
     assert "fingerprints.weights" in notices
@@ -159,10 +120,8 @@ def test_an_unfinished_table_of_another_model_is_started_over(tmp_path: Path, ca
         verify_table(path, small_model())
 
 
-def test_a_finished_table_is_kept_or_replaced_but_nothing_else_is(
-    tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    model, path = small_model(), tmp_path / "embeddings.cache"
+def test_a_finished_table_is_kept_or_replaced_but_nothing_else_is(path, capsys):
+    model = small_model()
     precompute_table(model, path)
     before = path.stat().st_ino
     assert precompute_table(model, path)
@@ -177,77 +136,51 @@ def test_a_finished_table_is_kept_or_replaced_but_nothing_else_is(
     assert path.read_text() == "my thesis"
 
 
-def test_two_runs_with_other_settings_do_not_mix(tmp_path: Path) -> None:
-    model, path = small_model(), tmp_path / "embeddings.cache"
-    plan = precompute._plan(model, "fp32", None, 33, "fp32")
-    with (
-        TableWriter(path, plan),
-        pytest.raises(SconeError, match=r"another process .* \(row_type fp32 instead of int8"),
-    ):
-        precompute_table(model, path, row_type="int8", batch_size=1, quiet=True)
-    assert precompute_table(model, path, batch_size=1, quiet=True)
+def plan_of(model, tmp_path) -> TablePlan:
+    """What a run with one chunk writes."""
+    precompute_table(model, tmp_path / "plan", quiet=True)
+    return TablePlan(verify_table(tmp_path / "plan").layout, 1, {})
 
 
-def test_a_disk_too_small_is_said_before_any_work(tmp_path: Path) -> None:
+def test_two_runs_with_other_settings_do_not_mix(tmp_path, path):
+    model = small_model()
+    refusal = pytest.raises(SconeError, match=r"another process .* \(.*row_type fp32 instead of int8")
+    with TableWriter(path, plan_of(model, tmp_path)), refusal:
+        precompute_table(model, path, row_type="int8", **QUICK)
+    assert precompute_table(model, path, **QUICK)
+
+
+def test_a_disk_too_small_is_said_before_any_work(path):
     layout = TableLayout(1 << 45, RowFormat.of("fp32", 1024))
     with pytest.raises(SconeError, match=r"of free disk space .*; expected 131073.0 TiB; free some space"):
-        TableWriter(tmp_path / "embeddings.cache", TablePlan(layout, 1, {}))
-    assert not os.listdir(tmp_path)
+        TableWriter(path, TablePlan(layout, 1, {}))
+    assert not os.listdir(path.parent)
 
 
-def test_a_disk_that_fills_up_is_one_line_and_the_work_is_kept(tmp_path: Path) -> None:
-    """A size limit stands for the full disk: writing fails in the same way, in a process of its own."""
-    path = tmp_path / "embeddings.cache"
-    script = (
-        "import resource, signal, sys\n"
-        "from scone.inference.precompute import precompute_table\n"
-        "from scone.tests.inference.tables import TokenSums\n"
-        "from scone.utils.command_line import run_main\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n"
-        "sys.exit(run_main(lambda argv: precompute_table(TokenSums(), argv[0], quiet=True), sys.argv[1:]))\n"
-    )
-    command = [sys.executable, "-c", script, str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert "found no room for the table in" in done.stderr.strip().splitlines()[-1]
-    assert precompute_table(TokenSums(), path, quiet=True)
-
-
-def test_a_model_that_diverged_is_refused(tmp_path: Path) -> None:
+def test_a_model_that_diverged_is_refused(path):
     model = small_model()
     with torch.no_grad():
         model.f_gram_embedding.gain[3] = float("nan")
     with pytest.raises(SconeError, match="not finite"):
-        precompute_table(model, tmp_path / "embeddings.cache", quiet=True)
+        precompute_table(model, path, quiet=True)
 
 
-def test_half_precision_rows_are_near_and_say_so(tmp_path: Path) -> None:
-    model, path = small_model(), tmp_path / "embeddings.cache"
+def test_half_precision_rows_are_near_and_say_so(path):
+    model = small_model()
     precompute_table(model, path, compute_dtype="bf16", quiet=True)
     assert verify_table(path, model).layout.compute_dtype == "bf16"
     with EmbeddingTable.open(path) as table:
-        assert not torch.equal(table.rows(torch.arange(354)), _live(model))
+        assert not torch.equal(table.rows(torch.arange(NUM_ROWS)), live_rows(model))
 
 
-def test_a_row_that_is_not_the_models_is_found(tmp_path: Path) -> None:
+def test_a_row_that_is_not_the_models_is_found(tmp_path, path):
     """Checksums fit, fingerprints fit, and yet a row is wrong: only the live model can tell."""
-    model, path = small_model(), tmp_path / "embeddings.cache"
-    rows = _live(model)
+    model = small_model()
+    rows = live_rows(model)
     rows[17] *= 1.01
-    row_format = RowFormat.of("fp32", 32)
-    layout = precompute._plan(model, "fp32", None, 33, "fp32").layout
-    with TableWriter(path, TablePlan(layout, 1, {})) as writer:
-        writer.write(np.arange(354), row_format.encode(rows))
+    with TableWriter(path, plan_of(model, tmp_path)) as writer:
+        writer.write(np.arange(NUM_ROWS), RowFormat.of("fp32", 32).encode(rows))
         writer.mark_finished(0)
         writer.finish()
     with pytest.raises(SconeError, match=r"row 17 of .* differs from the model's"):
         verify_table(path, model)
-
-
-def test_fingerprints_are_those_of_the_model(tmp_path: Path) -> None:
-    for number, model in enumerate(itertools.islice((small_model(seed=seed) for seed in itertools.count()), 2)):
-        path = tmp_path / str(number)
-        precompute_table(model, path, quiet=True)
-        with EmbeddingTable.open(path) as table:
-            assert {name: table.fingerprints[name] for name in ("weights", "vocabulary")} == model.table_fingerprints()

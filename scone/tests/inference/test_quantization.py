@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import builtins
 import copy
+import sys
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from scone.inference.quantization import HalfStorageLinear, computes_in_fp16, model_bytes, quantize_trunk
@@ -18,25 +18,27 @@ from scone.utils.errors import SconeError
 EXPECTED = {"fp16": (0.01, 0.5), "int8": (0.05, 0.27), "int4": (0.3, 0.15)}
 
 
+def llama(**sizes):
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4} | sizes
+    return LlamaForCausalLM(LlamaConfig(vocab_size=50, **sizes)).eval()
+
+
 @pytest.fixture(params=["gpt2", "llama"])
-def model(request: pytest.FixtureRequest) -> PreTrainedModel:
+def model(request):
     torch.manual_seed(0)
-    if request.param == "gpt2":
-        return GPT2LMHeadModel(
-            GPT2Config(vocab_size=50, n_embd=128, n_layer=2, n_head=4, n_positions=32, bos_token_id=0, eos_token_id=0)
-        ).eval()
-    return LlamaForCausalLM(
-        LlamaConfig(vocab_size=50, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4)
-    ).eval()
+    if request.param == "llama":
+        return llama()
+    sizes = {"n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 32, "bos_token_id": 0, "eos_token_id": 0}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=50, **sizes)).eval()
 
 
-def layer_bytes(model: PreTrainedModel) -> int:
+def layer_bytes(model) -> int:
     """Everything but the token embeddings."""
     return model_bytes(model) - model_bytes(model.get_input_embeddings())
 
 
 @pytest.mark.parametrize("quantization", ["fp16", "int8", "int4"])
-def test_quantised_trunk_is_smaller_and_close(model: PreTrainedModel, quantization: str) -> None:
+def test_quantised_trunk_is_smaller_and_close(model, quantization):
     pytest.importorskip("bitsandbytes")
     input_ids = torch.randint(0, 50, (2, 20))
     quantised = copy.deepcopy(model)
@@ -54,67 +56,43 @@ def test_quantised_trunk_is_smaller_and_close(model: PreTrainedModel, quantizati
     assert generated.shape == (2, 24)
 
 
-def test_half_storage_equals_the_linear_layer_with_rounded_weights() -> None:
+def test_half_storage_equals_the_linear_layer_with_rounded_weights():
     torch.manual_seed(0)
-    layer = torch.nn.Linear(8, 5)
+    layer, x = torch.nn.Linear(8, 5), torch.randn(3, 8)
     stored = HalfStorageLinear(layer.weight, layer.bias)
-    x = torch.randn(3, 8)
     assert torch.equal(stored(x), torch.nn.functional.linear(x, layer.weight.half().float(), layer.bias))
     assert stored.weight.dtype == torch.float16
 
 
-def test_processors_without_fp16_store_in_fp16(monkeypatch: pytest.MonkeyPatch, model: PreTrainedModel) -> None:
-    monkeypatch.setattr("scone.inference.quantization.computes_in_fp16", lambda device: False)
-    quantised = copy.deepcopy(model)
-    report = quantize_trunk(quantised, "fp16")
-    assert "no fp16" in report.computes_in
-    assert layer_bytes(quantised) < 0.55 * layer_bytes(model)
-    input_ids = torch.randint(0, 50, (2, 20))
-    with torch.no_grad():
-        torch.testing.assert_close(quantised(input_ids).logits, model(input_ids).logits, atol=2e-3, rtol=0)
-
-
-def test_a_trunk_in_fp16_takes_a_live_f_gram_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The f-gram model stays as it is, and its width is not the trunk's: both of its maps are fp32."""
-    monkeypatch.setattr("scone.inference.quantization.computes_in_fp16", lambda device: True)
+@pytest.mark.parametrize("computes", [False, True])
+@torch.no_grad()
+def test_fp16_with_a_live_f_gram_model_on_processors_with_fp16_and_without(monkeypatch, computes):
+    """Without, it is stored in fp16. The f-gram model stays as it is, and its width is not the trunk's."""
+    monkeypatch.setattr("scone.inference.quantization.computes_in_fp16", lambda device: computes)
+    assert computes_in_fp16(torch.device("cuda"))
     live = small_model()
     quantised = copy.deepcopy(live)
-    quantize_trunk(quantised, "fp16")
+    report = quantize_trunk(quantised, "fp16")
+    assert ("no fp16" in report.computes_in) == (not computes)
+    assert layer_bytes(quantised.trunk) < 0.6 * layer_bytes(live.trunk)
     input_ids = torch.randint(0, 23, (2, 20), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        found = quantised(input_ids).logits
-        torch.testing.assert_close(found.float(), live(input_ids).logits, atol=2e-2, rtol=0)
+    torch.testing.assert_close(quantised(input_ids).logits.float(), live(input_ids).logits, atol=2e-2, rtol=0)
 
 
-def test_accelerators_compute_in_fp16() -> None:
-    assert computes_in_fp16(torch.device("cuda"))
-
-
-def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, model: PreTrainedModel) -> None:
-    real_import = builtins.__import__
-
-    def without_bitsandbytes(name: str, *args: object, **kwargs: object) -> object:
-        if name == "bitsandbytes":
-            raise ImportError(name)
-        return real_import(name, *args, **kwargs)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(builtins, "__import__", without_bitsandbytes)
-    with pytest.raises(SconeError, match=r'pip install "scone-lm\[quantization\]"'):
-        quantize_trunk(model, "int4")
-
-
-def test_unknown_quantization_is_refused(model: PreTrainedModel) -> None:
+def test_what_cannot_be_quantised_is_said(monkeypatch):
     with pytest.raises(SconeError, match="found quantization 'int3'; expected one of fp16, int8, int4"):
-        quantize_trunk(model, "int3")
+        quantize_trunk(llama(), "int3")
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(SconeError, match=r'pip install "scone-lm\[quantization\]"'):
+        quantize_trunk(llama(), "int4")
 
 
-def test_layers_that_int4_cannot_hold_are_left_alone() -> None:
+def test_layers_that_int4_cannot_hold_are_left_alone():
     pytest.importorskip("bitsandbytes")
-    config = {"vocab_size": 50, "num_hidden_layers": 1, "num_attention_heads": 2}
-    odd = LlamaForCausalLM(LlamaConfig(hidden_size=64, intermediate_size=72, **config)).eval()
+    odd = llama(hidden_size=64, intermediate_size=72, num_hidden_layers=1, num_attention_heads=2)
     report = quantize_trunk(odd, "int4")
     assert (report.num_layers, report.num_left) == (4, 3)
     assert "3 left as they were" in str(report)
     assert odd(torch.randint(0, 50, (1, 8))).logits.isfinite().all()
     with pytest.raises(SconeError, match="use int8"):
-        quantize_trunk(LlamaForCausalLM(LlamaConfig(hidden_size=32, intermediate_size=32, **config)), "int4")
+        quantize_trunk(llama(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2), "int4")

@@ -21,7 +21,7 @@ FINITE = st.floats(-(2.0**100), 2.0**100, width=32)
     row_type=st.sampled_from(["int8", "int4"]),
     group_size=st.sampled_from([2, 4, 10, 64]),
 )
-def test_dequantised_error_is_within_half_a_step(rows: np.ndarray, row_type: str, group_size: int) -> None:
+def test_dequantised_error_is_within_half_a_step(rows, row_type, group_size):
     """Exactly: |x − decode(encode(x))| ≤ step / 2, with no slack for rounding."""
     row = RowFormat.of(row_type, rows.shape[1], group_size)
     raw = torch.from_numpy(row.encode(torch.from_numpy(rows)))
@@ -31,18 +31,21 @@ def test_dequantised_error_is_within_half_a_step(rows: np.ndarray, row_type: str
 
 @settings(max_examples=60, deadline=None)
 @given(rows=hnp.arrays(np.float32, st.tuples(st.integers(1, 4), st.integers(1, 41)), elements=FINITE))
-def test_steps_are_as_small_as_the_codes_allow(rows: np.ndarray) -> None:
-    """A step is at most its group's largest magnitude ÷ half the code range, rounded up to a bfloat16."""
-    for row_type, highest in (("int8", 127.5), ("int4", 7.5)):
-        row = RowFormat.of(row_type, rows.shape[1], 64)
-        steps = row.steps(torch.from_numpy(row.encode(torch.from_numpy(rows)))).double()
-        largest = torch.from_numpy(rows).double().abs().amax(1, keepdim=True)
-        assert (steps <= largest / highest * (1 + 2**-7) + 1e-40).all()
+def test_steps_are_as_small_as_the_codes_allow(rows):
+    """A step is at most its group's largest magnitude ÷ half the code range, rounded up to a bfloat16; where all have
+    one sign, the side of the codes that reaches one further is theirs.
+    """
+    for values, further in ((torch.from_numpy(rows), 0), (torch.from_numpy(rows).abs(), 1)):
+        for row_type, highest in (("int8", 127.5), ("int4", 7.5)):
+            row = RowFormat.of(row_type, values.shape[1], 64)
+            steps = row.steps(torch.from_numpy(row.encode(values))).double()
+            largest = values.double().abs().amax(1, keepdim=True)
+            assert (steps <= largest / (highest + further) * (1 + 2**-7) + 1e-40).all()
 
 
 @settings(max_examples=60, deadline=None)
 @given(rows=hnp.arrays(np.float32, (3, 7), elements=st.floats(-65000, 65000, width=32)))
-def test_float_rows_are_rounded_once(rows: np.ndarray) -> None:
+def test_float_rows_are_rounded_once(rows):
     values = torch.from_numpy(rows)
     for row_type, dtype in (("fp32", torch.float32), ("fp16", torch.float16), ("bf16", torch.bfloat16)):
         row = RowFormat.of(row_type, 7)
@@ -52,40 +55,30 @@ def test_float_rows_are_rounded_once(rows: np.ndarray) -> None:
 @pytest.mark.parametrize(
     ("row_type", "row_bytes"), [("fp32", 404), ("fp16", 202), ("bf16", 202), ("int8", 4 + 101), ("int4", 4 + 51)]
 )
-def test_row_bytes_are_scales_and_codes_alone(row_type: str, row_bytes: int) -> None:
+def test_row_bytes_are_scales_and_codes_alone(row_type, row_bytes):
     row = RowFormat.of(row_type, 101, 64)
     assert row.row_bytes == row_bytes
     assert row.encode(torch.zeros(2, 101)).shape == (2, row_bytes)
 
 
 @pytest.mark.parametrize("row_type", ROW_TYPES)
-def test_numbers_that_no_row_can_hold_are_refused(row_type: str) -> None:
-    row = RowFormat.of(row_type, 3)
-    with pytest.raises(SconeError, match="not finite"):
-        row.encode(torch.tensor([[0.0, float("nan"), 1.0]]))
+def test_numbers_that_no_row_can_hold_are_refused(row_type):
+    """An infinite one even beside its opposite; and not those whose sum alone is too large."""
+    inf, nan = float("inf"), float("nan")
+    for numbers in ([0.0, nan, 1.0], [inf, -inf, 0.0], [inf, 1.0, 0.0]):
+        with pytest.raises(SconeError, match="not finite"):
+            RowFormat.of(row_type, 3).encode(torch.tensor([numbers]))
     if row_type == "fp16":
         with pytest.raises(SconeError, match="fp16 cannot hold"):
-            row.encode(torch.tensor([[0.0, 70000.0, 1.0]]))
-
-
-@pytest.mark.parametrize("numbers", [[3e38, 3e38], [-3e38, -3e38, 3e38], [65000.0, 65000.0]])
-def test_numbers_whose_sum_is_too_large_are_not(numbers: list[float]) -> None:
-    row = RowFormat.of("fp32", len(numbers))
-    rows = torch.tensor([numbers])
-    assert torch.equal(row.decode(torch.from_numpy(row.encode(rows))), rows)
-    if max(numbers) < 65504:
-        half = RowFormat.of("fp16", len(numbers))
-        assert torch.equal(half.decode(torch.from_numpy(half.encode(rows))), rows.half().float())
-
-
-def test_an_infinite_number_is_refused_even_beside_its_opposite() -> None:
-    for numbers in ([float("inf"), float("-inf")], [float("inf"), 1.0]):
-        with pytest.raises(SconeError, match="not finite"):
-            RowFormat.of("bf16", 2).encode(torch.tensor([numbers]))
+            RowFormat.of(row_type, 3).encode(torch.tensor([[0.0, 70000.0, 1.0]]))
+    for large in {"fp32": [[3e38, 3e38], [-3e38, -3e38]], "fp16": [[65000.0, 65000.0]]}.get(row_type, []):
+        row, rows = RowFormat.of(row_type, 2), torch.tensor([large])
+        decoded = row.decode(torch.from_numpy(row.encode(rows)))
+        assert torch.equal(decoded, rows.to(row.float_dtype).float())
 
 
 @pytest.mark.parametrize("row_type", ROW_TYPES)
-def test_a_row_is_the_same_bytes_whatever_is_stored_with_it(row_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_is_the_same_bytes_whatever_is_stored_with_it(row_type, monkeypatch):
     monkeypatch.setattr("scone.inference.row_types._NUMBERS_ON_A_HOST", 3 * 101 + 5)  # three rows at a time
     row, rows = RowFormat.of(row_type, 101), torch.randn(10, 101, generator=torch.Generator().manual_seed(0))
     np.testing.assert_array_equal(row.encode(rows), np.concatenate([row.encode(one) for one in rows.split(1)]))
@@ -93,17 +86,16 @@ def test_a_row_is_the_same_bytes_whatever_is_stored_with_it(row_type: str, monke
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("row_type", ROW_TYPES)
-def test_an_accelerator_stores_the_same_bytes(row_type: str) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
+def test_an_accelerator_stores_the_same_bytes(row_type):
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(300, 101, generator=generator) * 10.0 ** torch.randint(-9, 5, (300, 101), generator=generator)
     row = RowFormat.of(row_type, 101)
     np.testing.assert_array_equal(row.encode(rows.cuda()), row.encode(rows))
 
 
-def test_unknown_choices_are_refused() -> None:
+def test_unknown_choices_are_refused():
     with pytest.raises(SconeError, match="found row type 'int2'; expected one of fp32"):
         RowFormat.of("int2", 4)
     with pytest.raises(SconeError, match="found group size 7"):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -30,12 +29,12 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def rows() -> torch.Tensor:
+def rows():
     return torch.randn(NUM_ROWS, WIDTH, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(scope="module", params=ROW_TYPES)
-def table(request: pytest.FixtureRequest, rows: torch.Tensor, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def table(request, rows, tmp_path_factory):
     path = tmp_path_factory.mktemp("tables") / f"{request.param}.cache"
     write_table(path, rows, request.param)
     return path
@@ -48,19 +47,19 @@ class StoreContract:
         raise NotImplementedError
 
     @pytest.fixture
-    def store(self, table: Path) -> Iterator[RowStore]:
+    def store(self, table):
         with TableFile(table) as file:
             store = self.open(file)
             yield store
             store.close()
 
-    def test_every_store_returns_the_same_rows(self, store: RowStore, table: Path, rows: torch.Tensor) -> None:
+    def test_every_store_returns_the_same_rows(self, store, table, rows):
         """Any batch: empty, repeated, unsorted, fetched ahead or not."""
         expected = stored(table, rows)
 
         @settings(max_examples=25, deadline=None)
         @given(ranks=st.lists(st.integers(0, NUM_ROWS - 1), max_size=60), prefetch=st.booleans())
-        def check(ranks: list[int], prefetch: bool) -> None:
+        def check(ranks, prefetch):
             wanted = torch.tensor(ranks, dtype=torch.int64)
             if prefetch:
                 store.prefetch(wanted)
@@ -68,19 +67,21 @@ class StoreContract:
 
         check()
 
-    def test_all_rows_at_once(self, store: RowStore, table: Path, rows: torch.Tensor) -> None:
+    def test_all_rows_at_once_and_none_that_is_not_there(self, store, table, rows):
+        """Also in inference mode: stores read on threads, which know nothing of the caller's mode."""
         order = torch.randperm(NUM_ROWS)
-        assert torch.equal(read(store, order), stored(table, rows)[order])
+        for mode in (False, True):
+            with torch.inference_mode(mode):
+                assert torch.equal(read(store, order), stored(table, rows)[order])
+        for wrong in (-1, NUM_ROWS, 2**40):
+            with pytest.raises(IndexError):
+                read(store, torch.tensor([0, wrong, 3]))
+        assert store.memory.ram + store.memory.mapped + store.memory.device > 0
 
-    @pytest.mark.parametrize("wrong", [-1, NUM_ROWS, 2**40])
-    def test_a_rank_that_is_not_there_is_refused(self, store: RowStore, wrong: int) -> None:
-        with pytest.raises(IndexError):
-            read(store, torch.tensor([0, wrong, 3]))
-
-    def test_threads_may_read_side_by_side(self, store: RowStore) -> None:
+    def test_threads_may_read_side_by_side(self, store):
         expected, wrong = read(store, torch.arange(NUM_ROWS)), []
 
-        def read_some(seed: int) -> None:
+        def read_some(seed):
             random = np.random.default_rng(seed)
             for _ in range(5):
                 some = torch.from_numpy(random.integers(0, NUM_ROWS, 50))
@@ -94,17 +95,6 @@ class StoreContract:
         for thread in threads:
             thread.join()
         assert not wrong
-
-    def test_inference_mode_changes_nothing(self, store: RowStore) -> None:
-        """Stores read on threads of their own, which know nothing of the mode that the caller is in."""
-        ranks = torch.randperm(NUM_ROWS)
-        expected = read(store, ranks)
-        with torch.inference_mode():
-            assert torch.equal(read(store, ranks), expected)
-
-    def test_memory_is_stated(self, store: RowStore) -> None:
-        read(store, torch.arange(5))
-        assert store.memory.ram + store.memory.mapped + store.memory.device > 0
 
 
 def read(store: RowStore, ranks: torch.Tensor) -> torch.Tensor:
@@ -121,18 +111,15 @@ def stored(table: Path, rows: torch.Tensor) -> torch.Tensor:
 
 
 class TestRam(StoreContract):
-    def open(self, file: TableFile) -> RowStore:
-        return MemoryStore.ram(file)
+    open = staticmethod(MemoryStore.ram)
 
 
 class TestMmap(StoreContract):
-    def open(self, file: TableFile) -> RowStore:
-        return MemoryStore.mapped(file)
+    open = staticmethod(MemoryStore.mapped)
 
 
 class TestDirect(StoreContract):
-    def open(self, file: TableFile) -> RowStore:
-        return DirectStore(file)
+    open = staticmethod(DirectStore)
 
 
 class TestDirectInManyParts(StoreContract):
@@ -166,7 +153,7 @@ class TestTiered(StoreContract):
 
 
 @pytest.mark.parametrize("placement", ["ram", "mmap", "direct", "ram:50,disk", "ram:50,mmap:60,direct"])
-def test_tables_read_the_same_from_every_placement(table: Path, rows: torch.Tensor, placement: str) -> None:
+def test_tables_read_the_same_from_every_placement(table, rows, placement):
     row_format = RowFormat.of(table.stem, WIDTH)
     ranks = torch.randint(0, NUM_ROWS, (90,))
     expected = row_format.decode(torch.from_numpy(row_format.encode(rows)))[ranks]
@@ -185,7 +172,7 @@ def test_tables_read_the_same_from_every_placement(table: Path, rows: torch.Tens
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_rows_that_a_device_holds_are_decoded_there(table: Path, rows: torch.Tensor, dtype: torch.dtype) -> None:
+def test_rows_that_a_device_holds_are_decoded_there(table, rows, dtype):
     """The CPU stands for an accelerator that holds the first rows, all of them, or none of the batch's."""
     expected = RowFormat.of(table.stem, WIDTH).decode(stored(table, rows), dtype)
     with TableFile(table) as file:
@@ -205,9 +192,7 @@ def test_rows_that_a_device_holds_are_decoded_there(table: Path, rows: torch.Ten
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # which are read in ways of their own
 @pytest.mark.parametrize("placement", ["mmap", "direct", "ram:50,disk"])
 @pytest.mark.parametrize("change", ["cut", "overwritten"])
-def test_a_file_that_changes_under_a_reader_is_noticed(
-    tmp_path: Path, rows: torch.Tensor, placement: str, dtype: torch.dtype, change: str
-) -> None:
+def test_a_file_that_changes_under_a_reader_is_noticed(tmp_path, rows, placement, dtype, change):
     path = tmp_path / "embeddings.cache"
     write_table(path, rows)
     opened_at = path.stat().st_mtime_ns
@@ -226,7 +211,7 @@ def test_a_file_that_changes_under_a_reader_is_noticed(
 
 
 @pytest.mark.parametrize("placement", ["ram", "mmap", "direct"])
-def test_a_file_that_is_replaced_or_deleted_does_no_harm(tmp_path: Path, rows: torch.Tensor, placement: str) -> None:
+def test_a_file_that_is_replaced_or_deleted_does_no_harm(tmp_path, rows, placement):
     path = tmp_path / "embeddings.cache"
     write_table(path, rows)
     with EmbeddingTable.open(path, placement) as opened:
@@ -237,9 +222,7 @@ def test_a_file_that_is_replaced_or_deleted_does_no_harm(tmp_path: Path, rows: t
         assert torch.equal(opened.rows(torch.tensor([NUM_ROWS - 1])), rows[[NUM_ROWS - 1]])
 
 
-def test_without_direct_reads_it_warns_once_and_reads_the_same(
-    tmp_path: Path, rows: torch.Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_direct_reads_it_warns_once_and_reads_the_same(tmp_path, rows, monkeypatch):
     path = tmp_path / "embeddings.cache"
     write_table(path, rows)
     monkeypatch.setattr(os, "O_DIRECT", os.O_DIRECTORY)  # a flag that the file system refuses for a file
@@ -251,8 +234,8 @@ def test_without_direct_reads_it_warns_once_and_reads_the_same(
         assert torch.equal(opened.rows(torch.arange(NUM_ROWS)), rows)
 
 
-def test_placements_mean_tiers() -> None:
-    def parse(text: str) -> list[Tier]:
+def test_placements_mean_tiers():
+    def parse(text):
         return parse_placement(text, num_rows=1000, row_bytes=1024)
 
     assert parse("ram") == [Tier("ram", 0, 1000)]
@@ -265,6 +248,6 @@ def test_placements_mean_tiers() -> None:
             parse(wrong)
 
 
-def test_a_gpu_tier_needs_an_accelerator(table: Path) -> None:
+def test_a_gpu_tier_needs_an_accelerator(table):
     with pytest.raises(SconeError, match="found a gpu tier with device cpu"):
         EmbeddingTable.open(table, "gpu:5,ram")

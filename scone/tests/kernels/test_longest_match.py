@@ -10,7 +10,7 @@ from numba import njit
 
 from scone.kernels import child_index, f_gram_trie, longest_match, reference
 from scone.kernels.simd import LANES, largest_match, prefetch
-from scone.tests.tokenization.f_gram_strategies import Case, cases
+from scone.tests.tokenization.f_gram_strategies import cases
 from scone.tokenization.f_gram_links import ChildIndex
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 
@@ -28,7 +28,7 @@ def call_instructions(slots, start, wanted, low_mask):
     st.integers(0, LANES + 2),
     st.integers(0, 32),
 )
-def test_largest_match_equals_numpy(values: list[int], start: int, like: int, bits: int) -> None:
+def test_largest_match_equals_numpy(values, start, like, bits):
     slots = np.array(values, np.uint32)
     low_mask = np.uint32(2**bits - 1)
     wanted = slots[like] & ~low_mask
@@ -39,7 +39,7 @@ def test_largest_match_equals_numpy(values: list[int], start: int, like: int, bi
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 2**33), st.integers(0, 2**32 - 1)), unique=True, max_size=300), st.data())
-def test_index_equals_a_dictionary(pairs: list[tuple[int, int]], data: st.DataObject) -> None:
+def test_index_equals_a_dictionary(pairs, data):
     keys = np.array(pairs, np.uint64).reshape(-1, 2)
     index = ChildIndex.build(keys)
     absent = data.draw(st.lists(st.tuples(st.integers(0, 2**33), st.integers(0, 2**32 - 1)), max_size=20))
@@ -50,7 +50,7 @@ def test_index_equals_a_dictionary(pairs: list[tuple[int, int]], data: st.DataOb
 
 
 @pytest.mark.parametrize("rank_bits", [1, 9, 31, 32])
-def test_fingerprints_and_ranks_share_a_slot(rank_bits: int) -> None:
+def test_fingerprints_and_ranks_share_a_slot(rank_bits):
     low_mask = child_index.low_mask_of(rank_bits)
     assert low_mask == 2**rank_bits - 1
     for hashed in (0, 2**64 - 1, 0x0123456789ABCDEF):
@@ -59,7 +59,7 @@ def test_fingerprints_and_ranks_share_a_slot(rank_bits: int) -> None:
         assert fingerprint == (hashed & 0xFFFFFFFF) >> rank_bits << rank_bits
 
 
-def test_slots_keep_the_index_within_its_bytes() -> None:
+def test_slots_keep_the_index_within_its_bytes():
     for num_f_grams in (0, 1, 47, 48, 49, 1000, 10**6, 10**7):
         slots = child_index.num_slots(num_f_grams)
         assert slots % LANES == 0
@@ -70,8 +70,14 @@ def test_slots_keep_the_index_within_its_bytes() -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(cases())
-def test_depth_first_order_is_the_preorder(case: Case) -> None:
+def test_depth_first_order_is_the_preorder(case):
     assert case.vocabulary.depth_first_order().tolist() == reference.depth_first(case.f_grams)
+
+
+def test_depth_first_order_of_a_trie_with_many_branches():
+    vocabulary, _ = long_case()
+    f_grams = [vocabulary.tokens(vocabulary.vocab_size + rank) for rank in range(vocabulary.num_f_grams)]
+    assert vocabulary.depth_first_order().tolist() == reference.depth_first(f_grams)
 
 
 def long_case() -> tuple[FGramVocabulary, np.ndarray]:
@@ -108,7 +114,7 @@ def match_range(vocabulary: FGramVocabulary, tokens: np.ndarray, start: int, sto
     return nodes
 
 
-def test_any_range_of_positions_equals_the_whole() -> None:
+def test_any_range_of_positions_equals_the_whole():
     vocabulary, tokens = long_case()
     f_grams = [vocabulary.tokens(vocabulary.vocab_size + rank) for rank in range(vocabulary.num_f_grams)]
     expected = reference.longest_matches(tokens.tolist(), f_grams, vocabulary.vocab_size)
@@ -123,7 +129,7 @@ def test_any_range_of_positions_equals_the_whole() -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 2**32 - 1))
-def test_a_damaged_index_is_harmless(seed: int) -> None:
+def test_a_damaged_index_is_harmless(seed):
     """Slots of any content, no empty one among them: wrong answers are allowed, nodes out of range are not."""
     vocabulary, tokens = long_case()
     random = np.random.default_rng(seed)
@@ -142,12 +148,12 @@ def test_a_damaged_index_is_harmless(seed: int) -> None:
     assert ((nodes >= 0) & (nodes < vocabulary.num_nodes)).all()
 
 
-def test_links_that_point_forward_are_found() -> None:
+def test_links_that_point_forward_are_found():
     vocabulary, _ = long_case()
     arrays = {name: np.array(getattr(vocabulary, name)) for name in ("keys", "suffixes", "lengths")}
     limits = (vocabulary.vocab_size, vocabulary.max_n)
 
-    def check(**changed: np.ndarray) -> int:
+    def check(**changed):
         return f_gram_trie.check_links(*(arrays | changed).values(), *limits)
 
     assert check() == child_index.NO_F_GRAM

@@ -24,8 +24,7 @@ from scone.tokenization.matcher import Matcher
 )
 def test_trie_batch_equals_its_plain_reference(seed, max_n, min_freq, shape, num_rows, backoff):
     vocabulary = tiny.vocabulary(tiny.corpus(300, seed), max_n, min_freq)
-    rng = np.random.default_rng(seed)
-    nodes = Matcher(vocabulary).match(rng.integers(0, tiny.VOCAB_SIZE, shape))
+    nodes = Matcher(vocabulary).match(tiny.corpus(shape[0] * shape[1], seed).reshape(shape))  # so that much matches
     inputs = (nodes, vocabulary.keys, vocabulary.suffixes, vocabulary.vocab_size, max_n, num_rows)
     fast, plain = build_trie_batch(*inputs, backoff=backoff), reference.trie_batch(*inputs, backoff)
     for name in ("position_index", "f_grams", "f_gram_offsets", "depths", "depth_offsets", "row_ids", "row_chains"):

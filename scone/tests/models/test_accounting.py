@@ -26,21 +26,21 @@ from scone.tests import tiny
 from scone.training.step_cost import RunCost
 
 
+def counted(run) -> int:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        run()
+    return counter.get_total_flops()
+
+
 @pytest.mark.parametrize("kind", list(tiny.TRUNKS))
 def test_trunk_flops_equal_counted_flops(kind):
     trunk = tiny.trunk(kind, attn_implementation="eager")
-    tokens = torch.zeros(1, 16, dtype=torch.int64)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        trunk(tokens, use_cache=False)
-    assert trunk_forward_flops(trunk.config, 16) * 16 == counter.get_total_flops()
-
-
-def test_a_gpt2_costs_two_operations_per_weight_and_token_besides_attention():
-    trunk = tiny.trunk("gpt2")
-    width, layers, length = tiny.WIDTH, 2, 16
-    matrices = 12 * width * width * layers + width * tiny.VOCAB_SIZE
-    attention = 2 * 2 * length * width * layers
-    assert trunk_forward_flops(trunk.config, length) == 2 * matrices + attention
+    found = counted(lambda: trunk(torch.zeros(1, 16, dtype=torch.int64), use_cache=False))
+    assert trunk_forward_flops(trunk.config, 16) * 16 == found
+    if kind == "gpt2":  # two operations per weight and token, besides attention
+        width, layers = tiny.WIDTH, 2
+        matrices = 12 * width * width * layers + width * tiny.VOCAB_SIZE
+        assert found == 16 * (2 * matrices + 2 * 2 * 16 * width * layers)
 
 
 def test_f_gram_flops_equal_counted_flops_of_the_padded_model():
@@ -48,32 +48,35 @@ def test_f_gram_flops_equal_counted_flops_of_the_padded_model():
     config, max_n, trunk_width = FGramModelConfig(**tiny.F_GRAM_SIZES), 4, tiny.WIDTH
     model = FGramModel(config, trunk_width, max_n)
     model.init_weights()
-    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        padded_f_gram_model(model, torch.zeros(max_n, max_n, trunk_width), torch.full((max_n,), max_n))
-    counted = counter.get_total_flops()
+    inputs = (torch.zeros(max_n, max_n, trunk_width), torch.full((max_n,), max_n))
+    with sdpa_kernel(SDPBackend.MATH):
+        found = counted(lambda: padded_f_gram_model(model, *inputs))
     maps_out = 2 * config.hidden_size * trunk_width * (max_n * max_n - max_n)  # the padded one maps last places only
     deepest = [0.0] * (max_n - 1) + [max_n * max_n]
-    assert f_gram_forward_flops(config, trunk_width, deepest) - maps_out == counted
+    assert f_gram_forward_flops(config, trunk_width, deepest) - maps_out == found
 
 
-def test_the_last_layer_counts_only_what_positions_read():
-    """The operations that torch counts in the model itself, attention besides, which is no matrix product there."""
-    config, trunk_width = FGramModelConfig(**tiny.F_GRAM_SIZES), tiny.WIDTH
-    model = tiny.scone(max_n=3)
-    trie = model.trie_of(model.match(torch.from_numpy(tiny.corpus(60)[None])))
-    f_gram_model = model.f_gram_embedding.f_gram_model
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        f_gram_model(torch.zeros(len(trie["tokens"]), trunk_width), trie)
+@pytest.mark.parametrize("whole_layer", [False, True])
+def test_a_layer_costs_its_f_gram_model_and_its_gate(whole_layer):
+    """The operations that torch counts in the f-gram model itself, and in the whole layer, attention besides, which is
+    no matrix product there. The last layer counts only what positions read; own tokens are looked up, not mapped.
+    """
+    sizes = tiny.F_GRAM_SIZES | ({"own_tokens": True} if whole_layer else {})
+    gate = {"combination": "gate"} if whole_layer else {}
+    model = SconeForCausalLM.from_trunk(tiny.trunk(), tiny.vocabulary(), f_gram_model=sizes, learned_rows=20, **gate)
+    layer, tokens = model.eval().f_gram_embedding, torch.from_numpy(tiny.corpus(60)[None])
+    trie = model.trie_of(model.match(tokens))
     nodes, f_grams = (
         [stop - start for start, stop in itertools.pairwise(trie[name])] for name in ("depth_offsets", "f_gram_offsets")
     )
     places = [sum((depth + 1) * count for depth, count in enumerate(counts)) for counts in (nodes, f_grams)]
-    attention = 4 * config.hidden_size * ((config.num_hidden_layers - 1) * places[0] + places[1])
-    assert f_gram_forward_flops(config, trunk_width, nodes, f_grams) - attention == counter.get_total_flops()
-
-
-def test_training_is_three_forward_passes_and_four_with_recomputation():
-    assert (training_flops(10.0), training_flops(10.0, recomputed=True)) == (30.0, 40.0)
+    attention = 4 * sizes["hidden_size"] * ((sizes["num_hidden_layers"] - 1) * places[0] + places[1])
+    if whole_layer:
+        found = counted(lambda: layer(tokens, model.get_input_embeddings(), trie))
+        assert input_embedding_flops(model.config, nodes, f_grams) - attention == found
+    else:
+        found = counted(lambda: layer.f_gram_model(torch.zeros(len(trie["tokens"]), tiny.WIDTH), trie))
+        assert f_gram_forward_flops(FGramModelConfig(**sizes), tiny.WIDTH, nodes, f_grams) - attention == found
 
 
 def test_parameters_are_counted_where_they_live():
@@ -93,27 +96,11 @@ def test_parameters_are_counted_where_they_live():
         assert parameter_counts(normed).resident == plain.resident + tiny.WIDTH
 
 
-def test_a_layer_costs_its_f_gram_model_and_its_gate():
-    """The operations that torch counts in the whole layer, attention besides; own tokens are looked up, not mapped."""
-    sizes = tiny.F_GRAM_SIZES | {"own_tokens": True}
-    model = SconeForCausalLM.from_trunk(
-        tiny.trunk(), tiny.vocabulary(), f_gram_model=sizes, learned_rows=20, combination="gate"
-    ).eval()
-    tokens = torch.from_numpy(tiny.corpus(60)[None])
-    trie = model.trie_of(model.match(tokens))
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.f_gram_embedding(tokens, model.get_input_embeddings(), trie)
-    nodes, f_grams = (
-        [stop - start for start, stop in itertools.pairwise(trie[name])] for name in ("depth_offsets", "f_gram_offsets")
-    )
-    places = [sum((depth + 1) * count for depth, count in enumerate(counts)) for counts in (nodes, f_grams)]
-    attention = 4 * sizes["hidden_size"] * ((sizes["num_hidden_layers"] - 1) * places[0] + places[1])
-    assert input_embedding_flops(model.config, nodes, f_grams) - attention == counter.get_total_flops()
-
-
 def test_a_run_counts_what_its_batches_computed():
+    """Training is three forward passes, four with recomputation."""
+    assert (training_flops(10.0), training_flops(10.0, recomputed=True)) == (30.0, 40.0)
     model = tiny.scone()
-    cost = RunCost(model)
+    cost, plain = RunCost(model), RunCost(model.trunk)
     collate = Collator(model.vocabulary, model.config.learned_rows)
     batches = [collate([{"input_ids": row} for row in tiny.corpus(80, seed).reshape(2, 40)]) for seed in (1, 2)]
     for batch in batches:
@@ -125,6 +112,5 @@ def test_a_run_counts_what_its_batches_computed():
     assert figures["inference_flops_per_token"] == trunk_forward_flops(model.trunk.config, 40)
     forward = figures["inference_flops_per_token"] + figures["f_gram_flops_per_token"]
     assert figures["training_flops_per_token"] == 3 * forward
-    plain = RunCost(model.trunk)
     plain.count({"input_ids": batches[0]["input_ids"]})
     assert plain.to_dict()["training_flops_per_token"] == 3 * figures["inference_flops_per_token"]

@@ -1,14 +1,15 @@
 """Compiled models give what they give uncompiled, and a table's lookup is one operator of one graph.
 
 With the compiler's tracing and autograd, but without code generation, which takes minutes: one slow test generates.
+Trunks have one layer: compiling costs seconds a layer, and the laws are about what is in front of them.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -35,6 +36,7 @@ from scone.tests.models.test_over_encoding import over_encoding
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 KINDS = ["table", "live", "over-encoding", "scaled"]
 IN_ONE_GRAPH = ("table", "scaled")
+ONE_LAYER = {"gpt2": {"n_layer": 1}, "llama": {"num_hidden_layers": 1}}
 
 
 @pytest.fixture(autouse=True)
@@ -49,10 +51,10 @@ def fresh_compiler(monkeypatch):
 @cache
 def model_of(kind: str, trunk: str = "llama") -> EmbeddedTrunk:
     if kind == "over-encoding":
-        return over_encoding(trunk).double()
+        return over_encoding(trunk, trunk_changes=ONE_LAYER[trunk]).double()
     if kind == "scaled":
-        return ScaledTrunkForCausalLM.from_trunk(tiny.trunk(trunk), 3.0).eval().double()
-    model = tiny.scone(trunk, min_freq=1)
+        return ScaledTrunkForCausalLM.from_trunk(tiny.trunk(trunk, **ONE_LAYER[trunk]), 3.0).eval().double()
+    model = tiny.scone(trunk, min_freq=1, **ONE_LAYER[trunk])
     if kind == "table":
         model.attach_table(tiny.RowsInMemory(model))
     return model.double()
@@ -90,8 +92,9 @@ def test_the_operator_is_what_it_says(operator, past, is_static):
     opcheck(operator, arguments)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("how", ["any length", "padded", "packed"])
+@pytest.mark.parametrize(
+    ("kind", "how"), [*itertools.product(KINDS, ["padded", "packed"]), ("table", "any length"), ("live", "any length")]
+)
 @torch.no_grad()
 def test_compiled_equals_eager(kind, how):
     model = model_of(kind)
@@ -110,13 +113,12 @@ def test_compiled_equals_eager(kind, how):
     same(compiled(text, **options).logits[mask.bool()], model(text, **options).logits[mask.bool()])
 
 
-@pytest.mark.parametrize("kind", ["table", "live", "over-encoding"])
 @pytest.mark.parametrize("is_static", [False, True])
 @torch.no_grad()
-def test_compiled_steps_equal_a_full_forward(kind, is_static):
-    """Padded, over a cache that grows and over one that does not, from the prompt on."""
-    model = model_of(kind)
-    compiled: Any = torch.compile(model, backend="aot_eager", fullgraph=kind in IN_ONE_GRAPH)
+def test_compiled_steps_equal_a_full_forward(is_static):
+    """Padded, over a cache that grows and over one that does not, from the prompt on; every kind generates below."""
+    model = model_of("table")
+    compiled: Any = torch.compile(model, backend="aot_eager", fullgraph=True)
     text, mask = tokens(2, 12), torch.ones(2, 12, dtype=torch.int64)
     mask[0, :4] = 0
     positions = (mask.cumsum(1) - 1).clamp(min=0)
@@ -124,7 +126,7 @@ def test_compiled_steps_equal_a_full_forward(kind, is_static):
     config = model.config.get_text_config()
     cache = StaticCache(config=config, max_cache_len=12) if is_static else DynamicCache(config=config)
     found = []
-    for start, stop in ((0, 6), (6, 9), (9, 10), (10, 11), (11, 12)):
+    for start, stop in ((0, 6), (6, 10), (10, 11), (11, 12)):
         step = {"attention_mask": mask[:, :stop], "position_ids": positions[:, start:stop]}
         found.append(compiled(text[:, start:stop], past_key_values=cache, use_cache=True, **step).logits)
     same(torch.cat(found, dim=1)[mask.bool()], full[mask.bool()])
@@ -152,7 +154,7 @@ def test_generate_compiles_its_steps_over_a_static_cache(kind, trunk, is_padded)
 def test_another_table_is_seen():
     model = copy.deepcopy(model_of("table"))
     compiled: Any = torch.compile(model, backend="aot_eager", fullgraph=True)
-    other = tiny.RowsInMemory(tiny.scone("llama", min_freq=1))
+    other = tiny.RowsInMemory(tiny.scone("llama", min_freq=1, **ONE_LAYER["llama"]))
     other.data = other.data + 1
     with torch.no_grad():
         before = compiled(tokens(1, 12)).logits
@@ -196,8 +198,8 @@ def test_a_whole_graph_of_a_live_model_is_refused_with_a_reason():
         compiled(tokens(1, 12))
 
 
-@pytest.mark.parametrize("kind", ["table", "live", "over-encoding"])
-def test_a_trainer_may_compile(kind, tmp_path: Path):
+@pytest.mark.parametrize("kind", ["table", "live"])
+def test_a_trainer_may_compile(kind, tmp_path):
     """``TrainingArguments(torch_compile=True)`` gives the loss that it gives without."""
     data = [{"input_ids": row, "labels": row} for row in tokens(6, 11).tolist()]
     losses = []

@@ -46,52 +46,54 @@ def model_with(trained: bool = True, **changes) -> SconeForCausalLM:
 
 
 @pytest.mark.parametrize("variant", list(VARIANTS))
+@torch.no_grad()
 def test_every_variant_is_a_function_of_the_node(variant, tmp_path):
-    """Saved, loaded with one row per f-gram, it gives the live model's logits."""
-    live = model_with(**VARIANTS[variant])
+    """Saved, loaded with one row per f-gram, it gives the live model's logits; so does what a loader looked up."""
+    live, ids = model_with(**VARIANTS[variant]), tokens(3, 40)
     live.save_pretrained(tmp_path)
     loaded = SconeForCausalLM.from_pretrained(tmp_path).eval()
     served = SconeForCausalLM.from_pretrained(tmp_path, table=tiny.RowsInMemory(live)).eval()
-    ids = tokens(3, 40)
-    with torch.no_grad():
-        logits = live(ids).logits
-        # weights bit for bit; what is computed from them may differ by where in memory they lie
-        torch.testing.assert_close(loaded.state_dict(), live.state_dict(), atol=0, rtol=0)
-        torch.testing.assert_close(loaded(ids).logits, logits, atol=1e-6, rtol=1e-6)
-        torch.testing.assert_close(served(ids).logits, logits, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("variant", list(VARIANTS))
-def test_the_loader_looks_up_what_the_model_looks_up(variant):
-    model = model_with(**VARIANTS[variant])
-    config, ids = model.config, tokens(3, 17)
-    collate = Collator(model.vocabulary, config.learned_rows, backoff=config.rows_backoff, control=config.control)
+    logits, config = live(ids).logits, live.config
+    # weights bit for bit; what is computed from them may differ by where in memory they lie
+    torch.testing.assert_close(loaded.state_dict(), live.state_dict(), atol=0, rtol=0)
+    torch.testing.assert_close(loaded(ids).logits, logits, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(served(ids).logits, logits, atol=1e-5, rtol=1e-5)
+    collate = Collator(live.vocabulary, config.learned_rows, backoff=config.rows_backoff, control=config.control)
     trie = collate([{"input_ids": row} for row in ids])["trie"]
-    with torch.no_grad():
-        assert torch.equal(model(ids).logits, model(ids, trie=trie).logits)
+    assert torch.equal(live(ids, trie=trie).logits, logits)
 
 
-@pytest.mark.parametrize("changes", [{}, {"combination": "gate"}, {"control": "shuffled"}, {"control": "single"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"combination": "gate"}, {"control": "shuffled"}, {"control": "single"}),
+        *(  # the identity, in place of the token's embedding: its own width, and a wider one
+            {"f_gram_model": tiny.F_GRAM_SIZES | IDENTITY | {"hidden_size": width}, "combination": "replace"}
+            | {"learned_rows": 0}
+            for width in (tiny.WIDTH, 2 * tiny.WIDTH)
+        ),
+    ],
+)
+@torch.no_grad()
 def test_untrained_scone_equals_its_trunk(changes):
-    model = model_with(trained=False, **changes)
-    ids = tokens(2, 20)
-    with torch.no_grad():
-        assert torch.equal(model(ids).logits, model.trunk(ids).logits)
+    model, ids = model_with(trained=False, **changes), tokens(2, 20)
+    tolerance = {"atol": 1e-5, "rtol": 1.3e-6} if "f_gram_model" in changes else {"atol": 0, "rtol": 0}
+    torch.testing.assert_close(model(ids).logits, model.trunk(ids).logits, **tolerance)
 
 
-@pytest.mark.parametrize("width", [tiny.WIDTH, 2 * tiny.WIDTH])
-def test_the_identity_start_equals_the_trunk(width):
-    sizes = tiny.F_GRAM_SIZES | IDENTITY | {"hidden_size": width}
-    model = model_with(trained=False, f_gram_model=sizes, learned_rows=0, combination="replace")
-    ids = tokens(2, 20)
-    with torch.no_grad():
-        torch.testing.assert_close(model(ids).logits, model.trunk(ids).logits)
+@torch.no_grad()
+def test_a_gate_starts_as_a_factor_of_one():
+    gated, added, ids = model_with(combination="gate"), model_with(), tokens(2, 20)
+    added.f_gram_embedding.load_state_dict(gated.f_gram_embedding.state_dict(), strict=False)
+    assert not torch.allclose(gated(ids).logits, added(ids).logits, atol=1e-3)
+    for parameter in gated.f_gram_embedding.gate.parameters():
+        parameter.zero_()
+    torch.testing.assert_close(gated(ids).logits, added(ids).logits)
 
 
 def test_starts_that_cannot_be_are_refused():
     sizes = FGramModelConfig(**tiny.F_GRAM_SIZES)
-    assert scale_at_start(sizes, "add", 0.02) == 0
-    assert scale_at_start(sizes, "replace", 0.02) == 0.02
+    assert (scale_at_start(sizes, "add", 0.02), scale_at_start(sizes, "replace", 0.02)) == (0, 0.02)
     for changes, combination in [
         ({"start": "identity"}, "replace"),
         (IDENTITY, "add"),
@@ -113,11 +115,10 @@ def test_shuffling_permutes_f_grams_of_one_length_among_those_with_rows():
     np.testing.assert_array_equal(permuted_nodes(vocabulary, "shuffled", num_rows), nodes)
 
 
+@torch.no_grad()
 def test_single_tells_that_an_f_gram_matched_and_not_which():
-    model = model_with(control="single")
-    ids = tokens(2, 30)
-    with torch.no_grad():
-        added = model.embed(ids) - model.get_input_embeddings()(ids)
+    model, ids = model_with(control="single"), tokens(2, 30)
+    added = model.embed(ids) - model.get_input_embeddings()(ids)
     matched = torch.from_numpy(model.match(ids) >= tiny.VOCAB_SIZE)
     assert matched.any()
     assert not matched.all()
@@ -132,19 +133,14 @@ def test_replaced_leaves_tokens_alone():
 
 
 @pytest.mark.parametrize("served", [False, True])
+@torch.no_grad()
 def test_an_input_norm_in_front_of_a_trunk_in_fp16_gives_fp16(served):
     """Quantising converts the trunk alone; PyTorch warns of a norm whose gain is of another type."""
-    model = SconeForCausalLM.from_trunk(
-        tiny.trunk("llama"), tiny.vocabulary(), f_gram_model=None, learned_rows=40, input_norm=True
-    ).eval()
-    torch.nn.init.normal_(model.f_gram_embedding.rows.weight)
-    torch.nn.init.normal_(model.input_norm.weight)
+    model, ids = model_with(f_gram_model=None, input_norm=True), tokens(1, 24)
     if served:
         model.attach_table(tiny.RowsInMemory(model))
-    ids = torch.from_numpy(tiny.corpus(24))[None]
-    with torch.no_grad():
-        expected = model.input_vectors(ids)
-        model.trunk.half()
-        found = model.input_vectors(ids)
+    expected = model.input_vectors(ids)
+    model.trunk.half()
+    found = model.input_vectors(ids)
     assert found.dtype == torch.float16
     torch.testing.assert_close(found.float(), expected, atol=5e-3, rtol=5e-3)

@@ -10,12 +10,11 @@ from scone.tests.training.runs import options
 from scone.utils.environment import environment
 
 
-def test_a_card_says_what_the_model_is_and_keeps_what_people_wrote(tmp_path: Path) -> None:
+def test_a_card_says_what_the_model_is_and_keeps_what_people_wrote(tmp_path):
     (tmp_path / "corpus.jsonl").touch()
-    chosen = options(tmp_path / "corpus.jsonl", tmp_path / "my-run")
+    chosen, figures = options(tmp_path / "corpus.jsonl", tmp_path / "my-run"), {"eval_perplexity": 4.4817}
     for model in (tiny.scone(), tiny.trunk()):
-        path = write_model_card(tmp_path, chosen, model, 1234, 6, {"eval_loss": 1.5, "eval_perplexity": 4.4817})
-        text = path.read_text(encoding="utf-8")
+        text = write_model_card(tmp_path, chosen, model, 1234, 6, figures | {"eval_loss": 1.5}).read_text("utf-8")
         for words in ("# my-run", "corpus.jsonl", "1,234", "4.4817", "scone generate", "licence"):
             assert words in text, words
         assert ("f-grams |" in text) == hasattr(model.config, "num_f_grams")
@@ -25,7 +24,7 @@ def test_a_card_says_what_the_model_is_and_keeps_what_people_wrote(tmp_path: Pat
     assert (tmp_path / CARD_FILE).read_text() == "mine"
 
 
-def test_the_environment_names_versions_and_no_person() -> None:
+def test_the_environment_names_versions_and_no_person():
     found = environment()
     assert found["libraries"]["torch"]
     assert found["commit"] is None or len(found["commit"].removesuffix("-dirty")) == 40

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 import pytest
 import torch
@@ -21,9 +19,9 @@ from scone.tokenization.hashed_grams import HashedGrams
 NUM_ROWS = 60
 
 
-def over_encoding(kind: str = "gpt2", trained: bool = True, **changes) -> OverEncodingForCausalLM:
+def over_encoding(kind: str = "gpt2", trained: bool = True, trunk_changes=None, **changes) -> OverEncodingForCausalLM:
     model = OverEncodingForCausalLM.from_trunk(
-        tiny.trunk(kind), num_rows=NUM_ROWS, separator_ids=(tiny.SEPARATOR,), **changes
+        tiny.trunk(kind, **(trunk_changes or {})), num_rows=NUM_ROWS, separator_ids=(tiny.SEPARATOR,), **changes
     ).eval()
     if trained:
         torch.manual_seed(1)
@@ -77,44 +75,6 @@ def test_what_the_loader_looked_up_equals_what_the_model_looks_up():
         assert torch.equal(model(ids).logits, model(ids, trie=batch["trie"]).logits)
 
 
-@settings(max_examples=15, deadline=None)
-@given(seed=st.integers(0, 1000), cuts=st.lists(st.integers(1, 29), max_size=5, unique=True), pad=st.integers(0, 5))
-def test_cached_decoding_equals_full_forward(seed, cuts, pad):
-    model = MODEL
-    ids = tokens(2, 30, seed)
-    mask = torch.ones_like(ids)
-    mask[1, :pad] = 0
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    cache, pieces = None, []
-    with torch.no_grad():
-        full = model(ids, attention_mask=mask, position_ids=positions).logits
-        for start, stop in itertools.pairwise([0, *sorted(cuts), 30]):
-            output = model(
-                ids[:, start:stop],
-                attention_mask=mask[:, :stop],
-                position_ids=positions[:, start:stop],
-                past_key_values=cache,
-                use_cache=True,
-            )
-            cache = output.past_key_values
-            pieces.append(output.logits)
-    valid = mask.bool()
-    torch.testing.assert_close(torch.cat(pieces, 1)[valid], full[valid], atol=2e-5, rtol=1e-4)
-
-
-@pytest.mark.parametrize("kind", ["gpt2", "llama"])
-@pytest.mark.parametrize("beams", [1, 3])
-def test_generation_with_a_cache_equals_generation_without(kind, beams):
-    model = over_encoding(kind)
-    ids = tokens(2, 8, 3)
-    mask = torch.ones_like(ids)
-    mask[0, :3] = 0
-    arguments = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False, "num_beams": beams}
-    arguments["no_repeat_ngram_size"] = 2
-    cached = model.generate(ids, **arguments)
-    assert cached.tolist() == model.generate(ids, use_cache=False, **arguments).tolist()
-
-
 def test_save_and_load_keep_every_logit(tmp_path):
     model = over_encoding("llama", embedding_scale=3.0)
     model.save_pretrained(tmp_path)
@@ -130,9 +90,6 @@ def test_its_rows_count_as_a_table():
     assert counts.table == NUM_ROWS * tiny.WIDTH
     assert counts.training_only == 0
     assert counts.resident == parameter_counts(tiny.trunk()).resident
-
-
-MODEL = over_encoding()
 
 
 def test_a_scaled_plain_trunk_scales_its_token_embeddings_and_nothing_else(tmp_path):

@@ -7,79 +7,85 @@ import pty
 import stat
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+import torch
 
 from scone.tests import tiny
 from scone.tokenization.tokenizers import train_tokenizer
 
-TEXT = "some text to train on, "
+LOAD = "from transformers import AutoModelForCausalLM as A; m = A.from_pretrained({!r}, trust_remote_code=True); "
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory):
     """A model with its tokenizer."""
     path = tmp_path_factory.mktemp("saved") / "final_model"
     tiny.scone("llama").save_pretrained(path)
-    train_tokenizer([TEXT * 20], 300, path)
+    train_tokenizer(["some text to train on, " * 20], 300, path)
     return path
 
 
-def run(program: str, tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(program, tmp_path, **environment):
     """A fresh process with a cache of its own for what transformers copies, and nobody at its terminal."""
     variables = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")} | environment
-    command = [sys.executable, "-c", program]
-    return subprocess.run(
-        command, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=variables, check=False
-    )
+    quiet = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "check": False}
+    return subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=variables, **quiet)
 
 
-LOAD = (
-    "from transformers import AutoModelForCausalLM as A; A.from_pretrained({!r}, trust_remote_code=True); print('ok')"
-)
-
-
-def test_without_the_package_one_line_says_what_to_install(folder: Path, tmp_path: Path) -> None:
-    done = run("import sys; sys.modules['scone'] = None; " + LOAD.format(str(folder)), tmp_path)
-    assert done.returncode == 1
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("ImportError: this model needs SCONE, which cannot be imported here")
-    assert "pip install scone-lm" in last
-    assert "Run `pip" not in done.stderr  # what transformers would say of an import that it finds missing
-
-
-@pytest.mark.parametrize(
-    ("code", "fails_by"),
-    [('__version__ = "0.2.0"', "No module named 'scone.models'"), ("print 'of Python 2'", "Missing parentheses")],
-)
-def test_a_strangers_package_of_our_name_is_told_apart(folder: Path, tmp_path: Path, code: str, fails_by: str) -> None:
-    (tmp_path / "scone").mkdir()
-    (tmp_path / "scone" / "__init__.py").write_text(code + "\n")
-    # an editable installation answers for its submodules whoever has the name
-    alone = "import sys; sys.meta_path[:] = [finder for finder in sys.meta_path if 'editable' not in repr(finder)]; "
-    done = run(alone + LOAD.format(str(folder)), tmp_path, PYTHONPATH=str(tmp_path))
-    assert done.returncode == 1
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("ImportError: this model needs SCONE")
-    assert fails_by in last
-    assert "pip uninstall scone" in last
-
-
-def test_a_folder_of_an_older_version_loads(folder: Path, tmp_path: Path) -> None:
-    """Their file imports without a try."""
-    (folder / "modeling_scone.py").write_text(
+def test_it_loads_by_auto_classes_without_our_import(folder, tmp_path):
+    """With the file that names our classes, and with that of an older version, which imports without a try."""
+    logits = tiny.scone("llama")(torch.arange(12)[None]).logits
+    torch.save(logits.detach(), tmp_path / "logits.pt")
+    older = (
         '"""Where AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True) finds SCONE."""\n\n'
         "from scone.models.configuration import SconeConfig\n"
         "from scone.models.language_model import SconeForCausalLM\n\n"
         '__all__ = ["SconeConfig", "SconeForCausalLM"]\n'
     )
-    done = run(LOAD.format(str(folder)), tmp_path)
+    program = (
+        f"import sys, torch; {LOAD.format(str(folder))} found = m.eval()(torch.arange(12)[None]).logits\n"
+        "assert torch.equal(found, torch.load('logits.pt')), 'logits differ'\n"
+        f"open({str(folder / 'modeling_scone.py')!r}, 'w').write({older!r})\n"
+        f"import os, subprocess; os.environ['HF_MODULES_CACHE'] += '2'\n"
+        f"{LOAD.format(str(folder))} print('ok')"
+    )
+    written = (folder / "modeling_scone.py").read_text()
+    try:
+        done = run("import sys; assert not any(name.startswith('scone') for name in sys.modules); " + program, tmp_path)
+    finally:
+        (folder / "modeling_scone.py").write_text(written)
     assert done.stdout.strip() == "ok", done.stderr
 
 
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (None, ["which cannot be imported here", "pip install scone-lm"]),
+        ('__version__ = "0.2.0"', ["No module named 'scone.models'", "pip uninstall scone"]),
+        ("print 'of Python 2'", ["Missing parentheses", "pip uninstall scone"]),
+    ],
+    ids=["no package", "a stranger's", "a broken one"],
+)
+def test_without_our_package_one_line_says_what_to_install(folder, tmp_path, code, words):
+    """Where there is none, and where a stranger's has our name."""
+    # an editable installation answers for its submodules whoever has the name
+    before = "import sys; sys.meta_path[:] = [finder for finder in sys.meta_path if 'editable' not in repr(finder)]; "
+    if code is None:
+        before = "import sys; sys.modules['scone'] = None; "
+    else:
+        (tmp_path / "scone").mkdir()
+        (tmp_path / "scone" / "__init__.py").write_text(code + "\n")
+    done = run(before + LOAD.format(str(folder)), tmp_path, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError: this model needs SCONE")
+    assert all(word in last for word in words), last
+    assert "Run `pip" not in done.stderr  # what transformers would say of an import that it finds missing
+
+
 @pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
-def test_files_have_the_mode_of_new_files(tmp_path: Path, mask: int) -> None:
+def test_files_have_the_mode_of_new_files(tmp_path, mask):
     before = os.umask(mask)
     try:
         tiny.scone().save_pretrained(tmp_path / "model")
@@ -90,14 +96,14 @@ def test_files_have_the_mode_of_new_files(tmp_path: Path, mask: int) -> None:
     assert {"model.safetensors", "f_grams.safetensors", "modeling_scone.py", "config.json"} <= modes.keys()
 
 
-TOKENIZER = "from transformers import AutoTokenizer as T; print(len(T.from_pretrained({!r}{}).encode('some text')))"
+AUTO = "from transformers import AutoTokenizer as T; print(len(T.from_pretrained({!r}{}).encode('some text')))"
+OURS = "from scone.tokenization.tokenizers import load_tokenizer as t; print(len(t({!r}).encode('some text')))"
 
 
-def at_a_terminal(program: str) -> str:
+def at_a_terminal(program):
     """What a process says whose input and output are a terminal where nobody answers."""
     ours, its = pty.openpty()
-    command = [sys.executable, "-c", program]
-    with subprocess.Popen(command, stdin=its, stdout=its, stderr=its, close_fds=True) as process:
+    with subprocess.Popen([sys.executable, "-c", program], stdin=its, stdout=its, stderr=its) as process:
         os.close(its)
         said = b""
         try:
@@ -113,18 +119,14 @@ def at_a_terminal(program: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("before", "arguments"),
-    [("from scone import SconeForCausalLM; ", ""), ("", ", trust_remote_code=False")],
-    ids=["with our class", "without"],
+    "program",
+    ["from scone import SconeForCausalLM; " + AUTO, AUTO.replace("{}", ", trust_remote_code=False"), OURS],
+    ids=["with our class", "without", "ours"],
 )
-def test_a_tokenizer_asks_nothing_at_a_terminal(folder: Path, before: str, arguments: str) -> None:
+def test_a_tokenizer_asks_nothing_at_a_terminal(folder, program):
     """Where nothing of ours was imported, transformers asks for the *configuration's* code unless told not to."""
-    said = at_a_terminal(before + TOKENIZER.format(str(folder), arguments))
+    said = at_a_terminal(program.format(str(folder), ""))
     assert "custom code" not in said
     assert said.split()[-1].isdigit(), said
-
-
-def test_a_tokenizer_needs_nobody_to_answer(folder: Path, tmp_path: Path) -> None:
-    done = run(TOKENIZER.format(str(folder), ""), tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split()[-1].isdigit()
+    if program.startswith("from scone.tok"):
+        assert not said.split()[:-1], said

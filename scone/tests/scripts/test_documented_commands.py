@@ -19,10 +19,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import scone
 from scone.data.stdlib_corpus import stdlib_files
 from scone.inference.quantization import computes_in_fp16
+from scone.tokenization.tokenizers import train_tokenizer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
@@ -30,6 +32,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
 ]
 
+REPOSITORY = Path(scone.__file__).parents[1]
 SMALL = "--max_steps 2 --num_workers 0 --report_to none --device cpu"
 TINY_TRUNK = (
     "--hidden_size 32 --num_hidden_layers 2 --num_attention_heads 4 --intermediate_size 64 "
@@ -42,33 +45,26 @@ SMALL_HYDRA = (
     "training.max_steps=2 data.num_workers=0 training.report_to=none training.device=cpu data.dataset_name=wikitext "
     "data.max_length=64"
 )
-MODEL = "--model_path ./outputs/scone-model/final_model"
+FINAL_MODEL = "./outputs/scone-model/final_model"
 TABLE = "--embedding_cache_path ./outputs/scone-model/embeddings.cache"
+GENERATE = f'python -m scone.scripts.generate --model_path {FINAL_MODEL} {TABLE} --prompt "Once upon a time"'
 
 
 def tiny_gpt2(folder: Path, texts: list[str]) -> None:
     """What `--base_model_name` and `model_name` take: weights, configuration, a BPE tokenizer of 512 tokens."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    from scone.tokenization.tokenizers import train_tokenizer
-
     train_tokenizer(iter(texts), 512, folder)
     torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=512, n_embd=64, n_layer=2, n_head=4, n_inner=128, n_positions=1024, bos_token_id=0, eos_token_id=0
-    )
-    GPT2LMHeadModel(config).save_pretrained(folder)
+    sizes = {"vocab_size": 512, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_inner": 128, "n_positions": 1024}
+    GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The working folder of all commands, with the first documented command's model in ``outputs/scone-model``."""
+def workspace(tmp_path_factory):
+    """The working folder of all commands."""
     folder = tmp_path_factory.mktemp("documented")
-    names = ["argparse.py", "ast.py", "calendar.py", "copy.py", "csv.py", "glob.py", "heapq.py", "json/decoder.py"]
-    by_name = {path.as_posix(): path for path in stdlib_files()}
-    texts = [
-        path.read_text(encoding="utf-8")[:9000] for path in by_name.values() if path.as_posix().endswith(tuple(names))
-    ]
+    names = ("argparse.py", "ast.py", "calendar.py", "copy.py", "csv.py", "glob.py", "heapq.py", "json/decoder.py")
+    files = [path for path in stdlib_files() if path.as_posix().endswith(names)]
+    texts = [path.read_text(encoding="utf-8")[:9000] for path in files]
     (folder / "wikitext").mkdir()
     for split, part in {"train": texts[:-2], "validation": texts[-2:-1], "test": texts[-1:]}.items():
         lines = "".join(json.dumps({"text": text}) + "\n" for text in part)
@@ -76,153 +72,116 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_gpt2(folder / "gpt2", texts)
     for name in ("gpt2-medium", "gpt2-large"):
         shutil.copytree(folder / "gpt2", folder / name)
-    repository = Path(scone.__file__).parents[1]
-    if (repository / "configs").is_dir():
-        shutil.copytree(repository / "configs", folder / "configs")
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def in_workspace(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(workspace)
-    monkeypatch.setenv("SCONE_CACHE", str(workspace / "cache"))
+    if (REPOSITORY / "configs").is_dir():
+        shutil.copytree(REPOSITORY / "configs", folder / "configs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("SCONE_CACHE", str(folder / "cache"))
+        yield folder
 
 
 def run(command: str, smaller: str = "") -> None:
     """Call the ``main`` that ``python -m scone.scripts.NAME …`` calls, in this process."""
     words = shlex.split(command)
     assert words[:2] == ["python", "-m"], command
-    status = importlib.import_module(words[2]).main([*words[3:], *shlex.split(smaller)])
-    assert not status
+    assert not importlib.import_module(words[2]).main([*words[3:], *shlex.split(smaller)])
 
 
 def launch(command: str, smaller: str = "") -> subprocess.CompletedProcess[str]:
     """Run a command in processes of its own."""
-    words = shlex.split(command)
-    words[0] = {"python": sys.executable}.get(words[0], words[0])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(scone.__file__).parents[1])}
-    return subprocess.run(
-        [*words, *shlex.split(smaller)], env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
+    words = [sys.executable, *shlex.split(command)[1:], *shlex.split(smaller)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
-def check_model(folder: str) -> None:
+def check_models(*folders: str) -> None:
     expected = {"config.json", "model.safetensors", "f_grams.safetensors", "options.yaml", "tokenizer.json"}
-    assert expected <= {path.name for path in Path(folder).iterdir()}
+    for folder in folders:
+        assert expected <= {path.name for path in Path(folder).iterdir()}
 
 
 @pytest.fixture(scope="module")
-def model(workspace: Path) -> str:
-    """Training as documented: nothing is added but a smaller batch of steps."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(workspace)
-        patch.setenv("SCONE_CACHE", str(workspace / "cache"))
-        run(
-            "python -m scone.scripts.train --dataset_name wikitext --dataset_config_name wikitext-103-v1 "
-            "--output_dir ./outputs/scone-model --base_model_name gpt2 --max_length 512 --batch_size 8 --num_epochs 3 "
-            "--learning_rate 5e-5",
-            "--device cpu --min_freq 5",
-        )
-        run(
-            "python -m scone.scripts.precompute_embeddings --model_path ./outputs/scone-model/final_model "
-            "--output_path ./outputs/scone-model/embeddings.cache --batch_size 32 --use_memory_map"
-        )
-    return "./outputs/scone-model/final_model"
-
-
-def test_train_and_precompute(model: str) -> None:
-    check_model(model)
-    log = json.loads(Path("outputs/scone-model/training_log.json").read_text())
-    assert log["steps"] >= 3
-    assert Path("outputs/scone-model/embeddings.cache").stat().st_size > 4096
+def model(workspace):
+    """Training and precomputing as documented: nothing is added but a device, and a floor for so little text."""
+    run(
+        "python -m scone.scripts.train --dataset_name wikitext --dataset_config_name wikitext-103-v1 "
+        "--output_dir ./outputs/scone-model --base_model_name gpt2 --max_length 512 --batch_size 8 --num_epochs 3 "
+        "--learning_rate 5e-5",
+        "--device cpu --min_freq 5",
+    )
+    run(
+        f"python -m scone.scripts.precompute_embeddings --model_path {FINAL_MODEL} "
+        "--output_path ./outputs/scone-model/embeddings.cache --batch_size 32 --use_memory_map"
+    )
+    check_models(FINAL_MODEL)
+    assert json.loads(Path("outputs/scone-model/training_log.json").read_text())["steps"] >= 3
+    return FINAL_MODEL
 
 
 @pytest.mark.parametrize("name", ["base_config", "large_config"])
-def test_train_with_a_config_file(name: str) -> None:
+def test_train_with_a_config_file(workspace, name):
     if not Path("configs").is_dir():
         pytest.skip("the ready configurations are in the repository, and this is an installed package")
-    run(
-        f"python -m scone.scripts.train --config configs/{name}.yaml",
-        f"--output_dir ./outputs/{name} {SMALL} {TINY_TRUNK} {TINY_F_GRAM_MODEL} --max_length 64",
-    )
-    check_model(f"outputs/{name}/final_model")
+    smaller = f"--output_dir ./outputs/{name} {SMALL} {TINY_TRUNK} {TINY_F_GRAM_MODEL} --max_length 64"
+    run(f"python -m scone.scripts.train --config configs/{name}.yaml", smaller)
+    check_models(f"outputs/{name}/final_model")
 
 
 @pytest.mark.parametrize(
-    ("number", "command"),
+    ("command", "smaller", "folders"),
     [
+        ("data.max_n=4 model.base_model_name=gpt2-medium training.batch_size=4", "training.output_dir=h/1", ["1"]),
         (
-            1,
-            "python -m scone.scripts.hydra_train data.max_n=4 model.base_model_name=gpt2-medium training.batch_size=4",
+            "training.gradient_checkpointing=true training.batch_size=2 training.gradient_accumulation_steps=8",
+            "training.output_dir=h/2",
+            ["2"],
         ),
         (
-            2,
-            "python -m scone.scripts.hydra_train training.gradient_checkpointing=true training.batch_size=2 "
-            "training.gradient_accumulation_steps=8",
+            "--multirun data.max_n=3,4 model.base_model_name=gpt2,gpt2-medium",
+            "training.output_dir=h/sweep data.min_freq=10",
+            [f"sweep/data.max_n={n},model.base_model_name={name}" for n in (3, 4) for name in ("gpt2", "gpt2-medium")],
         ),
     ],
 )
-def test_hydra_train(number: int, command: str) -> None:
-    run(command, f"{SMALL_HYDRA} training.output_dir=./outputs/hydra-{number}")
-    check_model(f"outputs/hydra-{number}/final_model")
-
-
-def test_hydra_multirun() -> None:
-    run(
-        "python -m scone.scripts.hydra_train --multirun data.max_n=3,4 model.base_model_name=gpt2,gpt2-medium",
-        f"{SMALL_HYDRA} training.output_dir=./outputs/sweep data.min_freq=10",
-    )
-    finished = sorted(path.parent.name for path in Path("outputs/sweep").glob("*/final_model"))
-    assert len(finished) == 4, finished
+def test_hydra_train(workspace, command, smaller, folders):
+    run(f"python -m scone.scripts.hydra_train {command}", f"{SMALL_HYDRA} {smaller}")
+    check_models(*(f"h/{folder}/final_model" for folder in folders))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "launcher", ["python -m torch.distributed.launch --nproc_per_node={n}", "torchrun --nproc_per_node={n}"]
-)
-def test_distributed_launch(launcher: str) -> None:
-    """As documented, but with two processes (the documented four share this test's two cores badly)."""
-    output = "launched" if "launch" in launcher else "torchrun"
-    if launcher.startswith("torchrun"):
-        launcher = launcher.replace("torchrun", "python -m torch.distributed.run")  # the same, whatever PATH says
-    result = launch(
-        launcher.format(n=2) + f" --master_port={free_port()} -m scone.scripts.hydra_train training.batch_size=4 "
-        "training.gradient_accumulation_steps=2 training.fp16=true",
-        f"{SMALL_HYDRA} training.output_dir=./outputs/{output}",
+def test_distributed_launch(workspace):
+    """As documented, but with two processes (four share two cores badly); under torchrun training/ has the laws."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    done = launch(
+        f"python -m torch.distributed.launch --nproc_per_node=2 --master_port={port} -m scone.scripts.hydra_train "
+        "training.batch_size=4 training.gradient_accumulation_steps=2 training.fp16=true",
+        f"{SMALL_HYDRA} training.output_dir=./outputs/launched",
     )
-    assert result.returncode == 0, result.stderr[-3000:]
-    check_model(f"outputs/{output}/final_model")
+    assert done.returncode == 0, done.stderr[-3000:]
+    check_models("outputs/launched/final_model")
 
 
 CONFIGURATION_COMMANDS = {
     "plain": (
-        "python -m scone.scripts.train_configurations --base_model_name gpt2 --dataset_name wikitext "
-        "--dataset_config_name wikitext-103-v1 --output_dir ./outputs --num_epochs 3 --batch_size 8 "
-        "--configs small-100k small-500k medium-100k",
+        "--base_model_name gpt2 --dataset_name wikitext --dataset_config_name wikitext-103-v1 --output_dir ./outputs "
+        "--num_epochs 3 --batch_size 8 --configs small-100k small-500k medium-100k",
         "",
         ["small-100k", "small-500k", "medium-100k"],
     ),
     "checkpointing": (
-        "python -m scone.scripts.train_configurations --gradient_checkpointing --batch_size 2 "
-        "--gradient_accumulation_steps 8 --configs large-100k",
+        "--gradient_checkpointing --batch_size 2 --gradient_accumulation_steps 8 --configs large-100k",
         "--dataset_name wikitext --output_dir ./outputs/checkpointing",
         ["large-100k"],
     ),
     "distributed": (
-        "python -m scone.scripts.train_configurations --distributed --num_gpus 4 --fp16 "
-        "--gradient_accumulation_steps 2 --configs medium-100k medium-500k",
+        "--distributed --num_gpus 4 --fp16 --gradient_accumulation_steps 2 --configs medium-100k medium-500k",
         "--num_gpus 2 --configs medium-500k --dataset_name wikitext --output_dir ./outputs/distributed",
         ["medium-500k"],
     ),
     "azure": (
-        "python -m scone.scripts.train_configurations --distributed --num_gpus 4 --fp16 --gradient_checkpointing "
-        "--configs medium-100k medium-500k medium-1m",
+        "--distributed --num_gpus 4 --fp16 --gradient_checkpointing --configs medium-100k medium-500k medium-1m",
         "--num_gpus 1 --dataset_name wikitext --output_dir ./outputs/azure",
         ["medium-100k", "medium-500k", "medium-1m"],
     ),
@@ -230,32 +189,29 @@ CONFIGURATION_COMMANDS = {
 
 
 @pytest.mark.parametrize("name", CONFIGURATION_COMMANDS)
-def test_train_configurations(name: str) -> None:
+def test_train_configurations(workspace, name):
     command, smaller, configurations = CONFIGURATION_COMMANDS[name]
-    run(command, f"{SMALL} {TINY_F_GRAM_MODEL} --max_length 64 {smaller} --min_freq 10")
+    smaller = f"{SMALL} {TINY_F_GRAM_MODEL} --max_length 64 {smaller} --min_freq 10"
+    run(f"python -m scone.scripts.train_configurations {command}", smaller)
     output = Path("outputs") if name == "plain" else Path("outputs", name)
-    for configuration in configurations:
-        check_model(str(output / f"scone-{configuration}" / "final_model"))
-        assert f"scone-{configuration}" in (output / "benchmark.md").read_text(encoding="utf-8")
+    check_models(*(str(output / f"scone-{configuration}" / "final_model") for configuration in configurations))
+    report = (output / "benchmark.md").read_text(encoding="utf-8")
+    assert all(f"scone-{configuration}" in report for configuration in configurations)
     assert (output / "benchmark.html").is_file()
 
 
-def test_evaluate(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluate(model, capsys):
     command = (
-        f"python -m scone.scripts.evaluate {MODEL} {TABLE} --dataset_name wikitext "
+        f"python -m scone.scripts.evaluate --model_path {model} {TABLE} --dataset_name wikitext "
         "--dataset_config_name wikitext-103-v1 --split test --batch_size 8"
     )
     run(command)
     with_table = capsys.readouterr().out
     run(command.replace(TABLE, ""))
-    live = capsys.readouterr().out
-    assert with_table.splitlines()[0] == live.splitlines()[0], "table and live model must agree"
+    assert with_table.splitlines()[0] == capsys.readouterr().out.splitlines()[0], "table and live model must agree"
     assert "perplexity" in with_table
     assert "embedding table" in with_table
     run(command, "--text_column text --max_length 128 --device cpu --seed 7 --tokenizer_path gpt2 --use_memory_map")
-
-
-GENERATE = f'python -m scone.scripts.generate {MODEL} {TABLE} --prompt "Once upon a time"'
 
 
 @pytest.mark.parametrize(
@@ -269,39 +225,28 @@ GENERATE = f'python -m scone.scripts.generate {MODEL} {TABLE} --prompt "Once upo
         "--do_sample --top_k 5 --top_p 1.0 --temperature 1.0 --max_length 20 --device cpu --tokenizer_path gpt2",
     ],
 )
-def test_generate(model: str, more: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_generate(model, more, capsys):
     if "int" in more.split()[-1]:
         pytest.importorskip("bitsandbytes")
     run(f"{GENERATE} {more}")
     assert "Once upon a time" in capsys.readouterr().out
 
 
-def test_generate_without_a_table(model: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Without a table the f-gram model runs live, and the text is the same."""
-    run(f"{GENERATE} --max_length 40")
-    with_table = capsys.readouterr().out
-    run(f"{GENERATE} --max_length 40".replace(TABLE, ""))
-    assert capsys.readouterr().out == with_table
-
-
 @pytest.mark.slow
-def test_generate_as_a_process(model: str) -> None:
-    """`python -m` really runs it, prints the text alone to standard output, and says a mistake in one line."""
+def test_generate_without_a_table_and_as_a_process(model, capsys):
+    """The text is the same from the live f-gram model, and alone on standard output."""
+    run(f"{GENERATE} --max_length 20".replace(TABLE, ""))
+    live = capsys.readouterr().out
     done = launch(f"{GENERATE} --max_length 20")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("Once upon a time")
-    wrong = launch(f"{GENERATE} --max_length 2")
-    assert wrong.returncode == 2
-    assert wrong.stderr.strip().splitlines()[-1].startswith("error: found a prompt of")
+    assert done.stdout == live
 
 
-def test_benchmark(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_benchmark(model, capsys):
     """The shipped configuration with shorter grids, and this workspace's model where its first model should be."""
-    shipped = json.loads((Path(scone.__file__).parent / "configs" / "benchmark_config.json").read_text())
-    shipped["model_configs"][0] |= {
-        "model_path": model,
-        "embedding_cache_path": "./outputs/scone-model/embeddings.cache",
-    }
+    shipped = json.loads((REPOSITORY / "scone" / "configs" / "benchmark_config.json").read_text())
+    table = "./outputs/scone-model/embeddings.cache"
+    shipped["model_configs"][0] |= {"model_path": model, "embedding_cache_path": table}
     shipped |= {"batch_sizes": [1, 2], "sequence_lengths": [32, 2048], "num_runs": 1, "warmup_runs": 0}
     Path("scone/configs").mkdir(parents=True)
     Path("scone/configs/benchmark_config.json").write_text(json.dumps(shipped))
@@ -314,18 +259,17 @@ def test_benchmark(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     result = json.loads(Path("benchmark_results/benchmark.json").read_text())
     records = {record["name"]: record for record in result["records"]}  # others may be there: what other tests trained
     assert {"SCONE-Small-100K", "GPT2-Small", "GPT2-Medium"} <= set(records)
-    scone_record, plain_record = records["SCONE-Small-100K"], records["GPT2-Small"]
-    for record in (scone_record, plain_record):
+    ours, plain, half = (records[name] for name in ("SCONE-Small-100K", "GPT2-Small", "SCONE-Small-100K fp16"))
+    for record in (ours, plain):
         assert set(record["perplexity"]) == {"WikiText-103"}
         assert [(speed["batch_size"], speed["sequence_length"]) for speed in record["speed"]] == [(1, 32), (2, 32)]
         assert all(value > 0 for speed in record["speed"] for value in speed.values())
-    assert scone_record["table_bytes"] > 0
-    half = records["SCONE-Small-100K fp16"]
+    assert ours["table_bytes"] > 0
     # a processor without fp16 arithmetic keeps the token embeddings in fp32
     share = 0.7 if computes_in_fp16(torch.device("cpu")) else 0.9
-    assert half["resident_bytes"] < share * scone_record["resident_bytes"]
+    assert half["resident_bytes"] < share * ours["resident_bytes"]
     assert half["perplexity"]["WikiText-103"]["perplexity"] > 1
-    assert scone_record["inference_flops_per_token"] == plain_record["inference_flops_per_token"]
+    assert ours["inference_flops_per_token"] == plain["inference_flops_per_token"]
     missing = {item["what"] for item in result["missing"]}
     assert {"SCONE-Small-1M", "C4 for GPT2-Small", "GPT2-Small at 2048 tokens"} <= missing
     assert "## Missing" in Path("benchmark_results/benchmark.md").read_text()

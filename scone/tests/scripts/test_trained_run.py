@@ -1,10 +1,11 @@
-"""One small run of train-configurations, and what count, verify and inspect say of what it wrote."""
+"""One small run of train-configurations: its folders, report and table, and what other commands say of them."""
 
 from __future__ import annotations
 
 import io
 import json
 import os
+import re
 import shlex
 import shutil
 import stat
@@ -14,7 +15,17 @@ from pathlib import Path
 import pytest
 
 from scone.cli import main
+from scone.configs.loading import from_mapping
+from scone.inference.embedding_table import EmbeddingTable
+from scone.models.accounting import f_gram_model_parameters, parameter_counts
+from scone.models.configuration import SconeConfig
+from scone.models.language_model import SconeForCausalLM
+from scone.scripts.train_configurations import write_family_report
+from scone.tests import tiny
+from scone.tests.inference.tables import small_model
+from scone.tests.training.runs import write_corpus
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
+from scone.utils.files import read_json, write_json
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
@@ -28,8 +39,6 @@ TINY = shlex.split(
     "--f_gram_intermediate_size 32 --max_length 32 --max_steps 4 --save_steps 2 --eval_steps 4 --num_workers 0 "
     "--report_to none --device cpu"
 )
-WORDS = shlex.split("the cat sat on the mat and the dog ran to the old red house by the sea while it rained all day")
-CONFIGURATIONS = ["--configs", "small-100k", "medium-1m"]
 
 
 @dataclass(frozen=True)
@@ -40,10 +49,13 @@ class Run:
     cache: Path
     output: Path
 
-    def argv(self, *more: str) -> list[str]:
+    def where(self, output: Path | None = None) -> list[str]:
+        folders = {"--dataset_name": self.corpus, "--cache_dir": self.cache, "--output_dir": output or self.output}
+        return [str(word) for pair in folders.items() for word in pair]
+
+    def argv(self, *more: str, output: Path | None = None) -> list[str]:
         """The command line that made the run, and ``more``."""
-        where = ["--dataset_name", str(self.corpus), "--cache_dir", str(self.cache), "--output_dir", str(self.output)]
-        return ["train-configurations", *where, *TINY, *CONFIGURATIONS, *more]
+        return ["train-configurations", *self.where(output), *TINY, "--configs", "small-100k", "medium-1m", *more]
 
     @property
     def final_model(self) -> Path:
@@ -51,19 +63,22 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    documents = [
-        json.dumps({"text": " ".join(WORDS[(number * 7 + i * i) % len(WORDS)] for i in range(120))})
-        for number in range(60)
-    ]
-    (folder / "corpus.jsonl").write_text("\n".join(documents), encoding="utf-8")
-    result = Run(folder / "corpus.jsonl", folder / "cache", folder / "outputs")
+    result = Run(write_corpus(folder), folder / "cache", folder / "outputs")
     assert main(result.argv()) == 0
+    table = str(result.final_model.parent / "embeddings.cache")
+    assert main(["precompute", "--model_path", str(result.final_model), "--output_path", table]) == 0
     return result
 
 
-def test_each_configuration_lands_in_its_folder_with_one_count(run: Run) -> None:
+@pytest.fixture
+def copy(run, tmp_path):
+    """A copy of the final model, to be damaged."""
+    return shutil.copytree(run.final_model, tmp_path / "final_model")
+
+
+def test_each_configuration_lands_in_its_folder_with_one_count(run):
     sizes = []
     for name, floor in (("small-100k", 100), ("medium-1m", 20)):
         vocabulary = FGramVocabulary.load(run.output / f"scone-{name}" / "final_model")
@@ -75,69 +90,84 @@ def test_each_configuration_lands_in_its_folder_with_one_count(run: Run) -> None
     assert len(list(run.cache.glob("vocabularies/*/*/counting.json"))) == 1  # the second was cut from the first
 
 
-def test_all_files_have_the_mode_of_new_files(run: Run) -> None:
+def test_the_report_shows_quality_over_the_size_of_the_f_gram_model(tmp_path):
+    """Of what finished runs leave: f-gram models of two widths."""
+    options, weights = {}, []
+    for name, width in {"small-100k": 8, "medium-100k": 16}.items():
+        folder, sizes = tmp_path / f"scone-{name}", tiny.F_GRAM_SIZES | {"hidden_size": width}
+        model = SconeForCausalLM.from_trunk(tiny.trunk(), tiny.vocabulary(), f_gram_model=sizes, learned_rows=5)
+        model.config.save_pretrained(folder / "final_model")
+        log = {"final": {"eval_perplexity": 90.0 - width}, "steps": 3, "tokens_per_step": 64}
+        write_json(folder / "training_log.json", log | {"parameters": parameter_counts(model).to_dict()})
+        options[name] = from_mapping({"training": {"output_dir": str(folder), "max_eval_tokens": 1000}})
+        weights.append(sum(weight.numel() for weight in model.f_gram_embedding.f_gram_model.parameters()))
+    write_family_report(tmp_path, options)
+    page = (tmp_path / "benchmark.html").read_text(encoding="utf-8")
+    assert "Against the size of the f-gram model" in page
+    assert "the first 1,000 tokens of the validation split" in page
+    records = read_json(tmp_path / "benchmark.json")["records"]
+    assert [record["f_gram_model_parameters"] for record in records] == weights
+    assert f_gram_model_parameters(tiny.trunk().config) == f_gram_model_parameters(SconeConfig()) == 0
+
+
+def test_all_files_have_the_mode_of_new_files(run):
     """Models and checkpoints, plain and SCONE, tables, vocabularies, tokens: what others may read is for the umask."""
-    argv = ["precompute", "--model_path", str(run.final_model), "--output_path", str(run.output / "embeddings.cache")]
-    assert main(argv) == 0
-    plain = ["train", *run.argv()[1:7], *TINY, "--use_f_gram_embeddings", "false", "--max_steps", "1"]
-    plain[plain.index("--output_dir") + 1] = str(run.output / "plain")
+    plain = ["train", *run.where(run.output / "plain"), *TINY, "--use_f_gram_embeddings", "false", "--max_steps", "1"]
     assert main(plain) == 0
-    expected = 0o666 & ~_umask()
-    files = [path for folder in (run.output, run.cache) for path in folder.rglob("*") if path.is_file()]
-    wrong = {str(path): oct(path.stat().st_mode) for path in files if stat.S_IMODE(path.stat().st_mode) != expected}
-    assert wrong == {}
-    assert len([path for path in files if path.suffix == ".safetensors"]) >= 10
-
-
-def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
-    return mask
+    files = [path for folder in (run.output, run.cache) for path in folder.rglob("*") if path.is_file()]
+    modes = {str(path): stat.S_IMODE(path.stat().st_mode) for path in files}
+    assert {path: oct(mode) for path, mode in modes.items() if mode != 0o666 & ~mask} == {}
+    assert len([path for path in files if path.suffix == ".safetensors"]) >= 9
 
 
-def test_finished_configurations_are_kept(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_finished_configurations_are_kept(run, capsys):
     before = (run.final_model / "model.safetensors").stat().st_mtime_ns
     assert main(run.argv()) == 0
     assert capsys.readouterr().out.count("(finished before)") == 2
     assert (run.final_model / "model.safetensors").stat().st_mtime_ns == before
-
-
-def test_other_options_do_not_overwrite_a_finished_run(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(run.argv("--seed", "7")) == 2
     assert "begun with training.seed 42; expected 7; choose another --output_dir" in capsys.readouterr().err
 
 
-def test_an_interrupted_configuration_is_resumed(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    output = tmp_path / "outputs"
-    shutil.copytree(run.output, output)
-    interrupted = output / "scone-small-100k"
+def test_an_interrupted_configuration_is_resumed(run, tmp_path, capsys):
+    interrupted = shutil.copytree(run.output, tmp_path / "outputs") / "scone-small-100k"
     before = (interrupted / "final_model" / "model.safetensors").read_bytes()
     shutil.rmtree(interrupted / "final_model")
     shutil.rmtree(interrupted / "checkpoint-4")
-    assert main(Run(run.corpus, run.cache, output).argv()) == 0
-    shown = capsys.readouterr().out
-    assert shown.count("(finished before)") == 1
+    assert main(run.argv(output=tmp_path / "outputs")) == 0
+    assert capsys.readouterr().out.count("(finished before)") == 1
     assert (interrupted / "final_model" / "model.safetensors").read_bytes() == before
 
 
-def test_wrong_numbers_of_processes_get_one_line(
-    run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert main(run.argv("--distributed", "--num_gpus", "0")) == 2
-    assert "--num_gpus: found 0; expected at least 1" in capsys.readouterr().err
+def test_processes_are_not_started_by_processes(run, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(run.argv("--distributed")) == 2
     assert "found --distributed inside a distributed launch" in capsys.readouterr().err
 
 
-def test_a_whole_run_is_verified(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = run.final_model.parent
-    assert (
-        main(["precompute", "--model_path", str(run.final_model), "--output_path", str(folder / "embeddings.cache")])
-        == 0
-    )
-    capsys.readouterr()
-    corpus = next(run.cache.glob("tokens/corpus*"))
+def test_processes_share_the_table_of_a_model(tmp_path, monkeypatch, capsys):
+    """The variables that torchrun sets are all that they need; each says what it did."""
+    small_model().save_pretrained(tmp_path / "model")
+    words = ["precompute", "--model_path", str(tmp_path / "model"), "--output_path", str(tmp_path / "table")]
+    words += ["--batch_size", "1", "--row_type", "int8", "--use_memory_map", "--device", "cpu"]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in (1, 0):
+        assert not (tmp_path / "table").exists()
+        monkeypatch.setenv("RANK", str(rank))
+        assert main([*words, f"--local-rank={rank}"]) == 0
+    shown = capsys.readouterr()
+    assert re.findall(r"^rank (\d): computed (\d+) rows in ", shown.err, re.MULTILINE) == [("1", "128"), ("0", "226")]
+    assert "354 rows × 32 int8" in shown.out
+    EmbeddingTable.open(tmp_path / "table").close()
+
+
+# ------------------------------------------------------------------ verify
+
+
+def test_a_whole_run_is_verified(run, capsys):
+    folder, corpus = run.final_model.parent, next(run.cache.glob("tokens/corpus*"))
     assert main(["verify", str(folder), str(corpus)]) == 0
     shown = capsys.readouterr().out
     for what in ("weights", "tokenizer", "f-grams of up to", "options", "of them are the rows of", "documents"):
@@ -149,30 +179,23 @@ def test_a_whole_run_is_verified(run: Run, capsys: pytest.CaptureFixture[str]) -
 
 
 @pytest.mark.parametrize("name", ["f_grams.safetensors", "model.safetensors", "options.yaml", "config.json"])
-def test_a_damaged_model_folder_is_refused(
-    run: Run, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = tmp_path / "final_model"
-    shutil.copytree(run.final_model, folder)
-    content = (folder / name).read_bytes()
-    (folder / name).write_bytes(content[: len(content) // 2] + b"\xff")
-    assert main(["verify", str(folder)]) == 2
+def test_a_damaged_model_folder_is_refused(copy, name, capsys):
+    content = (copy / name).read_bytes()
+    (copy / name).write_bytes(content[: len(content) // 2] + b"\xff")
+    assert main(["verify", str(copy)]) == 2
     shown = capsys.readouterr().err
     assert shown.count("\n") == 1
     assert name in shown
 
 
-def test_a_vocabulary_of_another_model_is_refused(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = tmp_path / "final_model"
-    shutil.copytree(run.final_model, folder)
-    shutil.copy(run.output / "scone-medium-1m" / "final_model" / "f_grams.safetensors", folder)
-    assert main(["verify", str(folder)]) == 2
+def test_a_vocabulary_of_another_model_is_refused(run, copy, capsys):
+    shutil.copy(run.output / "scone-medium-1m" / "final_model" / "f_grams.safetensors", copy)
+    assert main(["verify", str(copy)]) == 2
     assert "does not fit the model's configuration" in capsys.readouterr().err
 
 
-def test_a_damaged_token_file_is_refused(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = tmp_path / "train"
-    shutil.copytree(next(run.cache.glob("tokens/corpus*/train")), folder)
+def test_a_damaged_token_file_is_refused(run, tmp_path, capsys):
+    folder = shutil.copytree(next(run.cache.glob("tokens/corpus*/train")), tmp_path / "train")
     with (folder / "tokens.npy").open("r+b") as file:
         file.seek(-2, os.SEEK_END)
         file.write(b"\xff\x00")
@@ -180,16 +203,10 @@ def test_a_damaged_token_file_is_refused(run: Run, tmp_path: Path, capsys: pytes
     assert "checksum" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["missing", "folder", "text.txt", "short"])
-def test_what_is_not_ours_is_named(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "text.txt").write_text("hello, this is a text")
-    (tmp_path / "short").write_bytes(b"\x01")
-    assert main(["verify", str(tmp_path / name)]) == 2
-    assert name in capsys.readouterr().err
+# ------------------------------------------------------------------ count, inspect
 
 
-def test_count_says_what_f_grams_cover(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_count_says_what_f_grams_cover(run, tmp_path, capsys):
     argv = ["count", "--dataset_name", str(run.corpus), "--cache_dir", str(run.cache), "--tokenizer", "train"]
     argv += ["--vocab_size", "300", "--min_freq", "5", "--output", str(tmp_path / "v"), "--width", "16"]
     assert main([*argv, "--json", "--plot", str(tmp_path / "plot.svg")]) == 0
@@ -210,38 +227,18 @@ def test_count_says_what_f_grams_cover(run: Run, tmp_path: Path, capsys: pytest.
         assert what in shown
 
 
-def test_inspect_shows_f_grams_ranks_and_counts(
-    run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_inspect_shows_f_grams_ranks_and_counts(run, capsys, monkeypatch):
     argv = ["inspect", "--model_path", str(run.final_model)]
     text = json.loads(run.corpus.read_text(encoding="utf-8").splitlines()[0])["text"][:60] + "\n"
     assert main([*argv, text, "--json"]) == 0
-    records = json.loads(capsys.readouterr().out)
-    vocabulary = FGramVocabulary.load(run.final_model)
+    records, vocabulary = json.loads(capsys.readouterr().out), FGramVocabulary.load(run.final_model)
     assert "".join(record["text"] for record in records) == text
     assert any(record["rank"] is not None for record in records)
     for record in records:
         assert tuple(record["f_gram"]) == vocabulary.tokens(record["node"])
-        if record["rank"] is not None:
-            assert record["count"] == vocabulary.counts[record["rank"]]
+        assert record["rank"] is None or record["count"] == vocabulary.counts[record["rank"]]
     monkeypatch.setattr("sys.stdin", io.StringIO(text))
     assert main(argv) == 0
     shown = capsys.readouterr().out
     assert shown.splitlines()[0].split()[-3:] == ["length", "rank", "count"]
     assert r'"\n"' in shown
-
-
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        (["x"], "found none of --model_path and --vocabulary"),
-        (["x", "--vocabulary", "v", "--model_path", "m"], "found both of --model_path and --vocabulary"),
-        (["x", "--vocabulary", "v"], "found --vocabulary without --tokenizer"),
-        (["x", "--model_path", "no/such/model"], "found no f_grams.safetensors in no/such/model"),
-    ],
-)
-def test_inspect_without_what_it_needs_gets_one_line(
-    argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["inspect", *argv]) == 2
-    assert message in capsys.readouterr().err

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from scone.kernels import reference
-from scone.tests.tokenization.f_gram_strategies import LARGEST_VOCABULARY, Case, cases
+from scone.tests.tokenization.f_gram_strategies import LARGEST_VOCABULARY, cases
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 from scone.tokenization.matcher import Matcher
 from scone.utils.errors import SconeError
@@ -32,7 +35,7 @@ def same(left: FGramVocabulary, right: FGramVocabulary) -> bool:
 
 @settings(max_examples=80, deadline=None)
 @given(cases())
-def test_vocabulary_is_prefix_and_suffix_closed(case: Case) -> None:
+def test_vocabulary_is_prefix_and_suffix_closed(case):
     vocabulary, size = case.vocabulary, case.vocab_size
     grams = [vocabulary.tokens(size + rank) for rank in range(vocabulary.num_f_grams)]
     assert grams == case.f_grams
@@ -51,7 +54,7 @@ def test_vocabulary_is_prefix_and_suffix_closed(case: Case) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(cases(), st.integers(0, 60))
-def test_truncated_vocabulary_is_the_smaller_vocabulary(case: Case, size: int) -> None:
+def test_truncated_vocabulary_is_the_smaller_vocabulary(case, size):
     grams = case.f_grams[:size]
     smaller = FGramVocabulary.from_ranked(
         grams,
@@ -67,7 +70,7 @@ def test_truncated_vocabulary_is_the_smaller_vocabulary(case: Case, size: int) -
 
 @settings(max_examples=30, deadline=None)
 @given(cases())
-def test_saved_vocabulary_is_the_same(case: Case) -> None:
+def test_saved_vocabulary_is_the_same(case):
     with tempfile.TemporaryDirectory() as folder:
         path = case.vocabulary.save(folder)
         assert path == Path(folder) / "f_grams.safetensors"
@@ -79,7 +82,7 @@ def test_saved_vocabulary_is_the_same(case: Case) -> None:
         assert again.read_bytes() == path.read_bytes()
 
 
-def test_ways_of_making_one_agree() -> None:
+def test_ways_of_making_one_agree():
     counts = {(1, 2): 3, (2, 1): 3, (2, 2): 2, (1, 2, 1): 3, (2, 1, 2): 2, (0, 2): 9, (1, 1): 1}
     made = FGramVocabulary.from_counts(counts, vocab_size=3, max_n=3, min_freq=2, separator_ids=[0])
     grams = reference.ranked({gram: count for gram, count in counts.items() if 0 not in gram and count > 1})
@@ -94,7 +97,7 @@ def test_ways_of_making_one_agree() -> None:
         assert same(other, made)
 
 
-def test_nodes_take_64_bits_where_32_do_not_suffice() -> None:
+def test_nodes_take_64_bits_where_32_do_not_suffice():
     last = LARGEST_VOCABULARY - 1
     counts = {(last, last): 2, (0, last): 1}
     small = FGramVocabulary.from_counts(counts, vocab_size=LARGEST_VOCABULARY, max_f_grams=1)
@@ -120,101 +123,80 @@ def test_nodes_take_64_bits_where_32_do_not_suffice() -> None:
         ([(1, 1), (1, 1, 1), (1, 1, 1, 1)], [1, 1, 1], "longer than max_n"),
     ],
 )
-def test_what_is_no_vocabulary_is_refused(f_grams: list[tuple[int, ...]], counts: list[int], fault: str) -> None:
+def test_what_is_no_vocabulary_is_refused(f_grams, counts, fault):
     with pytest.raises(ValueError, match=f"rank {len(f_grams) - 1} .*{fault}"):
         FGramVocabulary.from_ranked(f_grams, counts, vocab_size=5, max_n=3, separator_ids=[0])
 
 
-def test_limits_are_checked() -> None:
+def test_limits_and_questions_about_what_is_not_there():
     for limits in ({"vocab_size": 0}, {"vocab_size": 2**32}, {"max_n": 0}, {"max_n": 256}, {"separator_ids": [5]}):
         with pytest.raises(ValueError, match="expected"):
             FGramVocabulary.from_ranked([], [], **({"vocab_size": 5} | limits))
-    with pytest.raises(ValueError, match="lengths"):
-        FGramVocabulary.from_ranked([(1,)], [1], vocab_size=5)
-    with pytest.raises(ValueError, match="counts"):
-        FGramVocabulary.from_ranked([(1, 2)], [], vocab_size=5)
-
-
-def test_questions_about_what_is_not_there() -> None:
+    for f_grams, counts, word in (([(1,)], [1], "lengths"), ([(1, 2)], [], "counts")):
+        with pytest.raises(ValueError, match=word):
+            FGramVocabulary.from_ranked(f_grams, counts, vocab_size=5)
     vocabulary = FGramVocabulary.from_counts({(1, 2): 1}, vocab_size=5)
-    assert vocabulary.node([]) is None
-    assert vocabulary.node([1, 3]) is None
-    assert vocabulary.node([7]) is None
-    assert vocabulary.node([-1, 2]) is None
-    assert vocabulary.node([3]) == 3
-    for node in (-1, 6):
+    assert [vocabulary.node(tokens) for tokens in ([], [1, 3], [7], [-1, 2], [3])] == [None, None, None, None, 3]
+    for ask, node in itertools.product((vocabulary.tokens, vocabulary.length), (-1, 6)):
         with pytest.raises(ValueError, match="does not exist"):
-            vocabulary.tokens(node)
-        with pytest.raises(ValueError, match="does not exist"):
-            vocabulary.length(node)
+            ask(node)
     with pytest.raises(ValueError, match="ranks are"):
         vocabulary.token_matrix(np.array([1]))
     with pytest.raises(ValueError, match="read-only"):
         vocabulary.counts[0] = 3
 
 
+@functools.cache
 def made_vocabulary() -> FGramVocabulary:
     """About a hundred f-grams, enough for every array to have many bytes."""
     corpus = np.random.default_rng(0).integers(0, 4, 400).tolist()
-    counts: dict[tuple[int, ...], int] = {}
-    for n in range(2, 5):
-        for start in range(len(corpus) - n + 1):
-            gram = tuple(corpus[start : start + n])
-            counts[gram] = counts.get(gram, 0) + 1
+    counts = Counter(tuple(corpus[at : at + n]) for n in range(2, 5) for at in range(len(corpus) - n + 1))
     return FGramVocabulary.from_counts(counts, vocab_size=4, max_f_grams=100, tokenizer_fingerprint="abc")
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    return made_vocabulary().save(tmp_path_factory.mktemp("saved")).read_bytes()
+@pytest.fixture
+def path(tmp_path):
+    return made_vocabulary().save(tmp_path)
 
 
-def assert_refused(path: Path, content: bytes) -> None:
+def assert_refused(path, content):
     """Opening or verifying says no; where opening says yes, matching stays in range."""
     path.write_bytes(content)
-    with pytest.raises(SconeError, match=path.name):
-        use_and_verify(path)
+    with pytest.raises(SconeError, match=path.name):  # noqa: PT012
+        vocabulary = FGramVocabulary.load(path)
+        nodes = Matcher(vocabulary).match(np.random.default_rng(0).integers(0, 4, 300))
+        assert ((nodes >= 0) & (nodes < vocabulary.num_nodes)).all()
+        vocabulary.depth_first_order()
+        vocabulary.verify()
 
 
-def use_and_verify(path: Path) -> None:
-    vocabulary = FGramVocabulary.load(path)
-    nodes = Matcher(vocabulary).match(np.random.default_rng(0).integers(0, 4, 300))
-    assert ((nodes >= 0) & (nodes < vocabulary.num_nodes)).all()
-    vocabulary.depth_first_order()
-    vocabulary.verify()
-
-
-def test_damaged_file_is_refused(saved: bytes, tmp_path: Path) -> None:
-    """Any byte changed, at steps through every region and near its ends."""
-    path = tmp_path / "f_grams.safetensors"
+def test_damaged_file_is_refused(path):
+    """Any byte changed, at steps through every region and near its ends; cut, or longer."""
+    saved = path.read_bytes()
     header_end = 8 + int.from_bytes(saved[:8], "little")
     positions = {*range(40), *range(40, header_end, 11), *range(header_end - 10, header_end)}
     positions |= {*range(header_end, len(saved), 61), *range(len(saved) - 10, len(saved))}
-    for position in sorted(positions):
-        for flip in (0x01, 0x80):
-            assert_refused(path, saved[:position] + bytes([saved[position] ^ flip]) + saved[position + 1 :])
-
-
-def test_cut_or_lengthened_file_is_refused(saved: bytes, tmp_path: Path) -> None:
-    path = tmp_path / "f_grams.safetensors"
+    for position, flip in itertools.product(sorted(positions), (0x01, 0x80)):
+        assert_refused(path, saved[:position] + bytes([saved[position] ^ flip]) + saved[position + 1 :])
     for length in (0, 1, 7, 8, 9, 200, len(saved) // 2, len(saved) - 1):
         assert_refused(path, saved[:length])
     assert_refused(path, saved + b"\0")
+
+
+def test_other_files_are_named(path, tmp_path):
+    saved = path.read_bytes()
+    for content, message in (
+        ((2).to_bytes(8, "little") + b"{}", "no f-gram vocabulary header"),
+        (saved.replace(b'"format_version":"1"', b'"format_version":"9"'), r"version 9; expected scone-f-gram-vocab"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(SconeError, match=message):
+            FGramVocabulary.load(path)
     with pytest.raises(SconeError, match="cannot read"):
         FGramVocabulary.load(tmp_path / "nowhere")
-    path.write_bytes((2).to_bytes(8, "little") + b"{}")
-    with pytest.raises(SconeError, match="no f-gram vocabulary header"):
-        FGramVocabulary.load(path)
 
 
-def test_other_version_is_named(saved: bytes, tmp_path: Path) -> None:
-    path = tmp_path / "f_grams.safetensors"
-    path.write_bytes(saved.replace(b'"format_version":"1"', b'"format_version":"9"'))
-    with pytest.raises(SconeError, match=r"version 9; expected scone-f-gram-vocabulary version 1"):
-        FGramVocabulary.load(path)
-
-
-def test_verify_finds_arrays_that_do_not_belong_together() -> None:
+def test_verify_finds_arrays_that_do_not_belong_together():
     whole = made_vocabulary()
     arrays = {name: np.array(getattr(whole, name)) for name in ("keys", "suffixes", "lengths", "counts")}
     arrays["counts"][5] += 1000
@@ -228,7 +210,7 @@ def test_verify_finds_arrays_that_do_not_belong_together() -> None:
         FGramVocabulary(**arrays, vocab_size=4, max_n=4, index=whole.index, fingerprint="0" * 64).verify()
 
 
-def test_the_file_is_plain_safetensors(tmp_path: Path) -> None:
+def test_the_file_is_plain_safetensors(tmp_path):
     vocabulary = made_vocabulary()
     with safe_open(vocabulary.save(tmp_path), framework="np") as file:
         assert sorted(file.keys()) == ["counts", "keys", "lengths", "slots", "suffixes"]
@@ -236,7 +218,7 @@ def test_the_file_is_plain_safetensors(tmp_path: Path) -> None:
         assert file.metadata()["tokenizer_fingerprint"] == "abc"
 
 
-def test_a_file_that_changed_is_not_reopened_in_a_worker(tmp_path: Path) -> None:
+def test_a_file_that_changed_is_not_reopened_in_a_worker(tmp_path):
     made_vocabulary().save(tmp_path)
     loaded = FGramVocabulary.load(tmp_path)
     reopen, arguments = loaded.__reduce__()

@@ -191,34 +191,17 @@ def test_a_tokenizer_without_an_end_is_refused(trained, tmp_path):
         document_separator_id(tokenizer)
 
 
-@pytest.mark.parametrize("value", [None, "true"])
-def test_one_thread_per_call_puts_the_variable_back(monkeypatch, value):
-    if value is None:
-        monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
-    else:
-        monkeypatch.setenv("TOKENIZERS_PARALLELISM", value)
-    with one_thread_per_call():
-        assert os.environ["TOKENIZERS_PARALLELISM"] == "false"
-    assert os.environ.get("TOKENIZERS_PARALLELISM") == value
+def test_one_thread_per_call_puts_the_variable_back(monkeypatch):
+    for value in ("true", None):
+        monkeypatch.setenv("TOKENIZERS_PARALLELISM", value or "")
+        if value is None:
+            monkeypatch.delenv("TOKENIZERS_PARALLELISM")
+        with one_thread_per_call():
+            assert os.environ["TOKENIZERS_PARALLELISM"] == "false"
+        assert os.environ.get("TOKENIZERS_PARALLELISM") == value
 
 
-def test_the_tokenizer_of_a_saved_scone_model_loads_without_a_question(tmp_path):
-    """In a process that has not imported the model class, transformers would ask whether to run its remote code."""
-    tokenizer = train_tokenizer(["some text to train on, " * 20], 300, tmp_path / "tokenizer")
-    tokenizer.save_pretrained(tmp_path / "model")
-    config = {"model_type": "scone", "auto_map": {"AutoConfig": "modeling_scone.SconeConfig"}}
-    config["text_config"] = {"model_type": "gpt2", "n_embd": 8, "n_layer": 1, "n_head": 1}
-    (tmp_path / "model" / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    program = (
-        "from scone.tokenization.tokenizers import load_tokenizer\n"
-        f"print(len(load_tokenizer({str(tmp_path / 'model')!r})))"
-    )
-    done = subprocess.run([sys.executable, "-c", program], stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    assert done.stdout.split() == [str(len(tokenizer))], done.stderr
-
-
-@pytest.mark.parametrize("unknown", ["[UNK]", None])
-@pytest.mark.parametrize("text", ["今天天气很好。我们去公园。", "ACGTTGCA", "0123456789", "😀😃😄", "привет мир"])
+@pytest.mark.parametrize(("text", "unknown"), [("今天天气很好。", "[UNK]"), ("0123456789", None), ("😀😃😄", None)])
 def test_a_tokenizer_need_not_know_latin_letters(tmp_path, text, unknown):
     """Nor anything outside of what it was made for; then it is told apart by its entries."""
     entries = {entry: i for i, entry in enumerate([*([unknown] if unknown else []), "[EOS]", *sorted(set(text))])}

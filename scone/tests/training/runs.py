@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -73,6 +75,12 @@ def assert_same_weights(left: Path, right: Path, **tolerance: float) -> None:
     assert ours.keys() == theirs.keys()
     for name in ours:
         torch.testing.assert_close(ours[name], theirs[name], msg=lambda text, name=name: f"{name}: {text}", **tolerance)
+
+
+def run_ranks(rank: Callable[..., None], num_ranks: int, *arguments: object) -> None:
+    """Run ``rank(number, *arguments)`` in processes, forked from one that has imported what they need."""
+    multiprocessing.set_forkserver_preload(["scone.training.run", rank.__module__])
+    torch.multiprocessing.start_processes(rank, args=arguments, nprocs=num_ranks, start_method="forkserver")
 
 
 def command_line(corpus: Path, output_dir: Path, *flags: str) -> list[str]:

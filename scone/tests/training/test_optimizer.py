@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from scone.models.learned_rows import LearnedRows
 from scone.tests.training.dense_row_rms import DenseRowRMS
+from scone.tests.training.runs import run_ranks
 from scone.training.optimizer import AdamWWithRows, sum_by_row, update_with_rms
 
 
@@ -52,7 +53,7 @@ def test_rows_learn_as_row_rms_teaches_them(seed, steps, passes):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_rows_of_other_types_learn_the_same(dtype: torch.dtype) -> None:
+def test_rows_of_other_types_learn_the_same(dtype):
     """What no kernel of ours is for goes through PyTorch's operators."""
     states: list[dict] = [{}, {}]
     random = torch.Generator().manual_seed(0)
@@ -70,11 +71,11 @@ def test_rows_of_other_types_learn_the_same(dtype: torch.dtype) -> None:
 def test_muon_for_matrices_equals_torchs_own_and_comes_back_from_a_state_dict():
     """Beside AdamW and rows in one optimizer, with a state dictionary in the middle."""
 
-    def parameters() -> list[torch.nn.Parameter]:
+    def parameters():
         torch.manual_seed(0)
         return [torch.nn.Parameter(torch.randn(4, 6)), torch.nn.Parameter(torch.randn(3))]
 
-    def gradients(pair: list[torch.nn.Parameter], turn: int) -> None:
+    def gradients(pair, turn):
         for parameter in pair:
             parameter.grad = torch.cos(parameter.detach() * (turn + 1))
 
@@ -83,7 +84,7 @@ def test_muon_for_matrices_equals_torchs_own_and_comes_back_from_a_state_dict():
     muon = torch.optim.Muon(theirs[:1], adjust_lr_fn="match_rms_adamw", **settings_)
     adamw = torch.optim.AdamW(theirs[1:], **settings_)
 
-    def make() -> AdamWWithRows:
+    def make():
         groups = [{"params": ours[:1], "muon": True} | settings_, {"params": ours[1:]} | settings_]
         return AdamWWithRows(groups)
 
@@ -126,7 +127,7 @@ def test_untouched_rows_and_their_moments_stay():
 
 
 def test_rows_come_back_from_a_state_dict():
-    def make() -> tuple[LearnedRows, AdamWWithRows]:
+    def make():
         rows = LearnedRows(5, 2)
         return rows, AdamWWithRows([{"params": [torch.nn.Parameter(torch.ones(1))]}], rows=rows)
 
@@ -145,14 +146,16 @@ def test_rows_come_back_from_a_state_dict():
 
 
 def test_loss_scale_is_taken_out_of_the_rows_gradients():
+    """One that changes: the update itself divides out a scale that stays."""
     results = []
-    for scale in (1.0, 1024.0):
-        rows = LearnedRows(3, 2)
-        optimizer = AdamWWithRows(
-            [{"params": [torch.nn.Parameter(torch.zeros(1))]}], rows=rows, gradient_scale=lambda scale=scale: scale
-        )
-        touch(rows, torch.tensor([[1]]), scale * torch.tensor([[1e-6, -2e-6]]))
-        optimizer.step()
+    for scales in ((1.0, 1.0), (1024.0, 8.0)):
+        rows, now = LearnedRows(3, 2), [0.0]
+        dense = [{"params": [torch.nn.Parameter(torch.zeros(1))]}]
+        optimizer = AdamWWithRows(dense, rows=rows, gradient_scale=lambda now=now: now[0])
+        for now[0] in scales:
+            touch(rows, torch.tensor([[1]]), now[0] * torch.tensor([[1e-6, -2e-6]]))
+            optimizer.step()
+            optimizer.zero_grad()
         results.append(rows.weight.detach().clone())
     torch.testing.assert_close(results[0], results[1])
 
@@ -209,11 +212,11 @@ def _learn_as_a_rank(rank: int, backend: str, folder: Path) -> None:
     dist.destroy_process_group()
 
 
-def test_ranks_agree_whatever_their_default_group(tmp_path: Path) -> None:
+def test_ranks_agree_whatever_their_default_group(tmp_path):
     """On GPUs it is not one in which hosts talk, and the optimizer makes one: "cpu:gloo" is not known to be one."""
     found = []
     for backend in ("gloo", "cpu:gloo"):
-        torch.multiprocessing.spawn(_learn_as_a_rank, args=(backend, tmp_path), nprocs=2)
+        run_ranks(_learn_as_a_rank, 2, backend, tmp_path)
         found += [torch.load(tmp_path / f"{backend}.{rank}", weights_only=True) for rank in range(2)]
     assert found[0].abs().sum() > 1
     assert all(torch.equal(rows, found[0]) for rows in found)

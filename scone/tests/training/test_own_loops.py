@@ -23,6 +23,7 @@ from scone.models.language_model import SconeForCausalLM
 from scone.models.over_encoding import OverEncodingForCausalLM
 from scone.tests import tiny
 from scone.tests.training.dense_row_rms import DenseRowRMS
+from scone.tests.training.runs import run_ranks
 from scone.training.optimizer import RowOptimizer, learned_rows
 from scone.utils.errors import SconeError
 
@@ -179,8 +180,14 @@ LOOPS = [
 ]
 
 
-@pytest.mark.parametrize("made", ["from_trunk", "from_pretrained", "copied", "over-encoding"])
-@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize(
+    ("loop", "made"),
+    [
+        *((loop, "from_trunk") for loop in LOOPS),
+        *((plain_adamw, made) for made in ("from_pretrained", "copied", "over-encoding")),
+        *((trainer, made) for made in ("copied", "over-encoding")),
+    ],
+)
 def test_rows_learn_under_any_loop(loop, made, tmp_path):
     """Every weight ends where the ordinary embedding's does, and nothing is kept."""
     model: Any = over_encoding() if made == "over-encoding" else fresh()
@@ -192,6 +199,7 @@ def test_rows_learn_under_any_loop(loop, made, tmp_path):
         keeper = RowOptimizer(original)
         model = copy.deepcopy(original)
         assert learned_rows(original).are_collected
+        assert not learned_rows(model).are_collected, "a copy is nobody's"
         del keeper
     before = learned_rows(model).weight.detach().clone()
     reference = PlainRows(model).train()
@@ -332,7 +340,7 @@ def _train_as_a_rank(rank: int, world_size: int, folder: Path) -> None:
 @pytest.mark.slow
 def test_two_ranks_train_rows_as_one_with_twice_the_batch(tmp_path):
     for world_size in (1, 2):
-        torch.multiprocessing.spawn(_train_as_a_rank, args=(world_size, tmp_path), nprocs=world_size)
+        run_ranks(_train_as_a_rank, world_size, world_size, tmp_path)
     for way in WAYS:
         one, first, second = (
             torch.load(tmp_path / f"{name}.{way}", weights_only=True) for name in ("1.0", "2.0", "2.1")

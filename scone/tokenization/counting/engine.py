@@ -313,11 +313,12 @@ def _save_level(folder: Path | None, length: int, level: FrequentNGrams) -> None
 
 
 def _load_level(folder: Path | None, length: int) -> FrequentNGrams | None:
-    """The survivors of a level that was counted to its end; None where they are not there or damaged."""
+    """The survivors of a level that was counted to its end; None where they are not there or damaged (checksums)."""
     if folder is None:
         return None
     try:
-        with np.load(_level_path(folder, length), allow_pickle=False) as saved:  # which compares checksums
+        # opened here: of a file that is no archive, NumPy would leave the descriptor open
+        with _level_path(folder, length).open("rb") as file, np.load(file, allow_pickle=False) as saved:
             arrays = {name: saved[name] for name in FrequentNGrams.__annotations__}
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
         return None

@@ -1,0 +1,165 @@
+"""Experiments as results, and the quality benchmark on a made-up one: every ratio is the one that the losses say."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from scone.configs.loading import from_mapping
+from scone.evaluation.report import write_report
+from scone.tests.evaluation import experiments
+
+experiment_results, bench = experiments.module("experiment_results"), experiments.module("bench_quality")
+kind_of_options, mean_loss = experiment_results.kind_of_options, experiment_results.mean_loss
+plain_loss_at, run_results = experiment_results.plain_loss_at, experiment_results.run_results
+
+
+@pytest.fixture
+def results():
+    return {result.name: result for result in run_results(experiments.experiment())}
+
+
+def test_seeds_are_averaged_and_unfinished_runs_left_out(results):
+    assert "late" not in results
+    plain = results["plain"].perplexity["validation"]
+    assert plain["perplexity"] == pytest.approx(math.exp(4.0))
+    assert plain["perplexity_spread"] == pytest.approx([math.exp(3.99), math.exp(4.01)])
+    assert "perplexity_spread" not in results["rows-1k"].perplexity["validation"]
+    assert results["plain"].facts["seeds"] == [1, 2]
+    assert mean_loss(results["plain"], ["novels", "news"]) == pytest.approx(4.15)
+
+
+def test_kinds_and_sizes_are_read_from_the_options(results):
+    kinds = {"plain": "plain", "model": "f-gram model", "rows": "learned rows", "both": "f-gram model + learned rows"}
+    for name, result in results.items():
+        expected = "over-encoding" if name.startswith("over") else kinds[name.split("-")[0]]
+        assert result.kind == expected + (", shuffled table" if "shuffled" in name else "")
+    assert [results[name].num_f_grams for name in ("plain", "rows-100", "over-encoding-1k")] == [None, 100, 1000]
+    assert [results[f"{name}-1k"].f_gram_model_parameters for name in ("model", "both", "rows")] == [8500, 500, 0]
+    layers = {"model.f_gram.num_hidden_layers": None}
+    replaced = kind_of_options({"model.combination": "replace", "model.learned_rows": 0} | layers)
+    assert replaced == "f-gram model, replace"
+    assert kind_of_options({"model.rows_backoff": False} | layers) == "f-gram model + learned rows, no back-off"
+    assert kind_of_options({"model.rows_backoff": False}) == "learned rows, no back-off"
+
+
+@given(doublings=st.floats(0, 2) | st.floats(-1, -0.02) | st.floats(2.02, 3))  # nearly a budget is that budget
+def test_plain_between_budgets_is_interpolated_in_log_flops_and_not_beyond(doublings):
+    flops = 1e12 * 2**doublings
+    found = plain_loss_at(run_results(experiments.experiment()), flops, ["validation"])
+    assert found == (pytest.approx(4.0 - 0.1 * doublings, abs=2e-4) if 0 <= doublings <= 2 else None)
+
+
+def test_one_budget_is_no_curve(results):
+    assert plain_loss_at([results["plain"]], 1e12, ["validation"]) is None
+    assert plain_loss_at([], 1e12, ["validation"]) is None
+
+
+def test_an_experiment_becomes_a_report(results, tmp_path):
+    write_report(list(results.values()), tmp_path, title="An experiment")
+    page = (tmp_path / "benchmark.html").read_text(encoding="utf-8")
+    # on each of three texts: inference and training FLOPs, S, and the f-gram models, which differ in size
+    assert page.count("<svg") == 3 * 4
+    assert page.count("<title>plain: seeds</title>") == 2 * 3
+    assert len(json.loads((tmp_path / "benchmark.json").read_text())["records"]) == 11
+
+
+# ------------------------------------------------------------------ the benchmark
+
+
+@pytest.fixture
+def records(tmp_path):
+    """The records of the benchmark by metric, and its configuration."""
+
+    def measure(experiment):
+        (tmp_path / "experiment.json").write_text(json.dumps(experiment))
+        command = ["--results", str(tmp_path / "experiment.json"), "--json", str(tmp_path / "quality.json")]
+        assert bench.main(command) == 0
+        report = json.loads((tmp_path / "quality.json").read_text())
+        found = {record["metric"].removeprefix("perplexity_vs_"): record for record in report["records"]}
+        return found | {"config": report["config"]}
+
+    return measure
+
+
+def assert_ratios(found, differences):
+    for metric, difference in differences.items():
+        assert found[metric]["ratio"] == pytest.approx(math.exp(difference), rel=1e-3), metric
+
+
+def test_ratios_are_those_of_the_losses(records):
+    experiment = experiments.experiment()
+    for name in ("both-1k", "plain-2x-steps"):
+        experiment["runs"][name]["tokens"] += 16  # a run that took a step more is an equal
+    found = records(experiment)
+    assert found["config"]["best"] == "both-1k", "controls and variants are not candidates"
+    expected = {  # both-1k has a loss of 3.83 at twice plain's training FLOPs
+        "plain_equal_tokens": (3.83 - 4.0, 0.9, True),
+        "plain_equal_train_flops": (3.83 - 3.9, 0.97, True),
+        "doubled_plain": (3.83 - 3.88, 1.0, True),
+        "over_encoding": (3.83 - 3.89, 0.98, True),
+        "rows_only": (3.83 - 3.86, 1.0, True),
+        "model_only": (3.83 - 3.92, 1.0, True),
+        "plain_equal_tokens_100": (3.9 - 4.0, 0.9, False),  # rows-100 is the best of 100 f-grams
+        "model_only_100": (3.9 - 3.95, 1.0, True),
+        "plain_equal_tokens_novels": (3.83 - 4.0, 0.9, True),
+    }
+    assert_ratios(found, {metric: difference for metric, (difference, _, _) in expected.items()})
+    for metric, (_, target, met) in expected.items():
+        assert (found[metric]["target"], found[metric]["met"]) == (target, met), metric
+    equal = found["plain_equal_tokens"]
+    assert (equal["peer_name"], equal["ours"]) == ("plain, 2 seeds", pytest.approx(math.exp(3.93)))
+
+
+def test_what_was_not_run_is_null(records):
+    """No extrapolation of plain, no peer of other sizes or tokens, and nothing met or missed by what is not there."""
+    experiment = experiments.experiment()
+    for name in ("plain-2x-steps", "plain-4x-steps", "plain-2x-deep", "over-encoding-1k"):
+        del experiment["runs"][name]
+    for name in ("plain-seed1", "plain-seed2"):
+        experiment["runs"][name]["tokens"] = 5_000
+    found = records(experiment)
+    for metric in ("plain_equal_train_flops", "doubled_plain", "over_encoding", "plain_equal_tokens"):
+        assert [found[metric][field] for field in ("ratio", "peer", "met")] == [None] * 3, metric
+    assert "outside its runs" in found["plain_equal_train_flops"]["peer_name"]
+    assert found["rows_only"]["met"]
+
+
+def test_each_kind_speaks_by_its_best_settings(records):
+    """By validation loss; a gate is a setting, and so is plain's own learning rate, at one budget or at another."""
+    experiment, run = experiments.experiment(), experiments.run
+    gate = {"model.combination": "gate"}
+    experiment["runs"] = experiment["runs"] | {
+        "plain-fast": run("plain-fast", 3.95, experiments.PLAIN),
+        "plain-2x-fast": run("plain-2x-fast", 3.89, experiments.PLAIN, training=2e12, tokens=20_000),
+        "plain-slow": run("plain-slow", 4.2, experiments.PLAIN),
+        "rows-gate": run("rows-gate", 3.84, experiments.ROWS | gate),
+        "both-gate": run("both-gate", 3.8, gate | {"model.learned_rows": 1000}, training=2e12),
+    }
+    found = records(experiment)
+    assert found["config"]["best"] == "both-gate"
+    peers = {"plain_equal_tokens": 3.95, "plain_equal_train_flops": 3.89, "rows_only": 3.84, "model_only": 3.92}
+    assert_ratios(found, {metric: 3.8 - loss for metric, loss in peers.items()})
+    assert found["plain_equal_tokens"]["peer_name"] == "plain-fast"
+
+
+def test_the_quick_experiment_says_what_the_benchmark_needs(tmp_path, capsys):
+    """Its options exist, and every metric has its peers; without any results it says what to do."""
+    kinds = set()
+    for changes in bench.QUICK["runs"].values():
+        flat, nested = bench.QUICK["base"] | changes, {}
+        for option, value in flat.items():
+            *sections, last = option.split(".")
+            place = nested
+            for section in sections:
+                place = place.setdefault(section, {})
+            place[last] = value
+        from_mapping(nested)
+        kinds.add(kind_of_options(flat))
+    assert kinds == {"plain", *bench.OURS, bench.OVER_ENCODING}
+    assert bench.main(["--results", str(tmp_path / "none.json")]) == 1
+    assert "run experiments/run.py" in capsys.readouterr().out
