@@ -6,8 +6,6 @@ of every module before they load a model, which llvmlite does not survive.
 
 from __future__ import annotations
 
-from __future__ import annotations
-
 import logging
 
 ARCHITECTURES = {
