@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from scone.inference.loading import check_table_weights
 from scone.inference.table_format import TableFile
 from scone.models.configuration import SconeConfig
-from scone.utils.errors import SconeError
+from scone.utils.errors import SconeError, library_refusal
 from scone.vllm.options import ServingOptions, serving_options, table_path, vocabulary_path
 
 FLOOR = (0, 26)
@@ -100,19 +100,15 @@ def check_model_files(config: SconeConfig, model: str, revision: str | None, opt
         table.checksums()
         folder = Path(model)
         if options.check_weights and table.layout.fingerprints.get("weights") and folder.is_dir():
-            check_table_weights(folder, _token_embedding(config, folder), table.path, table.layout.fingerprints)
+            with library_refusal(f"cannot read the model's weights in {model}", "copy the whole model folder again"):
+                check_table_weights(folder, _token_embedding(config, folder), table.path, table.layout.fingerprints)
 
 
 def _check_vocabulary(config: SconeConfig, path: Path) -> None:
     """Its header; what it says of its data is compared when it is loaded."""
-    try:
-        with safe_open(path, framework="np") as file:
-            found = (file.metadata() or {}).get("fingerprint", "")
-    except (SafetensorError, OSError) as error:
-        raise SconeError(
-            f"found {path}, which cannot be read ({str(error).splitlines()[0]}); expected the model's f-grams; "
-            "copy the whole model folder again"
-        ) from error
+    refusal = library_refusal(f"cannot read the model's f-grams {path}", "copy the whole model folder again")
+    with refusal, safe_open(path, framework="np") as file:
+        found = (file.metadata() or {}).get("fingerprint", "")
     if found != config.vocabulary_fingerprint:
         raise SconeError(
             f"found f-grams with the fingerprint {found[:12]!r} in {path}; expected "

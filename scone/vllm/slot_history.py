@@ -68,7 +68,7 @@ class SlotHistory:
         Raises SconeError where slots are not those of the blocks: a lookup would be silently wrong.
         """
         has_new = np.diff(query_starts) > 0
-        first = _slots_of(num_computed[:, None], block_table, block_size)[has_new, 0]
+        first = _slots_of(num_computed[has_new, None], block_table[has_new], block_size)[:, 0]
         if not np.array_equal(first, slots[query_starts[:-1][has_new]]):
             raise SconeError(
                 f"found KV slots that do not lie in blocks of {block_size}; expected them there, since their tokens "
