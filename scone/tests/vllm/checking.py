@@ -21,6 +21,7 @@ def engine(folder: Path, **changes: Any) -> Any:
         "skip_tokenizer_init": True,
         "block_size": 32,
         "max_num_seqs": 16,
+        "disable_log_stats": False,
         "enforce_eager": True,
         "num_gpu_blocks_override": 400,
         "seed": 0,
@@ -87,3 +88,10 @@ def settings() -> None:
     os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # all in one process starts soonest
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+
+def uint8() -> Any:
+    """Bytes, as PyTorch calls them."""
+    import torch
+
+    return torch.uint8

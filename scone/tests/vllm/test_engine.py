@@ -1,0 +1,88 @@
+"""The law vllm_equals_full_forward, in real engines of vLLM: `make test-vllm`, in an environment of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scone.tests.vllm import models
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed: `make test-vllm` runs these tests"),
+]
+CHUNKS = {"max_num_batched_tokens": 64, "max_num_seqs": 8}
+"""Prompts are read in pieces that end anywhere."""
+DRAFTS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
+SAMPLED = {"n": 3, "temperature": 1.0, "top_p": 0.95}
+TWICE: list[dict[str, Any]] = [{}, {}]
+PLANS: dict[str, tuple[str, dict[str, Any]]] = {
+    # all at once: chunks, prefix hits, too few blocks, drafts of which some are refused, three answers that share one
+    "modern": (
+        "modern",
+        {
+            "options": CHUNKS | {"num_gpu_blocks_override": 24, "speculative_config": DRAFTS},
+            "ways": [{}, {}, SAMPLED],
+            "forgets": True,
+        },
+    ),
+    "gpt2": ("gpt2", {"options": CHUNKS, "ways": [{"prompt_logprobs": 0}], "count": 12}),
+    "llama": ("llama", {"options": CHUNKS | {"num_gpu_blocks_override": 24}, "ways": TWICE}),
+    "over-encoding": ("over-encoding", {"options": CHUNKS, "ways": TWICE, "count": 12, "forgets": True}),
+    # the runner that GPUs have, with and without the kernel
+    "second runner, asynchronous": (
+        "modern",
+        {
+            "second_runner": {"kernel": True, "asynchronous": True},
+            "options": CHUNKS | {"num_gpu_blocks_override": 14, "max_model_len": 200},
+            "ways": TWICE,
+            "count": 8,
+            "longest": 120,
+            "new": 10,
+        },
+    ),
+    "second runner, host": (
+        "llama",
+        {
+            "second_runner": {"kernel": False, "asynchronous": False},
+            "options": CHUNKS,
+            "count": 6,
+            "longest": 120,
+            "new": 6,
+            "forgets": True,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_vllm_equals_full_forward(name: str, tmp_path: Path) -> None:
+    kind, plan = PLANS[name]
+    found = run(models.make(kind, tmp_path / kind), plan)
+    assert found["compared"] > 50
+    if kind != "over-encoding":
+        assert found["share"] > 0.7  # otherwise the law says little
+    if plan.get("ways", []).count({}) == 2:
+        assert found["cached"] > 300
+    if plan["options"].get("num_gpu_blocks_override"):
+        assert found["num_preemptions"] > 0
+    if "speculative_config" in plan["options"]:
+        assert found["spec_decode_num_accepted_tokens"] > 0
+    assert found.get("forgets", False) == plan.get("forgets", False)
+
+
+def run(folder: Path, plan: dict[str, Any]) -> dict[str, Any]:
+    """What `engine_run` says of a plan."""
+    command = [sys.executable, "-m", "scone.tests.vllm.engine_run", str(folder), json.dumps(plan)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
