@@ -41,11 +41,11 @@ PLANS: dict[str, tuple[str, dict[str, Any]]] = {
         "modern",
         {
             "second_runner": {"kernel": True, "asynchronous": True},
-            "options": CHUNKS | {"num_gpu_blocks_override": 14, "max_model_len": 200},
+            "options": CHUNKS | {"num_gpu_blocks_override": 6, "max_model_len": 120},
             "ways": TWICE,
-            "count": 8,
-            "longest": 120,
-            "new": 10,
+            "count": 4,
+            "longest": 70,
+            "new": 5,
         },
     ),
     "second runner, host": (
@@ -53,9 +53,9 @@ PLANS: dict[str, tuple[str, dict[str, Any]]] = {
         {
             "second_runner": {"kernel": False, "asynchronous": False},
             "options": CHUNKS,
-            "count": 6,
-            "longest": 120,
-            "new": 6,
+            "count": 3,
+            "longest": 70,
+            "new": 4,
             "forgets": True,
         },
     ),
@@ -66,11 +66,11 @@ PLANS: dict[str, tuple[str, dict[str, Any]]] = {
 def test_vllm_equals_full_forward(name: str, tmp_path: Path) -> None:
     kind, plan = PLANS[name]
     found = run(models.make(kind, tmp_path / kind), plan)
-    assert found["compared"] > 50
+    assert found["compared"] > 10
     if kind != "over-encoding":
         assert found["share"] > 0.7  # otherwise the law says little
     if plan.get("ways", []).count({}) == 2:
-        assert found["cached"] > 300
+        assert found["cached"] >= 64
     if plan["options"].get("num_gpu_blocks_override"):
         assert found["num_preemptions"] > 0
     if "speculative_config" in plan["options"]:
