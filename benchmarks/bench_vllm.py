@@ -17,6 +17,7 @@ import tempfile
 from collections import defaultdict
 from contextlib import ExitStack
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,9 @@ TARGETS = {"decode": 0.97, "ttft": 1.05}
 def main() -> None:
     """Measure, print the table of records, write the JSON."""
     report = Report.from_arguments("vllm", __doc__, add_options=_add_options)
+    if find_spec("vllm") is None:
+        print("found no vLLM here; expected the environment of `make test-vllm`: .venv-vllm/bin/python")
+        return
     options = report.config
     options["width"] = options["width"] or (256 if report.quick else 768)
     options["layers"] = options["layers"] or (4 if report.quick else 12)

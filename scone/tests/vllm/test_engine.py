@@ -41,7 +41,7 @@ PLANS: dict[str, tuple[str, dict[str, Any]]] = {
         "modern",
         {
             "second_runner": {"kernel": True, "asynchronous": True},
-            "options": CHUNKS | {"num_gpu_blocks_override": 6, "max_model_len": 120},
+            "options": CHUNKS | {"max_model_len": 120},
             "ways": TWICE,
             "count": 4,
             "longest": 70,
@@ -76,6 +76,46 @@ def test_vllm_equals_full_forward(name: str, tmp_path: Path) -> None:
     if "speculative_config" in plan["options"]:
         assert found["spec_decode_num_accepted_tokens"] > 0
     assert found.get("forgets", False) == plan.get("forgets", False)
+
+
+NAMES_OF_VLLM = """
+import dataclasses, inspect
+from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.model_states import init_model_state, resolve_model_state_cls
+from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+from vllm.v1.worker.gpu.states import RequestState
+from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+from vllm.model_executor.models.utils import init_vllm_registered_model
+assert "get_model_state_cls" in inspect.getsource(resolve_model_state_cls)
+assert [*inspect.signature(DefaultModelState.prepare_inputs).parameters] == ["self", "input_batch", "req_states"]
+assert [*inspect.signature(DefaultModelState.prepare_dummy_inputs).parameters] == ["self", "num_reqs", "num_tokens"]
+fields = {field.name for field in dataclasses.fields(InputBatch)}
+assert fields > {"input_ids", "query_start_loc", "idx_mapping", "num_reqs", "num_tokens_after_padding"}, fields
+for name in ("all_token_ids", "num_computed_tokens"):
+    assert f"self.{name} = StagedWriteTensor(" in inspect.getsource(RequestState.__init__), name
+assert {"hf_config", "architectures", "prefix"} <= {*inspect.signature(init_vllm_registered_model).parameters}
+from scone.vllm import register
+register()
+assert "SconeForCausalLM" in MODELS_CONFIG_MAP
+"""
+
+
+def test_the_names_of_vllm_that_are_used() -> None:
+    """vLLM changes monthly: which release took away what."""
+    done = subprocess.run([sys.executable, "-c", NAMES_OF_VLLM], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_hostile_folder_gets_one_line(tmp_path: Path) -> None:
+    """The command of vLLM itself, which ends before any worker starts."""
+    folder = models.make("modern", tmp_path / "model")
+    (folder / "embeddings.cache").unlink()
+    command = [Path(sys.executable).with_name("vllm"), "serve", folder, "--skip-tokenizer-init", "--port", "1"]
+    environment = os.environ | {"VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=300)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("scone: found no embeddings.cache in")
+    assert "Traceback" not in done.stderr
 
 
 def run(folder: Path, plan: dict[str, Any]) -> dict[str, Any]:
