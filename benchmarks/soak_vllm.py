@@ -14,6 +14,7 @@ import asyncio
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -41,7 +42,8 @@ def main() -> int:
         folder = models.make("modern", Path(name) / "model")
         words = Tokenizer(WordLevel({f"t{number}": number for number in range(models.VOCAB_SIZE)}, unk_token="t0"))
         PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
-        expected = [(prompt, alone(folder, prompt)) for prompt in models.prompts(100, 100)]
+        model = models.load(folder)
+        expected = [(prompt, alone(model, prompt)) for prompt in models.prompts(100, 100)]
         flags = ["--max-model-len", "256", "--num-gpu-blocks-override", "150", "--block-size", "32", "--enforce-eager"]
         flags += ["--max-num-batched-tokens", "256", "--max-num-seqs", str(options.clients)]
         with vllm_server(folder, *flags) as server:
@@ -59,17 +61,13 @@ def main() -> int:
     return int(found["wrong"] > 0 or found["right"] == 0 or after > 1.1 * before)
 
 
-def alone(folder: Path, prompt: list[int]) -> list[int]:
+def alone(model: Any, prompt: list[int]) -> list[int]:
     """Our own model's greedy answer, 24 tokens."""
-    model = _MODELS.setdefault(folder, models.load(folder))
     with torch.no_grad():
         output = model.generate(
             torch.tensor([prompt]), max_new_tokens=24, min_new_tokens=24, do_sample=False, eos_token_id=None
         )
     return output[0, len(prompt) :].tolist()
-
-
-_MODELS: dict[Path, object] = {}
 
 
 async def soak(
