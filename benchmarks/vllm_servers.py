@@ -69,7 +69,11 @@ def vllm_server(folder: Path, *options: str) -> Iterator[Server]:
                     log.seek(0)
                     raise RuntimeError(f"vllm serve {folder.name} ended: {log.read()[-3000:]}")
                 time.sleep(1)
-            yield server
+            try:
+                yield server
+            except httpx.HTTPError as error:  # it went away: what it said last says why
+                log.seek(0)
+                raise RuntimeError(f"vllm serve {folder.name} does not answer: {log.read()[-6000:]}") from error
         finally:
             _stop(process)
 
@@ -135,7 +139,9 @@ async def gather(
 ) -> tuple[list[Answer], float]:
     """Answers to all prompts from so many clients at a time, and the seconds that it took."""
     waiting = asyncio.Semaphore(clients)
-    async with httpx.AsyncClient(timeout=600, limits=httpx.Limits(max_connections=clients)) as client:
+    # a connection each: one that is kept may be closed by the server at the moment of the next request
+    limits = httpx.Limits(max_connections=clients, max_keepalive_connections=0)
+    async with httpx.AsyncClient(timeout=600, limits=limits) as client:
 
         async def one(prompt: Sequence[int]) -> Answer:
             async with waiting:
