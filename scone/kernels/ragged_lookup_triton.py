@@ -61,7 +61,7 @@ def look_up_ragged(
         *("num_requests", "history_stride"),
         *("num_f_grams", "num_buckets", "rank_bits", "max_probes", "vocab_size", "num_near"),
     ],
-    do_not_specialize_on_alignment=["vectors", "output", "tokens", "query_starts", "slots", "histories"],
+    do_not_specialize_on_alignment=["tokens", "query_starts", "slots", "histories"],
 )
 def _look_up(
     vectors,

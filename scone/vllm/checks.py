@@ -51,6 +51,11 @@ def check_engine(vllm_config: Any) -> None:
         )
     if model.enable_prompt_embeds:
         raise SconeError("found --enable-prompt-embeds; expected tokens, from which f-grams are found; leave it out")
+    if getattr(model, "enable_sleep_mode", False):
+        raise SconeError(
+            "found --enable-sleep-mode; expected a server that stays awake: what sleeps forgets the table's rows and "
+            "index on the GPU; leave it out"
+        )
     for name in ("pipeline_parallel_size", "prefill_context_parallel_size"):
         if getattr(parallel, name, 1) > 1:
             option = "--" + name.replace("_", "-")
@@ -64,7 +69,7 @@ def check_engine(vllm_config: Any) -> None:
         raise SconeError(
             "found vLLM's first model runner (VLLM_USE_V2_MODEL_RUNNER=0, no Triton, or an option that the second "
             "one lacks, which vLLM names in a warning above); expected the second one, which knows every request's "
-            "tokens; leave that option out"
+            "tokens; leave that option out, or set VLLM_USE_V2_MODEL_RUNNER=1"
         )
     if vllm_config.kv_transfer_config is not None:
         raise SconeError(

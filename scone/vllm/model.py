@@ -166,14 +166,16 @@ def _lookup_of(vllm_config: VllmConfig, config: EmbeddedTrunkConfig) -> Lookup |
     if not isinstance(config, SconeConfig):
         return None
     options, model = serving_options(vllm_config.additional_config), vllm_config.model_config
-    device = vllm_config.device_config.device
+    device = torch.device(vllm_config.device_config.device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     expected = {"vocabulary": config.vocabulary_fingerprint}
     with torch.device("cpu"):  # vLLM's default meanwhile is where the weights go
         path = table_path(model.model, model.revision, options)
         table = EmbeddingTable.open(path, options.placement, device, expected)
         rows = TableRows(vocabulary_path(model.model, model.revision), table)
     logger.info("scone: %s", table.describe())
-    if torch.device(device).type != "cpu" and rows.on_device is None:
+    if device.type != "cpu" and rows.on_device is None:
         logger.info(
             "scone: the host reads these rows, so each step waits for the tokens of the one before; placements gpu and "
             "ram are read by the GPU itself"

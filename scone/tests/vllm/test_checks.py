@@ -151,7 +151,13 @@ def test_options() -> None:
 def vllm_config(folder: Path, **changes: Any) -> Any:
     """What vLLM hands in, as far as it is looked at."""
     config: dict[str, Any] = {"additional_config": {}, "kv_transfer_config": None, "use_v2_model_runner": True}
-    model = {"runner_type": "generate", "enable_prompt_embeds": False, "model": str(folder), "revision": None}
+    model = {
+        "runner_type": "generate",
+        "enable_prompt_embeds": False,
+        "enable_sleep_mode": False,
+        "model": str(folder),
+        "revision": None,
+    }
     parallel = {"pipeline_parallel_size": 1, "prefill_context_parallel_size": 1}
     for part in (config, model, parallel):
         part |= {name: value for name, value in changes.items() if name in part}
@@ -166,6 +172,7 @@ def vllm_config(folder: Path, **changes: Any) -> Any:
         ("", {}, "found vLLM of no version"),
         ("0.32.0", {"runner_type": "pooling"}, "found --runner pooling; expected generate"),
         ("0.32.0", {"enable_prompt_embeds": True}, "found --enable-prompt-embeds; expected tokens"),
+        ("0.32.0", {"enable_sleep_mode": True}, "found --enable-sleep-mode; expected a server that stays awake"),
         ("0.32.0", {"pipeline_parallel_size": 2}, "found --pipeline-parallel-size 2; expected 1"),
         ("0.32.0", {"prefill_context_parallel_size": 2}, "found --prefill-context-parallel-size 2; expected 1"),
         ("0.32.0", {"use_v2_model_runner": False, "platform": "cuda"}, "found vLLM's first model runner"),
