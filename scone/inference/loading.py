@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from scone.inference.quantization import QuantizationReport, check_quantization, quantize_trunk
+from scone.models.weights_fingerprint import weights_fingerprint
 from scone.tokenization.gguf_files import load_arguments
 from scone.utils.errors import SconeError, library_refusal
 from scone.utils.files import read_json
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from scone.inference.embedding_table import EmbeddingTable
-    from scone.models.language_model import SconeForCausalLM
 
 F_GRAM_WEIGHTS = "f_gram_embedding."
 
@@ -112,7 +112,7 @@ def load_model(
             loaded: Any = SconeForCausalLM.from_pretrained(folder, table=table, output_loading_info=True)
         model = _complete(loaded, folder, exactly=True)
         if table is not None:
-            _check_table_weights(folder, model, table)
+            check_table_weights(folder, model._token_weight(), table.path, table.fingerprints)
     elif table_path is not None:
         raise SconeError(
             f"found the table {table_path} given for {model_path}, a model without f-grams; "
@@ -158,7 +158,9 @@ def _no_loading_report() -> Iterator[None]:
         log.removeFilter(speaks_of_else)
 
 
-def _check_table_weights(folder: Path, model: SconeForCausalLM, table: EmbeddingTable) -> None:
+def check_table_weights(
+    folder: Path, token_embedding: torch.Tensor, table: Path, fingerprints: Mapping[str, str]
+) -> None:
     """Refuse a table whose rows were made from other weights than those in ``folder``.
 
     The f-gram model's weights are read once to be compared, and not kept. A folder without them (a served model) has
@@ -166,20 +168,18 @@ def _check_table_weights(folder: Path, model: SconeForCausalLM, table: Embedding
     """
     from safetensors import safe_open
 
-    from scone.models.language_model import weights_fingerprint
-
+    found = fingerprints.get("weights", "")
     state: dict[str, torch.Tensor] = {}
-    for path in sorted(folder.glob("model*.safetensors")):
+    for path in sorted(folder.glob("model*.safetensors")) if found else ():
         with safe_open(path, framework="pt") as file:
             names = [name for name in file.keys() if name.startswith(F_GRAM_WEIGHTS)]  # noqa: SIM118 (no mapping)
             state |= {name.removeprefix(F_GRAM_WEIGHTS): file.get_tensor(name) for name in names}
-    found = table.fingerprints.get("weights", "")
-    if not state or not found:
+    if not state:
         return
-    expected = weights_fingerprint(model._token_weight(), state)
+    expected = weights_fingerprint(token_embedding, state)
     if found != expected:
         raise SconeError(
-            f"{table.path} is the table of another model: found weights {found[:12]}, expected {expected[:12]}; "
+            f"{table} is the table of another model: found weights {found[:12]}, expected {expected[:12]}; "
             "make it again from this model with `scone precompute`"
         )
 

@@ -22,6 +22,7 @@ class TableKernel:
     """Looks tokens up in a table, with everything on one CUDA device or within its reach.
 
     Attributes: ``counts``, int64 ``[2]`` on the device: positions looked up and rows written so far. The kernel counts.
+    ``constants`` and ``choices``: what kernels that look up in this table take last, as `_look_up` does.
     """
 
     def __init__(
@@ -45,14 +46,14 @@ class TableKernel:
         near = typed_rows(rows.near, rows.row_type)
         far = near if rows.far is None else typed_rows(rows.far, rows.row_type)
         group_size = max(rows.group_size, 1)
-        self._constants: tuple[Any, ...] = (
+        self.constants: tuple[Any, ...] = (
             *(keys, slots, len(keys), len(slots) // BUCKET, rank_bits, max_probes, vocab_size),
             *(near, far, len(near), near.shape[1], rows.width, group_size, triton.cdiv(rows.width, group_size)),
             self.counts,
         )
         block = min(_BLOCK, triton.next_power_of_2(rows.width))
         is_float = near.dtype != torch.uint8
-        self._choices: tuple[Any, ...] = (
+        self.choices: tuple[Any, ...] = (
             *(longest, triton.next_power_of_2(longest)),
             *("" if is_float else rows.row_type, triton.cdiv(rows.width, block), block),
         )
@@ -92,9 +93,9 @@ class TableKernel:
             _look_up[num_programs,](
                 *(vectors, output, found.view(torch.uint8), tokens, past_, tokens.shape[1], past_length),
                 *(token_row, past_row, self.counts if places is None else places),
-                *self._constants,
+                *self.constants,
                 places is not None,
-                *self._choices,
+                *self.choices,
                 num_warps=4,
             )
 
@@ -171,6 +172,44 @@ def _look_up(
         context_size,
     )
     tl.store(found + place, (rank >= 0).to(tl.uint8))
+    place_vector(
+        output,
+        vectors,
+        place,
+        rank,
+        near,
+        far,
+        num_near,
+        row_length,
+        width,
+        group_size,
+        num_groups,
+        counts,
+        row_type,
+        num_blocks,
+        block,
+    )
+
+
+@triton.jit
+def place_vector(
+    output,
+    vectors,
+    place,
+    rank,
+    near,
+    far,
+    num_near,
+    row_length,
+    width,
+    group_size,
+    num_groups,
+    counts,
+    row_type: tl.constexpr,
+    num_blocks: tl.constexpr,
+    block: tl.constexpr,
+):
+    """Write the row of ``rank`` to ``output`` at ``place``, or for -1 the vector that is there in ``vectors``."""
     target = output + place * width
     if rank >= 0:
         tl.atomic_add(counts + 1, 1, sem="relaxed")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +21,11 @@ from scone.models.input_embeddings import FGramInputEmbedding, TableInputEmbeddi
 from scone.models.learned_rows import LearnedRows
 from scone.models.table_lookup import RowSource, find_with
 from scone.models.token_history import TokenHistory, known_past, marked
+from scone.models.weights_fingerprint import weights_fingerprint
 from scone.tokenization.controls import permuted_nodes, replaced
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 from scone.tokenization.matcher import Matcher
 from scone.utils.errors import SconeError
-from scone.utils.files import fingerprint_of
 
 VOCABULARY_FILE = "f_grams.safetensors"
 
@@ -283,19 +282,6 @@ class SconeForCausalLM(EmbeddedTrunk):
         vectors = self.f_gram_embedding(token_ids, tokens, self.trie_of(ids[None]))
         self.train(was_training)
         return vectors[0].float()
-
-
-def weights_fingerprint(token_embedding: Tensor, f_gram_embedding: Mapping[str, Tensor]) -> str:
-    """Of what a table's rows depend on: the trunk's T ``[V, D]`` and the input embedding layer's state, by name."""
-    parts: list[str | np.ndarray] = ["token embedding", _bytes_of(token_embedding)]
-    for name, tensor in sorted(f_gram_embedding.items()):
-        parts += [name, _bytes_of(tensor)]
-    return fingerprint_of(*parts)
-
-
-def _bytes_of(tensor: Tensor) -> np.ndarray:
-    """The tensor's bytes, whatever its type (NumPy has no bfloat16)."""
-    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().reshape(-1)
 
 
 AutoConfig.register("scone", SconeConfig, exist_ok=True)

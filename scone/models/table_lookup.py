@@ -66,16 +66,20 @@ class TableLookup:
             return self.on_device(vectors, tokens, *history[:2])
         vocabulary = self.matcher.vocabulary
         nodes = looked_up(find_with(self.matcher), tokens, vocabulary.max_n - 1, *history)
-        ranks = torch.from_numpy(nodes.reshape(-1)) - vocabulary.vocab_size
-        positions = (ranks >= 0).nonzero().squeeze(1)
-        found = (ranks >= 0).view(tokens.shape)
         output = vectors.clone(memory_format=torch.contiguous_format)
+        self.put_rows(nodes.reshape(-1), output.view(-1, vectors.shape[-1]))
+        found = torch.from_numpy(nodes >= vocabulary.vocab_size)
+        return output, to_device(found, vectors.device)
+
+    def put_rows(self, nodes: np.ndarray, output: Tensor) -> None:
+        """Put the rows of those of ``nodes`` int64 ``[P]`` that are f-grams into their places of ``output`` [P, D]."""
+        ranks = torch.from_numpy(nodes) - self.matcher.vocabulary.vocab_size
+        positions = (ranks >= 0).nonzero().squeeze(1)
         if len(positions):
-            rows = self.table.rows(ranks[positions], vectors.dtype).to(vectors.device)
-            output.view(-1, vectors.shape[-1]).index_copy_(0, to_device(positions, vectors.device), rows)
+            rows = self.table.rows(ranks[positions], output.dtype).to(output.device)
+            output.index_copy_(0, to_device(positions, output.device), rows)
         self._num_positions += len(ranks)
         self._num_rows += len(positions)
-        return output, to_device(found, vectors.device)
 
     def reads(self) -> list[Tensor]:
         """Positions looked up so far, padding too, and rows read: int64 ``[2]``, in parts that are to be added up.
@@ -125,6 +129,15 @@ class DeviceLookup:
             return output.copy_(vectors), found.zero_()
         self._kernel(vectors.contiguous(), tokens, past, places, output, found)
         return output, found
+
+    def look_up_ragged(self, vectors: Tensor, output: Tensor, *requests: Tensor) -> None:
+        """As `ragged_lookup_triton.look_up_ragged`, whose last arguments are ``requests``."""
+        from scone.kernels.ragged_lookup_triton import look_up_ragged
+
+        if self._is_empty:
+            output.copy_(vectors)
+        else:
+            look_up_ragged(self._kernel, vectors, output, *requests)
 
 
 _LOOKUPS: weakref.WeakValueDictionary[int, TableLookup] = weakref.WeakValueDictionary()

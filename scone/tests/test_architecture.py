@@ -25,6 +25,7 @@ for package, below in {
     "training": ["data", "models"],
     "evaluation": ["inference", "training"],
     "scripts": ["evaluation"],
+    "vllm": ["inference"],
 }.items():
     ALLOWED[package] = set(below).union(*(ALLOWED[name] for name in below))
 FILES = sorted(path for path in ROOT.rglob("*.py") if "tests" not in path.relative_to(ROOT).parts)

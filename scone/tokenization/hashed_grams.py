@@ -43,11 +43,13 @@ class HashedGrams:
         for column, length in enumerate(LENGTHS):
             size = self.num_rows // 2 if column == 0 else self.num_rows - self.num_rows // 2
             before = length - 1
-            if tokens.shape[-1] > before and size:
-                key = key[..., 1:] * _MULTIPLIER + tokens[..., :-before].astype(np.uint64) + np.uint64(1)
-                whole = whole[..., 1:] & usable[..., :-before]
-                if starts is not None:
-                    whole &= ~starts[..., 1 : starts.shape[-1] - before + 1]
+            if tokens.shape[-1] <= before:
+                break
+            key = key[..., 1:] * _MULTIPLIER + tokens[..., :-before].astype(np.uint64) + np.uint64(1)
+            whole = whole[..., 1:] & usable[..., :-before]
+            if starts is not None:
+                whole &= ~starts[..., 1 : starts.shape[-1] - before + 1]
+            if size:  # of a single row, 2-grams get none
                 mixed = (key ^ (key >> _SHIFT)) * _MIXER
                 hashed = ((mixed ^ (mixed >> _SHIFT)) % np.uint64(size)).astype(np.int64)
                 rows[..., before:, column] = np.where(whole, first + hashed, -1)

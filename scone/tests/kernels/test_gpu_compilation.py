@@ -16,7 +16,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from scone.kernels import ancestor_attention_triton, dequantize_triton, table_lookup_triton  # noqa: E402
+from scone.kernels import ancestor_attention_triton, dequantize_triton, ragged_lookup_triton, table_lookup_triton  # noqa: E402
 
 AMPERE, HOPPER = 80, 90
 STORED = [("", "fp32"), ("", "fp16"), ("", "bf16"), ("int8", "u8"), ("int4", "u8")]
@@ -41,7 +41,7 @@ def kernel_compiles(kernel: Any, pointers: Mapping[str, str], constants: Mapping
 
 LONG = {
     *("length", "past_length", "token_row", "past_row", "num_f_grams", "num_buckets", "rank_bits"),
-    *("max_probes", "vocab_size", "num_near"),
+    *("max_probes", "vocab_size", "num_near", "num_requests", "history_stride"),
 }
 """Arguments that the lookup declares to be 64 bits wide."""
 
@@ -64,6 +64,20 @@ def test_the_lookup_compiles(
     constants = {"has_places": has_places, "longest": longest, "row_type": row_type}
     constants |= {"context_size": triton.next_power_of_2(longest), "num_blocks": num_blocks, "block": 1024}
     kernel_compiles(table_lookup_triton._look_up, pointers, constants, HOPPER)
+
+
+@pytest.mark.parametrize(("stored", "vectors", "has_places", "longest", "num_blocks"), list(lookups()))
+def test_the_ragged_lookup_compiles(
+    stored: tuple[str, str], vectors: str, has_places: bool, longest: int, num_blocks: int
+) -> None:
+    row_type, rows = stored
+    pointers = {"vectors": vectors, "output": vectors, "near": rows, "far": rows, "counts": "i64"}
+    pointers |= dict.fromkeys(("tokens", "query_starts", "histories", "num_computed"), "i32")
+    # request slots are of 32 or 64 bits, by the version of the server
+    pointers |= {"slots": "i64" if has_places else "i32"} | dict.fromkeys(("keys", "slots_of_index"), "i32")
+    constants = {"longest": longest, "row_type": row_type, "starts_size": 256}
+    constants |= {"context_size": triton.next_power_of_2(longest), "num_blocks": num_blocks, "block": 1024}
+    kernel_compiles(ragged_lookup_triton._look_up, pointers, constants, HOPPER)
 
 
 @pytest.mark.parametrize("out", ["fp32", "bf16"])

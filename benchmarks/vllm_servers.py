@@ -1,0 +1,170 @@
+"""Servers over the same model, and clients that stream from them: for `bench_vllm.py` and `soak_vllm.py`."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+
+
+@dataclass
+class Server:
+    """``address`` of a process that speaks OpenAI's protocol, and the ``model`` that it serves."""
+
+    address: str
+    model: str
+    process: subprocess.Popen[str]
+
+    def resident_bytes(self) -> int:
+        """Memory of the process and of those that it started, pages that they share counted once for each."""
+        parents = {}
+        for status in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                fields = status.read_text().rsplit(")", 1)[1].split()
+            except OSError:
+                continue
+            parents[int(status.parent.name)] = int(fields[1])
+        family = {self.process.pid}
+        while more := {child for child, parent in parents.items() if parent in family} - family:
+            family |= more
+        total = 0
+        for member in family:
+            try:
+                lines = Path(f"/proc/{member}/status").read_text().splitlines()
+            except OSError:
+                continue
+            total += sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS:"))
+        return total
+
+
+@contextmanager
+def vllm_server(folder: Path, *options: str) -> Iterator[Server]:
+    """`vllm serve` over a folder, once it answers; stopped at the end. Raises RuntimeError where it does not start."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [Path(sys.executable).with_name("vllm"), "serve", folder, "--port", str(port), "--dtype", "float32"]
+    command += ["--no-enable-log-requests", "--disable-uvicorn-access-log", *options]
+    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(
+            [str(part) for part in command], stdout=log, stderr=log, env=os.environ | settings, start_new_session=True
+        )
+        try:
+            server = Server(f"http://127.0.0.1:{port}", str(folder), process)
+            while not _answers(server.address):
+                if process.poll() is not None:
+                    log.seek(0)
+                    raise RuntimeError(f"vllm serve {folder.name} ended: {log.read()[-3000:]}")
+                time.sleep(1)
+            try:
+                yield server
+            except httpx.HTTPError as error:  # it went away: what it said last says why
+                log.seek(0)
+                raise RuntimeError(f"vllm serve {folder.name} does not answer: {log.read()[-6000:]}") from error
+        finally:
+            _stop(process)
+
+
+@contextmanager
+def scone_server(folder: Path, *options: str) -> Iterator[Server]:
+    """`scone serve` over a folder."""
+    command = [sys.executable, "-m", "scone.scripts.serve", "--model_path", str(folder), "--port", "0", *options]
+    table = ["--embedding_cache_path", str(folder / "embeddings.cache"), "--model_name", "ours"]
+    process = subprocess.Popen(command + table, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        if " at http://" not in line:
+            raise RuntimeError(f"scone serve does not start: {line}")
+        yield Server(line.split(" at ")[1].split()[0], "ours", process)
+    finally:
+        _stop(process)
+
+
+@dataclass
+class Answer:
+    """What one request got: token ids (of vLLM alone), and when the first and the last text came, in seconds."""
+
+    tokens: list[int] = field(default_factory=list)
+    first: float | None = None
+    last: float = 0.0
+    num_tokens: int = 0
+
+
+async def ask(
+    client: httpx.AsyncClient, server: Server, prompt: Sequence[int], new: int, leave_after: int | None = None
+) -> Answer:
+    """Stream a greedy answer to a prompt of token ids. ``leave_after``: close the connection after so many pieces."""
+    body = {"model": server.model, "prompt": list(prompt), "max_tokens": new, "temperature": 0, "stream": True}
+    body |= {"stream_options": {"include_usage": True}}
+    if server.model != "ours":
+        body |= {"ignore_eos": True, "return_token_ids": True}
+    answer, started, pieces = Answer(), time.perf_counter(), 0
+    async with client.stream("POST", f"{server.address}/v1/completions", json=body) as response:
+        if response.status_code != 200:
+            raise RuntimeError(f"{response.status_code}: {(await response.aread())[:500]!r}")
+        async for line in response.aiter_lines():
+            if not line.startswith("data: ") or line == "data: [DONE]":
+                continue
+            chunk = json.loads(line[6:])
+            if chunk.get("usage"):
+                answer.num_tokens = chunk["usage"]["completion_tokens"]
+            if not chunk["choices"]:
+                continue
+            now = time.perf_counter() - started
+            answer.first = now if answer.first is None else answer.first
+            answer.last = now
+            answer.tokens += chunk["choices"][0].get("token_ids") or []
+            pieces += 1
+            if leave_after is not None and pieces >= leave_after:
+                break
+    return answer
+
+
+async def gather(
+    server: Server, prompts: Sequence[Sequence[int]], new: int, clients: int
+) -> tuple[list[Answer], float]:
+    """Answers to all prompts from so many clients at a time, and the seconds that it took."""
+    waiting = asyncio.Semaphore(clients)
+    # a connection each: one that is kept may be closed by the server at the moment of the next request
+    limits = httpx.Limits(max_connections=clients, max_keepalive_connections=0)
+    async with httpx.AsyncClient(timeout=600, limits=limits) as client:
+
+        async def one(prompt: Sequence[int]) -> Answer:
+            async with waiting:
+                return await ask(client, server, prompt, new)
+
+        started = time.perf_counter()
+        answers = await asyncio.gather(*map(one, prompts))
+        return list(answers), time.perf_counter() - started
+
+
+def _answers(address: str) -> bool:
+    try:
+        return httpx.get(f"{address}/health", timeout=5).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def _stop(process: subprocess.Popen[str]) -> None:
+    """End a server and what it started."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()

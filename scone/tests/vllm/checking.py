@@ -1,0 +1,97 @@
+"""The law vllm_equals_full_forward: whatever vLLM did to get there, its answers are those of a full forward pass."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+# what imports numba comes after vLLM's worker, which in the tests is this process: see scone/vllm/__init__.py
+TOLERANCE = 3e-5
+"""Of a log-probability in fp32."""
+
+
+def engine(folder: Path, **changes: Any) -> Any:
+    """vLLM with a model, at a size for tests."""
+    from vllm import LLM
+
+    options: dict[str, Any] = {
+        "dtype": "float32",
+        "max_model_len": 512,
+        "skip_tokenizer_init": True,
+        "block_size": 32,
+        "max_num_seqs": 16,
+        "disable_log_stats": False,
+        "enforce_eager": True,
+        "num_gpu_blocks_override": 400,
+        "seed": 0,
+        "distributed_executor_backend": "uni",
+    }
+    return LLM(str(folder), **options | changes)
+
+
+def sampling(**changes: Any) -> Any:
+    """Greedy, with log-probabilities."""
+    from vllm import SamplingParams
+
+    options: dict[str, Any] = {"temperature": 0.0, "max_tokens": 24, "logprobs": 0, "detokenize": False}
+    return SamplingParams(**options | {"ignore_eos": True} | changes)
+
+
+def answers(llm: Any, prompts: list[list[int]], **options: Any) -> list[Any]:
+    """vLLM's outputs for prompts of token ids, all at once."""
+    return llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling(**options), use_tqdm=False)
+
+
+def check(model: Any, outputs: list[Any], greedy: bool = True) -> int:
+    """That every answer is what ``model`` says in one pass over the whole text; how many tokens were compared."""
+    import torch
+
+    from scone.tests.vllm import models
+
+    compared = 0
+    for output in outputs:
+        prompt = list(output.prompt_token_ids)
+        for answer in output.outputs:
+            tokens = list(answer.token_ids)
+            expected = models.log_probabilities(model, prompt + tokens)
+            new = expected[len(prompt) - 1 : -1]
+            found = torch.tensor([at[token].logprob for at, token in zip(answer.logprobs, tokens, strict=True)])
+            its = new.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+            worst = float((found - its).abs().max())
+            assert worst < TOLERANCE, f"log-probabilities differ by {worst} after a prompt of {len(prompt)} tokens"
+            if greedy:
+                assert float((new.max(1).values - its).max()) < TOLERANCE, "another token than the best"
+            compared += len(tokens)
+        if output.prompt_logprobs is not None:
+            pairs = list(zip(output.prompt_logprobs, prompt, strict=True))[1:]
+            found = torch.tensor([at[token].logprob for at, token in pairs])
+            its = expected[: len(prompt) - 1].gather(1, torch.tensor(prompt[1:])[:, None])[:, 0]
+            assert not pairs or float((found - its).abs().max()) < TOLERANCE, "log-probabilities of the prompt differ"
+            compared += len(pairs)
+    return compared
+
+
+def share_in_f_grams(model: Any, outputs: list[Any]) -> float:
+    """Of all positions, how many end an f-gram: where it is small, the law says little."""
+    import torch
+
+    from scone.tests.vllm import models
+
+    texts = [[*output.prompt_token_ids, *answer.token_ids] for output in outputs for answer in output.outputs]
+    matched = [model.match(torch.tensor([tokens])) >= models.VOCAB_SIZE for tokens in texts]
+    return sum(int(part.sum()) for part in matched) / sum(part.size for part in matched)
+
+
+def settings() -> None:
+    """What vLLM reads from the environment, before it is imported."""
+    os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # all in one process starts soonest
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+
+def uint8() -> Any:
+    """Bytes, as PyTorch calls them."""
+    import torch
+
+    return torch.uint8

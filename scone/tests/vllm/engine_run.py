@@ -1,0 +1,98 @@
+"""One vLLM engine in a fresh process, and the law in every way that this engine can go: for `test_engine`.
+
+    python -m scone.tests.vllm.engine_run FOLDER '{"options": {…}, …}'
+
+Prints as JSON what happened in it; exits with an error where the law does not hold. All is in one process, which starts
+soonest: so nothing with numba is imported before the engine, see scone/vllm/__init__.py.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from scone.tests.vllm import checking
+
+
+def second_runner(kernel: bool, asynchronous: bool) -> None:
+    """vLLM's second model runner, as on a GPU, with all of its kernels in Triton's interpreter, and ours if wanted."""
+    import os
+
+    os.environ |= {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
+    from triton.backends import backends
+
+    class Nowhere:
+        """A driver that nothing is launched on."""
+
+        @staticmethod
+        def is_active() -> bool:
+            return False
+
+    backends["cpu"] = SimpleNamespace(driver=Nowhere, compiler=None)  # type: ignore[assignment]
+    if kernel:
+        from scone.inference.stores.memory import MemoryStore
+        from scone.models.table_lookup import DeviceLookup
+
+        MemoryStore.gpu_blocks = lambda self, device: [self._rows.view(checking.uint8())]  # type: ignore[method-assign]
+        DeviceLookup.fits = staticmethod(lambda vocabulary, device: True)  # type: ignore[method-assign]
+    if asynchronous:
+        from vllm.platforms.cpu import CpuPlatform
+
+        check = CpuPlatform.check_and_update_config
+
+        def keep(config: Any) -> None:
+            check(config)
+            config.scheduler_config.async_scheduling = True
+
+        CpuPlatform.check_and_update_config = staticmethod(keep)
+
+
+def forget() -> None:
+    """Lose what was before each chunk: the law must not hold then."""
+    import numpy as np
+
+    from scone.vllm import lookups
+
+    look_up = lookups.looked_up_in_line
+    lookups.looked_up_in_line = lambda find, tokens, starts, before, size: look_up(
+        find, tokens, starts, np.full_like(before, -1), size
+    )
+
+
+def main(folder: Path, plan: dict[str, Any]) -> dict[str, Any]:
+    """Run a plan. ``options``: of the engine; ``second_runner``: of that function; ``count``, ``longest``: of prompts;
+    ``new``: tokens; ``ways``: sampling options of each round; ``forgets``: a last round that must fail.
+    """
+    checking.settings()
+    if "second_runner" in plan:
+        second_runner(**plan["second_runner"])
+    llm = checking.engine(folder, **plan.get("options", {}))
+    from scone.tests.vllm import models
+
+    model = models.load(folder)
+    prompts = models.prompts(plan.get("count", 16), plan.get("longest", 200))
+    found: dict[str, Any] = {"compared": 0, "cached": 0}
+    for way in plan.get("ways", [{}]):
+        outputs = checking.answers(llm, prompts, **{"max_tokens": plan.get("new", 16)} | way)
+        found["compared"] += checking.check(model, outputs, greedy="temperature" not in way)
+        found["cached"] += sum(output.num_cached_tokens or 0 for output in outputs)
+        if hasattr(model, "match"):
+            found["share"] = checking.share_in_f_grams(model, outputs)
+    for metric in llm.get_metrics():
+        if metric.name in ("vllm:num_preemptions", "vllm:spec_decode_num_accepted_tokens"):
+            found[metric.name.removeprefix("vllm:")] = metric.value
+    if plan.get("forgets"):
+        forget()
+        llm.reset_prefix_cache()
+        try:
+            checking.check(model, checking.answers(llm, prompts, max_tokens=4))
+        except AssertionError:
+            found["forgets"] = True
+    return found
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(Path(sys.argv[1]), json.loads(sys.argv[2]))))

@@ -1,0 +1,128 @@
+"""The law vllm_equals_full_forward, in real engines of vLLM: `make test-vllm`, in an environment of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scone.tests.vllm import models
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed: `make test-vllm` runs these tests"),
+]
+CHUNKS = {"max_num_batched_tokens": 64, "max_num_seqs": 8}
+"""Prompts are read in pieces that end anywhere."""
+DRAFTS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
+SAMPLED = {"n": 3, "temperature": 1.0, "top_p": 0.95}
+TWICE: list[dict[str, Any]] = [{}, {}]
+PLANS: dict[str, tuple[str, dict[str, Any]]] = {
+    # all at once: chunks, prefix hits, too few blocks, drafts of which some are refused, three answers that share one
+    "modern": (
+        "modern",
+        {
+            "options": CHUNKS | {"num_gpu_blocks_override": 24, "speculative_config": DRAFTS},
+            "ways": [{}, {}, SAMPLED],
+            "forgets": True,
+        },
+    ),
+    "gpt2": ("gpt2", {"options": CHUNKS, "ways": [{"prompt_logprobs": 0}], "count": 12}),
+    "llama": ("llama", {"options": CHUNKS | {"num_gpu_blocks_override": 24}, "ways": TWICE}),
+    "over-encoding": ("over-encoding", {"options": CHUNKS, "ways": TWICE, "count": 12, "forgets": True}),
+    # the runner that GPUs have, with and without the kernel
+    "second runner, asynchronous": (
+        "modern",
+        {
+            "second_runner": {"kernel": True, "asynchronous": True},
+            "options": CHUNKS | {"max_model_len": 120},
+            "ways": TWICE,
+            "count": 4,
+            "longest": 70,
+            "new": 5,
+        },
+    ),
+    "second runner, host": (
+        "llama",
+        {
+            "second_runner": {"kernel": False, "asynchronous": False},
+            "options": CHUNKS,
+            "count": 3,
+            "longest": 70,
+            "new": 4,
+            "forgets": True,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_vllm_equals_full_forward(name: str, tmp_path: Path) -> None:
+    kind, plan = PLANS[name]
+    found = run(models.make(kind, tmp_path / kind), plan)
+    assert found["compared"] > 10
+    if kind != "over-encoding":
+        assert found["share"] > 0.7  # otherwise the law says little
+    if plan.get("ways", []).count({}) == 2:
+        assert found["cached"] >= 64
+    if plan["options"].get("num_gpu_blocks_override"):
+        assert found["num_preemptions"] > 0
+    if "speculative_config" in plan["options"]:
+        assert found["spec_decode_num_accepted_tokens"] > 0
+    assert found.get("forgets", False) == plan.get("forgets", False)
+
+
+NAMES_OF_VLLM = """
+import dataclasses, inspect
+from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.model_states import init_model_state, resolve_model_state_cls
+from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+from vllm.v1.worker.gpu.states import RequestState
+from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+from vllm.model_executor.models.utils import init_vllm_registered_model
+assert "get_model_state_cls" in inspect.getsource(resolve_model_state_cls)
+assert [*inspect.signature(DefaultModelState.prepare_inputs).parameters] == ["self", "input_batch", "req_states"]
+assert [*inspect.signature(DefaultModelState.prepare_dummy_inputs).parameters] == ["self", "num_reqs", "num_tokens"]
+fields = {field.name for field in dataclasses.fields(InputBatch)}
+assert fields > {"input_ids", "query_start_loc", "idx_mapping", "num_reqs", "num_tokens_after_padding"}, fields
+for name in ("all_token_ids", "num_computed_tokens"):
+    assert f"self.{name} = StagedWriteTensor(" in inspect.getsource(RequestState.__init__), name
+assert {"hf_config", "architectures", "prefix"} <= {*inspect.signature(init_vllm_registered_model).parameters}
+from scone.vllm import register
+register()
+assert "SconeForCausalLM" in MODELS_CONFIG_MAP
+"""
+
+
+def test_the_names_of_vllm_that_are_used() -> None:
+    """vLLM changes monthly: which release took away what."""
+    done = subprocess.run([sys.executable, "-c", NAMES_OF_VLLM], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_hostile_folder_gets_one_line(tmp_path: Path) -> None:
+    """The command of vLLM itself, which ends before any worker starts."""
+    folder = models.make("modern", tmp_path / "model")
+    (folder / "embeddings.cache").unlink()
+    command = [Path(sys.executable).with_name("vllm"), "serve", folder, "--skip-tokenizer-init", "--port", "1"]
+    environment = os.environ | {"VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=300)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("scone: found no embeddings.cache in")
+    assert "Traceback" not in done.stderr
+
+
+def run(folder: Path, plan: dict[str, Any]) -> dict[str, Any]:
+    """What `engine_run` says of a plan."""
+    command = [sys.executable, "-m", "scone.tests.vllm.engine_run", str(folder), json.dumps(plan)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found

