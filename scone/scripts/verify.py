@@ -111,11 +111,15 @@ def _verify_vocabulary(path: Path) -> list[str]:
 def _verify_table(path: Path, model_folder: Path | None = None) -> list[str]:
     """A table, and some of its rows against those of the model that it was made from."""
     from scone.inference.table_check import verify_table
-    from scone.models.language_model import SconeForCausalLM
-    from scone.utils.progress import hide_library_bars
 
-    hide_library_bars()
-    check = verify_table(path, model=SconeForCausalLM.from_pretrained(model_folder) if model_folder else None)
+    model = None
+    if model_folder:  # a table by itself needs no model's libraries
+        from scone.models.language_model import SconeForCausalLM
+        from scone.utils.progress import hide_library_bars
+
+        hide_library_bars()
+        model = SconeForCausalLM.from_pretrained(model_folder)
+    check = verify_table(path, model=model)
     row, compared = check.layout.row_format, ""
     if model_folder:
         compared = f"; {check.sampled_rows:,} of them are the rows of {model_folder}"
