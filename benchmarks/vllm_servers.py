@@ -124,10 +124,11 @@ async def ask(
                 answer.num_tokens = chunk["usage"]["completion_tokens"]
             if not chunk["choices"]:
                 continue
-            now = time.perf_counter() - started
-            answer.first = now if answer.first is None else answer.first
+            choice, now = chunk["choices"][0], time.perf_counter() - started
+            if answer.first is None and (choice.get("text") or choice.get("token_ids")):  # not a piece without text
+                answer.first = now
             answer.last = now
-            answer.tokens += chunk["choices"][0].get("token_ids") or []
+            answer.tokens += choice.get("token_ids") or []
             pieces += 1
             if leave_after is not None and pieces >= leave_after:
                 break
