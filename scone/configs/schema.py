@@ -211,7 +211,9 @@ class TrainingOptions:
     """A training run."""
 
     output_dir: str = option("./outputs/scone-model", "folder of the run; the trained model is OUTPUT_DIR/final_model")
-    num_epochs: float = option(3.0, "passes over the training split", unit="epochs", minimum=0)
+    num_epochs: float = option(
+        3.0, "passes over the training split; learned rows start again with each", unit="epochs", minimum=0
+    )
     max_steps: int = option(
         -1, "optimizer steps; overrides num_epochs (-1: not set)", unit="steps", minimum=-1, check=_check_max_steps
     )
