@@ -333,8 +333,8 @@ def rows_learning_rate(tokens_of_a_pass: int) -> float:
     and 1e-2.
 
     A row's path is a sum of steps of one size, so its noise grows with the root of its visits; fewer tokens allow
-    longer steps. Measured on the modern trunk: at 4 M tokens 1e-2 is best (1e-3: half the gain; 3e-3 and 3e-2: 2 to 3 % worse), at
-    20 M 4e-3 (1e-2: 1 % worse), at 82 M 2e-3 and 4e-3 (1e-2: 1 to 2 % worse); docs/experiments/recipe.md.
+    longer steps. Measured on the modern trunk: at 4 M tokens 1e-2 is best (1e-3: half the gain; 3e-3 and 3e-2: 2 to 3 %
+    worse), at 20 M 4e-3 (1e-2: 1 % worse), at 82 M 2e-3 and 4e-3 (1e-2: 1 to 2 % worse); docs/experiments/recipe.md.
     """
     return min(max(2e-3 * (82e6 / max(tokens_of_a_pass, 1)) ** 0.5, 5e-4), 1e-2)
 
