@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
+from omegaconf import OmegaConf
 
 from scone.data.prepare import prepare_corpus
 from scone.evaluation.perplexity import perplexity
@@ -24,9 +24,8 @@ from scone.models.accounting import f_gram_model_parameters, parameter_counts
 from scone.models.language_model import SconeForCausalLM
 from scone.models.over_encoding import OverEncodingForCausalLM
 from scone.tokenization.tokenizers import load_tokenizer
-from scone.utils.command_line import did_you_mean
 from scone.utils.environment import environment
-from scone.utils.errors import SconeError
+from scone.utils.errors import SconeError, library_refusal
 from scone.utils.files import read_json
 from scone.utils.peak_memory import PeakMemory
 
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
     from scone.tokenization.matcher import Matcher
 
 
-@dataclass(frozen=True)
+@dataclass
 class ModelEntry:
     """A SCONE model. ``f_gram_model_size`` and ``max_f_grams`` only describe it in the results."""
 
@@ -48,7 +47,7 @@ class ModelEntry:
     max_f_grams: int | None = None
 
 
-@dataclass(frozen=True)
+@dataclass
 class BaselineEntry:
     """A plain causal language model, by folder or hub name."""
 
@@ -56,7 +55,7 @@ class BaselineEntry:
     model_name: str
 
 
-@dataclass(frozen=True)
+@dataclass
 class DatasetEntry:
     """A split to measure perplexity on."""
 
@@ -67,72 +66,38 @@ class DatasetEntry:
     split: str = "test"
 
 
-@dataclass(frozen=True)
+@dataclass
 class BenchmarkConfig:
     """The whole file. Speeds are medians of ``num_runs`` runs after ``warmup_runs``."""
 
-    model_configs: tuple[ModelEntry, ...] = ()
-    baseline_configs: tuple[BaselineEntry, ...] = ()
-    dataset_configs: tuple[DatasetEntry, ...] = ()
-    batch_sizes: tuple[int, ...] = (1, 4, 8)
-    sequence_lengths: tuple[int, ...] = (512, 1024)
+    model_configs: list[ModelEntry] = field(default_factory=list)
+    baseline_configs: list[BaselineEntry] = field(default_factory=list)
+    dataset_configs: list[DatasetEntry] = field(default_factory=list)
+    batch_sizes: list[int] = field(default_factory=lambda: [1, 4, 8])
+    sequence_lengths: list[int] = field(default_factory=lambda: [512, 1024])
     num_runs: int = 5
     warmup_runs: int = 2
 
     @property
-    def entries(self) -> tuple[ModelEntry | BaselineEntry, ...]:
+    def entries(self) -> list[ModelEntry | BaselineEntry]:
         """All models, then all baselines."""
-        return (*self.model_configs, *self.baseline_configs)
-
-
-_ENTRIES = {"model_configs": ModelEntry, "baseline_configs": BaselineEntry, "dataset_configs": DatasetEntry}
+        return [*self.model_configs, *self.baseline_configs]
 
 
 def read_benchmark_config(path: str | Path) -> BenchmarkConfig:
-    """Read and check the file. Raises SconeError: missing, not JSON, unknown or missing names, values of a wrong
-    kind.
-    """
-    config: BenchmarkConfig = _checked(read_json(path), BenchmarkConfig, str(path))
+    """Read and check the file. Raises SconeError: missing, not JSON, unknown or missing names, values of a wrong kind."""
+    found = read_json(path)
+    with library_refusal(f"cannot use {path}", "compare it with scone/configs/benchmark_config.json"):
+        config: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(BenchmarkConfig), found))
+    for name in ("batch_sizes", "sequence_lengths", "num_runs"):
+        if not all(value >= 1 for value in np.atleast_1d(getattr(config, name)).tolist()) or config.warmup_runs < 0:
+            raise SconeError(f"{path}: found {name} {getattr(config, name)}; expected at least 1 (warmup_runs: 0)")
     if not config.entries:
         raise SconeError(f"{path}: found no models; expected entries in model_configs or baseline_configs")
     names = [entry.name for entry in config.entries]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise SconeError(f"{path}: found the name {repeated[0]} twice; expected a name of its own for every model")
-    return config
-
-
-def _checked(found: Any, kind: Any, where: str) -> Any:
-    """``found`` as the dataclass ``kind``; ``where`` names the place in errors."""
-    known = {each.name: each.default for each in dataclasses.fields(kind)}
-    if not isinstance(found, dict):
-        raise SconeError(f"{where}: found {type(found).__name__}; expected an object with {', '.join(known)}")
-    for name in found:
-        if name not in known:
-            advice = did_you_mean(name, known) or f"expected {', '.join(known)}"
-            raise SconeError(f"{where}: found the unknown name {name}; {advice}")
-    values = {}
-    for name, default in known.items():
-        value, place = found.get(name), f"{where}: {name}"
-        if value is None and default is dataclasses.MISSING:
-            raise SconeError(f"{where}: found an entry without {name}; expected {', '.join(known)}")
-        if isinstance(default, tuple) and name in found:
-            if not isinstance(value, list):
-                raise SconeError(f"{place}: found {value!r}; expected a list")
-            entry = _ENTRIES.get(name)
-            value = tuple(_checked(item, entry, place) if entry else _number(item, place, 1) for item in value)
-        elif isinstance(default, int) and name in found:
-            value = _number(value, place, 0 if name == "warmup_runs" else 1)
-        elif value is not None and not isinstance(value, wanted := int if name == "max_f_grams" else str):
-            raise SconeError(f"{place}: found {value!r}; expected {wanted.__name__}")
-        if name in found:
-            values[name] = value
-    return kind(**values)
-
-
-def _number(value: Any, where: str, minimum: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-        raise SconeError(f"{where}: found {value!r}; expected a whole number of at least {minimum}")
-    return value
+    return cast(BenchmarkConfig, config)
 
 
 @dataclass(frozen=True)

@@ -306,11 +306,11 @@ def _benchmark(run: DemoRun, matcher: Matcher) -> dict[str, RunResult]:
     options, data = run.options, model_options(run.options, "scone").data
     paths = {name: str(run.folder / name / FINAL_MODEL) for name in NAMES}
     config = BenchmarkConfig(
-        (ModelEntry("scone", paths["scone"], str(run.folder / TABLE_FILE)),),
-        (BaselineEntry("plain", paths["plain"]),),
-        (DatasetEntry(TEXT, options.data, None, options.text_column, "test"),),
-        batch_sizes=(1,),
-        sequence_lengths=(options.max_length,),
+        [ModelEntry("scone", paths["scone"], str(run.folder / TABLE_FILE))],
+        [BaselineEntry("plain", paths["plain"])],
+        [DatasetEntry(TEXT, options.data, None, options.text_column, "test")],
+        batch_sizes=[1],
+        sequence_lengths=[options.max_length],
         num_runs=3,
         warmup_runs=1,
     )
@@ -324,12 +324,12 @@ def _comparison(
     """The paired loss difference with its interval, and how far the table is from the live model (on its windows)."""
     length = run.options.max_length
     plain, scone_ = (results[name].perplexity[TEXT]["window_losses"] for name in NAMES)
-    difference, half = paired_difference(plain, scone_)
+    difference, interval = paired_difference(plain, scone_)
     beginning = test.tokens[: run.options.max_test_tokens][: LIVE_CHECK_TOKENS // length * length]
     found = perplexity(live, beginning, length, 16, quiet=True).window_losses
     return {
         "loss_difference": difference,
-        "loss_difference_interval": (difference - half, difference + half),
+        "loss_difference_interval": interval,
         "num_windows": len(scone_),
         "table_against_live": max(abs(first - second) for first, second in zip(found, scone_, strict=False)),
     }

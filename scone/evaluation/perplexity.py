@@ -1,6 +1,6 @@
 """Perplexity of any causal language model on a run of tokens: each token predicted exactly once, sums in float64.
 
-Losses are summed by document, and by length and rank of the f-gram that made the prediction.
+Losses are also summed by document, and by length and rank of the f-gram that made the prediction.
 """
 
 from __future__ import annotations
@@ -8,9 +8,9 @@ from __future__ import annotations
 import inspect
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from scone.utils.progress import progress
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from scone.tokenization.f_gram_vocabulary import FGramVocabulary
     from scone.tokenization.matcher import Matcher
 
 
@@ -30,107 +31,10 @@ RANK_EDGES = (100, 1_000, 10_000, 100_000, 1_000_000, 10_000_000, 100_000_000)
 """Where rank buckets end: ranks below 100, 100 to 999, and so on."""
 FEWEST_DOCUMENTS = 3
 """Fewer give no interval."""
-
-
-@dataclass(frozen=True)
-class LengthLoss:
-    """Mean loss of the predictions made from positions whose longest f-gram has ``length`` tokens (1: no f-gram)."""
-
-    length: int
-    num_predicted: int
-    loss: float
-
-
-@dataclass(frozen=True)
-class RankLoss:
-    """Mean loss of the predictions made from positions whose f-gram has a rank of ``first_rank … last_rank`` (0 is the
-    most frequent; None: no f-gram).
-    """
-
-    first_rank: int | None
-    last_rank: int | None
-    num_predicted: int
-    loss: float
-
-
-class LossSums:
-    """Numbers of predictions and sums of their losses, in nats, for integer keys 0 … size − 1."""
-
-    def __init__(self, size: int) -> None:
-        self.counts = np.zeros(size, np.int64)
-        self.sums = np.zeros(size, np.float64)
-
-    def add(self, keys: np.ndarray, losses: np.ndarray) -> None:
-        """Add one loss per key."""
-        first = int(keys.min())
-        counts = np.bincount(keys - first)  # costs the span of these keys, not all there are
-        span = slice(first, first + len(counts))
-        self.counts[span] += counts
-        self.sums[span] += np.bincount(keys - first, weights=losses)
-
-    def means(self) -> list[tuple[int, int, float]]:
-        """(key, predictions, mean loss) of the keys that occurred."""
-        return [
-            (int(key), int(self.counts[key]), self.sums[key] / self.counts[key]) for key in self.counts.nonzero()[0]
-        ]
-
-
-class LossTally:
-    """Everything that `perplexity` adds up, window by window, in one pass and without keeping single losses.
-
-    ``separator_id`` ends documents (None: no documents); ``matcher`` finds the f-grams (None: no groups).
-    """
-
-    def __init__(self, tokens: np.ndarray, matcher: Matcher | None, separator_id: int | None) -> None:
-        self.tokens = tokens
-        self.matcher = matcher
-        self.loss_sum = 0.0
-        self.num_predicted = 0
-        self.window_losses: list[float] = []
-        self.documents: LossSums | None = None
-        if separator_id is not None:
-            ends = np.asarray(tokens) == separator_id
-            self._document_of = np.cumsum(ends, dtype=np.int32) - ends  # a separator belongs to what it ends
-            self.documents = LossSums(int(self._document_of[-1]) + 1)
-        if matcher is not None:
-            self._lengths = LossSums(matcher.vocabulary.max_n + 1)
-            self._ranks = LossSums(len(RANK_EDGES) + 2)
-
-    def add(self, start: int, first_target: int, end: int, losses: np.ndarray) -> None:
-        """Add the ``losses`` [end − first_target] of tokens ``first_target … end − 1``, read from ``start`` on."""
-        self.loss_sum += float(losses.sum())
-        self.num_predicted += len(losses)
-        self.window_losses.append(float(losses.mean()))
-        if self.documents is not None:
-            self.documents.add(self._document_of[first_target:end], losses)
-        if self.matcher is None:
-            return
-        vocabulary = self.matcher.vocabulary
-        # the position before a target predicts it; an f-gram there reaches back N − 1 places, not beyond the window
-        reach = max(start, first_target - vocabulary.max_n)
-        nodes = self.matcher.match(np.asarray(self.tokens[reach : end - 1]))[first_target - 1 - reach :]
-        lengths, buckets = np.ones(len(nodes), np.int64), np.zeros(len(nodes), np.int64)
-        matched = nodes >= vocabulary.vocab_size
-        ranks = nodes[matched] - vocabulary.vocab_size
-        lengths[matched] = vocabulary.lengths[ranks]
-        buckets[matched] = 1 + np.searchsorted(RANK_EDGES, ranks, side="right")
-        self._lengths.add(lengths, losses)
-        self._ranks.add(buckets, losses)
-
-    def by_match_length(self) -> list[LengthLoss]:
-        """One entry for each length that occurred, shortest first."""
-        return [LengthLoss(*entry) for entry in self._lengths.means()] if self.matcher is not None else []
-
-    def by_rank(self) -> list[RankLoss]:
-        """Positions without an f-gram, then one entry for each bucket of ranks that occurred."""
-        if self.matcher is None:
-            return []
-        edges = (0, *RANK_EDGES, self.matcher.vocabulary.num_f_grams)
-        entries = []
-        for bucket, count, loss in self._ranks.means():
-            last = min(edges[bucket], edges[-1]) - 1
-            entries.append(RankLoss(edges[bucket - 1] if bucket else None, last if bucket else None, count, loss))
-        return entries
+Group = dict[str, Any]
+"""``num_predicted`` predictions of mean ``loss`` made from positions of one kind: those whose longest f-gram has
+``length`` tokens (1: no f-gram), or a rank of ``first_rank … last_rank`` (0 is the most frequent; None: no f-gram).
+"""
 
 
 def mean_interval(sums: np.ndarray, counts: np.ndarray) -> tuple[float, float] | None:
@@ -172,8 +76,8 @@ class PerplexityResult:
     """What a corpus costs a model. Losses are in nats.
 
     ``loss_sum`` is over ``num_predicted`` of ``num_tokens`` tokens: those that begin a window have no context and are
-    not predicted. ``num_bytes`` and ``num_words``: size of the text, where known. ``documents``: losses and
-    predicted tokens of each document, where documents are known.
+    not predicted. ``num_bytes`` and ``num_words``: size of the text, where known. ``documents``: sum of
+    losses and number of predicted tokens of each document, where documents are known.
     """
 
     loss_sum: float
@@ -181,11 +85,11 @@ class PerplexityResult:
     num_tokens: int
     seconds: float
     num_bytes: int | None = None
-    by_match_length: list[LengthLoss] = field(default_factory=list)
-    window_losses: list[float] = field(default_factory=list, repr=False)  # mean loss of each window, in order
+    by_match_length: Sequence[Group] = ()
+    by_rank: Sequence[Group] = ()
+    window_losses: Sequence[float] = field(default=(), repr=False)  # mean loss of each window, in order
     num_words: int | None = None
-    by_rank: list[RankLoss] = field(default_factory=list)
-    documents: LossSums | None = field(default=None, repr=False)
+    documents: tuple[np.ndarray, np.ndarray] | None = field(default=None, repr=False)
 
     @property
     def loss(self) -> float:
@@ -210,7 +114,7 @@ class PerplexityResult:
     @property
     def loss_interval(self) -> tuple[float, float] | None:
         """95 % interval of ``loss`` over documents (`mean_interval`); None without documents, or for too few."""
-        return None if self.documents is None else mean_interval(self.documents.sums, self.documents.counts)
+        return None if self.documents is None else mean_interval(*self.documents)
 
     @property
     def perplexity_interval(self) -> tuple[float, float] | None:
@@ -221,7 +125,7 @@ class PerplexityResult:
     @property
     def num_documents(self) -> int | None:
         """Documents with a predicted token, where documents are known."""
-        return None if self.documents is None else int(np.count_nonzero(self.documents.counts))
+        return None if self.documents is None else int(np.count_nonzero(self.documents[1]))
 
     @property
     def tokens_per_second(self) -> float:
@@ -230,13 +134,13 @@ class PerplexityResult:
 
     def to_dict(self) -> dict[str, object]:
         """A JSON-ready mapping."""
-        groups = {name: [vars(entry) for entry in getattr(self, name)] for name in ("by_match_length", "by_rank")}
-        return {name: getattr(self, name) for name in _SHOWN} | groups
+        return {name: getattr(self, name) for name in _SHOWN}
 
 
 _SHOWN = (
     *("perplexity", "perplexity_interval", "loss", "loss_interval", "bits_per_byte", "word_perplexity"),
     *("num_predicted", "num_tokens", "num_bytes", "num_words", "num_documents", "seconds", "tokens_per_second"),
+    *("by_match_length", "by_rank"),
 )
 
 
@@ -333,26 +237,65 @@ def perplexity(
         torch.nn.Module.to(model, where)
     was_training = model.training
     model.eval()
-    tally = LossTally(tokens, matcher, separator_id)
+    losses, targets, window_losses = np.zeros(len(tokens)), np.zeros(len(tokens), bool), []
+    nodes = np.zeros(len(tokens) if matcher is not None else 0, np.int64)  # that predicted each token
     started = time.perf_counter()
     with progress(len(tokens), "token", "Evaluating", quiet) as bar:
         for batch in _batches(windows(len(tokens), max_length, step), batch_size):
-            for losses, window in zip(token_losses(model, tokens, batch, where), batch, strict=True):
-                tally.add(window.start, window.first_target, window.end, losses)
+            for found, window in zip(token_losses(model, tokens, batch, where), batch, strict=True):
+                predicted = slice(window.first_target, window.end)
+                losses[predicted], targets[predicted] = found, True
+                window_losses.append(float(found.mean()))
+                if matcher is not None:
+                    # the position before a target predicts it; its f-gram does not reach beyond the window
+                    reach = max(window.start, window.first_target - matcher.vocabulary.max_n)
+                    matched = matcher.match(np.asarray(tokens[reach : window.end - 1]))
+                    nodes[predicted] = matched[window.first_target - 1 - reach :]
             bar.update(sum(window.end - window.first_target for window in batch))
+    seconds = time.perf_counter() - started
     model.train(was_training)
+    documents = None
+    if separator_id is not None:
+        ends = np.asarray(tokens) == separator_id
+        document = (np.cumsum(ends) - ends)[targets]  # a separator belongs to what it ends
+        documents = np.bincount(document, weights=losses[targets]), np.bincount(document)
     return PerplexityResult(
-        tally.loss_sum,
-        tally.num_predicted,
+        float(losses[targets].sum()),
+        int(targets.sum()),
         len(tokens),
-        time.perf_counter() - started,
+        seconds,
         num_bytes,
-        tally.by_match_length(),
-        tally.window_losses,
-        num_words,
-        tally.by_rank(),
-        tally.documents,
+        *((), ()) if matcher is None else _groups(matcher.vocabulary, nodes[targets], losses[targets]),
+        window_losses=window_losses,
+        num_words=num_words,
+        documents=documents,
     )
+
+
+def _groups(
+    vocabulary: FGramVocabulary, nodes: np.ndarray, losses: np.ndarray
+) -> tuple[Sequence[Group], Sequence[Group]]:
+    """The groups that occurred of predictions made from ``nodes`` [n], by length of the f-gram and by its rank."""
+    ranks = nodes - vocabulary.vocab_size
+    lengths, buckets = np.ones(len(nodes), np.int64), np.zeros(len(nodes), np.int64)
+    matched = ranks >= 0
+    lengths[matched] = vocabulary.lengths[ranks[matched]]
+    buckets[matched] = 1 + np.searchsorted(RANK_EDGES, ranks[matched], side="right")
+    edges = [0, *RANK_EDGES]
+
+    def bucket(key: int) -> Group:
+        if not key:
+            return {"first_rank": None, "last_rank": None}
+        return {"first_rank": edges[key - 1], "last_rank": min([*edges[key : key + 1], vocabulary.num_f_grams]) - 1}
+
+    def grouped(keys: np.ndarray, name: Callable[[int], Group]) -> list[Group]:
+        counts, sums = np.bincount(keys), np.bincount(keys, weights=losses)
+        return [
+            name(key) | {"num_predicted": int(counts[key]), "loss": float(sums[key] / counts[key])}
+            for key in counts.nonzero()[0].tolist()
+        ]
+
+    return grouped(lengths, lambda key: {"length": key}), grouped(buckets, bucket)
 
 
 def loss_difference(first: PerplexityResult, second: PerplexityResult) -> tuple[float, tuple[float, float]]:
@@ -360,17 +303,16 @@ def loss_difference(first: PerplexityResult, second: PerplexityResult) -> tuple[
 
     Pairing removes most of the variation between texts. Both results must come from the same tokens and windows.
     """
-    mean, half = paired_difference(first.window_losses, second.window_losses)
-    return mean, (mean - half, mean + half)
+    return paired_difference(first.window_losses, second.window_losses)
 
 
-def paired_difference(first: Sequence[float], second: Sequence[float]) -> tuple[float, float]:
-    """Mean of (second − first) over the windows of one text, and half of its 95 % interval; `loss_difference`'s."""
-    assert len(first) == len(second), "results of different windows"
+def paired_difference(first: Sequence[float], second: Sequence[float]) -> tuple[float, tuple[float, float]]:
+    """`loss_difference` of two results' ``window_losses``."""
     differences = np.asarray(second) - np.asarray(first)
-    if len(differences) < 2:
-        return float(differences.mean()), math.inf
-    return float(differences.mean()), 1.96 * float(differences.std(ddof=1)) / math.sqrt(len(differences))
+    mean, half = float(differences.mean()), math.inf
+    if len(differences) > 1:
+        half = 1.96 * float(differences.std(ddof=1)) / math.sqrt(len(differences))
+    return mean, (mean - half, mean + half)
 
 
 def check_windows(model: PreTrainedModel, tokens: np.ndarray, max_length: int, stride: int) -> None:

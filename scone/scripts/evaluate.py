@@ -144,17 +144,17 @@ def _print_perplexity(result: PerplexityResult) -> None:
         print(f"word perplexity   {result.word_perplexity:.4f}")
     if result.bits_per_byte is not None:
         print(f"bits per byte     {result.bits_per_byte:.4f}")
-    groups: list[tuple[str, int, Any]] = [
-        ("no f-gram matched" if each.length == 1 else f"f-gram of {each.length} tokens matched", 30, each)
+    groups = {
+        "no f-gram matched" if each["length"] == 1 else f"f-gram of {each['length']} tokens matched": each
         for each in result.by_match_length
-    ]
-    groups += [
-        (f"f-gram ranks {each.first_rank + 1:,} to {each.last_rank + 1:,}", 34, each)
+    }
+    groups |= {
+        f"f-gram ranks {each['first_rank'] + 1:,} to {each['last_rank'] + 1:,}": each
         for each in result.by_rank
-        if each.first_rank is not None and each.last_rank is not None
-    ]
-    for name, width, group in groups:
-        print(f"  {name:<{width}}{group.num_predicted / result.num_predicted:6.1%} of tokens, loss {group.loss:.4f}")
+        if each["first_rank"] is not None
+    }
+    for name, group in groups.items():
+        print(f"  {name:<34}{group['num_predicted'] / result.num_predicted:6.1%} of tokens, loss {group['loss']:.4f}")
     print(f"speed             {result.tokens_per_second:,.0f} tokens a second, {result.seconds:.1f} s")
 
 

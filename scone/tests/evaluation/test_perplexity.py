@@ -85,7 +85,7 @@ def test_documents_give_an_interval(model):
     result = perplexity(model, TOKENS, 16, quiet=True, separator_id=0)
     low, high = result.perplexity_interval
     assert low < result.perplexity < high
-    assert result.to_dict()["num_documents"] == np.count_nonzero(result.documents.counts)
+    assert result.to_dict()["num_documents"] == np.count_nonzero(result.documents[1])
 
 
 def test_evaluation_leaves_the_model_as_it_was(model):
