@@ -7,9 +7,25 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from scone import __version__
-from scone.scripts.verbs import VERBS
 from scone.utils.command_line import did_you_mean, run_main
 from scone.utils.errors import SconeError
+
+VERBS = {
+    "demo": ("demo", "the whole method on real text: train plain and SCONE, compare, write a report"),
+    "train": ("train", "count f-grams on a corpus and train one model"),
+    "train-configurations": ("train_configurations", "train several f-gram configurations on one corpus"),
+    "hydra-train": ("hydra_train", "train with Hydra overrides and sweeps"),
+    "count": ("count", "count the f-grams of a corpus and show their coverage"),
+    "precompute": ("precompute_embeddings", "write a model's embedding table"),
+    "table": ("table", "inspect an embedding table, or change its row type or length"),
+    "evaluate": ("evaluate", "perplexity and zero-shot accuracy of a model"),
+    "generate": ("generate", "continue a prompt"),
+    "serve": ("serve", "serve a model over HTTP: an OpenAI-compatible API, metrics, and a page"),
+    "benchmark": ("benchmark", "compare models: perplexity, speed, memory, FLOPs"),
+    "inspect": ("inspect", "show a text's tokens with their f-grams, ranks and counts"),
+    "verify": ("verify", "check a model folder, vocabulary, table or token file"),
+}
+"""Verb → (module in scone.scripts, one line of help)."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,13 +42,12 @@ def dispatch(argv: Sequence[str]) -> int | None:
     if verb in ("-V", "--version"):
         print(f"scone {__version__}")
         return 0
-    known = verb.replace("_", "-")
-    if known not in VERBS:
-        known = next((name for name, (script, _) in VERBS.items() if script == verb), known)
-    if known not in VERBS:
+    scripts = {name: script for name, (script, _) in VERBS.items()}
+    script = scripts.get(verb.replace("_", "-")) or (verb if verb in scripts.values() else None)
+    if script is None:
         advice = did_you_mean(verb, VERBS) or f"expected one of {', '.join(VERBS)}"
         raise SconeError(f"found the unknown command {verb}; {advice} (see scone --help)")
-    return import_module(f"scone.scripts.{VERBS[known][0]}").main(arguments)
+    return import_module(f"scone.scripts.{script}").main(arguments)
 
 
 def help_text() -> str:

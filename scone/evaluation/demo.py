@@ -61,7 +61,7 @@ NUM_SAMPLES, PROMPT_TOKENS, NUM_EXAMPLES = 3, 24, 9
 LIVE_CHECK_TOKENS = 16_384
 MIN_STEPS = 20
 TIMED_STEPS = 8
-TRAINING_SHARE = 0.8  # of the minutes; the rest is counting, precomputing, measuring
+TRAINING_SHARE = 0.72  # of the minutes; the rest is counting, evaluating, precomputing, measuring
 
 
 @dataclass
@@ -184,12 +184,9 @@ def _prepare_splits(options: DemoOptions, corpus: Corpus) -> dict[str, TokenFile
     return splits
 
 
-# ---------------------------------------------------------------------- two trainings
-
-
 def _fit_into_minutes(run: DemoRun, corpus: Corpus) -> tuple[DemoOptions, dict[str, float]]:
-    """The options with as many steps and evaluations as fit into the minutes on this machine, at most those asked for;
-    and the seconds that a step of each of the two takes.
+    """The options with as many steps as fit into the minutes on this machine, at most those asked for; and the seconds
+    that a step of each of the two takes.
 
     Decided once and kept in plan.json, so that a second run finds the trainings that the first one finished. What was
     trained with other options or on other text is removed.
@@ -207,31 +204,20 @@ def _fit_into_minutes(run: DemoRun, corpus: Corpus) -> tuple[DemoOptions, dict[s
                 shutil.rmtree(run.folder / name)
         with run.step("Plan: time a few training steps of both in turn") as notes:
             seconds = _seconds_of_a_step(asked, corpus)
-            validation_tokens = corpus.validation.num_tokens if corpus.validation else 0
-            steps, num_evaluations = plan_steps(asked, sum(seconds.values()), validation_tokens)
+            steps = plan_steps(asked, sum(seconds.values()))
             notes.append(", ".join(f"{NAMES[name]} {seconds[name]:.3f} s a step" for name in NAMES))
             notes.append(f"{steps} steps each")
             if steps < asked.steps:
                 notes.append(f"fewer than {asked.steps}, to end in {asked.minutes:g} minutes")
-        plan = {"key": key, "steps": steps, "num_evaluations": num_evaluations, "seconds_a_step": seconds}
+        plan = {"key": key, "steps": steps, "seconds_a_step": seconds}
         write_json(plan_path, plan)
-    return replace(asked, steps=plan["steps"], num_evaluations=plan["num_evaluations"]), plan["seconds_a_step"]
+    return replace(asked, steps=plan["steps"]), plan["seconds_a_step"]
 
 
-def plan_steps(asked: DemoOptions, seconds_of_both: float, validation_tokens: int) -> tuple[int, int]:
-    """(training steps, evaluations on the validation split during a training) that fit into ``asked.minutes``.
-
-    ``seconds_of_both``: of a step of one and a step of the other. A forward pass is a third of a step; the validation
-    split is read once more at a training's end. Where reading it often would take more than a fifth of the time, it is
-    read once.
-    """
-    budget = 60 * asked.minutes * TRAINING_SHARE
-    reading = seconds_of_both / 3 * validation_tokens / (asked.batch_size * asked.max_length)
-    evaluations = asked.num_evaluations
-    if (evaluations + 1) * reading > budget / 5:
-        evaluations = 1
-    affordable = int((budget - (evaluations + 1) * reading) / seconds_of_both)
-    return max(min(MIN_STEPS, asked.steps), min(asked.steps, affordable)), evaluations
+def plan_steps(asked: DemoOptions, seconds_of_both: float) -> int:
+    """How many steps fit into ``asked.minutes``. ``seconds_of_both``: of a step of one and a step of the other."""
+    affordable = int(60 * asked.minutes * TRAINING_SHARE / seconds_of_both)
+    return max(min(MIN_STEPS, asked.steps), min(asked.steps, affordable))
 
 
 def _seconds_of_a_step(options: DemoOptions, corpus: Corpus) -> dict[str, float]:
@@ -296,9 +282,6 @@ class ProgressLines(TrainerCallback):
         if "loss" in logs and state.global_step >= self.next:
             self.next = state.global_step + self.every
             self.say(f"    step {state.global_step:>5}/{state.max_steps}  loss {float(logs['loss']):.3f}")
-
-
-# ---------------------------------------------------------------------- scone benchmark, and texts
 
 
 def _benchmark(run: DemoRun, matcher: Matcher) -> dict[str, RunResult]:
@@ -367,9 +350,6 @@ def _document_openings(test: TokenFile) -> list[np.ndarray]:
         long_enough = starts[:1]
     chosen = long_enough[np.linspace(0, len(long_enough) - 1, min(NUM_SAMPLES, len(long_enough))).astype(int)]
     return [np.asarray(test.tokens[start : start + PROMPT_TOKENS]) for start in chosen]
-
-
-# ---------------------------------------------------------------------- facts of the report
 
 
 def _corpus_facts(options: DemoOptions, corpus: Corpus, splits: Mapping[str, TokenFile]) -> dict[str, Any]:

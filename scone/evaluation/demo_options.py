@@ -44,6 +44,9 @@ QUICK = {
 }
 """What ``--quick`` changes: every step in about a minute; too short for the gain to be large."""
 
+MAX_EVAL_TOKENS = 65_536
+"""Validation text that a training reads each time: its cost must not depend on the corpus."""
+
 
 def model_options(options: DemoOptions, name: str) -> SconeOptions:
     """What `scone train` makes of the modern trunk's recipe and the demo's sizes. The two trainings differ in the input
@@ -71,6 +74,7 @@ def model_options(options: DemoOptions, name: str) -> SconeOptions:
         "training.warmup_steps": max(1, options.steps // 12),
         "training.logging_steps": max(1, options.steps // 40),
         "training.eval_steps": max(1, options.steps // options.num_evaluations),
+        "training.max_eval_tokens": MAX_EVAL_TOKENS,
         "training.save_steps": -(-options.steps // 2),  # a demo that is stopped goes on from here
         "training.save_total_limit": 1,
         "training.seed": options.seed,

@@ -1,8 +1,9 @@
-"""Arguments that several commands have, said once; each command names those that it takes."""
+"""The commands' own arguments: those that several have, said once, and how a command names its own."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from typing import Any
 
 from scone.utils.errors import SconeError
@@ -22,6 +23,32 @@ SHARED: dict[str, dict[str, Any]] = {
 }
 
 
+def arguments(*shared: str, **own: dict[str, Any]) -> Callable[[argparse._ActionsContainer], None]:
+    """What adds the ``shared`` arguments that are named, and a command's ``own``: what argparse wants of each, by name
+    (and ``positional`` for one without a flag).
+    """
+
+    def add(parser: argparse._ActionsContainer) -> None:
+        for name, settings in ({name: SHARED[name] for name in shared} | own).items():
+            flag = name if settings.get("positional") else f"--{name}"
+            parser.add_argument(flag, **{key: value for key, value in settings.items() if key != "positional"})
+
+    return add
+
+
+def at_least(low: float, kind: type[int] | type[float] = int) -> Callable[[str], float]:
+    """An argument's type: a number of at least ``low``."""
+
+    def number(text: str) -> float:
+        value = kind(text)
+        if not value >= low:
+            raise argparse.ArgumentTypeError(f"found {text}; expected at least {low}")
+        return value
+
+    number.__name__ = "whole number" if kind is int else "number"  # argparse names it where the text is none
+    return number
+
+
 def check_tokenizer(tokenizer: Any, vocabulary: Any, advice: str) -> None:
     """Refuse a tokenizer other than the one whose tokens the f-grams of ``vocabulary`` were counted on."""
     from scone.tokenization.tokenizers import tokenizer_fingerprint
@@ -32,9 +59,3 @@ def check_tokenizer(tokenizer: Any, vocabulary: Any, advice: str) -> None:
             f"found a tokenizer with fingerprint {found[:12]}…; expected {expected[:12]}…, with which the f-grams were "
             f"counted; {advice}"
         )
-
-
-def add_shared(parser: argparse._ActionsContainer, *names: str) -> None:
-    """Add the shared arguments that are named."""
-    for name in names:
-        parser.add_argument(f"--{name}", **SHARED[name])

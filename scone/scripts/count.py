@@ -12,17 +12,13 @@ from typing import TYPE_CHECKING, Any
 from scone.configs.loading import parse_options
 from scone.configs.presets import trunk_configuration
 from scone.configs.schema import SconeOptions
-from scone.scripts.arguments import add_shared
+from scone.scripts.arguments import ROW_TYPES, arguments
 from scone.utils.command_line import run_main
 from scone.utils.errors import SconeError
 from scone.utils.progress import is_quiet
 from scone.utils.text import human_bytes, parse_bytes
 
 if TYPE_CHECKING:
-    import numpy as np
-    from transformers import PreTrainedTokenizerBase
-
-    from scone.data.token_file import TokenFile
     from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 
 EXAMPLES = (
@@ -35,50 +31,37 @@ OPTIONS = (
     *("model.base_model_name", "model.tokenizer", "model.vocab_size"),
 )
 DEFAULT_WIDTH = 768
+ARGUMENTS = arguments(
+    "json",
+    output={"metavar": "PATH", "help": "file or folder to write the vocabulary to"},
+    plot={"metavar": "FILE", "help": "draw counts by rank and f-grams by length (png, svg, pdf)"},
+    width={"type": int, "metavar": "D", "help": "row width of the table (default: base_model_name's)"},
+)
 
 
 def read_arguments(argv: Sequence[str] | None) -> tuple[SconeOptions, argparse.Namespace]:
     """The options on the command line, and the script's own arguments. Raises SconeError."""
     description = "Count the most frequent n-grams of a corpus and show what they cover on held-out text."
-    return parse_options(argv, OPTIONS, description, examples=EXAMPLES, add_arguments=_add_arguments)
+    return parse_options(argv, OPTIONS, description, examples=EXAMPLES, add_arguments=ARGUMENTS)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Count and print the result."""
     options, extra = read_arguments(argv)
+    from scone.inference.row_types import RowFormat
+
     report, vocabulary = _count(options, extra.json or is_quiet())
-    report["table_bytes"] = table_bytes(vocabulary.num_f_grams, extra.width or _trunk_width(options))
+    trunk = trunk_configuration(options.model.base_model_name)
+    fields = trunk.fields if trunk else {}
+    width = extra.width or int(fields.get("hidden_size") or fields.get("n_embd") or DEFAULT_WIDTH)
+    rows = vocabulary.num_f_grams
+    report["table_bytes"] = {kind: rows * RowFormat.of(kind, width).row_bytes for kind in ROW_TYPES}
     if extra.output:
         report["vocabulary"] = str(vocabulary.save(extra.output))
     if extra.plot:
         plot_counts(vocabulary, report["held_out"], extra.plot)
     print(json.dumps(report, indent=2) if extra.json else _readable(report))
     return 0
-
-
-def coverage(vocabulary: FGramVocabulary, tokens: np.ndarray) -> list[dict[str, Any]]:
-    """What f-grams match in ``tokens`` [T], for all of them and for the first ½, ¼ …, largest first."""
-    from scone.tokenization.coverage import match_statistics
-    from scone.tokenization.matcher import Matcher
-
-    sizes = [vocabulary.num_f_grams >> halvings for halvings in range(10) if vocabulary.num_f_grams >> halvings]
-    return [
-        {
-            "num_f_grams": found.num_f_grams,
-            "num_positions": found.num_positions,
-            "match_rate": found.match_rate,
-            "mean_match_length": found.mean_match_length,
-            "positions_by_length": dict(enumerate(found.positions_by_length[1:], start=1)),
-        }
-        for found in match_statistics(Matcher(vocabulary), tokens, sizes)
-    ]
-
-
-def table_bytes(num_f_grams: int, width: int) -> dict[str, int]:
-    """Bytes of an embedding table's rows for each row type, by its name."""
-    from scone.inference.row_types import ROW_TYPES, RowFormat
-
-    return {row_type: num_f_grams * RowFormat.of(row_type, width).row_bytes for row_type in ROW_TYPES}
 
 
 def plot_counts(vocabulary: FGramVocabulary, held_out: list[dict[str, Any]], path: str | Path) -> None:
@@ -109,12 +92,19 @@ def plot_counts(vocabulary: FGramVocabulary, held_out: list[dict[str, Any]], pat
 
 
 def _count(options: SconeOptions, quiet: bool) -> tuple[dict[str, Any], FGramVocabulary]:
-    from scone.data.prepare import default_cache_folder
+    from scone.data.prepare import default_cache_folder, prepare_corpus, prepare_tokenizer
     from scone.tokenization.counting import count_f_grams
+    from scone.tokenization.coverage import match_statistics
+    from scone.tokenization.matcher import Matcher
     from scone.tokenization.tokenizers import separator_ids, tokenizer_fingerprint, vocabulary_size
 
-    data = options.data
-    tokenizer, files = _token_files(options, quiet)
+    data, model = options.data, options.model
+    source: dict[str, Any] = {name: getattr(data, name) for name in ("dataset_config_name", "text_column", "cache_dir")}
+    name = model.tokenizer or model.base_model_name
+    tokenizer = prepare_tokenizer(name, data.dataset_name, vocab_size=model.vocab_size, **source)
+    files = prepare_corpus(data.dataset_name, tokenizer, quiet=quiet, **source)
+    if "train" not in files:
+        raise SconeError(f"{data.dataset_name!r} has only the splits {', '.join(files)}; expected a train split")
     work_dir = Path(data.cache_dir).expanduser() if data.cache_dir else default_cache_folder()
     result = count_f_grams(
         [files["train"].tokens],
@@ -128,12 +118,16 @@ def _count(options: SconeOptions, quiet: bool) -> tuple[dict[str, Any], FGramVoc
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
         quiet=quiet,
     )
-    if not result.vocabulary.num_f_grams:
+    vocabulary = result.vocabulary
+    if not (total := vocabulary.num_f_grams):
         raise SconeError(
             f"found no n-gram of 2 to {data.max_n} tokens that occurs {data.min_freq} times in "
             f"{files['train'].num_tokens:,} tokens; expected at least one; lower --min_freq or give more text"
         )
-    held_out = files.get("validation") or files.get("test")
+    held_out, found = files.get("validation") or files.get("test"), []
+    if held_out:  # for all f-grams, and for the first ½, ¼ …
+        sizes = [total >> halvings for halvings in range(10) if total >> halvings]
+        found = match_statistics(Matcher(vocabulary), held_out.tokens, sizes)
     report = {
         "corpus": {
             "dataset_name": data.dataset_name,
@@ -142,29 +136,19 @@ def _count(options: SconeOptions, quiet: bool) -> tuple[dict[str, Any], FGramVoc
             "num_documents": files["train"].num_documents,
         },
         "count": result.statistics.to_json(),
-        "fingerprint": result.vocabulary.fingerprint,
-        "held_out": coverage(result.vocabulary, held_out.tokens) if held_out else [],
+        "fingerprint": vocabulary.fingerprint,
+        "held_out": [
+            {
+                "num_f_grams": each.num_f_grams,
+                "num_positions": each.num_positions,
+                "match_rate": each.match_rate,
+                "mean_match_length": each.mean_match_length,
+                "positions_by_length": dict(enumerate(each.positions_by_length[1:], start=1)),
+            }
+            for each in found
+        ],
     }
-    return report, result.vocabulary
-
-
-def _token_files(options: SconeOptions, quiet: bool) -> tuple[PreTrainedTokenizerBase, dict[str, TokenFile]]:
-    from scone.data.prepare import prepare_corpus, prepare_tokenizer
-
-    data, model = options.data, options.model
-    source: dict[str, Any] = {name: getattr(data, name) for name in ("dataset_config_name", "text_column", "cache_dir")}
-    name = model.tokenizer or model.base_model_name
-    tokenizer = prepare_tokenizer(name, data.dataset_name, vocab_size=model.vocab_size, **source)
-    files = prepare_corpus(data.dataset_name, tokenizer, quiet=quiet, **source)
-    if "train" not in files:
-        raise SconeError(f"{data.dataset_name!r} has only the splits {', '.join(files)}; expected a train split")
-    return tokenizer, files
-
-
-def _trunk_width(options: SconeOptions) -> int:
-    trunk = trunk_configuration(options.model.base_model_name)
-    fields = trunk.fields if trunk else {}
-    return int(fields.get("hidden_size") or fields.get("n_embd") or DEFAULT_WIDTH)
+    return report, vocabulary
 
 
 def _readable(report: dict[str, Any]) -> str:
@@ -195,13 +179,6 @@ def _readable(report: dict[str, Any]) -> str:
         size = human_bytes(Path(report["vocabulary"]).stat().st_size)
         lines.append(f"vocabulary     {report['vocabulary']} ({size})")
     return "\n".join(lines)
-
-
-def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", metavar="PATH", help="file or folder to write the vocabulary to")
-    add_shared(parser, "json")
-    parser.add_argument("--plot", metavar="FILE", help="draw counts by rank and f-grams by length (png, svg, pdf)")
-    parser.add_argument("--width", type=int, metavar="D", help="row width of the table (default: base_model_name's)")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from scone.configs.loading import parse_options
 from scone.configs.schema import SconeOptions
-from scone.scripts.arguments import add_shared
+from scone.scripts.arguments import arguments, at_least
 from scone.utils.command_line import run_main
 from scone.utils.errors import SconeError
 
@@ -36,19 +36,38 @@ OPTIONS = tuple(
 OPTIONS += ("training.device", "training.seed", "inference")
 DEFAULTS = {"inference.batch_size": 8}
 
+ARGUMENTS = arguments(
+    "json",
+    "model_path",
+    "embedding_cache_path",
+    "tokenizer_path",
+    "placement",
+    "quantization",
+    split={"default": "test", "metavar": "NAME", "help": "split of the dataset (default: test)"},
+    tasks={"metavar": "NAMES", "help": "zero-shot tasks, separated by commas, or all"},
+    task_data={
+        "metavar": "FOLDER",
+        "help": "folder of JSON-lines files, such as piqa_validation.jsonl.zst (default: download)",
+    },
+    stride={
+        "type": int,
+        "metavar": "N",
+        "help": "tokens between window starts (default: max_length, no overlap)",
+    },
+    max_tokens={"type": at_least(2), "metavar": "N", "help": "evaluate on the first N tokens only"},
+    limit={"type": at_least(1), "metavar": "N", "help": "evaluate the first N items of each task only"},
+    output={"metavar": "FILE", "help": "also write the result as JSON"},
+)
+
 
 def read_arguments(argv: Sequence[str] | None) -> tuple[SconeOptions, argparse.Namespace]:
     """The options on the command line, and the script's own arguments. Raises SconeError."""
-    settings: dict[str, Any] = {"examples": EXAMPLES, "add_arguments": _add_arguments, "defaults": DEFAULTS}
+    settings: dict[str, Any] = {"examples": EXAMPLES, "add_arguments": ARGUMENTS, "defaults": DEFAULTS}
     options, extra = parse_options(argv, OPTIONS, DESCRIPTION, **settings)
-    if extra.max_tokens is not None and extra.max_tokens < 2:
-        raise SconeError(f"--max_tokens: found {extra.max_tokens}; expected at least 2")
     if extra.tasks is None:
         given = [name for name in ("task_data", "limit") if getattr(extra, name) is not None]
         if given:
             raise SconeError(f"found --{given[0]} without --tasks; expected both; add --tasks, or leave it out")
-    if extra.limit is not None and extra.limit < 1:
-        raise SconeError(f"--limit: found {extra.limit}; expected at least 1")
     return options, extra
 
 
@@ -156,25 +175,6 @@ def _print_perplexity(result: PerplexityResult) -> None:
     for name, group in groups.items():
         print(f"  {name:<34}{group['num_predicted'] / result.num_predicted:6.1%} of tokens, loss {group['loss']:.4f}")
     print(f"speed             {result.tokens_per_second:,.0f} tokens a second, {result.seconds:.1f} s")
-
-
-def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_shared(parser, "json", "model_path", "embedding_cache_path", "tokenizer_path")
-    parser.add_argument("--split", default="test", metavar="NAME", help="split of the dataset (default: test)")
-    parser.add_argument("--tasks", metavar="NAMES", help="zero-shot tasks, separated by commas, or all")
-    parser.add_argument(
-        "--task_data",
-        metavar="FOLDER",
-        help="folder of JSON-lines files, such as piqa_validation.jsonl.zst (default: download)",
-    )
-    for name, text in (
-        ("stride", "tokens between window starts (default: max_length, no overlap)"),
-        ("max_tokens", "evaluate on the first N tokens only"),
-        ("limit", "evaluate the first N items of each task only"),
-    ):
-        parser.add_argument(f"--{name}", type=int, metavar="N", help=text)
-    add_shared(parser, "placement", "quantization")
-    parser.add_argument("--output", metavar="FILE", help="also write the result as JSON")
 
 
 if __name__ == "__main__":

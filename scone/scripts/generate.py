@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from scone.configs.loading import parse_options
 from scone.configs.schema import SconeOptions
-from scone.scripts.arguments import add_shared
+from scone.scripts.arguments import arguments, at_least
 from scone.utils.command_line import run_main
 from scone.utils.errors import SconeError
 
@@ -23,6 +23,39 @@ EXAMPLES = (
 )
 
 
+ARGUMENTS = arguments(
+    "model_path",
+    "embedding_cache_path",
+    "tokenizer_path",
+    "quantization",
+    "placement",
+    prompt={
+        "required": True,
+        "action": "append",
+        "metavar": "TEXT",
+        "help": "text to continue; may be given several times",
+    },
+    max_length={
+        "type": at_least(1),
+        "help": "total length, prompt included, in tokens (default: 100, or the model's limit if lower)",
+    },
+    min_length={"type": at_least(0), "default": 0, "help": "minimum total length, prompt included (default: 0)"},
+    num_beams={"type": at_least(1), "default": 1, "help": "number of beams (default: 1, no beam search)"},
+    temperature={"type": at_least(1e-6, float), "default": 1.0, "help": "sampling temperature (default: 1.0)"},
+    top_k={"type": at_least(0), "default": 50, "help": "sample from the k most likely tokens, 0: all (default: 50)"},
+    top_p={"type": at_least(0, float), "default": 1.0, "help": "nucleus sampling probability (default: 1.0)"},
+    repetition_penalty={
+        "type": at_least(1e-6, float),
+        "default": 1.0,
+        "help": "penalty for repeated tokens; 1: none (default: 1.0)",
+    },
+    num_return_sequences={"type": at_least(1), "default": 1, "help": "continuations per prompt (default: 1)"},
+    do_sample={"action": "store_true", "help": "sample tokens (default: greedy decoding)"},
+    stream={"action": "store_true", "help": "print the text while it is being generated"},
+    stats={"action": "store_true", "help": "print latency, speed, table reads and memory to stderr"},
+)
+
+
 def read_arguments(argv: Sequence[str] | None) -> tuple[SconeOptions, argparse.Namespace]:
     """The options on the command line, and the script's own arguments. Raises SconeError."""
     options, extra = parse_options(
@@ -30,9 +63,18 @@ def read_arguments(argv: Sequence[str] | None) -> tuple[SconeOptions, argparse.N
         ("training.device", "training.seed", "inference.use_memory_map"),
         "Continue a prompt with a model, SCONE (with or without its table) or plain.",
         examples=EXAMPLES,
-        add_arguments=_add_arguments,
+        add_arguments=ARGUMENTS,
     )
-    _check(extra)
+    for name, limit in (("min_length", extra.max_length), ("top_p", 1)):
+        if limit is not None and getattr(extra, name) > limit:
+            raise SconeError(f"--{name}: found {getattr(extra, name)}; expected at most {limit}")
+    if extra.stream and extra.stats:
+        raise SconeError("found both --stream and --stats; expected one of them; leave --stream out")
+    if not extra.do_sample and extra.num_return_sequences > extra.num_beams:
+        raise SconeError(
+            f"--num_return_sequences: found {extra.num_return_sequences} with {extra.num_beams} beam(s) and no "
+            "sampling; expected at most as many as beams; add --do_sample or raise --num_beams"
+        )
     return options, extra
 
 
@@ -49,8 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         device=options.training.device,
         tokenizer_path=extra.tokenizer_path,
     )
-    numbers = {name: getattr(extra, name) for name in NUMBERS}
-    wanted = GenerationOptions(**numbers, do_sample=extra.do_sample, seed=options.training.seed)
+    names = [name for name in GenerationOptions.__dataclass_fields__ if name in extra]
+    wanted = GenerationOptions(**{name: getattr(extra, name) for name in names}, seed=options.training.seed)
     if extra.stream:
         return _stream(engine, extra.prompt, wanted)
     generations, stats = engine.generate(extra.prompt, wanted)
@@ -73,55 +115,6 @@ def _stream(engine: SconeInferenceEngine, prompts: list[str], options: Generatio
             print(piece, end="", flush=True)
     print()
     return 0
-
-
-def _check(extra: argparse.Namespace) -> None:
-    """Refuse values early that transformers would refuse with a traceback."""
-    for name, (_, low, high, _) in NUMBERS.items():
-        value, high = getattr(extra, name), extra.max_length if name == "min_length" else high
-        positive = name in ("temperature", "repetition_penalty")
-        if value is not None and (value < low or (positive and value == 0) or (high is not None and value > high)):
-            expected = "more than 0" if positive else f"at least {low}" if high is None else f"{low} to {high}"
-            raise SconeError(f"--{name}: found {value}; expected {expected}")
-    if extra.stream and extra.stats:
-        raise SconeError("found both --stream and --stats; expected one of them; leave --stream out")
-    choices = extra.num_return_sequences
-    if not extra.do_sample and choices > extra.num_beams:
-        raise SconeError(
-            f"--num_return_sequences: found {choices} with {extra.num_beams} beam(s) and no sampling, which can give "
-            f"only {extra.num_beams}; add --do_sample or raise --num_beams"
-        )
-
-
-NUMBERS: dict[str, tuple[int | float | None, int | float, float | None, str]] = {
-    "max_length": (
-        None,
-        1,
-        None,
-        "total length, prompt included, in tokens (default: 100, or the model's limit if lower)",
-    ),
-    "min_length": (0, 0, None, "minimum total length, prompt included, in tokens (default: 0)"),
-    "num_beams": (1, 1, None, "number of beams (default: 1, no beam search)"),
-    "temperature": (1.0, 0.0, None, "sampling temperature (default: 1.0)"),
-    "top_k": (50, 0, None, "sample from the k most likely tokens, 0: all (default: 50)"),
-    "top_p": (1.0, 0.0, 1.0, "nucleus sampling probability (default: 1.0)"),
-    "repetition_penalty": (1.0, 0.0, None, "penalty for repeated tokens; 1: none (default: 1.0)"),
-    "num_return_sequences": (1, 1, None, "continuations per prompt (default: 1)"),
-}
-"""Name → default, lowest and highest value, help."""
-
-
-def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_shared(parser, "model_path", "embedding_cache_path", "tokenizer_path")
-    parser.add_argument(
-        "--prompt", required=True, action="append", metavar="TEXT", help="text to continue; may be given several times"
-    )
-    for name, (default, low, _, text) in NUMBERS.items():
-        parser.add_argument(f"--{name}", type=type(low), default=default, help=text)
-    parser.add_argument("--do_sample", action="store_true", help="sample tokens (default: greedy decoding)")
-    add_shared(parser, "quantization", "placement")
-    parser.add_argument("--stream", action="store_true", help="print the text while it is being generated")
-    parser.add_argument("--stats", action="store_true", help="print latency, speed, table reads and memory to stderr")
 
 
 if __name__ == "__main__":

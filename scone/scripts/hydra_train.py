@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from scone.configs.loading import Layer, flatten, merge, print_notices, suggesti
 from scone.configs.schema import SconeOptions
 from scone.configs.values import entries
 from scone.utils.command_line import describe_error, is_first_process, one_line, run_main
-from scone.utils.errors import SconeError
+from scone.utils.errors import SconeError, library_refusal
 
 OVERRIDE = "override"
 _LONGEST_FOLDER_NAME = 120
@@ -49,8 +49,11 @@ def _train(options: SconeOptions) -> None:
 
 def run_jobs(argv: Sequence[str], run: Callable[[SconeOptions], None]) -> None:
     """Call ``run`` with the checked options of every job that ``argv`` describes, in order. Raises as :func:`main`."""
-    arguments = without_local_rank(argv)
-    check_override_names(arguments)
+    arguments = _without_local_rank(argv)
+    for word in arguments:  # before Hydra refuses an unknown option in its own words
+        found = re.fullmatch(r"([A-Za-z_][\w.]*)=.*", word, flags=re.DOTALL)
+        if found and found[1] not in entries() and found[1].split(".")[0] != "hydra":
+            raise SconeError(f"found the unknown option {found[1]}; {suggestion(found[1])}")
     failures: list[tuple[str, Exception]] = []
     jobs = _run_hydra(arguments, run, failures)
     if len(failures) == 1 and jobs == 1:
@@ -60,30 +63,16 @@ def run_jobs(argv: Sequence[str], run: Callable[[SconeOptions], None]) -> None:
         raise SconeError(f"{len(failures)} of {jobs} jobs failed: {which}") from failures[0][1]
 
 
-def without_local_rank(argv: Sequence[str]) -> list[str]:
-    """``argv`` without the ``--local-rank N`` that torch.distributed.launch adds and Hydra rejects.
-
-    The trainer reads LOCAL_RANK from the environment, where it is put if the launcher did not.
+def _without_local_rank(argv: Sequence[str]) -> list[str]:
+    """``argv`` without the ``--local-rank`` that torch.distributed.launch adds and Hydra rejects. The trainer reads
+    LOCAL_RANK from the environment, where it is put if the launcher did not.
     """
-    kept: list[str] = []
-    words = list(argv)
-    while words:
-        word = words.pop(0)
-        found = re.fullmatch(r"--local[-_]rank(?:=(\d+))?", word)
-        if found:
-            rank = found[1] or (words.pop(0) if words else "0")
-            os.environ.setdefault("LOCAL_RANK", rank)
-        else:
-            kept.append(word)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--local-rank", "--local_rank", dest="rank")
+    known, kept = parser.parse_known_args(list(argv))
+    if known.rank is not None:
+        os.environ.setdefault("LOCAL_RANK", known.rank)
     return kept
-
-
-def check_override_names(argv: Sequence[str]) -> None:
-    """Refuse an override of an unknown option with the nearest known one, before Hydra does it in its own words."""
-    for word in argv:
-        found = re.fullmatch(r"([A-Za-z_][\w.]*)=.*", word, flags=re.DOTALL)
-        if found and found[1] not in entries() and found[1].split(".")[0] != "hydra":
-            raise SconeError(f"found the unknown option {found[1]}; {suggestion(found[1])}")
 
 
 def options_of_job(config: dict[str, Any], overrides: Sequence[str]) -> SconeOptions:
@@ -141,46 +130,28 @@ def _run_hydra(arguments: list[str], run: Callable[[SconeOptions], None], failur
             failures.append((jobs[-1], error))
 
     entry = hydra.main(version_base="1.3", config_path="pkg://scone.configs", config_name="hydra_config")(job)
-    with tempfile.TemporaryDirectory() as scratch, _process_state([*arguments, *_rank_overrides(scratch)]):
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra reports errors itself
+    argv = sys.argv
+    with tempfile.TemporaryDirectory() as scratch:
+        # only the first process writes Hydra's own files; the others get a folder that goes away
+        sys.argv = [argv[0], *arguments, *([] if is_first_process() else [f"hydra.sweep.dir={scratch}"])]
         try:
             entry()
         except (HydraException, OmegaConfBaseException) as error:
             raise SconeError(f"{one_line(str(error))}; see --help") from error
+        finally:
+            sys.argv = argv
     return len(jobs)
 
 
 def _swept_options(arguments: Sequence[str]) -> set[str]:
     """The options that a sweep gives several values; of ``training.output_dir`` each value is a folder already."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import OverrideParseException
 
     words = [word for word in arguments if "=" in word and not word.startswith("-")]
-    try:
+    with library_refusal("found overrides that Hydra cannot read", "see --help"):
         overrides = OverridesParser.create().parse_overrides(words)
-    except OverrideParseException as error:
-        raise SconeError(f"{one_line(str(error))}; see --help") from error
     return {each.key_or_group for each in overrides if each.is_sweep_override()} - {"training.output_dir"}
-
-
-def _rank_overrides(scratch: str) -> list[str]:
-    """Only the first process writes Hydra's own files; the others get a folder that goes away."""
-    return [] if is_first_process() else [f"hydra.sweep.dir={scratch}"]
-
-
-@contextmanager
-def _process_state(arguments: list[str]) -> Iterator[None]:
-    """Hydra reads the process's arguments, and reports errors itself unless told not to."""
-    argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
-    sys.argv = [argv[0] or "hydra_train", *arguments]
-    os.environ["HYDRA_FULL_ERROR"] = "1"
-    try:
-        yield
-    finally:
-        sys.argv = argv
-        if full_error is None:
-            del os.environ["HYDRA_FULL_ERROR"]
-        else:
-            os.environ["HYDRA_FULL_ERROR"] = full_error
 
 
 if __name__ == "__main__":

@@ -7,12 +7,11 @@ import dataclasses
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from scone.configs.loading import parse_options
 from scone.configs.schema import SconeOptions
-from scone.scripts.arguments import add_shared, check_tokenizer
+from scone.scripts.arguments import arguments, check_tokenizer
 from scone.scripts.serve import add_serving_arguments, serve_model
 from scone.utils.command_line import run_main
 from scone.utils.errors import SconeError
@@ -28,6 +27,17 @@ EXAMPLES = (
     "scone inspect --model_path ./outputs/scone-model/final_model < story.txt",
     "scone inspect --serve --model_path ./outputs/scone-model/final_model --baseline gpt2",
 )
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    arguments(
+        "json",
+        text={"positional": True, "nargs": "?", "metavar": "TEXT", "help": "the text (default: standard input)"},
+        model_path={"metavar": "FOLDER", "help": "model whose f-grams and tokenizer to use"},
+        vocabulary={"metavar": "PATH", "help": "an f-gram vocabulary written by `scone count --output`"},
+        serve={"action": "store_true", "help": "show it in a browser (starts `scone serve`)"},
+    )(parser)
+    add_serving_arguments(parser)
 
 
 def read_arguments(argv: Sequence[str] | None) -> tuple[SconeOptions, argparse.Namespace]:
@@ -67,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from scone.tokenization.tokenizers import load_tokenizer
 
     text = sys.stdin.read() if extra.text is None else extra.text
-    vocabulary = FGramVocabulary.load(extra.vocabulary or _vocabulary_folder(extra.model_path))
+    vocabulary = FGramVocabulary.load(extra.vocabulary or extra.model_path)
     tokenizer = load_tokenizer(options.model.tokenizer or extra.model_path)
     check_tokenizer(tokenizer, vocabulary, "give that one by --tokenizer")
     tokens = tokenizer.encode(text, add_special_tokens=False)
@@ -76,26 +86,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _vocabulary_folder(model_path: str) -> str:
-    if not (Path(model_path) / "f_grams.safetensors").is_file():
-        raise SconeError(
-            f"found no f_grams.safetensors in {model_path}; expected a model with f-grams (OUTPUT_DIR/final_model); "
-            "check --model_path"
-        )
-    return model_path
-
-
 def _as_table(tokenizer: PreTrainedTokenizerBase, records: list[InspectedToken]) -> str:
     rows = [("position", "token", "longest f-gram ending here", "length", "rank", "count")]
     for record in records:
         matched = ("", "", "", "")
         if record.rank is not None:
-            matched = (
-                _quoted(tokenizer, record.f_gram),
-                str(record.match_length),
-                f"{record.rank:,}",
-                f"{record.count:,}",
-            )
+            numbers = (f"{number:,}" for number in (record.match_length, record.rank, record.count))
+            matched = (_quoted(tokenizer, record.f_gram), *numbers)
         rows.append((f"{record.position:,}", _quoted(tokenizer, (record.token,)), *matched))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
@@ -122,15 +119,6 @@ def _as_json(tokenizer: PreTrainedTokenizerBase, records: list[InspectedToken]) 
 def _quoted(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
     """Text of tokens in quotes, line ends and the like escaped, so that spaces show."""
     return json.dumps(tokenizer.decode(list(tokens)), ensure_ascii=False)
-
-
-def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("text", nargs="?", metavar="TEXT", help="the text (default: standard input)")
-    parser.add_argument("--model_path", metavar="FOLDER", help="model whose f-grams and tokenizer to use")
-    parser.add_argument("--vocabulary", metavar="PATH", help="an f-gram vocabulary written by `scone count --output`")
-    add_shared(parser, "json")
-    parser.add_argument("--serve", action="store_true", help="show it in a browser (starts `scone serve`)")
-    add_serving_arguments(parser)
 
 
 if __name__ == "__main__":

@@ -6,11 +6,12 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from scone.configs.loading import parse_options
 from scone.configs.schema import SconeOptions
+from scone.scripts.arguments import arguments, at_least
 from scone.utils.command_line import run_main
 from scone.utils.errors import SconeError
 
@@ -72,16 +73,6 @@ def serve_model(extra: argparse.Namespace, placement: str, device: str | None) -
     return 0
 
 
-def _at_least(low: float, kind: type[int] | type[float] = int) -> Callable[[str], float]:
-    def number(text: str) -> float:
-        value = kind(text)
-        if not value >= low:
-            raise argparse.ArgumentTypeError(f"found {text}; expected at least {low}")
-        return value
-
-    return number
-
-
 def _origin(text: str) -> str:
     """A web page's origin as a browser sends it, or ``*``."""
     if text != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", text):
@@ -91,39 +82,47 @@ def _origin(text: str) -> str:
     return text
 
 
-def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model_path", required=True, metavar="FOLDER", help="the model: a final_model folder")
-    add_serving_arguments(parser)
-
-
 def add_serving_arguments(parser: argparse.ArgumentParser) -> None:
     """The serving arguments, model aside; `scone inspect --serve` takes them too."""
-    add = parser.add_argument_group("serving").add_argument
-    add("--embedding_cache_path", metavar="FILE", help="its embedding table (default: the f-gram model runs live)")
-    add("--tokenizer_path", metavar="FOLDER", help="tokenizer (default: the model's own)")
-    add("--placement", default="ram", help="where the table is kept: ram, mmap, direct, or tiers")
-    add("--quantization", metavar="TYPE", help="quantise the trunk: fp16, int8 or int4")
-    add("--baseline", metavar="FOLDER", help="a plain model whose predictions the page shows for comparison")
-    add("--model_name", metavar="NAME", help="model name in the API (default: the folder's name)")
-    add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)")
-    add("--port", type=_at_least(0), default=8000, help="port to listen on, 0: a free one (default: 8000)")
-    add("--api_key", metavar="KEY", help=f"ask clients for this key (better: the environment's {KEY_VARIABLE})")
-    add(
-        "--cors_origin",
-        type=_origin,
-        action="append",
-        default=[],
-        metavar="ORIGIN",
-        help="a web page elsewhere whose scripts may call the server, such as https://chat.example; * for all; may be "
-        "given several times (default: none)",
-    )
-    count = _at_least(1)
-    add("--max_prompt_tokens", type=count, metavar="N", help="longest prompt (default: the model's)")
-    add("--max_new_tokens", type=count, default=1024, metavar="N", help="new tokens per request (default: 1024)")
-    add("--max_batch", type=count, default=16, metavar="N", help="sequences per batch (default: 16)")
-    add("--max_waiting", type=count, default=128, metavar="N", help="length of the request queue (default: 128)")
-    seconds = _at_least(0.1, float)
-    add("--max_seconds", type=seconds, default=120.0, metavar="S", help="time limit of a request (default: 120)")
+    arguments(
+        "embedding_cache_path",
+        "tokenizer_path",
+        "placement",
+        "quantization",
+        baseline={"metavar": "FOLDER", "help": "a plain model whose predictions the page shows for comparison"},
+        model_name={"metavar": "NAME", "help": "model name in the API (default: the folder's name)"},
+        host={"default": "127.0.0.1", "help": "address to listen on (default: 127.0.0.1, this machine only)"},
+        port={"type": at_least(0), "default": 8000, "help": "port to listen on, 0: a free one (default: 8000)"},
+        api_key={"metavar": "KEY", "help": f"ask clients for this key (better: the environment's {KEY_VARIABLE})"},
+        cors_origin={
+            "type": _origin,
+            "action": "append",
+            "default": [],
+            "metavar": "ORIGIN",
+            "help": "a web page elsewhere whose scripts may call the server, such as https://chat.example; * for all; "
+            "may be given several times (default: none)",
+        },
+        max_prompt_tokens={"type": at_least(1), "metavar": "N", "help": "longest prompt (default: the model's)"},
+        **{
+            name: {"type": at_least(1), "default": default, "metavar": "N", "help": f"{text} (default: {default})"}
+            for name, default, text in (
+                ("max_new_tokens", 1024, "new tokens per request"),
+                ("max_batch", 16, "sequences per batch"),
+                ("max_waiting", 128, "length of the request queue"),
+            )
+        },
+        max_seconds={
+            "type": at_least(0.1, float),
+            "default": 120.0,
+            "metavar": "S",
+            "help": "time limit of a request (default: 120)",
+        },
+    )(parser.add_argument_group("serving"))
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    arguments("model_path")(parser)
+    add_serving_arguments(parser)
 
 
 if __name__ == "__main__":

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from scone.configs.loading import parse_options
-from scone.scripts.arguments import ROW_TYPES, add_shared
+from scone.scripts.arguments import ROW_TYPES, arguments
 from scone.utils.command_line import did_you_mean, run_main
 from scone.utils.errors import SconeError
 from scone.utils.progress import is_quiet
 
+INFO = arguments("json", path={"positional": True, "metavar": "PATH", "help": "the table"})
+CONVERT = arguments(
+    "group_size",
+    source={"positional": True, "metavar": "SOURCE", "help": "the table to read"},
+    output={"positional": True, "metavar": "OUTPUT", "help": "the table to write"},
+    row_type={"choices": ROW_TYPES, "help": "row type of the output (default: as the source)"},
+    num_rows={"type": int, "help": "keep only the first rows, those of the most frequent f-grams"},
+    vocabulary_path={"help": "the vocabulary that the rows belong to, if it is smaller than the table"},
+)
 EXAMPLES = (
     "scone table info outputs/scone-model/embeddings.cache",
     "scone table convert embeddings.cache embeddings.int4 --row_type int4 --group_size 32",
@@ -38,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _info(argv: Sequence[str]) -> None:
     """Print the header; rows are not read."""
-    extra = _arguments(argv, "Show what an embedding table holds and what it was made from.", _add_info)
+    description = "Show what an embedding table holds and what it was made from."
+    _, extra = parse_options(argv, (), description, examples=EXAMPLES, add_arguments=INFO, config_flag=False)
     from scone.inference.table_format import TableFile
     from scone.utils.text import human_bytes
 
@@ -63,7 +72,8 @@ def _info(argv: Sequence[str]) -> None:
 
 def _convert(argv: Sequence[str]) -> None:
     """Write the converted table and print its path."""
-    extra = _arguments(argv, "Change a table's row type or cut it to its first rows; no model is needed.", _add_convert)
+    description = "Change a table's row type or cut it to its first rows; no model is needed."
+    _, extra = parse_options(argv, (), description, examples=EXAMPLES, add_arguments=CONVERT, config_flag=False)
     from scone.inference.table_convert import convert_table
     from scone.utils.text import human_bytes
 
@@ -92,29 +102,6 @@ def _convert(argv: Sequence[str]) -> None:
         f"{extra.output}: {layout.num_rows:,} rows × {layout.row_format.width} {layout.row_format.row_type}, "
         f"{human_bytes(layout.file_bytes)} ({human_bytes(Path(extra.source).stat().st_size)} before)"
     )
-
-
-def _add_info(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", metavar="PATH", help="the table")
-    add_shared(parser, "json")
-
-
-def _add_convert(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SOURCE", help="the table to read")
-    parser.add_argument("output", metavar="OUTPUT", help="the table to write")
-    parser.add_argument("--row_type", choices=ROW_TYPES, help="row type of the output (default: as the source)")
-    add_shared(parser, "group_size")
-    parser.add_argument("--num_rows", type=int, help="keep only the first rows, those of the most frequent f-grams")
-    parser.add_argument(
-        "--vocabulary_path", help="the vocabulary that the rows belong to, if it is smaller than the table"
-    )
-
-
-def _arguments(
-    argv: Sequence[str], description: str, add: Callable[[argparse.ArgumentParser], None]
-) -> argparse.Namespace:
-    _, extra = parse_options(argv, (), description, examples=EXAMPLES, add_arguments=add, config_flag=False)
-    return extra
 
 
 _VERBS: dict[str, Callable[[Sequence[str]], None]] = {"info": _info, "convert": _convert}

@@ -23,6 +23,7 @@ from scone.configs.loading import (
 from scone.configs.presets import F_GRAM_CONFIGURATIONS
 from scone.configs.schema import SconeOptions
 from scone.configs.values import entries
+from scone.scripts.arguments import arguments, at_least
 from scone.utils.command_line import did_you_mean, run_main
 from scone.utils.errors import SconeError
 from scone.utils.files import read_json
@@ -39,6 +40,16 @@ EXAMPLES = (
     "scone train-configurations --base_model_name gpt2 --output_dir ./outputs --configs small-100k medium-100k",
     "scone train-configurations --distributed --num_gpus 4 --fp16 --configs medium-100k medium-500k",
 )
+ARGUMENTS = arguments(
+    configs={
+        "nargs": "+",
+        "default": [],
+        "metavar": "NAME",
+        "help": f"configurations: {', '.join(F_GRAM_CONFIGURATIONS)}",
+    },
+    distributed={"action": "store_true", "help": "train in several processes, one per GPU"},
+    num_gpus={"type": at_least(1), "metavar": "N", "help": "number of processes (default: one per GPU)"},
+)
 DEFAULTS = {"training.output_dir": "./outputs"}
 _MAY_CHANGE = ("training.resume_from_checkpoint", "training.output_dir", "training.device", "data.num_workers")
 
@@ -53,7 +64,7 @@ def read_arguments(argv: Sequence[str] | None) -> tuple[dict[str, SconeOptions],
         ("data", "model", "training"),
         DESCRIPTION,
         examples=EXAMPLES,
-        add_arguments=_add_arguments,
+        add_arguments=ARGUMENTS,
         defaults=DEFAULTS,
     )
     if not extra.configs:
@@ -68,7 +79,10 @@ def read_arguments(argv: Sequence[str] | None) -> tuple[dict[str, SconeOptions],
         merged, notices = merge([*files, preset, flags], DEFAULTS)
         folder = Path(merged.training.output_dir) / f"scone-{name}"
         options_of[name] = replace(merged, training=replace(merged.training, output_dir=str(folder)))
-    print_notices([*notices, *_replaced_by_flags(flags.values)])
+    fixed = F_GRAM_CONFIGURATIONS[extra.configs[0]]
+    replaced = [f"--{entries()[name].flag} {value}" for name, value in flags.values.items() if name in fixed]
+    notices += [f"{', '.join(replaced)}: used instead of what the configurations say"] if replaced else []
+    print_notices(notices)
     return options_of, extra
 
 
@@ -76,11 +90,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train the unfinished configurations, print the models' paths, and write the report."""
     options_of, extra = read_arguments(argv)
     processes = _processes(extra) if extra.distributed else 1
-    waiting = {name: options for name, options in options_of.items() if not is_finished(name, options)}
-    prepare(list(waiting.values()))
+    waiting = [options for name, options in options_of.items() if not is_finished(name, options)]
+    if len(waiting) > 1 and waiting[0].model.use_f_gram_embeddings:
+        from scone.evaluation.sweep import count_once
+        from scone.training.run import prepare_run_corpus
+
+        count_once(waiting, prepare_run_corpus(waiting[0]))
     for position, (name, options) in enumerate(options_of.items(), start=1):
         print(f"[{position}/{len(options_of)}] scone-{name}", flush=True)
-        if name in waiting:
+        if options in waiting:
             train_one(name, options, processes)
         else:
             print(f"final model: {Path(options.training.output_dir) / 'final_model'} (finished before)", flush=True)
@@ -96,24 +114,14 @@ def is_finished(name: str, options: SconeOptions) -> bool:
     folder = Path(options.training.output_dir)
     if (folder / "options.yaml").is_file():
         before = load_options(folder / "options.yaml")
-        for option in entries():
+        for option in entries().keys() - set(_MAY_CHANGE):
             old, new = get_option(before, option), get_option(options, option)
-            if old != new and option not in _MAY_CHANGE:
+            if old != new:
                 raise SconeError(
                     f"found {folder}, begun with {option} {old}; expected {new}; "
                     f"choose another --output_dir, or remove the folder to train {name} again"
                 )
     return (folder / "final_model" / "options.yaml").is_file()  # the last file that a run writes
-
-
-def prepare(runs: Sequence[SconeOptions]) -> None:
-    """Tokenise the corpus, and count its f-grams for all ``runs`` together."""
-    if len(runs) < 2 or not runs[0].model.use_f_gram_embeddings:
-        return
-    from scone.evaluation.sweep import count_once
-    from scone.training.run import prepare_run_corpus
-
-    count_once(runs, prepare_run_corpus(runs[0]))
 
 
 def write_family_report(folder: Path, options_of: Mapping[str, SconeOptions]) -> str:
@@ -147,19 +155,18 @@ def _family_member(name: str, run: Path) -> RunResult:
 
     log, config = read_json(run / "training_log.json"), read_json(run / "final_model" / "config.json")
     final, cost, tokens = log["final"], log.get("cost", {}), log["steps"] * log["tokens_per_step"]
-    per_token = cost.get("training_flops_per_token")
-    size, with_f_grams = name.split("-")[0], config["model_type"] == SconeConfig.model_type
+    flops, f_grams = cost.get("training_flops_per_token"), config["model_type"] == SconeConfig.model_type
     return RunResult(
         f"scone-{name}",
         "f-gram model",
         {"validation": {"perplexity": final["eval_perplexity"]}} if "eval_perplexity" in final else {},
         num_f_grams=config.get("num_f_grams"),
-        f_gram_model_parameters=f_gram_model_parameters(SconeConfig.from_dict(config)) if with_f_grams else None,
-        f_gram_model_size=size,
+        f_gram_model_parameters=f_gram_model_parameters(SconeConfig.from_dict(config)) if f_grams else None,
+        f_gram_model_size=name.split("-")[0],
         parameters=log.get("parameters"),
         inference_flops_per_token=cost.get("inference_flops_per_token"),
-        training_flops_per_token=per_token,
-        training_flops=None if per_token is None else per_token * tokens,
+        training_flops_per_token=flops,
+        training_flops=None if flops is None else flops * tokens,
         training_tokens=tokens,
         facts={figure: cost[figure] for figure in ("match_rate", "nodes_per_position") if figure in cost},
     )
@@ -188,26 +195,6 @@ def train_one(name: str, options: SconeOptions, processes: int) -> None:
         )
 
 
-def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--configs", nargs="+", default=[], metavar="NAME", help=f"configurations: {', '.join(F_GRAM_CONFIGURATIONS)}"
-    )
-    parser.add_argument("--distributed", action="store_true", help="train in several processes, one per GPU")
-    parser.add_argument(
-        "--num_gpus",
-        type=int,
-        default=None,
-        metavar="N",
-        help="number of processes (default: one per GPU of this machine)",
-    )
-
-
-def _replaced_by_flags(flags: Mapping[str, object]) -> list[str]:
-    fixed = next(iter(F_GRAM_CONFIGURATIONS.values()))
-    replaced = [f"--{entries()[name].flag} {value}" for name, value in flags.items() if name in fixed]
-    return [f"{', '.join(replaced)}: used instead of what the configurations say"] if replaced else []
-
-
 def _processes(extra: argparse.Namespace) -> int:
     """How many processes to start; on a machine without GPUs they train on the CPU."""
     import torch
@@ -219,8 +206,6 @@ def _processes(extra: argparse.Namespace) -> int:
         )
     available = torch.cuda.device_count()
     wanted = extra.num_gpus if extra.num_gpus is not None else max(1, available)
-    if wanted < 1:
-        raise SconeError(f"--num_gpus: found {wanted}; expected at least 1; leave it out for all GPUs")
     if available == 0:
         print_notices([f"this machine has no GPU: {wanted} processes train on its CPU"])
     elif wanted > available:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import scone
-from scone.scripts.verbs import VERBS
+from scone.cli import VERBS
 
 REPOSITORY = Path(scone.__file__).parents[1]
 _BLOCK = re.compile(

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scone.data.stdlib_corpus import stdlib_files
-from scone.evaluation.demo import MIN_STEPS, plan_steps, run_demo
+from scone.evaluation.demo import MIN_STEPS, TRAINING_SHARE, plan_steps, run_demo
 from scone.evaluation.demo_options import DemoOptions
 from scone.evaluation.demo_page import cost_table, render_demo, steps_in_equal_time, verdict
 from scone.utils.errors import SconeError
@@ -143,14 +143,13 @@ def test_a_demo_that_is_stopped_goes_on_from_the_middle(options, report, tmp_pat
 
 
 @settings(max_examples=100, deadline=None)
-@given(seconds=st.floats(2e-3, 20), validation_tokens=st.integers(0, 10_000_000), minutes=st.floats(0.5, 20))
-def test_plan_fits_into_the_minutes(seconds, validation_tokens, minutes):
+@given(seconds=st.floats(2e-3, 20), minutes=st.floats(0.5, 20))
+def test_plan_fits_into_the_minutes(seconds, minutes):
     asked = DemoOptions(minutes=minutes)
-    steps, evaluations = plan_steps(asked, seconds, validation_tokens)
+    steps = plan_steps(asked, seconds)
     assert MIN_STEPS <= steps <= asked.steps
-    assert 1 <= evaluations <= asked.num_evaluations
-    reading = seconds / 3 * validation_tokens / (asked.batch_size * asked.max_length)
-    assert steps * seconds + (evaluations + 1) * reading <= 60 * minutes or steps == MIN_STEPS
+    assert steps * seconds <= 60 * minutes * TRAINING_SHARE or steps == MIN_STEPS
+    assert steps == asked.steps or (steps + 1) * seconds > 60 * minutes * TRAINING_SHARE
 
 
 @pytest.mark.parametrize(
