@@ -17,7 +17,7 @@ from torch import Tensor
 from scone.inference.loading import LoadedModel, device_of, load_model, position_limit
 from scone.inference.quantization import model_bytes
 from scone.inference.statistics import GenerationStats, RequestStats, TableReads, counted_reads
-from scone.inference.streaming import FirstTokenTimer, GeneratedSequence, SequenceStoppingCriteria
+from scone.inference.streaming import GeneratedSequence, SequenceStoppingCriteria, decode
 from scone.utils.errors import SconeError
 from scone.utils.peak_memory import process_bytes
 
@@ -104,7 +104,7 @@ class SconeInferenceEngine:
             raise SconeError("found no prompt; expected at least one; give --prompt")
         started = time.perf_counter()
         copies = options.num_return_sequences
-        sequences = [one for text in texts for one in self._sequences(text, options, copies)]
+        sequences = [self.sequence(text, options) for text in texts for _ in range(copies)]
         with counted_reads(self.model) as reads:
             self.run(sequences, options, reads)
         generations = []
@@ -154,18 +154,37 @@ class SconeInferenceEngine:
             worker.join()
 
     def prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
-        """The tokens that a text, or token ids, give the model. Raises SconeError for none or unknown ones."""
-        return self._encode(prompt) if isinstance(prompt, str) else self._checked(list(prompt))
+        """The tokens that a text, or token ids, give the model. Raises SconeError for none or unknown ones.
+
+        Our training puts no special tokens into documents, so our models get none either.
+        """
+        if not prompt:
+            raise SconeError("found an empty prompt; expected some text to continue; give a prompt")
+        ids = list(prompt) if not isinstance(prompt, str) else self._encode(prompt)
+        if not ids:
+            raise SconeError(
+                f"found the prompt {prompt!r}, which the tokenizer turns into no tokens; give another prompt"
+            )
+        vocab_size = self.model.config.get_text_config().vocab_size
+        wrong = next((token for token in ids if not 0 <= token < vocab_size), None)
+        if wrong is not None:
+            raise SconeError(
+                f"found token {wrong} in the prompt; the model's vocabulary has {vocab_size} tokens; "
+                "use the tokenizer that the model was trained with"
+            )
+        return ids
+
+    def _encode(self, prompt: str) -> list[int]:
+        bare: list[int] = self.tokenizer(prompt, add_special_tokens=False).input_ids
+        ids: list[int] = bare if self.model.config.model_type.startswith("scone") else self.tokenizer(prompt).input_ids
+        while len(ids) > len(bare) and ids[-1] != bare[-1]:  # a closing token ([SEP], </s>) would end the text
+            ids = ids[:-1]
+        return ids
 
     def sequence(self, prompt: str | Sequence[int], options: GenerationOptions) -> GeneratedSequence:
         """What `run` takes, of a text or of token ids. Raises SconeError as `generate` does."""
-        return self._sequences(prompt, options, 1)[0]
-
-    def _sequences(
-        self, prompt: str | Sequence[int], options: GenerationOptions, copies: int
-    ) -> list[GeneratedSequence]:
         ids = self.prompt_ids(prompt)
-        return [GeneratedSequence(ids, self._total_length(ids, options) - len(ids)) for _ in range(copies)]
+        return GeneratedSequence(ids, self._total_length(ids, options) - len(ids))
 
     def run(
         self, sequences: Sequence[GeneratedSequence], options: GenerationOptions, reads: TableReads | None = None
@@ -175,45 +194,13 @@ class SconeInferenceEngine:
         Lengths in ``options`` are not looked at: each sequence has its own. With beams, the ``num_return_sequences``
         sequences of a prompt are neighbours. Padding is taken out of ``reads``.
         """
-        groups = self._groups(sequences, options)
-        for number, group in enumerate(groups):
-            if number == 0:
-                self._prefetch(group)
-            if number + 1 < len(groups):  # read while this group computes
-                self._prefetch(groups[number + 1])
+        for group in self._groups(sequences, options):
+            self._prefetch(group)
             self._run_group(group, options, reads)
 
     def text_of(self, ids: Sequence[int]) -> str:
         """The text of tokens, special ones left out."""
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
-
-    def _encode(self, prompt: str) -> list[int]:
-        """Token ids of a prompt. Our training puts no special tokens into documents, so our models get none either."""
-        if not prompt:
-            raise SconeError("found an empty prompt; expected some text to continue; give a prompt")
-        bare: list[int] = self.tokenizer(prompt, add_special_tokens=False).input_ids
-        ids: list[int] = bare if self.model.config.model_type.startswith("scone") else self.tokenizer(prompt).input_ids
-        while (
-            len(ids) > len(bare) and ids[-1] != bare[-1]
-        ):  # a closing token ([SEP], </s>) would end the text to continue
-            ids = ids[:-1]
-        if not ids:
-            raise SconeError(
-                f"found the prompt {prompt!r}, which the tokenizer turns into no tokens; give another prompt"
-            )
-        return self._checked(ids)
-
-    def _checked(self, ids: list[int]) -> list[int]:
-        if not ids:
-            raise SconeError("found an empty prompt; expected some tokens to continue; give at least one")
-        vocab_size = self.model.config.get_text_config().vocab_size
-        wrong = next((token for token in ids if not 0 <= token < vocab_size), None)
-        if wrong is not None:
-            raise SconeError(
-                f"found token {wrong} in the prompt; the model's vocabulary has {vocab_size} tokens; "
-                "use the tokenizer that the model was trained with"
-            )
-        return ids
+        return decode(self.tokenizer, ids)
 
     def _total_length(self, ids: list[int], options: GenerationOptions) -> int:
         """How long prompt and continuation together may get; see `generate` for what is refused."""
@@ -238,8 +225,8 @@ class SconeInferenceEngine:
     def _groups(
         self, sequences: Sequence[GeneratedSequence], options: GenerationOptions
     ) -> list[list[GeneratedSequence]]:
-        """Rows that run together: all, unless padding would walk past the model's positions, or be punished as repeated
-        text; then by length.
+        """Sequences that run together: all, unless padding would walk past the model's positions, or be punished as
+        repeated text; then by length.
         """
         limit, lengths = position_limit(self.model), {len(sequence.prompt_ids) for sequence in sequences}
         fits = limit is None or max(lengths) + max(sequence.max_new_tokens for sequence in sequences) <= limit
@@ -277,7 +264,8 @@ class SconeInferenceEngine:
         width, ends, device = tokens.shape[1], self._eos_token_ids(), device_of(self.model)
         for sequence in sequences:
             sequence.begin(self.tokenizer)
-        clock = FirstTokenTimer() if options.num_beams > 1 else SequenceStoppingCriteria(sequences, ends, width)
+        # beams change places, and have no text before they are finished
+        criteria = [] if options.num_beams > 1 else [SequenceStoppingCriteria(sequences, ends, width)]
         if reads is not None:
             reads.num_padding += int((mask == 0).sum()) * options.num_beams
         shortest = min(len(sequence.prompt_ids) for sequence in sequences)
@@ -288,12 +276,11 @@ class SconeInferenceEngine:
                 input_ids=tokens.to(device),
                 attention_mask=mask.to(device),
                 generation_config=self._generation_config(options, new_tokens, shortest),
-                stopping_criteria=[clock],
+                stopping_criteria=criteria,
             )
         now = time.perf_counter()
-        if isinstance(clock, FirstTokenTimer):
+        if not criteria:
             for sequence, ids in zip(sequences, output[:, width:].tolist(), strict=True):
-                sequence.first_token_at = clock.at
                 for token in ids:
                     sequence.add(token, ends, now)
         for sequence in sequences:
@@ -334,15 +321,11 @@ class SconeInferenceEngine:
         self, finished: Sequence[GeneratedSequence], num_prompt_tokens: int, reads: TableReads | None, started: float
     ) -> GenerationStats:
         table, device = self.loaded.table, device_of(self.model)
-        requests = [
-            RequestStats(
-                len(one.prompt_ids),
-                len(one.token_ids),
-                None if one.first_token_at is None else one.first_token_at - started,
-                (one.finished_at or started) - started,
-            )
-            for one in finished
-        ]
+        requests = []
+        for one in finished:
+            first, last = one.first_token_at, one.finished_at or started
+            first_seconds = None if first is None else first - started
+            requests.append(RequestStats(len(one.prompt_ids), len(one.token_ids), first_seconds, last - started))
         return GenerationStats(
             tuple(requests),
             num_prompt_tokens,

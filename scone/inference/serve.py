@@ -27,7 +27,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from scone.inference.engine import SconeInferenceEngine
-from scone.inference.serve_page import FILES, Page, page_file
+from scone.inference.serve_page import FILES, Question, inspected, next_tokens, page_facts, page_file
 from scone.inference.serve_protocol import (
     Answer,
     ChatRequest,
@@ -38,6 +38,7 @@ from scone.inference.serve_protocol import (
     error_body,
     finish_reason,
     parse,
+    usage,
 )
 from scone.inference.serve_scheduler import GenerationJob, Scheduler
 from scone.utils.errors import SconeError
@@ -63,9 +64,9 @@ class Service:
         self.engine, self.limits, self.api_key = engine, limits or ServeLimits(), api_key
         self.scheduler = Scheduler(engine, self.limits.max_batch, self.limits.max_waiting)
         self.counts = self.scheduler.counts
-        self.page = Page(engine, self.scheduler.model_lock, baseline)
+        self.engines = {"scone": engine} | ({"baseline": baseline} if baseline is not None else {})
         self.model = {"id": model_name, "object": "model", "created": int(time.time()), "owned_by": "scone"}
-        self.model |= self.page.facts()
+        self.model |= page_facts(engine)
 
     def app(self, hosts: list[str] | None, origins: Sequence[str], announce: Callable[[], None]) -> FastAPI:
         """The application. ``hosts``: names by which it may be called (None: any); ``origins``: web pages elsewhere
@@ -93,7 +94,8 @@ class Service:
         app.get("/v1/models/{name:path}", **keyed)(self.model_of)
         app.post("/v1/completions", **keyed)(self.completions)
         app.post("/v1/chat/completions", **keyed)(self.chat_completions)
-        app.post("/page/{question}", **keyed)(self.page_answer)
+        app.post("/page/inspect", **keyed)(self.page_inspect)
+        app.post("/page/next", **keyed)(self.page_next)
         for path in FILES:
             app.get(path)(page_file)
         return app
@@ -120,9 +122,16 @@ class Service:
         """Answer a conversation."""
         return await self._answer(request, parse(ChatRequest, await self._body(request)))
 
-    async def page_answer(self, request: Request, question: str) -> Response:
-        """What the page asks: inspect, next."""
-        return JSONResponse(await asyncio.to_thread(self.page.answer, question, await self._body(request)))
+    async def page_inspect(self, request: Request) -> Response:
+        """The page's text, token by token."""
+        text = parse(Question, await self._body(request)).text
+        return JSONResponse(await asyncio.to_thread(inspected, self.engine, text))
+
+    async def page_next(self, request: Request) -> Response:
+        """What each model expects after the page's text."""
+        text, lock = parse(Question, await self._body(request)).text, self.scheduler.model_lock
+        found = {name: await asyncio.to_thread(next_tokens, each, text, lock) for name, each in self.engines.items()}
+        return JSONResponse(found)
 
     async def _answer(self, request: Request, asked: GenerationRequest) -> Response:
         await self.model_of(asked.model)
@@ -227,7 +236,7 @@ def _events(job: GenerationJob, answer: Answer, echoed: list[str], with_usage: b
         for index, sequence in enumerate(job.sequences):
             yield _event(answer.chunk(index, "", finish_reason(sequence)))
         if with_usage:
-            yield _event(answer.usage_chunk(job.sequences))
+            yield _event(answer.end(usage=usage(job.sequences)))
         yield "data: [DONE]\n\n"
 
     return events()

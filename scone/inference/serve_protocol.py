@@ -105,19 +105,19 @@ class GenerationRequest(RequestPart):
             raise RequestError(f"found max_tokens {wanted}; expected at most {most}; ask for fewer")
         context, sequences = position_limit(engine.model), []
         for ids in self.prompts(engine):
-            if limits.max_prompt_tokens is not None and len(ids) > limits.max_prompt_tokens:
-                raise _too_long(f"found a prompt of {len(ids)} tokens; expected at most {limits.max_prompt_tokens}")
             room = most if context is None else context - len(ids)
-            if room < (wanted or 1):
-                raise _too_long(
-                    f"found a prompt of {len(ids)} tokens to be continued by {wanted or 1}; the model has {context} "
-                    "positions; shorten the prompt or ask for fewer tokens"
+            longest = len(ids) if limits.max_prompt_tokens is None else limits.max_prompt_tokens
+            if room < (wanted or 1) or len(ids) > longest:
+                expected = f"expected at most {longest}" if len(ids) > longest else f"the model has {context} positions"
+                raise RequestError(
+                    f"found a prompt of {len(ids)} tokens to be continued by {wanted or 1}; {expected}; shorten the "
+                    "prompt or ask for fewer tokens",
+                    code="context_length_exceeded",
                 )
             length = wanted or min(room, most if is_chat else DEFAULT_NEW_TOKENS, most)
-            sequences += [
-                GeneratedSequence(ids, length, stop=tuple(self.stop), deadline=deadline, wants_text=True)
-                for _ in range(self.n)
-            ]
+            for _ in range(self.n):
+                stop = tuple(self.stop)
+                sequences.append(GeneratedSequence(ids, length, stop, deadline=deadline, wants_text=True))
         return sequences
 
     def prompts(self, engine: SconeInferenceEngine) -> list[list[int]]:
@@ -205,10 +205,6 @@ def parse(kind: type[Request], body: bytes) -> Request:
         raise RequestError(f"{where}: {first['msg']} (found {found})") from error
 
 
-def _too_long(message: str) -> RequestError:
-    return RequestError(message, code="context_length_exceeded")
-
-
 class Answer:
     """Builds the JSON of one answer, whole or in chunks."""
 
@@ -223,26 +219,20 @@ class Answer:
         for index, (sequence, before) in enumerate(zip(sequences, echoed, strict=True)):
             text = before + sequence.text
             content = {"message": {"role": "assistant", "content": text}} if self._is_chat else {"text": text}
-            choices.append(_choice(index, finish_reason(sequence)) | content)
+            choices.append({"index": index, "finish_reason": finish_reason(sequence), "logprobs": None} | content)
         kind = "chat.completion" if self._is_chat else "text_completion"
         return self._fixed | {"object": kind, "choices": choices, "usage": usage(sequences)}
 
     def chunk(self, index: int, text: str, reason: str | None = None, first: bool = False) -> dict[str, Any]:
         """A piece of the text of sequence ``index``, or its end."""
         delta = ({"role": "assistant"} if first else {}) | ({"content": text} if text or first else {})
-        return self._chunk([_choice(index, reason) | ({"delta": delta} if self._is_chat else {"text": text})])
+        content = {"delta": delta} if self._is_chat else {"text": text}
+        return self.end(choices=[{"index": index, "finish_reason": reason, "logprobs": None} | content])
 
-    def usage_chunk(self, sequences: Sequence[GeneratedSequence]) -> dict[str, Any]:
-        """The last chunk of a stream whose client asked for its usage."""
-        return self._chunk([]) | {"usage": usage(sequences)}
-
-    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+    def end(self, **more: Any) -> dict[str, Any]:
+        """A chunk without text: the last one of a stream whose client asked for its usage."""
         kind = "chat.completion.chunk" if self._is_chat else "text_completion"
-        return self._fixed | {"object": kind, "choices": choices}
-
-
-def _choice(index: int, reason: str | None) -> dict[str, Any]:
-    return {"index": index, "finish_reason": reason, "logprobs": None}
+        return self._fixed | {"object": kind, "choices": []} | more
 
 
 def finish_reason(sequence: GeneratedSequence) -> str:

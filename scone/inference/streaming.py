@@ -16,65 +16,42 @@ if TYPE_CHECKING:
 
 FinishReason = Literal["stop", "length", "cancelled", "time"]
 _CONTEXT_TOKENS = 8  # tokens of the prompt that decide how the first new one is written (a space before it, or none)
-# as far as cleaning up reaches back (" n ' t", one rule after the other), and an incomplete character
-_CHANGEABLE_CHARACTERS = 12
 _INCOMPLETE = "\ufffd"  # what tokenizers write for bytes that are not a whole character yet
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """The text of tokens, special ones left out, spaces as they come: cleaned up, earlier text would change."""
+    return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 class TextPieces:
     """Tokens to text, piece by piece: the pieces together are what decoding all tokens at once adds to the prompt.
 
-    A character whose bytes lie in several tokens comes with the last of them. Tokenizers that clean up spaces change
-    what stands a few characters back ("it ' s" becomes "it's"): theirs come that much later.
+    A character whose bytes lie in several tokens comes with the last of them.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int]) -> None:
         self._tokenizer = tokenizer
         self._ids = list(prompt_ids[-_CONTEXT_TOKENS:])
         self._start, self._read = 0, len(self._ids)
-        self._cleans = bool(getattr(tokenizer, "clean_up_tokenization_spaces", False))
-        self._prompt = self._text(self._ids) if self._cleans else ""
-        self._sent: int | None = None  # characters of the cleaned text that were given out, the prompt's included
 
     def add(self, token: int) -> str:
         """The text that ``token`` completes, maybe none."""
         self._ids.append(token)
-        if self._cleans:
-            return self._cleaned(_CHANGEABLE_CHARACTERS)
         piece = self._unread()
         return "" if not piece or piece.endswith(_INCOMPLETE) else self._take(piece)
 
     def rest(self) -> str:
         """What is left at the end: bytes that never became a character."""
-        return self._cleaned(0) if self._cleans else self._take(self._unread())
-
-    def _cleaned(self, held_back: int) -> str:
-        text = self._text(self._ids)
-        end = len(text) - held_back
-        if self._sent is None:
-            if held_back and end <= len(self._prompt):
-                return ""
-            self._sent = _common_length(self._prompt, text)
-        piece = text[self._sent : end]
-        self._sent = max(self._sent, end)
-        return piece
+        return self._take(self._unread())
 
     def _unread(self) -> str:
-        known = self._text(self._ids[self._start : self._read])
-        return self._text(self._ids[self._start :])[len(known) :]
+        known = decode(self._tokenizer, self._ids[self._start : self._read])
+        return decode(self._tokenizer, self._ids[self._start :])[len(known) :]
 
     def _take(self, piece: str) -> str:
         self._start, self._read = self._read, len(self._ids)
         return piece
-
-    def _text(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
-
-
-def _common_length(left: str, right: str) -> int:
-    """How many characters both begin with."""
-    pairs = enumerate(zip(left, right, strict=False))
-    return next((place for place, (ours, theirs) in pairs if ours != theirs), min(len(left), len(right)))
 
 
 @dataclass
@@ -195,16 +172,3 @@ class SequenceStoppingCriteria(StoppingCriteria):
                 sequence.add(token, self._ends, now)
         done = [sequence.finish_reason is not None for sequence in self._sequences]
         return torch.tensor(done, device=input_ids.device)
-
-
-class FirstTokenTimer(StoppingCriteria):
-    """Notes when the first token of a batch was there; ends nothing."""
-
-    def __init__(self) -> None:
-        self.at: float | None = None
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        """bool [B], all False."""
-        if self.at is None:
-            self.at = time.perf_counter()
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)

@@ -113,17 +113,21 @@ class TableWriter(Closing):
         plan_path = self.folder / "plan.json"
         # without its rows it is a folder whose table was renamed to its place, and whose removal was cut short
         if plan_path.exists() and (self.folder / "table").exists():
-            found = _read_plan(plan_path)
-            if found == self.plan.as_json():
+            found, wanted = _read_plan(plan_path), self.plan.as_json()
+            if found == wanted:
                 self.notice = self.notice or f"going on with {self.folder}"
                 self._allocate()
                 return True
+            differs = [name for name in wanted if found.get(name) != wanted[name]]
+            difference = ", ".join(
+                f"{name} {found.get(name)!s:.30} instead of {wanted[name]!s:.30}" for name in differs
+            )
             if not alone:
                 raise SconeError(
-                    f"found another process writing {self.path} with another plan ({_difference(found, self.plan)}); "
+                    f"found another process writing {self.path} with another plan ({difference}); "
                     "expected the same one; wait for it, or choose another output path"
                 )
-            self.notice = f"starting over: {self.folder} is of another plan ({_difference(found, self.plan)})"
+            self.notice = f"starting over: {self.folder} is of another plan ({difference})"
         elif not alone:
             return False
         for name in os.listdir(self.folder):
@@ -142,7 +146,10 @@ class TableWriter(Closing):
             missing = needed - min(needed, 512 * status.st_blocks)
             free = shutil.disk_usage(self.folder).free
             if missing > free:
-                raise _no_space(self.folder, missing, free)
+                raise SconeError(
+                    f"found {human_bytes(free)} of free disk space for {self.folder}; expected {human_bytes(missing)}; "
+                    "free some space or choose another output path; what is finished is kept"
+                )
             if status.st_size != needed or missing:
                 os.posix_fallocate(file.fileno(), 0, needed)
 
@@ -150,7 +157,8 @@ class TableWriter(Closing):
         """Chunks that any process has finished."""
         chunks: set[int] = set()
         for journal in self.folder.glob("done-*.txt"):
-            chunks.update(_journal_entries(journal.read_bytes()))
+            content = journal.read_bytes()  # a line without its end was cut by a kill
+            chunks.update(int(line) for line in content[: content.rfind(b"\n") + 1].split() if line.isdigit())
         return {chunk for chunk in chunks if chunk < self.plan.num_chunks}
 
     def write(self, ranks: np.ndarray, rows: np.ndarray) -> None:
@@ -222,7 +230,10 @@ class TableWriter(Closing):
         def checksum(chunk: int) -> bytes:
             low = layout.data_start + chunk * span
             size = min(span, layout.checksums_start - low)
-            digest = hashlib.sha256(_read_all(self._rows, size, low)).digest()
+            content = os.pread(self._rows, size, low)
+            if len(content) != size:
+                raise SconeError(f"found {self.folder} cut from outside; expected its full size; delete it")
+            digest = hashlib.sha256(content).digest()
             if self._drop_page_cache:
                 os.posix_fadvise(self._rows, low, size, os.POSIX_FADV_DONTNEED)
             return digest
@@ -255,29 +266,13 @@ def discard_partial(path: str | Path) -> None:
         os.close(lock)
 
 
-def _read_plan(path: Path) -> Any:
-    """The plan in an unfinished table's folder; None where there is none or it is unreadable."""
+def _read_plan(path: Path) -> dict[str, Any]:
+    """The plan in an unfinished table's folder; {} where there is none or it is unreadable."""
     try:
-        return read_json(path)
+        found = read_json(path)
     except SconeError:
-        return None
-
-
-def _difference(found: Any, plan: TablePlan) -> str:
-    """What differs between two plans, for a person."""
-    if not isinstance(found, dict):
-        return "unreadable"
-    wanted = plan.as_json()
-    flat_found, flat_wanted = _flat(found), _flat(wanted)
-    names = [name for name in flat_wanted if flat_found.get(name) != flat_wanted[name]] or ["unknown entries"]
-    return ", ".join(f"{name} {flat_found.get(name)!s:.12} instead of {flat_wanted.get(name)!s:.12}" for name in names)
-
-
-def _flat(plan: dict[str, Any]) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in plan.items():
-        flat |= {f"{name}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {name: value}
-    return flat
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _open_journal(path: Path) -> int:
@@ -288,10 +283,6 @@ def _open_journal(path: Path) -> int:
     return journal
 
 
-def _journal_entries(content: bytes) -> list[int]:
-    return [int(line) for line in content[: content.rfind(b"\n") + 1].split() if line.isdigit()]
-
-
 def _write_all(descriptor: int, data: memoryview, offset: int | None) -> None:
     """Write all of ``data`` at ``offset``, or at the end (None)."""
     while len(data):
@@ -300,22 +291,8 @@ def _write_all(descriptor: int, data: memoryview, offset: int | None) -> None:
         offset = None if offset is None else offset + written
 
 
-def _read_all(descriptor: int, size: int, offset: int) -> bytes:
-    data = os.pread(descriptor, size, offset)
-    if len(data) != size:
-        raise SconeError("found an unfinished table that was cut from outside; expected its full size; delete it")
-    return data
-
-
 def _is_same_file(descriptor: int, path: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
         return False
-
-
-def _no_space(folder: Path, needed: int, free: int) -> SconeError:
-    return SconeError(
-        f"found {human_bytes(free)} of free disk space for {folder}; expected {human_bytes(needed)}; "
-        "free some space or choose another output path; what is finished is kept, so run the same command again"
-    )

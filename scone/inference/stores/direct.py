@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import mmap
 import os
-import threading
 import warnings
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -39,10 +39,11 @@ class DirectStore(RowStore):
         super().__init__(file.layout.row_format)
         self._file = file
         self._descriptor, self.is_direct = _open_direct(file)
-        self._queue_depth = queue_depth
-        self._queues = _Queues(queue_depth) if use_queues and self.is_direct else None
+        self._queue_depth, self._use_queues = queue_depth, use_queues and self.is_direct
         self._readers = ThreadPoolExecutor(min(queue_depth, _MAX_THREADS), "scone-read")
-        self._buffers = _Buffers()
+        # what one batch used is kept for the next: a queue takes time to open, fresh memory costs a page fault a row
+        self._idle_queues: list[int] = []
+        self._idle_buffers: deque[np.ndarray] = deque(maxlen=1)
         self._rows_at_once = max(1, _BATCH_BYTES // (-(-self.row_format.row_bytes // PAGE_BYTES) * PAGE_BYTES))
 
     def read(self, ranks: Tensor, out: Tensor) -> None:
@@ -50,20 +51,14 @@ class DirectStore(RowStore):
         if len(wanted) and not 0 <= int(wanted.min()) <= int(wanted.max()) < self._file.layout.num_rows:
             raise IndexError("a rank that is not in the file")
         for part in self._parts(wanted):
-            with self._located(wanted[part]) as (source, offsets):
-                gather_bytes(source, offsets, target, part, torch.get_num_threads(), self._readers)
-
-    @contextmanager
-    def _located(self, ranks: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """The bytes of these rows: (buffer uint8 [any], offset of each row in it int64 [n]), valid inside."""
-        unique, inverse = np.unique(ranks, return_inverse=True)
-        pieces, rows = plan_pieces(unique, self._file.data_start, self.row_format.row_bytes)
-        buffer = self._buffers.take(_bytes_of(pieces))
-        try:
-            self._read(pieces, buffer)
-            yield buffer, rows[inverse]
-        finally:
-            self._buffers.give_back(buffer)
+            unique, inverse = np.unique(wanted[part], return_inverse=True)
+            pieces, rows = plan_pieces(unique, self._file.data_start, self.row_format.row_bytes)
+            buffer = self._buffer(int(pieces[-1, 1] + pieces[-1, 2]))
+            self._file.check_unchanged()
+            self._fill(buffer, pieces)
+            self._file.check_unchanged()
+            gather_bytes(buffer, rows[inverse], target, part, torch.get_num_threads(), self._readers)
+            self._idle_buffers.append(buffer)
 
     def _parts(self, ranks: np.ndarray) -> Iterator[np.ndarray]:
         """Positions of a large batch, in parts small enough for a buffer; in rank order, so that repeats meet."""
@@ -74,29 +69,37 @@ class DirectStore(RowStore):
         for low in range(0, len(order), self._rows_at_once):
             yield order[low : low + self._rows_at_once]
 
-    def _read(self, pieces: np.ndarray, buffer: np.ndarray) -> None:
-        """Fill the buffer. Raises SconeError: the file was changed, ends early, or the disk fails."""
-        self._file.check_unchanged()
-        queue = self._queues.take() if self._queues is not None else 0
-        if queue and self._queues is not None:
-            try:
-                self._read_queued(queue, pieces, buffer)
-            finally:
-                self._queues.give_back(queue)
-        else:
+    def _buffer(self, size: int) -> np.ndarray:
+        """A buffer that nobody else uses, uint8 [≥ size]."""
+        with suppress(IndexError):
+            if len(kept := self._idle_buffers.pop()) >= size:
+                return kept
+        return _aligned(size)
+
+    def _fill(self, buffer: np.ndarray, pieces: np.ndarray) -> None:
+        """Read all ``pieces``. Raises SconeError: the file ends early, or the disk fails."""
+        queue = self._queue()
+        if not queue:
             parts = np.array_split(pieces, min(self._queue_depth, _MAX_THREADS, len(pieces)))
             for task in [self._readers.submit(self._read_in_turn, part, buffer) for part in parts]:
                 task.result()
-        self._file.check_unchanged()
-
-    def _read_queued(self, queue: int, pieces: np.ndarray, buffer: np.ndarray) -> None:
+            return
         polls = _POLLS if len(pieces) <= _POLLED_PIECES else 0
-        failed = read_pieces_queued(
-            queue, self._queue_depth, polls, self._descriptor, buffer.ctypes.data, pieces, self._file.file_bytes
-        )
+        address, size = buffer.ctypes.data, self._file.file_bytes
+        failed = read_pieces_queued(queue, self._queue_depth, polls, self._descriptor, address, pieces, size)
+        self._idle_queues.append(queue)
         if failed >= 0:
             # Some that came after it may have come well, but a failure is rare: read the rest again, one by one.
             self._read_in_turn(pieces[failed:], buffer)
+
+    def _queue(self) -> int:
+        """A queue of asynchronous reads that nobody else uses; 0 where there is none."""
+        if not self._use_queues:
+            return 0
+        try:
+            return self._idle_queues.pop()
+        except IndexError:
+            return int(open_queue(self._queue_depth))
 
     def _read_in_turn(self, pieces: np.ndarray, buffer: np.ndarray) -> None:
         try:
@@ -108,7 +111,7 @@ class DirectStore(RowStore):
 
     @property
     def memory(self) -> StoreMemory:
-        return StoreMemory(ram=self._buffers.kept_bytes)
+        return StoreMemory(ram=sum(buffer.nbytes for buffer in self._idle_buffers))
 
     def describe(self) -> str:
         how = "with O_DIRECT" if self.is_direct else "through the page cache"
@@ -116,64 +119,11 @@ class DirectStore(RowStore):
 
     def close(self) -> None:
         self._readers.shutdown()
-        if self._queues is not None:
-            self._queues.close()
+        while self._idle_queues:
+            close_queue(self._idle_queues.pop())
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
-
-
-class _Buffers:
-    """Keeps one page-aligned buffer for the next batch: fresh memory costs a page fault for every row."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._kept: np.ndarray | None = None
-
-    def take(self, size: int) -> np.ndarray:
-        with self._lock:
-            kept, self._kept = self._kept, None
-        return kept if kept is not None and len(kept) >= size else _aligned(size)
-
-    def give_back(self, buffer: np.ndarray) -> None:
-        with self._lock:
-            if self._kept is None or len(self._kept) < len(buffer):
-                self._kept = buffer
-
-    @property
-    def kept_bytes(self) -> int:
-        kept = self._kept
-        return 0 if kept is None else kept.nbytes
-
-
-class _Queues:
-    """Queues of asynchronous reads: one for each batch that is being read, kept for the next."""
-
-    def __init__(self, depth: int) -> None:
-        self._depth = depth
-        self._lock = threading.Lock()
-        self._idle: list[int] = []
-
-    def take(self) -> int:
-        """A queue that nobody else uses; 0 where the system gives none."""
-        with self._lock:
-            if self._idle:
-                return self._idle.pop()
-        return int(open_queue(self._depth))
-
-    def give_back(self, queue: int) -> None:
-        with self._lock:
-            self._idle.append(queue)
-
-    def close(self) -> None:
-        with self._lock:
-            while self._idle:
-                close_queue(self._idle.pop())
-
-
-def _bytes_of(pieces: np.ndarray) -> int:
-    """Size of the buffer that a plan's pieces fill."""
-    return int(pieces[-1, 1] + pieces[-1, 2])
 
 
 def _aligned(size: int) -> np.ndarray:

@@ -114,7 +114,7 @@ def test_an_unfinished_table_of_another_model_is_started_over(path, capsys):
     assert not precompute_table(small_model(), path, batch_size=1, world_size=2)
     assert precompute_table(other, path, batch_size=1)
     assert "starting over" in (notices := capsys.readouterr().err)
-    assert "fingerprints.weights" in notices
+    assert "fingerprints {" in notices
     verify_table(path, other)
     with pytest.raises(SconeError, match="made from other weights"):
         verify_table(path, small_model())
