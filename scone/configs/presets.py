@@ -19,24 +19,20 @@ _VOCABULARIES = {  # f-grams, fewest occurrences
 }
 
 
-def _f_gram_configuration(model: str, vocabulary: str) -> Mapping[str, Any]:
-    hidden_size, layers, heads, intermediate_size = _F_GRAM_MODELS[model]
-    max_f_grams, min_freq = _VOCABULARIES[vocabulary]
-    return MappingProxyType(
-        {
+F_GRAM_CONFIGURATIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        f"{model}-{size}": {
             "data.max_n": 3,
             "data.min_freq": min_freq,
             "data.max_f_grams": max_f_grams,
-            "model.f_gram.hidden_size": hidden_size,
+            "model.f_gram.hidden_size": width,
             "model.f_gram.num_hidden_layers": layers,
             "model.f_gram.num_attention_heads": heads,
-            "model.f_gram.intermediate_size": intermediate_size,
+            "model.f_gram.intermediate_size": inner,
         }
-    )
-
-
-F_GRAM_CONFIGURATIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
-    {f"{model}-{size}": _f_gram_configuration(model, size) for model in _F_GRAM_MODELS for size in _VOCABULARIES}
+        for model, (width, layers, heads, inner) in _F_GRAM_MODELS.items()
+        for size, (max_f_grams, min_freq) in _VOCABULARIES.items()
+    }
 )
 """Name ("small-100k") → dotted option name → value."""
 
@@ -69,57 +65,12 @@ def _gpt2(width: int, layers: int, heads: int) -> TrunkConfiguration:
     return TrunkConfiguration("gpt2", {"n_embd": width, "n_layer": layers, "n_head": heads})
 
 
-def _sized(
-    model_type: str, width: int, layers: int, heads: int, intermediate: int, positions: int = 0, **rest: Any
-) -> TrunkConfiguration:
+def _sized(model_type: str, width: int, layers: int, heads: int, inner: int, **rest: Any) -> TrunkConfiguration:
     fields = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
-    fields |= {"intermediate_size": intermediate} | ({"max_position_embeddings": positions} if positions else {})
-    return TrunkConfiguration(model_type, fields | rest)
+    return TrunkConfiguration(model_type, fields | {"intermediate_size": inner} | rest)
 
 
-def _smol(width: int, layers: int, heads: int, kv: int, inner: int, positions: int, theta: float) -> TrunkConfiguration:
-    rest: dict[str, Any] = {
-        "vocab_size": 49152,
-        "rope_theta": theta,
-        "rms_norm_eps": 1e-5,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-    }
-    sizes = (width, layers, heads, inner, positions)
-    return _sized("llama", *sizes, num_key_value_heads=kv, tie_word_embeddings=True, **rest)
-
-
-def _qwen2(positions: int) -> TrunkConfiguration:
-    rest: dict[str, Any] = {"vocab_size": 151936, "rope_theta": 1e6, "rms_norm_eps": 1e-6, "tie_word_embeddings": True}
-    rest |= {"bos_token_id": 151643, "eos_token_id": 151643}
-    return _sized("qwen2", 896, 24, 14, 4864, positions, num_key_value_heads=2, **rest)
-
-
-_TINY_LLAMA = _sized(
-    *("llama", 2048, 22, 32, 5632, 2048),
-    num_key_value_heads=4,
-    vocab_size=32000,
-    rope_theta=1e4,
-    rms_norm_eps=1e-5,
-)
-_LLAMA_3_1B = _sized(
-    *("llama", 2048, 16, 32, 8192, 131072),
-    num_key_value_heads=8,
-    vocab_size=128256,
-    head_dim=64,
-    rope_theta=5e5,
-    rms_norm_eps=1e-5,
-    tie_word_embeddings=True,
-    bos_token_id=128000,
-    eos_token_id=128001,
-    rope_scaling={
-        "rope_type": "llama3",
-        "factor": 32.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    },
-)
+_MODERN = {"max_position_embeddings": 2048, "num_key_value_heads": 8, "head_dim": 64}
 TRUNK_CONFIGURATIONS: Mapping[str, TrunkConfiguration] = MappingProxyType(
     {
         "openai-community/gpt2": _gpt2(768, 12, 12),
@@ -129,24 +80,14 @@ TRUNK_CONFIGURATIONS: Mapping[str, TrunkConfiguration] = MappingProxyType(
         "distilbert/distilgpt2": _gpt2(768, 6, 12),
         "google-bert/bert-base-uncased": _sized("bert", 768, 12, 12, 3072, pad_token_id=0),
         "google-bert/bert-large-uncased": _sized("bert", 1024, 24, 16, 4096, pad_token_id=0),
-        "TinyLlama/TinyLlama-1.1B-Chat-v1.0": _TINY_LLAMA,
-        "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T": _TINY_LLAMA,
-        "TinyLlama/TinyLlama_v1.1": _TINY_LLAMA,
-        "HuggingFaceTB/SmolLM-135M": _smol(576, 30, 9, 3, 1536, 2048, 1e4),
-        "HuggingFaceTB/SmolLM-360M": _smol(960, 32, 15, 5, 2560, 2048, 1e4),
-        "HuggingFaceTB/SmolLM2-135M": _smol(576, 30, 9, 3, 1536, 8192, 1e5),
-        "HuggingFaceTB/SmolLM2-360M": _smol(960, 32, 15, 5, 2560, 8192, 1e5),
-        "Qwen/Qwen2-0.5B": _qwen2(131072),
-        "Qwen/Qwen2.5-0.5B": _qwen2(32768),
-        "meta-llama/Llama-3.2-1B": _LLAMA_3_1B,
-        f"scone/{MODERN_TRUNK}": _sized("qwen3", 512, 8, 8, 1408, 2048, num_key_value_heads=8, head_dim=64),
+        f"scone/{MODERN_TRUNK}": _sized("qwen3", 512, 8, 8, 1408, **_MODERN),
     }
 )
-"""Hub name → architecture, for training from scratch where the hub cannot be reached."""
+"""Hub name → architecture, for training from scratch where the hub cannot be reached. Others need it, or a folder."""
 
 
 def trunk_configuration(name: str) -> TrunkConfiguration | None:
-    """The built-in architecture of a hub name or its short form ("gpt2", "Qwen2-0.5B"); None when there is none."""
+    """The built-in architecture of a hub name or its short form ("gpt2"); None when there is none."""
     by_name = {full.lower(): trunk for full, trunk in TRUNK_CONFIGURATIONS.items()}
     by_short_name = {full.split("/")[1]: trunk for full, trunk in by_name.items()}
     return by_name.get(name.lower()) or by_short_name.get(name.lower())

@@ -85,7 +85,7 @@ class BenchmarkConfig:
 
 
 def read_benchmark_config(path: str | Path) -> BenchmarkConfig:
-    """Read and check the file. Raises SconeError: missing, not JSON, unknown or missing names, values of a wrong kind."""
+    """Read and check the file. Raises SconeError: missing, not JSON, unknown or missing names, wrong values."""
     found = read_json(path)
     with library_refusal(f"cannot use {path}", "compare it with scone/configs/benchmark_config.json"):
         config: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(BenchmarkConfig), found))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 import logging
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stderr
+from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from scone.inference.loading import position_limit
 from scone.utils.command_line import did_you_mean
-from scone.utils.errors import SconeError
+from scone.utils.errors import SconeError, library_refusal
 from scone.utils.progress import bars_are_visible
 
 if TYPE_CHECKING:
@@ -85,13 +85,14 @@ def evaluate_tasks(
     names = list(TASKS) if names == ["all"] else [name for name in names if name]
     if not names:
         raise SconeError(f"--tasks: found no task; expected {', '.join(TASKS)}, or all")
-    files = {name: _local_file(name, Path(task_data)) for name in names} if task_data is not None else {}
+    local = [] if task_data is None else [_from_file(name, Path(task_data)) for name in names]
     if find_spec("lm_eval") is None:
         raise SconeError(
             "found no lm-evaluation-harness, which runs --tasks; expected the package lm-eval; "
             "install it with pip install 'scone-lm[tasks]'"
         )
-    with _quiet_harness():
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    with nullcontext() if bars_are_visible() else redirect_stderr(io.StringIO()):
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
@@ -101,36 +102,30 @@ def evaluate_tasks(
             if name not in manager.all_tasks:
                 advice = did_you_mean(name, TASKS) or f"expected {', '.join(TASKS)}, all, or another of the harness"
                 raise SconeError(f"--tasks: found the unknown task {name}; {advice}")
-        adapter = HFLM(
-            pretrained=model,
-            tokenizer=tokenizer,  # type: ignore[arg-type]
-            batch_size=batch_size,
-            max_length=position_limit(model),
-        )
-        _refuse_long_answers(adapter)
-        wanted: Any = [name for name in names if name not in files]
-        if files:  # only in a group does the harness take changes to a task of its own
-            wanted.append({"group": "local", "task": [_from_file(name, path) for name, path in files.items()]})
-        found: Any = simple_evaluate(
-            adapter, tasks=wanted, num_fewshot=0, limit=limit, bootstrap_iters=0, task_manager=manager
-        )
+        positions = position_limit(model)
+        settings: dict[str, Any] = {"batch_size": batch_size, "max_length": positions}
+        adapter = HFLM(pretrained=model, tokenizer=tokenizer, **settings)  # type: ignore[arg-type]
+        # only in a group does the harness take changes to a task of its own
+        wanted: Any = [{"group": "local", "task": local}] if local else names
+        advice = f"the model has {positions} positions: leave out a task whose answers are longer"
+        with library_refusal("the harness cannot evaluate this model", advice):
+            found: Any = simple_evaluate(
+                adapter, tasks=wanted, num_fewshot=0, limit=limit, bootstrap_iters=0, task_manager=manager
+            )
     return [_result(name, found) for name in names]
 
 
-def _local_file(name: str, folder: Path) -> Path:
-    """The file whose name begins with the task's, wherever that has underscores; of several the shortest."""
+def _from_file(name: str, folder: Path) -> dict[str, Any]:
+    """What a task's own description is overridden with, to read its items from the file in ``folder`` whose name begins
+    with the task's, wherever that has underscores; of several the shortest.
+    """
     files = sorted(folder.glob("*.jsonl*"), key=lambda path: len(path.name))
-    for path in files:
-        if path.name.replace("_", "").startswith(name.replace("_", "")):
-            return path
-    raise SconeError(
-        f"found no data of the task {name} in {folder}; expected {name}_validation.jsonl (or .jsonl.zst, .gz, .xz); "
-        "check --task_data, or leave it out to use the hub"
-    )
-
-
-def _from_file(name: str, path: Path) -> dict[str, Any]:
-    """What a task's own description is overridden with, to read its items from ``path``."""
+    path = next((path for path in files if path.name.replace("_", "").startswith(name.replace("_", ""))), None)
+    if path is None:
+        raise SconeError(
+            f"found no data of the task {name} in {folder}; expected {name}_validation.jsonl (.zst, .gz, .xz); "
+            "check --task_data, or leave it out to use the hub"
+        )
     return {
         "task": name,
         "dataset_path": "json",
@@ -143,22 +138,6 @@ def _from_file(name: str, path: Path) -> dict[str, Any]:
     }
 
 
-def _refuse_long_answers(adapter: Any) -> None:
-    """In one line, where the harness has an assertion without words."""
-    inner = adapter._loglikelihood_tokens
-
-    def checked(requests: list[Any], *arguments: Any, **options: Any) -> Any:
-        longest = max((len(answer) for _, _, answer in requests), default=0)
-        if longest > adapter.max_length:
-            raise SconeError(
-                f"found an answer of {longest} tokens; the model has {adapter.max_length} positions; "
-                "leave this task out, or use a model of longer sequences"
-            )
-        return inner(requests, *arguments, **options)
-
-    adapter._loglikelihood_tokens = checked
-
-
 def _result(name: str, found: Any) -> TaskResult:
     scores, samples = found["results"][name], found["samples"].get(name, [])
     if "acc,none" not in scores:
@@ -166,25 +145,12 @@ def _result(name: str, found: Any) -> TaskResult:
     answers = [len(sample["arguments"]) for sample in samples]
     return TaskResult(
         name,
-        float(scores["acc,none"]),
-        float(scores["acc_norm,none"]) if "acc_norm,none" in scores else None,
+        scores["acc,none"],
+        scores.get("acc_norm,none"),
         sum(1 / count for count in answers if count > 1) / max(len(answers), 1),
         int(found["n-samples"][name]["effective"]),
-        float(scores["perplexity,none"]) if "perplexity,none" in scores else None,
+        scores.get("perplexity,none"),
     )
-
-
-@contextmanager
-def _quiet_harness() -> Iterator[None]:
-    """Keep the harness's notes to itself, and its progress bars where ours are not drawn either."""
-    logger = logging.getLogger("lm_eval")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with nullcontext() if bars_are_visible() else redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logger.setLevel(before)
 
 
 def describe_tasks(results: Sequence[TaskResult]) -> str:

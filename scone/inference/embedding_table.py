@@ -50,7 +50,6 @@ class EmbeddingTable(Closing):
         placement: str = "ram",
         device: str | torch.device = "cpu",
         expected_fingerprints: Mapping[str, str] | None = None,
-        num_threads: int | None = None,
     ) -> EmbeddingTable:
         """Open a table file.
 
@@ -63,14 +62,13 @@ class EmbeddingTable(Closing):
             device: where `rows` puts its result.
             expected_fingerprints: what the model says it needs (``weights``, ``vocabulary``, ``tokenizer``); those that
                 both sides know must be equal.
-            num_threads: threads for large batches; PyTorch's number by default.
 
         Raises SconeError: the file is missing, damaged, of a newer version, foreign or another model's; the placement
         is unknown or does not fit.
         """
         file = TableFile(path, expected_fingerprints)
         try:
-            store = open_store(file, placement, torch.device(device), num_threads)
+            store = open_store(file, placement, torch.device(device))
         except BaseException:
             file.close()
             raise
@@ -159,18 +157,14 @@ class EmbeddingTable(Closing):
     def gpu_rows(self, device: torch.device) -> GPUReadableRows | None:
         """The rows, where kernels on ``device`` read them by themselves and are there; None where the host has to."""
         if device not in self._gpu_rows:
-            self._gpu_rows[device] = self._find_gpu_rows(device) if triton_is_installed() else None
+            blocks, row = self.store.gpu_blocks(device) if triton_is_installed() else [], self.layout.row_format
+            # None where some rows are on disk; more than the GPU's and the host's blocks can only be given on purpose
+            found = 1 <= len(blocks) <= 2 and sum(map(len, blocks)) >= self.num_rows
+            rest = blocks[1] if len(blocks) > 1 else None
+            self._gpu_rows[device] = (
+                GPUReadableRows(blocks[0], rest, row.row_type, row.width, row.group_size) if found else None
+            )
         return self._gpu_rows[device]
-
-    def _find_gpu_rows(self, device: torch.device) -> GPUReadableRows | None:
-        blocks = self.store.gpu_blocks(device)
-        # not all rows: some are on disk; more than the GPU's and the host's blocks can only be given on purpose
-        if not 1 <= len(blocks) <= 2 or sum(map(len, blocks)) < self.num_rows:
-            return None
-        row = self.layout.row_format
-        return GPUReadableRows(
-            blocks[0], blocks[1] if len(blocks) > 1 else None, row.row_type, row.width, row.group_size
-        )
 
     def prefetch(self, ranks: Tensor) -> None:
         """Start fetching these rows in the background (int64 [n]), so that `rows` of them waits less."""
@@ -198,15 +192,8 @@ class EmbeddingTable(Closing):
     def describe(self) -> str:
         """One line: size, row type, placement and memory."""
         memory = self.memory
-        held = [
-            f"{human_bytes(size)} {where}"
-            for size, where in (
-                (memory.device, f"on {self.device}"),
-                (memory.ram, "in RAM"),
-                (memory.mapped, "mapped (shared)"),
-            )
-            if size
-        ]
+        places = {f"on {self.device}": memory.device, "in RAM": memory.ram, "mapped (shared)": memory.mapped}
+        held = [f"{human_bytes(size)} {where}" for where, size in places.items() if size]
         return (
             f"embedding table {self.path.name}: {self.num_rows:,} rows × {self.width} {self.row_type}, "
             f"{human_bytes(self.layout.payload_bytes)}; {self.store.describe()}; holds {', '.join(held) or 'nothing'}"

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from scone.inference.loading import device_of
 from scone.inference.row_types import RowFormat
 from scone.inference.table_format import FINGERPRINT_NAMES, TableLayout, layout_in_the_way
 from scone.inference.table_writer import TablePlan, TableWriter, discard_partial
@@ -22,26 +21,17 @@ from scone.utils.progress import progress
 from scone.utils.text import human_bytes, human_count
 from scone.utils.threads import map_in_order
 
+if TYPE_CHECKING:
+    from scone.models.language_model import SconeForCausalLM
+
 # f-grams computed together, for each unit of batch_size. A chunk repeats the ancestors of its first f-gram and shares
 # everything else, so larger chunks gain nothing and hold more memory.
 ROWS_PER_BATCH_UNIT = 128
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class RowModel(Protocol):
-    """What precomputing needs of a model: its f-gram vocabulary, live rows and what they depend on."""
-
-    vocabulary: Any
-
-    def embed_nodes(self, nodes: Tensor) -> Tensor:
-        """Live rows e(node): int64 [n] → float32 [n, D] on any device; must be callable from several threads."""
-
-    def table_fingerprints(self) -> dict[str, str]:
-        """Hex digests of what the rows depend on, by name."""
-
-
 def precompute_table(
-    model: RowModel,
+    model: SconeForCausalLM,
     output_path: str | Path,
     *,
     row_type: str = "fp32",
@@ -77,7 +67,7 @@ def precompute_table(
         raise SconeError(f"found computing type {compute_dtype!r}; expected one of {', '.join(COMPUTE_DTYPES)}")
     if not 0 <= rank < world_size:
         raise ValueError(f"rank {rank} is not in [0, {world_size})")
-    say = _silent if quiet or rank else _say
+    say = (lambda _: None) if quiet or rank else _say
     plan = _plan(model, row_type, group_size, batch_size * ROWS_PER_BATCH_UNIT, compute_dtype)
     if _is_complete(path, plan, say):
         discard_partial(path)
@@ -98,7 +88,9 @@ def precompute_table(
     return complete
 
 
-def _plan(model: RowModel, row_type: str, group_size: int | None, chunk_rows: int, compute_dtype: str) -> TablePlan:
+def _plan(
+    model: SconeForCausalLM, row_type: str, group_size: int | None, chunk_rows: int, compute_dtype: str
+) -> TablePlan:
     vocabulary = model.vocabulary
     known = {"tokenizer": vocabulary.tokenizer_fingerprint} | model.table_fingerprints()
     fingerprints = {name: known.get(name, "") for name in FINGERPRINT_NAMES}
@@ -121,7 +113,7 @@ def _is_complete(path: Path, plan: TablePlan, say: Callable[[str], None]) -> boo
 
 
 def _compute_chunks(
-    model: RowModel,
+    model: SconeForCausalLM,
     writer: TableWriter,
     compute_dtype: str,
     rank: int,
@@ -135,67 +127,37 @@ def _compute_chunks(
     todo = [chunk for chunk in mine if chunk not in finished]
     if not todo:
         return
-    order = model.vocabulary.depth_first_order()
+    order, device = model.vocabulary.depth_first_order(), device_of(model)
 
     def compute(chunk: int) -> int:
         ranks = np.asarray(order[chunk * chunk_rows : (chunk + 1) * chunk_rows], dtype=np.int64)
         nodes = torch.from_numpy(ranks + model.vocabulary.vocab_size)
-        with _precision(model, compute_dtype):
+        half = torch.autocast(device.type, COMPUTE_DTYPES[compute_dtype], enabled=compute_dtype != "fp32")
+        with torch.inference_mode(), half:
             rows = model.embed_nodes(nodes)
         writer.write(ranks, plan.layout.row_format.encode(rows))
         writer.mark_finished(chunk)
         return len(ranks)
 
     total = sum(min(chunk_rows, len(order) - chunk * chunk_rows) for chunk in mine)
-    started, computed, workers = time.perf_counter(), 0, _num_workers(model)
+    started, computed, threads = time.perf_counter(), 0, torch.get_num_threads()
     # Matrix products may add in another order when the number of threads changes. With one thread to a chunk, its bits
-    # do not depend on how many work beside it.
+    # do not depend on how many work beside it. An accelerator computes one chunk while another is written.
+    workers = threads if device.type == "cpu" else 2
     one_thread = {"initializer": torch.set_num_threads, "initargs": (1,)}
-    with progress(total, "rows", "precompute", quiet or rank > 0) as bar, _one_thread():
+    with progress(total, "rows", "precompute", quiet or rank > 0) as bar:
         bar.update(total - sum(min(chunk_rows, len(order) - chunk * chunk_rows) for chunk in todo))
-        for rows in map_in_order(compute, todo, workers, **one_thread):
-            computed += rows
-            bar.update(rows)
+        try:
+            for rows in map_in_order(compute, todo, workers, **one_thread):
+                computed += rows
+                bar.update(rows)
+        finally:
+            torch.set_num_threads(threads)
     seconds = time.perf_counter() - started
     if not quiet:  # every rank says it: one that is slower than the others shows
         who = f"rank {rank}: " if world_size > 1 else ""
         _say(f"{who}computed {computed:,} rows in {seconds:.2f} s: {human_count(computed / seconds)} rows/s")
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """PyTorch computes with one thread in this one."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(num_threads)
-
-
-def _num_workers(model: RowModel) -> int:
-    """Chunks computed at a time: PyTorch's threads; on an accelerator two, so that computing and writing overlap."""
-    return torch.get_num_threads() if _device_of(model).type == "cpu" else 2
-
-
-@contextmanager
-def _precision(model: RowModel, compute_dtype: str) -> Iterator[None]:
-    with (
-        torch.inference_mode(),
-        torch.autocast(_device_of(model).type, COMPUTE_DTYPES[compute_dtype], enabled=compute_dtype != "fp32"),
-    ):
-        yield
-
-
-def _device_of(model: RowModel) -> torch.device:
-    parameters = getattr(model, "parameters", None)
-    first = next(iter(parameters()), None) if parameters is not None else None
-    return torch.device("cpu") if first is None else first.device
-
-
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-def _silent(line: str) -> None:
-    del line

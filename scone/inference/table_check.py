@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from scone.inference.precompute import RowModel
 from scone.inference.stores.memory import MemoryStore, load_rows
 from scone.inference.table_format import TableFile, TableLayout, check_fingerprints
 from scone.utils.errors import SconeError
+
+if TYPE_CHECKING:
+    from scone.models.language_model import SconeForCausalLM
 
 # Largest difference, relative to the row's largest number, between rows that the same weights gave in batches of
 # different shapes. The stored type's own rounding comes on top.
@@ -28,7 +31,7 @@ class TableCheck:
     sampled_rows: int
 
 
-def verify_table(path: str | Path, model: RowModel | None = None, sample: int = 1000) -> TableCheck:
+def verify_table(path: str | Path, model: SconeForCausalLM | None = None, sample: int = 1000) -> TableCheck:
     """Read the whole file and compare every checksum; with ``model`` also ``sample`` random rows with its live ones.
 
     Raises SconeError at the first thing that is wrong: damage, another model's fingerprints, a row that differs.
@@ -36,7 +39,7 @@ def verify_table(path: str | Path, model: RowModel | None = None, sample: int = 
     with TableFile(path) as file:
         layout, step = file.layout, _CHUNKS_AT_A_TIME * file.layout.checksum_rows
         for first in range(0, max(1, layout.num_rows), step):
-            load_rows(file, first, min(step, layout.num_rows - first), torch.get_num_threads())  # which checks them
+            load_rows(file, first, min(step, layout.num_rows - first))  # which checks them
         if model is None or not layout.num_rows:
             return TableCheck(layout, 0)
         check_fingerprints(file.path, layout.fingerprints, model.table_fingerprints())
@@ -51,7 +54,7 @@ def verify_table(path: str | Path, model: RowModel | None = None, sample: int = 
     return TableCheck(layout, count)
 
 
-def _compare(file: TableFile, model: RowModel, ranks: torch.Tensor) -> None:
+def _compare(file: TableFile, model: SconeForCausalLM, ranks: torch.Tensor) -> None:
     row = file.layout.row_format
     store = MemoryStore.mapped(file)
     rows = store.new_rows(len(ranks))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +23,6 @@ def convert_table(
     row_type: str | None = None,
     group_size: int | None = None,
     num_rows: int | None = None,
-    fingerprints: Mapping[str, str] | None = None,
     quiet: bool = False,
 ) -> TableLayout:
     """Write the first ``num_rows`` rows of ``source`` as ``row_type`` to ``output``; returns the new header.
@@ -34,9 +32,7 @@ def convert_table(
 
     Args:
         row_type: None keeps the source's (and then its group size, unless that is given).
-        num_rows: None keeps all. The vocabulary of fewer rows is another one, so its fingerprint is left open unless
-            ``fingerprints`` gives it.
-        fingerprints: replaces the source's by name.
+        num_rows: None keeps all. The vocabulary of fewer rows is another one, so its fingerprint is left open.
 
     Raises SconeError: bad choices, a damaged source, something else at ``output``, no disk space.
     """
@@ -44,18 +40,21 @@ def convert_table(
     with TableFile(source) as file:
         if output.exists() and output.samefile(source):
             raise SconeError(f"found {output} for both tables; expected two paths; choose another output path")
-        layout = _new_layout(file.layout, row_type, group_size, num_rows, fingerprints)
+        layout = _new_layout(file.layout, row_type, group_size, num_rows)
         layout_in_the_way(output)
         chunk_rows = file.layout.checksum_rows  # so that every chunk is read and checked once
         settings = {"source": file.layout.rows_checksum, "chunk_rows": chunk_rows}
         plan = TablePlan(layout, -(-layout.num_rows // chunk_rows), settings)
+        old, new = file.layout.row_format, layout.row_format
         with TableWriter(output, plan) as writer, progress(layout.num_rows, "rows", "convert", quiet) as bar:
             finished = writer.finished_chunks()
             for chunk in range(plan.num_chunks):
                 first = chunk * chunk_rows
                 count = min(chunk_rows, layout.num_rows - first)
                 if chunk not in finished:
-                    _convert_chunk(file, writer, first, count)
+                    raw = load_rows(file, first, count).reshape(count, old.row_bytes)
+                    rows = raw if new == old else new.encode(old.decode(torch.from_numpy(raw)))
+                    writer.write(np.arange(first, first + count), rows)
                     writer.mark_finished(chunk)
                 bar.update(count)
             if not writer.finish():
@@ -63,33 +62,14 @@ def convert_table(
     return layout
 
 
-def _new_layout(
-    old: TableLayout,
-    row_type: str | None,
-    group_size: int | None,
-    num_rows: int | None,
-    fingerprints: Mapping[str, str] | None,
-) -> TableLayout:
-    if num_rows is not None and not 0 <= num_rows <= old.num_rows:
+def _new_layout(old: TableLayout, row_type: str | None, group_size: int | None, num_rows: int | None) -> TableLayout:
+    num_rows = old.num_rows if num_rows is None else num_rows
+    if not 0 <= num_rows <= old.num_rows:
         raise SconeError(
             f"found {num_rows:,} rows to keep; expected at most the table's {old.num_rows:,}; ask for fewer"
         )
-    keep = row_type is None or row_type == old.row_format.row_type
-    group_size = old.row_format.group_size or None if group_size is None and keep else group_size
+    if group_size is None and row_type in (None, old.row_format.row_type):
+        group_size = old.row_format.group_size or None
     row_format = RowFormat.of(row_type or old.row_format.row_type, old.row_format.width, group_size)
-    known = dict(old.fingerprints)
-    if num_rows is not None and num_rows < old.num_rows:
-        known["vocabulary"] = ""
-    return replace(
-        old,
-        num_rows=old.num_rows if num_rows is None else num_rows,
-        row_format=row_format,
-        fingerprints=known | dict(fingerprints or {}),
-    )
-
-
-def _convert_chunk(file: TableFile, writer: TableWriter, first: int, count: int) -> None:
-    old, new = file.layout.row_format, writer.plan.layout.row_format
-    raw = load_rows(file, first, count, torch.get_num_threads()).reshape(count, old.row_bytes)
-    rows = raw if new == old else new.encode(old.decode(torch.from_numpy(raw)))
-    writer.write(np.arange(first, first + count), rows)
+    fingerprints = dict(old.fingerprints) | ({"vocabulary": ""} if num_rows < old.num_rows else {})
+    return replace(old, num_rows=num_rows, row_format=row_format, fingerprints=fingerprints)

@@ -136,7 +136,8 @@ class TableFile(Closing):
             self.layout = _read_layout(self.descriptor, self.path)
             check_fingerprints(self.path, self.layout.fingerprints, expected_fingerprints)
             self.data_start, self.file_bytes = self.layout.data_start, self.layout.file_bytes
-            self._size, self._time = self._size_and_time()
+            status = os.fstat(self.descriptor)
+            self._size, self._time = status.st_size, status.st_mtime_ns
         except OSError as error:
             os.close(self.descriptor)
             raise SconeError(f"cannot read {self.path}: {error.strerror}; check the disk") from error
@@ -165,23 +166,22 @@ class TableFile(Closing):
             "expected a file that nobody writes to; open it again (new tables are renamed into place, never edited)"
         )
 
-    def _size_and_time(self) -> tuple[int, int]:
-        status = os.fstat(self.descriptor)
-        return status.st_size, status.st_mtime_ns
-
     def read(self, offset: int, size: int) -> bytes:
         """``size`` bytes from ``offset``. Raises SconeError when the file ends early or the disk fails."""
-        pieces = []
-        while size:
+        content = bytearray(size)
+        self.read_into(offset, memoryview(content))
+        return bytes(content)
+
+    def read_into(self, offset: int, target: memoryview) -> None:
+        """Fill ``target`` from ``offset`` on. Raises as `read` does."""
+        while len(target):
             try:
-                piece = os.pread(self.descriptor, size, offset)
+                got = os.preadv(self.descriptor, [target], offset)
             except OSError as error:
                 raise SconeError(f"cannot read {self.path}: {error.strerror}; check the disk") from error
-            if not piece:
-                raise SconeError(f"{self.path} ends at byte {offset}; expected more; it was cut: make it again")
-            pieces.append(piece)
-            offset, size = offset + len(piece), size - len(piece)
-        return b"".join(pieces)
+            if not got:
+                raise damaged(self.path, f"it ends at byte {offset:,}")
+            offset, target = offset + got, target[got:]
 
     def checksums(self) -> list[bytes]:
         """The stored checksum of every chunk. Raises SconeError when they do not fit the header."""

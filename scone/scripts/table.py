@@ -20,7 +20,6 @@ CONVERT = arguments(
     output={"positional": True, "metavar": "OUTPUT", "help": "the table to write"},
     row_type={"choices": ROW_TYPES, "help": "row type of the output (default: as the source)"},
     num_rows={"type": int, "help": "keep only the first rows, those of the most frequent f-grams"},
-    vocabulary_path={"help": "the vocabulary that the rows belong to, if it is smaller than the table"},
 )
 EXAMPLES = (
     "scone table info outputs/scone-model/embeddings.cache",
@@ -77,25 +76,12 @@ def _convert(argv: Sequence[str]) -> None:
     from scone.inference.table_convert import convert_table
     from scone.utils.text import human_bytes
 
-    fingerprints, num_rows = None, extra.num_rows
-    if extra.vocabulary_path:
-        from scone.tokenization.f_gram_vocabulary import FGramVocabulary
-
-        vocabulary = FGramVocabulary.load(extra.vocabulary_path)
-        fingerprints = {"vocabulary": vocabulary.fingerprint}
-        if num_rows not in (None, vocabulary.num_f_grams):
-            raise SconeError(
-                f"found --num_rows {num_rows:,} with a vocabulary of {vocabulary.num_f_grams:,} f-grams; "
-                "expected the same number; leave --num_rows out"
-            )
-        num_rows = vocabulary.num_f_grams
     layout = convert_table(
         extra.source,
         extra.output,
         row_type=extra.row_type,
         group_size=extra.group_size,
-        num_rows=num_rows,
-        fingerprints=fingerprints,
+        num_rows=extra.num_rows,
         quiet=is_quiet(),
     )
     print(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import difflib
 import errno
 import io
@@ -51,7 +50,12 @@ def run_main(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | 
     if {"-h", "--help", "help"} & set(arguments) and isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # help is for reading, whatever the terminal can show
     try:
-        _refuse_what_is_no_text(arguments)
+        for word in arguments:  # Python lets bytes of no character pass as half of one
+            if any("\ud800" <= character <= "\udfff" for character in word):
+                expected = (
+                    f"is no text in {sys.getfilesystemencoding()}; expected UTF-8; rename it, or set PYTHONUTF8=1"
+                )
+                raise SconeError(f"found the argument {one_line(word)}, which {expected}")
         status = int(main(arguments) or 0)
         sys.stdout.flush()
         return status
@@ -68,20 +72,6 @@ def run_main(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | 
         line, status = describe_error(error)
         _report(f"error: {line}", debug)
         return status
-
-
-def _refuse_what_is_no_text(arguments: Sequence[str]) -> None:
-    """Python lets bytes of no character pass as half of one, and fails where they are first written."""
-    for word in arguments:
-        if not _is_text(word):
-            raise SconeError(
-                f"found the argument {one_line(word)}, which is no text in {sys.getfilesystemencoding()}; expected "
-                "UTF-8; rename what it names, or set PYTHONUTF8=1"
-            )
-
-
-def _is_text(word: str) -> bool:
-    return not any("\ud800" <= character <= "\udfff" for character in word)
 
 
 def _quiet_optional_libraries() -> None:
@@ -101,8 +91,13 @@ def describe_error(error: Exception) -> tuple[str, int]:
         if error.errno in (errno.EACCES, errno.EPERM) and not error.filename:
             advice = _SEE_TRACEBACK  # no path to check: shared memory, a semaphore
         return f"{what}{where}; {advice}", EXIT_USER_ERROR
-    if isinstance(error, UnicodeEncodeError) and (line := _what_cannot_be_written(error)):
-        return line, EXIT_USER_ERROR
+    if isinstance(error, UnicodeEncodeError):
+        around = error.object[max(0, error.start - 40) : error.end + 40]
+        return (
+            f"found the text {around!a}, which {error.encoding} cannot hold; expected UTF-8; rename what is called so, "
+            "or set PYTHONIOENCODING=utf-8 and run again",
+            EXIT_USER_ERROR,
+        )
     full = _disk_error_of_a_library(error)
     if full is not None:
         return f"{os.strerror(full)} while a library wrote a file; {_ADVICE[full]}", EXIT_USER_ERROR
@@ -112,20 +107,6 @@ def describe_error(error: Exception) -> tuple[str, int]:
         f"unexpected {type(error).__name__}: {one_line(str(error))}; "
         "run again with --debug for the traceback, and please report it",
         EXIT_UNEXPECTED,
-    )
-
-
-def _what_cannot_be_written(error: UnicodeEncodeError) -> str:
-    """One line for a character that an output cannot show, or a name that is not UTF-8; "" for what is neither."""
-    character = error.object[error.start]
-    if not _is_text(character):
-        around = one_line(error.object[max(0, error.start - 40) : error.end + 40])
-        return f"found a name or text that is not UTF-8 ({around}); expected UTF-8; rename or convert it"
-    if codecs.lookup(error.encoding) != codecs.lookup(getattr(sys.stdout, "encoding", None) or "utf-8"):
-        return ""
-    return (
-        f"the output holds {character!a}, which {error.encoding} cannot show; expected an output in UTF-8; set "
-        "PYTHONIOENCODING=utf-8 and run again"
     )
 
 

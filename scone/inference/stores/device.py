@@ -31,7 +31,7 @@ class DeviceStore(RowStore):
         step = max(1, (256 << 20) // row_bytes)
         for low in range(0, num_rows, step):
             count = min(step, num_rows - low)
-            part = load_rows(file, first_row + low, count, torch.get_num_threads())
+            part = load_rows(file, first_row + low, count)
             self._rows[low : low + count] = torch.from_numpy(part).view(count, row_bytes)
 
     def read(self, ranks: Tensor, out: Tensor) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import mmap
-import os
 import warnings
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -42,7 +41,6 @@ class MemoryStore(RowStore):
         file: TableFile,
         first_row: int = 0,
         num_rows: int | None = None,
-        num_threads: int | None = None,
         device: torch.device = _CPU,
     ) -> MemoryStore:
         """``num_rows`` rows (default: the rest), copied and checked now, then independent of the file.
@@ -51,7 +49,7 @@ class MemoryStore(RowStore):
         Raises SconeError: a chunk does not fit its checksum, the memory is not there, the disk fails.
         """
         num_rows = file.layout.num_rows - first_row if num_rows is None else num_rows
-        rows = load_rows(file, first_row, num_rows, num_threads or torch.get_num_threads())
+        rows = load_rows(file, first_row, num_rows)
         store = cls(file, rows, first_row, None)
         if device.type == "cuda" and rows.nbytes:
             store._unpin = _pin(store, rows, device)
@@ -130,7 +128,7 @@ def _pin(owner: MemoryStore, array: np.ndarray, device: torch.device) -> weakref
     return weakref.finalize(owner, runtime.cudaHostUnregister, pointer)
 
 
-def load_rows(file: TableFile, first_row: int, num_rows: int, num_threads: int) -> np.ndarray:
+def load_rows(file: TableFile, first_row: int, num_rows: int) -> np.ndarray:
     """The bytes of ``num_rows`` rows from ``first_row`` on, uint8 [num_rows · row_bytes], checked chunk by chunk.
 
     Raises SconeError: a chunk does not fit its checksum, the memory is not there, the disk fails.
@@ -149,7 +147,7 @@ def load_rows(file: TableFile, first_row: int, num_rows: int, num_threads: int) 
     def load(chunk: int) -> None:
         chunk_low, chunk_high = chunk * span, min((chunk + 1) * span, layout.payload_bytes)
         low, high = max(chunk_low, start), min(chunk_high, start + size)
-        _read_into(file, file.data_start + low, view[low - start : high - start])
+        file.read_into(file.data_start + low, view[low - start : high - start])
         # A chunk is checked whole, also where only a part of it is wanted.
         digest = hashlib.sha256(file.read(file.data_start + chunk_low, low - chunk_low))
         digest.update(view[low - start : high - start])
@@ -159,20 +157,8 @@ def load_rows(file: TableFile, first_row: int, num_rows: int, num_threads: int) 
             raise damaged(file.path, f"rows {rows_of[0]:,} to {rows_of[-1]:,} do not fit their checksum")
 
     chunks = range(start // span, -(-(start + size) // span)) if size else ()
-    with ThreadPoolExecutor(num_threads) as pool:
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         for _ in pool.map(load, chunks):
             pass
     file.check_unchanged()
     return rows
-
-
-def _read_into(file: TableFile, offset: int, target: memoryview) -> None:
-    """Fill ``target`` from the file. Raises SconeError when it ends early or the disk fails."""
-    while len(target):
-        try:
-            got = os.preadv(file.descriptor, [target], offset)
-        except OSError as error:
-            raise SconeError(f"cannot read {file.path}: {error.strerror}; check the disk") from error
-        if not got:
-            raise damaged(file.path, f"it ends at byte {offset:,}")
-        offset, target = offset + got, target[got:]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import ExitStack
 
 import numpy as np
 import torch
@@ -87,27 +88,23 @@ class TieredStore(RowStore):
             store.close()
 
 
-def open_store(file: TableFile, placement: str, device: torch.device, num_threads: int | None = None) -> RowStore:
+def open_store(file: TableFile, placement: str, device: torch.device) -> RowStore:
     """The store that ``placement`` means (see `parse_placement`). Raises SconeError where it cannot be opened."""
     tiers = parse_placement(placement, file.layout.num_rows, file.layout.row_bytes)
-    stores: list[RowStore] = []
-    try:
+    if device.type == "cpu" and any(tier.kind == "gpu" for tier in tiers):
+        raise SconeError("found a gpu tier with device cpu; expected an accelerator; use ram, or give --device cuda")
+    with ExitStack() as opened:
+        stores: list[RowStore] = []
         for tier in tiers:
-            stores.append(_open_tier(file, tier, device, num_threads))
-    except BaseException:
-        for store in stores:
-            store.close()
-        raise
+            stores.append(_open_tier(file, tier, device))
+            opened.callback(stores[-1].close)
+        opened.pop_all()  # they stay open
     return stores[0] if len(stores) == 1 else TieredStore(stores, [tier.first_row for tier in tiers[1:]])
 
 
-def _open_tier(file: TableFile, tier: Tier, device: torch.device, num_threads: int | None) -> RowStore:
+def _open_tier(file: TableFile, tier: Tier, device: torch.device) -> RowStore:
     if tier.kind == "gpu":
-        if device.type == "cpu":
-            raise SconeError(
-                "found a gpu tier with device cpu; expected an accelerator; use ram, or give --device cuda"
-            )
         return DeviceStore(file, device, tier.first_row, tier.num_rows)
     if tier.kind == "ram":
-        return MemoryStore.ram(file, tier.first_row, tier.num_rows, num_threads, device)
+        return MemoryStore.ram(file, tier.first_row, tier.num_rows, device)
     return MemoryStore.mapped(file) if tier.kind == "mmap" else DirectStore(file)

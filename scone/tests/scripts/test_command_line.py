@@ -80,7 +80,7 @@ MISTAKES = {
     "inspect x": "found none of --model_path and --vocabulary",
     "inspect x --vocabulary v --model_path m": "found both of --model_path and --vocabulary",
     "inspect x --vocabulary v": "found --vocabulary without --tokenizer",
-    "inspect x --model_path no/such/model": "found no f_grams.safetensors in no/such/model",
+    "inspect x --model_path no/such/model": "no/such/model",
     "verify missing": "found nothing at missing",
     "verify folder": "found a folder folder without anything of SCONE",
     "verify text.txt": "found text.txt, which states none of SCONE's formats",
@@ -226,7 +226,7 @@ def test_output_that_cannot_show_a_character_is_one_line(encoding, text):
         return
     assert done.returncode == 2
     (line,) = done.stderr.decode("ascii").splitlines()
-    assert f"the output holds {text[-1]!a}, which" in line
+    assert f"found the text {text!a}, which" in line
     assert "set PYTHONIOENCODING=utf-8" in line
 
 
@@ -238,7 +238,7 @@ def test_a_file_name_that_is_not_utf_8_is_one_line_or_read(tmp_path, capsys):
     status = main([*words, "--min_freq", "2", "--cache_dir", str(tmp_path / "cache")])
     assert status in (0, 2)
     if status:
-        assert capsys.readouterr().err.splitlines()[-1].startswith("error: found a name or text that is not UTF-8")
+        assert capsys.readouterr().err.splitlines()[-1].startswith("error: found the text ")
 
 
 # ------------------------------------------------------------------ what is read: the documented flags
