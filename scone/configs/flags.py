@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from scone.configs.schema import SECTIONS
-from scone.configs.values import Entry, convert, entries, is_boolean
+from scone.configs.values import Entry, convert, entries
 from scone.utils.command_line import did_you_mean
 from scone.utils.errors import SconeError
 
@@ -50,15 +50,19 @@ class OptionParser(argparse.ArgumentParser):
         if default is not None or "(default: " not in info.help:  # the help says what none stands for
             text += f" (default: {shown if entry.type is not str else default or 'none'})"
         metavar = "{" + ",".join(info.choices) + "}" if info.choices else _METAVARS[entry.type]
-        optional_value = entry.type is bool or info.bare is not None
+        bare = "true" if entry.type is bool else info.bare  # the value of a flag that is given without one
         group.add_argument(
             f"--{entry.flag}",
             dest=entry.name,
             metavar=metavar,
-            nargs="?" if optional_value else None,
+            nargs="?" if bare else None,
+            const=bare,
             default=argparse.SUPPRESS,
             help=argparse.SUPPRESS if info.hidden else text.replace("%", "%%"),
         )
+        if entry.type is bool:
+            negative: dict[str, Any] = {"action": "store_const", "const": "false", "default": argparse.SUPPRESS}
+            group.add_argument(f"--no_{entry.flag}", dest=entry.name, help=argparse.SUPPRESS, **negative)
         self.entries_by_flag[f"--{entry.flag}"] = entry
 
 
@@ -99,7 +103,7 @@ def flag_values(parser: OptionParser, argv: Sequence[str]) -> tuple[dict[str, An
 
     Raises SconeError for an unknown flag (with the nearest known one), a missing or a bad value.
     """
-    namespace, unknown = parser.parse_known_args(_normalised(parser, argv))
+    namespace, unknown = parser.parse_known_args([_underscored(parser, word) for word in argv])
     if unknown:
         raise _unknown_argument(parser, unknown[0])
     given: dict[str, Any] = {}
@@ -122,32 +126,11 @@ def _is_chosen(entry: Entry, sections: Sequence[str]) -> bool:
     return any(entry.name == chosen or entry.name.startswith(f"{chosen}.") for chosen in sections)
 
 
-def _normalised(parser: OptionParser, argv: Sequence[str]) -> list[str]:
-    """Write ``--max-n`` as ``--max_n``, ``--fp16`` as ``--fp16=true``, ``--no-fp16`` as ``--fp16=false``.
-
-    argparse alone would let a flag with an optional value swallow a positional argument that follows it.
-    """
-    words = list(argv)
-    result: list[str] = []
-    while words:
-        word = words.pop(0)
-        if word == "--":
-            return [*result, word, *words]
-        name, equals, value = word.partition("=")
-        name = "--" + name[2:].replace("-", "_") if name.startswith("--") else name
-        entry = parser.entries_by_flag.get(name)
-        if entry is None and name not in parser._option_string_actions:
-            positive = parser.entries_by_flag.get("--" + name.removeprefix("--no_"))
-            negated = positive is not None and positive.type is bool and name.startswith("--no_") and not equals
-            result.append(f"--{positive.flag}=false" if positive is not None and negated else word)
-        elif entry is not None and not equals and entry.type is bool:
-            result.append(f"{name}={words.pop(0) if words and is_boolean(words[0]) else 'true'}")
-        elif entry is not None and not equals and entry.info.bare is not None:
-            has_value = bool(words) and not words[0].startswith("-")
-            result.append(f"{name}={words.pop(0) if has_value else entry.info.bare}")
-        else:
-            result.append(name + equals + value)
-    return result
+def _underscored(parser: OptionParser, word: str) -> str:
+    """``--max-n`` as ``--max_n``, where that is a flag."""
+    name, equals, value = word.partition("=")
+    known = "--" + name[2:].replace("-", "_")
+    return known + equals + value if word.startswith("--") and known in parser._option_string_actions else word
 
 
 def _unknown_argument(parser: OptionParser, word: str) -> SconeError:
@@ -158,8 +141,6 @@ def _unknown_argument(parser: OptionParser, word: str) -> SconeError:
     elsewhere = {f"--{entry.flag}": entry for entry in entries().values()}.get(
         name.replace("-", "_").replace("__", "--", 1)
     )
-    if elsewhere is not None:
-        advice = f"it belongs to other commands ({elsewhere.name})"
-    else:
-        advice = did_you_mean(name, flags) or "leave it out"
+    near = did_you_mean(name, flags) or "leave it out"
+    advice = near if elsewhere is None else f"it belongs to other commands ({elsewhere.name})"
     return SconeError(f"found the unknown option {name}; {advice} (see {parser.prog} --help)")

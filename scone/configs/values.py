@@ -62,11 +62,6 @@ def _union_parts(hint: Any) -> tuple[Any, ...]:
     return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
 
 
-def is_boolean(text: str) -> bool:
-    """Whether ``text`` is a spelling of true or false."""
-    return text.lower() in _BOOLEANS
-
-
 def convert(entry: Entry, value: Any, shown_as: str, from_text: bool = False) -> Any:
     """``value`` as the option's type, within its bounds.
 
@@ -78,10 +73,15 @@ def convert(entry: Entry, value: Any, shown_as: str, from_text: bool = False) ->
     if value is None and entry.optional:
         return None
     try:
-        converted = _CONVERTERS[entry.type](entry, value)
+        converted: Any = _CONVERTERS[entry.type](entry, value)
     except (TypeError, ValueError, OverflowError):
         raise _refusal(entry, value, shown_as) from None
-    if not _within_bounds(entry.info, converted):
+    info, low, high = entry.info, entry.info.minimum, entry.info.maximum
+    if converted is not None and (
+        (info.choices is not None and converted not in info.choices)
+        or (low is not None and converted < low)
+        or (high is not None and converted > high)
+    ):
         raise _refusal(entry, value, shown_as)
     if entry.info.check is not None and converted is not None:
         try:
@@ -114,27 +114,15 @@ def shown(value: Any) -> str:
     """A value that was found, as a message shows it: never longer than a line."""
     if isinstance(value, str) and value and " " not in value:
         return shortened(value)
-    if isinstance(value, int) and value.bit_length() > 1000:
-        return f"a number of {value.bit_length():,} bits"
     try:
         return shortened(repr(value))
-    except ValueError:  # a number inside that Python refuses to write out
+    except ValueError:  # a number that Python refuses to write out
         return f"a {type(value).__name__}"
 
 
 def shortened(text: str) -> str:
     """``text``, its middle left out where it is longer than 200 characters."""
     return text if len(text) <= 200 else f"{text[:150]} … {text[-30:]}"
-
-
-def _within_bounds(info: OptionInfo, value: Any) -> bool:
-    if value is None:
-        return True
-    if info.choices is not None and value not in info.choices:
-        return False
-    if info.minimum is not None and value < info.minimum:
-        return False
-    return info.maximum is None or value <= info.maximum
 
 
 def _to_bool(entry: Entry, value: Any) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def sizes_of(tokenizer: PreTrainedTokenizerBase, tokens: np.ndarray) -> dict[str, int | None]:
+def sizes_of(tokenizer: PreTrainedTokenizerBase, tokens: np.ndarray) -> dict[str, Any]:
     """``num_bytes`` and ``num_words`` (runs without ASCII whitespace) of the text that ``tokens`` [n] encode.
 
     Special tokens have no bytes, and end a word. None where the tokenizer is not byte-level, whose decoding does not

@@ -19,7 +19,6 @@ from scone.utils.errors import SconeError
 from scone.utils.files import Closing
 from scone.utils.text import human_bytes
 
-_FP32, _INT64 = torch.float32, torch.int64
 _DECODED_BYTES = 1 << 24  # stored bytes that are read and decoded at a time; above 32 MiB fresh memory is slow
 
 
@@ -37,8 +36,6 @@ class EmbeddingTable(Closing):
         self.store = store
         self.path = file.path
         self.device = device
-        # looked up in every call: of one row that is a tenth of its time
-        self._on_cpu, self._float_dtype = device.type == "cpu", file.layout.row_format.float_dtype
         blocks = store.gpu_blocks(device)
         self._held = blocks[0] if blocks and len(blocks[0]) and blocks[0].device == device else None
         self._gpu_rows: dict[torch.device, GPUReadableRows | None] = {}
@@ -97,33 +94,23 @@ class EmbeddingTable(Closing):
     def rows(self, ranks: Tensor, dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
         """Rows by rank: int64 [n] → ``dtype`` [n, D] on the table's device; repeats and any order are fine.
 
-        ``out``: float32 [n, D], contiguous, on the CPU, is filled and returned instead of a new tensor (CPU only).
+        ``out``: float32 [n, D], contiguous, on the table's device, is filled and returned instead of a new tensor.
         Raises SconeError: a rank outside [0, S), or the file was changed while open.
         """
-        if out is not None:
-            self._check_out(out, ranks, dtype)
-        if not self._on_cpu or self._held is not None:
-            return self._rows_on_device(self._checked(ranks), dtype, out)
-        if ranks.dtype is not _INT64 or ranks.ndim != 1:
-            raise _not_ranks(ranks)
-        try:
-            if dtype is not self._float_dtype:
-                return self._decoded(ranks, dtype, out)
-            if out is None:  # nothing is to be decoded: rows go where they are wanted
-                out = torch.empty(ranks.shape[0], self.width, dtype=dtype)
-            self.store.read(ranks, out)
-            return out
-        except IndexError:
-            self._checked(ranks)  # says which rank
-            raise
-
-    def _decoded(self, ranks: Tensor, dtype: torch.dtype, out: Tensor | None) -> Tensor:
-        """Rows that are stored as another type than ``dtype``, on the CPU."""
-        row = self.layout.row_format
-        rows = torch.empty(len(ranks), self.width, dtype=dtype if row.float_dtype else _FP32) if out is None else out
+        row, wanted = self.layout.row_format, self._checked(ranks)
+        if out is not None and (out.shape != (len(wanted), self.width) or not out.dtype == dtype == torch.float32):
+            raise ValueError(f"out must be float32 [{len(wanted)}, {self.width}], found {out.dtype} {list(out.shape)}")
+        if self.device.type != "cpu" or self._held is not None:
+            return self._rows_on_device(wanted, dtype, out)
+        ranks = torch.from_numpy(wanted)
+        decoded = dtype if row.float_dtype else torch.float32
+        rows = torch.empty(len(wanted), self.width, dtype=decoded) if out is None else out
+        if dtype == row.float_dtype:  # nothing is to be decoded: rows go where they are wanted
+            self.store.read(ranks, rows)
+            return rows
         step = max(1, _DECODED_BYTES // row.row_bytes)
-        scratch = self.store.new_rows(min(step, len(ranks)))
-        for low in range(0, len(ranks), step):
+        scratch = self.store.new_rows(min(step, len(wanted)))
+        for low in range(0, len(wanted), step):
             part = rows[low : low + step]
             stored = scratch[: len(part)]
             self.store.read(ranks[low : low + step], stored)
@@ -170,15 +157,9 @@ class EmbeddingTable(Closing):
         """Start fetching these rows in the background (int64 [n]), so that `rows` of them waits less."""
         self.store.prefetch(torch.from_numpy(self._checked(ranks)))
 
-    def _check_out(self, out: Tensor, ranks: Tensor, dtype: torch.dtype) -> None:
-        if dtype is not _FP32 or not self._on_cpu:
-            raise ValueError("out is for float32 rows on the CPU")
-        if out.shape != (ranks.shape[0], self.width) or out.dtype is not _FP32 or not out.is_contiguous():
-            raise ValueError(f"out must be contiguous float32 [{len(ranks)}, {self.width}], found {list(out.shape)}")
-
     def _checked(self, ranks: Tensor) -> np.ndarray:
-        if ranks.ndim != 1 or ranks.dtype != _INT64:
-            raise _not_ranks(ranks)
+        if ranks.ndim != 1 or ranks.dtype != torch.int64:
+            raise ValueError(f"ranks must be int64 [n], found {ranks.dtype} {list(ranks.shape)}")
         wanted = np.ascontiguousarray(ranks.cpu().numpy())
         if len(wanted):
             low, high = int(wanted.min()), int(wanted.max())
@@ -221,7 +202,3 @@ def decode_rows(table: Tensor, ranks: Tensor, row: RowFormat, dtype: torch.dtype
 
         return gather_rows_triton(table, ranks, row.row_type, row.width, row.group_size, dtype)
     return row.decode(table.index_select(0, ranks), dtype)
-
-
-def _not_ranks(ranks: Tensor) -> ValueError:
-    return ValueError(f"ranks must be int64 [n], found {ranks.dtype} {list(ranks.shape)}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,17 +63,14 @@ def position_limit(model: PreTrainedModel) -> int | None:
     return int(limit) if limit else None
 
 
-def is_scone_folder(folder: Path) -> bool:
-    """Whether a model folder's config.json says that it is one of ours. Raises SconeError when it is not a model
-    folder.
-    """
-    config_path = folder / "config.json"
-    if not config_path.is_file():
+def _is_scone_folder(folder: Path) -> bool:
+    """Whether a model folder's config.json says that it is one of ours. Raises SconeError when it is no such folder."""
+    if not (folder / "config.json").is_file():
         raise SconeError(
             f"found no config.json in {folder}; expected a model folder such as OUTPUT_DIR/final_model; "
             "check --model_path"
         )
-    config = read_json(config_path)
+    config = read_json(folder / "config.json")
     return isinstance(config, dict) and config.get("model_type") == "scone"
 
 
@@ -99,7 +96,7 @@ def load_model(
     hide_library_bars()
     folder = Path(model_path)
     table: EmbeddingTable | None = None
-    if folder.is_dir() and "gguf_file" not in load_arguments(folder) and is_scone_folder(folder):
+    if folder.is_dir() and "gguf_file" not in load_arguments(folder) and _is_scone_folder(folder):
         from scone.models.language_model import SconeForCausalLM
 
         if table_path is not None:
@@ -108,9 +105,12 @@ def load_model(
             expected = {"vocabulary": read_json(folder / "config.json").get("vocabulary_fingerprint", "")}
             table = EmbeddingTable.open(table_path, placement, where, expected)
         advice = "see what `scone verify` says of it; copy it again"
-        with library_refusal(f"cannot load the model in {folder}", advice), _no_loading_report():
-            loaded: Any = SconeForCausalLM.from_pretrained(folder, table=table, output_loading_info=True)
-        model = _complete(loaded, folder, exactly=True)
+        model = _complete(
+            lambda: SconeForCausalLM.from_pretrained(folder, table=table, output_loading_info=True),
+            folder,
+            advice,
+            True,
+        )
         if table is not None:
             check_table_weights(folder, model._token_weight(), table.path, table.fingerprints)
     elif table_path is not None:
@@ -128,11 +128,13 @@ def load_model(
     return LoadedModel(model, table, report)
 
 
-def _complete(loaded: tuple[Any, dict[str, Any]], source: str | Path, exactly: bool = False) -> Any:
-    """The model of what ``from_pretrained`` gave with its loading info. Raises SconeError where weights were missing
-    (transformers puts random numbers in their place) or, if it must be ``exactly`` so, where some were left over.
+def _complete(load: Callable[[], Any], source: str | Path, advice: str, exactly: bool = False) -> Any:
+    """The model of what ``from_pretrained`` gives with its loading info. Raises SconeError where it cannot be loaded,
+    where weights are missing (transformers puts random numbers in their place) or, if it must be ``exactly`` so, where
+    some are left over.
     """
-    model, info = loaded
+    with library_refusal(f"cannot load a causal language model from {source}", advice), _no_loading_report():
+        model, info = load()
     missing, left = sorted(info["missing_keys"]), sorted(info["unexpected_keys"]) if exactly else []
     if missing or left:
         what = f"no weights for {missing[0]}" if missing else f"weights {left[0]} that have no place"
@@ -191,7 +193,7 @@ def _load_plain(model_path: str | Path) -> PreTrainedModel:
     import scone.models.over_encoding
     import scone.models.scaled_trunk  # noqa: F401
 
-    where = load_arguments(model_path)
+    where: dict[str, Any] = dict(load_arguments(model_path))
     if Path(model_path).is_file() and "gguf_file" not in where:
         raise SconeError(f"found the file {model_path}; expected a model folder such as OUTPUT_DIR/final_model")
     if not Path(model_path).exists() and (
@@ -200,9 +202,8 @@ def _load_plain(model_path: str | Path) -> PreTrainedModel:
         raise SconeError(
             f"found no folder {model_path}; expected a model folder such as OUTPUT_DIR/final_model; train one first"
         )
+    # code that comes with a model is never run, and nobody is asked on the terminal whether it may
+    where |= {"trust_remote_code": False, "output_loading_info": True}
     advice = "give a model folder that `scone verify` finds whole, or a hub name within reach"
-    with library_refusal(f"cannot load a causal language model from {model_path}", advice), _no_loading_report():
-        # code that comes with a model is never run, and nobody is asked on the terminal whether it may
-        loaded: Any = AutoModelForCausalLM.from_pretrained(**where, trust_remote_code=False, output_loading_info=True)
-    model: PreTrainedModel = _complete(loaded, model_path)
+    model: PreTrainedModel = _complete(lambda: AutoModelForCausalLM.from_pretrained(**where), model_path, advice)
     return model

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -91,7 +91,7 @@ def precompute_table(
 def _plan(
     model: SconeForCausalLM, row_type: str, group_size: int | None, chunk_rows: int, compute_dtype: str
 ) -> TablePlan:
-    vocabulary = model.vocabulary
+    vocabulary: Any = model.vocabulary
     known = {"tokenizer": vocabulary.tokenizer_fingerprint} | model.table_fingerprints()
     fingerprints = {name: known.get(name, "") for name in FINGERPRINT_NAMES}
     width = model.embed_nodes(torch.zeros(1, dtype=torch.int64)).shape[1]
@@ -127,11 +127,12 @@ def _compute_chunks(
     todo = [chunk for chunk in mine if chunk not in finished]
     if not todo:
         return
-    order, device = model.vocabulary.depth_first_order(), device_of(model)
+    vocabulary: Any = model.vocabulary
+    order, device = vocabulary.depth_first_order(), device_of(model)
 
     def compute(chunk: int) -> int:
         ranks = np.asarray(order[chunk * chunk_rows : (chunk + 1) * chunk_rows], dtype=np.int64)
-        nodes = torch.from_numpy(ranks + model.vocabulary.vocab_size)
+        nodes = torch.from_numpy(ranks + vocabulary.vocab_size)
         half = torch.autocast(device.type, COMPUTE_DTYPES[compute_dtype], enabled=compute_dtype != "fp32")
         with torch.inference_mode(), half:
             rows = model.embed_nodes(nodes)

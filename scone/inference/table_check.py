@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -43,25 +43,26 @@ def verify_table(path: str | Path, model: SconeForCausalLM | None = None, sample
         if model is None or not layout.num_rows:
             return TableCheck(layout, 0)
         check_fingerprints(file.path, layout.fingerprints, model.table_fingerprints())
-        if layout.num_rows > model.vocabulary.num_f_grams:
+        vocabulary: Any = model.vocabulary
+        if layout.num_rows > vocabulary.num_f_grams:
             raise SconeError(
                 f"found {layout.num_rows:,} rows in {path}; expected at most the model's "
-                f"{model.vocabulary.num_f_grams:,} f-grams; give the table that belongs to the model"
+                f"{vocabulary.num_f_grams:,} f-grams; give the table that belongs to the model"
             )
         count = min(sample, layout.num_rows)
         ranks = np.sort(np.random.default_rng(0).choice(layout.num_rows, count, replace=False)).astype(np.int64)
-        _compare(file, model, torch.from_numpy(ranks))
+        _compare(file, model, torch.from_numpy(ranks), vocabulary.vocab_size)
     return TableCheck(layout, count)
 
 
-def _compare(file: TableFile, model: SconeForCausalLM, ranks: torch.Tensor) -> None:
+def _compare(file: TableFile, model: SconeForCausalLM, ranks: torch.Tensor, vocab_size: int) -> None:
     row = file.layout.row_format
     store = MemoryStore.mapped(file)
     rows = store.new_rows(len(ranks))
     store.read(ranks, rows)
     store.close()
     raw = rows.view(torch.uint8)
-    live = model.embed_nodes(ranks + model.vocabulary.vocab_size).cpu()
+    live = model.embed_nodes(ranks + vocab_size).cpu()
     rounding = _ROUNDING.get(row.row_type)
     allowed = row.steps(raw) / 2 if rounding is None else live.abs() * rounding
     deviation = ((row.decode(raw) - live).abs() - allowed).amax(1).clamp(min=0) / live.abs().amax(1).clamp(min=1e-30)

@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 from scone.configs.loading import parse_options
 from scone.scripts.arguments import arguments, at_least
@@ -16,7 +17,7 @@ DESCRIPTION = """\
 Train a plain language model and SCONE (same trunk, data, tokens, schedule) on a corpus, precompute the embedding table,
 evaluate both on held-out text, generate from both, and write report.html and report.json. It prints what it
 measured, whoever wins. A second run reuses finished steps."""
-OWN = {
+OWN: dict[str, dict[str, Any]] = {
     "data": {
         "metavar": "PATH",
         "help": "file or folder with your own text (default: the Python standard library's sources)",

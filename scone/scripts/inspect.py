@@ -87,9 +87,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _as_table(tokenizer: PreTrainedTokenizerBase, records: list[InspectedToken]) -> str:
-    rows = [("position", "token", "longest f-gram ending here", "length", "rank", "count")]
+    rows: list[tuple[str, ...]] = [("position", "token", "longest f-gram ending here", "length", "rank", "count")]
     for record in records:
-        matched = ("", "", "", "")
+        matched: tuple[str, ...] = ("", "", "", "")
         if record.rank is not None:
             numbers = (f"{number:,}" for number in (record.match_length, record.rank, record.count))
             matched = (_quoted(tokenizer, record.f_gram), *numbers)

@@ -138,12 +138,6 @@ def test_words_of_the_command_line_mean_what_people_mean(argv, name, value):
     assert (found, type(found)) == (value, type(value))
 
 
-def test_a_switch_does_not_swallow_the_argument_behind_it():
-    text = {"add_arguments": lambda parser: parser.add_argument("text")}
-    options, extra = parse_options(["--use_memory_map", "some text"], ("inference",), "a test", **text)
-    assert (options.inference.use_memory_map, extra.text) == (True, "some text")
-
-
 def test_another_base_model_does_not_inherit_the_files_sizes(written, capsys):
     path = written("model: {base_model_name: gpt2, hidden_size: 768, num_hidden_layers: 12}")
     options = parse("--config", str(path), "--base_model_name", "gpt2-medium", "--num_hidden_layers", "2")
