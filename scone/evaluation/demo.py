@@ -57,6 +57,10 @@ from scone.utils.text import human_bytes, human_count
 NAMES = {"plain": "plain", "scone": "SCONE"}
 TABLE_FILE, PLAN_FILE, TEXT = "embeddings.cache", "plan.json", "held-out text"
 SAMPLING = {"temperature": 0.7, "top_p": 0.9, "max_new_tokens": 96}
+STDLIB = (
+    "the Python standard library's sources",
+    "the sources of the running Python's standard library, without tests",
+)
 NUM_SAMPLES, PROMPT_TOKENS, NUM_EXAMPLES = 3, 24, 9
 LIVE_CHECK_TOKENS = 16_384
 MIN_STEPS = 20
@@ -122,13 +126,20 @@ def run_demo(options: DemoOptions, say: Callable[[str], None] = print) -> Path:
     with run.step("Generate from both") as notes:
         samples = _generate_both(run, splits["test"])
         notes.append(f"{len(samples)} prompts")
+    source = STDLIB if options.data == "python-stdlib" else (options.data,)
     report: dict[str, Any] = {
         "created": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "scone_version": scone.__version__,
         "machine": environment(),
         "options": asdict(run.options),
         "sampling": SAMPLING,
-        "corpus": _corpus_facts(run.options, corpus, splits),
+        "corpus": {
+            "name": source[0],
+            "description": source[-1],
+            "num_documents": sum(split.num_documents for split in splits.values()),
+            "tokens": {split: file.num_tokens for split, file in splits.items()},
+            "tokenizer": f"a byte-level BPE of {len(corpus.tokenizer):,} tokens trained on the training text",
+        },
         "training": _training_facts(run.options),
         "table": {
             "num_rows": vocabulary.num_f_grams,
@@ -352,26 +363,12 @@ def _document_openings(test: TokenFile) -> list[np.ndarray]:
     return [np.asarray(test.tokens[start : start + PROMPT_TOKENS]) for start in chosen]
 
 
-def _corpus_facts(options: DemoOptions, corpus: Corpus, splits: Mapping[str, TokenFile]) -> dict[str, Any]:
-    name = description = options.data
-    if options.data == "python-stdlib":
-        name = "the Python standard library's sources"
-        description = "the sources of the running Python's standard library, without tests"
-    return {
-        "name": name,
-        "description": description,
-        "num_documents": sum(split.num_documents for split in splits.values()),
-        "tokens": {split: file.num_tokens for split, file in splits.items()},
-        "tokenizer": f"a byte-level BPE of {len(corpus.tokenizer):,} tokens trained on the training text",
-    }
-
-
 def _training_facts(options: DemoOptions) -> dict[str, Any]:
     """The settings that both models share, and SCONE's input embedding, in words."""
-    layers, width, recipe = options.num_hidden_layers, options.hidden_size, model_options(options, "scone").training
+    recipe = model_options(options, "scone").training
     shared = ("steps", "batch_size", "max_length", "seed")
     return {name: getattr(options, name) for name in shared} | {
-        "trunk": f"Qwen3 architecture, {layers} layers × {width} wide, from scratch",
+        "trunk": f"Qwen3 architecture, {options.num_hidden_layers} layers × {options.hidden_size} wide, from scratch",
         "tokens": options.steps * options.batch_size * options.max_length,
         "optimizer": {"muon": "Muon for matrices, AdamW for the rest", "adamw": "AdamW"}[recipe.optimizer],
         "learning_rate": recipe.learning_rate,
@@ -385,8 +382,11 @@ def _training_facts(options: DemoOptions) -> dict[str, Any]:
 
 def _model_facts(result: RunResult, log: Mapping[str, Any], seconds_a_step: float) -> dict[str, Any]:
     """Costs and quality of a model: served as benchmarked, trained as its log says."""
-    per_step, entries = log["tokens_per_step"], log["log"]
     found = result.to_dict()
+
+    def curve(loss: str) -> list[list[float]]:
+        return [[entry["step"] * log["tokens_per_step"], entry[loss]] for entry in log["log"] if loss in entry]
+
     return {
         "evaluation": found["perplexity"][TEXT],
         "resident_parameters": found["parameters"]["resident"],
@@ -397,10 +397,8 @@ def _model_facts(result: RunResult, log: Mapping[str, Any], seconds_a_step: floa
         "training_seconds": log["train_seconds"],
         "seconds_a_step": seconds_a_step,
         "generation_tokens_per_second": result.speed[0]["decode_tokens_per_second"],
-        "training_curve": [[entry["step"] * per_step, entry["loss"]] for entry in entries if "loss" in entry],
-        "validation_curve": [
-            [entry["step"] * per_step, entry["eval_loss"]] for entry in entries if "eval_loss" in entry
-        ],
+        "training_curve": curve("loss"),
+        "validation_curve": curve("eval_loss"),
         "speed": result.speed,
     }
 

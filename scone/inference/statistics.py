@@ -19,7 +19,7 @@ SHOWN_REQUESTS = 20
 
 @dataclass(frozen=True)
 class RequestStats:
-    """One prompt's share. Both times are seconds since the call began, waiting for other prompts included."""
+    """One sequence's share. Both times are seconds since the call began, waiting for other prompts included."""
 
     num_prompt_tokens: int
     num_new_tokens: int
@@ -29,34 +29,21 @@ class RequestStats:
 
 @dataclass
 class TableReads:
-    """Positions that were looked up (padding not counted) and rows that were read for them.
-
-    Attributes: ``num_padding``, positions looked up that are padding.
-    """
+    """Positions that were looked up, ``num_padding`` of padding not counted, and rows that were read for them."""
 
     num_padding: int = 0
-    _counts: list[torch.Tensor] = field(default_factory=list, repr=False)
-
-    def add(self, counts: list[torch.Tensor]) -> None:
-        """Count positions and rows, int64 ``[2]``, in parts that are to be added up."""
-        self._counts += counts
-
-    # an accelerator that counted is waited for when it is asked, and not in each step
+    counts: list[torch.Tensor] = field(default_factory=list, repr=False)
+    """Positions and rows, int64 ``[2]``, in parts to be added up: an accelerator is waited for when it is asked."""
 
     @property
     def num_positions(self) -> int:
         """Positions that were looked up."""
-        return sum(int(part[0]) for part in self._counts) - self.num_padding
+        return sum(int(part[0]) for part in self.counts) - self.num_padding
 
     @property
     def num_rows(self) -> int:
         """Rows that were read."""
-        return sum(int(part[1]) for part in self._counts)
-
-    @property
-    def hit_rate(self) -> float:
-        """Share of positions at which an f-gram ended."""
-        return self.num_rows / self.num_positions if self.num_positions else 0.0
+        return sum(int(part[1]) for part in self.counts)
 
 
 @dataclass(frozen=True)
@@ -90,32 +77,21 @@ class GenerationStats:
             f"{len(self.requests)} sequence(s), {self.num_prompt_tokens} prompt tokens, "
             f"{self.num_new_tokens} new tokens in {self.seconds:.2f} s: {self.tokens_per_second:.1f} tokens/s"
         ]
-        firsts = [one.first_token_seconds for one in self.requests if one.first_token_seconds is not None]
-        if firsts:
-            lines[0] += f", first token after {1000 * min(firsts):.0f} ms"
-        if len(self.requests) > 1:
-            lines += [_request_line(*item) for item in enumerate(self.requests[:SHOWN_REQUESTS], 1)]
+        for number, one in enumerate(self.requests[:SHOWN_REQUESTS], 1):
+            first = one.first_token_seconds
+            after = "" if first is None else f"first after {1000 * first:.0f} ms, "
+            tokens = f"{one.num_prompt_tokens} prompt tokens, {one.num_new_tokens} new"
+            lines.append(f"  [{number}] {tokens}: {after}all after {one.seconds:.2f} s")
         if len(self.requests) > SHOWN_REQUESTS:
             lines.append(f"  … and {len(self.requests) - SHOWN_REQUESTS} more")
         if self.reads is not None:
-            lines.append(
-                f"table reads: {self.reads.num_rows:,} rows for {self.reads.num_positions:,} positions: "
-                f"an f-gram ended at {self.reads.hit_rate:.1%}"
-            )
-        memory = [f"model {human_bytes(self.model_bytes)}", f"table {human_bytes(self.table_bytes)}"]
-        if self.process_bytes is not None:
-            memory.append(f"process {human_bytes(self.process_bytes)}")
-        if self.accelerator_bytes is not None:
-            memory.append(f"accelerator peak {human_bytes(self.accelerator_bytes)}")
-        return "\n".join([*lines, "memory: " + ", ".join(memory)])
-
-
-def _request_line(number: int, request: RequestStats) -> str:
-    first = "" if request.first_token_seconds is None else f"first after {1000 * request.first_token_seconds:.0f} ms, "
-    return (
-        f"  [{number}] {request.num_prompt_tokens} prompt tokens, {request.num_new_tokens} new: "
-        f"{first}all after {request.seconds:.2f} s"
-    )
+            rows, positions = self.reads.num_rows, self.reads.num_positions
+            matched = f"an f-gram ended at {rows / max(positions, 1):.1%}"
+            lines.append(f"table reads: {rows:,} rows for {positions:,} positions: {matched}")
+        memory = {"model": self.model_bytes, "table": self.table_bytes, "process": self.process_bytes}
+        memory["accelerator peak"] = self.accelerator_bytes
+        held = [f"{name} {human_bytes(size)}" for name, size in memory.items() if size is not None]
+        return "\n".join([*lines, "memory: " + ", ".join(held)])
 
 
 @contextmanager
@@ -129,4 +105,4 @@ def counted_reads(model: PreTrainedModel) -> Iterator[TableReads | None]:
     try:
         yield reads
     finally:
-        reads.add([after - earlier for after, earlier in zip(layer.reads(), before, strict=True)])
+        reads.counts += [after - earlier for after, earlier in zip(layer.reads(), before, strict=True)]

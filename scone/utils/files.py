@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import errno
-import fcntl
+import glob
 import hashlib
 import json
 import os
+import platform
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,12 +38,19 @@ class Closing:
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success it is synced and renamed to ``path``, on error removed.
 
-    A reader therefore sees the old file or the new one, never half of one. What a killed process left of an earlier
-    attempt is removed. Raises OSError (disk full, no permission).
+    A reader therefore sees the old file or the new one, never half of one. What a killed process of this machine left
+    of an earlier attempt is removed. Raises OSError (disk full, no permission).
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary, lock = _temporary_beside(path)
+    ours = f".{path.name}.{platform.node()}-"
+    for left in path.parent.glob(f"{glob.escape(ours)}*.part"):
+        process = left.name.removeprefix(ours).partition("-")[0]
+        if process.isdigit() and not _is_alive(int(process)):
+            left.unlink(missing_ok=True)
+    descriptor, name = tempfile.mkstemp(".part", f"{ours}{os.getpid()}-", path.parent)
+    os.close(descriptor)
+    temporary = Path(name)
     try:
         yield temporary
         with temporary.open("rb") as file:
@@ -52,47 +60,15 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
-        os.close(lock)
 
 
-def _temporary_beside(path: Path) -> tuple[Path, int]:
-    """A new temporary file for ``path``, and the descriptor by which we hold its lock while we live.
-
-    Files of the same kind whose lock nobody holds are what a kill left, and go. The folder is locked meanwhile, so
-    that nobody takes a file that was made but not locked yet for one of those.
-    """
-    folder = os.open(path.parent, os.O_RDONLY | os.O_CLOEXEC)
+def _is_alive(process: int) -> bool:
     try:
-        can_lock = _locked(folder, fcntl.LOCK_EX)
-        start, end = f".{path.name}.", ".part"
-        for name in os.listdir(path.parent) if can_lock else ():
-            if name.startswith(start) and name.endswith(end) and len(name) == len(start) + 8 + len(end):
-                _remove_if_abandoned(path.parent / name)
-        lock, made = tempfile.mkstemp(dir=path.parent, prefix=start, suffix=end)
-        _locked(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return Path(made), lock
-    finally:
-        os.close(folder)
-
-
-def _remove_if_abandoned(temporary: Path) -> None:
-    try:
-        descriptor = os.open(temporary, os.O_RDWR | os.O_CLOEXEC)
-    except OSError:  # its maker renamed it, or it is not ours to remove
-        return
-    try:
-        if _locked(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB):
-            temporary.unlink(missing_ok=True)
-    finally:
-        os.close(descriptor)
-
-
-def _locked(descriptor: int, how: int) -> bool:
-    """Whether the lock was taken; some network file systems have none."""
-    try:
-        fcntl.flock(descriptor, how)
-    except OSError:
+        os.kill(process, 0)
+    except ProcessLookupError:
         return False
+    except OSError:  # somebody else's
+        pass
     return True
 
 
