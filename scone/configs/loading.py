@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,8 @@ from scone.configs.flags import build_parser, flag_values
 from scone.configs.presets import MODERN_RECIPE, MODERN_TRUNK
 from scone.configs.schema import SECTIONS, TRUNK_SIZES, SconeOptions
 from scone.configs.values import convert, entries, shortened, shown
-from scone.utils.command_line import did_you_mean, is_first_process, one_line
-from scone.utils.errors import SconeError
+from scone.utils.command_line import did_you_mean, is_first_process
+from scone.utils.errors import SconeError, library_refusal
 from scone.utils.files import atomic_path
 from scone.utils.progress import is_quiet
 
@@ -113,33 +113,12 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
 
     Plain values only: a tag that would become an object is an error.
     """
-    import yaml
+    from omegaconf import OmegaConf
 
-    class Loader(yaml.SafeLoader):
-        """YAML forbids a key twice, PyYAML takes the last: the first half of a section would be lost in silence."""
-
-        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-            seen: set[str] = set()
-            for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
-                if isinstance(key.value, str) and key.value != "<<":
-                    if key.value in seen:
-                        raise SconeError(
-                            f"{path}, line {key.start_mark.line + 1}: found {shortened(key.value)} a second time; "
-                            "expected each key once; put what belongs to it in one place"
-                        )
-                    seen.add(key.value)
-            return super().construct_mapping(node, deep)
-
-    try:
-        loaded = Loader(Path(path).read_text(encoding="utf-8")).get_single_data()
-    except FileNotFoundError:
-        raise SconeError(f"found no file {path}; expected a YAML file of options; check --config") from None
-    # what PyYAML raises for its input, besides its own
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:
-        reason = one_line(str(error))[:300] or type(error).__name__
-        raise SconeError(f"cannot read {path} as YAML: {reason}; mend the file") from error
-    if loaded is None:
-        return {}
+    if not Path(path).is_file():
+        raise SconeError(f"found no file {path}; expected a YAML file of options; check --config")
+    with library_refusal(f"cannot read {path} as YAML", "mend the file"):
+        loaded: Any = OmegaConf.to_container(OmegaConf.load(path))  # which refuses a key twice, where PyYAML does not
     if not isinstance(loaded, dict):
         raise SconeError(f"{path}: found {type(loaded).__name__}; expected sections: {', '.join(SECTIONS)}")
     return loaded
@@ -164,14 +143,7 @@ def from_mapping(mapping: Mapping[str, Any], source: str = "") -> SconeOptions:
 
 def to_mapping(options: SconeOptions) -> dict[str, Any]:
     """A nested plain mapping of all options: section → option → value."""
-    nested: dict[str, Any] = {}
-    for name in entries():
-        *groups, last = name.split(".")
-        target = nested
-        for group in groups:
-            target = target.setdefault(group, {})
-        target[last] = get_option(options, name)
-    return nested
+    return {section: asdict(getattr(options, section)) for section in SECTIONS}
 
 
 def get_option(options: SconeOptions, name: str) -> Any:

@@ -49,11 +49,7 @@ def _train(options: SconeOptions) -> None:
 
 def run_jobs(argv: Sequence[str], run: Callable[[SconeOptions], None]) -> None:
     """Call ``run`` with the checked options of every job that ``argv`` describes, in order. Raises as :func:`main`."""
-    arguments = _without_local_rank(argv)
-    for word in arguments:  # before Hydra refuses an unknown option in its own words
-        found = re.fullmatch(r"([A-Za-z_][\w.]*)=.*", word, flags=re.DOTALL)
-        if found and found[1] not in entries() and found[1].split(".")[0] != "hydra":
-            raise SconeError(f"found the unknown option {found[1]}; {suggestion(found[1])}")
+    arguments = read_arguments(argv)
     failures: list[tuple[str, Exception]] = []
     jobs = _run_hydra(arguments, run, failures)
     if len(failures) == 1 and jobs == 1:
@@ -63,15 +59,19 @@ def run_jobs(argv: Sequence[str], run: Callable[[SconeOptions], None]) -> None:
         raise SconeError(f"{len(failures)} of {jobs} jobs failed: {which}") from failures[0][1]
 
 
-def _without_local_rank(argv: Sequence[str]) -> list[str]:
+def read_arguments(argv: Sequence[str]) -> list[str]:
     """``argv`` without the ``--local-rank`` that torch.distributed.launch adds and Hydra rejects. The trainer reads
-    LOCAL_RANK from the environment, where it is put if the launcher did not.
+    LOCAL_RANK from the environment, where it is put if the launcher did not. Raises SconeError for an unknown option.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--local-rank", "--local_rank", dest="rank")
     known, kept = parser.parse_known_args(list(argv))
     if known.rank is not None:
         os.environ.setdefault("LOCAL_RANK", known.rank)
+    for word in kept:  # before Hydra refuses it in its own words
+        found = re.fullmatch(r"([A-Za-z_][\w.]*)=.*", word, flags=re.DOTALL)
+        if found and found[1] not in entries() and found[1].split(".")[0] != "hydra":
+            raise SconeError(f"found the unknown option {found[1]}; {suggestion(found[1])}")
     return kept
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -33,9 +34,14 @@ _BY_FORMAT = {"scone-f-gram-vocabulary": "vocabulary", "scone-embedding-table": 
 _BY_NAME = {VOCABULARY: "vocabulary", "tokens.npy": "tokens", "tokens.json": "tokens", ".cache": "table"}
 
 
+def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The paths to check. Raises SconeError."""
+    return parse_options(argv, (), DESCRIPTION, examples=EXAMPLES, add_arguments=ARGUMENTS, config_flag=False)[1]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Check every path and print one line per intact file. Raises SconeError at the first damaged one."""
-    _, extra = parse_options(argv, (), DESCRIPTION, examples=EXAMPLES, add_arguments=ARGUMENTS, config_flag=False)
+    extra = read_arguments(argv)
     found: dict[str, list[str]] = {}
     for path in extra.paths:
         found[path] = verify(Path(path), Path(extra.model_path) if extra.model_path else None)

@@ -12,7 +12,6 @@ from scone.configs.loading import (
     from_mapping,
     get_option,
     load_options,
-    load_yaml,
     merge,
     parse_options,
     save_options,
@@ -100,10 +99,9 @@ def test_every_option_has_help_and_a_valid_default():
         assert convert(entry, entry.default, name) == entry.default
 
 
-def test_yaml_writes_5e_5_as_text_and_is_understood(written):
+def test_values_of_a_file_are_understood_as_people_mean_them(written):
     path = written("training: {learning_rate: 5e-5, batch_size: '4', fp16: 'yes', resume_from_checkpoint: true}\ndata:")
     options = parse("--config", str(path), "--batch_size", "2")
-    assert isinstance(load_yaml(path)["training"]["learning_rate"], str)
     training = options.training
     assert (training.learning_rate, training.batch_size, training.fp16) == (5e-5, 2, True)
     assert training.resume_from_checkpoint == "true"
@@ -171,12 +169,11 @@ BAD_FILES = [
     ("training: {seed: null}", r"training.seed: found None; expected a whole number"),
     ("training: {batch_size: .inf}", r"training.batch_size: found inf"),
     ("data: {dataset_config_name: 1.10}", r"found 1.1; expected text or none; put it in quotes"),
-    ("data: {dataset_config_name: 2020-01-01}", r"expected text or none; put it in quotes"),
     ("data: {dataset_name: ''}", r"data.dataset_name: found ''; expected text"),
     ("- 1", r"found list; expected sections: data"),
-    ("data: {max_n: 3, min_freq: 2, max_n: 4}", r"line 1: found max_n a second time; expected each key once"),
-    ("data:\n  max_n: 4\nmodel: {}\ndata:\n  min_freq: 2\n", r"line 4: found data a second time"),
-    ("model:\n  f_gram:\n    start: zero\n    start: random", r"line 4: found start a second time"),
+    ("data: {max_n: 3, min_freq: 2, max_n: 4}", r"found duplicate key max_n"),
+    ("data:\n  max_n: 4\nmodel: {}\ndata:\n  min_freq: 2\n", r"found duplicate key data"),
+    ("model:\n  f_gram:\n    start: zero\n    start: random", r"found duplicate key start"),
     # bombs, code and nonsense
     ("a: [", r"cannot read .* as YAML"),
     ("\x00", r"cannot read .* as YAML"),
@@ -185,7 +182,6 @@ BAD_FILES = [
     ("data: &a\n  max_n: *a", r"options\.yaml"),
     ("data: &a {dataset_name: *a}", r"options\.yaml"),
     ("data: {dataset_name: !!binary |\n  ////}", r"options\.yaml"),
-    ("data: {dataset_name: 2001-99-99}", r"options\.yaml"),
     ("data: {dataset_name: !!timestamp x}", r"options\.yaml"),
     ("data: {dataset_name: !!int x}", r"options\.yaml"),
     ("? [a, b]\n: c", r"options\.yaml"),
