@@ -15,7 +15,7 @@ from workloads import TrainingStep, f_grams_of, gpt2_tokens, gpt2_trunk, most_fr
 from scone.inference.embedding_table import EmbeddingTable
 from scone.inference.precompute import precompute_table
 from scone.inference.row_types import ROW_TYPES
-from scone.inference.table_convert import convert_table
+from scone.inference.table_tools import convert_table
 from scone.models.language_model import SconeForCausalLM
 
 VOCAB_SIZE, MAX_N, LENGTH, BATCH = 4096, 4, 128, 16

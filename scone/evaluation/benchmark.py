@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -113,16 +113,6 @@ class BenchmarkSettings:
     seed: int = 42
 
 
-@dataclass
-class Subject:
-    """A model that was loaded, with its tokenizer, its name in the results and where it came from."""
-
-    name: str
-    path: str
-    loaded: LoadedModel
-    tokenizer: PreTrainedTokenizerBase
-
-
 def run_benchmark(
     config: BenchmarkConfig, output_dir: Path, settings: BenchmarkSettings, say: Callable[[str], None] = print
 ) -> list[RunResult]:
@@ -204,114 +194,102 @@ class Benchmark:
     def _measured(self, entry: ModelEntry | BaselineEntry, quantization: str | None) -> RunResult:
         """Load one model and measure everything; nothing of it stays in memory. Raises SconeError if it cannot be."""
         with PeakMemory(choose_device(self.settings.device)) as peak:
-            subject = self._load(entry, quantization)
-            result = self._measure(subject, entry, self._texts(subject))
+            result = self._measure(entry, self._load(entry, quantization))
         result.peak_process_bytes, result.peak_accelerator_bytes = peak.process_bytes, peak.accelerator_bytes
         return result
 
-    def _load(self, entry: ModelEntry | BaselineEntry, quantization: str | None) -> Subject:
+    def _load(self, entry: ModelEntry | BaselineEntry, quantization: str | None) -> LoadedModel:
         """Raises SconeError where the model is missing; one whose table is missing is measured live."""
-        if isinstance(entry, BaselineEntry):
-            path, table = entry.model_name, None
-        else:
-            path, table = entry.model_path, entry.embedding_cache_path
+        path, table = _path_of(entry), getattr(entry, "embedding_cache_path", None)
         if table is not None and not Path(table).exists() and Path(path).is_dir():
-            why = f"found no file {table}; the model is measured with its f-gram model running live; make it with "
-            self._leave_out(
-                f"the table of {entry.name}", f"{why}scone precompute --model_path {path} --output_path {table}"
-            )
+            how = f"make it with scone precompute --model_path {path} --output_path {table}"
+            why = f"found no file {table}; the model is measured with its f-gram model running live; {how}"
+            self._leave_out(f"the table of {entry.name}", why)
             table = None
-        loaded = load_model(path, table, self.settings.placement, self.settings.device, quantization)
-        return Subject(entry.name, path, loaded, load_tokenizer(path))
+        return load_model(path, table, self.settings.placement, self.settings.device, quantization)
 
-    def _texts(self, subject: Subject) -> dict[str, TokenFile]:
+    def _texts(self, name: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, TokenFile]:
         """The token file of each data set that can be had."""
         found: dict[str, TokenFile] = {}
         for dataset in self.config.dataset_configs:
             try:
                 found[dataset.name] = prepare_corpus(
                     dataset.dataset_name,
-                    subject.tokenizer,
+                    tokenizer,
                     dataset_config_name=dataset.dataset_config_name,
                     text_column=dataset.text_column,
                     splits=(dataset.split,),
                     cache_dir=self.settings.cache_dir,
                 )[dataset.split]
             except SconeError as error:
-                self._leave_out(f"{dataset.name} for {subject.name}", str(error))
+                self._leave_out(f"{dataset.name} for {name}", str(error))
         return found
 
-    def _measure(
-        self, subject: Subject, entry: ModelEntry | BaselineEntry, texts: Mapping[str, TokenFile]
-    ) -> RunResult:
-        model, config = subject.loaded.model, self.config
-        limit = position_limit(model)
+    def _measure(self, entry: ModelEntry | BaselineEntry, loaded: LoadedModel) -> RunResult:
+        model, config, tokenizer = loaded.model, self.config, load_tokenizer(_path_of(entry))
+        texts = self._texts(entry.name, tokenizer)
+        limit, vocab_size = position_limit(model), model.config.get_text_config().vocab_size
         lengths = [length for length in config.sequence_lengths if limit is None or length <= limit]
         for length in sorted(set(config.sequence_lengths) - set(lengths)):
-            self._leave_out(f"{subject.name} at {length} tokens", f"the model has {limit} positions")
+            self._leave_out(f"{entry.name} at {length} tokens", f"the model has {limit} positions")
         window = max(lengths, default=limit or 512)
-        text = next(iter(texts.values()), None)
-        if text is None:  # no text: any tokens will do for the speed, though fewer f-grams match
-            vocab_size = model.config.get_text_config().vocab_size
-            sample = np.random.default_rng(self.settings.seed).integers(0, vocab_size, 1 << 16)
-        else:
-            sample = text.tokens
-        result = _sized(subject, entry)
+        # without a text any tokens will do for the speed, though fewer f-grams match
+        sample = np.random.default_rng(self.settings.seed).integers(0, vocab_size, 1 << 16)
+        sample = next((text.tokens for text in texts.values()), sample)
+        result = _sized(entry, loaded)
         flops = flops_per_token(model, batch_of(sample, max(config.batch_sizes), window))
         result.inference_flops_per_token = flops.pop("inference_flops_per_token")
         result.training_flops_per_token = flops.pop("training_flops_per_token")
         result.facts |= flops
         for name, file in texts.items():
-            found = result.perplexity[name] = self._perplexity(subject, file, window)
-            self.say(f"    {name}: perplexity {found['perplexity']:.3f} ({found['num_predicted']:,} tokens)")
+            tokens = file.tokens[: self.settings.max_tokens]
+            found = perplexity(
+                model,
+                tokens,
+                window,
+                max(config.batch_sizes),
+                matcher=self.matcher or getattr(model, "matcher", None),
+                separator_id=file.separator_id,
+                **sizes_of(tokenizer, tokens),
+            )
+            result.perplexity[name] = found.to_dict() | {"window_losses": found.window_losses}
+            self.say(f"    {name}: perplexity {found.perplexity:.3f} ({found.num_predicted:,} tokens)")
         for batch_size, length in product(config.batch_sizes, lengths):
             speed = measure_speed(model, batch_of(sample, batch_size, length), config.num_runs, config.warmup_runs)
             result.speed.append({"batch_size": batch_size, "sequence_length": length} | speed)
-            decoded = speed.get("decode_tokens_per_second")
-            self.say(
-                f"    batch {batch_size}, {length} tokens: prefill {speed['prefill_tokens_per_second']:,.0f} tokens/s"
-                + (f", decode {decoded:,.0f} tokens/s" if decoded else "")
-            )
+            rates = {kind: speed.get(f"{kind}_tokens_per_second") for kind in ("prefill", "decode")}
+            shown = ", ".join(f"{kind} {rate:,.0f} tokens/s" for kind, rate in rates.items() if rate)
+            self.say(f"    batch {batch_size}, {length} tokens: {shown}")
         return result
 
-    def _perplexity(self, subject: Subject, file: TokenFile, window: int) -> dict[str, Any]:
-        tokens = file.tokens[: self.settings.max_tokens]
-        model = subject.loaded.model
-        result = perplexity(
-            model,
-            tokens,
-            window,
-            max(self.config.batch_sizes),
-            matcher=self.matcher or getattr(model, "matcher", None),
-            separator_id=file.separator_id,
-            **sizes_of(subject.tokenizer, tokens),
-        )
-        return result.to_dict() | {"window_losses": result.window_losses}
+
+def _path_of(entry: ModelEntry | BaselineEntry) -> str:
+    return entry.model_name if isinstance(entry, BaselineEntry) else entry.model_path
 
 
-def _sized(subject: Subject, entry: ModelEntry | BaselineEntry) -> RunResult:
+def _sized(entry: ModelEntry | BaselineEntry, loaded: LoadedModel) -> RunResult:
     """What is known before anything runs; what only training needs is looked up where a table serves."""
-    model, table = subject.loaded.model, subject.loaded.table
-    parameters = parameter_counts(model).to_dict()
+    model, table, parameters = loaded.model, loaded.table, parameter_counts(loaded.model).to_dict()
     facts: dict[str, Any] = {"entry": asdict(entry)}
-    if table is not None:
-        parameters["training_only"] = training_only_parameters(subject.path) or 0
-    if isinstance(model, SconeForCausalLM):
-        facts["served"] = "live" if table is None else "table"
-    if subject.loaded.quantization:
-        facts["quantization"] = str(subject.loaded.quantization)
-    return RunResult(
-        subject.name,
+    result = RunResult(
+        entry.name,
         kind_of(model),
         num_f_grams=getattr(model.config, "num_f_grams", None),
         f_gram_model_parameters=f_gram_model_parameters(model.config),
         f_gram_model_size=getattr(entry, "f_gram_model_size", None),
         parameters=parameters,
         resident_bytes=model_bytes(model),
-        table_bytes=table.num_rows * table.row_bytes if table is not None else None,
-        table_memory_bytes=table.memory.ram + table.memory.mapped if table is not None else None,
         facts=facts,
     )
+    if table is not None:
+        parameters["training_only"] = training_only_parameters(_path_of(entry)) or 0
+        result.table_bytes = table.num_rows * table.row_bytes
+        result.table_memory_bytes = table.memory.ram + table.memory.mapped
+    if isinstance(model, SconeForCausalLM):
+        facts["served"] = "live" if table is None else "table"
+    if loaded.quantization:
+        facts["quantization"] = str(loaded.quantization)
+    return result
 
 
 def kind_of(model: PreTrainedModel) -> str:

@@ -16,8 +16,15 @@ from torch import Tensor
 
 from scone.inference.loading import LoadedModel, device_of, load_model, position_limit
 from scone.inference.quantization import model_bytes
-from scone.inference.statistics import GenerationStats, RequestStats, TableReads, counted_reads
-from scone.inference.streaming import GeneratedSequence, SequenceStoppingCriteria, decode
+from scone.inference.streaming import (
+    GeneratedSequence,
+    GenerationStats,
+    RequestStats,
+    SequenceStoppingCriteria,
+    TableReads,
+    counted_reads,
+    decode,
+)
 from scone.utils.errors import SconeError
 from scone.utils.peak_memory import process_bytes
 

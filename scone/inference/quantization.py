@@ -6,7 +6,7 @@ import logging
 import warnings
 from dataclasses import dataclass
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -71,14 +71,12 @@ def quantize_trunk(model: PreTrainedModel, quantization: str) -> QuantizationRep
     """
     check_quantization(quantization)
     trunk: PreTrainedModel = getattr(model, "trunk", model)
-    device = next(trunk.parameters()).device
-    bytes_before = model_bytes(model)
-    layers = _linear_layers(trunk)
-    num_left = 0
-    if quantization == "int4":
-        fitting = {name: layer for name, layer in layers.items() if _fits_int4(layer[0])}
-        num_left = len(layers) - len(fitting)
-        layers = fitting
+    device, bytes_before, layers = next(trunk.parameters()).device, model_bytes(model), _linear_layers(trunk)
+    num_layers = len(layers)
+    if quantization == "int4":  # bitsandbytes' kernels take whole blocks in a row, and packed rows
+        layers = {
+            n: one for n, one in layers.items() if not one[0].shape[1] % INT4_IN and not one[0].shape[0] % INT4_OUT
+        }
         if not layers:
             raise SconeError(
                 f"found no linear layer that int4 can hold; expected widths that are multiples of {INT4_IN} in and "
@@ -98,7 +96,8 @@ def quantize_trunk(model: PreTrainedModel, quantization: str) -> QuantizationRep
         for name, (weight, bias) in layers.items():
             _replace(trunk, name, _quantised(bitsandbytes, quantization, weight, bias, compute_type).to(device))
         computes_in = "int8" if quantization == "int8" else str(compute_type).removeprefix("torch.")
-    return QuantizationReport(quantization, len(layers), num_left, bytes_before, model_bytes(model), computes_in)
+    num_left, bytes_after = num_layers - len(layers), model_bytes(model)
+    return QuantizationReport(quantization, len(layers), num_left, bytes_before, bytes_after, computes_in)
 
 
 def check_quantization(quantization: str) -> None:
@@ -109,48 +108,34 @@ def check_quantization(quantization: str) -> None:
         _import_bitsandbytes(quantization)
 
 
-def _fits_int4(weight: Tensor) -> bool:
-    """Whether bitsandbytes' kernels of all devices take the weight [out, in]: whole blocks in a row, rows packed."""
-    return weight.shape[1] % INT4_IN == 0 and weight.shape[0] % INT4_OUT == 0
-
-
 def computes_in_fp16(device: torch.device) -> bool:
     """Whether fp16 matrix products are native there: accelerators, and CPUs that oneDNN says have fp16 arithmetic."""
     return device.type != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
 
 
 def model_bytes(model: nn.Module) -> int:
-    """Bytes of parameters and buffers, shared ones once, and the scales that quantised parameters carry."""
-    tensors = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
-    holders: list[Tensor | nn.Module] = [*tensors.values(), *model.modules()]
-    for holder in holders:
-        tensors |= {id(scale): scale for scale in _scales(holder)}
+    """Bytes of parameters and buffers, shared ones once, and the constants that bitsandbytes keeps beside a quantised
+    parameter, or in its layer once that has been used.
+    """
+    held: list[Any] = [*model.parameters(), *model.buffers()]
+    for holder in [*held, *model.modules()]:
+        quant_state = getattr(holder, "quant_state", None)
+        held += [getattr(holder, "SCB", None), getattr(getattr(holder, "state", None), "SCB", None)]
+        held += [getattr(quant_state, "absmax", None), getattr(quant_state, "code", None)]
+    tensors = {id(one): one for one in held if isinstance(one, Tensor)}
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
-def _scales(holder: Tensor | nn.Module) -> list[Tensor]:
-    """The constants that bitsandbytes keeps beside a quantised parameter, or in its layer once that has been used."""
-    found = [getattr(holder, "SCB", None), getattr(getattr(holder, "state", None), "SCB", None)]
-    quant_state = getattr(holder, "quant_state", None)
-    found += [getattr(quant_state, "absmax", None), getattr(quant_state, "code", None)]
-    return [constant for constant in found if isinstance(constant, Tensor)]
-
-
 def _linear_layers(trunk: PreTrainedModel) -> dict[str, tuple[Tensor, Tensor | None]]:
-    """Weight [out, in] and bias of each linear layer by its name, the output head left out (tied to the embeddings,
-    often).
-    """
+    """Weight [out, in] and bias of each linear layer by its name, but for the output head (often the embeddings)."""
     from transformers.pytorch_utils import Conv1D
 
-    head = trunk.get_output_embeddings()
     found: dict[str, tuple[Tensor, Tensor | None]] = {}
     for name, layer in trunk.named_modules():
-        if layer is head:
-            continue
-        if isinstance(layer, Conv1D):
-            found[name] = (layer.weight.detach().T.contiguous(), layer.bias.detach())
-        elif isinstance(layer, nn.Linear):
-            found[name] = (layer.weight.detach(), None if layer.bias is None else layer.bias.detach())
+        if isinstance(layer, (Conv1D, nn.Linear)) and layer is not trunk.get_output_embeddings():
+            weight = layer.weight.detach()
+            bias = None if layer.bias is None else layer.bias.detach()
+            found[name] = (weight.T.contiguous() if isinstance(layer, Conv1D) else weight, bias)
     return found
 
 

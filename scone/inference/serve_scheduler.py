@@ -11,8 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from scone.inference.engine import GenerationOptions, SconeInferenceEngine
 from scone.inference.serve_protocol import RequestError
-from scone.inference.statistics import counted_reads
-from scone.inference.streaming import GeneratedSequence
+from scone.inference.streaming import GeneratedSequence, counted_reads
 
 COUNTED = ("batches", "batch_sequences", "generated_tokens", "table_positions", "table_rows", "disconnects")
 """What is counted, for `/metrics`."""

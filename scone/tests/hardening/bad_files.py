@@ -29,7 +29,7 @@ from scone.data.token_file import METADATA_NAME, TokenFile, TokenFileWriter, _me
 from scone.evaluation.benchmark import BenchmarkConfig, read_benchmark_config
 from scone.inference import table_format
 from scone.inference.embedding_table import EmbeddingTable
-from scone.inference.table_check import verify_table
+from scone.inference.table_tools import verify_table
 from scone.scripts.verify import verify
 from scone.tests import tiny
 from scone.tests.hardening.hostile import HOSTILE_VALUES, damaged, deep_json, forged

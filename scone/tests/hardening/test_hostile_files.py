@@ -112,7 +112,7 @@ CLAIMS = """
 import resource, sys
 from pathlib import Path
 from scone.scripts.verify import verify
-import scone.tokenization.f_gram_vocabulary, scone.inference.table_check, scone.data.token_file
+import scone.tokenization.f_gram_vocabulary, scone.inference.table_tools, scone.data.token_file
 from scone.utils.errors import SconeError
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20),) * 2)

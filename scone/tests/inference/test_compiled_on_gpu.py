@@ -11,7 +11,7 @@ import torch
 from transformers import StaticCache
 
 from scone.inference.embedding_table import EmbeddingTable
-from scone.inference.statistics import counted_reads
+from scone.inference.streaming import counted_reads
 from scone.models.language_model import SconeForCausalLM
 from scone.tests import tiny
 from scone.tests.inference.tables import write_table

@@ -16,8 +16,8 @@ from safetensors import safe_open
 
 from scone.inference.embedding_table import EmbeddingTable
 from scone.inference.row_types import ROW_TYPES, RowFormat
-from scone.inference.table_check import verify_table
 from scone.inference.table_format import PAGE_BYTES, TableFile, TableLayout
+from scone.inference.table_tools import verify_table
 from scone.tests.inference.tables import write_table
 from scone.utils.errors import SconeError
 
