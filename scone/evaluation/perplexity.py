@@ -10,7 +10,8 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -148,8 +149,7 @@ def _exp(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
-@dataclass(frozen=True)
-class Window:
+class Window(NamedTuple):
     """Tokens ``start … end − 1`` are read, tokens ``first_target … end − 1`` are predicted."""
 
     start: int
@@ -164,16 +164,12 @@ def windows(num_tokens: int, max_length: int, stride: int) -> list[Window]:
     With a smaller stride windows overlap, each predicts what the one before did not reach, and only token 0 is left
     out.
     """
-    found: list[Window] = []
-    reached = 0
-    start = 0
-    while reached < num_tokens:
-        end = min(start + max_length, num_tokens)
-        first_target = max(reached, start + 1)
-        if first_target < end:
-            found.append(Window(start, end, first_target))
-        reached = end
-        start += stride
+    found, reached = [], 0
+    for start in range(0, num_tokens, stride):
+        if reached < num_tokens:
+            window = Window(start, min(start + max_length, num_tokens), max(reached, start + 1))
+            found += [window] if window.first_target < window.end else []
+            reached = window.end
     return found
 
 
@@ -239,9 +235,15 @@ def perplexity(
     model.eval()
     losses, targets, window_losses = np.zeros(len(tokens)), np.zeros(len(tokens), bool), []
     nodes = np.zeros(len(tokens) if matcher is not None else 0, np.int64)  # that predicted each token
+    batches = [  # of windows of one length, so that nothing is ever padded
+        same[first : first + batch_size]
+        for _, group in groupby(windows(len(tokens), max_length, step), lambda window: window.end - window.start)
+        for same in [list(group)]
+        for first in range(0, len(same), batch_size)
+    ]
     started = time.perf_counter()
     with progress(len(tokens), "token", "Evaluating", quiet) as bar:
-        for batch in _batches(windows(len(tokens), max_length, step), batch_size):
+        for batch in batches:
             for found, window in zip(token_losses(model, tokens, batch, where), batch, strict=True):
                 predicted = slice(window.first_target, window.end)
                 losses[predicted], targets[predicted] = found, True
@@ -336,15 +338,3 @@ def check_windows(model: PreTrainedModel, tokens: np.ndarray, max_length: int, s
             f"found token {largest}; the model's vocabulary has {vocab_size} tokens; "
             "use the tokenizer that the model was trained with"
         )
-
-
-def _batches(all_windows: list[Window], batch_size: int) -> Iterator[list[Window]]:
-    """Group windows of equal length, ``batch_size`` at a time, so that nothing is ever padded."""
-    batch: list[Window] = []
-    for window in all_windows:
-        if batch and (len(batch) == batch_size or window.end - window.start != batch[0].end - batch[0].start):
-            yield batch
-            batch = []
-        batch.append(window)
-    if batch:
-        yield batch

@@ -78,6 +78,7 @@ class SconeInferenceEngine:
         self.loaded = loaded
         self.model = loaded.model
         self.tokenizer = tokenizer
+        self._vocab_size = int(loaded.model.config.get_text_config().vocab_size)
 
     @classmethod
     def from_pretrained(
@@ -172,11 +173,10 @@ class SconeInferenceEngine:
             raise SconeError(
                 f"found the prompt {prompt!r}, which the tokenizer turns into no tokens; give another prompt"
             )
-        vocab_size = self.model.config.get_text_config().vocab_size
-        wrong = next((token for token in ids if not 0 <= token < vocab_size), None)
+        wrong = next((token for token in ids if not 0 <= token < self._vocab_size), None)
         if wrong is not None:
             raise SconeError(
-                f"found token {wrong} in the prompt; the model's vocabulary has {vocab_size} tokens; "
+                f"found token {wrong} in the prompt; the model's vocabulary has {self._vocab_size} tokens; "
                 "use the tokenizer that the model was trained with"
             )
         return ids
@@ -312,17 +312,14 @@ class SconeInferenceEngine:
 
     def _eos_token_ids(self) -> set[int]:
         configured = self.model.generation_config.eos_token_id if self.model.generation_config else None
-        if configured is None:
-            configured = self.tokenizer.eos_token_id
-        ids = configured if isinstance(configured, list) else [configured]
-        vocab_size = self.model.config.get_text_config().vocab_size
-        return {int(i) for i in ids if i is not None and int(i) < vocab_size}
+        found = self.tokenizer.eos_token_id if configured is None else configured
+        ids = found if isinstance(found, list) else [found]
+        return {int(i) for i in ids if i is not None and int(i) < self._vocab_size}
 
     def _pad_token_id(self) -> int:
         """Any valid id will do: padded positions are masked out."""
-        vocab_size = self.model.config.get_text_config().vocab_size
         candidates = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
-        return next(int(i) for i in candidates if i is not None and int(i) < vocab_size)
+        return next(int(i) for i in candidates if i is not None and int(i) < self._vocab_size)
 
     def _stats(
         self, finished: Sequence[GeneratedSequence], num_prompt_tokens: int, reads: TableReads | None, started: float

@@ -216,7 +216,7 @@ class Service:
         echo = isinstance(asked, CompletionRequest) and asked.echo
         echoed = [self.engine.text_of(sequence.prompt_ids) if echo else "" for sequence in sequences]
         if asked.stream:
-            stream = _Stream(_events(job, answer, echoed, asked.stream_options.include_usage), job, self.counts)
+            stream = _Stream(job, answer, echoed, asked.stream_options.include_usage, self.counts)
             self.scheduler.submit(job)
             self.counts['requests_total{status="200"}'] += 1
             return stream
@@ -266,11 +266,23 @@ class Service:
 
 
 class _Stream(StreamingResponse):
-    """Server-sent events of a job, which ends with them: when all is sent, or the client went away."""
+    """Server-sent events of a job that is submitted afterwards. It ends with them: when all is sent, or the client went
+    away.
+    """
 
-    def __init__(self, events: AsyncIterator[str], job: GenerationJob, counts: Counter[str]) -> None:
+    def __init__(self, job: GenerationJob, answer: Answer, echoed: list[str], with_usage: bool, counts: Counter[str]):
+        loop, pieces = asyncio.get_running_loop(), asyncio.Queue[tuple[int, str] | None]()
+        self._job, self._counts, self._pieces = job, counts, pieces
+
+        def tell(index: int, text: str) -> None:  # on the thread that generates
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(pieces.put_nowait, (index, text))
+
+        for index, sequence in enumerate(job.sequences):
+            sequence.on_text = partial(tell, index)
+        job.done.add_done_callback(lambda _: pieces.put_nowait(None))
+        events = self._events(answer, echoed, with_usage)
         super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        self._job, self._counts = job, counts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI's one method."""
@@ -281,39 +293,23 @@ class _Stream(StreamingResponse):
                 self._counts["disconnects_total"] += 1
             self._job.cancel()
 
-
-def _events(job: GenerationJob, answer: Answer, echoed: list[str], with_usage: bool) -> AsyncIterator[str]:
-    """The events of a job that is submitted afterwards."""
-    loop = asyncio.get_running_loop()
-    pieces: asyncio.Queue[tuple[int, str] | None] = asyncio.Queue()
-
-    def tell(index: int, text: str) -> None:  # on the thread that generates
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(pieces.put_nowait, (index, text))
-
-    for index, sequence in enumerate(job.sequences):
-        sequence.on_text = partial(tell, index)
-    job.done.add_done_callback(lambda _: pieces.put_nowait(None))
-
-    async def events() -> AsyncIterator[str]:
+    async def _events(self, answer: Answer, echoed: list[str], with_usage: bool) -> AsyncIterator[str]:
         for index, text in enumerate(echoed):
             yield _event(answer.chunk(index, text, first=True))
-        while (piece := await pieces.get()) is not None:
+        while (piece := await self._pieces.get()) is not None:
             yield _event(answer.chunk(*piece))
-        error = job.done.exception()
+        error = self._job.done.exception()
         if error is not None:  # the status line has gone out already
             known = isinstance(error, SconeError)
             yield _event(
                 error_body(error if known else RequestError(f"generating failed: {type(error).__name__}", 500))
             )
             return
-        for index, sequence in enumerate(job.sequences):
+        for index, sequence in enumerate(self._job.sequences):
             yield _event(answer.chunk(index, "", finish_reason(sequence)))
         if with_usage:
-            yield _event(answer.end(usage=usage(job.sequences)))
+            yield _event(answer.end(usage=usage(self._job.sequences)))
         yield "data: [DONE]\n\n"
-
-    return events()
 
 
 def _event(body: dict[str, Any]) -> str:
