@@ -164,43 +164,35 @@ def _examples(report: Report) -> Part:
 
 def cost_table(report: Report) -> Table:
     """Quality and costs side by side; the better of two values that differ is bold."""
-    models = _models(report)
-    evaluations = [model["evaluation"] for model in models]
+    models, two = _models(report), _two_decimals
 
-    def row(name: str, values: Sequence[Any], form: Callable[[Any], str], bold: bool = False) -> list[Any]:
-        better = None
+    def row(name: str, path: str, form: Callable[[Any], str], bold: bool = False) -> list[Any]:
+        """``path``: a key of the two models, or of their evaluations ("evaluation.KEY")."""
+        of, key = [model["evaluation"] if "." in path else model for model in models], path.rpartition(".")[2]
+        values, better = [each[key] for each in of], None
         if bold and abs(values[0] - values[1]) >= 1e-3 * abs(values[0]):
             better = int(values[1] < values[0])
         styles = ["winner" if place == better else "" for place in range(len(values))]
         return [name, *({"text": form(value), "style": style} for value, style in zip(values, styles, strict=True))]
 
-    def of(key: str) -> list[Any]:
-        return [model[key] for model in models]
-
-    def quality(key: str) -> list[float]:
-        return [evaluation[key] for evaluation in evaluations]
-
-    def speed(value: float) -> str:
-        return f"{human_count(value)} tokens/s"
-
     rows = [
-        row("Held-out perplexity (lower is better)", quality("perplexity"), _two_decimals, bold=True),
-        row("Loss, nats per token", quality("loss"), "{:.4f}".format, bold=True),
+        row("Held-out perplexity (lower is better)", "evaluation.perplexity", two, bold=True),
+        row("Loss, nats per token", "evaluation.loss", "{:.4f}".format, bold=True),
     ]
-    if all(quality("bits_per_byte")):
-        rows.append(row("Bits per byte of text", quality("bits_per_byte"), "{:.4f}".format, bold=True))
+    if all(model["evaluation"]["bits_per_byte"] for model in models):
+        rows.append(row("Bits per byte of text", "evaluation.bits_per_byte", "{:.4f}".format, bold=True))
     rows += [
-        row("Inference FLOPs per token", of("inference_flops_per_token"), human_count),
-        row("Training FLOPs per token", of("training_flops_per_token"), human_count),
-        row("Parameters resident at inference", of("resident_parameters"), human_count),
-        row("Parameters trained", of("trained_parameters"), human_count),
-        row("Model in memory at inference", of("resident_bytes"), human_bytes),
+        row("Inference FLOPs per token", "inference_flops_per_token", human_count),
+        row("Training FLOPs per token", "training_flops_per_token", human_count),
+        row("Parameters resident at inference", "resident_parameters", human_count),
+        row("Parameters trained", "trained_parameters", human_count),
+        row("Model in memory at inference", "resident_bytes", human_bytes),
         ["Embedding table, off the accelerator", "–", human_bytes(report["table"]["file_bytes"])],
-        row("Training time, evaluations included", of("training_seconds"), "{:.0f} s".format),
-        row("A training step, timed in turn", of("seconds_a_step"), "{:.3f} s".format, bold=True),
+        row("Training time, evaluations included", "training_seconds", "{:.0f} s".format),
+        row("A training step, timed in turn", "seconds_a_step", "{:.3f} s".format, bold=True),
         ["Steps in SCONE's training time", f"{steps_in_equal_time(report):,}", f"{report['training']['steps']:,}"],
-        row("Evaluation speed", quality("tokens_per_second"), speed),
-        row("Generation, one sequence", of("generation_tokens_per_second"), "{:.0f} tokens/s".format),
+        row("Evaluation speed", "evaluation.tokens_per_second", lambda speed: f"{human_count(speed)} tokens/s"),
+        row("Generation, one sequence", "generation_tokens_per_second", "{:.0f} tokens/s".format),
     ]
     return ["", "plain", "SCONE"], rows
 

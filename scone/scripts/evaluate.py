@@ -91,7 +91,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if extra.tasks is None or "data.dataset_name" in options.given:
             facts |= _measure_perplexity(options, extra, loaded.model, tokenizer)
         if extra.tasks is not None:
-            facts |= _measure_accuracy(options, extra, loaded.model, tokenizer)
+            from scone.evaluation.zero_shot import describe_tasks, evaluate_tasks
+
+            settings = (extra.tasks, extra.task_data, extra.limit, options.inference.batch_size)
+            results = evaluate_tasks(loaded.model, tokenizer, *settings)
+            print(describe_tasks(results))
+            facts["tasks"] = {result.task: result.to_dict() for result in results}
         if loaded.table is not None:
             print(loaded.table.describe())
         if loaded.quantization is not None:
@@ -140,29 +145,16 @@ def _measure_perplexity(
     return {"dataset_name": data.dataset_name, "split": extra.split} | windows | result.to_dict()
 
 
-def _measure_accuracy(
-    options: SconeOptions, extra: argparse.Namespace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> dict[str, object]:
-    """Print the accuracy on the tasks; returns what goes into the JSON."""
-    from scone.evaluation.zero_shot import describe_tasks, evaluate_tasks
-
-    batch_size = options.inference.batch_size
-    results = evaluate_tasks(model, tokenizer, extra.tasks, extra.task_data, extra.limit, batch_size)
-    print(describe_tasks(results))
-    return {"tasks": {result.task: result.to_dict() for result in results}}
-
-
 def _print_perplexity(result: PerplexityResult) -> None:
     interval = ""
     if result.perplexity_interval is not None:
-        low, high = result.perplexity_interval
-        interval = f"   (95 % over {result.num_documents:,} documents: {low:.4f} to {high:.4f})"
+        shown = "{:.4f} to {:.4f}".format(*result.perplexity_interval)
+        interval = f"   (95 % over {result.num_documents:,} documents: {shown})"
     print(f"perplexity        {result.perplexity:.4f}{interval}")
     print(f"loss              {result.loss:.4f} nats a token ({result.num_predicted:,} tokens predicted)")
-    if result.word_perplexity is not None:
-        print(f"word perplexity   {result.word_perplexity:.4f}")
-    if result.bits_per_byte is not None:
-        print(f"bits per byte     {result.bits_per_byte:.4f}")
+    for name, value in {"word perplexity": result.word_perplexity, "bits per byte": result.bits_per_byte}.items():
+        if value is not None:
+            print(f"{name:<18}{value:.4f}")
     groups = {
         "no f-gram matched" if each["length"] == 1 else f"f-gram of {each['length']} tokens matched": each
         for each in result.by_match_length

@@ -6,7 +6,6 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from scone.configs.loading import parse_options
 from scone.configs.schema import SconeOptions
@@ -14,11 +13,6 @@ from scone.scripts.arguments import ROW_TYPES, arguments, check_tokenizer
 from scone.utils.command_line import run_main
 from scone.utils.errors import SconeError
 from scone.utils.progress import is_quiet
-
-if TYPE_CHECKING:
-    import torch
-
-    from scone.models.language_model import SconeForCausalLM
 
 EXAMPLES = (
     "scone precompute --model_path outputs/scone-model/final_model --output_path outputs/scone-model/embeddings.cache",
@@ -56,14 +50,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch
 
     from scone.inference.embedding_table import EmbeddingTable
-    from scone.inference.loading import choose_device
+    from scone.inference.loading import choose_device, load_model
     from scone.inference.precompute import precompute_table
+    from scone.models.language_model import SconeForCausalLM
 
     torch.manual_seed(options.training.seed)
     device = choose_device(options.training.device)
     if device.type == "cuda" and device.index is None and world_size > 1:
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
-    model = _load_scone(extra.model_path, device)
+    model = load_model(extra.model_path, device=device).model
+    if not isinstance(model, SconeForCausalLM):  # over-encoding's hashed rows are a table already
+        raise SconeError(
+            f"found a model without f-grams in {extra.model_path}; expected one trained with f-grams; others need no "
+            "embedding table: serve it as it is"
+        )
     if extra.tokenizer_path:
         from scone.tokenization.tokenizers import load_tokenizer
 
@@ -85,19 +85,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         with EmbeddingTable.open(extra.output_path, placement="mmap") as table:
             print(f"{extra.output_path}: {table.describe()}")
     return 0
-
-
-def _load_scone(model_path: str, device: torch.device) -> SconeForCausalLM:
-    from scone.inference.loading import load_model
-    from scone.models.language_model import SconeForCausalLM
-
-    model = load_model(model_path, device=device).model
-    if not isinstance(model, SconeForCausalLM):  # over-encoding's hashed rows are a table already
-        raise SconeError(
-            f"found a model without f-grams in {model_path}; expected one trained with f-grams; others need no "
-            "embedding table: serve it as it is"
-        )
-    return model
 
 
 if __name__ == "__main__":
