@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
@@ -34,28 +33,3 @@ def test_it_is_sound_and_what_it_copies_is_there_and_not_ignored():
     for source in (source for word, rest in steps() if word == "COPY" for source in rest.split()[:-1]):
         assert (REPOSITORY / source).exists()
         assert f"!{source}" in ignored
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(
-    not os.environ.get("SCONE_TEST_ROOT"), reason="set SCONE_TEST_ROOT to a bare Debian root to run the steps in it"
-)
-def test_its_steps_run_in_a_bare_root():
-    """RUN and COPY by chroot, without the image's base. The package index is the root's own (etc/pip.conf)."""
-    root = Path(os.environ["SCONE_TEST_ROOT"])
-    environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "DEBIAN_FRONTEND": "noninteractive", "HOME": "/root"}
-    for word, rest in steps():
-        if word == "COPY":
-            *sources, target = rest.split()
-            for source in sources:
-                place = root / target.lstrip("/")
-                if (REPOSITORY / source).is_dir():
-                    shutil.copytree(REPOSITORY / source, place, dirs_exist_ok=True)
-                else:
-                    place.mkdir(parents=True, exist_ok=True)
-                    shutil.copy(REPOSITORY / source, place)
-        elif word == "RUN":
-            command = ["chroot", str(root), "/bin/bash", "-o", "pipefail", "-c", f"set -eu; {rest}"]
-            subprocess.run(command, env=environment | {"TORCH_INDEX": ""}, check=True, timeout=1500)
-    command = ["chroot", str(root), "/venv/bin/scone", "--help"]
-    assert "commands:" in subprocess.run(command, capture_output=True, text=True, check=True).stdout

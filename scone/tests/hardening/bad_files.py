@@ -22,11 +22,10 @@ import yaml
 from hypothesis import strategies as st
 
 import scone
-from scone.configs.loading import load_options, parse_options, to_mapping
+from scone.configs.loading import load_options, to_mapping
 from scone.configs.schema import SconeOptions
 from scone.data.readers import read_documents
 from scone.data.token_file import METADATA_NAME, TokenFile, TokenFileWriter, _metadata_checksum
-from scone.evaluation.benchmark import BenchmarkConfig, read_benchmark_config
 from scone.inference import table_format
 from scone.inference.embedding_table import EmbeddingTable
 from scone.inference.table_tools import verify_table
@@ -38,7 +37,7 @@ from scone.tokenization import f_gram_file
 from scone.tokenization.counting import count_f_grams
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 from scone.tokenization.matcher import Matcher
-from scone.utils.files import fingerprint_of, read_json
+from scone.utils.files import fingerprint_of
 
 Files = dict[str, bytes]
 BadInputs = Callable[[Files], st.SearchStrategy[Files]]
@@ -200,7 +199,7 @@ def use_table(folder: Path) -> str:
     return digest.hexdigest()
 
 
-# ------------------------------------------------------------------ token files, corpus folders
+# ------------------------------------------------------------------ token files
 
 
 def good_tokens(folder: Path) -> Files:
@@ -232,33 +231,7 @@ def use_tokens(folder: Path) -> str:
     return hashlib.sha256(np.asarray(opened.tokens)).hexdigest()
 
 
-def good_corpus(folder: Path) -> Files:
-    split = {f"train/{name}": content for name, content in good_tokens(folder).items()}
-    return {"corpus.json": json.dumps({"splits": ["train"]}).encode(), **split}
-
-
-def corpora_that_lead_outside(good: Files) -> st.SearchStrategy[Files]:
-    """Splits that are other folders, or no names at all."""
-    names = st.sampled_from(("..", "../x", "/etc", "train/../train", "train/", ".", *HOSTILE_VALUES)) | st.text(
-        max_size=9
-    )
-    contents = st.lists(names, max_size=3).map(lambda splits: {"splits": splits}) | names.map(lambda x: {"splits": x})
-    return contents.map(lambda content: good | {"corpus.json": json.dumps(content).encode()})
-
-
-# ------------------------------------------------------------------ JSON, YAML, flags
-
-
-def good_json(_: Path) -> Files:
-    return {"a.json": json.dumps({"a": [1, {"b": None}], "c": "ä"}).encode()}
-
-
-def nested_json(_: Files) -> st.SearchStrategy[Files]:
-    """Nested without end, numbers of thousands of digits: of any depth and length."""
-    deep = st.integers(500, 200_000).map(deep_json)
-    objects = st.integers(500, 100_000).map(lambda depth: '{"a":' * depth)
-    digits = st.integers(4000, 100_000).map(lambda length: "[" + "9" * length + "]")
-    return (deep | objects | digits).map(lambda text: {"a.json": text.encode()})
+# ------------------------------------------------------------------ options
 
 
 def good_options(_: Path) -> Files:
@@ -287,32 +260,6 @@ def use_options(folder: Path) -> Any:
     options = load_options(folder / "a.yaml")
     assert isinstance(options, SconeOptions)
     return options
-
-
-@st.composite
-def flags_with_absurd_values(draw: st.DrawFn, _: Files) -> Files:
-    """Words of a command line: known and unknown flags, hostile values."""
-    schema = to_mapping(SconeOptions())
-    flags = [f"--{name}" for section in ("data", "model", "training") for name in schema[section]]
-    values = st.sampled_from([str(value) for value in (*HOSTILE_VALUES, *NUMBERS)]) | st.text(max_size=20)
-    words = st.lists(st.sampled_from([*flags, "--", "--no", "-x", "@a", "--config"]) | values, min_size=1, max_size=8)
-    return {"words.json": json.dumps(draw(words)).encode()}
-
-
-def use_flags(folder: Path) -> Any:
-    words = json.loads((folder / "words.json").read_bytes())
-    try:
-        return parse_options(words, ("data", "model", "training"), "Train.")[0]
-    except SystemExit as left:  # somebody asked for help
-        if left.code:
-            raise
-        return None
-
-
-def use_benchmark_config(folder: Path) -> BenchmarkConfig:
-    config = read_benchmark_config(folder / "a.json")
-    assert isinstance(config, BenchmarkConfig)
-    return config
 
 
 # ------------------------------------------------------------------ texts
@@ -350,15 +297,6 @@ def use_text(folder: Path) -> list[str]:
     return found
 
 
-def good_parquet(folder: Path) -> Files:
-    import pyarrow
-    import pyarrow.parquet
-
-    rows = {"text": [f"text {n}" for n in range(30)], "n": list(range(30))}
-    pyarrow.parquet.write_table(pyarrow.table(rows), folder / "a.parquet", compression="none")
-    return files_below(folder)
-
-
 READERS: dict[str, Reader] = {
     reader.name: reader
     for reader in (
@@ -389,22 +327,6 @@ READERS: dict[str, Reader] = {
             sealed=True,
         ),
         Reader(
-            "corpus folder",
-            good_corpus,
-            {
-                "any bytes": any_bytes("corpus.json"),
-                "damaged": damages("corpus.json"),
-                "forged": corpora_that_lead_outside,
-            },
-            verify,
-        ),
-        Reader(
-            "JSON",
-            good_json,
-            {"any bytes": any_bytes(), "damaged": damages(), "nested": nested_json},
-            lambda folder: read_json(folder / "a.json"),
-        ),
-        Reader(
             "YAML options",
             good_options,
             {
@@ -415,19 +337,11 @@ READERS: dict[str, Reader] = {
             },
             use_options,
         ),
-        Reader("flags", lambda _: {"words.json": b"[]"}, {"forged": flags_with_absurd_values}, use_flags),
-        Reader(
-            "benchmark configuration",
-            lambda _: {"a.json": SHIPPED.read_bytes()},
-            {"any bytes": any_bytes(), "damaged": damages(), "forged": forged_json()},
-            use_benchmark_config,
-        ),
         Reader(
             "text, JSON lines, compressed",
             lambda _: {"a.jsonl": ROWS},
             {"any bytes": _texts(lambda _: st.binary(max_size=200)), "damaged": _texts(damaged), "forged": forged_rows},
             use_text,
         ),
-        Reader("parquet", good_parquet, {"any bytes": any_bytes(), "damaged": damages()}, use_text),
     )
 }

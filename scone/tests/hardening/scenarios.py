@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
 import shutil
-import signal
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -64,60 +61,6 @@ def two_at_once(job: Job, folder: Path) -> str:
     return _same_in_the_end(job, folder, work) if 0 in codes else f"both failed: {_errors(logs[0])}"
 
 
-def clock_jumps(job: Job, folder: Path) -> str:
-    """Wall time runs backwards by a day at every look."""
-
-    def jump() -> None:
-        now = [time.time()]
-
-        def back() -> float:
-            now[0] -= 86_400
-            return now[0]
-
-        time.time = back
-
-    work = _fresh(folder, f"{job.name}-clock")
-    code, lines = _run(job, folder, work, jump)
-    if code:
-        return f"exit code {code}: {lines[-1:]}"
-    return SURVIVED if job.digest(work) == _whole(job, folder) else "other bytes"
-
-
-def dead_worker(folder: Path) -> str:
-    """The system kills a process that prepares batches, as it does when memory runs out."""
-    work, log = _fresh(folder, "worker"), folder / "worker.log"
-    log.unlink(missing_ok=True)
-
-    def run(inputs: Path, output: Path) -> int:
-        from scone.scripts.train import main
-        from scone.tests.hardening.jobs import TRAINING_FLAGS
-
-        flags = ["--dataset_name", str(inputs / "corpus.jsonl"), "--cache_dir", str(inputs / "cache")]
-        flags += ["--output_dir", str(output / "run"), *TRAINING_FLAGS]
-        return main([*flags, "--num_workers", "2", "--max_steps", "100000", "--save_steps", "50000"])
-
-    process = spawned(run, folder / "inputs", work, log, nothing)
-    deadline = time.monotonic() + 60
-    while not (workers := _children(process)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    time.sleep(1.0)
-    if not workers:
-        os.kill(process, signal.SIGKILL)
-        finished(process)
-        return "no worker was seen"
-    os.kill(workers[-1], signal.SIGKILL)
-    while time.monotonic() < deadline + 60:
-        if os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
-            break
-        time.sleep(0.05)
-    else:
-        os.kill(process, signal.SIGKILL)
-    code, lines = finished(process), _errors(log)
-    lines = [line for line in lines if line.startswith("error:")]  # PyTorch's signal handler may print more
-    said = code == 2 and len(lines) == 1 and "num_workers" in lines[0]
-    return SURVIVED if said else f"exit code {code}: {lines[-1:]}"
-
-
 def read_error(folder: Path) -> str:
     """Reading fails with EIO: text, JSON, options, vocabulary, tokens and table say so in one line each."""
     from scone.configs.loading import load_options
@@ -155,7 +98,6 @@ SCENARIOS: dict[str, Callable[[Job, Path], str]] = {
     "file_size_limit": file_size_limit,
     "full_disk": full_disk,
     "two_at_once": two_at_once,
-    "clock_jumps": clock_jumps,
 }
 
 
@@ -204,14 +146,6 @@ def _fresh(folder: Path, name: str) -> Path:
     return work
 
 
-def _children(process: int) -> list[int]:
-    try:
-        found = Path(f"/proc/{process}/task/{process}/children").read_text(encoding="ascii")
-    except OSError:
-        return []
-    return [int(number) for number in found.split()]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, required=True)
@@ -224,9 +158,8 @@ def main() -> None:
         for job in JOBS.values():
             if not chosen.only or f"{name}_{job.name}" in chosen.only:
                 outcomes[f"{name}_{job.name}"] = scenario(job, chosen.folder)
-    for name, alone in {"dead_worker": dead_worker, "read_error": read_error}.items():
-        if not chosen.only or name in chosen.only:
-            outcomes[name] = alone(chosen.folder)
+    if not chosen.only or "read_error" in chosen.only:
+        outcomes["read_error"] = read_error(chosen.folder)
     print(json.dumps(outcomes))
 
 

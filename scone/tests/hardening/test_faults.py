@@ -11,7 +11,7 @@ import pytest
 
 SCENARIOS = (
     *("file_size_limit_train", "file_size_limit_precompute", "file_size_limit_count", "two_at_once_convert"),
-    *("two_at_once_tokenise", "two_at_once_precompute", "clock_jumps_tokenise", "read_error"),
+    *("two_at_once_tokenise", "two_at_once_precompute", "read_error"),
 )
 
 

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from scone.tests.hardening import hostile
-from scone.tests.hardening.bad_http import COMPLETIONS, KINDS, SERVER_OPTIONS, assert_alive, post, sent
+from scone.tests.hardening.bad_http import KINDS, SERVER_OPTIONS, assert_alive, sent
 from scone.tests.inference.served import make_model, server
 
 pytest.importorskip("fastapi", reason="the extra [serve] is not installed")
@@ -35,13 +34,6 @@ def test_bad_requests_are_answered(address: str, kind: str) -> None:
         assert 200 <= sent(address, *request) < 500
 
     law()
-    assert_alive(address)
-
-
-@pytest.mark.slow
-def test_bodies_that_are_bombs_are_refused(address: str) -> None:
-    for body in (hostile.deep_json(), '{"prompt":' * 20_000, '{"max_tokens": ' + "9" * 5000 + "}"):
-        assert 400 <= post(address, COMPLETIONS, body.encode())[0] < 500
     assert_alive(address)
 
 
