@@ -21,7 +21,7 @@ from typing import Any
 
 from common import REPOSITORY, commit, machine
 
-from scone.tests.hardening.bad_inputs import HTTP, MEMORY_LIMIT_BYTES, SECONDS_LIMIT, readers
+from scone.tests.hardening.bad_inputs import MEMORY_LIMIT_BYTES, SECONDS_LIMIT, readers
 from scone.utils.files import write_json
 
 
@@ -37,10 +37,10 @@ def main() -> int:
     chosen = parser.parse_args()
     results = json.loads(chosen.json.read_text()) if chosen.json and chosen.json.exists() else {"bad_inputs": []}
     inputs = chosen.inputs // 10 if chosen.quick else chosen.inputs
-    for name in [*known, HTTP]:
+    for name in known:
         if any(batch["reader"] == name and batch["seed"] == chosen.seed for batch in results["bad_inputs"]):
             continue
-        wanted = max(20, inputs // (known[name].cost if name in known else 4))
+        wanted = max(20, inputs // known[name].cost)
         results["bad_inputs"].append(batch_of(name, wanted, chosen.seed))
         finish(results, chosen.json)
     finish(results, chosen.json)

@@ -20,7 +20,6 @@ from scone.configs.loading import (
 from scone.configs.schema import SconeOptions
 from scone.configs.values import convert, entries
 from scone.tests.configs.strategies import option_values, values_of
-from scone.tests.hardening.hostile import refused_or_read
 from scone.utils.errors import SconeError
 
 SECTIONS = ("data", "model", "training")
@@ -204,17 +203,6 @@ def test_aliases_in_options_are_read(written):
     """What people use them for: a value, or a section, said once."""
     path = written("data: {max_n: &n 4, min_freq: *n}\ntraining: &t {seed: 7}\n")
     assert load_options(path).data.min_freq == 4
-
-
-def test_half_a_character_is_not_saved_or_is_read_again(tmp_path):
-    options = SconeOptions()
-    options.data.text_column = "\ud800"
-    try:
-        save_options(options, tmp_path / "o.yaml")
-    except UnicodeEncodeError:
-        assert not (tmp_path / "o.yaml").exists()
-    else:
-        assert refused_or_read(lambda: load_options(tmp_path / "o.yaml")) in (None, options)
 
 
 def test_help_shows_every_option_of_the_sections_but_those_of_past_experiments(capsys):

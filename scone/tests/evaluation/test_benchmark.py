@@ -10,7 +10,7 @@ import torch
 
 from scone.cli import main
 from scone.evaluation.benchmark import kind_of
-from scone.evaluation.speed import flops_per_token, training_only_parameters
+from scone.evaluation.speed import training_only_parameters
 from scone.inference.loading import load_model
 from scone.tests import tiny
 from scone.tests.evaluation.conftest import WORDS
@@ -100,18 +100,6 @@ def test_a_model_without_any_text_is_timed(config: dict, tmp_path: Path) -> None
     (plain,) = json.loads((tmp_path / "out" / "benchmark.json").read_text())["records"]
     assert plain["perplexity"] == {}
     assert plain["speed"][0]["decode_tokens_per_second"] > 0
-
-
-def test_flops_of_a_table_model_are_those_of_its_trunk(served_model: Path) -> None:
-    tokens = torch.randint(1, 300, (2, 32)).numpy()
-    live = load_model(served_model, device="cpu").model
-    served = load_model(served_model, served_model.parent / "table", device="cpu").model
-    plain = load_model(served_model.parent / "plain", device="cpu").model
-    models = {"live": live, "served": served, "plain": plain}
-    figures = {name: flops_per_token(model, tokens) for name, model in models.items()}
-    assert figures["served"]["inference_flops_per_token"] == figures["plain"]["inference_flops_per_token"]
-    assert figures["live"]["inference_flops_per_token"] > figures["plain"]["inference_flops_per_token"]
-    assert figures["served"]["training_flops_per_token"] == figures["live"]["training_flops_per_token"]
 
 
 def test_training_only_parameters_are_those_of_the_live_model(served_model: Path) -> None:

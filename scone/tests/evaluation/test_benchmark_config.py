@@ -47,9 +47,3 @@ def test_mistakes_are_told(tmp_path, change, message):
     path.write_text(json.dumps(json.loads(SHIPPED.read_text()) | change))
     with pytest.raises(SconeError, match=message):
         read_benchmark_config(path)
-
-
-def test_what_is_no_object_is_refused(tmp_path):
-    (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(SconeError, match="cannot use"):
-        read_benchmark_config(tmp_path / "config.json")

@@ -21,7 +21,6 @@ from scone.evaluation.figures import (
     pareto_front,
     row_figure,
     scatter_figure,
-    short_number,
 )
 
 
@@ -134,13 +133,3 @@ def test_points_that_cannot_be_drawn_are_left_out() -> None:
     points = [Point("a & b", 2.0, 1.0, PLAIN_COLOR, (0.5, 1.5)), Point("c", 3.0, 2.0, PLAIN_COLOR)]
     svg = scatter_figure([*points, Point("d", math.nan, 1.0, PLAIN_COLOR), Point("e", 0.0, 1.0, PLAIN_COLOR)], "x", "y")
     assert sorted(titles(svg)) == ["Pareto front", "a & b: 1 at 2", "a & b: seeds", "c: 2 at 3"]
-
-
-def test_the_same_figure_has_the_same_bytes() -> None:
-    first, second = (line_figure([Line("a", [(1, 2), (3, 4)], PLAIN_COLOR)], "x", "y") for _ in range(2))
-    assert first == second
-
-
-@pytest.mark.parametrize(("value", "text"), [(1_500_000, "1.5M"), (2000, "2k"), (0.25, "0.25"), (0, "0"), (3e9, "3G")])
-def test_short_numbers(value: float, text: str) -> None:
-    assert short_number(value) == text

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from scone.evaluation.report import colors_of_kinds, comparison_page, markdown, write_report
+from scone.evaluation.report import comparison_page, markdown, write_report
 from scone.evaluation.results import RunResult, csv_text, speed_csv
 from scone.tests.evaluation.test_demo import check_page
 from scone.utils.environment import environment
@@ -107,12 +107,6 @@ def test_seeds_are_whiskers(results: list[RunResult]) -> None:
     page = comparison_page(results, "t", {}, ())
     assert page.count("<title>&lt;small&gt; 1k: seeds</title>") == 3, "FLOPs of inference and training, and memory"
     assert "31.00 (30.50–31.50)" in page
-
-
-def test_plain_is_grey_and_kinds_differ(results: list[RunResult]) -> None:
-    colors = colors_of_kinds(results)
-    assert list(colors) == ["plain", "f-gram model"]
-    assert len(set(colors.values())) == 2
 
 
 def test_a_live_model_says_so(results: list[RunResult]) -> None:

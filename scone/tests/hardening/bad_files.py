@@ -18,12 +18,8 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from hypothesis import strategies as st
 
-import scone
-from scone.configs.loading import load_options, to_mapping
-from scone.configs.schema import SconeOptions
 from scone.data.readers import read_documents
 from scone.data.token_file import METADATA_NAME, TokenFile, TokenFileWriter, _metadata_checksum
 from scone.inference import table_format
@@ -44,18 +40,7 @@ BadInputs = Callable[[Files], st.SearchStrategy[Files]]
 
 VOCABULARY = "f_grams.safetensors"
 TABLE = "embeddings.cache"
-OPTIONS = """\
-data:
-  dataset_name: texts
-  max_n: 4
-model: {base_model_name: gpt2, f_gram: {hidden_size: 8}}
-training:
-  learning_rate: 5e-5
-  fp16: yes
-"""
 ROWS = "".join(json.dumps({"text": f"line {n} ä", "id": n}) + "\n" for n in range(20)).encode()
-NUMBERS = ("1" * 5000, "0x" + "f" * 6000, "-" + "9" * 5000, "1e999999", "1" + "_1" * 3000, "190:20:30:15" * 400)
-SHIPPED = Path(scone.__file__).parent / "configs" / "benchmark_config.json"
 TEXT_NAMES = ("a.jsonl", "a.txt", "a.tokens", "a.py", "a.jsonl.gz", "a.jsonl.xz", "a.txt.zst")
 
 
@@ -231,37 +216,6 @@ def use_tokens(folder: Path) -> str:
     return hashlib.sha256(np.asarray(opened.tokens)).hexdigest()
 
 
-# ------------------------------------------------------------------ options
-
-
-def good_options(_: Path) -> Files:
-    return {"a.yaml": OPTIONS.encode()}
-
-
-def any_yaml(_: Files) -> st.SearchStrategy[Files]:
-    text = st.text(alphabet="&*!<:{}[],-'\"|>%@?#\n ~abc0.123tf_datmoel", max_size=200)
-    return text.map(lambda content: {"a.yaml": content.encode()})
-
-
-@st.composite
-def options_with_absurd_values(draw: st.DrawFn, _: Files) -> Files:
-    """Any option of the schema with a number without end, or something hostile."""
-    schema = to_mapping(SconeOptions())
-    section = draw(st.sampled_from(sorted(schema)))
-    name = draw(st.sampled_from(sorted(schema[section])))
-    if draw(st.booleans()):
-        text = f"{section}:\n  {name}: {draw(st.sampled_from(NUMBERS))}\n"
-    else:
-        text = yaml.safe_dump({section: {name: draw(st.sampled_from(HOSTILE_VALUES))}})
-    return {"a.yaml": text.encode()}
-
-
-def use_options(folder: Path) -> Any:
-    options = load_options(folder / "a.yaml")
-    assert isinstance(options, SconeOptions)
-    return options
-
-
 # ------------------------------------------------------------------ texts
 
 
@@ -325,17 +279,6 @@ READERS: dict[str, Reader] = {
             {"any bytes": any_bytes(), "damaged": damages(), "forged header": tokens_with_forged_facts},
             use_tokens,
             sealed=True,
-        ),
-        Reader(
-            "YAML options",
-            good_options,
-            {
-                "any bytes": any_bytes(),
-                "damaged": damages(),
-                "any YAML": any_yaml,
-                "forged": options_with_absurd_values,
-            },
-            use_options,
         ),
         Reader(
             "text, JSON lines, compressed",

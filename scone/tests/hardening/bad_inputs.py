@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import resource
 import shutil
 import signal
@@ -32,7 +31,6 @@ SECONDS_LIMIT = 30
 MEMORY_LIMIT_BYTES = 256 << 20
 _ADDRESS_SPACE_BYTES = 8 << 30  # more than this at once fails, so that a mistake cannot take the machine along
 _ROUNDS = 8  # of drawing, at most, until the wanted number of different inputs was seen
-HTTP = "HTTP requests"
 READ, REFUSED = "read", "refused"
 Judge = Callable[[Any], str]
 """READ, REFUSED, or what went wrong."""
@@ -131,47 +129,6 @@ def try_reader(name: str, wanted: int, seed: int, folder: Path) -> dict[str, dic
     }
 
 
-def try_server(wanted: int, seed: int, folder: Path) -> dict[str, dict[str, Any]]:
-    """The same for a server process, which must live on, keep its memory, and write no traceback."""
-    from scone.tests.hardening.bad_http import KINDS, SERVER_OPTIONS, assert_alive, sent
-    from scone.tests.inference.served import make_model, server
-
-    (folder / "model").mkdir(parents=True)
-    model = make_model(folder / "model")
-    before = files_below(model)
-    errors = folder / "server.log"
-    with errors.open("wb") as log:
-        os.dup2(log.fileno(), sys.stderr.fileno())
-    with server(model, *SERVER_OPTIONS) as (address, process):
-        where = address.rstrip("/")
-        assert_alive(where)
-
-        def judge(request: tuple[str, bytes]) -> str:
-            try:
-                status = sent(where, *request)
-            except (OSError, ValueError) as error:
-                return f"{type(error).__name__}: {error} after {request!r}"[:500]
-            if process.poll() is not None:
-                return f"the server ended after {request!r}"[:500]
-            known = {2: READ, 4: REFUSED}.get(status // 100)
-            return known or f"status {status} after {request!r}"[:500]
-
-        held = peak_bytes(process.pid, reset=True)
-        results = {
-            kind: try_kind(inputs, None, judge, -(-wanted // len(KINDS)), seed) for kind, inputs in KINDS.items()
-        }
-        assert_alive(where)
-        grown = peak_bytes(process.pid) - held
-    failures = results["any connection"]["failures"]
-    if grown > MEMORY_LIMIT_BYTES:
-        failures.append(f"the server's memory grew by {grown >> 20} MiB")
-    if files_below(model) != before:
-        failures.append("the model was changed")
-    if b"Traceback" in errors.read_bytes():
-        failures.append("the server wrote a traceback")
-    return results
-
-
 def peak_bytes(process: int | str = "self", reset: bool = False) -> int:
     """The most memory that a process ever held (0 where the system is not Linux); ``reset``: what it holds now, from
     which the peak starts again.
@@ -188,19 +145,16 @@ def peak_bytes(process: int | str = "self", reset: bool = False) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("reader", choices=[*readers(), HTTP])
+    parser.add_argument("reader", choices=[*readers()])
     parser.add_argument("--inputs", type=int, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, required=True)
     chosen = parser.parse_args()
     warnings.simplefilter("ignore")
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    if chosen.reader == HTTP:
-        kinds = try_server(chosen.inputs, chosen.seed, chosen.folder)
-    else:
-        used = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (used + _ADDRESS_SPACE_BYTES,) * 2)
-        kinds = try_reader(chosen.reader, chosen.inputs, chosen.seed, chosen.folder)
+    used = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + _ADDRESS_SPACE_BYTES,) * 2)
+    kinds = try_reader(chosen.reader, chosen.inputs, chosen.seed, chosen.folder)
     print(json.dumps(kinds))
     return 0
 

@@ -396,12 +396,6 @@ def test_a_failing_batch_is_told_and_the_next_one_runs(engine: SconeInferenceEng
     asyncio.run(law())
 
 
-def test_help_says_where_vllm_is_the_answer(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        serve_script.main(["--help"])
-    assert "vllm serve MODEL" in " ".join(capsys.readouterr().out.split())
-
-
 def test_mistakes_are_told_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     arguments = ["--model_path", str(folder)]
     with pytest.raises(SconeError, match="--max_batch: found 0"):

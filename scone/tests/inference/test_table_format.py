@@ -100,17 +100,6 @@ def test_damaged_file_is_refused(table: Path, tmp_path_factory: pytest.TempPathF
     shutil.rmtree(path.parent)
 
 
-@settings(max_examples=100, deadline=None)
-@given(content=st.binary(max_size=200), length=st.integers(0, 2**64 - 1))
-def test_foreign_files_are_refused(tmp_path_factory: pytest.TempPathFactory, content: bytes, length: int) -> None:
-    path = tmp_path_factory.mktemp("foreign") / "embeddings.cache"
-    for start in (b"", struct.pack("<Q", length), struct.pack("<Q", len(content))):
-        path.write_bytes(start + content)
-        with pytest.raises(SconeError, match="is no embedding table"):
-            EmbeddingTable.open(path)
-    shutil.rmtree(path.parent)
-
-
 def _with_metadata(table: Path, path: Path, **changes: str) -> Path:
     """The table with other metadata and a header checksum that fits them: as another program might write it."""
     content = table.read_bytes()

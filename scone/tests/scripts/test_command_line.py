@@ -6,7 +6,6 @@ In this process, through the `scone` command's own ``main``, but for what only a
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shlex
 import subprocess
@@ -199,14 +198,6 @@ def test_help_of_every_command_needs_nothing_heavy_and_prints_on_any_terminal():
     assert "data.max_n" in last
 
 
-def test_a_process_of_its_own_says_a_mistake_in_ascii():
-    """What a shell passes on as bytes, from the command to the exit status."""
-    done = process("-m", "scone.cli", b"train", b"--text_column", b"\xff\x1b", PYTHONIOENCODING="ascii")
-    assert (done.returncode, done.stdout) == (2, b"")
-    (line,) = done.stderr.decode("ascii").splitlines()
-    assert line.startswith("error: found the argument ")
-
-
 def test_a_reader_that_goes_away_is_no_error():
     code = "from scone.utils.command_line import run_main; run_main(lambda argv: print(10**5 * 'x'))"
     command = ["bash", "-c", f'"{sys.executable}" -c "{code}" | head -c 1']
@@ -228,17 +219,6 @@ def test_output_that_cannot_show_a_character_is_one_line(encoding, text):
     (line,) = done.stderr.decode("ascii").splitlines()
     assert f"found the text {text!a}, which" in line
     assert "set PYTHONIOENCODING=utf-8" in line
-
-
-def test_a_file_name_that_is_not_utf_8_is_one_line_or_read(tmp_path, capsys):
-    (tmp_path / "texts").mkdir()
-    content = "\n".join(json.dumps({"text": "the cat sat on the mat"}) for _ in range(30)).encode()
-    Path(os.fsdecode(bytes(tmp_path / "texts") + b"/caf\xe9.jsonl")).write_bytes(content)
-    words = ["count", "--dataset_name", str(tmp_path / "texts"), "--tokenizer", "train", "--vocab_size", "300"]
-    status = main([*words, "--min_freq", "2", "--cache_dir", str(tmp_path / "cache")])
-    assert status in (0, 2)
-    if status:
-        assert capsys.readouterr().err.splitlines()[-1].startswith("error: found the text ")
 
 
 # ------------------------------------------------------------------ what is read: the documented flags
