@@ -21,101 +21,86 @@ _METAVARS = {bool: "true|false", int: "N", float: "X", str: "TEXT"}
 
 
 class OptionParser(argparse.ArgumentParser):
-    """An argument parser that raises SconeError and returns only the flags that were given."""
+    """The options named by ``sections`` (a section, "training", or a single option, "training.seed") as flags.
 
-    def __init__(self, description: str, examples: Sequence[str], program: str | None) -> None:
-        epilog = "examples:\n" + "\n".join(f"  {example}" for example in examples) if examples else None
+    ``add_arguments`` adds the flags that are the script's own; ``defaults`` are this script's other defaults (for the
+    help only). Raises SconeError for what cannot be read.
+    """
+
+    def __init__(
+        self,
+        sections: Sequence[str],
+        description: str,
+        examples: Sequence[str] = (),
+        add_arguments: Callable[[argparse.ArgumentParser], object] | None = None,
+        defaults: Mapping[str, Any] | None = None,
+        config_flag: bool = True,
+    ) -> None:
         super().__init__(
-            prog=program or program_name(),
+            prog=program_name(),
             description=description,
             usage="%(prog)s [options]",
-            epilog=epilog,
+            epilog="\n  ".join(["examples:", *examples]) if examples else None,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        self.entries_by_flag: dict[str, Entry] = {}
+        # both are taken out before (utils/command_line.py), and here for the help only
         self.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks")
-        self.add_argument(  # like --debug, it is taken out before (utils/command_line.py) and here for the help only
-            "--quiet",
-            action="store_true",
-            default=argparse.SUPPRESS,
-            help="print results only: no progress, notices or logs",
-        )
+        help_of_quiet = "print results only: no progress, notices or logs"
+        self.add_argument("--quiet", action="store_true", default=argparse.SUPPRESS, help=help_of_quiet)
+        if add_arguments is not None:
+            add_arguments(self)
+        if "--local_rank" not in self._option_string_actions:  # torch.distributed.launch passes it
+            self.add_argument("--local_rank", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        if config_flag:
+            help_of_config = "YAML file of options; flags override it (see configs/)"
+            self.add_argument("--config", metavar="FILE", default=None, help=help_of_config)
+        self.chosen = [
+            entry
+            for name, entry in entries().items()
+            if any(name == chosen or name.startswith(f"{chosen}.") for chosen in sections)
+        ]
+        for section in dict.fromkeys(entry.section for entry in self.chosen):
+            group = self.add_argument_group(f"{section} options")
+            for entry in self.chosen:
+                if entry.section == section:
+                    _add_option(group, entry, (defaults or {}).get(entry.name, entry.default))
 
     def error(self, message: str) -> NoReturn:
         raise SconeError(f"{message}; see {self.prog} --help")
 
-    def add_option(self, group: argparse._ArgumentGroup, entry: Entry, default: Any) -> None:
-        """Add the flag of one option. Values stay text here; :func:`flag_values` converts them."""
-        info = entry.info
-        shown = "none" if default is None else f"{default:g}" if isinstance(default, float) else str(default).lower()
-        unit = f", in {info.unit}" if info.unit else ""
-        text = f"{info.help}{unit}"
-        if default is not None or "(default: " not in info.help:  # the help says what none stands for
-            text += f" (default: {shown if entry.type is not str else default or 'none'})"
-        metavar = "{" + ",".join(info.choices) + "}" if info.choices else _METAVARS[entry.type]
-        bare = "true" if entry.type is bool else info.bare  # the value of a flag that is given without one
-        group.add_argument(
-            f"--{entry.flag}",
-            dest=entry.name,
-            metavar=metavar,
-            nargs="?" if bare else None,
-            const=bare,
-            default=argparse.SUPPRESS,
-            help=argparse.SUPPRESS if info.hidden else text.replace("%", "%%"),
-        )
-        if entry.type is bool:
-            negative: dict[str, Any] = {"action": "store_const", "const": "false", "default": argparse.SUPPRESS}
-            group.add_argument(f"--no_{entry.flag}", dest=entry.name, help=argparse.SUPPRESS, **negative)
-        self.entries_by_flag[f"--{entry.flag}"] = entry
+    def read(self, argv: Sequence[str]) -> tuple[dict[str, Any], argparse.Namespace]:
+        """The options that were given (dotted name → converted value), and the script's own arguments.
+
+        Raises SconeError for an unknown flag (with the nearest known one), a missing or a bad value.
+        """
+        namespace, unknown = self.parse_known_args([_underscored(self, word) for word in argv])
+        if unknown:
+            raise _unknown_argument(self, unknown[0])
+        given: dict[str, Any] = {}
+        for entry in self.chosen:
+            if entry.name in vars(namespace):
+                text = vars(namespace).pop(entry.name)
+                given[entry.name] = convert(entry, text, f"--{entry.flag}", from_text=True)
+        return given, namespace
 
 
-def build_parser(
-    sections: Sequence[str],
-    description: str,
-    examples: Sequence[str] = (),
-    program: str | None = None,
-    add_arguments: Callable[[argparse.ArgumentParser], object] | None = None,
-    defaults: Mapping[str, Any] | None = None,
-    config_flag: bool = True,
-) -> OptionParser:
-    """A parser for the options named by ``sections`` (a section, "training", or a single option, "training.seed").
-
-    ``add_arguments`` adds the flags that are the script's own; ``defaults`` are this script's other defaults (for the
-    help only). Two options with the same flag are a programming error (argparse.ArgumentError).
-    """
-    parser = OptionParser(description, examples, program)
-    if add_arguments is not None:
-        add_arguments(parser)
-    if "--local_rank" not in parser._option_string_actions:  # torch.distributed.launch passes it
-        parser.add_argument("--local_rank", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-    if config_flag:
-        parser.add_argument(
-            "--config", metavar="FILE", default=None, help="YAML file of options; flags override it (see configs/)"
-        )
-    for section in SECTIONS:
-        chosen = [entry for entry in entries().values() if entry.section == section and _is_chosen(entry, sections)]
-        if chosen:
-            group = parser.add_argument_group(f"{section} options")
-            for entry in chosen:
-                parser.add_option(group, entry, (defaults or {}).get(entry.name, entry.default))
-    return parser
-
-
-def flag_values(parser: OptionParser, argv: Sequence[str]) -> tuple[dict[str, Any], argparse.Namespace]:
-    """Parse ``argv``: the options that were given (dotted name → converted value), and the script's own arguments.
-
-    Raises SconeError for an unknown flag (with the nearest known one), a missing or a bad value.
-    """
-    namespace, unknown = parser.parse_known_args([_underscored(parser, word) for word in argv])
-    if unknown:
-        raise _unknown_argument(parser, unknown[0])
-    given: dict[str, Any] = {}
-    for entry in parser.entries_by_flag.values():
-        if entry.name in vars(namespace):
-            text = vars(namespace).pop(entry.name)
-            given[entry.name] = convert(entry, text, f"--{entry.flag}", from_text=True)
-    return given, namespace
+def _add_option(group: argparse._ArgumentGroup, entry: Entry, default: Any) -> None:
+    """Add the flag of one option. Values stay text here."""
+    info, absent = entry.info, argparse.SUPPRESS
+    text = f"{info.help}, in {info.unit}" if info.unit else info.help
+    if default is not None or "(default: " not in info.help:  # else the help says what none stands for
+        shown = "none" if default in (None, "") else f"{default:g}" if isinstance(default, float) else str(default)
+        text += f" (default: {shown.lower() if entry.type is bool else shown})"
+    metavar = "{" + ",".join(info.choices) + "}" if info.choices else _METAVARS[entry.type]
+    bare = "true" if entry.type is bool else info.bare  # the value of a flag that is given without one
+    shape: dict[str, Any] = {"metavar": metavar, "nargs": "?" if bare else None, "const": bare, "default": absent}
+    group.add_argument(
+        f"--{entry.flag}", dest=entry.name, help=absent if info.hidden else text.replace("%", "%%"), **shape
+    )
+    if entry.type is bool:
+        negative: dict[str, Any] = {"action": "store_const", "const": "false", "default": absent, "help": absent}
+        group.add_argument(f"--no_{entry.flag}", dest=entry.name, **negative)
 
 
 def program_name() -> str:
@@ -124,10 +109,6 @@ def program_name() -> str:
     if stem in ("scone", "cli", "__main__"):
         return " ".join(["scone", *sys.argv[1:2]])
     return f"python -m scone.scripts.{stem}"
-
-
-def _is_chosen(entry: Entry, sections: Sequence[str]) -> bool:
-    return any(entry.name == chosen or entry.name.startswith(f"{chosen}.") for chosen in sections)
 
 
 def _underscored(parser: OptionParser, word: str) -> str:
@@ -177,7 +158,7 @@ def parse_options(
 
     ``sections`` names what the script exposes: whole sections ("data") or single options ("training.seed"), because two
     sections have a ``batch_size``. ``defaults`` (dotted name → value) replaces schema defaults. ``settings`` as
-    `build_parser` has them: ``examples``, ``add_arguments`` …. Raises SconeError for bad input.
+    `OptionParser` has them: ``examples``, ``add_arguments`` …. Raises SconeError for bad input.
     """
     layers, extra = parse_layers(argv, sections, description, defaults=defaults, **settings)
     options, notices = merge(layers, defaults)
@@ -189,8 +170,8 @@ def parse_layers(
     argv: Sequence[str] | None, sections: Sequence[str], description: str, *, config_flag: bool = True, **settings: Any
 ) -> tuple[list[Layer], argparse.Namespace]:
     """As :func:`parse_options`, but unmerged: the file's layer, then the flags', for scripts that put one between."""
-    parser = build_parser(sections, description, config_flag=config_flag, **settings)
-    values, extra = flag_values(parser, sys.argv[1:] if argv is None else argv)
+    parser = OptionParser(sections, description, config_flag=config_flag, **settings)
+    values, extra = parser.read(sys.argv[1:] if argv is None else argv)
     layers = [Layer(FLAG, values)]
     if config_flag and extra.config is not None:
         layers.insert(0, Layer(str(extra.config), flatten(load_yaml(extra.config), str(extra.config))))
