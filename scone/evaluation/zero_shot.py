@@ -158,10 +158,10 @@ def describe_tasks(results: Sequence[TaskResult]) -> str:
     lines = [f"{'task':<18}{'accuracy':>10}{'95 % over items':>20}{'normalised':>12}{'chance':>9}{'items':>9}"]
     for result in results:
         interval = "{:.4f} to {:.4f}".format(*result.accuracy_interval)
-        normalised = "" if result.normalized_accuracy is None else f"{result.normalized_accuracy:.4f}"
-        perplexity = "" if result.perplexity is None else f"   perplexity {result.perplexity:.2f}"
+        optional = [result.normalized_accuracy, result.perplexity]
+        normalised, perplexity = ("" if value is None else f"{value:.4f}" for value in optional)
         lines.append(
             f"{result.task:<18}{result.accuracy:>10.4f}{interval:>20}{normalised:>12}{result.chance:>9.3f}"
-            f"{result.num_items:>9,}{perplexity}"
+            f"{result.num_items:>9,}" + (f"   perplexity {perplexity}" if perplexity else "")
         )
     return "\n".join(lines)

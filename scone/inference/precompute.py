@@ -113,18 +113,12 @@ def _is_complete(path: Path, plan: TablePlan, say: Callable[[str], None]) -> boo
 
 
 def _compute_chunks(
-    model: SconeForCausalLM,
-    writer: TableWriter,
-    compute_dtype: str,
-    rank: int,
-    world_size: int,
-    quiet: bool,
+    model: SconeForCausalLM, writer: TableWriter, compute_dtype: str, rank: int, world_size: int, quiet: bool
 ) -> None:
     """Compute this rank's chunks that nobody has finished yet, a few at a time."""
     plan, chunk_rows = writer.plan, writer.plan.settings["chunk_rows"]
     finished = writer.finished_chunks()
-    mine = list(range(rank, plan.num_chunks, world_size))
-    todo = [chunk for chunk in mine if chunk not in finished]
+    todo = [chunk for chunk in range(rank, plan.num_chunks, world_size) if chunk not in finished]
     if not todo:
         return
     vocabulary: Any = model.vocabulary
@@ -140,14 +134,13 @@ def _compute_chunks(
         writer.mark_finished(chunk)
         return len(ranks)
 
-    total = sum(min(chunk_rows, len(order) - chunk * chunk_rows) for chunk in mine)
+    total = sum(min(chunk_rows, len(order) - chunk * chunk_rows) for chunk in todo)
     started, computed, threads = time.perf_counter(), 0, torch.get_num_threads()
     # Matrix products may add in another order when the number of threads changes. With one thread to a chunk, its bits
     # do not depend on how many work beside it. An accelerator computes one chunk while another is written.
     workers = threads if device.type == "cpu" else 2
     one_thread = {"initializer": torch.set_num_threads, "initargs": (1,)}
     with progress(total, "rows", "precompute", quiet or rank > 0) as bar:
-        bar.update(total - sum(min(chunk_rows, len(order) - chunk * chunk_rows) for chunk in todo))
         try:
             for rows in map_in_order(compute, todo, workers, **one_thread):
                 computed += rows

@@ -50,11 +50,12 @@ class Scheduler:
         self.counts: Counter[str] = Counter({f"{name}_total": 0 for name in COUNTED})
         self._worker: asyncio.Task[None] | None = None
         self._closed = False
+        self._closing = RequestError("the server is shutting down; try again later", 503, "shutting_down")
 
     def submit(self, job: GenerationJob) -> None:
         """Put a job into the queue. Raises RequestError where that is full, or the server is shutting down."""
         if self._closed:
-            raise _shutting_down()
+            raise self._closing
         if len(self.waiting) >= self._max_waiting:
             raise RequestError("found the queue full; try again later", 429, "queue_full")
         self.waiting.append(job)
@@ -64,7 +65,7 @@ class Scheduler:
     def close(self) -> None:
         """Refuse what waits, and end what runs at its next token."""
         self._closed = True
-        _resolve(self.waiting, _shutting_down())
+        _resolve(self.waiting, self._closing)
         self.waiting = []
         for job in self.running:
             job.cancel()
@@ -110,7 +111,3 @@ def _resolve(jobs: list[GenerationJob], error: Exception | None = None) -> None:
         else:
             job.done.set_exception(error)
             job.done.exception()  # it counts as seen, also when the client has gone
-
-
-def _shutting_down() -> RequestError:
-    return RequestError("the server is shutting down; try again later", 503, "shutting_down")

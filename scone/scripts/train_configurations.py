@@ -114,9 +114,9 @@ def is_finished(name: str, options: SconeOptions) -> bool:
     folder = Path(options.training.output_dir)
     if (folder / "options.yaml").is_file():
         before = load_options(folder / "options.yaml")
-        for option in entries().keys() - set(_MAY_CHANGE):
+        for option in entries():
             old, new = get_option(before, option), get_option(options, option)
-            if old != new:
+            if old != new and option not in _MAY_CHANGE:
                 raise SconeError(
                     f"found {folder}, begun with {option} {old}; expected {new}; "
                     f"choose another --output_dir, or remove the folder to train {name} again"

@@ -19,16 +19,15 @@ EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
 
+_PERMISSIONS, _PATH = "check the permissions, or choose another path", "check the path"
 _ADVICE = {
     errno.ENOSPC: "free some disk space and run again",
     errno.EFBIG: "raise the limit on file sizes (ulimit -f) and run again",
     errno.EDQUOT: "free some of the disk quota and run again",
-    errno.EACCES: "check the permissions, or choose another path",
-    errno.EPERM: "check the permissions, or choose another path",
     errno.EROFS: "choose a path that can be written",
-    errno.ENOENT: "check the path",
-    errno.ENOTDIR: "check the path",
     errno.EISDIR: "give a file, not a folder",
+    **dict.fromkeys((errno.EACCES, errno.EPERM), _PERMISSIONS),
+    **dict.fromkeys((errno.ENOENT, errno.ENOTDIR), _PATH),
 }
 _SEE_TRACEBACK = "run again with --debug for the traceback"
 
