@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -228,36 +229,29 @@ def _bars(
     results: Sequence[RunResult],
     title: str,
     caption: str,
-    series: Mapping[str, Sequence[float | None]],
+    series: Mapping[str, Callable[[RunResult], float | None]],
     label: str,
     form: Callable[[float], str],
 ) -> Part | None:
     """Horizontal bars for each model; series that no model has are left out."""
-    bars = [
-        (name, (PLAIN_COLOR, *PALETTE)[place % 8], values)
-        for place, (name, values) in enumerate(series.items())
-        if any(values)
-    ]
-    svg = row_figure([result.name for result in results], bars, label, form)
-    return figure(title, svg, caption, {name: color for name, color, _ in bars})
+    values = {name: [value_of(result) or None for result in results] for name, value_of in series.items()}
+    colors = {name: (PLAIN_COLOR, *PALETTE)[place % 8] for place, name in enumerate(series) if any(values[name])}
+    bars = [(name, color, values[name]) for name, color in colors.items()]
+    return figure(title, row_figure([result.name for result in results], bars, label, form), caption, colors)
 
 
 def _memory_figures(results: Sequence[RunResult]) -> Part | None:
-    def chart(title: str, caption: str, fields: Mapping[str, str]) -> Part | None:
-        series = {name: [getattr(result, field) or None for result in results] for name, field in fields.items()}
-        return _bars(results, title, caption, series, "bytes", human_bytes)
-
+    lies = {"model": "resident_bytes", "table in RAM": "table_memory_bytes", "table on disk": "table_bytes"}
+    peaks = {"process": "peak_process_bytes", "accelerator": "peak_accelerator_bytes"}
+    charts = {
+        ("Model and table", "The table lies in RAM or on disk, not on the accelerator."): lies,
+        ("Peaks while it was measured", "The process's peak holds libraries and everything else too."): peaks,
+    }
     return columns(
-        chart(
-            "Model and table",
-            "The table lies in RAM or on disk, not on the accelerator.",
-            {"model": "resident_bytes", "table in RAM": "table_memory_bytes", "table on disk": "table_bytes"},
-        ),
-        chart(
-            "Peaks while it was measured",
-            "The process's peak holds libraries and everything else too.",
-            {"process": "peak_process_bytes", "accelerator": "peak_accelerator_bytes"},
-        ),
+        *(
+            _bars(results, *words, {name: attrgetter(field) for name, field in fields.items()}, "bytes", human_bytes)
+            for words, fields in charts.items()
+        )
     )
 
 
@@ -266,22 +260,23 @@ def _speed_figures(results: Sequence[RunResult]) -> Part | None:
     lengths = [{speed["sequence_length"] for speed in result.speed} for result in results if result.speed]
     if not (common := set.intersection(*lengths)):
         return None
-    found = {
-        (result.name, speed["batch_size"]): speed
-        for result in results
-        for speed in result.speed
-        if speed["sequence_length"] == max(common)
-    }
+    longest, batches = max(common), sorted({speed["batch_size"] for result in results for speed in result.speed})
 
-    def chart(kind: str, caption: str) -> Part | None:
-        rate = f"{kind.lower()}_tokens_per_second"
-        series = {
-            f"batch {batch}": [found.get((result.name, batch), {}).get(rate) for result in results]
-            for batch in sorted({batch for _, batch in found})
-        }
-        return _bars(results, kind, caption, series, f"tokens per second, {max(common):,} tokens", human_count)
+    def rate_of(rate: str, batch: int) -> Callable[[RunResult], float | None]:
+        where = {"batch_size": batch, "sequence_length": longest}
+        return lambda result: next((speed.get(rate) for speed in result.speed if where.items() <= speed.items()), None)
 
+    charts = {"Prefill": "Reading the prompt", "Decode": "Writing new tokens"}
     return columns(
-        chart("Prefill", "Reading the prompt; all sequences of the batch together."),
-        chart("Decode", "Writing new tokens; all sequences of the batch together."),
+        *(
+            _bars(
+                results,
+                kind,
+                f"{what}; all sequences of the batch together.",
+                {f"batch {batch}": rate_of(f"{kind.lower()}_tokens_per_second", batch) for batch in batches},
+                f"tokens per second, {longest:,} tokens",
+                human_count,
+            )
+            for kind, what in charts.items()
+        )
     )

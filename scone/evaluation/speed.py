@@ -43,25 +43,21 @@ def measure_speed(model: PreTrainedModel, tokens: np.ndarray, num_runs: int, war
         with torch.inference_mode():
             model(input_ids=input_ids, use_cache=True, logits_to_keep=1)
 
-    prefills: list[float] = []
-    first: list[float] = []
-    steps: list[float] = []
+    found: dict[str, list[float]] = {"prefill": [], "first_token": [], "decode_step": []}
     for run in range(warmup_runs + num_runs):
         seconds = timed(prefill, device)
         until_each = _generation_times(model, prompt, new_tokens)
         if run >= warmup_runs:
-            prefills.append(seconds)
-            first.append(until_each[0])
-            steps += np.diff(until_each).tolist()
-    batch_size = tokens.shape[0]
-    result = {"prefill_tokens_per_second": tokens.size / float(np.median(prefills))}
-    if steps:
+            found["prefill"].append(seconds)
+            found["first_token"].append(until_each[0])
+            found["decode_step"] += np.diff(until_each).tolist()
+    result = {"prefill_tokens_per_second": tokens.size / float(np.median(found["prefill"]))}
+    if steps := found["decode_step"]:
         per_run = np.asarray(steps).reshape(num_runs, -1).sum(axis=1)
-        result["decode_tokens_per_second"] = batch_size * (new_tokens - 1) / float(np.median(per_run))
-    for name, sample in (("prefill", prefills), ("first_token", first), ("decode_step", steps)):
-        if sample:
-            values = np.percentile(sample, PERCENTILES)
-            result |= {f"{name}_seconds_p{p}": float(value) for p, value in zip(PERCENTILES, values, strict=True)}
+        result["decode_tokens_per_second"] = tokens.shape[0] * (new_tokens - 1) / float(np.median(per_run))
+    for name, sample in found.items():
+        for p in PERCENTILES if sample else ():
+            result[f"{name}_seconds_p{p}"] = float(np.percentile(sample, p))
     return result
 
 
