@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -226,15 +227,24 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
 
     Plain values only: a tag that would become an object is an error.
     """
-    from omegaconf import OmegaConf
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """YAML forbids a key twice, PyYAML takes the last: the first half of a section would be lost in silence."""
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            counts = Counter(key.value for key, _ in node.value if key.value != "<<")
+            if counts and (twice := max(counts, key=counts.__getitem__)) and counts[twice] > 1:
+                raise yaml.YAMLError(f"found duplicate key {twice} in the mapping of line {node.start_mark.line + 1}")
+            return super().construct_mapping(node, deep)
 
     if not Path(path).is_file():
         raise SconeError(f"found no file {path}; expected a YAML file of options; check --config")
     with library_refusal(f"cannot read {path} as YAML", "mend the file"):
-        loaded: Any = OmegaConf.to_container(OmegaConf.load(path))  # which refuses a key twice, where PyYAML does not
-    if not isinstance(loaded, dict):
+        loaded = Loader(Path(path).read_text(encoding="utf-8")).get_single_data()
+    if not isinstance(loaded, dict | None):
         raise SconeError(f"{path}: found {type(loaded).__name__}; expected sections: {', '.join(SECTIONS)}")
-    return loaded
+    return loaded or {}
 
 
 def load_options(path: str | Path) -> SconeOptions:

@@ -43,7 +43,7 @@ def written(tmp_path):
 
 @settings(max_examples=40, deadline=None)
 @given(option_values)
-@example({"data.text_column": "a\x85b"})
+@example({"data.text_column": "a\x85b${"})
 @example({"data.text_column": "a\u2028b\0*a &a !!int 3 {{"})
 @example({"data.text_column": "9" * 5000})
 def test_options_survive_a_mapping_and_a_file(tmp_path_factory, values):
