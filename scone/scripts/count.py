@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = (
     "scone count --dataset_name wikitext --max_n 4 --max_f_grams 500000 --output f_grams.safetensors",
-    "scone count --dataset_name my_texts/ --tokenizer train --memory_budget 4GiB --json --plot counts.png",
+    "scone count --dataset_name my_texts/ --tokenizer train --memory_budget 4GiB --json",
 )
 OPTIONS = (
     *(f"data.{name}" for name in ("dataset_name", "dataset_config_name", "text_column", "max_n", "min_freq")),
@@ -34,7 +34,6 @@ DEFAULT_WIDTH = 768
 ARGUMENTS = arguments(
     "json",
     output={"metavar": "PATH", "help": "file or folder to write the vocabulary to"},
-    plot={"metavar": "FILE", "help": "draw counts by rank and f-grams by length (png, svg, pdf)"},
     width={"type": int, "metavar": "D", "help": "row width of the table (default: base_model_name's)"},
 )
 
@@ -58,37 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     report["table_bytes"] = {kind: rows * RowFormat.of(kind, width).row_bytes for kind in ROW_TYPES}
     if extra.output:
         report["vocabulary"] = str(vocabulary.save(extra.output))
-    if extra.plot:
-        plot_counts(vocabulary, report["held_out"], extra.plot)
     print(json.dumps(report, indent=2) if extra.json else _readable(report))
     return 0
-
-
-def plot_counts(vocabulary: FGramVocabulary, held_out: list[dict[str, Any]], path: str | Path) -> None:
-    """Draw occurrences by rank, f-grams by length, and the match rate by vocabulary size where it was measured.
-
-    Raises SconeError for an unknown image type.
-    """
-    import numpy as np
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(14, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    by_rank, by_length, by_size = figure.subplots(1, 3)
-    size = vocabulary.num_f_grams
-    ranks = np.unique(np.geomspace(1, size, 500).astype(np.int64)) if size else np.empty(0, np.int64)
-    by_rank.loglog(ranks, np.asarray(vocabulary.counts)[ranks - 1])
-    by_rank.set(xlabel="rank", ylabel="occurrences", title="f-grams by rank")
-    lengths, numbers = np.unique(vocabulary.lengths, return_counts=True)
-    by_length.bar([str(length) for length in lengths], numbers)
-    by_length.set(xlabel="tokens", ylabel="f-grams", title="f-grams by length")
-    by_size.semilogx([found["num_f_grams"] for found in held_out], [found["match_rate"] for found in held_out], "o-")
-    by_size.set(xlabel="f-grams", ylabel="match rate", ylim=(0, 1), title="held-out positions matched")
-    try:
-        figure.savefig(path)
-    except ValueError as error:
-        raise SconeError(f"--plot: cannot draw {path}: {error}; give a name that ends in .png, .svg or .pdf") from error
 
 
 def _count(options: SconeOptions, quiet: bool) -> tuple[dict[str, Any], FGramVocabulary]:

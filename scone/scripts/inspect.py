@@ -7,10 +7,9 @@ import dataclasses
 import json
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from scone.configs.loading import parse_options
-from scone.configs.schema import SconeOptions
 from scone.scripts.arguments import arguments, check_tokenizer
 from scone.scripts.serve import add_serving_arguments, serve_model
 from scone.utils.command_line import run_main
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
 
 EXAMPLES = (
     'scone inspect "Once upon a time" --model_path ./outputs/scone-model/final_model',
-    'scone inspect "Once upon a time" --vocabulary f_grams.safetensors --tokenizer gpt2',
     "scone inspect --model_path ./outputs/scone-model/final_model < story.txt",
     "scone inspect --serve --model_path ./outputs/scone-model/final_model --baseline gpt2",
 )
@@ -31,41 +29,27 @@ EXAMPLES = (
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments(
+        "model_path",
         "json",
         text={"positional": True, "nargs": "?", "metavar": "TEXT", "help": "the text (default: standard input)"},
-        model_path={"metavar": "FOLDER", "help": "model whose f-grams and tokenizer to use"},
-        vocabulary={"metavar": "PATH", "help": "an f-gram vocabulary written by `scone count --output`"},
         serve={"action": "store_true", "help": "show it in a browser (starts `scone serve`)"},
     )(parser)
     add_serving_arguments(parser)
 
 
-def read_arguments(argv: Sequence[str] | None) -> tuple[SconeOptions, argparse.Namespace]:
-    """The options on the command line, and the script's own arguments. Raises SconeError."""
-    options, extra = parse_options(
-        argv,
-        ("model.tokenizer",),
-        "Show a text's tokens with the longest f-gram that ends at each, its rank and its count.",
-        examples=EXAMPLES,
-        add_arguments=_add_arguments,
-        config_flag=False,
-    )
-    if (extra.model_path is None) == (extra.vocabulary is None):
-        found = "none" if extra.model_path is None else "both"
-        raise SconeError(f"found {found} of --model_path and --vocabulary; expected one of them; give either")
-    if extra.model_path is None and options.model.tokenizer is None:
-        raise SconeError("found --vocabulary without --tokenizer; expected the tokenizer that made its tokens; give it")
-    if extra.serve and (extra.model_path is None or extra.text is not None):
-        found = "a text" if extra.model_path else "--vocabulary"
-        raise SconeError(
-            f"found --serve with {found}; expected a model alone; give --model_path, and the text in the page"
-        )
-    return options, extra
+def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The script's own arguments. Raises SconeError."""
+    description = "Show a text's tokens with the longest f-gram that ends at each, its rank and its count."
+    settings: dict[str, Any] = {"examples": EXAMPLES, "add_arguments": _add_arguments, "config_flag": False}
+    extra = parse_options(argv, (), description, **settings)[1]
+    if extra.serve and extra.text is not None:
+        raise SconeError("found --serve with a text; expected a model alone; give the text in the page")
+    return extra
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print one line per token, or JSON."""
-    options, extra = read_arguments(argv)
+    extra = read_arguments(argv)
     if extra.serve:
         return serve_model(extra, extra.placement, None)
     import numpy as np
@@ -77,9 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from scone.tokenization.tokenizers import load_tokenizer
 
     text = sys.stdin.read() if extra.text is None else extra.text
-    vocabulary = FGramVocabulary.load(extra.vocabulary or extra.model_path)
-    tokenizer = load_tokenizer(options.model.tokenizer or extra.model_path)
-    check_tokenizer(tokenizer, vocabulary, "give that one by --tokenizer")
+    vocabulary = FGramVocabulary.load(extra.model_path)
+    tokenizer = load_tokenizer(extra.tokenizer_path or extra.model_path)
+    check_tokenizer(tokenizer, vocabulary, "give that one by --tokenizer_path")
     tokens = tokenizer.encode(text, add_special_tokens=False)
     records = inspect_tokens(np.array(tokens, np.int64), Matcher(vocabulary))
     print(_as_json(tokenizer, records) if extra.json else _as_table(tokenizer, records))
