@@ -29,7 +29,7 @@ from scone.inference.serve_protocol import ChatRequest, RequestError  # noqa: E4
 from scone.inference.serve_scheduler import GenerationJob, Scheduler  # noqa: E402
 from scone.inference.streaming import GeneratedSequence  # noqa: E402
 
-ORIGIN = "https://chat.example:8080"
+ORIGIN, CHAT = "https://chat.example:8080", "/v1/chat/completions"
 PROMPTS = ["the cat", "a dog ran under the hill and then", "it slept", "é \U0001f600", "mat"]
 
 
@@ -81,6 +81,10 @@ def completion(prompt: Any = "the cat", **options: Any) -> dict[str, Any]:
     return {"model": "tiny", "prompt": prompt, "max_tokens": 8, "temperature": 0} | options
 
 
+def chat(*messages: dict[str, Any], **options: Any) -> dict[str, Any]:
+    return {"model": "tiny", "max_tokens": 5, "temperature": 0, "messages": list(messages)} | options
+
+
 def job(engine: SconeInferenceEngine, new_tokens: int, copies: int = 1) -> GenerationJob:
     options = GenerationOptions(max_new_tokens=new_tokens)
     return GenerationJob([engine.sequence("mat", options) for _ in range(copies)], options)
@@ -90,6 +94,14 @@ BAD = {
     "empty prompt": (completion(""), 400, "found an empty prompt"),
     "no prompt": (completion([]), 400, "found no prompt"),
     "beyond the context": (completion("the cat " * 200), 400, "the model has 256 positions"),
+    "too little room": (completion("the cat " * 76, max_tokens=200), 400, "the model has 256 positions"),
+    "a chat beyond the context": (chat({"role": "user", "content": "the cat " * 300}), 400, "256 positions", CHAT),
+    **{
+        f"a silent {role}": (chat({"role": role, "content": None}), 400, f"message of the {role} without content", CHAT)
+        for role in ("user", "system", "tool")
+    },
+    "another path": (completion(), 404, "found no POST /nowhere here", "/nowhere"),
+    "another method": (completion(), 405, "found no POST /v1/models here", "/v1/models"),
     "outside the vocabulary": (completion([5, 300]), 400, "found token 300"),
     "negative token": (completion([-1]), 400, "found token -1"),
     "too many tokens": (completion(max_tokens=201), 400, "expected at most 200"),
@@ -109,11 +121,13 @@ BAD = {
 
 @pytest.mark.parametrize("name", list(BAD))
 def test_bad_requests_get_one_clear_line(address: str, name: str) -> None:
-    body, status, message = BAD[name]
-    found, answer = post(address, "/v1/completions", body)
+    body, status, message, *path = BAD[name]
+    found, answer = post(address, *(path or ["/v1/completions"]), body)
     assert found == status
     assert message in answer["error"]["message"]
     assert "\n" not in answer["error"]["message"]
+    assert "--" not in answer["error"]["message"]
+    assert (answer["error"]["code"] == "context_length_exceeded") == ("positions" in message)
 
 
 def test_32_clients_at_once_get_the_engines_answers(address: str, client: Any, engine: SconeInferenceEngine) -> None:
@@ -121,7 +135,7 @@ def test_32_clients_at_once_get_the_engines_answers(address: str, client: Any, e
 
     def ask(number: int) -> tuple[int, str]:
         if number % 4 == 3:
-            body, status, _ = list(BAD.values())[number // 4]
+            body, status, *_ = list(BAD.values())[number // 4]
             assert post(address, "/v1/completions", body)[0] == status
             return number, ""
         prompt, length = PROMPTS[number % len(PROMPTS)], 5 + number
@@ -182,21 +196,15 @@ def test_chat(client: Any, engine: SconeInferenceEngine) -> None:
     assert chunks[-1].usage.completion_tokens == 9
 
 
-def test_an_assistant_that_called_tools_may_say_nothing_and_others_may_not(address: str) -> None:
-    def ask(*messages: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-        body = {"model": "tiny", "max_tokens": 5, "temperature": 0, "messages": list(messages)}
-        return post(address, "/v1/chat/completions", body)
-
+def test_an_assistant_that_called_tools_may_say_nothing(address: str) -> None:
     user, tool = {"role": "user", "content": "the cat"}, {"role": "tool", "content": "mat", "tool_call_id": "1"}
     calls = {"role": "assistant", "tool_calls": [{"id": "1", "type": "function"}]}
-    status, answer = ask(user, calls | {"content": None}, tool)
-    assert status == 200, answer
-    for nothing in (calls, calls | {"content": ""}):
-        assert ask(user, nothing, tool)[1]["choices"] == answer["choices"]
-    for role in ("user", "system", "tool"):
-        status, answer = ask({"role": role, "content": None})
-        assert status == 400
-        assert f"a message of the {role} without content" in answer["error"]["message"]
+    answers = [
+        post(address, CHAT, chat(user, each, tool))
+        for each in (calls, calls | {"content": None}, calls | {"content": ""})
+    ]
+    assert [status for status, _ in answers] == [200] * 3, answers
+    assert answers[0][1]["choices"] == answers[1][1]["choices"] == answers[2][1]["choices"]
 
 
 def test_chat_without_a_template_is_refused(engine: SconeInferenceEngine) -> None:
@@ -238,37 +246,11 @@ def test_clients_that_leave_free_their_work(address: str, stream: bool, reads: b
 def test_strangers_are_kept_out(address: str) -> None:
     """A web page elsewhere can neither send JSON without being asked first, nor use a name of its own for us."""
     assert post(address, "/v1/completions", completion(), **{"Content-Type": "text/plain"})[0] == 415
+    for method in ("HEAD", "GET"):
+        assert urllib.request.urlopen(urllib.request.Request(f"{address}/health", method=method)).status == 200
     request = urllib.request.Request(f"{address}/health", headers={"Host": "evil.example"})
     with pytest.raises(urllib.error.HTTPError, match="400"):
         urllib.request.urlopen(request, timeout=60)
-
-
-@pytest.mark.parametrize(
-    ("method", "path", "status"),
-    [
-        ("POST", "/nowhere", 404),
-        ("GET", "/nowhere", 404),
-        ("DELETE", "/v1/nowhere", 404),
-        ("POST", "/v1/models", 405),
-        ("GET", "/v1/completions", 405),
-        ("POST", "/", 405),
-        ("HEAD", "/health", 200),
-        ("GET", "/health", 200),
-    ],
-)
-def test_paths_and_methods(address: str, method: str, path: str, status: int) -> None:
-    request = urllib.request.Request(address + path, b"{}" if method == "POST" else None, method=method)
-    try:
-        with urllib.request.urlopen(request, timeout=60) as response:
-            found, body = response.status, response.read()
-    except urllib.error.HTTPError as error:
-        with error:
-            found, body = error.code, error.read()
-    assert found == status
-    if status >= 400:
-        assert f"found no {method} {path} here" in json.loads(body)["error"]["message"]
-    elif method == "HEAD":
-        assert body == b""
 
 
 def test_pages_that_may_call_are_told_so_and_others_are_not(address: str) -> None:
@@ -298,14 +280,14 @@ def test_an_origin_that_no_browser_sends_is_refused(folder: Path, origin: str) -
 NULLS = {
     "/v1/completions": "temperature top_p n stream echo logprobs logit_bias suffix best_of max_tokens seed stop "
     "stream_options user presence_penalty top_k repetition_penalty",
-    "/v1/chat/completions": "temperature n stream tools response_format max_completion_tokens stop",
+    CHAT: "temperature n stream tools response_format max_completion_tokens stop",
 }
 
 
 @pytest.mark.parametrize("path", NULLS)
 def test_null_is_as_good_as_not_there(address: str, path: str) -> None:
     given = {"prompt": "the cat"}
-    if path.endswith("chat/completions"):
+    if path == CHAT:
         given = {
             "messages": [{"role": "user", "content": [{"type": "text", "text": "the cat", "x": None}], "name": None}]
         }  # type: ignore[dict-item]
@@ -326,23 +308,10 @@ def test_who_asks_for_no_length_gets_16_tokens_of_a_completion_and_all_of_a_chat
     assert answer["usage"]["completion_tokens"] <= 16
     short, long = "the cat", "the cat sat on the mat " * 12
     for text in (short, long):
-        _, answer = post(address, "/v1/chat/completions", body | {"messages": [{"role": "user", "content": text}]})
+        _, answer = post(address, CHAT, body | {"messages": [{"role": "user", "content": text}]})
         used, end = answer["usage"], answer["choices"][0]["finish_reason"]
         assert end == "stop" or used["completion_tokens"] == min(200, 256 - used["prompt_tokens"])
         assert end == "length" or used["completion_tokens"] > 0
-
-
-@pytest.mark.parametrize("chat", [False, True])
-@pytest.mark.parametrize("words", [300, 76])
-def test_a_prompt_that_is_too_long_is_told_in_openais_words(address: str, chat: bool, words: int) -> None:
-    text = "the cat " * words
-    given = {"messages": [{"role": "user", "content": text}]} if chat else {"prompt": text}
-    path = "/v1/chat/completions" if chat else "/v1/completions"
-    status, answer = post(address, path, {"model": "tiny", "max_tokens": 200} | given)
-    assert status == 400
-    assert answer["error"]["code"] == "context_length_exceeded"
-    assert "256 positions" in answer["error"]["message"]
-    assert "--" not in answer["error"]["message"]
 
 
 def test_key_and_shutdown_while_a_client_is_served(folder: Path) -> None:
