@@ -21,12 +21,12 @@ from typing import Any
 
 from common import REPOSITORY, commit, machine
 
-from scone.tests.hardening.bad_inputs import MEMORY_LIMIT_BYTES, SECONDS_LIMIT, readers
+from scone.tests.hardening.bad_files import READERS
+from scone.tests.hardening.bad_inputs import MEMORY_LIMIT_BYTES, SECONDS_LIMIT
 from scone.utils.files import write_json
 
 
 def main() -> int:
-    known = readers()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--inputs", type=int, default=4000, metavar="N", help="inputs of a cheap reader (default: 4000)"
@@ -37,11 +37,10 @@ def main() -> int:
     chosen = parser.parse_args()
     results = json.loads(chosen.json.read_text()) if chosen.json and chosen.json.exists() else {"bad_inputs": []}
     inputs = chosen.inputs // 10 if chosen.quick else chosen.inputs
-    for name in known:
+    for name in READERS:
         if any(batch["reader"] == name and batch["seed"] == chosen.seed for batch in results["bad_inputs"]):
             continue
-        wanted = max(20, inputs // known[name].cost)
-        results["bad_inputs"].append(batch_of(name, wanted, chosen.seed))
+        results["bad_inputs"].append(batch_of(name, inputs, chosen.seed))
         finish(results, chosen.json)
     finish(results, chosen.json)
     print(json.dumps(results["summary"], indent=2))

@@ -47,7 +47,7 @@ TEXT_NAMES = ("a.jsonl", "a.txt", "a.tokens", "a.py", "a.jsonl.gz", "a.jsonl.xz"
 @dataclass(frozen=True)
 class Reader:
     """``use(folder)`` raises SconeError or returns what it read. ``sealed``: checksums cover every byte, so whatever
-    damage is let pass must have changed nothing. ``cost``: about how many times the cheapest reader's time.
+    damage is let pass must have changed nothing.
     """
 
     name: str
@@ -55,7 +55,6 @@ class Reader:
     kinds: dict[str, BadInputs]
     use: Callable[[Path], Any]
     sealed: bool = False
-    cost: int = 1
 
 
 def files_below(folder: Path) -> Files:
@@ -87,15 +86,6 @@ def _one_changed(names: tuple[str, ...], change: Callable[[bytes], st.SearchStra
         )
 
     return inputs
-
-
-def forged_json(*names: str) -> BadInputs:
-    """One of the named JSON files with parts removed, renamed, or replaced by something hostile."""
-
-    def change(content: bytes) -> st.SearchStrategy[bytes]:
-        return forged(json.loads(content)).map(lambda value: json.dumps(value).encode())
-
-    return _one_changed(names, change)
 
 
 # ------------------------------------------------------------------ f-gram vocabularies

@@ -36,13 +36,6 @@ Judge = Callable[[Any], str]
 """READ, REFUSED, or what went wrong."""
 
 
-def readers() -> dict[str, Reader]:
-    """All readers of files."""
-    from scone.tests.hardening.bad_models import MODEL
-
-    return {**READERS, MODEL.name: MODEL}
-
-
 def try_kind(inputs: st.SearchStrategy[Any], good: Any, judge: Judge, wanted: int, seed: int) -> dict[str, Any]:
     """Judge ``wanted`` different inputs other than the ``good`` one; fewer where no more can be drawn."""
     counted: dict[str, Any] = {"inputs": 0, READ: 0, REFUSED: 0, "failures": []}
@@ -118,7 +111,7 @@ def tried(reader: Reader, files: Files, folder: Path) -> tuple[str, Any]:
 
 def try_reader(name: str, wanted: int, seed: int, folder: Path) -> dict[str, dict[str, Any]]:
     """Every kind of bad input of one reader; ``wanted`` inputs altogether."""
-    reader = readers()[name]
+    reader = READERS[name]
     makings = folder / "good"
     makings.mkdir(parents=True)
     good = reader.good(makings)
@@ -145,7 +138,7 @@ def peak_bytes(process: int | str = "self", reset: bool = False) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("reader", choices=[*readers()])
+    parser.add_argument("reader", choices=[*READERS])
     parser.add_argument("--inputs", type=int, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, required=True)
