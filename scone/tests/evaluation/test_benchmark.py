@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
+import scone
 from scone.cli import main
-from scone.evaluation.benchmark import kind_of
+from scone.evaluation.benchmark import kind_of, read_benchmark_config
 from scone.evaluation.speed import training_only_parameters
 from scone.inference.loading import load_model
 from scone.tests import tiny
 from scone.tests.evaluation.conftest import WORDS
+from scone.utils.errors import SconeError
 from scone.utils.peak_memory import PeakMemory, process_bytes
 
 pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning")]
@@ -126,3 +128,43 @@ def test_kinds_are_named_by_what_was_learned() -> None:
     assert kind_of(tiny.scone()) == "f-gram model + learned rows"
     assert kind_of(tiny.scone(learned_rows=0)) == "f-gram model"
     assert kind_of(tiny.scone(f_gram_model=False)) == "learned rows"
+
+
+# ------------------------------------------------------------------ the JSON that says what to measure
+
+SHIPPED = Path(scone.__file__).parent / "configs" / "benchmark_config.json"
+
+
+def test_shipped_configuration_says_what_is_documented():
+    config, raw = read_benchmark_config(SHIPPED), json.loads(SHIPPED.read_text())
+    fields = {"name", "model_path", "embedding_cache_path", "f_gram_model_size", "max_f_grams"}
+    assert all(set(model) == fields for model in raw["model_configs"])
+    assert all(set(baseline) == {"name", "model_name"} for baseline in raw["baseline_configs"])
+    fields = {"name", "dataset_name", "dataset_config_name", "text_column", "split"}
+    assert all(set(data_set) == fields for data_set in raw["dataset_configs"])
+    assert [entry.name for entry in config.dataset_configs] == ["WikiText-103", "C4", "PG19"]
+    assert [entry.split for entry in config.dataset_configs] == ["test", "validation", "test"]
+    assert (config.batch_sizes, config.sequence_lengths) == ([1, 4, 8], [512, 1024])
+    assert (config.num_runs, config.warmup_runs) == (5, 2)
+    assert {entry.name for entry in config.entries} >= {"SCONE-Small-100K", "GPT2-Small", "GPT2-Medium"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"modle_configs": []}, "modle_configs"),
+        ({"batch_sizes": 4}, "batch_sizes"),
+        ({"batch_sizes": [0]}, r"found batch_sizes \[0\]; expected at least 1"),
+        ({"num_runs": True}, "num_runs"),
+        ({"model_configs": [{"name": "a"}]}, "model_path"),
+        ({"model_configs": [{"name": "a", "model_path": {}}]}, "model_path"),
+        ({"model_configs": ["a"]}, "model_configs"),
+        ({"model_configs": [], "baseline_configs": []}, "found no models"),
+        ({"baseline_configs": [{"name": "a", "model_name": "b"}] * 2}, "found the name a twice"),
+    ],
+)
+def test_mistakes_are_told(tmp_path, change, message):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(SHIPPED.read_text()) | change))
+    with pytest.raises(SconeError, match=message):
+        read_benchmark_config(path)

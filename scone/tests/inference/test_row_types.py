@@ -52,15 +52,6 @@ def test_float_rows_are_rounded_once(rows):
         assert torch.equal(row.decode(torch.from_numpy(row.encode(values))), values.to(dtype).float())
 
 
-@pytest.mark.parametrize(
-    ("row_type", "row_bytes"), [("fp32", 404), ("fp16", 202), ("bf16", 202), ("int8", 4 + 101), ("int4", 4 + 51)]
-)
-def test_row_bytes_are_scales_and_codes_alone(row_type, row_bytes):
-    row = RowFormat.of(row_type, 101, 64)
-    assert row.row_bytes == row_bytes
-    assert row.encode(torch.zeros(2, 101)).shape == (2, row_bytes)
-
-
 @pytest.mark.parametrize("row_type", ROW_TYPES)
 def test_numbers_that_no_row_can_hold_are_refused(row_type):
     """An infinite one even beside its opposite; and not those whose sum alone is too large."""
@@ -93,10 +84,3 @@ def test_an_accelerator_stores_the_same_bytes(row_type):
     rows = torch.randn(300, 101, generator=generator) * 10.0 ** torch.randint(-9, 5, (300, 101), generator=generator)
     row = RowFormat.of(row_type, 101)
     np.testing.assert_array_equal(row.encode(rows.cuda()), row.encode(rows))
-
-
-def test_unknown_choices_are_refused():
-    with pytest.raises(SconeError, match="found row type 'int2'; expected one of fp32"):
-        RowFormat.of("int2", 4)
-    with pytest.raises(SconeError, match="found group size 7"):
-        RowFormat.of("int4", 4, 7)

@@ -22,7 +22,7 @@ from scone.cli import VERBS, main
 from scone.configs.loading import get_option
 from scone.configs.values import entries
 from scone.scripts import hydra_train, train_configurations
-from scone.utils.command_line import describe_error, did_you_mean, run_main
+from scone.utils.command_line import describe_error, run_main
 from scone.utils.errors import SconeError
 from scone.utils.progress import bars_are_visible, is_quiet
 
@@ -153,11 +153,6 @@ def test_debug_and_quiet_are_taken_out_and_act(monkeypatch, capsys):
     assert run_main(script, ["--quiet", "--seed", "1"]) == 2
     assert "Traceback" not in capsys.readouterr().err
     assert seen == [["--seed", "1", "--", "--debug"], ["--seed", "1"]]
-
-
-def test_suggestions_are_near_or_none():
-    assert did_you_mean("trian", ["train", "count"]) == "did you mean train?"
-    assert did_you_mean("zzz", ["train", "count"]) == ""
 
 
 # ------------------------------------------------------------------ help, version, and processes of their own
