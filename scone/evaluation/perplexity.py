@@ -9,7 +9,7 @@ import inspect
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -74,75 +74,37 @@ def students_factor(degrees: int) -> float:
 
 @dataclass(frozen=True)
 class PerplexityResult:
-    """What a corpus costs a model. Losses are in nats.
+    """What a corpus costs a model. Losses are in nats, intervals 95 % over documents (`mean_interval`).
 
-    ``loss_sum`` is over ``num_predicted`` of ``num_tokens`` tokens: those that begin a window have no context and are
-    not predicted. ``num_bytes`` and ``num_words``: size of the text, where known. ``documents``: sum of
-    losses and number of predicted tokens of each document, where documents are known.
+    ``loss``: mean over ``num_predicted`` of ``num_tokens`` tokens: those that begin a window have no context and are
+    not predicted. ``bits_per_byte`` and ``word_perplexity``, where the size of the text is known, count them at the
+    mean loss, so that windows do not matter. ``num_documents``: those with a predicted token, where they are known.
+    Not in `to_dict`: ``loss_sum``, ``window_losses`` (the mean of each window, in order) and ``documents`` (sum of
+    losses and number of predicted tokens of each).
     """
 
-    loss_sum: float
+    perplexity: float
+    perplexity_interval: tuple[float, float] | None
+    loss: float
+    loss_interval: tuple[float, float] | None
+    bits_per_byte: float | None
+    word_perplexity: float | None
     num_predicted: int
     num_tokens: int
+    num_bytes: int | None
+    num_words: int | None
+    num_documents: int | None
     seconds: float
-    num_bytes: int | None = None
-    by_match_length: Sequence[Group] = ()
-    by_rank: Sequence[Group] = ()
-    window_losses: Sequence[float] = field(default=(), repr=False)  # mean loss of each window, in order
-    num_words: int | None = None
-    documents: tuple[np.ndarray, np.ndarray] | None = field(default=None, repr=False)
-
-    @property
-    def loss(self) -> float:
-        """Mean loss of a predicted token, in nats."""
-        return self.loss_sum / self.num_predicted
-
-    @property
-    def perplexity(self) -> float:
-        """exp(mean loss); infinity where that overflows."""
-        return _exp(self.loss)
-
-    @property
-    def bits_per_byte(self) -> float | None:
-        """Bits a byte of text, counting the few unpredicted tokens at the mean loss, so that windows do not matter."""
-        return self.loss * self.num_tokens / math.log(2) / self.num_bytes if self.num_bytes else None
-
-    @property
-    def word_perplexity(self) -> float | None:
-        """exp(loss per word), which compares models of different tokenizers; unpredicted tokens as above."""
-        return _exp(self.loss * self.num_tokens / self.num_words) if self.num_words else None
-
-    @property
-    def loss_interval(self) -> tuple[float, float] | None:
-        """95 % interval of ``loss`` over documents (`mean_interval`); None without documents, or for too few."""
-        return None if self.documents is None else mean_interval(*self.documents)
-
-    @property
-    def perplexity_interval(self) -> tuple[float, float] | None:
-        """exp of ``loss_interval``."""
-        interval = self.loss_interval
-        return None if interval is None else (_exp(interval[0]), _exp(interval[1]))
-
-    @property
-    def num_documents(self) -> int | None:
-        """Documents with a predicted token, where documents are known."""
-        return None if self.documents is None else int(np.count_nonzero(self.documents[1]))
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Predicted tokens a second."""
-        return self.num_predicted / self.seconds if self.seconds else math.inf
+    tokens_per_second: float
+    by_match_length: Sequence[Group]
+    by_rank: Sequence[Group]
+    loss_sum: float = field(repr=False)
+    window_losses: Sequence[float] = field(repr=False)
+    documents: tuple[np.ndarray, np.ndarray] | None = field(repr=False)
 
     def to_dict(self) -> dict[str, object]:
         """A JSON-ready mapping."""
-        return {name: getattr(self, name) for name in _SHOWN}
-
-
-_SHOWN = (
-    *("perplexity", "perplexity_interval", "loss", "loss_interval", "bits_per_byte", "word_perplexity"),
-    *("num_predicted", "num_tokens", "num_bytes", "num_words", "num_documents", "seconds", "tokens_per_second"),
-    *("by_match_length", "by_rank"),
-)
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.repr}
 
 
 def _exp(loss: float) -> float:
@@ -256,20 +218,31 @@ def perplexity(
             bar.update(sum(window.end - window.first_target for window in batch))
     seconds = time.perf_counter() - started
     model.train(was_training)
-    documents = None
+    documents = interval = None
     if separator_id is not None:
         ends = np.asarray(tokens) == separator_id
         document = (np.cumsum(ends) - ends)[targets]  # a separator belongs to what it ends
         documents = np.bincount(document, weights=losses[targets]), np.bincount(document)
+        interval = mean_interval(*documents)
+    loss_sum, num_predicted = float(losses[targets].sum()), int(targets.sum())
+    loss = loss_sum / num_predicted
     return PerplexityResult(
-        float(losses[targets].sum()),
-        int(targets.sum()),
+        _exp(loss),
+        None if interval is None else (_exp(interval[0]), _exp(interval[1])),
+        loss,
+        interval,
+        loss * len(tokens) / math.log(2) / num_bytes if num_bytes else None,
+        _exp(loss * len(tokens) / num_words) if num_words else None,
+        num_predicted,
         len(tokens),
-        seconds,
         num_bytes,
+        num_words,
+        None if documents is None else int(np.count_nonzero(documents[1])),
+        seconds,
+        num_predicted / seconds if seconds else math.inf,
         *((), ()) if matcher is None else _groups(matcher.vocabulary, nodes[targets], losses[targets]),
+        loss_sum=loss_sum,
         window_losses=window_losses,
-        num_words=num_words,
         documents=documents,
     )
 

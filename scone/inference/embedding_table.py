@@ -25,14 +25,17 @@ _DECODED_BYTES = 1 << 24  # stored bytes that are read and decoded at a time; ab
 class EmbeddingTable(Closing):
     """S rows of D numbers, row r for the f-gram of rank r; use `open`.
 
-    Attributes: ``num_rows`` (S), ``width`` (D), ``layout`` (the header), ``store``, ``path``, ``device``.
+    Attributes: ``num_rows`` (S), ``width`` (D), ``row_type``, ``row_bytes`` (of a stored row, scales included),
+    ``layout`` (the header), ``fingerprints`` (of what the rows were made from: hex digests by name, "" where unknown),
+    ``store``, ``path``, ``device``.
     """
 
     def __init__(self, file: TableFile, store: RowStore, device: torch.device) -> None:
         self._file = file
         self.layout = file.layout
         self.num_rows = file.layout.num_rows
-        self.width = file.layout.row_format.width
+        self.width, self.row_type = file.layout.row_format.width, file.layout.row_format.row_type
+        self.row_bytes, self.fingerprints = file.layout.row_bytes, file.layout.fingerprints
         self.store = store
         self.path = file.path
         self.device = device
@@ -70,21 +73,6 @@ class EmbeddingTable(Closing):
             file.close()
             raise
         return cls(file, store, torch.device(device))
-
-    @property
-    def row_type(self) -> str:
-        """fp32, fp16, bf16, int8 or int4."""
-        return self.layout.row_format.row_type
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of a stored row, scales included."""
-        return self.layout.row_bytes
-
-    @property
-    def fingerprints(self) -> Mapping[str, str]:
-        """What the rows were made from: hex digests by name, "" where unknown."""
-        return self.layout.fingerprints
 
     @property
     def memory(self) -> StoreMemory:

@@ -25,6 +25,10 @@ _MAX_HEADER_BYTES = 1 << 20
 _CHECKSUM_SPAN_BYTES = 4 << 20
 
 
+def _derived() -> Any:
+    return field(init=False, compare=False, repr=False)
+
+
 @dataclass(frozen=True)
 class TableLayout:
     """Everything that a table's header says.
@@ -40,40 +44,28 @@ class TableLayout:
     compute_dtype: str = "fp32"
     rows_checksum: str = "0" * (2 * DIGEST_BYTES)
 
-    @property
-    def row_bytes(self) -> int:
-        """Bytes from one row to the next."""
-        return self.row_format.row_bytes
+    row_bytes: int = _derived()
+    """Bytes from one row to the next."""
+    payload_bytes: int = _derived()
+    """Bytes of all rows."""
+    checksum_rows: int = _derived()
+    """Rows under one checksum: about 4 MiB of them. It depends on nothing but the row's size."""
+    num_checksums: int = _derived()
+    data_start: int = _derived()
+    """Byte at which row 0 starts: a multiple of 4,096."""
+    checksums_start: int = _derived()
+    """Byte at which the chunk checksums start: directly after the rows."""
+    file_bytes: int = _derived()
 
-    @property
-    def payload_bytes(self) -> int:
-        """Bytes of all rows."""
-        return self.num_rows * self.row_bytes
-
-    @property
-    def checksum_rows(self) -> int:
-        """Rows under one checksum: about 4 MiB of them. It depends on nothing but the row's size."""
-        return max(1, _CHECKSUM_SPAN_BYTES // self.row_bytes)
-
-    @property
-    def num_checksums(self) -> int:
-        """How many chunk checksums the file holds."""
-        return -(-self.num_rows // self.checksum_rows)
-
-    @property
-    def data_start(self) -> int:
-        """Byte at which row 0 starts: a multiple of 4,096."""
-        return len(self.header())
-
-    @property
-    def checksums_start(self) -> int:
-        """Byte at which the chunk checksums start: directly after the rows."""
-        return self.data_start + self.payload_bytes
-
-    @property
-    def file_bytes(self) -> int:
-        """Size of the whole file."""
-        return self.checksums_start + DIGEST_BYTES * self.num_checksums
+    def __post_init__(self) -> None:
+        known = vars(self)  # frozen for others
+        known["row_bytes"] = self.row_format.row_bytes
+        known["payload_bytes"] = self.num_rows * self.row_bytes
+        known["checksum_rows"] = max(1, _CHECKSUM_SPAN_BYTES // self.row_bytes)
+        known["num_checksums"] = -(-self.num_rows // self.checksum_rows)
+        known["data_start"] = len(self.header())
+        known["checksums_start"] = self.data_start + self.payload_bytes
+        known["file_bytes"] = self.checksums_start + DIGEST_BYTES * self.num_checksums
 
     def header(self) -> bytes:
         """The file's first bytes: length (8 bytes, little-endian), JSON, spaces up to a multiple of 4,096.
