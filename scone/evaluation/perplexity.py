@@ -195,8 +195,9 @@ def perplexity(
         torch.nn.Module.to(model, where)
     was_training = model.training
     model.eval()
-    losses, targets, window_losses = np.zeros(len(tokens)), np.zeros(len(tokens), bool), []
-    nodes = np.zeros(len(tokens) if matcher is not None else 0, np.int64)  # that predicted each token
+    # of each token; a few bytes, for a text may have hundreds of millions
+    losses, targets, window_losses = np.zeros(len(tokens), np.float32), np.zeros(len(tokens), bool), []
+    kinds = np.zeros((2, 0 if matcher is None else len(tokens)), np.uint8)
     batches = [  # of windows of one length, so that nothing is ever padded
         same[first : first + batch_size]
         for _, group in groupby(windows(len(tokens), max_length, step), lambda window: window.end - window.start)
@@ -214,17 +215,17 @@ def perplexity(
                     # the position before a target predicts it; its f-gram does not reach beyond the window
                     reach = max(window.start, window.first_target - matcher.vocabulary.max_n)
                     matched = matcher.match(np.asarray(tokens[reach : window.end - 1]))
-                    nodes[predicted] = matched[window.first_target - 1 - reach :]
+                    kinds[:, predicted] = _kinds(matcher.vocabulary, matched[window.first_target - 1 - reach :])
             bar.update(sum(window.end - window.first_target for window in batch))
     seconds = time.perf_counter() - started
     model.train(was_training)
     documents = interval = None
     if separator_id is not None:
         ends = np.asarray(tokens) == separator_id
-        document = (np.cumsum(ends) - ends)[targets]  # a separator belongs to what it ends
+        document = (np.cumsum(ends, dtype=np.int32) - ends)[targets]  # a separator belongs to what it ends
         documents = np.bincount(document, weights=losses[targets]), np.bincount(document)
         interval = mean_interval(*documents)
-    loss_sum, num_predicted = float(losses[targets].sum()), int(targets.sum())
+    loss_sum, num_predicted = float(losses[targets].sum(dtype=np.float64)), int(targets.sum())
     loss = loss_sum / num_predicted
     return PerplexityResult(
         _exp(loss),
@@ -240,28 +241,30 @@ def perplexity(
         None if documents is None else int(np.count_nonzero(documents[1])),
         seconds,
         num_predicted / seconds if seconds else math.inf,
-        *((), ()) if matcher is None else _groups(matcher.vocabulary, nodes[targets], losses[targets]),
+        *((), ()) if matcher is None else _groups(kinds[:, targets], losses[targets], matcher.vocabulary.num_f_grams),
         loss_sum=loss_sum,
         window_losses=window_losses,
         documents=documents,
     )
 
 
-def _groups(
-    vocabulary: FGramVocabulary, nodes: np.ndarray, losses: np.ndarray
-) -> tuple[Sequence[Group], Sequence[Group]]:
-    """The groups that occurred of predictions made from ``nodes`` [n], by length of the f-gram and by its rank."""
-    ranks = nodes - vocabulary.vocab_size
-    lengths, buckets = np.ones(len(nodes), np.int64), np.zeros(len(nodes), np.int64)
-    matched = ranks >= 0
-    lengths[matched] = vocabulary.lengths[ranks[matched]]
-    buckets[matched] = 1 + np.searchsorted(RANK_EDGES, ranks[matched], side="right")
+def _kinds(vocabulary: FGramVocabulary, nodes: np.ndarray) -> np.ndarray:
+    """Of predictions made from ``nodes`` [n]: length of the f-gram, and bucket of its rank (0: none), uint8 [2, n]."""
+    kinds, matched = np.zeros((2, len(nodes)), np.uint8), nodes >= vocabulary.vocab_size
+    ranks = nodes[matched] - vocabulary.vocab_size
+    kinds[0] = 1
+    kinds[0, matched], kinds[1, matched] = vocabulary.lengths[ranks], 1 + np.searchsorted(RANK_EDGES, ranks, "right")
+    return kinds
+
+
+def _groups(kinds: np.ndarray, losses: np.ndarray, num_f_grams: int) -> tuple[Sequence[Group], Sequence[Group]]:
+    """The groups that occurred among ``losses`` [n] of these ``kinds`` [2, n], by length and by rank."""
     edges = [0, *RANK_EDGES]
 
     def bucket(key: int) -> Group:
         if not key:
             return {"first_rank": None, "last_rank": None}
-        return {"first_rank": edges[key - 1], "last_rank": min([*edges[key : key + 1], vocabulary.num_f_grams]) - 1}
+        return {"first_rank": edges[key - 1], "last_rank": min([*edges[key : key + 1], num_f_grams]) - 1}
 
     def grouped(keys: np.ndarray, name: Callable[[int], Group]) -> list[Group]:
         counts, sums = np.bincount(keys), np.bincount(keys, weights=losses)
@@ -270,7 +273,7 @@ def _groups(
             for key in counts.nonzero()[0].tolist()
         ]
 
-    return grouped(lengths, lambda key: {"length": key}), grouped(buckets, bucket)
+    return grouped(kinds[0], lambda key: {"length": key}), grouped(kinds[1], bucket)
 
 
 def loss_difference(first: PerplexityResult, second: PerplexityResult) -> tuple[float, tuple[float, float]]:
