@@ -41,6 +41,9 @@ class EmbeddingTable(Closing):
         self.device = device
         blocks = store.gpu_blocks(device)
         self._held = blocks[0] if blocks and len(blocks[0]) and blocks[0].device == device else None
+        # looked up in every call, of which they are a tenth where one row is read
+        self._by_host = device.type == "cpu" and self._held is None
+        self._float_dtype = file.layout.row_format.float_dtype
         self._gpu_rows: dict[torch.device, GPUReadableRows | None] = {}
 
     @classmethod
@@ -85,20 +88,31 @@ class EmbeddingTable(Closing):
         ``out``: float32 [n, D], contiguous, on the table's device, is filled and returned instead of a new tensor.
         Raises SconeError: a rank outside [0, S), or the file was changed while open.
         """
-        row, wanted = self.layout.row_format, self._checked(ranks)
-        if out is not None and (out.shape != (len(wanted), self.width) or not out.dtype == dtype == torch.float32):
-            raise ValueError(f"out must be float32 [{len(wanted)}, {self.width}], found {out.dtype} {list(out.shape)}")
-        if self.device.type != "cpu" or self._held is not None:
-            return self._rows_on_device(wanted, dtype, out)
-        ranks = torch.from_numpy(wanted)
-        decoded = dtype if row.float_dtype else torch.float32
-        rows = torch.empty(len(wanted), self.width, dtype=decoded) if out is None else out
-        if dtype == row.float_dtype:  # nothing is to be decoded: rows go where they are wanted
-            self.store.read(ranks, rows)
-            return rows
+        if out is not None and (not out.dtype is dtype is torch.float32 or out.shape != (ranks.shape[0], self.width)):
+            raise ValueError(f"out must be float32 [{len(ranks)}, {self.width}], found {out.dtype} {list(out.shape)}")
+        if not self._by_host:
+            return self._rows_on_device(self._checked(ranks), dtype, out)
+        if ranks.dtype is not torch.int64 or ranks.ndim != 1:
+            raise _not_ranks(ranks)
+        try:
+            if dtype is not self._float_dtype:
+                return self._decoded(ranks, dtype, out)
+            if out is None:  # nothing is to be decoded: rows go where they are wanted
+                out = torch.empty(ranks.shape[0], self.width, dtype=dtype)
+            self.store.read(ranks, out)
+            return out
+        except IndexError:  # stores check ranks: to do it here, too, would take longer than to read a few rows
+            self._checked(ranks)  # says which one
+            raise
+
+    def _decoded(self, ranks: Tensor, dtype: torch.dtype, out: Tensor | None) -> Tensor:
+        """Rows that are stored as another type than ``dtype``, on the CPU."""
+        row = self.layout.row_format
+        rows = torch.empty(len(ranks), self.width, dtype=dtype if row.float_dtype else torch.float32)
+        rows = rows if out is None else out
         step = max(1, _DECODED_BYTES // row.row_bytes)
-        scratch = self.store.new_rows(min(step, len(wanted)))
-        for low in range(0, len(wanted), step):
+        scratch = self.store.new_rows(min(step, len(ranks)))
+        for low in range(0, len(ranks), step):
             part = rows[low : low + step]
             stored = scratch[: len(part)]
             self.store.read(ranks[low : low + step], stored)
@@ -147,7 +161,7 @@ class EmbeddingTable(Closing):
 
     def _checked(self, ranks: Tensor) -> np.ndarray:
         if ranks.ndim != 1 or ranks.dtype != torch.int64:
-            raise ValueError(f"ranks must be int64 [n], found {ranks.dtype} {list(ranks.shape)}")
+            raise _not_ranks(ranks)
         wanted = np.ascontiguousarray(ranks.cpu().numpy())
         if len(wanted):
             low, high = int(wanted.min()), int(wanted.max())
@@ -190,3 +204,7 @@ def decode_rows(table: Tensor, ranks: Tensor, row: RowFormat, dtype: torch.dtype
 
         return gather_rows_triton(table, ranks, row.row_type, row.width, row.group_size, dtype)
     return row.decode(table.index_select(0, ranks), dtype)
+
+
+def _not_ranks(ranks: Tensor) -> ValueError:
+    return ValueError(f"ranks must be int64 [n], found {ranks.dtype} {list(ranks.shape)}")

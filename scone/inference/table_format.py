@@ -9,6 +9,7 @@ import stat
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from os import SEEK_END, fstat, lseek
 from pathlib import Path
 from typing import Any
 
@@ -141,12 +142,20 @@ class TableFile(Closing):
         Reading a mapped page that a truncation took away would kill the process, and a row that was overwritten would
         be a wrong row.
         """
-        status = os.fstat(self.descriptor)
+        status = fstat(self.descriptor)
         if status.st_size != self._size or status.st_mtime_ns != self._time:
-            raise SconeError(
-                f"the embedding table {self.path} was changed while it was being read; expected a file that nobody "
-                "writes to; open it again (new tables are renamed into place, never edited)"
-            )
+            raise self._changed()
+
+    def check_size(self) -> None:
+        """Raise SconeError when the file is longer or shorter than it was: in a quarter of `check_unchanged`'s time."""
+        if lseek(self.descriptor, 0, SEEK_END) != self._size:
+            raise self._changed()
+
+    def _changed(self) -> SconeError:
+        return SconeError(
+            f"the embedding table {self.path} was changed while it was being read; expected a file that nobody "
+            "writes to; open it again (new tables are renamed into place, never edited)"
+        )
 
     def read(self, offset: int, size: int) -> bytes:
         """``size`` bytes from ``offset``. Raises SconeError when the file ends early or the disk fails."""

@@ -62,8 +62,8 @@ class MemoryStore(RowStore):
     def mapped(cls, file: TableFile) -> MemoryStore:
         """The whole file, mapped read-only and shared.
 
-        Before every batch it is checked, since a page that was cut off would kill the process; and after it, since
-        somebody may have written to it meanwhile.
+        Before every batch its size is checked, since a page that was cut off would kill the process; after it, whether
+        anybody wrote to it.
         """
         mapping = mmap.mmap(file.descriptor, file.layout.file_bytes, mmap.MAP_SHARED, mmap.PROT_READ)
         # Rows are read here and there: reading ahead around each would only fill memory with neighbours.
@@ -72,13 +72,15 @@ class MemoryStore(RowStore):
         return cls(file, rows, 0, mapping)
 
     def read(self, ranks: Tensor, out: Tensor) -> None:
+        # index_select checks the ranks itself: for one row, a check of ours would take longer than the read.
         if self._first_row:
             ranks = ranks - self._first_row
-        if self._mapping is not None:
-            self._file.check_unchanged()
-        torch.index_select(self._rows, 0, ranks, out=out)  # which checks the ranks
-        if self._mapping is not None:
-            self._file.check_unchanged()
+        if self._mapping is None:
+            torch.index_select(self._rows, 0, ranks, out=out)
+            return
+        self._file.check_size()
+        torch.index_select(self._rows, 0, ranks, out=out)
+        self._file.check_unchanged()
 
     def gpu_blocks(self, device: torch.device) -> list[Tensor]:
         if self._unpin is None or device.type != "cuda":
