@@ -158,6 +158,13 @@ def fit(flops: np.ndarray, losses: np.ndarray) -> tuple[np.ndarray, np.ndarray, 
     return a, b, exponents
 
 
+def beside(rungs: Sequence[Rung], kind: str) -> list[tuple[Rung, Rung]]:
+    """Each rung of learned rows with that of ``kind`` at the same size and tokens."""
+    peers = {(rung.size, rung.per_weight): rung for rung in rungs if rung.kind == kind}
+    ours = (rung for rung in rungs if rung.kind == ROWS)
+    return [(rung, peers[place]) for rung in ours if (place := (rung.size, rung.per_weight)) in peers]
+
+
 def compact(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Of each run what `rungs_of`, the tables and the plot need, its curve, and what it cost."""
     kept = (
