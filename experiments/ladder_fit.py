@@ -29,7 +29,7 @@ from scone.utils.files import read_json, write_json  # noqa: E402
 
 PLAIN, DOUBLED, OVER_ENCODING, ROWS = "plain", "plain-doubled", "over-encoding", "rows"
 DRAWS = 1000
-EXPONENTS = np.geomspace(0.02, 1.5, 120)
+EXPONENTS = np.geomspace(0.02, 1.5, 600)
 
 
 @dataclass(frozen=True)
