@@ -103,7 +103,7 @@ def _of_size(rungs: Sequence[Rung], size: str, draws: int) -> list[Multiplier]:
     found = []
     for place, rung in enumerate(others, start=len(plain)):
         reached = flops_of_loss(flops, drawn[:, : len(plain)], drawn[:, place]) / rung.flops
-        low, high = np.quantile(reached[1:], (0.025, 0.975))
+        low, high = np.quantile(reached[1:], (0.025, 0.975), method="nearest")
         beyond = not plain[-1].loss <= rung.loss <= plain[0].loss
         found.append(Multiplier(rung, float(reached[0]), float(low), float(high), beyond))
     return found
