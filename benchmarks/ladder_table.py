@@ -78,7 +78,7 @@ def _curves(report: Mapping[str, Any]) -> str:
         if rung.kind != PLAIN and mine and peer:
             means = [[statistics.fmean(points) for points in zip(*seeds, strict=True)] for seeds in (mine, peer)]
             changes = [nats(own - plain) for own, plain in zip(*means, strict=True)]
-            lines.append([rung.size, rung.per_weight, f"`{rung.kind}`", *changes])
+            lines.append([*_head(rung)[::2], f"`{rung.kind}`", *changes])
     head = ["weights", "tokens per weight", "", *(f"{10 * tenth} %" for tenth in range(1, 11))]
     note = "Change of the mean loss to plain's at the same step, nats a token, on the first 32,768 tokens of each text."
     return f"{markdown_table(head, lines)}\n\n*{note}*\n"

@@ -23,11 +23,11 @@ from scone.utils.files import atomic_path, read_json  # noqa: E402
 
 STYLE = """
 svg { --card: #ffffff; --ink: #1c1e21; --soft: #5f6670; --grid: #ebedf0; --series-1: #7a8594; --series-3: #0f766e;
-  --series-5: #7c3aed; --series-4: #b45309; background: var(--card);
+  --series-5: #7c3aed; background: var(--card);
   font-family: system-ui, "Segoe UI", Roboto, Helvetica, Arial, sans-serif; }
 @media (prefers-color-scheme: dark) {
   svg { --card: #16191c; --ink: #e8eaed; --soft: #9aa3ad; --grid: #272b30; --series-1: #9aa6b5; --series-3: #2dd4bf;
-    --series-5: #a78bfa; --series-4: #fbbf24; }
+    --series-5: #a78bfa; }
 }
 """
 KINDS = {
