@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -169,12 +168,9 @@ def measure_ladder(report: Report, ladder: Mapping[str, Any]) -> None:
         for ours, peer in plain
         for text in ours.losses
     ]
-    epochs = [
-        [test["loss"] for test in run["tests"].values()]
-        for name in ("epochs4-rows", "epochs4-plain")
-        if (run := ladder["runs"].get(name, {})).get("finished")
-    ]
-    passes = [(*map(statistics.fmean, epochs), "plain, four passes")] if len(epochs) == 2 else []
+    epochs = [ladder["runs"].get(name, {}) for name in ("epochs4-rows", "epochs4-plain")]
+    losses = [run["curve"][-1]["validation"] for run in epochs if run.get("finished")]
+    passes = [(*losses, "plain, four passes, validation text")] if len(losses) == 2 else []
     pairs = {
         "worst_text_vs_plain": by_text,
         "vs_over_encoding": [(ours.loss, peer.loss, f"over-encoding, {_where(ours)}") for ours, peer in hashed],

@@ -173,7 +173,9 @@ def test_the_ladders_metrics_are_those_of_its_losses(records):
     runs["7m-20-rows"] = run("7m-20-rows", 20, law(1.6 * 20), c4=0.1, novels=-0.1)
     runs |= {f"7m-{each}-over-encoding": run(f"7m-{each}-over-encoding", each, law(each * 1.5)) for each in (5, 20)}
     runs["7m-5-over-encoding"]["tests"]["c4"]["loss"] -= 0.5
-    runs["epochs4-plain"], runs["epochs4-rows"] = run("epochs4-plain", 1, 4.0), run("epochs4-rows", 1, 3.9)
+    curves = {"epochs4-plain": (5.0, 4.0), "epochs4-rows": (4.0, 3.9)}
+    runs |= {name: {"run": name, "finished": True, "curve": [{"validation": each} for each in losses]}
+             for name, losses in curves.items()}  # fmt: skip
     found = records(experiments.experiment(), {"runs": runs})
     assert found["compute_multiplier_7m"]["ratio"] == pytest.approx(1.6, rel=0.01)
     assert found["compute_multiplier_7m"]["met"]
