@@ -45,7 +45,7 @@ from experiment_results import (
     run_results,
     same_tokens,
 )
-from ladder_fit import Rung, beside, multipliers, rungs_of
+from ladder_fit import Rung, beside, multipliers, rungs_of, savings
 
 from scone.evaluation.results import RunResult
 from scone.utils.files import read_json
@@ -154,12 +154,17 @@ def measure(
 def measure_ladder(report: Report, ladder: Mapping[str, Any]) -> None:
     """Records of the ladder's JSON; a metric without its runs is null, and says that they were not run."""
     rungs = rungs_of(ladder)
-    measured = {(each.rung.size, each.rung.per_weight, each.rung.kind): each for each in multipliers(rungs)}
+    read = [*multipliers(rungs), *savings(rungs)]
+    measured = {(each.rung.size, each.rung.per_weight, each.rung.kind): each for each in read}
     for size, (per_weight, target) in MULTIPLIERS.items():
         found = measured.get((size, per_weight, "rows"))
         note = f"95 %: {found.low:.2f} to {found.high:.2f}" if found else NOT_RUN
         if found and found.beyond:
-            note += ", plain's curve beyond its runs"
+            inner = measured.get((size, per_weight, "plain"))
+            if inner and not inner.beyond:
+                found, note = inner, f"95 %: {inner.low:.2f} to {inner.high:.2f}, on the curve of rows"
+            else:
+                note += ", plain's curve beyond its runs"
         value = found.value if found else None
         report.add(f"compute_multiplier_{size}", "× FLOPs", value, None, note, ratio="ours", target=target)
     plain, hashed = (beside(rungs, kind) for kind in ("plain", "over-encoding"))

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
-from ladder_fit import PLAIN, Rung, multipliers, rungs_of, seed_spread, shown
+from ladder_fit import PLAIN, Rung, multipliers, rungs_of, savings, seed_spread, shown
 from recipe_table import nats, percent
 
 from scone.utils.text import markdown_table
@@ -31,18 +31,26 @@ def ladder_table(report: Mapping[str, Any], view: str) -> str:
 
 def _multipliers(report: Mapping[str, Any]) -> str:
     rungs = _in_order(report)
-    found = {_place(each.rung): each for each in multipliers(rungs)}
-    kinds = list(dict.fromkeys(rung.kind for rung in rungs if rung.kind != PLAIN))
+    found = {_place(each.rung): each for each in [*multipliers(rungs), *savings(rungs)]}
+    kinds = [*dict.fromkeys(rung.kind for rung in rungs if rung.kind != PLAIN), PLAIN]
     lines = []
     for plain in (rung for rung in rungs if rung.kind == PLAIN):
         places = [(plain.size, plain.per_weight, kind) for kind in kinds]
         cells = [shown(found[place]) if place in found else "–" for place in places]
         lines.append([*_head(plain), f"{plain.loss:.3f}", *cells])
-    head = ["weights", "tokens", "tokens per weight", "plain's loss", *(f"`{kind}`" for kind in kinds)]
+    head = [
+        "weights",
+        "tokens",
+        "tokens per weight",
+        "plain's loss",
+        *(f"`{kind}`" for kind in kinds[:-1]),
+        "`by rows`",
+    ]
     note = (
         "How many times its training FLOPs plain needs for the same loss (95 %: over windows and seeds). Below 1 plain "
-        "uses them better. Star: plain's fitted curve beyond its runs. Loss: nats a token, mean of "
-        f"{len(rungs[0].losses)} texts, whose standard deviation over seeds is {seed_spread(rungs):.4f}."
+        "uses them better. `by rows`: plain's FLOPs, divided by those at which rows have its loss. Star: a curve beyond "
+        f"its runs. Loss: nats a token, mean of {len(rungs[0].losses)} texts, whose standard deviation over seeds is "
+        f"{seed_spread(rungs):.4f}."
     )
     return f"{markdown_table(head, lines)}\n\n*{note}*\n"
 

@@ -88,14 +88,26 @@ def _rung(size: str, per_weight: str, kind: str, runs: Sequence[Mapping[str, Any
     )
 
 
-def multipliers(rungs: Sequence[Rung], draws: int = DRAWS) -> list[Multiplier]:
-    """Of every rung that is not plain, where its size has three plain rungs or more (else there is no curve)."""
-    return [each for size in dict.fromkeys(rung.size for rung in rungs) for each in _of_size(rungs, size, draws)]
+def multipliers(rungs: Sequence[Rung], draws: int = DRAWS, curve: str = PLAIN) -> list[Multiplier]:
+    """Of every rung that is not plain, where its size has three plain rungs or more (else there is no curve).
+
+    With another ``curve`` than plain's: of the rungs of all other kinds, plain's too, on that kind's curve.
+    """
+    return [each for size in dict.fromkeys(rung.size for rung in rungs) for each in _of_size(rungs, size, draws, curve)]
 
 
-def _of_size(rungs: Sequence[Rung], size: str, draws: int) -> list[Multiplier]:
-    plain = sorted((rung for rung in rungs if (rung.size, rung.kind) == (size, PLAIN)), key=lambda rung: rung.flops)
-    others = [rung for rung in rungs if rung.size == size and rung.kind != PLAIN]
+def savings(rungs: Sequence[Rung], draws: int = DRAWS) -> list[Multiplier]:
+    """Of every plain rung: its training FLOPs, divided by those at which learned rows have its loss.
+
+    As `multipliers`, but read on the curve of rows, which may reach a loss that plain's does not.
+    """
+    found = [each for each in multipliers(rungs, draws, ROWS) if each.rung.kind == PLAIN]
+    return [Multiplier(each.rung, 1 / each.value, 1 / each.high, 1 / each.low, each.beyond) for each in found]
+
+
+def _of_size(rungs: Sequence[Rung], size: str, draws: int, curve: str) -> list[Multiplier]:
+    plain = sorted((rung for rung in rungs if (rung.size, rung.kind) == (size, curve)), key=lambda rung: rung.flops)
+    others = [rung for rung in rungs if rung.size == size and rung.kind != curve]
     if len(plain) < 3 or not others:
         return []
     flops = np.array([rung.flops for rung in plain])

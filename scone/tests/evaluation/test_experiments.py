@@ -192,6 +192,11 @@ def test_the_ladders_metrics_are_those_of_its_losses(records):
     del runs["7m-40-plain"], runs["7m-5-over-encoding"], runs["7m-20-over-encoding"]
     runs["epochs4-rows"]["finished"] = False
     found = records(experiments.experiment(), {"runs": runs})
+    assert found["compute_multiplier_7m"]["ratio"] == pytest.approx(1.6, rel=0.01)
+    assert "on the curve of rows" in found["compute_multiplier_7m"]["peer_name"]
+    del runs["7m-5-rows"]
+    found = records(experiments.experiment(), {"runs": runs})
+    assert found["compute_multiplier_7m"]["ratio"] == pytest.approx(1.6, rel=0.01)
     assert "beyond" in found["compute_multiplier_7m"]["peer_name"]
     for metric in ("vs_over_encoding", "rows_overfit_4_epochs"):
         assert (found[metric]["ratio"], found[metric]["peer_name"]) == (None, "not run")
