@@ -48,9 +48,9 @@ def _multipliers(report: Mapping[str, Any]) -> str:
     ]
     note = (
         "How many times its training FLOPs plain needs for the same loss (95 %: over windows and seeds). Below 1 plain "
-        "uses them better. `by rows`: plain's FLOPs, divided by those at which rows have its loss. Star: a curve beyond "
-        f"its runs. Loss: nats a token, mean of {len(rungs[0].losses)} texts, whose standard deviation over seeds is "
-        f"{seed_spread(rungs):.4f}."
+        "uses them better. `by rows`: plain's FLOPs, divided by those at which rows have its loss. Star: a curve "
+        f"beyond its runs. Loss: nats a token, mean of {len(rungs[0].losses)} texts, their standard deviation over "
+        f"seeds {seed_spread(rungs):.4f}."
     )
     return f"{markdown_table(head, lines)}\n\n*{note}*\n"
 
