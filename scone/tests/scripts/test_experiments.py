@@ -137,7 +137,9 @@ def test_runs_of_several_seeds_are_merged_into_one_line(runner, data, tmp_path):
             assert both["tests"][test][measure] > 0
     assert set(both["tests_shuffled"]) == {"wikitext103_test"}
     text = runner.table(result)
-    assert "| plain | 2 |" in text
+    bits = [test["bits_per_byte"] for seed in (1, 2) for test in result["runs"][f"plain-seed{seed}"]["tests"].values()]
+    (line,) = [line for line in text.split("\n") if line.startswith("| plain | 2 |")]
+    assert f"| {np.mean(bits):.4f} | 1.00× |" in line
     assert "| both-10k | 1 |" in text
 
 
