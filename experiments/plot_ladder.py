@@ -17,19 +17,11 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "experiments")]
 
 from ladder_fit import DOUBLED, OVER_ENCODING, PLAIN, ROWS, Rung, rungs_of  # noqa: E402
+from plot_recipe import save  # noqa: E402
 
-from scone.evaluation.figures import GRID, INK, SERIES, SOFT, svg_of  # noqa: E402
-from scone.utils.files import atomic_path, read_json  # noqa: E402
+from scone.evaluation.figures import GRID, INK, SERIES, SOFT  # noqa: E402
+from scone.utils.files import read_json  # noqa: E402
 
-STYLE = """
-svg { --card: #ffffff; --ink: #1c1e21; --soft: #5f6670; --grid: #ebedf0; --series-1: #7a8594; --series-3: #0f766e;
-  --series-5: #7c3aed; background: var(--card);
-  font-family: system-ui, "Segoe UI", Roboto, Helvetica, Arial, sans-serif; }
-@media (prefers-color-scheme: dark) {
-  svg { --card: #16191c; --ink: #e8eaed; --soft: #9aa3ad; --grid: #272b30; --series-1: #9aa6b5; --series-3: #2dd4bf;
-    --series-5: #a78bfa; }
-}
-"""
 KINDS = {
     PLAIN: ("plain", SERIES[0], "-"),
     DOUBLED: ("plain, 2× the FLOPs a token", SERIES[0], ":"),
@@ -78,13 +70,7 @@ def draw(rungs: Sequence[Rung]) -> Figure:
 def main() -> int:
     results = REPOSITORY / "docs" / "results"
     figure = draw(rungs_of(read_json(results / "ladder.json")))
-    width, height = (72 * inches for inches in figure.get_size_inches())
-    svg = svg_of(figure, "Loss against training FLOPs of plain models, over-encoding and learned rows")
-    names = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
-    names += f' width="{width:g}pt" height="{height:g}pt"'
-    svg = svg.replace("<svg ", f"<svg {names} ", 1).replace(">", f">\n<style>{STYLE}</style>", 1)
-    with atomic_path(results / "ladder.svg") as temporary:
-        temporary.write_text(svg + "\n", encoding="utf-8")
+    save(figure, results / "ladder.svg", "Loss against training FLOPs of plain models, over-encoding and learned rows")
     return 0
 
 
