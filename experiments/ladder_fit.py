@@ -191,10 +191,13 @@ def compact(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         "cost",
         "parameters",
     )
-    fields = ("loss", "perplexity", "bits_per_byte", "by_match_length", "block_losses")
+    fields = ("loss", "perplexity", "bits_per_byte", "by_match_length", "by_rank", "block_losses")
     found = {}
     for name, run in runs.items():
-        tests = {text: {field: test[field] for field in fields} for text, test in run.get("tests", {}).items()}
+        tests = {
+            text: {field: test[field] for field in fields if field in test}
+            for text, test in run.get("tests", {}).items()
+        }
         curve = [
             {"step": entry["step"], "validation": entry["eval_loss"], "texts": entry.get("text_losses", {})}
             for entry in run["log"]
