@@ -26,6 +26,8 @@ def ladder_table(report: Mapping[str, Any], view: str) -> str:
     """``multipliers``: of each run that is not plain. ``texts``: perplexity of plain, and each kind's change from it.
     ``curves``: change of the mean loss to plain's after each tenth of the run.
     """
+    if not rungs_of(report):
+        return "*Not run yet.*\n"
     return {"multipliers": _multipliers, "texts": _texts, "curves": _curves}[view](report)
 
 

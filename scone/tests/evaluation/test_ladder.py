@@ -139,4 +139,5 @@ def test_tables_and_picture_say_what_the_losses_are():
     change = f"−{100 * (1 - np.exp(law(3, 1, 0.5, 3e15) - law(3, 1, 0.5, 2e15))):.1f} %"
     assert f"| 7 M | 0 M | 10 | `rows` | 1 | {change} | {change} | {change} |" in lines["texts"]
     assert "| 7 M | 20 | `rows` |" + " −0.05 |" * 10 in lines["curves"]
+    assert tables.ladder_table({"runs": {}}, "texts") == "*Not run yet.*\n"
     assert len(plot.draw(ladder.rungs_of({"runs": runs})).axes[0].lines) == 2
