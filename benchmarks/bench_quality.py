@@ -11,6 +11,10 @@ perplexity is that of several texts, the geometric mean, and of all seeds of a r
   Beyond them nothing is said (null).
 * Equal rows: peers with the same number of f-grams, or of hashed rows.
 
+* The ladder (docs/results/ladder.json, experiments/ladder.yaml), learned rows against its peers: how many times our
+  training FLOPs plain needs for the same loss; the worst ratio of a text's perplexity to plain's at any size and
+  budget, and of all texts' to over-encoding's; and to plain's after four passes. What has no run is null.
+
 --quick runs a tiny version of the experiment first (models of about a million weights on Python's standard library).
 """
 
@@ -41,11 +45,16 @@ from experiment_results import (
     run_results,
     same_tokens,
 )
+from ladder_fit import Rung, beside, multipliers, rungs_of, savings
 
 from scone.evaluation.results import RunResult
 from scone.utils.files import read_json
 
 RESULTS = REPOSITORY / "docs" / "results" / "main_claim_best.json"
+LADDER = REPOSITORY / "docs" / "results" / "ladder.json"
+MULTIPLIERS = {"7m": ("20", 1.5), "27m": ("20", 1.3), "92m": ("10", 1.2)}
+"""Size → at how many tokens per weight, and the target."""
+NOT_RUN = "not run"
 DOUBLED = (1.8, 2.3)
 """What counts as twice the inference FLOPs."""
 OUTSIDE = "plain: budget outside its runs"
@@ -64,12 +73,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1
         experiment = read_json(path)
     compare(report, experiment)
+    if not report.quick:
+        ladder: Path = report.config["ladder"]
+        measure_ladder(report, read_json(ladder) if ladder.exists() else {"runs": {}})
     report.finish()
     return 0 if report.records else 1
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FILE", help="the experiment's JSON")
+    parser.add_argument("--ladder", type=Path, default=LADDER, metavar="FILE", help="experiments/ladder_fit.py's JSON")
 
 
 def compare(report: Report, experiment: dict[str, Any]) -> None:
@@ -136,6 +149,46 @@ def measure(
         own = math.exp(mean_loss(ours, tests))
         metric = f"perplexity_vs_{name}{suffix}"
         report.add(metric, "perplexity", own, value, peer_name, target=target, better="lower")
+
+
+def measure_ladder(report: Report, ladder: Mapping[str, Any]) -> None:
+    """Records of the ladder's JSON; a metric without its runs is null, and says that they were not run."""
+    rungs = rungs_of(ladder)
+    read = [*multipliers(rungs), *savings(rungs)]
+    measured = {(each.rung.size, each.rung.per_weight, each.rung.kind): each for each in read}
+    for size, (per_weight, target) in MULTIPLIERS.items():
+        found = measured.get((size, per_weight, "rows"))
+        note = f"95 %: {found.low:.2f} to {found.high:.2f}" if found else NOT_RUN
+        if found and found.beyond:
+            inner = measured.get((size, per_weight, "plain"))
+            if inner and not inner.beyond:
+                found, note = inner, f"95 %: {inner.low:.2f} to {inner.high:.2f}, on the curve of rows"
+            else:
+                note += ", plain's curve beyond its runs"
+        value = found.value if found else None
+        report.add(f"compute_multiplier_{size}", "× FLOPs", value, None, note, ratio="ours", target=target)
+    plain, hashed = (beside(rungs, kind) for kind in ("plain", "over-encoding"))
+    by_text = [
+        (ours.losses[text], peer.losses[text], f"plain, {text}, {_where(ours)}")
+        for ours, peer in plain
+        for text in ours.losses
+    ]
+    epochs = [ladder["runs"].get(name, {}) for name in ("epochs4-rows", "epochs4-plain")]
+    losses = [run["curve"][-1]["validation"] for run in epochs if run.get("finished")]
+    passes = [(*losses, "plain, four passes, validation text")] if len(losses) == 2 else []
+    pairs = {
+        "worst_text_vs_plain": by_text,
+        "vs_over_encoding": [(ours.loss, peer.loss, f"over-encoding, {_where(ours)}") for ours, peer in hashed],
+        "rows_overfit_4_epochs": passes,
+    }
+    for metric, losses in pairs.items():
+        ours, peer, name = max(losses, key=lambda pair: pair[0] - pair[1], default=(None, None, NOT_RUN))
+        values = [None if loss is None else math.exp(loss) for loss in (ours, peer)]
+        report.add(metric, "perplexity", *values, name, target=1.0, better="lower")
+
+
+def _where(rung: Rung) -> str:
+    return f"{rung.size} at {rung.per_weight} tokens per weight"
 
 
 def _flops(result: RunResult) -> float:

@@ -3,7 +3,8 @@
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->`` and is made from ``docs/results/NAME.json``:
 a benchmark's report (``benchmarks/common.py``) or a demo's ``report.json``. ``NAME__summary`` gives of a benchmark's
 records those that have a target; ``NAME__graphs`` see `tables.generation_tables`;
-``recipe__VIEW`` see `recipe_table`. Tables of finished experiments have no such marks: nothing measures them again.
+``recipe__VIEW`` see `recipe_table`, ``ladder__VIEW`` `ladder_table`. Tables of finished experiments have no such marks:
+nothing measures them again.
 
     python benchmarks/fill_tables.py            fill them
     python benchmarks/fill_tables.py --check    exit 1 if one is out of date
@@ -19,9 +20,10 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "docs" / "results"
-sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks")]
+sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks"), str(REPOSITORY / "experiments")]
 
 import tables  # noqa: E402
+from ladder_table import ladder_table  # noqa: E402
 from recipe_table import recipe_table  # noqa: E402
 
 _TABLE = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -53,6 +55,8 @@ def table(name: str) -> str:
     report = json.loads(path.read_text(encoding="utf-8"))
     if "screens" in report:
         return recipe_table(report, view)
+    if "ladder" in report:
+        return ladder_table(report, view)
     if report.get("benchmark") == "gpu_generation":
         return tables.generation_tables(report, view)
     if report.get("benchmark") == "gpu_training":

@@ -88,7 +88,7 @@ def benchmark_table(report: Report, summary: bool = False) -> str:
         if summary and record.get("target") is None:
             continue
         name = f" ({record['peer_name']})" if record.get("peer_name") else ""
-        peer = f"{_number(record['peer'])}{name}" if record.get("peer") is not None else ""
+        peer = f"{_number(record['peer'])}{name}" if record.get("peer") is not None else name[2:-1]
         met = {True: "met", False: "**missed**", None: ""}[record.get("met")]
         ours = f"{_number(record['ours'])} {record['unit']}".strip() if record.get("ours") is not None else ""
         numbers = [_number(record.get("ratio")), _number(record.get("target"))]

@@ -31,17 +31,22 @@ def run_results(experiment: Mapping[str, Any]) -> list[RunResult]:
 
 
 def table(experiment: Mapping[str, Any]) -> str:
-    """Markdown: one line a run. FLOPs are those of the first run (plain) times; unfinished runs stand last."""
+    """Markdown: one line a run. FLOPs are those of the first run (plain) times; unfinished runs stand last.
+
+    Bits a byte: the mean over tests, where all have them; it compares runs of different tokenizers too.
+    """
     tests = experiment["experiment"]["tests"]
     results = run_results(experiment)
     rows = []
     for result in results:
         cells = [perplexity_text(result, test) for test in tests]
+        bits = [result.perplexity[test].get("bits_per_byte") for test in tests]
+        cells.append(f"{sum(bits) / len(bits):.4f}" if all(bits) else "–")
         for field in ("inference_flops_per_token", "training_flops"):
             cells.append(f"{getattr(result, field) / getattr(results[0], field):.2f}×")
         seconds = result.facts["train_seconds"]
         rows.append([result.name, len(seconds), *cells, f"{sum(seconds) / len(seconds):.0f}"])
-    head = ["run", "seeds", *tests, "inference FLOPs", "training FLOPs", "training s"]
+    head = ["run", "seeds", *tests, "bits a byte", "inference FLOPs", "training FLOPs", "training s"]
     lines = [markdown_table(head, rows)]
     for name, run in experiment["runs"].items():
         if not run.get("finished", True):
@@ -151,13 +156,13 @@ def best_of(candidates: Sequence[RunResult]) -> RunResult:
 
 def _mean_perplexity(tests: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     losses = [float(test["loss"]) for test in tests]
-    kept = ("bits_per_byte", "num_predicted", "num_documents")
-    found = {name: tests[0][name] for name in kept if tests[0].get(name) is not None}
+    found = {name: tests[0][name] for name in ("num_predicted", "num_documents") if tests[0].get(name) is not None}
+    if all(test.get("bits_per_byte") for test in tests):
+        found["bits_per_byte"] = sum(test["bits_per_byte"] for test in tests) / len(tests)
     if len(tests) == 1:
         found |= {"perplexity_interval": tests[0].get("perplexity_interval")}
     else:
         found |= {"perplexity_spread": [math.exp(min(losses)), math.exp(max(losses))]}
-        found.pop("bits_per_byte", None)
     loss = sum(losses) / len(losses)
     return {"perplexity": math.exp(loss), "loss": loss} | found
 

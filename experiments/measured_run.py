@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from scone.configs.schema import SconeOptions
@@ -34,6 +35,7 @@ def measured_run(
     matcher: Matcher | None,
     stride: int | None = None,
     shuffled: Sequence[str] = (),
+    curve_tokens: int = 0,
     keep_model: bool = False,
 ) -> dict[str, Any]:
     """Train and test one model; an interrupted run goes on from its checkpoint.
@@ -44,6 +46,7 @@ def measured_run(
         matcher: groups the losses of every run by the same f-grams, plain ones too.
         shuffled: texts on which a model with f-grams is also tested with its vectors handed to other f-grams, which
             tells whether it used what they say or only that they are there.
+        curve_tokens: of each text so many tokens are tested on at every evaluation (0: none), after its log line.
         keep_model: leave the run's folder; otherwise it is removed once everything is measured.
 
     Returns the options' seed, tokens seen, seconds, costs per token and in all, parameters, the log, and for each test
@@ -57,7 +60,11 @@ def measured_run(
         before = read_json(progress_path)["train_seconds"] if progress_path.exists() else 0.0
     else:
         shutil.rmtree(folder, ignore_errors=True)  # what a killed run left
-    final_model = train_or_resume(options, corpus, quiet=True, callbacks=[ProgressFile(progress_path, before)])
+    callbacks: list[TrainerCallback] = [ProgressFile(progress_path, before)]
+    if curve_tokens:
+        length, size = options.data.max_length, options.training.batch_size
+        callbacks.append(TextLosses({name: file.tokens[:curve_tokens] for name, file in texts.items()}, length, size))
+    final_model = train_or_resume(options, corpus, quiet=True, callbacks=callbacks)
     log = read_json(folder / TRAINING_LOG_FILE)
     model: Any = AutoModelForCausalLM.from_pretrained(final_model)
     model = model.to(choose_device(options.training.device)).eval()
@@ -115,3 +122,19 @@ class ProgressFile(TrainerCallback):
             facts = {"finished": False, "seed": args.seed, "steps": state.global_step, "max_steps": state.max_steps}
             seconds = time.perf_counter() - self._started
             write_json(self.path, facts | {"train_seconds": seconds, "log": state.log_history})
+
+
+class TextLosses(TrainerCallback):
+    """Adds the loss on each of ``texts`` (tokens [n], in windows of ``length``) to every evaluation's log line."""
+
+    def __init__(self, texts: Mapping[str, np.ndarray], length: int, batch_size: int) -> None:
+        self.texts, self.length, self.batch_size = texts, length, batch_size
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
+        results = {
+            name: perplexity(model, tokens, self.length, self.batch_size, quiet=True)
+            for name, tokens in self.texts.items()
+        }
+        state.log_history[-1]["text_losses"] = {name: round(result.loss, 5) for name, result in results.items()}

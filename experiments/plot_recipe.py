@@ -75,16 +75,21 @@ def draw(report: dict[str, Any]) -> Figure:
     return figure
 
 
-def main() -> int:
-    results = REPOSITORY / "docs" / "results"
-    figure = draw(read_json(results / "recipe.json"))
+def save(figure: Figure, path: Path, description: str) -> None:
+    """As a picture of its own, for light and dark pages; ``description`` is for screen readers."""
     width, height = (72 * inches for inches in figure.get_size_inches())
-    svg = svg_of(figure, "Change of perplexity against a plain model")
+    svg = svg_of(figure, description)
     names = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
     names += f' width="{width:g}pt" height="{height:g}pt"'
     svg = svg.replace("<svg ", f"<svg {names} ", 1).replace(">", f">\n<style>{STYLE}</style>", 1)
-    with atomic_path(results / "recipe.svg") as temporary:
+    with atomic_path(path) as temporary:
         temporary.write_text(svg + "\n", encoding="utf-8")
+
+
+def main() -> int:
+    results = REPOSITORY / "docs" / "results"
+    figure = draw(read_json(results / "recipe.json"))
+    save(figure, results / "recipe.svg", "Change of perplexity against a plain model")
     return 0
 
 

@@ -1,10 +1,12 @@
 """Make the folder that experiments read with ``--data``: a tokenizer and the token files that their YAMLs name.
 
-    python experiments/prepare_data.py --output_dir DATA
+    python experiments/prepare_data.py --output_dir DATA                             # articles and novels
+    python experiments/prepare_data.py --output_dir DATA --kinds all --train_tokens 210000000
 
-Articles and novels are divided by the content of their documents, as ``scone train`` divides a corpus; training tokens
-are half articles, half novels, in the order of their files. The byte-level BPE of 16,384 entries is trained on them.
-A token file that is there is kept, so an interrupted call goes on with the next.
+Each kind of text is divided by the content of its documents, as ``scone train`` divides a corpus. Training documents
+are shuffled within their kind and stand at even distances, so that any beginning of the training tokens has of each
+kind the share that the whole has. The byte-level BPE is trained on such a beginning. A token file that is there is
+kept, so an interrupted call goes on with the next.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
+import random
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -39,13 +42,18 @@ from scone.utils.errors import SconeError  # noqa: E402
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-VOCAB_SIZE = 16_384
+KINDS = (
+    *("wikipedia", "novels", "wikipedia-more", "gutenberg", "court-opinions", "arxiv-abstracts", "beige-book"),
+    *("microsoft-docs", "stackexchange", "wikitext-2/wiki.train.tokens"),
+)
 HELD_OUT = {
     "wikipedia_validation": ("wikipedia", "validation", 250_000),
     "wikipedia_test": ("wikipedia", "test", 475_000),
     "novels": ("novels", "test", 350_000),
     "wikitext103_test": ("wikitext-103/wiki.test.tokens", "all", 10**9),
     "c4": ("c4", "all", 10**9),
+    "court_opinions": ("court-opinions", "test", 350_000),
+    "arxiv_abstracts": ("arxiv-abstracts", "test", 350_000),
 }
 """Token file → text, its split, and after how many tokens no further document is taken."""
 BATCH_CHARACTERS = 1 << 18
@@ -56,7 +64,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--texts", type=Path, help="folder of the texts (default: the maintainers' shared data)")
-    parser.add_argument("--train_tokens", type=int, default=44_000_000)
+    parser.add_argument("--kinds", nargs="+", default=["wikipedia", "novels"], choices=["all", *KINDS], metavar="KIND",
+                        help=f"what to train on: all, or some of {', '.join(KINDS)}")  # fmt: skip
+    parser.add_argument("--train_tokens", type=int, default=44_000_000, help="about; fewer where the texts have fewer")
+    parser.add_argument("--vocab_size", type=int, default=16_384)
     arguments = parser.parse_args(argv)
     texts, folder = arguments.texts or shared_data(), arguments.output_dir
     if texts is None or not texts.is_dir():
@@ -64,51 +75,44 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"found no texts in {texts or 'shared/data'}; expected wikipedia/, novels/, c4/ and wikitext-103/ there; "
             "give --texts FOLDER"
         )
+    kinds = KINDS if "all" in arguments.kinds else arguments.kinds
     if not (folder / "tokenizer").exists():
         part = folder / "tokenizer.part"
         shutil.rmtree(part, ignore_errors=True)
-        train_tokenizer(mixture(texts), VOCAB_SIZE, part)
+        train_tokenizer(mixture(texts, kinds), arguments.vocab_size, part)
         part.rename(folder / "tokenizer")
     tokenizer = load_tokenizer(folder / "tokenizer")
-    half = arguments.train_tokens // 2
-    write(folder / "train", tokenizer, [(articles(texts), half), (novels(texts), half)])
+    write(folder / "train", tokenizer, mixture(texts, kinds), arguments.train_tokens)
     for name, (text, split, limit) in HELD_OUT.items():
-        write(folder / name, tokenizer, [(open_documents(str(texts / text), split=split), limit)])
+        write(folder / name, tokenizer, open_documents(str(texts / text), split=split), limit)
     return 0
 
 
-def articles(texts: Path) -> Iterator[str]:
-    return open_documents(str(texts / "wikipedia"), split="train")
+def mixture(texts: Path, kinds: Iterable[str], seed: int = 1) -> Iterator[str]:
+    """The training documents of all kinds, by what share of its kind lies before a document's middle."""
+    placed: list[tuple[float, str]] = []
+    for kind in kinds:
+        documents = list(open_documents(str(texts / kind)))
+        random.Random(seed).shuffle(documents)
+        ends = list(itertools.accumulate(map(len, documents)))
+        placed += [((end - len(text) / 2) / ends[-1], text) for end, text in zip(ends, documents, strict=True)]
+    placed.sort()
+    return (text for _, text in placed)
 
 
-def novels(texts: Path) -> Iterator[str]:
-    return open_documents(str(texts / "novels"), split="train")
-
-
-def mixture(texts: Path) -> Iterator[str]:
-    """Of both in turn, as long as there are both, so that a tokenizer sees as much of each."""
-    balance = 0
-    one, other = articles(texts), novels(texts)
-    while (text := next(one if balance <= 0 else other, None)) is not None:
-        balance += len(text) if balance <= 0 else -len(text)
-        yield text
-
-
-def write(folder: Path, tokenizer: PreTrainedTokenizerBase, parts: Iterable[tuple[Iterator[str], int]]) -> None:
-    """The documents of each part until its number of tokens is reached, in one token file."""
+def write(folder: Path, tokenizer: PreTrainedTokenizerBase, documents: Iterator[str], limit: int) -> None:
+    """A token file of the documents until ``limit`` tokens are reached."""
     if not folder.exists():
         part = folder.with_name(f"{folder.name}.part")
         shutil.rmtree(part, ignore_errors=True)
         writer = TokenFileWriter(part, vocabulary_size(tokenizer), document_separator_id(tokenizer))
         encoder, threads = CorpusEncoder(tokenizer), len(os.sched_getaffinity(0))
-        for documents, limit in parts:
-            end = writer.num_tokens + limit
-            encoded = encoder.encode_batches(((batch, None) for batch in batches(documents)), threads)
-            for tokens in itertools.chain.from_iterable(batch for batch, _ in encoded):
-                if writer.num_tokens >= end:
-                    encoded.close()
-                    break
-                writer.add_document(tokens)
+        encoded = encoder.encode_batches(((batch, None) for batch in batches(documents)), threads)
+        for tokens in itertools.chain.from_iterable(batch for batch, _ in encoded):
+            if writer.num_tokens >= limit:
+                encoded.close()
+                break
+            writer.add_document(tokens)
         writer.finish({"tokenizer_fingerprint": tokenizer_fingerprint(tokenizer)})
         part.rename(folder)
     file = TokenFile.open(folder, check_content=False)

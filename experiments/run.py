@@ -2,9 +2,11 @@
 
 A result repeats its experiment: ``python experiments/run.py docs/results/NAME.json …``. A YAML names the tokenizer and
 the token files of train, validation and test texts, ``base`` options, and ``runs``: what each run changes of them, and
-its ``seeds`` where it has several; ``{data}`` in it is the folder of ``--data``. All runs see the same batches. f-grams
-are counted once, before the first run. Finished runs are kept and skipped, so an interrupted experiment goes on where
-it was. ``--jobs`` runs several at once, those that compute most first, spread over ``--gpus`` GPUs. With
+its ``seeds`` where it has several; ``{data}`` in it is the folder of ``--data``. ``train_tokens`` gives a run only the
+beginning of the train file, f-grams too; ``curve_tokens`` tests on the beginning of each text at every evaluation.
+Runs of one train file see the same batches. f-grams are counted once, before the first run. Finished runs are kept and
+skipped, so an interrupted experiment goes on where it was. ``--jobs`` runs several at once, those that compute most
+first or those that ``--only`` names first, spread over ``--gpus`` GPUs. With
 ``--deadline_s`` everything is over by then: ``--grace_s`` before it nothing more is started and what runs saves a
 checkpoint, from which the same command goes on; its loss curve up to there is kept, marked as unfinished. The result
 is one JSON with configuration, machine and commit, and a table, last.
@@ -20,7 +22,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -36,6 +38,9 @@ from scone.configs.schema import SconeOptions  # noqa: E402
 from scone.utils.command_line import run_main  # noqa: E402
 from scone.utils.errors import SconeError  # noqa: E402
 from scone.utils.files import read_json, write_json  # noqa: E402
+
+if TYPE_CHECKING:
+    from scone.data.token_file import TokenFile
 
 TRUNK = "model.base_model_name"
 INTERRUPTED = 130
@@ -57,14 +62,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not names:
         raise SconeError(f"found no run of {arguments.experiment} to start; it has {', '.join(plan.options)}")
     started = time.monotonic()
-    ordered = sorted(names, key=lambda name: -plan.cost(name))
+    ordered = sorted(names, key=lambda name: place(name, arguments.only) if arguments.only else -plan.cost(name))
     if arguments.list:
         print("\n".join(ordered))
         return 0
     pending = [name for name in ordered if not is_finished(plan.output_dir / f"{name}.json")]
     print(f"{len(names)} runs, {len(names) - len(pending)} of them finished before", flush=True)
     if pending:
-        plan.prepare()
+        plan.prepare(pending)
         print(f"counted and compiled in {time.monotonic() - started:.0f} s", flush=True)
     last_start = None if arguments.deadline_s is None else started + arguments.deadline_s - arguments.grace_s
     command = [sys.executable, *sys.argv]
@@ -89,13 +94,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--jobs", type=int, default=1, help="runs at once")
     parser.add_argument("--gpus", type=int, help="give each run one of so many GPUs (default: all see all)")
-    parser.add_argument("--only", nargs="*", help="these runs alone (all seeds of a run, or one)")
+    parser.add_argument("--only", nargs="*", help="these runs alone, in this order (all seeds, or one)")
     parser.add_argument("--skip", nargs="*", default=[], help="all but these runs")
     parser.add_argument("--set", nargs="*", default=[], metavar="OPTION=VALUE", help="changes to the base options")
     parser.add_argument("--deadline_s", type=float, help="seconds after which nothing runs any more")
     parser.add_argument("--grace_s", type=float, default=45, help="seconds of these to save checkpoints in")
     parser.add_argument("--keep_models", action="store_true", help="keep the trained models too")
-    parser.add_argument("--list", action="store_true", help="show the runs, those that compute most first, and stop")
+    parser.add_argument("--list", action="store_true", help="show the runs in the order of their start, and stop")
     parser.add_argument("--json", type=Path, help="write the merged result here (default OUTPUT_DIR/result.json)")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
@@ -103,7 +108,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 @dataclass(frozen=True)
 class Plan:
-    """An experiment's YAML and where it reads and writes. ``runs``: full name → (run, changes); the rest by it."""
+    """An experiment's YAML and where it reads and writes. ``runs``: full name → (run, changes); the rest by it.
+
+    ``train_tokens``: how many the run reads of the train file, about; 0: all.
+    """
 
     name: str
     experiment: Mapping[str, Any]
@@ -111,6 +119,7 @@ class Plan:
     output_dir: Path
     runs: Mapping[str, tuple[str, Mapping[str, Any]]]
     options: Mapping[str, SconeOptions]
+    train_tokens: Mapping[str, int]
 
     @classmethod
     def read(cls, arguments: argparse.Namespace) -> Plan:
@@ -128,7 +137,7 @@ class Plan:
                 runs[name] = (name, rest)
             for seed in seeds or ():
                 runs[f"{name}-seed{seed}"] = (name, rest | {"training.seed": seed})
-        options = {}
+        options, train_tokens = {}, {}
         for name, (_, changes) in runs.items():
             places = {
                 "training.output_dir": str(arguments.output_dir / name),
@@ -139,8 +148,10 @@ class Plan:
             values = {**experiment["base"], **places, **changes, **overrides}
             if TRUNK in values:  # a pretrained one lies beside the token files, as the tokenizer does
                 values[TRUNK] = values[TRUNK].format(data=arguments.data)
+            train_tokens[name] = int(values.pop("train_tokens", 0))
             options[name] = from_mapping(nested(values), name)
-        return cls(arguments.experiment.stem, experiment, arguments.data, arguments.output_dir, runs, options)
+        name, data, output_dir = arguments.experiment.stem, arguments.data, arguments.output_dir
+        return cls(name, experiment, data, output_dir, runs, options, train_tokens)
 
     def check_folder(self) -> None:
         """Raises SconeError when a run's result is another experiment's: it would count as finished."""
@@ -152,17 +163,24 @@ class Plan:
                     "name; give each experiment its own --output_dir"
                 )
 
-    def corpus(self) -> Any:
-        """Tokenizer, train and validation tokens."""
+    def corpus(self, train_tokens: int = 0) -> Any:
+        """Tokenizer, train and validation tokens; of the train file the documents up to ``train_tokens``."""
         from scone.data.token_file import TokenFile
         from scone.tokenization.tokenizers import load_tokenizer
         from scone.training.run import Corpus
 
+        train = TokenFile.open(self.data / self.experiment["train"])
+        if train_tokens:
+            train = beginning(train, train_tokens, self.output_dir / "cache" / f"train-{train_tokens}")
         return Corpus(
             load_tokenizer(self.experiment["tokenizer"].format(data=self.data)),
-            TokenFile.open(self.data / self.experiment["train"]),
+            train,
             TokenFile.open(self.data / self.experiment["validation"]),
         )
+
+    def same_text(self, train_tokens: int) -> list[SconeOptions]:
+        """Options of all runs that read as much of the train file: their losses are grouped by the same f-grams."""
+        return [options for name, options in self.options.items() if self.train_tokens[name] == train_tokens]
 
     def cost(self, name: str) -> float:
         """About what a run computes, up to a factor: those with most start first."""
@@ -172,17 +190,18 @@ class Plan:
         tokens *= options.data.max_length
         return float(tokens * (model.hidden_size or 768) ** 2 * (model.num_hidden_layers or 12))
 
-    def prepare(self) -> None:
-        """Count all vocabularies, and compile what workers would each compile for themselves."""
+    def prepare(self, names: Sequence[str] | None = None) -> None:
+        """Count the vocabularies of ``names`` (None: all), and compile what each worker would compile for itself."""
         from scone.data.collator import Collator
         from scone.data.dataset import BlockDataset
         from scone.evaluation.sweep import count_once, shared_matcher
 
-        corpus = self.corpus()
-        count_once(list(self.options.values()), corpus, quiet=True)
-        matcher = shared_matcher(list(self.options.values()), corpus)
-        if matcher is not None:
-            Collator(matcher.vocabulary, num_rows=1)([BlockDataset(corpus.train, 32)[0]])
+        for train_tokens in {self.train_tokens[name] for name in (names or self.runs)}:
+            corpus, runs = self.corpus(train_tokens), self.same_text(train_tokens)
+            count_once(runs, corpus, quiet=True)
+            matcher = shared_matcher(runs, corpus)
+            if matcher is not None:
+                Collator(matcher.vocabulary, num_rows=1)([BlockDataset(corpus.train, 32)[0]])
         for test in {self.experiment["validation"], *self.experiment["tests"]}:
             if not (self.data / test).is_dir():
                 raise SconeError(f"found no token file {test} in {self.data}; the experiment names it; make it first")
@@ -195,34 +214,75 @@ class Plan:
         from scone.evaluation.sweep import shared_matcher
 
         run, changes = self.runs[name]
-        path, corpus = self.output_dir / f"{name}.json", self.corpus()
+        path, corpus = self.output_dir / f"{name}.json", self.corpus(self.train_tokens[name])
         result = measured_run(
             self.options[name],
             corpus,
             {test: TokenFile.open(self.data / test) for test in self.experiment["tests"]},
             path,
-            matcher=shared_matcher(list(self.options.values()), corpus),
+            matcher=shared_matcher(self.same_text(self.train_tokens[name]), corpus),
             stride=self.experiment.get("stride"),
+            curve_tokens=self.experiment.get("curve_tokens", 0),
             shuffled=self.experiment.get("shuffled_tests", ()),
             keep_model=keep_model,
         )
         write_json(path, {"experiment": self.name, "run": run, "changes": changes} | result)
 
     def merge(self) -> dict[str, Any]:
-        """All runs that left something, finished or not, in one mapping; without the losses of single windows."""
+        """All runs that left something, finished or not, in one mapping; of windows the means of some neighbours."""
         found = {name: read_json(path) for name in self.runs if (path := self.output_dir / f"{name}.json").exists()}
         for name, result in found.items():
             run, changes = self.runs[name]
             result |= {"run": run, "changes": dict(changes)}
             for test in [*result.get("tests", {}).values(), *result.get("tests_shuffled", {}).values()]:
-                test.pop("window_losses", None)
+                if windows := test.pop("window_losses", None):
+                    test["block_losses"] = block_means(windows)
         return {"experiment": self.experiment, "machine": machine(), "commit": commit(), "runs": found}
+
+
+def block_means(losses: Sequence[float], blocks: int = 48) -> list[float]:
+    """Means of so many runs of neighbouring windows: neighbours are of one document, and are drawn together."""
+    import numpy as np
+
+    parts = np.array_split(np.asarray(losses), min(blocks, len(losses)))
+    return [round(float(part.mean()), 5) for part in parts]
+
+
+def beginning(file: TokenFile, tokens: int, folder: Path) -> TokenFile:
+    """The first documents of ``file``, until there are as many ``tokens``; written to ``folder`` unless it is there."""
+    import numpy as np
+
+    from scone.data.token_file import TokenFile, TokenFileWriter
+
+    if tokens > file.num_tokens:
+        raise SconeError(f"found {file.num_tokens:,} tokens in {file.folder}; expected {tokens:,}; prepare more text")
+    if not folder.exists():
+        part = folder.with_suffix(".part")
+        writer = TokenFileWriter(part, file.vocab_size, file.separator_id)
+        start = 0
+        for end in np.flatnonzero(np.asarray(file.tokens) == file.separator_id):
+            writer.add_document(file.tokens[start:end])
+            start = int(end) + 1
+            if start >= tokens:
+                break
+        writer.finish({"tokenizer_fingerprint": file.metadata["tokenizer_fingerprint"]})
+        part.rename(folder)
+    return TokenFile.open(folder, check_content=False)
 
 
 def chosen(name: str, only: Sequence[str] | None, skip: Sequence[str]) -> bool:
     """Whether the run, or the run that this is a seed of, is asked for."""
-    names = {name, name.rsplit("-seed", 1)[0]}
-    return not names & set(skip) and (not only or bool(names & set(only)))
+    return not names_of(name) & set(skip) and (not only or bool(names_of(name) & set(only)))
+
+
+def place(name: str, only: Sequence[str]) -> int:
+    """Where the run stands in ``only``."""
+    return next(place for place, wanted in enumerate(only) if wanted in names_of(name))
+
+
+def names_of(name: str) -> set[str]:
+    """A run's own name, and that of the run that it is a seed of."""
+    return {name, name.rsplit("-seed", 1)[0]}
 
 
 def check_gpus(wanted: int) -> None:

@@ -75,9 +75,12 @@ def test_an_experiment_becomes_a_report(results, tmp_path):
 def records(tmp_path):
     """The records of the benchmark by metric, and its configuration."""
 
-    def measure(experiment):
+    def measure(experiment, ladder=None):
         (tmp_path / "experiment.json").write_text(json.dumps(experiment))
+        if ladder is not None:
+            (tmp_path / "ladder.json").write_text(json.dumps(ladder))
         command = ["--results", str(tmp_path / "experiment.json"), "--json", str(tmp_path / "quality.json")]
+        command += ["--ladder", str(tmp_path / "ladder.json")]
         assert bench.main(command) == 0
         report = json.loads((tmp_path / "quality.json").read_text())
         found = {record["metric"].removeprefix("perplexity_vs_"): record for record in report["records"]}
@@ -145,6 +148,58 @@ def test_each_kind_speaks_by_its_best_settings(records):
     peers = {"plain_equal_tokens": 3.95, "plain_equal_train_flops": 3.89, "rows_only": 3.84, "model_only": 3.92}
     assert_ratios(found, {metric: 3.8 - loss for metric, loss in peers.items()})
     assert found["plain_equal_tokens"]["peer_name"] == "plain-fast"
+
+
+def test_the_ladders_metrics_are_those_of_its_losses(records):
+    """Of the law 3 + C^-0.5; the worst text, and the worst rung beside over-encoding, count."""
+
+    def run(name, flops, loss, **texts):
+        tests = {text: {"loss": loss + texts.get(text, 0.0)} for text in ("novels", "c4")}
+        tests = {text: test | {"block_losses": [test["loss"]] * 3} for text, test in tests.items()}
+        return {
+            "run": name,
+            "finished": True,
+            "seed": 1,
+            "tokens": 1,
+            "cost": {"training_flops": flops},
+            "tests": tests,
+        }
+
+    def law(flops):
+        return 3 + flops**-0.5
+
+    runs = {f"7m-{each}-plain": run(f"7m-{each}-plain", each, law(each)) for each in (5, 10, 20, 40)}
+    runs |= {f"7m-{each}-rows": run(f"7m-{each}-rows", each, law(1.6 * each)) for each in (5, 10)}
+    runs["7m-20-rows"] = run("7m-20-rows", 20, law(1.6 * 20), c4=0.1, novels=-0.1)
+    runs |= {f"7m-{each}-over-encoding": run(f"7m-{each}-over-encoding", each, law(each * 1.5)) for each in (5, 20)}
+    runs["7m-5-over-encoding"]["tests"]["c4"]["loss"] -= 0.5
+    curves = {"epochs4-plain": (5.0, 4.0), "epochs4-rows": (4.0, 3.9)}
+    runs |= {name: {"run": name, "finished": True, "curve": [{"validation": each} for each in losses]}
+             for name, losses in curves.items()}  # fmt: skip
+    found = records(experiments.experiment(), {"runs": runs})
+    assert found["compute_multiplier_7m"]["ratio"] == pytest.approx(1.6, rel=0.01)
+    assert found["compute_multiplier_7m"]["met"]
+    assert "beyond" not in found["compute_multiplier_7m"]["peer_name"]
+    assert [found[f"compute_multiplier_{size}"]["ratio"] for size in ("27m", "92m")] == [None, None]
+    assert found["compute_multiplier_92m"]["peer_name"] == "not run"
+    worst = found["worst_text_vs_plain"]
+    assert worst["ratio"] == pytest.approx(math.exp(law(32) + 0.1 - law(20)))
+    assert (worst["met"], worst["peer_name"]) == (False, "plain, c4, 7m at 20 tokens per weight")
+    hashed = found["vs_over_encoding"]
+    assert hashed["ratio"] == pytest.approx(math.exp(law(8) - law(7.5) + 0.25))
+    assert hashed["peer_name"] == "over-encoding, 7m at 5 tokens per weight"
+    assert found["rows_overfit_4_epochs"]["ratio"] == pytest.approx(math.exp(-0.1))
+    del runs["7m-40-plain"], runs["7m-5-over-encoding"], runs["7m-20-over-encoding"]
+    runs["epochs4-rows"]["finished"] = False
+    found = records(experiments.experiment(), {"runs": runs})
+    assert found["compute_multiplier_7m"]["ratio"] == pytest.approx(1.6, rel=0.01)
+    assert "on the curve of rows" in found["compute_multiplier_7m"]["peer_name"]
+    del runs["7m-5-rows"]
+    found = records(experiments.experiment(), {"runs": runs})
+    assert found["compute_multiplier_7m"]["ratio"] == pytest.approx(1.6, rel=0.01)
+    assert "beyond" in found["compute_multiplier_7m"]["peer_name"]
+    for metric in ("vs_over_encoding", "rows_overfit_4_epochs"):
+        assert (found[metric]["ratio"], found[metric]["peer_name"]) == (None, "not run")
 
 
 def test_the_quick_experiment_says_what_the_benchmark_needs(tmp_path, capsys):

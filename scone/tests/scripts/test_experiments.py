@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import signal
 import sys
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from scone.data.sources import open_documents
 from scone.data.token_file import TokenFileWriter
+from scone.tests.evaluation import experiments
 from scone.tests.training import runs
 from scone.tokenization.tokenizers import load_tokenizer, tokenizer_fingerprint, train_tokenizer, vocabulary_size
 from scone.training.run import build_model, build_trainer
@@ -50,6 +55,7 @@ SMALL = {
     "model.num_attention_heads": 2,
     "model.f_gram.num_attention_heads": 2,
     "model.f_gram.hidden_size": 8,
+    "train_tokens": 0,
 }
 SMALL_TRUNK = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
 pytestmark = [
@@ -104,7 +110,8 @@ def test_every_run_can_be_built_and_computes_a_loss(runner, experiment, data, tm
     plan = plan_of(runner, experiment, data, tmp_path)
     corpus = plan.corpus()
     plan.prepare()
-    for name in {run: name for name, (run, _) in plan.runs.items()}.values():
+    distinct = {repr(options).replace(options.training.output_dir, ""): name for name, options in plan.options.items()}
+    for name in distinct.values():
         options = plan.options[name]
         model = build_model(options, corpus, quiet=True)
         trainer = build_trainer(options, model, corpus, quiet=True)
@@ -130,7 +137,9 @@ def test_runs_of_several_seeds_are_merged_into_one_line(runner, data, tmp_path):
             assert both["tests"][test][measure] > 0
     assert set(both["tests_shuffled"]) == {"wikitext103_test"}
     text = runner.table(result)
-    assert "| plain | 2 |" in text
+    bits = [test["bits_per_byte"] for seed in (1, 2) for test in result["runs"][f"plain-seed{seed}"]["tests"].values()]
+    (line,) = [line for line in text.split("\n") if line.startswith("| plain | 2 |")]
+    assert f"| {np.mean(bits):.4f} | 1.00× |" in line
     assert "| both-10k | 1 |" in text
 
 
@@ -233,3 +242,59 @@ def test_a_run_that_does_not_exist_is_refused(runner, data, tmp_path):
 
 def _flags(data: Path, output_dir: Path) -> list[str]:
     return [str(PATHS["main_claim"]), "--data", str(data), "--output_dir", str(output_dir)]
+
+
+def test_a_run_of_fewer_tokens_trains_and_counts_on_whole_documents_of_the_beginning(runner, data, tmp_path):
+    plan = plan_of(runner, "ladder", data, tmp_path, train_tokens=2000)
+    plan.prepare(["7m-5-rows"])
+    whole, part = plan.corpus().train, plan.corpus(2000).train
+    ends = np.flatnonzero(whole.tokens == whole.separator_id) + 1
+    assert part.num_tokens == ends[ends >= 2000][0] < whole.num_tokens
+    assert np.array_equal(part.tokens, whole.tokens[: part.num_tokens])
+    plan.run("7m-5-rows", keep_model=True)
+    result = json.loads((tmp_path / "7m-5-rows.json").read_text())
+    assert result["train_tokens"] == part.num_tokens
+    vocabulary = AutoModelForCausalLM.from_pretrained(tmp_path / "7m-5-rows" / "final_model").vocabulary
+    f_gram = vocabulary.tokens(vocabulary.vocab_size)
+    windows = np.lib.stride_tricks.sliding_window_view(np.asarray(part.tokens), len(f_gram))
+    assert int((windows == f_gram).all(1).sum()) == vocabulary.counts[0], "counted in the beginning alone"
+    with pytest.raises(SconeError, match=r"tokens in .*; expected 1,000,000; prepare more text"):
+        plan.corpus(1_000_000)
+
+
+def test_at_every_evaluation_each_text_is_tested(runner, data, tmp_path):
+    """A curve's last point is the finished model's loss on the same tokens."""
+    plan = plan_of(runner, "ladder", data, tmp_path, train_tokens=0)
+    plan.prepare(["7m-5-rows"])
+    plan.run("7m-5-rows", keep_model=True)
+    result = plan.merge()["runs"]["7m-5-rows"]
+    curve = [entry for entry in result["log"] if "eval_loss" in entry]
+    assert [entry["step"] for entry in curve] == [1, 2]
+    for name, test in result["tests"].items():
+        assert curve[0]["text_losses"][name] != curve[1]["text_losses"][name]
+        assert curve[1]["text_losses"][name] == pytest.approx(test["loss"], abs=2e-5)
+        assert np.mean(test["block_losses"]) == pytest.approx(test["loss"], abs=0.02)
+
+
+def test_any_beginning_of_a_mixture_is_a_fair_draw(tmp_path):
+    """Of each kind as many characters as its share of all, but for a document; and no held-out document is in it."""
+    prepare = experiments.module("prepare_data")
+    draw = random.Random(0)
+    for kind, size in {"one": 400, "two": 100, "three": 25}.items():
+        lines = [json.dumps({"text": f"{kind} {number} " + "x" * draw.randint(1, 200)}) for number in range(size)]
+        (tmp_path / kind).mkdir()
+        (tmp_path / kind / "texts.jsonl").write_text("\n".join(lines))
+    documents = list(prepare.mixture(tmp_path, ["one", "two", "three"]))
+    assert documents == list(prepare.mixture(tmp_path, ["one", "two", "three"]))
+    total = Counter()
+    for text in documents:
+        total[text.split()[0]] += len(text)
+    seen = Counter()
+    for text in documents:
+        seen[text.split()[0]] += len(text)
+        shares = [seen[kind] / total[kind] for kind in total]
+        assert max(shares) - min(shares) < 2 * max(220 / size for size in total.values())
+    assert sum(seen.values()) == sum(total.values())
+    held_out = {text for kind in total for text in open_documents(str(tmp_path / kind), split="test")}
+    assert held_out
+    assert not held_out & set(documents)
