@@ -214,6 +214,7 @@ def _place_rows(model: PreTrainedModel, options: SconeOptions) -> PreTrainedMode
     rows = learned_rows(model)
     if rows is not None:
         rows.on_host = options.model.rows_device == "host"
+        rows.keep_as(getattr(torch, options.model.rows_dtype))
     return model
 
 
@@ -332,6 +333,8 @@ def training_arguments(training: TrainingOptions, num_workers: int, evaluate: bo
         lr_scheduler_type=training.lr_scheduler_type,
         max_grad_norm=training.max_grad_norm,
         logging_steps=training.logging_steps,
+        # it hides that a loss is no number, and to ask for that has the host wait for the accelerator at every step
+        logging_nan_inf_filter=False,
         save_steps=training.save_steps,
         eval_strategy="steps" if evaluate else "no",
         eval_steps=training.eval_steps,

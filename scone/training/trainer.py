@@ -29,7 +29,14 @@ from scone.models.row_files import ROWS_FOLDER, append_rows, load_shares, save_s
 from scone.training.optimizer import PER_ROW, AdamWWithRows, learned_rows
 from scone.training.passes import RowPasses, RowsStartAgain, once_a_pass
 from scone.training.resume import COMPLETE_MARKER
-from scone.training.sharding import load_whole_optimizer, load_whole_weights, shard, whole_state, whole_weights
+from scone.training.sharding import (
+    clip_sharded_gradients,
+    load_whole_optimizer,
+    load_whole_weights,
+    shard,
+    whole_state,
+    whole_weights,
+)
 from scone.training.step_cost import RunCost, StepCost
 from scone.utils.errors import SconeError, library_refusal
 from scone.utils.files import give_umask_mode, read_json, write_json
@@ -158,6 +165,11 @@ class SconeTrainer(Trainer):
     def _gradient_scale(self) -> float | None:
         scaler = self.accelerator.scaler
         return scaler.get_scale() if scaler is not None else None
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        if not self.sharded:
+            return super()._clip_grad_norm(model)
+        return clip_sharded_gradients(model.parameters(), self.args.max_grad_norm)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if model.training:
