@@ -61,6 +61,7 @@ class SconeConfig(EmbeddedTrunkConfig):
         f_gram_model: sizes of the f-gram model (``FGramModelConfig``), or None for a model without one.
         learned_rows: how many f-grams, the first by rank, have a learned row.
         rows_backoff: a vector sums the rows of the whole suffix chain; False: the first of them alone.
+        rows_dtype: type of the rows, "float32" or "bfloat16", whatever the model's.
         combination: "add", "replace" or "gate", see ``FGramInputEmbedding``.
         control: whose vector an f-gram takes, see ``scone.tokenization.controls``.
         max_n: N, the longest f-gram in tokens.
@@ -74,6 +75,7 @@ class SconeConfig(EmbeddedTrunkConfig):
     f_gram_model: dict | None = None
     learned_rows: int = 0
     rows_backoff: bool = True
+    rows_dtype: str = "float32"
     combination: str = "add"
     control: str = "none"
     max_n: int = 3
@@ -92,6 +94,7 @@ class OverEncodingConfig(EmbeddedTrunkConfig):
 
     Args:
         num_rows: rows of the hashed tables together.
+        rows_dtype: as in ``SconeConfig``.
         start: "zero" or "random", see ``OverEncodingEmbedding``.
         separator_ids: tokens that no hashed n-gram contains.
     """
@@ -99,6 +102,7 @@ class OverEncodingConfig(EmbeddedTrunkConfig):
     model_type = "scone_over_encoding"
 
     num_rows: int = 0
+    rows_dtype: str = "float32"
     start: str = "zero"
     separator_ids: list[int] | tuple[int, ...] = ()
 

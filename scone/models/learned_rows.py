@@ -62,13 +62,13 @@ class LearnedRows(nn.Module):
             row optimizer it is always empty.
     """
 
-    def __init__(self, num_rows: int, width: int, std: float = 0.0) -> None:
+    def __init__(self, num_rows: int, width: int, std: float = 0.0, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.std = std
         self.num_rows = num_rows
         self.shards = RowShards(num_rows)
         self.exchange: Exchange | None = None
-        self.weight = nn.Parameter(untouched_zeros(num_rows, width, torch.get_default_device()))
+        self.weight = nn.Parameter(untouched_zeros(num_rows, width, torch.get_default_device(), dtype))
         self.on_host = False
         self.pending: list[Pass] = []
         self._optimizer: weakref.ref[Any] | None = None
@@ -218,9 +218,7 @@ class LearnedRows(nn.Module):
 _MAPPINGS = Path("/proc/self/smaps")
 
 
-def untouched_zeros(
-    num_rows: int, width: int, device: torch.device, dtype: torch.dtype = torch.float32
-) -> Tensor:
+def untouched_zeros(num_rows: int, width: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
     """Zeros ``[R, D]``; on the host, memory that the system provides page by page as it is written to.
 
     Huge pages are declined: rows are touched here and there, and each would bring two megabytes of zeros along.

@@ -93,9 +93,12 @@ class _StepsRows:
         super().load_state_dict(state_dict)  # type: ignore[misc]
         if self.rows is not None:
             state = self.state[self.rows.weight]  # type: ignore[attr-defined]
-            for name in PER_ROW.intersection(state):
-                if len(state[name]) == self.rows.num_rows:
-                    state[name] = self.rows.shards.own(state[name]).contiguous()
+            its_number = state_dict["param_groups"][-1]["params"][-1]
+            for name, value in state_dict["state"].get(its_number, {}).items():
+                if name in state and name != "step":  # PyTorch makes it a parameter's type, which may be bf16
+                    own = name in PER_ROW and len(value) == self.rows.num_rows
+                    value = self.rows.shards.own(value).contiguous() if own else value
+                    state[name] = value.to(self.rows.weight.device)
 
 
 def _gathered_by_owner(rows: LearnedRows, passes: Sequence[Pass]) -> tuple[np.ndarray, Tensor, int]:

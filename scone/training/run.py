@@ -215,6 +215,7 @@ def _place_rows(model: PreTrainedModel, options: SconeOptions) -> PreTrainedMode
     if rows is not None:
         rows.on_host = options.model.rows_device == "host"
         rows.keep_as(getattr(torch, options.model.rows_dtype))
+        model.config.rows_dtype = options.model.rows_dtype
     return model
 
 

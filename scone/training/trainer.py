@@ -261,7 +261,8 @@ class SconeTrainer(Trainer):
             if rows is not None and (Path(checkpoint) / ROWS_FOLDER).exists():
                 state = self.optimizer.state[rows.weight]
                 # a run that met no f-gram yet has no state of rows
-                shares = {name: rows.weight.new_zeros(len(rows.weight)) for name in PER_ROW if "columns" in state}
+                zeros = torch.zeros(len(rows.weight), device=rows.weight.device)
+                shares = {name: zeros.clone() for name in PER_ROW if "columns" in state}
                 state.update(shares)
                 load_shares(Path(checkpoint) / ROWS_FOLDER, {"weight": rows.weight.detach()} | shares, rows.shards)
 

@@ -55,6 +55,7 @@ def trained(
     on_host: bool = False,
     device: torch.device = torch.device("cpu"),  # noqa: B008
     steps: int = STEPS,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Any, Any, list]:
     """A model after a few steps of accumulated, clipped gradients, its optimizer, and the losses on the way.
 
@@ -63,6 +64,8 @@ def trained(
     model = model_with_rows()
     rows = learned_rows(model)
     rows.on_host = on_host
+    rows.keep_as(dtype)
+    model.config.rows_dtype = str(dtype).removeprefix("torch.")
     if shared:
         rows.share_out()
         assert rows.weight.shape[0] == len(range(rank, ROWS, world_size))
@@ -94,14 +97,16 @@ def trained(
     return model, optimizer, losses
 
 
-def check_that_shares_equal_copies(rank: int, world_size: int, strategy: str, folder: Path) -> None:
-    copies, its_optimizer, its_losses = trained(False, strategy, rank, world_size)
+def check_that_shares_equal_copies(
+    rank: int, world_size: int, strategy: str, folder: Path, dtype: torch.dtype = torch.float32
+) -> None:
+    copies, its_optimizer, its_losses = trained(False, strategy, rank, world_size, dtype=dtype)
     copied = learned_rows(copies)
     expected = its_optimizer.state[copied.weight]
     assert (copied.weight - learned_rows(model_with_rows()).weight).abs().max() > 0.1
     assert expected["visits"].max() > 1
     for on_host in (False, True) if world_size == 2 else (False,):
-        shared, optimizer, losses = trained(True, strategy, rank, world_size, on_host)
+        shared, optimizer, losses = trained(True, strategy, rank, world_size, on_host, dtype=dtype)
         assert all(map(torch.equal, losses, its_losses))
         theirs = dict(copies.named_parameters())
         for name, weight in shared.named_parameters():
@@ -111,14 +116,14 @@ def check_that_shares_equal_copies(rank: int, world_size: int, strategy: str, fo
         check_state(rows, optimizer, copied.weight, expected)
         memory = torch.tensor([*map(nbytes, (rows.weight, *(optimizer.state[rows.weight][name] for name in PER_ROW)))])
         dist.all_reduce(memory)
-        assert memory.sum() == ROWS * (4 * WIDTH + 8)
+        assert memory.sum() == ROWS * (dtype.itemsize * WIDTH + 8)
     if strategy == "fsdp":
         check_that_whole_weights_are_cut(copies, copied.weight, rank, world_size, folder)
     if strategy == "ddp":
         save(shared, optimizer, folder / str(world_size))
         if rank == 0:
             torch.save({"weight": copied.weight.detach()} | expected, folder / f"{world_size}.pt")
-        shared, optimizer, _ = trained(True, strategy, rank, world_size, steps=0)
+        shared, optimizer, _ = trained(True, strategy, rank, world_size, steps=0, dtype=dtype)
         shared.load_state_dict(copies.state_dict())
         optimizer.load_state_dict(its_optimizer.state_dict())
         check_state(learned_rows(shared), optimizer, copied.weight, expected)
@@ -281,6 +286,8 @@ def _as_ranks(rank: int, folder: Path) -> None:
             group = f"file://{folder}/group{world_size}"
             dist.init_process_group("gloo", init_method=group, rank=rank, world_size=world_size)
             check_that_shares_equal_copies(rank, world_size, "ddp", folder)
+            if world_size == 2:
+                check_that_shares_equal_copies(rank, world_size, "ddp", folder / "bf16", torch.bfloat16)
             if world_size == 3:
                 check_that_shares_equal_copies(rank, world_size, "fsdp", folder)
             if world_size == 4:
@@ -294,6 +301,7 @@ def _as_ranks(rank: int, folder: Path) -> None:
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What 2, 3 and 4 ranks saved: checkpoints, finished models, and what is expected of them."""
     folder = tmp_path_factory.mktemp("saved")
+    (folder / "bf16").mkdir()
     torch.multiprocessing.spawn(_as_ranks, args=(folder,), nprocs=4)
     return folder
 
@@ -303,12 +311,15 @@ def test_sharded_rows_equal_replicated_rows(saved: Path) -> None:
     assert all((saved / f"{world_size}.pt").exists() for world_size in (1, 2, 3, 4))
 
 
-@pytest.mark.parametrize("owners", [2, 3, 4])
-def test_resharded_checkpoint_equals_itself(saved: Path, owners: int, monkeypatch: pytest.MonkeyPatch) -> None:
+SAVED = ["2", "3", "4", "bf16/2"]
+
+
+@pytest.mark.parametrize("owners", SAVED)
+def test_resharded_checkpoint_equals_itself(saved: Path, owners: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever number of processes reads it."""
     monkeypatch.setattr(row_files, "BLOCK_ROWS", 4)
     whole = torch.load(saved / f"{owners}.pt", weights_only=True)
-    folder = saved / str(owners) / "model" / ROWS_FOLDER
+    folder = saved / owners / "model" / ROWS_FOLDER
     assert row_files.saved_shape(folder) == (ROWS, WIDTH)
     for world_size in (1, 2, 3, 4, 6):
         for rank in range(world_size):
@@ -321,9 +332,9 @@ def test_resharded_checkpoint_equals_itself(saved: Path, owners: int, monkeypatc
 
 
 @pytest.mark.parametrize("name", ["model", "final_model"])
-@pytest.mark.parametrize("owners", [2, 3, 4])
-def test_what_several_processes_saved_loads_as_one_model(saved: Path, owners: int, name: str) -> None:
-    folder = saved / str(owners) / name
+@pytest.mark.parametrize("owners", SAVED)
+def test_what_several_processes_saved_loads_as_one_model(saved: Path, owners: str, name: str) -> None:
+    folder = saved / owners / name
     tiny.scone("llama").vocabulary.save(folder)
     loaded = load_model(folder, device="cpu").model
     whole = torch.load(saved / f"{owners}.pt", weights_only=True)
