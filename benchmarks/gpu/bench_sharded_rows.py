@@ -5,8 +5,9 @@
 On each number of GPUs the same processes train one variant after the other, as ``scone train`` does, in bf16 and not
 compiled: the plain trunk with DDP; with rows that are shared out over the GPUs, in fp32 and in bf16; with a copy of all
 rows on every GPU; and the plain trunk with FSDP (weights shared out, or moments and gradients alone). Each GPU has
-``--positions`` of its own; the time is that of ``--steps`` steps after ``--warmup`` others. Where the GPUs suffice, runs on different numbers of them go side by side. Results are
-written as they come, and after ``--timeout`` what still runs is ended.
+``--positions`` of its own; the time is that of ``--steps`` steps after ``--warmup`` others. Where the GPUs suffice,
+runs on different numbers of them go side by side. Results are written as they come, and after ``--timeout`` what still
+runs is ended.
 
 DATA has the folders tokenizer and train (``experiments/prepare_data.py`` makes them); without it tokens are synthetic,
 Zipf-distributed phrases. ``--tiny`` rehearses everything in processes on a CPU.

@@ -56,9 +56,7 @@ class SconeForCausalLM(EmbeddedTrunk):
             sizes = config.f_gram_model_config
             self.f_gram_embedding = FGramInputEmbedding(
                 FGramModel(sizes, width, config.max_n, config.vocab_size) if sizes else None,
-                LearnedRows(config.learned_rows, width, dtype=getattr(torch, config.rows_dtype))
-                if config.learned_rows
-                else None,
+                LearnedRows(config.learned_rows, width, dtype=dtype) if config.learned_rows else None,
                 width,
                 config.combination,
                 config.initial_token_scale,

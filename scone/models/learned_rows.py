@@ -46,7 +46,7 @@ class LearnedRows(nn.Module):
     a step touches: it has the rows `collect_for` it, and finds in ``pending`` what each backward pass left.
 
     Rows may be kept in bf16 (`keep_as`), which halves them; they are summed in fp32, and a row optimizer rounds them
-    stochastically. With ``on_host`` the rows stay in host memory wherever the model goes, and the copies of a step travel.
+    stochastically. With ``on_host`` they stay in host memory wherever the model goes, and the copies of a step travel.
 
     Once they are `share_out` over the processes of a run, each holds every W-th row. A pass fetches the rows of its
     batch from their owners, so all processes have to make as many passes; only a row optimizer trains them; and a state
@@ -54,8 +54,8 @@ class LearnedRows(nn.Module):
 
     Attributes:
         num_rows: R.
-        weight: fp32 or bf16 ``[R, D]``, or the share of this process. Rows train if it requires a gradient, whoever updates
-            them.
+        weight: fp32 or bf16 ``[R, D]``, or the share of this process. Rows train if it requires a gradient, whoever
+            updates them.
         shards: which of the rows ``weight`` has.
         exchange: with the other processes; None where this one has all rows.
         pending: each backward pass since the last step of the row optimizer. Whoever takes a step empties it; without a
@@ -76,7 +76,7 @@ class LearnedRows(nn.Module):
     def keep_as(self, dtype: torch.dtype) -> None:
         """Keep the rows in another type, before anything holds the weight."""
         if is_untouched(self.weight):
-            kept = untouched_zeros(*self.weight.shape, self.weight.device, dtype)
+            kept = untouched_zeros(len(self.weight), self.weight.shape[1], self.weight.device, dtype)
         else:
             kept = self.weight.detach().to(dtype)
         self.weight = nn.Parameter(kept, self.weight.requires_grad)

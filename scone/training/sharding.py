@@ -22,8 +22,8 @@ def shard(model: nn.Module, reshard_after_forward: bool) -> None:
     """Shard the parameters of ``model`` over all processes, in place.
 
     The layers that the model names as units are gathered when they compute and, with ``reshard_after_forward``, given
-    back at once; without it they stay until the backward pass, as all else does, which it begins with. The learned rows are left alone: they are shared out in
-    their own way (`LearnedRows.share_out`).
+    back at once; without it they stay until the backward pass, as all else does, which it begins with. The learned
+    rows are left alone: they are shared out in their own way (`LearnedRows.share_out`).
     """
     device = next(model.parameters()).device
     options: dict[str, Any] = {"mesh": init_device_mesh(device.type, (dist.get_world_size(),))}
