@@ -388,7 +388,8 @@ def gather_over_ranks(
 
     ``hosts``: a group of all ranks in which they can talk.
     """
-    all_ids = ids_of_all_ranks(row_ids, hosts)
+    all_ids: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(all_ids, row_ids, group=hosts)
     longest = max(map(len, all_ids))
     if not longest:
         return row_ids, gradients
@@ -396,17 +397,3 @@ def gather_over_ranks(
     gathered = [torch.empty_like(padded) for _ in all_ids]
     dist.all_gather(gathered, padded)
     return sum_by_row([(ids, part[: len(ids)]) for ids, part in zip(all_ids, gathered, strict=True)])
-
-
-def ids_of_all_ranks(row_ids: np.ndarray, group: dist.ProcessGroup | None) -> list[np.ndarray]:
-    """``row_ids`` int64 ``[R]`` of every rank, in the order of ranks."""
-    world_size = dist.get_world_size()
-    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size)]
-    dist.all_gather(sizes, torch.tensor([len(row_ids)]), group=group)
-    counts = [int(size) for size in sizes]
-    mine = torch.from_numpy(row_ids)
-    padded = nn.functional.pad(mine, (0, max(counts) - len(mine)))
-    gathered = [torch.empty_like(padded) for _ in counts]
-    if len(padded):
-        dist.all_gather(gathered, padded, group=group)
-    return [ids[:count].numpy() for ids, count in zip(gathered, counts, strict=True)]

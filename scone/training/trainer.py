@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from scone.data.training_order import TrainingOrder
-from scone.models.language_model import SconeForCausalLM
+from scone.models.accounting import RunCost
 from scone.models.learned_rows import LearnedRows
 from scone.models.row_files import ROWS_FOLDER, append_rows, load_shares, save_shares
 from scone.training.optimizer import PER_ROW, AdamWWithRows, learned_rows
@@ -37,7 +37,6 @@ from scone.training.sharding import (
     whole_state,
     whole_weights,
 )
-from scone.training.step_cost import RunCost, StepCost
 from scone.utils.errors import SconeError, library_refusal
 from scone.utils.files import give_umask_mode, read_json, write_json
 
@@ -81,7 +80,6 @@ class SconeTrainer(Trainer):
         if rows is not None:
             self.add_callback(DropSkippedGradients(rows))
             self.add_callback(RowsStartAgain(lambda state: self._row_passes(state.max_steps)))
-        self.step_cost = StepCost(self.model) if isinstance(self.model, SconeForCausalLM) else None
         self.run_cost = RunCost(self.model)
         self.add_callback(CheckpointKeeper(checkpoints_kept, self.run_cost, facts or {}))
         self.add_callback(NothingLeftToTrain())
@@ -99,8 +97,7 @@ class SconeTrainer(Trainer):
             shard(self.model, reshard_after_forward=fsdp == "full_shard")
             # the model reduces its own gradients now: prepare it (device, precision) as one that is not wrapped
             self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
-        self._counted: dict[str, Tensor | int] = {}
-        self._counted_since = time.perf_counter()
+        self._logged, self._logged_at = self.run_cost.counts(), time.perf_counter()
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -173,31 +170,18 @@ class SconeTrainer(Trainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if model.training:
-            self._count(inputs)
+            self.run_cost.count(inputs)
         return super().compute_loss(model, inputs, *args, **kwargs)
 
-    def _count(self, inputs: dict[str, Any]) -> None:
-        """Add up figures for the next log line; tensors stay on the device, so that nothing waits for it."""
-        self.run_cost.count(inputs)
-        figures: dict[str, Tensor | int] = {"positions": inputs["input_ids"].numel()}
-        if self.step_cost is not None:
-            self.step_cost.count(inputs)
-            figures["matched"] = inputs["trie"]["position_index"].count_nonzero()
-            figures["nodes"] = inputs["trie"]["tokens"].numel()
-        for name, value in figures.items():
-            self._counted[name] = self._counted.get(name, 0) + value
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs and self._counted:
-            positions = int(self._counted["positions"])
-            elapsed = time.perf_counter() - self._counted_since
-            logs["tokens_per_second"] = round(positions * self.args.world_size / elapsed, 1)
-            if "nodes" in self._counted:
-                logs["match_rate"] = round(int(self._counted["matched"]) / positions, 4)
-                logs["nodes_per_position"] = round(int(self._counted["nodes"]) / positions, 4)
-            if self.step_cost is not None:
-                logs |= self.step_cost.figures()
-            self._counted, self._counted_since = {}, time.perf_counter()
+        if "loss" in logs:
+            now, before, at = self.run_cost.counts(), self._logged, time.perf_counter()
+            positions = max(1, now["positions"] - before["positions"])
+            logs["tokens_per_second"] = round(positions * self.args.world_size / (at - self._logged_at), 1)
+            if now["nodes"]:
+                logs["match_rate"] = round((now["matched"] - before["matched"]) / positions, 4)
+                logs["nodes_per_position"] = round((sum(now["nodes"]) - sum(before["nodes"])) / positions, 4)
+            self._logged, self._logged_at = now, at
         if "eval_loss" in logs:
             logs["eval_perplexity"] = round(math.exp(min(logs["eval_loss"], 700.0)), 4)
         super().log(logs, start_time)
@@ -270,6 +254,7 @@ class SconeTrainer(Trainer):
         marker = read_json(Path(resume_from_checkpoint) / COMPLETE_MARKER)
         if "cost" in marker:  # those of older versions have none
             self.run_cost.go_on_from(marker["cost"])
+            self._logged = self.run_cost.counts()
         with _loading(resume_from_checkpoint):
             if not self.sharded:
                 super()._load_from_checkpoint(resume_from_checkpoint, model)

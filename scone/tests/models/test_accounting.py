@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from scone.data.collator import Collator
 from scone.models.accounting import (
+    RunCost,
     f_gram_forward_flops,
     input_embedding_flops,
     parameter_counts,
@@ -23,7 +24,6 @@ from scone.models.language_model import SconeForCausalLM
 from scone.models.over_encoding import OverEncodingForCausalLM
 from scone.models.scaled_trunk import ScaledTrunkForCausalLM
 from scone.tests import tiny
-from scone.training.step_cost import RunCost
 
 
 def counted(run) -> int:

@@ -43,8 +43,6 @@ def test_a_run_leaves_a_complete_model_and_learns(corpus, tmp_path):
     assert log["final"]["eval_perplexity"] > 1
     assert 0 < log["log"][0]["match_rate"] <= 1
     assert 0 < log["log"][0]["nodes_per_position"] <= 3
-    assert log["log"][0]["predicted_step_cost"] > 1
-    assert log["log"][0]["measured_step_cost"] > 1
 
 
 def test_the_plain_baseline_is_an_ordinary_model_on_the_same_batches(corpus, tmp_path):
