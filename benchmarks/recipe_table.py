@@ -31,12 +31,15 @@ other's."""
 def recipe_table(report: Mapping[str, Any], view: str) -> str:
     """``summary``: the README's runs. ``screen_N``: all runs of a screen. ``groups_N``: change of loss by match.
     ``budgets``: the short runs of screen 3, each beside plain at its budget; ``passes``: those of screen 5.
+    ``validation_N``: losses on the validation text in the course of the runs of screen N, the first of which is plain.
     """
     if view == "summary":
         return _comparison(runs_of(report, "4"), "plain", SUMMARY)
+    kind, _, screen = view.partition("_")
+    if kind == "validation":
+        return _validation(report["screens"][screen]["runs"])
     if view in ("budgets", "passes"):
         return _budgets(runs_of(report, {"budgets": "3", "passes": "5"}[view]))
-    kind, _, screen = view.partition("_")
     runs = runs_of(report, screen)
     if kind == "groups":
         return _groups(runs, *GROUPS[screen])
@@ -110,6 +113,29 @@ def _budgets(runs: Mapping[str, Any]) -> str:
             cells.append(percent(mean_perplexity(run) / mean_perplexity(plain) - 1))
         lines.append(f"| {run['tokens'] / 1e6:.0f} M | `{kind}` | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n\n*Perplexity of plain, and the change from it; rate 4e-3, one seed, H100.*\n"
+
+
+def _validation(runs: Mapping[str, Any]) -> str:
+    plain = next(iter(runs.values()))
+    steps = [step for step, _ in plain["validation_losses"]]
+    tokens = plain["tokens"] / plain["steps"]
+    lines = [
+        "| | training FLOPs | "
+        + " | ".join(f"{step * tokens / 1e6:.0f} M" for step in steps)
+        + " | perplexity, to plain |",
+        "|---|---:|" + "---:|" * (len(steps) + 1),
+    ]
+    for name, run in runs.items():
+        losses = dict(run["validation_losses"])
+        cost = run["cost"]["training_flops_per_token"] / plain["cost"]["training_flops_per_token"]
+        change = losses[steps[-1]] - plain["validation_losses"][-1][1]
+        cells = [f"{losses[step]:.3f}" for step in steps]
+        end = "–" if run is plain else percent(math.exp(change) - 1)
+        lines.append(f"| `{name}` | {cost:.2f}× | {' | '.join(cells)} | {end} |")
+    return (
+        "\n".join(lines)
+        + "\n\n*Loss on the validation text (Wikipedia) after so many training tokens; one seed, H100.*\n"
+    )
 
 
 def _groups(runs: Mapping[str, Any], plain: str, others: tuple[str, ...]) -> str:
