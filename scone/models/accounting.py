@@ -17,9 +17,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from scone.models.configuration import SconeConfig
+from scone.models.configuration import FGramModelConfig, SconeConfig
 from scone.models.embedded_trunk import EmbeddedTrunk
-from scone.models.f_gram_config import FGramModelConfig
 from scone.models.f_gram_model import FGramModel
 from scone.models.language_model import SconeForCausalLM
 from scone.models.learned_rows import LearnedRows

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from scone.models.ancestor_attention import ancestor_attention
-from scone.models.f_gram_config import FGramModelConfig
+from scone.models.configuration import FGramModelConfig
 
 
 class FGramBlock(GradientCheckpointingLayer):

@@ -28,7 +28,7 @@ from scone.models.learned_rows import LearnedRows
 from scone.models.row_files import ROWS_FOLDER, append_rows, load_shares, save_shares
 from scone.training.optimizer import PER_ROW, AdamWWithRows, learned_rows
 from scone.training.passes import RowPasses, RowsStartAgain, once_a_pass
-from scone.training.resume import COMPLETE_MARKER
+from scone.training.run_folder import COMPLETE_MARKER, complete_checkpoints
 from scone.training.sharding import (
     clip_sharded_gradients,
     load_whole_optimizer,
@@ -309,12 +309,6 @@ class CheckpointKeeper(TrainerCallback):
         if self.limit is not None:
             for old in complete_checkpoints(folder.parent)[: -self.limit]:
                 shutil.rmtree(old)
-
-
-def complete_checkpoints(output_dir: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    folders = [path.parent for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{COMPLETE_MARKER}")]
-    return sorted(folders, key=lambda folder: int(folder.name.rsplit("-", 1)[1]))
 
 
 class StopOnSignal(TrainerCallback):

@@ -18,7 +18,7 @@ from scone.models.accounting import (
     training_flops,
     trunk_forward_flops,
 )
-from scone.models.f_gram_config import FGramModelConfig
+from scone.models.configuration import FGramModelConfig
 from scone.models.f_gram_model import FGramModel, padded_f_gram_model
 from scone.models.language_model import SconeForCausalLM
 from scone.models.over_encoding import OverEncodingForCausalLM

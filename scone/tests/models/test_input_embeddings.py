@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from scone.data.collator import Collator
-from scone.models.f_gram_config import FGramModelConfig
+from scone.models.configuration import FGramModelConfig
 from scone.models.input_embeddings import scale_at_start
 from scone.models.language_model import SconeForCausalLM
 from scone.tests import tiny

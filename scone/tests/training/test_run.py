@@ -20,7 +20,7 @@ from scone.scripts.train import read_arguments
 from scone.tests.training.runs import STILL, assert_same_weights, command_line, options, weights
 from scone.training.optimizer import rows_learning_rate
 from scone.training.run import build_model, build_trainer, prepare_run_corpus, tokens_of_a_pass, train
-from scone.training.trainer import complete_checkpoints
+from scone.training.run_folder import complete_checkpoints
 from scone.utils.errors import SconeError
 
 pytestmark = [
