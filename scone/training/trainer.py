@@ -8,8 +8,8 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, masking_utils
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_NAME
@@ -171,7 +171,10 @@ class SconeTrainer(Trainer):
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if model.training:
             self.run_cost.count(inputs)
-        return super().compute_loss(model, inputs, *args, **kwargs)
+        if "position_ids" in inputs:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        with sequences_are_whole():
+            return super().compute_loss(model, inputs, *args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -267,6 +270,21 @@ def _loading(checkpoint: str) -> AbstractContextManager[None]:
     """Turn library errors about damaged or mismatched checkpoints into one line."""
     advice = "give the options that the run began with, or resume from another checkpoint"
     return library_refusal(f"cannot resume from {checkpoint}", advice)
+
+
+@contextmanager
+def sequences_are_whole() -> Iterator[None]:
+    """Inside, transformers makes masks for sequences that are one text each.
+
+    It would look at the positions, which it has made itself a moment ago, whether there are several: the host then
+    waits at every step, until the accelerator is through with the last one.
+    """
+    look = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = look
 
 
 class DropSkippedGradients(TrainerCallback):
