@@ -253,6 +253,9 @@ class SconeTrainer(Trainer):
                 state.update(shares)
                 load_shares(Path(checkpoint) / ROWS_FOLDER, {"weight": rows.weight.detach()} | shares, rows.shards)
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Of weights that are tied, or lie share by share; `check_resume` has refused all that is missing."""
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         marker = read_json(Path(resume_from_checkpoint) / COMPLETE_MARKER)
         if "cost" in marker:  # those of older versions have none

@@ -142,7 +142,7 @@ def test_resumed_training_equals_uninterrupted(corpus, tmp_path, accumulation, m
     assert_same_weights(whole, resumed, atol=0.0, rtol=0.0)
 
 
-def test_a_run_resumed_at_its_end_is_that_run(corpus, tmp_path):
+def test_a_run_resumed_at_its_end_is_that_run(corpus, tmp_path, caplog):
     """As if killed between its last checkpoint and the final model: not a step more, and what all of it computed."""
     changes = {"training.lr_scheduler_type": "constant"}
     log = tmp_path / "run" / "training_log.json"
@@ -156,6 +156,7 @@ def test_a_run_resumed_at_its_end_is_that_run(corpus, tmp_path):
     torch.testing.assert_close(loaded, trained, atol=0, rtol=0)
     assert whole["steps"] == again["steps"] == 6
     assert whole["cost"] == again["cost"]
+    assert "missing keys" not in caplog.text
     assert whole["final"] == again["final"]
 
 
