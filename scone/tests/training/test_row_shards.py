@@ -26,7 +26,7 @@ from scone.models.row_shards import RowShards
 from scone.tests import tiny
 from scone.training.optimizer import PER_ROW, AdamWWithRows, learned_rows
 from scone.training.processes import report_lost_ranks
-from scone.training.sharding import load_whole_weights, shard, whole_weights
+from scone.training.sharding import clip_sharded_gradients, load_whole_weights, local, shard, whole_weights
 from scone.utils.errors import SconeError
 from scone.utils.peak_memory import process_bytes
 
@@ -42,10 +42,6 @@ def model_with_rows() -> Any:
     with torch.no_grad():
         learned_rows(model).weight.copy_(torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(1)))
     return model
-
-
-def local(weight: torch.Tensor) -> torch.Tensor:
-    return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
 def trained(
@@ -140,6 +136,25 @@ def check_that_whole_weights_are_cut(
     load_whole_weights(shared, folder / f"whole{rank}.safetensors")
     rows = learned_rows(shared)
     assert torch.equal(rows.weight, rows.shards.own(weight))
+
+
+def check_that_gradients_are_clipped_as_torch_does(rank: int) -> None:
+    """By the norm over all processes, whether it is too large or not; some have nothing of a small parameter."""
+    model = tiny.trunk("llama")
+    shard(model, reshard_after_forward=True)
+    ids = torch.from_numpy(tiny.corpus(40, rank).reshape(2, 20))
+    model(input_ids=ids, labels=ids).loss.backward()
+    parameters = list(model.parameters())
+    gradients = [parameter.grad.clone() for parameter in parameters]
+    for most in (0.01, 100.0):
+        results = []
+        for clip in (clip_sharded_gradients, nn.utils.clip_grad_norm_):
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient.clone()
+            norm = clip(parameters, most)
+            whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
+            results.append([whole, *(local(parameter.grad) for parameter in parameters)])
+        torch.testing.assert_close(*results)
 
 
 def nbytes(tensor: torch.Tensor) -> int:
@@ -291,6 +306,7 @@ def _as_ranks(rank: int, folder: Path) -> None:
                 check_that_shares_equal_copies(rank, world_size, "ddp", folder / "bf16", torch.bfloat16)
             if world_size == 3:
                 check_that_shares_equal_copies(rank, world_size, "fsdp", folder)
+                check_that_gradients_are_clipped_as_torch_does(rank)
             if world_size == 4:
                 check_many_rows(rank)
                 check_that_a_full_disk_is_everybodys(rank, folder)
