@@ -24,7 +24,7 @@ from workloads import SEPARATOR, VOCAB_SIZE, TrainingStep, f_grams_of, gpt2_toke
 
 from scone.data.collator import Collator
 from scone.models.accounting import f_gram_forward_flops, trunk_forward_flops
-from scone.models.f_gram_config import FGramModelConfig
+from scone.models.configuration import FGramModelConfig
 from scone.models.f_gram_model import FGramModel, padded_f_gram_model
 from scone.models.language_model import SconeForCausalLM
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary

@@ -21,8 +21,7 @@ from scone.models.accounting import parameter_counts
 from scone.models.language_model import SconeForCausalLM
 from scone.tokenization.matcher import Matcher
 from scone.training.run import TRAINING_LOG_FILE, Corpus
-from scone.training.run_folder import FINAL_MODEL
-from scone.training.trainer import complete_checkpoints
+from scone.training.run_folder import FINAL_MODEL, complete_checkpoints
 from scone.utils.files import read_json, write_json
 
 

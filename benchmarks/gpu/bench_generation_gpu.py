@@ -39,7 +39,7 @@ from scone.inference.embedding_table import EmbeddingTable
 from scone.inference.engine import GenerationOptions, SconeInferenceEngine
 from scone.inference.loading import LoadedModel
 from scone.inference.streaming import GeneratedSequence
-from scone.models.f_gram_config import FGramModelConfig
+from scone.models.configuration import FGramModelConfig
 from scone.models.language_model import SconeForCausalLM
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 

@@ -3,10 +3,11 @@
     python benchmarks/gpu/bench_sharded_rows.py [--data DATA] [--json FILE] [--gpus 1 2 4] [--timeout 150] [--tiny]
 
 On each number of GPUs the same processes train one variant after the other, as ``scone train`` does, in bf16 and not
-compiled: the plain trunk with DDP; with rows that are shared out over the GPUs; with a copy of all rows on every GPU;
-and the plain trunk with FSDP. Each GPU has ``--positions`` of its own; the time is that of ``--steps``
-steps after ``--warmup`` others. Where the GPUs suffice, runs on different numbers of them go side by side. Results are
-written as they come, and after ``--timeout`` what still runs is ended.
+compiled: the plain trunk with DDP; with rows that are shared out over the GPUs, in fp32 and in bf16; with a copy of all
+rows on every GPU; and the plain trunk with FSDP (weights shared out, or moments and gradients alone). Each GPU has
+``--positions`` of its own; the time is that of ``--steps`` steps after ``--warmup`` others. Where the GPUs suffice,
+runs on different numbers of them go side by side. Results are written as they come, and after ``--timeout`` what still
+runs is ended.
 
 DATA has the folders tokenizer and train (``experiments/prepare_data.py`` makes them); without it tokens are synthetic,
 Zipf-distributed phrases. ``--tiny`` rehearses everything in processes on a CPU.
@@ -45,8 +46,10 @@ from scone.training.processes import destroy_process_group
 from scone.utils.command_line import is_first_process
 from scone.utils.files import read_json, write_json
 
-VARIANTS = ("plain", "shared", "copies", "fsdp")
-"""The plain trunk; rows shared out; a copy of all rows on each GPU; the plain trunk sharded."""
+VARIANTS = ("plain", "shared", "bf16", "copies", "fsdp", "zero2")
+"""The plain trunk; rows shared out, and in bf16; a copy of all rows on each GPU; the plain trunk sharded, both ways."""
+OF_ONE_GPU = {"shared": "shared", "bf16": "shared", "copies": "shared"}
+"""What a variant's tokens a second are compared with; others: the plain trunk."""
 TRUNK = (1024, 12, 16, 1024)
 """Width, layers, heads and context: GPT-2 small's depth at width 1,024."""
 TINY = {"rows": 3000, "positions": 256, "warmup": 1, "steps": 3, "workers": 0, "tokens": 20_000}
@@ -128,7 +131,7 @@ def variants_on(count: int, options: dict[str, Any]) -> list[str]:
 def run_options(variant: str, count: int, folder: Path, options: dict[str, Any]) -> SconeOptions:
     """The options of ``scone train``: a GPT-2 trunk, with rows and no f-gram model."""
     width, layers, heads, length = TINY_TRUNK if options["tiny"] else TRUNK
-    rows = variant in ("shared", "copies")
+    rows = variant in OF_ONE_GPU
     return from_mapping(
         {
             "data": {
@@ -152,6 +155,7 @@ def run_options(variant: str, count: int, folder: Path, options: dict[str, Any])
                 "use_f_gram_embeddings": rows,
                 "learned_rows": options["rows"] if rows else 0,
                 "rows_device": "host" if options["host"] else "accelerator",
+                "rows_dtype": "bfloat16" if variant == "bf16" else "float32",
                 "f_gram": {"num_hidden_layers": 0},
             },
             "training": {
@@ -159,7 +163,7 @@ def run_options(variant: str, count: int, folder: Path, options: dict[str, Any])
                 "batch_size": options["positions"] // length,
                 "max_steps": options["warmup"] + options["steps"],
                 "bf16": True,
-                "fsdp": "full_shard" if variant == "fsdp" else "none",
+                "fsdp": {"fsdp": "full_shard", "zero2": "shard_grad_op"}.get(variant, "none"),
                 "logging_steps": 10**9,
                 "save_steps": 10**9,
                 "report_to": "none",
@@ -280,10 +284,9 @@ def add_records(report: Report, folder: Path) -> None:
         if (path := folder / f"{variant}_{count}.json").exists()
     }
     for (variant, count), now in found.items():
-        plain, one = found.get(("plain", count)), found.get((variant if variant != "fsdp" else "plain", 1))
-        one = found.get(("shared", 1)) if variant == "copies" else one
+        plain, one = found.get(("plain", count)), found.get((OF_ONE_GPU.get(variant, "plain"), 1))
         name = f"{variant}_{count}"
-        target = STEP_TARGET if variant == "shared" else None
+        target = STEP_TARGET if variant in ("shared", "bf16") else None
         milliseconds = plain and 1000 * plain["step_seconds"]
         report.add(
             *(f"step_{name}", "ms", 1000 * now["step_seconds"]),
@@ -298,12 +301,12 @@ def add_records(report: Report, folder: Path) -> None:
                 *(f"efficiency_{name}", "tokens/s", now["per_second"]),
                 peer=count * one["per_second"],
                 peer_name=f"{count} times one GPU",
-                target=ROWS_EFFICIENCY if variant == "shared" else PLAIN_EFFICIENCY,
+                target=ROWS_EFFICIENCY if variant in ("shared", "bf16") else PLAIN_EFFICIENCY,
             )
-        if variant in ("shared", "copies") and plain is not None:
+        if variant in OF_ONE_GPU and plain is not None:
             width = (TINY_TRUNK if options["tiny"] else TRUNK)[0]
             a_row = count * (now["peak_bytes"] - plain["peak_bytes"]) / options["rows"]
-            bound = 4 * width + 8
+            bound = (2 if variant == "bf16" else 4) * width + 8
             report.add(f"memory_a_row_{name}", "bytes over all GPUs", a_row, bound=bound, ratio=a_row / bound)
 
 

@@ -32,7 +32,7 @@ from scone.data.collator import Collator
 from scone.data.dataset import BlockDataset
 from scone.data.token_file import TokenFile
 from scone.models.accounting import f_gram_forward_flops, training_flops, trunk_forward_flops
-from scone.models.f_gram_config import FGramModelConfig
+from scone.models.configuration import FGramModelConfig
 from scone.models.f_gram_model import FGramModel, padded_f_gram_model
 from scone.models.language_model import SconeForCausalLM
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary

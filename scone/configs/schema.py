@@ -153,6 +153,11 @@ class ModelOptions:
         "where learned rows and their optimizer state live; host: for more rows than fit on the accelerator",
         choices=("accelerator", "host"),
     )
+    rows_dtype: str = option(
+        "float32",
+        "type of the learned rows while they train; bfloat16: half the memory, rounded at random (stochastically)",
+        choices=("float32", "bfloat16"),
+    )
     control: str = option(
         "none",
         "control experiment. shuffled: f-grams of one length swap vectors; single: all f-grams share one vector",

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from scone.inference.loading import F_GRAM_WEIGHTS, device_of
+from scone.models.accounting import RunCost
 from scone.models.language_model import SconeForCausalLM
-from scone.training.step_cost import RunCost
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -7,16 +7,18 @@ One multiplication and one addition count as two operations. The formulas count 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from scone.models.configuration import SconeConfig
+from scone.models.configuration import FGramModelConfig, SconeConfig
 from scone.models.embedded_trunk import EmbeddedTrunk
-from scone.models.f_gram_config import FGramModelConfig
 from scone.models.f_gram_model import FGramModel
 from scone.models.language_model import SconeForCausalLM
 from scone.models.learned_rows import LearnedRows
@@ -65,7 +67,7 @@ def f_gram_model_parameters(config: PreTrainedConfig) -> int:
         return _count(FGramModel(config.f_gram_model_config, config.hidden_size, config.max_n))
 
 
-def _count(module: torch.nn.Module) -> int:
+def _count(module: nn.Module) -> int:
     """Of all processes together, where learned rows are shared out."""
     rows = [part for part in module.modules() if isinstance(part, LearnedRows)]
     elsewhere = sum((part.num_rows - len(part.weight)) * part.weight.shape[1] for part in rows)
@@ -136,3 +138,66 @@ def input_embedding_flops(
 def training_flops(forward: float, recomputed: bool = False) -> float:
     """Of one training step, from its forward operations; ``recomputed``: with gradient checkpointing."""
     return forward * (1 + BACKWARD_FACTOR + (1 if recomputed else 0))
+
+
+class RunCost:
+    """Adds up over a whole run what its batches made the model compute; of several processes, those of this one."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.positions = 0
+        self.length = 0
+        self._matched: torch.Tensor | int = 0
+        self._nodes: list[float] = []
+        self._f_grams: list[float] = []
+
+    def count(self, inputs: Mapping[str, Any]) -> None:
+        """Add a training batch. Matches stay on the device, so that nothing waits for it."""
+        self.positions += inputs["input_ids"].numel()
+        self.length = max(self.length, inputs["input_ids"].shape[1])
+        if isinstance(self.model, SconeForCausalLM):
+            trie = inputs["trie"]
+            self._matched = self._matched + trie["position_index"].count_nonzero()
+            self._nodes = _sum(self._nodes, _by_depth(trie["depth_offsets"]))
+            self._f_grams = _sum(self._f_grams, _by_depth(trie["f_gram_offsets"]))
+
+    def counts(self) -> dict[str, Any]:
+        """What was added up so far, JSON-ready: for a checkpoint."""
+        counted = {"positions": self.positions, "length": self.length, "matched": int(self._matched)}
+        return counted | {"nodes": self._nodes, "f_grams": self._f_grams}
+
+    def go_on_from(self, counts: Mapping[str, Any]) -> None:
+        """Go on from the `counts` of a checkpoint."""
+        self.positions, self.length, self._matched = (counts[name] for name in ("positions", "length", "matched"))
+        self._nodes, self._f_grams = list(counts["nodes"]), list(counts["f_grams"])
+
+    def to_dict(self, recomputed: bool = False) -> dict[str, Any]:
+        """Operations per token, and of a SCONE model what it matched and computed per position; JSON-ready.
+
+        ``recomputed``: with gradient checkpointing. Serving costs the trunk's forward operations alone: the input
+        embedding is a row read. Attention counts whole blocks, as ``trunk_forward_flops`` says.
+        """
+        model = self.model
+        trunk_config: Any = model.trunk.config if isinstance(model, EmbeddedTrunk) else model.config
+        trunk = trunk_forward_flops(trunk_config, self.length)
+        figures: dict[str, Any] = {"inference_flops_per_token": trunk, "f_gram_flops_per_token": 0.0}
+        if isinstance(model, SconeForCausalLM):
+            nodes = [count / self.positions for count in self._nodes]
+            f_grams = [count / self.positions for count in self._f_grams]
+            figures["f_gram_flops_per_token"] = input_embedding_flops(model.config, nodes, f_grams)  # type: ignore[arg-type]
+            figures |= {
+                "match_rate": int(self._matched) / self.positions,
+                "nodes_per_position": sum(nodes),
+                "nodes_per_position_by_depth": nodes,
+                "f_grams_per_position_by_depth": f_grams,
+            }
+        forward = trunk + figures["f_gram_flops_per_token"]
+        return figures | {"training_flops_per_token": training_flops(forward, recomputed)}
+
+
+def _sum(left: list[float], right: list[float]) -> list[float]:
+    return [a + b for a, b in zip(left, right, strict=True)] if left else right
+
+
+def _by_depth(offsets: list[int]) -> list[float]:
+    return [float(after - before) for before, after in pairwise(offsets)]

@@ -1,12 +1,44 @@
-"""What a saved model needs to be built again: SconeConfig, and the configurations of its baselines."""
+"""What a saved model needs to be built again: SconeConfig, and the configurations of its baselines (no numba)."""
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from scone.models.f_gram_config import FGramModelConfig
+
+@dataclass
+class FGramModelConfig:
+    """Sizes of the f-gram model, which need not be the trunk's, and what else of it is a choice.
+
+    Args:
+        start: "random", "zero" (the gain starts there), or "identity" (an f-gram's vector starts as its last token's
+            embedding); None: zero, or random where that cannot be (see ``FGramInputEmbedding``).
+        output_norm: the vector that comes out is divided by its root mean square.
+        output_gain: it is multiplied by a learned gain.
+        own_tokens: the model has token embeddings of its own instead of reading the trunk's.
+    """
+
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    layer_norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+    start: str | None = None
+    output_norm: bool = True
+    output_gain: bool = True
+    own_tokens: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_hidden_layers < 1:
+            raise ValueError(f"{self.num_hidden_layers=} must be at least 1")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(f"{self.hidden_size=} must be a multiple of {self.num_attention_heads=}")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
 
 
 class EmbeddedTrunkConfig(PreTrainedConfig):
@@ -61,6 +93,7 @@ class SconeConfig(EmbeddedTrunkConfig):
         f_gram_model: sizes of the f-gram model (``FGramModelConfig``), or None for a model without one.
         learned_rows: how many f-grams, the first by rank, have a learned row.
         rows_backoff: a vector sums the rows of the whole suffix chain; False: the first of them alone.
+        rows_dtype: type of the rows, "float32" or "bfloat16", whatever the model's.
         combination: "add", "replace" or "gate", see ``FGramInputEmbedding``.
         control: whose vector an f-gram takes, see ``scone.tokenization.controls``.
         max_n: N, the longest f-gram in tokens.
@@ -74,6 +107,7 @@ class SconeConfig(EmbeddedTrunkConfig):
     f_gram_model: dict | None = None
     learned_rows: int = 0
     rows_backoff: bool = True
+    rows_dtype: str = "float32"
     combination: str = "add"
     control: str = "none"
     max_n: int = 3
@@ -92,6 +126,7 @@ class OverEncodingConfig(EmbeddedTrunkConfig):
 
     Args:
         num_rows: rows of the hashed tables together.
+        rows_dtype: as in ``SconeConfig``.
         start: "zero" or "random", see ``OverEncodingEmbedding``.
         separator_ids: tokens that no hashed n-gram contains.
     """
@@ -99,6 +134,7 @@ class OverEncodingConfig(EmbeddedTrunkConfig):
     model_type = "scone_over_encoding"
 
     num_rows: int = 0
+    rows_dtype: str = "float32"
     start: str = "zero"
     separator_ids: list[int] | tuple[int, ...] = ()
 

@@ -17,7 +17,6 @@ from transformers.utils import ModelOutput
 from scone.models.configuration import EmbeddedTrunkConfig
 from scone.models.host_lookup import Find, looked_up
 from scone.models.learned_rows import LearnedRows
-from scone.models.remote_code import write_remote_code
 from scone.models.row_files import ROWS_FOLDER, load_shares
 from scone.models.token_history import TokenHistory, extend_history, known_past, marked, starts_of_examples
 from scone.utils.errors import SconeError
@@ -328,6 +327,30 @@ class TrunkBody(nn.Module):
         except AttributeError:
             model: Any = super().__getattr__("model")
             return getattr(model.trunk.base_model, name)
+
+
+def write_remote_code(folder: Path, *classes: type) -> None:
+    """Write ``modeling_scone.py``, which hands ``classes`` on, or says in one line what to install.
+
+    transformers tells users to install what it finds missing by the name of the import, and on the package index that
+    name is a stranger's. It does not look at imports inside of ``try``.
+    """
+    imports = "\n".join(f"    from {ours.__module__} import {ours.__name__}" for ours in classes)
+    names = ", ".join(f'"{ours.__name__}"' for ours in classes)
+    text = f'''\
+"""Where AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True) finds SCONE."""
+
+try:
+{imports}
+except Exception as error:  # a package of another time fails in ways of its own
+    raise ImportError(
+        f"this model needs SCONE, which cannot be imported here ({{error}}); install it: pip install scone-lm "
+        "(the package that is named scone is another one, and has to go: pip uninstall scone)"
+    ) from None
+
+__all__ = [{names}]
+'''
+    (folder / "modeling_scone.py").write_text(text, encoding="utf-8")
 
 
 # Its paged cache carries no tokens: each step would be embedded as the beginning of a text. A history beside its slots

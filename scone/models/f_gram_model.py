@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from scone.models.ancestor_attention import ancestor_attention
-from scone.models.f_gram_config import FGramModelConfig
+from scone.models.configuration import FGramModelConfig
 
 
 class FGramBlock(GradientCheckpointingLayer):
@@ -27,17 +27,15 @@ class FGramBlock(GradientCheckpointingLayer):
         self.feed_forward_in = nn.Linear(width, config.intermediate_size)
         self.feed_forward_out = nn.Linear(config.intermediate_size, width)
 
-    def forward(
-        self, hidden: Tensor, ancestors: Tensor, depth_offsets: list[int], wanted: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, hidden: Tensor, ancestors: Tensor, wanted: Tensor | None = None) -> Tensor:
         """``hidden`` [U, H] → [U, H], or [M, H] where only the nodes ``wanted`` [M] are needed.
 
-        ``ancestors`` and ``depth_offsets`` are those of the nodes that come out (see ``ancestor_attention``).
+        ``ancestors`` are those of the nodes that come out (see ``ancestor_attention``).
         """
         query, key, value = self._project(self.attention_norm(hidden), wanted)
         if wanted is not None:
             hidden = hidden[wanted]
-        mixed = ancestor_attention(query, key, value, ancestors, depth_offsets)
+        mixed = ancestor_attention(query, key, value, ancestors)
         hidden = hidden + self.attention_out(mixed.reshape(len(hidden), -1))
         inner = nn.functional.gelu(self.feed_forward_in(self.feed_forward_norm(hidden)), approximate="tanh")
         return hidden + self.feed_forward_out(inner)
@@ -102,8 +100,8 @@ class FGramModel(nn.Module):
         ancestors, wanted = trie["ancestors"], trie["f_gram_index"]
         *blocks, last_block = self.blocks
         for block in blocks:
-            hidden = block(hidden, ancestors, trie["depth_offsets"])
-        hidden = last_block(hidden, ancestors[wanted], trie["f_gram_offsets"], wanted)
+            hidden = block(hidden, ancestors)
+        hidden = last_block(hidden, ancestors[wanted], wanted)
         hidden = self.map_out(hidden)
         return unit_rms(hidden) if self.config.output_norm else hidden
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scone.models.f_gram_config import FGramModelConfig
+from scone.models.configuration import FGramModelConfig
 from scone.models.f_gram_model import FGramModel, unit_rms
 from scone.models.learned_rows import LearnedRows
 from scone.models.table_lookup import BY_DEVICE, BY_HOST, RowSource, TableLookup

@@ -53,10 +53,10 @@ class SconeForCausalLM(EmbeddedTrunk):
         if config.requires_table:
             self._keys_to_ignore_on_load_unexpected = [r"^f_gram_embedding\."]
         else:
-            sizes = config.f_gram_model_config
+            sizes, dtype = config.f_gram_model_config, getattr(torch, config.rows_dtype)
             self.f_gram_embedding = FGramInputEmbedding(
                 FGramModel(sizes, width, config.max_n, config.vocab_size) if sizes else None,
-                LearnedRows(config.learned_rows, width) if config.learned_rows else None,
+                LearnedRows(config.learned_rows, width, dtype=dtype) if config.learned_rows else None,
                 width,
                 config.combination,
                 config.initial_token_scale,

@@ -45,7 +45,8 @@ class LearnedRows(nn.Module):
     price of R rows a step. A row optimizer (``training.optimizer.RowOptimizer``) makes that the price of the rows that
     a step touches: it has the rows `collect_for` it, and finds in ``pending`` what each backward pass left.
 
-    With ``on_host`` the rows stay in host memory wherever the model goes, and the copies of a step travel.
+    Rows may be kept in bf16 (`keep_as`), which halves them; they are summed in fp32, and a row optimizer rounds them
+    stochastically. With ``on_host`` they stay in host memory wherever the model goes, and the copies of a step travel.
 
     Once they are `share_out` over the processes of a run, each holds every W-th row. A pass fetches the rows of its
     batch from their owners, so all processes have to make as many passes; only a row optimizer trains them; and a state
@@ -53,24 +54,32 @@ class LearnedRows(nn.Module):
 
     Attributes:
         num_rows: R.
-        weight: fp32 ``[R, D]``, or the share of this process. Rows train if it requires a gradient, whoever updates
-            them.
+        weight: fp32 or bf16 ``[R, D]``, or the share of this process. Rows train if it requires a gradient, whoever
+            updates them.
         shards: which of the rows ``weight`` has.
         exchange: with the other processes; None where this one has all rows.
         pending: each backward pass since the last step of the row optimizer. Whoever takes a step empties it; without a
             row optimizer it is always empty.
     """
 
-    def __init__(self, num_rows: int, width: int, std: float = 0.0) -> None:
+    def __init__(self, num_rows: int, width: int, std: float = 0.0, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.std = std
         self.num_rows = num_rows
         self.shards = RowShards(num_rows)
         self.exchange: Exchange | None = None
-        self.weight = nn.Parameter(untouched_zeros(num_rows, width, torch.get_default_device()))
+        self.weight = nn.Parameter(untouched_zeros(num_rows, width, torch.get_default_device(), dtype))
         self.on_host = False
         self.pending: list[Pass] = []
         self._optimizer: weakref.ref[Any] | None = None
+
+    def keep_as(self, dtype: torch.dtype) -> None:
+        """Keep the rows in another type, before anything holds the weight."""
+        if is_untouched(self.weight):
+            kept = untouched_zeros(len(self.weight), self.weight.shape[1], self.weight.device, dtype)
+        else:
+            kept = self.weight.detach().to(dtype)
+        self.weight = nn.Parameter(kept, self.weight.requires_grad)
 
     def share_out(self) -> None:
         """Share the rows out over the processes of the default group, all of which have to do so.
@@ -84,7 +93,7 @@ class LearnedRows(nn.Module):
         self.exchange = Exchange(self.shards)
         weight = self.weight.detach()
         if is_untouched(weight):
-            own = untouched_zeros(self.shards.num_own, weight.shape[1], weight.device)
+            own = untouched_zeros(self.shards.num_own, weight.shape[1], weight.device, weight.dtype)
         else:
             own = self.shards.own(weight).clone()
         self.weight = nn.Parameter(own, self.weight.requires_grad)
@@ -162,6 +171,7 @@ class LearnedRows(nn.Module):
             rows = route.fetch(self._own(route.wanted, row_chains.device))
         else:
             rows = self._own(row_ids, row_chains.device, trains and not self.are_collected)
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         if trains and self.are_collected:
             rows.requires_grad_().register_post_accumulate_grad_hook(partial(self._collect, row_ids, route))
         elif trains and self.exchange is not None:
@@ -208,19 +218,19 @@ class LearnedRows(nn.Module):
 _MAPPINGS = Path("/proc/self/smaps")
 
 
-def untouched_zeros(num_rows: int, width: int, device: torch.device) -> Tensor:
-    """fp32 zeros ``[R, D]``; on the host, memory that the system provides page by page as it is written to.
+def untouched_zeros(num_rows: int, width: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Zeros ``[R, D]``; on the host, memory that the system provides page by page as it is written to.
 
     Huge pages are declined: rows are touched here and there, and each would bring two megabytes of zeros along.
     """
     if device.type != "cpu" or not num_rows or not hasattr(mmap, "MAP_ANONYMOUS"):
-        return torch.zeros(num_rows, width, device=device)
+        return torch.zeros(num_rows, width, device=device, dtype=dtype)
     # not reserved: before rows are shared out there may be more than this machine has room for
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | (_NO_RESERVE if sys.platform == "linux" else 0)
-    memory = mmap.mmap(-1, 4 * num_rows * width, flags=flags)
+    memory = mmap.mmap(-1, dtype.itemsize * num_rows * width, flags=flags)
     if hasattr(mmap, "MADV_NOHUGEPAGE"):
         memory.madvise(mmap.MADV_NOHUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.float32).view(num_rows, width)
+    return torch.frombuffer(memory, dtype=dtype).view(num_rows, width)
 
 
 def is_all_zero(weight: Tensor) -> bool:

@@ -31,10 +31,11 @@ class OverEncodingEmbedding(nn.Module):
     the optimizer and learning rate of the learned rows; and rows start at zero (``random_start``: at ``token_scale``).
     """
 
-    def __init__(self, num_rows: int, width: int, start: str, token_scale: float) -> None:
+    def __init__(self, config: OverEncodingConfig, width: int) -> None:
         super().__init__()
-        assert start in STARTS, start
-        self.rows = LearnedRows(num_rows, width, std=token_scale if start == "random" else 0.0)
+        assert config.start in STARTS, config.start
+        std = config.initial_token_scale if config.start == "random" else 0.0
+        self.rows = LearnedRows(config.num_rows, width, std, getattr(torch, config.rows_dtype))
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -55,7 +56,7 @@ class OverEncodingForCausalLM(EmbeddedTrunk):
     def __init__(self, config: OverEncodingConfig, trunk: PreTrainedModel | None = None) -> None:
         super().__init__(config, trunk)
         width = self._token_weight().shape[1]
-        self.hashed_embedding = OverEncodingEmbedding(config.num_rows, width, config.start, config.initial_token_scale)
+        self.hashed_embedding = OverEncodingEmbedding(config, width)
         self.grams = HashedGrams(config.num_rows, tuple(config.separator_ids))
         self.post_init()
 

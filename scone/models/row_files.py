@@ -67,7 +67,7 @@ def load_shares(folder: Path, tensors: Mapping[str, Tensor], shards: RowShards) 
                     block = saved[first : first + BLOCK_ROWS]
                     ids = (first + torch.arange(len(block))) * len(files) + owner
                     ours = torch.nonzero(ids % shards.world_size == shards.rank)[:, 0]
-                    share[(ids[ours] // shards.world_size).to(share.device)] = block[ours].to(share.device)
+                    share[(ids[ours] // shards.world_size).to(share.device)] = block[ours].to(share)
 
 
 def saved_shape(folder: Path, name: str = "weight") -> tuple[int, ...]:

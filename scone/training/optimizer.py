@@ -12,9 +12,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from scone.kernels.common import to_device, triton_is_installed
-from scone.kernels.row_rms import update_rows
+from scone.kernels.row_rms import rounded_stochastically, rounding_key, update_rows
 from scone.models.learned_rows import LearnedRows, Pass
-from scone.models.row_shards import group_of_hosts, number_of_ranks, sum_parts
+from scone.models.row_shards import RowShards, group_of_hosts, number_of_ranks, sum_parts
+from scone.training.sharding import local
 from scone.utils.errors import SconeError
 
 logger = logging.getLogger(__name__)
@@ -67,6 +68,7 @@ class _StepsRows:
             *(weight, to_device(torch.from_numpy(row_ids), weight.device), gradients.to(weight.device), group["lr"]),
             state,
             (figures[:-1] / figures[-1]).to(weight.device),
+            rows.shards,
         )
 
     def start_rows_again(self) -> None:
@@ -91,9 +93,12 @@ class _StepsRows:
         super().load_state_dict(state_dict)  # type: ignore[misc]
         if self.rows is not None:
             state = self.state[self.rows.weight]  # type: ignore[attr-defined]
-            for name in PER_ROW.intersection(state):
-                if len(state[name]) == self.rows.num_rows:
-                    state[name] = self.rows.shards.own(state[name]).contiguous()
+            its_number = state_dict["param_groups"][-1]["params"][-1]
+            for name, value in state_dict["state"].get(its_number, {}).items():
+                if name in state and name != "step":  # PyTorch makes it a parameter's type, which may be bf16
+                    own = name in PER_ROW and len(value) == self.rows.num_rows
+                    value = self.rows.shards.own(value).contiguous() if own else value
+                    state[name] = value.to(self.rows.weight.device)
 
 
 def _gathered_by_owner(rows: LearnedRows, passes: Sequence[Pass]) -> tuple[np.ndarray, Tensor, int]:
@@ -235,6 +240,15 @@ class AdamWWithRows(_StepsRows, torch.optim.AdamW):
             self._step_rows(self.param_groups[-1], self.state[self.rows.weight], scale)
         return loss
 
+    def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> bool:
+        """Of sharded parameters AdamW updates what is here: an update is element by element, and each of the 1,500
+        operators that it takes on the DTensors of 12 layers costs the host 50 µs.
+        """
+        has_complex: bool = super()._init_group(group, *lists)  # type: ignore[no-untyped-call]
+        for tensors in lists:
+            tensors[:] = map(local, tensors)
+        return has_complex
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
         if self.rows is not None:
@@ -269,6 +283,7 @@ def update_with_rms(
     learning_rate: float,
     state: dict[str, Any],
     now: Tensor | None = None,
+    shards: RowShards = RowShards(0),  # noqa: B008
 ) -> None:
     """One row-RMS step of the rows ``row_ids`` int64 [r], distinct, of ``weight`` [R, D] by ``gradients`` [r, D].
 
@@ -277,6 +292,10 @@ def update_with_rms(
     row has had. ``PRIOR_VISITS`` of a mean row count as visits too, so that a row's first gradient is not divided by
     itself. There is no momentum. Only these rows are read and written; ``state`` is made when it is empty and takes 8
     bytes a row. ``now`` [D]: mean squares of the step's gradients, where other processes have rows too.
+
+    Rows in bfloat16 are computed in fp32 and rounded up or down at random: rounded to the nearest, a step below 1/512
+    of a number would leave it as it is for ever. The noise is a hash of step, row and column, so a resumed run, and a
+    row that another process owns (``shards``: which of all rows these are), have the same.
 
     Reference implementation: ``kernels.reference.rms_rows``.
     """
@@ -292,40 +311,34 @@ def update_with_rms(
         state["mean"] = torch.zeros(1, device=device)
     state["step"] += 1
     fresh = 1 - min(MEMORY, 1 - 1 / state["step"].item())  # the first steps average all there were
-    columns, mean = state["columns"], state["mean"]
+    columns, mean, sums, visits = state["columns"], state["mean"], state["sums"], state["visits"]
     gradients = gradients.float()
     now = gradients.square().mean(0) if now is None else now
     columns.lerp_((now / now.mean().clamp_min(1e-30)), fresh).clamp_min_(1e-8)
     mean.lerp_((now / columns).mean(), fresh)
-    if weight.device.type == "cpu" and weight.dtype == torch.float32:
-        update_rows(
-            torch.get_num_threads(),
-            weight.detach().numpy(),
-            state["sums"].numpy(),
-            state["visits"].numpy(),
-            row_ids.numpy(),
-            gradients.numpy(),
-            columns.numpy(),
-            mean=mean.item(),
-            prior=PRIOR_VISITS,
-            learning_rate=learning_rate,
-        )
-    elif weight.device.type == "cuda" and weight.dtype == torch.float32 and triton_is_installed():
+    weight, key = weight.detach(), rounding_key(int(state["step"]))
+    rule: dict[str, Any] = {"prior": PRIOR_VISITS, "learning_rate": learning_rate, "key": key}
+    rule |= {"stride": shards.world_size, "first": shards.rank}
+    has_kernel = weight.dtype in (torch.float32, torch.bfloat16)
+    if weight.device.type == "cpu" and has_kernel:
+        bits = weight if weight.dtype == torch.float32 else weight.view(torch.uint16)
+        arrays = [tensor.numpy() for tensor in (bits, sums, visits, row_ids, gradients, columns)]
+        update_rows(torch.get_num_threads(), *arrays, mean=mean.item(), **rule)
+    elif weight.device.type == "cuda" and has_kernel and triton_is_installed():
         from scone.kernels.row_rms_triton import update_rows_triton
 
-        update_rows_triton(
-            *(weight.detach(), state["sums"], state["visits"], row_ids, gradients.contiguous(), columns, mean),
-            prior=PRIOR_VISITS,
-            learning_rate=learning_rate,
-        )
+        update_rows_triton(weight, sums, visits, row_ids, gradients.contiguous(), columns, mean, **rule)
     else:
-        visits = state["visits"].index_select(0, row_ids) + 1
-        sums = state["sums"].index_select(0, row_ids) + (gradients.square() / columns).mean(1)
-        state["visits"].index_copy_(0, row_ids, visits)
-        state["sums"].index_copy_(0, row_ids, sums)
-        variance = (PRIOR_VISITS * mean + sums) / (PRIOR_VISITS + visits)
+        visits.index_add_(0, row_ids, visits.new_ones(len(row_ids)))
+        sums.index_add_(0, row_ids, (gradients.square() / columns).mean(1))
+        variance = (PRIOR_VISITS * mean + sums[row_ids]) / (PRIOR_VISITS + visits[row_ids])
         steps = torch.where(variance > 0, learning_rate * variance.rsqrt(), 0.0)
-        weight.index_add_(0, row_ids, (gradients * steps[:, None] / columns.sqrt()).to(weight.dtype), alpha=-1.0)
+        moves = gradients * steps[:, None] / columns.sqrt()
+        if weight.dtype == torch.bfloat16:
+            numbers = row_ids * shards.world_size + shards.rank
+            weight[row_ids] = rounded_stochastically(weight[row_ids].float() - moves, numbers, key)
+        else:
+            weight.index_add_(0, row_ids, moves.to(weight.dtype), alpha=-1.0)
 
 
 def rows_learning_rate(tokens_of_a_pass: int) -> float:
@@ -375,7 +388,8 @@ def gather_over_ranks(
 
     ``hosts``: a group of all ranks in which they can talk.
     """
-    all_ids = ids_of_all_ranks(row_ids, hosts)
+    all_ids: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(all_ids, row_ids, group=hosts)
     longest = max(map(len, all_ids))
     if not longest:
         return row_ids, gradients
@@ -383,17 +397,3 @@ def gather_over_ranks(
     gathered = [torch.empty_like(padded) for _ in all_ids]
     dist.all_gather(gathered, padded)
     return sum_by_row([(ids, part[: len(ids)]) for ids, part in zip(all_ids, gathered, strict=True)])
-
-
-def ids_of_all_ranks(row_ids: np.ndarray, group: dist.ProcessGroup | None) -> list[np.ndarray]:
-    """``row_ids`` int64 ``[R]`` of every rank, in the order of ranks."""
-    world_size = dist.get_world_size()
-    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size)]
-    dist.all_gather(sizes, torch.tensor([len(row_ids)]), group=group)
-    counts = [int(size) for size in sizes]
-    mine = torch.from_numpy(row_ids)
-    padded = nn.functional.pad(mine, (0, max(counts) - len(mine)))
-    gathered = [torch.empty_like(padded) for _ in counts]
-    if len(padded):
-        dist.all_gather(gathered, padded, group=group)
-    return [ids[:count].numpy() for ids, count in zip(gathered, counts, strict=True)]

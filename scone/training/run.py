@@ -38,15 +38,17 @@ from scone.models.trunk import alone, build_trunk, longest_sequence
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 from scone.tokenization.tokenizers import separator_ids, tokenizer_fingerprint
 from scone.training.compilation import compile_for_training
-from scone.training.model_options import check_input_embedding, f_gram_model_settings
 from scone.training.optimizer import learned_rows, rows_learning_rate
-from scone.training.precision import resolve_precision
+from scone.training.options import (
+    all_are_used,
+    check_input_embedding,
+    f_gram_model_settings,
+    reporter_names,
+    resolve_precision,
+)
 from scone.training.processes import reinit_process_group, report_lost_ranks
-from scone.training.reporters import reporter_names
-from scone.training.resume import check_resume
-from scone.training.run_folder import FINAL_MODEL, OPTIONS_FILE, one_run_at_a_time, resume_point
+from scone.training.run_folder import FINAL_MODEL, OPTIONS_FILE, check_resume, one_run_at_a_time, resume_point
 from scone.training.trainer import SconeTrainer, StopOnSignal, TrainedAlready
-from scone.training.unused_parameters import all_are_used
 from scone.training.vocabulary import prepare_vocabulary
 from scone.utils.command_line import is_first_process
 from scone.utils.environment import environment
@@ -213,6 +215,8 @@ def _place_rows(model: PreTrainedModel, options: SconeOptions) -> PreTrainedMode
     rows = learned_rows(model)
     if rows is not None:
         rows.on_host = options.model.rows_device == "host"
+        rows.keep_as(getattr(torch, options.model.rows_dtype))
+        model.config.rows_dtype = options.model.rows_dtype
     return model
 
 
@@ -330,6 +334,8 @@ def training_arguments(training: TrainingOptions, num_workers: int, evaluate: bo
         lr_scheduler_type=training.lr_scheduler_type,
         max_grad_norm=training.max_grad_norm,
         logging_steps=training.logging_steps,
+        # it hides that a loss is no number, and to ask for that has the host wait for the accelerator at every step
+        logging_nan_inf_filter=False,
         save_steps=training.save_steps,
         eval_strategy="steps" if evaluate else "no",
         eval_steps=training.eval_steps,

@@ -8,29 +8,35 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, masking_utils
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from scone.data.training_order import TrainingOrder
-from scone.models.language_model import SconeForCausalLM
+from scone.models.accounting import RunCost
 from scone.models.learned_rows import LearnedRows
 from scone.models.row_files import ROWS_FOLDER, append_rows, load_shares, save_shares
 from scone.training.optimizer import PER_ROW, AdamWWithRows, learned_rows
 from scone.training.passes import RowPasses, RowsStartAgain, once_a_pass
-from scone.training.resume import COMPLETE_MARKER
-from scone.training.sharding import load_whole_optimizer, load_whole_weights, shard, whole_state, whole_weights
-from scone.training.step_cost import RunCost, StepCost
+from scone.training.run_folder import COMPLETE_MARKER, complete_checkpoints
+from scone.training.sharding import (
+    clip_sharded_gradients,
+    load_whole_optimizer,
+    load_whole_weights,
+    shard,
+    whole_state,
+    whole_weights,
+)
 from scone.utils.errors import SconeError, library_refusal
 from scone.utils.files import give_umask_mode, read_json, write_json
 
@@ -74,7 +80,6 @@ class SconeTrainer(Trainer):
         if rows is not None:
             self.add_callback(DropSkippedGradients(rows))
             self.add_callback(RowsStartAgain(lambda state: self._row_passes(state.max_steps)))
-        self.step_cost = StepCost(self.model) if isinstance(self.model, SconeForCausalLM) else None
         self.run_cost = RunCost(self.model)
         self.add_callback(CheckpointKeeper(checkpoints_kept, self.run_cost, facts or {}))
         self.add_callback(NothingLeftToTrain())
@@ -92,8 +97,7 @@ class SconeTrainer(Trainer):
             shard(self.model, reshard_after_forward=fsdp == "full_shard")
             # the model reduces its own gradients now: prepare it (device, precision) as one that is not wrapped
             self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
-        self._counted: dict[str, Tensor | int] = {}
-        self._counted_since = time.perf_counter()
+        self._logged, self._logged_at = self.run_cost.counts(), time.perf_counter()
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -159,33 +163,28 @@ class SconeTrainer(Trainer):
         scaler = self.accelerator.scaler
         return scaler.get_scale() if scaler is not None else None
 
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        if not self.sharded:
+            return super()._clip_grad_norm(model)
+        return clip_sharded_gradients(model.parameters(), self.args.max_grad_norm)
+
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if model.training:
-            self._count(inputs)
-        return super().compute_loss(model, inputs, *args, **kwargs)
-
-    def _count(self, inputs: dict[str, Any]) -> None:
-        """Add up figures for the next log line; tensors stay on the device, so that nothing waits for it."""
-        self.run_cost.count(inputs)
-        figures: dict[str, Tensor | int] = {"positions": inputs["input_ids"].numel()}
-        if self.step_cost is not None:
-            self.step_cost.count(inputs)
-            figures["matched"] = inputs["trie"]["position_index"].count_nonzero()
-            figures["nodes"] = inputs["trie"]["tokens"].numel()
-        for name, value in figures.items():
-            self._counted[name] = self._counted.get(name, 0) + value
+            self.run_cost.count(inputs)
+        if "position_ids" in inputs:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        with sequences_are_whole():
+            return super().compute_loss(model, inputs, *args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs and self._counted:
-            positions = int(self._counted["positions"])
-            elapsed = time.perf_counter() - self._counted_since
-            logs["tokens_per_second"] = round(positions * self.args.world_size / elapsed, 1)
-            if "nodes" in self._counted:
-                logs["match_rate"] = round(int(self._counted["matched"]) / positions, 4)
-                logs["nodes_per_position"] = round(int(self._counted["nodes"]) / positions, 4)
-            if self.step_cost is not None:
-                logs |= self.step_cost.figures()
-            self._counted, self._counted_since = {}, time.perf_counter()
+        if "loss" in logs:
+            now, before, at = self.run_cost.counts(), self._logged, time.perf_counter()
+            positions = max(1, now["positions"] - before["positions"])
+            logs["tokens_per_second"] = round(positions * self.args.world_size / (at - self._logged_at), 1)
+            if now["nodes"]:
+                logs["match_rate"] = round((now["matched"] - before["matched"]) / positions, 4)
+                logs["nodes_per_position"] = round((sum(now["nodes"]) - sum(before["nodes"])) / positions, 4)
+            self._logged, self._logged_at = now, at
         if "eval_loss" in logs:
             logs["eval_perplexity"] = round(math.exp(min(logs["eval_loss"], 700.0)), 4)
         super().log(logs, start_time)
@@ -249,14 +248,19 @@ class SconeTrainer(Trainer):
             if rows is not None and (Path(checkpoint) / ROWS_FOLDER).exists():
                 state = self.optimizer.state[rows.weight]
                 # a run that met no f-gram yet has no state of rows
-                shares = {name: rows.weight.new_zeros(len(rows.weight)) for name in PER_ROW if "columns" in state}
+                zeros = torch.zeros(len(rows.weight), device=rows.weight.device)
+                shares = {name: zeros.clone() for name in PER_ROW if "columns" in state}
                 state.update(shares)
                 load_shares(Path(checkpoint) / ROWS_FOLDER, {"weight": rows.weight.detach()} | shares, rows.shards)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Of weights that are tied, or lie share by share; `check_resume` has refused all that is missing."""
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         marker = read_json(Path(resume_from_checkpoint) / COMPLETE_MARKER)
         if "cost" in marker:  # those of older versions have none
             self.run_cost.go_on_from(marker["cost"])
+            self._logged = self.run_cost.counts()
         with _loading(resume_from_checkpoint):
             if not self.sharded:
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -269,6 +273,21 @@ def _loading(checkpoint: str) -> AbstractContextManager[None]:
     """Turn library errors about damaged or mismatched checkpoints into one line."""
     advice = "give the options that the run began with, or resume from another checkpoint"
     return library_refusal(f"cannot resume from {checkpoint}", advice)
+
+
+@contextmanager
+def sequences_are_whole() -> Iterator[None]:
+    """Inside, transformers makes masks for sequences that are one text each.
+
+    It would look at the positions, which it has made itself a moment ago, whether there are several: the host then
+    waits at every step, until the accelerator is through with the last one.
+    """
+    look = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = look
 
 
 class DropSkippedGradients(TrainerCallback):
@@ -311,12 +330,6 @@ class CheckpointKeeper(TrainerCallback):
         if self.limit is not None:
             for old in complete_checkpoints(folder.parent)[: -self.limit]:
                 shutil.rmtree(old)
-
-
-def complete_checkpoints(output_dir: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    folders = [path.parent for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{COMPLETE_MARKER}")]
-    return sorted(folders, key=lambda folder: int(folder.name.rsplit("-", 1)[1]))
 
 
 class StopOnSignal(TrainerCallback):

@@ -19,7 +19,7 @@ from transformers import DynamicCache, NoRepeatNGramLogitsProcessor, StaticCache
 
 from scone.models.language_model import SconeForCausalLM
 from scone.tests import tiny
-from scone.tests.models.test_over_encoding import over_encoding
+from scone.tests.models.kinds import over_encoding
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 

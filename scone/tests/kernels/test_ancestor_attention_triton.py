@@ -23,8 +23,8 @@ from scone.kernels.ancestor_attention_triton import (  # noqa: E402
 DEVICE = "cpu" if INTERPRETED else "cuda"
 
 
-def random_trie(num_nodes: int, max_n: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Ancestors [U, N] and depths [U] of a random trie, nodes sorted by depth."""
+def random_trie(num_nodes: int, max_n: int, seed: int) -> Tensor:
+    """Ancestors [U, N] of a random trie, nodes sorted by depth."""
     random = torch.Generator().manual_seed(seed)
     parents = [-1] + [
         int(torch.randint(-1, node, (), generator=random)) if node > 3 else -1 for node in range(1, num_nodes)
@@ -36,8 +36,7 @@ def random_trie(num_nodes: int, max_n: int, seed: int) -> tuple[Tensor, Tensor]:
     order = sorted(range(num_nodes), key=lambda node: len(paths[node]))
     place = {node: index for index, node in enumerate(order)}
     rows = [[place[step] for step in paths[node]] for node in order]
-    ancestors = torch.tensor([row + [row[-1]] * (max_n - len(row)) for row in rows])
-    return ancestors, torch.tensor([len(row) - 1 for row in rows])
+    return torch.tensor([row + [row[-1]] * (max_n - len(row)) for row in rows])
 
 
 @pytest.mark.gpu
@@ -47,14 +46,14 @@ def test_triton_attention_equals_padded(num_nodes: int, max_n: int, heads: int, 
     """All nodes as queries, and only some; query, key and value as views of one projection."""
     if INTERPRETED and dtype == torch.bfloat16:
         pytest.skip("the interpreter has no bfloat16 arithmetic to compare")
-    ancestors, depths = (part.to(DEVICE) for part in random_trie(num_nodes, max_n, seed=num_nodes))
+    ancestors = random_trie(num_nodes, max_n, seed=num_nodes).to(DEVICE)
     packed = torch.randn(num_nodes, 3, heads, size, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
     query, key, value = packed.unbind(1)
     exact = [part.double().detach().requires_grad_() for part in (query, key, value)]
     wanted = torch.arange(num_nodes // 2, num_nodes, device=DEVICE)
     tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
     for some in (torch.arange(num_nodes, device=DEVICE), wanted):
-        expected = padded_ancestor_attention(exact[0][some], exact[1], exact[2], ancestors[some], depths[some])
+        expected = padded_ancestor_attention(exact[0][some], exact[1], exact[2], ancestors[some])
         output, weights = attention_forward_triton(query[some], key, value, ancestors[some])
         torch.testing.assert_close(output.double(), expected, **tolerance)
         grad = torch.randn(expected.shape, generator=torch.Generator().manual_seed(2)).to(DEVICE, dtype)
@@ -69,13 +68,12 @@ def test_triton_attention_equals_padded(num_nodes: int, max_n: int, heads: int, 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_the_model_uses_it_on_cuda_compiled_too() -> None:
     """The operator chooses the kernel on CUDA, and torch.compile sees the shapes that it returns."""
-    ancestors, depths = (part.cuda() for part in random_trie(60, 4, seed=0))
-    offsets = [int((depths < depth).sum()) for depth in range(5)]
+    ancestors = random_trie(60, 4, seed=0).cuda()
     inputs = [torch.randn(60, 2, 16, device="cuda", requires_grad=True) for _ in range(3)]
-    expected = padded_ancestor_attention(*inputs, ancestors, depths)
+    expected = padded_ancestor_attention(*inputs, ancestors)
     gradients = torch.autograd.grad(expected.square().sum(), inputs)
     for function in (ancestor_attention, torch.compile(ancestor_attention)):
-        output = function(*inputs, ancestors, offsets)
+        output = function(*inputs, ancestors)
         torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
         found = torch.autograd.grad(output.square().sum(), inputs)
         for ours, theirs in zip(found, gradients, strict=True):

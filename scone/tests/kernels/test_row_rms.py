@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -53,3 +54,41 @@ def test_any_number_of_threads_gives_the_same_bits(monkeypatch):
     for other in results[1:]:
         for first, again in zip(results[0], other, strict=True):
             np.testing.assert_array_equal(first, again)
+
+
+def test_bf16_rows_are_the_fp32_update_rounded_at_random():
+    """Bit for bit what PyTorch's operators make of it; a share as its rows are among all; what is not finite stays."""
+    (weight, sums, visits), touched, gradients = problem(1, 40, 9, 0.8)
+    weight[touched[0], :3] = np.nan, np.inf, -np.inf
+    weight = torch.from_numpy(weight).bfloat16()
+    options = numbers(1, 9) | {"key": row_rms.rounding_key(7)}
+    exact = weight.float().numpy()
+    row_rms.update_rows(1, exact, sums.copy(), visits.copy(), touched, gradients, **options)
+    expected = row_rms.rounded_stochastically(torch.from_numpy(exact), torch.arange(40), options["key"])
+    whole = weight.clone()
+    row_rms.update_rows(1, whole.view(torch.uint16).numpy(), sums.copy(), visits.copy(), touched, gradients, **options)
+    assert expected[touched[0]].isfinite().tolist() == [False] * 3 + [True] * 6
+    assert torch.equal(whole.view(torch.int16), expected.view(torch.int16))
+    for rank in range(3):
+        share = weight[rank::3].clone()
+        ours = touched % 3 == rank
+        arguments = [array[rank::3].copy() for array in (sums, visits)]
+        place = {"stride": 3, "first": rank}
+        bits = share.view(torch.uint16).numpy()
+        row_rms.update_rows(1, bits, *arguments, touched[ours] // 3, gradients[ours], **options, **place)
+        assert torch.equal(share.view(torch.int16), whole[rank::3].view(torch.int16))
+
+
+def test_the_mean_of_many_roundings_is_the_update_in_fp32():
+    """Over rows and steps; each is a neighbour of it; and rounding to the nearest would not have moved at all."""
+    count, moves = 2000, torch.tensor([0.0, 1e-4, -1e-4, 3e-3, -2e-3, 1.9e-3])
+    values = (1.0 + moves).expand(count, -1).contiguous()
+    for numbers_from in (0, 2**32 - 5):
+        rows = torch.arange(count) + numbers_from
+        found = torch.stack([row_rms.rounded_stochastically(values, rows, row_rms.rounding_key(s)) for s in range(20)])
+        assert (found[..., 0] == 1).all()
+        assert ((found.float() - values).abs() < 2**-7).all()
+        chance = torch.where(moves >= 0, moves * 2**7, -moves * 2**8)
+        grid = torch.where(moves >= 0, 2.0**-7, 2.0**-8)
+        error = (found.float() - values).mean((0, 1)).abs()
+        assert (error <= 4 * grid * (chance * (1 - chance) / (20 * count)).sqrt() + 1e-9).all(), error

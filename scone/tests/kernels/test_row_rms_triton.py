@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from scone.kernels import reference
+from scone.kernels import reference, row_rms
 from scone.tests.kernels.test_row_rms import numbers, problem
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -32,3 +32,24 @@ def test_triton_equals_the_reference(seed: int, num_rows: int, width: int, share
     update_rows_triton(*on_device, torch.tensor([options.pop("mean")], device=DEVICE), **options)
     for our, their in zip(on_device, theirs, strict=False):
         np.testing.assert_allclose(our.cpu().numpy(), their, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("stride", [1, 3])
+def test_bf16_rows_are_rounded_as_on_the_cpu(stride: int) -> None:
+    (weight, sums, visits), touched, gradients = problem(2, 50, 300, 0.7)
+    options = numbers(2, 300)
+    columns, mean = torch.from_numpy(options.pop("columns")), torch.tensor([options.pop("mean")])
+    rest = [torch.from_numpy(array) for array in (sums, visits, touched, gradients)]
+    start = torch.from_numpy(weight).bfloat16()
+    for step in (1, 2**31 + 5):
+        key = row_rms.rounding_key(step)
+        results = []
+        for first in (start.float(), start):
+            ours = [tensor.to(DEVICE, copy=True) for tensor in (first, *rest, columns, mean)]
+            update_rows_triton(*ours, **options, key=key, stride=stride, first=stride - 1)
+            results.append(ours[0].cpu())
+        numbers_of_rows = torch.arange(50) * stride + stride - 1
+        expected = row_rms.rounded_stochastically(results[0], numbers_of_rows, key)
+        assert (results[1] != expected).float().mean() < 1e-3  # where the last bit of fp32 differs
+        torch.testing.assert_close(results[1], expected, atol=0, rtol=2**-7)
+        assert not torch.equal(expected, results[0].bfloat16())

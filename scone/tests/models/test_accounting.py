@@ -11,19 +11,19 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from scone.data.collator import Collator
 from scone.models.accounting import (
+    RunCost,
     f_gram_forward_flops,
     input_embedding_flops,
     parameter_counts,
     training_flops,
     trunk_forward_flops,
 )
-from scone.models.f_gram_config import FGramModelConfig
+from scone.models.configuration import FGramModelConfig
 from scone.models.f_gram_model import FGramModel, padded_f_gram_model
 from scone.models.language_model import SconeForCausalLM
 from scone.models.over_encoding import OverEncodingForCausalLM
 from scone.models.scaled_trunk import ScaledTrunkForCausalLM
 from scone.tests import tiny
-from scone.training.step_cost import RunCost
 
 
 def counted(run) -> int:

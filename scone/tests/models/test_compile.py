@@ -26,15 +26,14 @@ from transformers import (
 
 from scone.models.embedded_trunk import EmbeddedTrunk
 from scone.models.language_model import SconeForCausalLM
-from scone.models.scaled_trunk import ScaledTrunkForCausalLM
 from scone.models.table_lookup import BY_DEVICE, BY_HOST, TableLookup
 from scone.models.token_history import marked
 from scone.tests import tiny
-from scone.tests.models.test_over_encoding import over_encoding
+from scone.tests.models import kinds
+from scone.tests.models.kinds import KINDS, tokens
 
 # PyTorch's own, where vectors with a gradient come into a graph from outside of it
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-KINDS = ["table", "live", "over-encoding", "scaled"]
 IN_ONE_GRAPH = ("table", "scaled")
 ONE_LAYER = {"gpt2": {"n_layer": 1}, "llama": {"num_hidden_layers": 1}}
 
@@ -50,18 +49,7 @@ def fresh_compiler(monkeypatch):
 
 @cache
 def model_of(kind: str, trunk: str = "llama") -> EmbeddedTrunk:
-    if kind == "over-encoding":
-        return over_encoding(trunk, trunk_changes=ONE_LAYER[trunk]).double()
-    if kind == "scaled":
-        return ScaledTrunkForCausalLM.from_trunk(tiny.trunk(trunk, **ONE_LAYER[trunk]), 3.0).eval().double()
-    model = tiny.scone(trunk, min_freq=1, **ONE_LAYER[trunk])
-    if kind == "table":
-        model.attach_table(tiny.RowsInMemory(model))
-    return model.double()
-
-
-def tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
-    return torch.from_numpy(tiny.corpus(batch * length, seed).reshape(batch, length))
+    return kinds.model_of(kind, trunk, **ONE_LAYER[trunk]).double()
 
 
 def same(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-9) -> None:

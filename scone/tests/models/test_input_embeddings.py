@@ -5,16 +5,21 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from scone.data.collator import Collator
-from scone.models.f_gram_config import FGramModelConfig
+from scone.models.configuration import FGramModelConfig
 from scone.models.input_embeddings import scale_at_start
 from scone.models.language_model import SconeForCausalLM
 from scone.tests import tiny
+from scone.tests.models.kinds import over_encoding, tokens
 from scone.tokenization.controls import permuted_nodes, replaced
 
 IDENTITY = {"start": "identity", "output_norm": False}
 VARIANTS = {
+    **{trunk: {"trunk": trunk} for trunk in tiny.TRUNKS},
+    "model alone": {"trunk": "llama", "learned_rows": 0},
+    "rows alone": {"trunk": "qwen2", "f_gram_model": None},
     "gate": {"combination": "gate"},
     "replace": {"combination": "replace"},
     "no back-off": {"rows_backoff": False, "learned_rows": 10},
@@ -28,13 +33,9 @@ VARIANTS = {
 }
 
 
-def tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
-    return torch.from_numpy(tiny.corpus(batch * length, seed).reshape(batch, length))
-
-
-def model_with(trained: bool = True, **changes) -> SconeForCausalLM:
+def model_with(trained: bool = True, trunk: str = "gpt2", **changes) -> SconeForCausalLM:
     settings = {"f_gram_model": tiny.F_GRAM_SIZES, "learned_rows": 40} | changes
-    model = SconeForCausalLM.from_trunk(tiny.trunk(), tiny.vocabulary(), **settings).eval()
+    model = SconeForCausalLM.from_trunk(tiny.trunk(trunk), tiny.vocabulary(), **settings).eval()
     if trained:
         torch.manual_seed(1)
         for name, parameter in model.f_gram_embedding.named_parameters():
@@ -51,8 +52,9 @@ def test_every_variant_is_a_function_of_the_node(variant, tmp_path):
     """Saved, loaded with one row per f-gram, it gives the live model's logits; so does what a loader looked up."""
     live, ids = model_with(**VARIANTS[variant]), tokens(3, 40)
     live.save_pretrained(tmp_path)
-    loaded = SconeForCausalLM.from_pretrained(tmp_path).eval()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     served = SconeForCausalLM.from_pretrained(tmp_path, table=tiny.RowsInMemory(live)).eval()
+    assert served.f_gram_embedding is None
     logits, config = live(ids).logits, live.config
     # weights bit for bit; what is computed from them may differ by where in memory they lie
     torch.testing.assert_close(loaded.state_dict(), live.state_dict(), atol=0, rtol=0)
@@ -66,6 +68,7 @@ def test_every_variant_is_a_function_of_the_node(variant, tmp_path):
 @pytest.mark.parametrize(
     "changes",
     [
+        *({"trunk": trunk, "learned_rows": rows} for trunk in tiny.TRUNKS for rows in (0, 40)),
         *({"combination": "gate"}, {"control": "shuffled"}, {"control": "single"}),
         *(  # the identity, in place of the token's embedding: its own width, and a wider one
             {"f_gram_model": tiny.F_GRAM_SIZES | IDENTITY | {"hidden_size": width}, "combination": "replace"}
@@ -76,9 +79,13 @@ def test_every_variant_is_a_function_of_the_node(variant, tmp_path):
 )
 @torch.no_grad()
 def test_untrained_scone_equals_its_trunk(changes):
+    """Bit for bit, so a pretrained trunk begins exactly at its own loss."""
     model, ids = model_with(trained=False, **changes), tokens(2, 20)
+    assert (model.match(ids) >= tiny.VOCAB_SIZE).any(), "the test needs matches"
     tolerance = {"atol": 1e-5, "rtol": 1.3e-6} if "f_gram_model" in changes else {"atol": 0, "rtol": 0}
     torch.testing.assert_close(model(ids).logits, model.trunk(ids).logits, **tolerance)
+    model = over_encoding(trained=False)
+    assert torch.equal(model(ids).logits, model.trunk(ids).logits)
 
 
 @torch.no_grad()

@@ -6,28 +6,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, StaticCache
+from transformers import StaticCache
 
 from scone.models.language_model import SconeForCausalLM
 from scone.tests import tiny
+from scone.tests.models.kinds import tokens
 from scone.utils.errors import SconeError
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
-
-
-def tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
-    return torch.from_numpy(tiny.corpus(batch * length, seed).reshape(batch, length))
-
-
-@pytest.mark.parametrize("kind", list(tiny.TRUNKS))
-@pytest.mark.parametrize("rows", [0, 40])
-def test_untrained_scone_equals_its_trunk(kind, rows):
-    """Bit for bit, so a pretrained trunk begins exactly at its own loss."""
-    model = tiny.scone(kind, learned_rows=rows, trained=False)
-    ids = tokens(3, 30)
-    assert (model.match(ids) >= tiny.VOCAB_SIZE).any(), "the test needs matches"
-    with torch.no_grad():
-        assert torch.equal(model(ids).logits, model.trunk(ids).logits)
 
 
 def test_replacing_starts_at_the_scale_of_token_embeddings():
@@ -60,21 +46,6 @@ def test_exported_rows_equal_the_live_sum(parts):
                 if suffix < model.config.learned_rows:
                     expected += embedding.rows.weight[suffix]
             torch.testing.assert_close(rows[rank], expected, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("kind", list(tiny.TRUNKS))
-@pytest.mark.parametrize("parts", [(True, 40), (True, 0), (False, 40)])
-def test_table_model_equals_live_model(kind, parts, tmp_path):
-    """What is trained is what is loaded and served; with a table the f-gram model's weights are not even loaded."""
-    live = tiny.scone(kind, f_gram_model=parts[0], learned_rows=parts[1])
-    live.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    served = SconeForCausalLM.from_pretrained(tmp_path, table=tiny.RowsInMemory(live)).eval()
-    assert served.f_gram_embedding is None
-    ids = tokens(3, 40)
-    with torch.no_grad():
-        assert torch.equal(loaded(ids).logits, live(ids).logits)
-        torch.testing.assert_close(served(ids).logits, live(ids).logits, atol=1e-5, rtol=1e-5)
 
 
 @settings(max_examples=15, deadline=None)

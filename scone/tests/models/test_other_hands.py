@@ -16,32 +16,12 @@ from scone.inference.embedding_table import EmbeddingTable
 from scone.inference.loading import load_model
 from scone.inference.precompute import precompute_table
 from scone.models.language_model import SconeForCausalLM
-from scone.models.over_encoding import OverEncodingForCausalLM
 from scone.models.scaled_trunk import ScaledTrunkForCausalLM
 from scone.models.trunk import build_trunk
 from scone.tests import tiny
+from scone.tests.models.kinds import KINDS, model_of, tokens
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 from scone.utils.errors import SconeError
-
-KINDS = ["live", "from the table", "over-encoding", "scaled"]
-
-
-def tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
-    return torch.from_numpy(tiny.corpus(batch * length, seed).reshape(batch, length))
-
-
-def model_of(kind: str, trunk: str = "llama"):
-    if kind == "over-encoding":
-        model = OverEncodingForCausalLM.from_trunk(tiny.trunk(trunk), num_rows=40, start="random").eval()
-        torch.nn.init.normal_(model.hashed_embedding.rows.weight)
-        return model
-    if kind == "scaled":
-        return ScaledTrunkForCausalLM.from_trunk(tiny.trunk(trunk), 3.0).eval()
-    model = tiny.scone(trunk)
-    if kind == "from the table":
-        model.attach_table(tiny.RowsInMemory(model))
-    return model
-
 
 # ------------------------------------------------------------------ the body
 
@@ -117,7 +97,7 @@ def test_a_tuple_holds_what_the_dictionary_does(kind, configured, tmp_path):
     assert torch.equal(model.base_model(input_ids=ids, **asked)[0], bodys.last_hidden_state)
     greedy = {"max_new_tokens": 5, "do_sample": False, "attention_mask": torch.ones_like(ids)}
     assert model.generate(ids, **greedy).shape == (2, 17)
-    if configured and kind != "from the table":
+    if configured and kind != "table":
         model.save_pretrained(tmp_path)
         again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
         assert torch.equal(again(input_ids=ids, labels=ids)[1], expected.logits)
@@ -178,14 +158,14 @@ def test_added_tokens_leave_everything_else_as_it_was(kind, trunk, mean_resizing
         torch.testing.assert_close(after[..., : tiny.VOCAB_SIZE], before, atol=1e-6, rtol=1e-6)
         vectors = model.input_vectors(added)[0]
         plain = model.get_input_embeddings()(added)[0] * model.config.embedding_scale
-    if kind in ("live", "from the table"):
+    if kind in ("live", "table"):
         assert model.vocabulary.vocab_size == tiny.VOCAB_SIZE + 2
         assert model.match(added).tolist() == added.tolist(), "24 and 25 were f-grams' nodes; no f-gram crosses them"
         assert torch.equal(vectors, plain)
     labels = torch.tensor([[5, 24, 7, 25, 8]])
     model.train()(input_ids=added, labels=labels).loss.backward()
     assert model.get_input_embeddings().weight.grad[24:].abs().sum(1).gt(0).all()
-    if kind == "from the table":
+    if kind == "table":
         return
     model.eval().save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()

@@ -11,26 +11,10 @@ from transformers import AutoModelForCausalLM
 
 from scone.data.collator import Collator
 from scone.models.accounting import parameter_counts
-from scone.models.over_encoding import OverEncodingForCausalLM
 from scone.models.scaled_trunk import ScaledTrunkForCausalLM
 from scone.tests import tiny
+from scone.tests.models.kinds import HASHED_ROWS, over_encoding, tokens
 from scone.tokenization.hashed_grams import HashedGrams
-
-NUM_ROWS = 60
-
-
-def over_encoding(kind: str = "gpt2", trained: bool = True, trunk_changes=None, **changes) -> OverEncodingForCausalLM:
-    model = OverEncodingForCausalLM.from_trunk(
-        tiny.trunk(kind, **(trunk_changes or {})), num_rows=NUM_ROWS, separator_ids=(tiny.SEPARATOR,), **changes
-    ).eval()
-    if trained:
-        torch.manual_seed(1)
-        torch.nn.init.normal_(model.hashed_embedding.rows.weight, std=0.5)
-    return model
-
-
-def tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
-    return torch.from_numpy(tiny.corpus(batch * length, seed).reshape(batch, length))
 
 
 @settings(max_examples=40, deadline=None)
@@ -54,13 +38,6 @@ def test_equal_grams_share_a_row_and_none_crosses_a_separator_padding_or_start(s
             assert row < num_rows
 
 
-def test_untrained_over_encoding_equals_its_trunk():
-    model = over_encoding(trained=False)
-    ids = tokens(2, 20)
-    with torch.no_grad():
-        assert torch.equal(model(ids).logits, model.trunk(ids).logits)
-
-
 @pytest.mark.parametrize("start", ["zero", "random"])
 def test_rows_start_as_asked(start):
     rows = over_encoding(trained=False, start=start).hashed_embedding.rows.weight.detach()
@@ -75,19 +52,9 @@ def test_what_the_loader_looked_up_equals_what_the_model_looks_up():
         assert torch.equal(model(ids).logits, model(ids, trie=batch["trie"]).logits)
 
 
-def test_save_and_load_keep_every_logit(tmp_path):
-    model = over_encoding("llama", embedding_scale=3.0)
-    model.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    assert isinstance(loaded, OverEncodingForCausalLM)
-    assert "OverEncodingForCausalLM" in (tmp_path / "modeling_scone.py").read_text()
-    with torch.no_grad():
-        assert torch.equal(loaded(tokens(2, 20)).logits, model(tokens(2, 20)).logits)
-
-
 def test_its_rows_count_as_a_table():
     counts = parameter_counts(over_encoding())
-    assert counts.table == NUM_ROWS * tiny.WIDTH
+    assert counts.table == HASHED_ROWS * tiny.WIDTH
     assert counts.training_only == 0
     assert counts.resident == parameter_counts(tiny.trunk()).resident
 

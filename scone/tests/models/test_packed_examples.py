@@ -22,7 +22,7 @@ from scone.data.collator import Collator
 from scone.models.embedded_trunk import EmbeddedTrunk
 from scone.models.token_history import starts_of_examples
 from scone.tests import tiny
-from scone.tests.models.test_over_encoding import over_encoding
+from scone.tests.models import kinds
 
 KINDS = ["live", "rows", "table", "over-encoding"]
 lengths = st.lists(st.integers(1, 7), min_size=1, max_size=5)
@@ -31,12 +31,7 @@ seeds = st.integers(0, 10**6)
 
 @cache
 def model_of(kind: str, trunk: str = "llama") -> EmbeddedTrunk:
-    if kind == "over-encoding":
-        return over_encoding(trunk).double()
-    model = tiny.scone(trunk, f_gram_model=kind != "rows", min_freq=1)
-    if kind == "table":
-        model.attach_table(tiny.RowsInMemory(model))
-    return model.double()
+    return kinds.model_of(kind, trunk).double()
 
 
 def examples_of(lengths: Sequence[int], seed: int) -> list[torch.Tensor]:

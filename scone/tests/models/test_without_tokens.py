@@ -8,26 +8,11 @@ import pytest
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
-from scone.models.embedded_trunk import EmbeddedTrunk
-from scone.models.scaled_trunk import ScaledTrunkForCausalLM
 from scone.tests import tiny
-from scone.tests.models.test_over_encoding import over_encoding
+from scone.tests.models.kinds import KINDS, model_of
 from scone.utils.errors import SconeError
 
-
-def models() -> dict[str, EmbeddedTrunk]:
-    served = tiny.scone("llama", min_freq=1)
-    served.attach_table(tiny.RowsInMemory(served))
-    scaled = ScaledTrunkForCausalLM.from_trunk(tiny.trunk("llama"), 3.0).eval()
-    return {
-        "live": tiny.scone("llama", min_freq=1),
-        "table": served,
-        "over-encoding": over_encoding("llama"),
-        "scaled": scaled,
-    }
-
-
-MODELS = models()
+MODELS = {kind: model_of(kind) for kind in KINDS}
 TEXT = torch.from_numpy(tiny.corpus(12))[None]
 
 

@@ -26,7 +26,7 @@ from scone.tests.evaluation import experiments
 from scone.tests.training import runs
 from scone.tokenization.tokenizers import load_tokenizer, tokenizer_fingerprint, train_tokenizer, vocabulary_size
 from scone.training.run import build_model, build_trainer
-from scone.training.trainer import complete_checkpoints
+from scone.training.run_folder import complete_checkpoints
 from scone.utils.errors import SconeError
 
 REPOSITORY = Path(__file__).parents[3]

@@ -126,25 +126,6 @@ def test_untouched_rows_and_their_moments_stay():
     assert torch.equal(rows.weight, before)
 
 
-def test_rows_come_back_from_a_state_dict():
-    def make():
-        rows = LearnedRows(5, 2)
-        return rows, AdamWWithRows([{"params": [torch.nn.Parameter(torch.ones(1))]}], rows=rows)
-
-    rows, optimizer = make()
-    again, other = make()
-    for turn in range(2):
-        touch(rows, torch.tensor([[turn], [3]]), torch.ones(2, 2))
-        optimizer.step()
-        optimizer.zero_grad()
-    again.load_state_dict(rows.state_dict())
-    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # a file would be no alias either
-    for each, its in ((rows, optimizer), (again, other)):
-        touch(each, torch.tensor([[2], [3]]), torch.ones(2, 2))
-        its.step()
-    assert torch.equal(rows.weight, again.weight)
-
-
 def test_loss_scale_is_taken_out_of_the_rows_gradients():
     """One that changes: the update itself divides out a scale that stays."""
     results = []
@@ -175,23 +156,13 @@ def test_sum_by_row_equals_a_dictionary(parts):
         assert torch.equal(total, expected[row])
 
 
-def test_rows_on_the_host_stay_there_and_learn_the_same():
-    models = []
-    for on_host in (False, True):
+def test_rows_on_the_host_stay_there():
+    for on_host, expected in ((False, "meta"), (True, "cpu")):
         rows = LearnedRows(6, 3)
         rows.on_host = on_host
-        holder = torch.nn.ModuleList([rows, torch.nn.Linear(2, 2)])
-        optimizer = AdamWWithRows([{"params": holder[1].parameters()}], rows=rows, rows_learning_rate=0.1)
-        for _ in range(2):
-            touch(rows, torch.tensor([[1, 4]]), torch.tensor([[1.0, -2.0, 3.0]]))
-            optimizer.step()
-        models.append(holder)
-    assert torch.equal(models[0][0].weight, models[1][0].weight)
-    for model, expected in zip(models, ("meta", "cpu"), strict=True):
-        model.to("meta", torch.float16)
-        assert model[1].weight.device.type == "meta"
-        assert model[0].weight.device.type == expected
-    assert models[1][0].weight.dtype == torch.float32
+        torch.nn.ModuleList([rows]).to("meta", torch.float16)
+        assert rows.weight.device.type == expected
+    assert rows.weight.dtype == torch.float32
 
 
 def _learn_as_a_rank(rank: int, backend: str, folder: Path) -> None:

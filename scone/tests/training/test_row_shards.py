@@ -26,7 +26,7 @@ from scone.models.row_shards import RowShards
 from scone.tests import tiny
 from scone.training.optimizer import PER_ROW, AdamWWithRows, learned_rows
 from scone.training.processes import report_lost_ranks
-from scone.training.sharding import load_whole_weights, shard, whole_weights
+from scone.training.sharding import clip_sharded_gradients, load_whole_weights, local, shard, whole_weights
 from scone.utils.errors import SconeError
 from scone.utils.peak_memory import process_bytes
 
@@ -44,10 +44,6 @@ def model_with_rows() -> Any:
     return model
 
 
-def local(weight: torch.Tensor) -> torch.Tensor:
-    return weight.to_local() if isinstance(weight, DTensor) else weight
-
-
 def trained(
     shared: bool,
     strategy: str,
@@ -56,6 +52,7 @@ def trained(
     on_host: bool = False,
     device: torch.device = torch.device("cpu"),  # noqa: B008
     steps: int = STEPS,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Any, Any, list]:
     """A model after a few steps of accumulated, clipped gradients, its optimizer, and the losses on the way.
 
@@ -64,6 +61,8 @@ def trained(
     model = model_with_rows()
     rows = learned_rows(model)
     rows.on_host = on_host
+    rows.keep_as(dtype)
+    model.config.rows_dtype = str(dtype).removeprefix("torch.")
     if shared:
         rows.share_out()
         assert rows.weight.shape[0] == len(range(rank, ROWS, world_size))
@@ -95,14 +94,16 @@ def trained(
     return model, optimizer, losses
 
 
-def check_that_shares_equal_copies(rank: int, world_size: int, strategy: str, folder: Path) -> None:
-    copies, its_optimizer, its_losses = trained(False, strategy, rank, world_size)
+def check_that_shares_equal_copies(
+    rank: int, world_size: int, strategy: str, folder: Path, dtype: torch.dtype = torch.float32
+) -> None:
+    copies, its_optimizer, its_losses = trained(False, strategy, rank, world_size, dtype=dtype)
     copied = learned_rows(copies)
     expected = its_optimizer.state[copied.weight]
     assert (copied.weight - learned_rows(model_with_rows()).weight).abs().max() > 0.1
     assert expected["visits"].max() > 1
     for on_host in (False, True) if world_size == 2 else (False,):
-        shared, optimizer, losses = trained(True, strategy, rank, world_size, on_host)
+        shared, optimizer, losses = trained(True, strategy, rank, world_size, on_host, dtype=dtype)
         assert all(map(torch.equal, losses, its_losses))
         theirs = dict(copies.named_parameters())
         for name, weight in shared.named_parameters():
@@ -112,14 +113,14 @@ def check_that_shares_equal_copies(rank: int, world_size: int, strategy: str, fo
         check_state(rows, optimizer, copied.weight, expected)
         memory = torch.tensor([*map(nbytes, (rows.weight, *(optimizer.state[rows.weight][name] for name in PER_ROW)))])
         dist.all_reduce(memory)
-        assert memory.sum() == ROWS * (4 * WIDTH + 8)
+        assert memory.sum() == ROWS * (dtype.itemsize * WIDTH + 8)
     if strategy == "fsdp":
         check_that_whole_weights_are_cut(copies, copied.weight, rank, world_size, folder)
     if strategy == "ddp":
         save(shared, optimizer, folder / str(world_size))
         if rank == 0:
             torch.save({"weight": copied.weight.detach()} | expected, folder / f"{world_size}.pt")
-        shared, optimizer, _ = trained(True, strategy, rank, world_size, steps=0)
+        shared, optimizer, _ = trained(True, strategy, rank, world_size, steps=0, dtype=dtype)
         shared.load_state_dict(copies.state_dict())
         optimizer.load_state_dict(its_optimizer.state_dict())
         check_state(learned_rows(shared), optimizer, copied.weight, expected)
@@ -135,6 +136,25 @@ def check_that_whole_weights_are_cut(
     load_whole_weights(shared, folder / f"whole{rank}.safetensors")
     rows = learned_rows(shared)
     assert torch.equal(rows.weight, rows.shards.own(weight))
+
+
+def check_that_gradients_are_clipped_as_torch_does(rank: int) -> None:
+    """By the norm over all processes, whether it is too large or not; some have nothing of a small parameter."""
+    model = tiny.trunk("llama")
+    shard(model, reshard_after_forward=True)
+    ids = torch.from_numpy(tiny.corpus(40, rank).reshape(2, 20))
+    model(input_ids=ids, labels=ids).loss.backward()
+    parameters = list(model.parameters())
+    gradients = [parameter.grad.clone() for parameter in parameters]
+    for most in (0.01, 100.0):
+        results = []
+        for clip in (clip_sharded_gradients, nn.utils.clip_grad_norm_):
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient.clone()
+            norm = clip(parameters, most)
+            whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
+            results.append([whole, *(local(parameter.grad) for parameter in parameters)])
+        torch.testing.assert_close(*results)
 
 
 def nbytes(tensor: torch.Tensor) -> int:
@@ -282,8 +302,11 @@ def _as_ranks(rank: int, folder: Path) -> None:
             group = f"file://{folder}/group{world_size}"
             dist.init_process_group("gloo", init_method=group, rank=rank, world_size=world_size)
             check_that_shares_equal_copies(rank, world_size, "ddp", folder)
+            if world_size == 2:
+                check_that_shares_equal_copies(rank, world_size, "ddp", folder / "bf16", torch.bfloat16)
             if world_size == 3:
                 check_that_shares_equal_copies(rank, world_size, "fsdp", folder)
+                check_that_gradients_are_clipped_as_torch_does(rank)
             if world_size == 4:
                 check_many_rows(rank)
                 check_that_a_full_disk_is_everybodys(rank, folder)
@@ -295,6 +318,7 @@ def _as_ranks(rank: int, folder: Path) -> None:
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What 2, 3 and 4 ranks saved: checkpoints, finished models, and what is expected of them."""
     folder = tmp_path_factory.mktemp("saved")
+    (folder / "bf16").mkdir()
     torch.multiprocessing.spawn(_as_ranks, args=(folder,), nprocs=4)
     return folder
 
@@ -304,12 +328,15 @@ def test_sharded_rows_equal_replicated_rows(saved: Path) -> None:
     assert all((saved / f"{world_size}.pt").exists() for world_size in (1, 2, 3, 4))
 
 
-@pytest.mark.parametrize("owners", [2, 3, 4])
-def test_resharded_checkpoint_equals_itself(saved: Path, owners: int, monkeypatch: pytest.MonkeyPatch) -> None:
+SAVED = ["2", "3", "4", "bf16/2"]
+
+
+@pytest.mark.parametrize("owners", SAVED)
+def test_resharded_checkpoint_equals_itself(saved: Path, owners: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever number of processes reads it."""
     monkeypatch.setattr(row_files, "BLOCK_ROWS", 4)
     whole = torch.load(saved / f"{owners}.pt", weights_only=True)
-    folder = saved / str(owners) / "model" / ROWS_FOLDER
+    folder = saved / owners / "model" / ROWS_FOLDER
     assert row_files.saved_shape(folder) == (ROWS, WIDTH)
     for world_size in (1, 2, 3, 4, 6):
         for rank in range(world_size):
@@ -322,9 +349,9 @@ def test_resharded_checkpoint_equals_itself(saved: Path, owners: int, monkeypatc
 
 
 @pytest.mark.parametrize("name", ["model", "final_model"])
-@pytest.mark.parametrize("owners", [2, 3, 4])
-def test_what_several_processes_saved_loads_as_one_model(saved: Path, owners: int, name: str) -> None:
-    folder = saved / str(owners) / name
+@pytest.mark.parametrize("owners", SAVED)
+def test_what_several_processes_saved_loads_as_one_model(saved: Path, owners: str, name: str) -> None:
+    folder = saved / owners / name
     tiny.scone("llama").vocabulary.save(folder)
     loaded = load_model(folder, device="cpu").model
     whole = torch.load(saved / f"{owners}.pt", weights_only=True)

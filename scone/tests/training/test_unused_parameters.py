@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from scone.models.over_encoding import OverEncodingForCausalLM
 from scone.tests import tiny
-from scone.training.unused_parameters import all_are_used
+from scone.training.options import all_are_used
 
 TEXTS = {"f-grams": torch.from_numpy(tiny.corpus()[:64].reshape(2, 32)), "none": torch.zeros(2, 8, dtype=torch.long)}
 

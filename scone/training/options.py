@@ -1,0 +1,166 @@
+"""What a run's options come to: which contradict each other, the f-gram model's sizes, precision, trackers."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from scone.configs.schema import ModelOptions, SconeOptions
+from scone.models.configuration import FGramModelConfig
+from scone.models.embedded_trunk import EmbeddedTrunk
+from scone.models.input_embeddings import scale_at_start
+from scone.models.trunk import trunk_sizes
+from scone.utils.command_line import did_you_mean
+from scone.utils.errors import SconeError
+
+logger = logging.getLogger(__name__)
+
+_MODULES = {"azure_ml": "azureml", "comet_ml": "comet_ml", "dagshub": "dagshub", "flyte": "flytekit"}
+"""Modules of trackers that are not named as their module is."""
+
+
+def check_input_embedding(options: SconeOptions) -> None:
+    """Refuse contradictory options before counting. Raises SconeError."""
+    model = options.model
+    plain = not model.use_f_gram_embeddings
+    if plain and options.training.freeze_trunk:
+        raise SconeError(
+            "found --freeze_trunk with --use_f_gram_embeddings false, which leaves nothing to train; expected at "
+            "most one of them; leave one out"
+        )
+    if plain and model.over_encoding_rows:
+        raise SconeError(
+            f"found --over_encoding_rows {model.over_encoding_rows} with --use_f_gram_embeddings false; expected at "
+            "most one of these baselines; leave one out"
+        )
+    rows_alone = model.f_gram.num_hidden_layers == 0 and not model.over_encoding_rows
+    if rows_alone and not model.learned_rows and not plain:
+        raise SconeError(
+            "found neither an f-gram model nor learned rows; expected at least one; give --f_gram_num_hidden_layers or "
+            "--learned_rows, or train the plain model with --use_f_gram_embeddings false"
+        )
+    if rows_alone and model.combination == "replace" and not plain:
+        raise SconeError(
+            "found --combination replace without an f-gram model; expected add or gate: rows start at zero and would "
+            "leave matched positions without a vector; change it, or give the f-gram model layers"
+        )
+
+
+def f_gram_model_settings(options: ModelOptions, trunk: PreTrainedConfig) -> dict[str, Any] | None:
+    """The f-gram model's configuration, its sizes the trunk's where the options leave them open; None for no f-gram
+    model.
+
+    Raises SconeError: a width that the heads do not divide, or a start that cannot be.
+    """
+    asked = options.f_gram
+    sizes: dict[str, Any] = trunk_sizes(trunk)
+    trunk_width = sizes["hidden_size"]
+    if asked.hidden_size is not None and asked.intermediate_size is None:
+        sizes["intermediate_size"] = 4 * asked.hidden_size
+    for name in tuple(sizes):
+        if getattr(asked, name) is not None:
+            sizes[name] = getattr(asked, name)
+    if sizes["num_hidden_layers"] == 0:
+        return None
+    if sizes["hidden_size"] % sizes["num_attention_heads"]:
+        raise SconeError(
+            f"found an f-gram model of width {sizes['hidden_size']} with {sizes['num_attention_heads']} heads; "
+            "expected a multiple of the heads; give --f_gram_hidden_size and --f_gram_num_attention_heads"
+        )
+    settings = sizes | {
+        "initializer_range": getattr(trunk, "initializer_range", 0.02),
+        "start": asked.start,
+        "output_norm": asked.output_norm,
+        "output_gain": asked.output_gain,
+        "own_tokens": asked.token_embeddings == "separate",
+    }
+    if asked.start == "identity" and sizes["hidden_size"] < trunk_width:
+        raise SconeError(
+            f"found --f_gram_start identity with an f-gram model of width {sizes['hidden_size']}; expected at least "
+            f"the trunk's {trunk_width}, through which a token's embedding passes unchanged; widen it"
+        )
+    try:
+        scale_at_start(FGramModelConfig(**settings), options.combination, 1.0)
+    except ValueError as error:
+        raise SconeError(
+            f"{error}; change --f_gram_start, --combination, --f_gram_output_norm, --f_gram_output_gain or "
+            "--f_gram_token_embeddings"
+        ) from error
+    return settings
+
+
+def resolve_precision(fp16: bool, bf16: bool, device_type: str) -> str:
+    """ "fp16", "bf16" or "fp32" for mixed-precision training on ``device_type``; warns when it is not what was asked.
+
+    A CPU without native bf16 computes it many times slower than fp32, so it gets fp32.
+    """
+    asked = "bf16" if bf16 else "fp16" if fp16 else "fp32"
+    if asked == "fp32":
+        return asked
+    if device_type == "cuda":
+        if asked == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+            logger.warning("this GPU has no native bf16: training in fp16")
+            return "fp16"
+        return asked
+    found = "bf16" if device_type == "cpu" and cpu_has_native_bf16() else "fp32"
+    if found != asked:
+        logger.warning("%s is not available on this device (%s): training in %s", asked, device_type, found)
+    return found
+
+
+def cpu_has_native_bf16() -> bool:
+    """Whether matrix products in bf16 run on instructions made for them (AVX-512 BF16 or AMX)."""
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name)() for name in checks if hasattr(torch.cpu, name))
+
+
+def reporter_names(report_to: str) -> list[str]:
+    """The trackers in "tensorboard,wandb"; empty for "none".
+
+    Raises SconeError for one that the trainer does not know, or whose library is not installed.
+    """
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK as known
+
+    names = [name.strip() for name in report_to.split(",") if name.strip()]
+    if names == ["none"]:
+        return []
+    for name in names:
+        if name not in known:
+            advice = did_you_mean(name, known) or f"expected none, or some of {', '.join(sorted(known))}"
+            raise SconeError(f"found --report_to {name}; {advice}")
+        if find_spec(_MODULES.get(name, name)) is None:
+            raise SconeError(
+                f"found --report_to {name}, whose library is not installed; install it (pip install "
+                f"{_MODULES.get(name, name)}), or leave {name} out"
+            )
+    return names
+
+
+def all_are_used(model: PreTrainedModel) -> bool:
+    """Whether every step gives each trained parameter of ``model`` a gradient, whatever the text.
+
+    Tried on a model of the trunk's configuration without data, which computes nothing. What cannot be tried that way
+    (experts that only some tokens go to, say) counts as not known, and the answer is False. Our own layers use all of
+    theirs, also for a batch in which no f-gram ends.
+    """
+    trunk = model.trunk if isinstance(model, EmbeddedTrunk) else model
+    # most models look at numbers to make a mask, and few take a finished one
+    return any(_all_get_gradients(trunk.config, has_mask) for has_mask in (True, False))
+
+
+def _all_get_gradients(config: PreTrainedConfig, has_mask: bool) -> bool:
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation="eager").train()
+            inputs = {"input_ids": torch.zeros(1, 8, dtype=torch.int64), "use_cache": False}
+            if has_mask:
+                inputs["attention_mask"] = torch.zeros(1, 1, 8, 8)
+            model(**inputs).logits.sum().backward()
+    except Exception:  # of any model, ours or not
+        return False
+    return all(parameter.grad is not None for parameter in model.parameters())
