@@ -34,7 +34,7 @@ def partition_keys(
     """The partition of every position, and the remainders of every partition in the order of positions."""
     parts: list[int] = []
     remainders: list[list[int]] = [[] for _ in range(1 << (key_bits - remainder_bits))]
-    before = [int(carry), *(int(value) for value in ids[:-1])] if num_ids else [0] * len(ids)
+    before = [int(carry), *(int(value) for value in ids[:-1])]
     for previous, current in zip(before, (int(value) for value in ids), strict=True):
         if NO_ID in (previous, current):
             parts.append(int(NO_PARTITION))

@@ -115,8 +115,7 @@ def count_f_grams(
         num_threads=num_threads,
     )
     _say(_intention(stream, plan, work_dir), quiet)
-    total = stream.num_positions * (2 * max_n if plan.token_table is False else 2 * max_n - 1)
-    with progress(total, "position", "counting", quiet) as bar:
+    with progress(stream.num_positions * (2 * max_n - 1), "position", "counting", quiet) as bar:
         engine = CountEngine(stream, plan, max_n, min_freq, max_f_grams, separators, bar)
         engine.read_tokens()
         key = fingerprint_of(json.dumps([vocab_size, max_n, min_freq, max_f_grams, separators]), str(engine.checksum))

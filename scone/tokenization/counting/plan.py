@@ -20,7 +20,7 @@ _POSITIONS_PER_PARTITION = 1 << 18  # about 50,000 different n-grams of real tex
 # ranking (16) and in the vocabulary that is being built (40); and, for each level that is full, its key and count (16).
 _BYTES_PER_F_GRAM = 32 + 24 + 16 + 40
 _BYTES_PER_F_GRAM_AND_LEVEL = 16
-_BYTES_PER_TOKEN_TYPE = 12  # its count (8) and its id (4)
+_BYTES_PER_TOKEN_TYPE = 12  # its count (8) and its id (4), and 8 more for each thread that counts
 _TABLE_FACTOR = 6  # a table under way from capacity C to 2 C holds 3 C entries and at least C / 2 n-grams
 _LEVELS_OVERHEAD_BYTES = 1 << 16  # names and headers in the files of the levels
 _USABLE = 0.95  # of what is left for buffers; the rest is for thread stacks, file handles and the allocator
@@ -39,8 +39,6 @@ class CountingPlan:
     """4 where every level's keys, shuffled and without their partition, fit 32 bits; else 8."""
     group_bytes: int
     """Remainders that are in memory at a time while one level is counted."""
-    token_table: bool
-    """Whether tokens are counted in an array of V counts (else by partitions, as n-grams are)."""
     saved_n_grams: int
     """Most survivors that the saved levels hold together."""
 
@@ -93,15 +91,10 @@ def plan_count(
     most_ids = num_positions // max(1, min_freq)
     most_f_grams = min(most_ids, max_f_grams if max_f_grams is not None else most_ids)
     fixed_bytes = most_f_grams * (_BYTES_PER_F_GRAM + _BYTES_PER_F_GRAM_AND_LEVEL * max(1, max_n - 1))
+    fixed_bytes += vocab_size * (_BYTES_PER_TOKEN_TYPE + 8 * threads)
     budget = memory_budget_bytes
     if budget is None:
-        budget = max(_free_memory_bytes() // 2, fixed_bytes + (256 << 20) + vocab_size * _BYTES_PER_TOKEN_TYPE)
-    table_bytes = vocab_size * _BYTES_PER_TOKEN_TYPE
-    token_table = table_bytes <= max(budget - fixed_bytes, 0) // 4
-    if token_table:
-        fixed_bytes += table_bytes
-    else:
-        fixed_bytes += 2 * 24 * min(vocab_size, most_ids)
+        budget = max(_free_memory_bytes() // 2, fixed_bytes + (256 << 20))
     buffer_bytes = int((budget - fixed_bytes) * _USABLE)
     least_bytes = _least_buffer_bytes(threads, num_positions)
     if buffer_bytes < least_bytes:
@@ -112,11 +105,11 @@ def plan_count(
         )
     wide_ids = max(min(vocab_size, most_ids), most_f_grams).bit_length()
     fits = 2 * wide_ids <= 32 + _WIDE_PARTITION_BITS and num_positions < 2**32
-    plan = _cut(num_positions, threads, buffer_bytes, 4 if fits else 8, token_table)
-    return replace(plan, saved_n_grams=most_f_grams * max_n + (0 if token_table else min(vocab_size, most_ids)))
+    plan = _cut(num_positions, threads, buffer_bytes, 4 if fits else 8)
+    return replace(plan, saved_n_grams=most_f_grams * max_n)
 
 
-def _cut(num_positions: int, threads: int, buffer_bytes: int, remainder_bytes: int, token_table: bool) -> CountingPlan:
+def _cut(num_positions: int, threads: int, buffer_bytes: int, remainder_bytes: int) -> CountingPlan:
     """Blocks, partitions and groups for ``buffer_bytes`` of buffers."""
     stored_bytes = 2 + remainder_bytes
     in_memory_block = min(_MAX_BLOCK_POSITIONS, max(_MIN_BLOCK_POSITIONS, -(-num_positions // threads)))
@@ -138,7 +131,7 @@ def _cut(num_positions: int, threads: int, buffer_bytes: int, remainder_bytes: i
         block_positions = max(_MIN_BLOCK_POSITIONS, min(fitting, _MAX_BLOCK_POSITIONS, -(-num_positions // threads)))
     group_bytes = max(buffer_bytes - table_bytes, block_positions * remainder_bytes) if on_disk else 1 << 62
     return CountingPlan(
-        num_positions, threads, on_disk, block_positions, partition_bits, remainder_bytes, group_bytes, token_table, 0
+        num_positions, threads, on_disk, block_positions, partition_bits, remainder_bytes, group_bytes, 0
     )
 
 
