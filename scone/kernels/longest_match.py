@@ -217,23 +217,3 @@ def match_step(keys, suffixes, slots, bits, max_probes, vocab_size, states, toke
                 break
             state = FRESH if state < vocab_size else np.int64(suffixes[state - vocab_size])
     return np.int64(-1)
-
-
-@njit(cache=True, nogil=True)
-def count_match_lengths(nodes, suffixes, lengths, vocab_size, sizes, histograms):
-    """Add the lengths that ``nodes`` (int64 [n]) would have in vocabularies cut to ``sizes`` (int64, descending).
-
-    The longest match in a vocabulary of the first S′ f-grams is the first on the suffix chain with a rank below S′: all
-    shorter f-grams that end there are on the chain, and ranks fall along it. So one pass serves all sizes.
-
-    Args:
-        histograms: int64 [len(sizes), N + 1]; ``histograms[k, n]`` grows by the positions with a node of n tokens.
-
-    Reference implementation: `reference.longest_matches` with the first S′ f-grams.
-    """
-    for node in nodes:
-        for k in range(len(sizes)):
-            while node >= vocab_size + sizes[k]:
-                node = np.int64(suffixes[node - vocab_size])
-            length = 1 if node < vocab_size else np.int64(lengths[node - vocab_size])
-            histograms[k, length] += 1

@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def coverage(vocabulary: FGramVocabulary, tokens: np.ndarray) -> list[dict[str, Any]]:
     """What f-grams match in ``tokens`` [T], for all of them and for the first ½, ¼ …, largest first."""
-    from scone.tokenization.coverage import match_statistics
+    from scone.tokenization.inspection import match_statistics
     from scone.tokenization.matcher import Matcher
 
     sizes = [vocabulary.num_f_grams >> halvings for halvings in range(10) if vocabulary.num_f_grams >> halvings]

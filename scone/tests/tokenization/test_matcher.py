@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from scone.kernels import longest_match
 from scone.tests.tokenization.f_gram_strategies import batches, cases
 from scone.tokenization import matcher as matcher_module
-from scone.tokenization.coverage import match_statistics
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
-from scone.tokenization.inspection import inspect_tokens
+from scone.tokenization.inspection import inspect_tokens, match_statistics
 from scone.tokenization.matcher import Matcher
 from scone.utils.errors import SconeError
 
