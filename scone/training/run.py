@@ -25,9 +25,8 @@ from transformers import (
 
 from scone.configs.loading import save_options
 from scone.configs.schema import SconeOptions, TrainingOptions
-from scone.data.collator import Collator
+from scone.data.collator import Collator, FGramDropout
 from scone.data.dataset import BlockDataset
-from scone.data.f_gram_dropout import FGramDropout
 from scone.data.prepare import default_cache_folder, prepare_corpus, prepare_tokenizer
 from scone.data.token_file import TokenFile
 from scone.models.accounting import parameter_counts

@@ -9,11 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from scone.data.collator import Collator
-from scone.data.dataset import BlockDataset
-from scone.data.f_gram_dropout import FGramDropout
+from scone.data.collator import Collator, FGramDropout
+from scone.data.dataset import BlockDataset, BlockIndex, TrainingOrder
 from scone.data.token_file import TokenFileWriter
-from scone.data.training_order import BlockIndex, TrainingOrder
 from scone.tests import tiny
 
 VOCABULARY = tiny.vocabulary(max_n=4)
