@@ -4,23 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from scone.kernels import child_index, f_gram_trie
+from scone.kernels.child_index import ChildIndex, frozen
 from scone.tokenization import f_gram_file
-from scone.tokenization.f_gram_links import (
-    MAX_F_GRAM_LENGTH,
-    ChildIndex,
-    check_limits,
-    frozen,
-    link,
-    node_dtype,
-    renumbered,
-)
+from scone.tokenization.f_gram_file import MAX_F_GRAM_LENGTH, check_limits, node_dtype
 from scone.utils.errors import SconeError
 from scone.utils.files import fingerprint_of
 
@@ -103,7 +96,7 @@ class FGramVocabulary:
         counts = np.asarray(counts).astype(np.uint64)
         if len(counts) != size:
             raise ValueError(f"{len(counts)} counts for {size} f-grams")
-        suffixes, lengths, index = link(keys, counts, vocab_size, max_n, separator_ids)
+        suffixes, lengths, index = _link(keys, counts, vocab_size, max_n, separator_ids)
         return cls(
             keys=keys,
             suffixes=suffixes,
@@ -223,19 +216,25 @@ class FGramVocabulary:
                 f"separator; expected none that goes away; keep at least {largest + 1} tokens"
             )
         check_limits(vocab_size, self.max_n, self.separator_ids)
-        sizes = (self.vocab_size, vocab_size)
+
+        def renumbered(nodes: np.ndarray) -> np.ndarray:
+            moved = nodes.astype(np.int64) + (nodes >= self.vocab_size) * (vocab_size - self.vocab_size)
+            return moved.astype(node_dtype(vocab_size, self.num_f_grams))
+
         return self._changed(
-            keys=renumbered(self.keys, *sizes),
-            suffixes=renumbered(self.suffixes, *sizes),
+            keys=renumbered(self.keys),
+            suffixes=renumbered(self.suffixes),
             vocab_size=vocab_size,
             tokenizer_fingerprint="",
         )
 
     def _changed(self, **changes: Any) -> FGramVocabulary:
         """One that differs in ``changes``, and is indexed anew."""
+        return FGramVocabulary(**(self._parts() | changes))
+
+    def _parts(self) -> dict[str, Any]:
         parts = ("keys", "suffixes", "lengths", "counts", "vocab_size", "max_n", "separator_ids")
-        same = {name: getattr(self, name) for name in (*parts, "tokenizer_fingerprint")}
-        return FGramVocabulary(**(same | changes))
+        return {name: getattr(self, name) for name in (*parts, "tokenizer_fingerprint")}
 
     # Asking it
 
@@ -310,8 +309,7 @@ class FGramVocabulary:
         array = np.array(tokens, np.int64).reshape(-1)
         if len(array) == 0 or array.min() < 0 or array.max() >= self.vocab_size:
             return None
-        index = self.index
-        node = child_index.find_node(self.keys, index.slots, index.rank_bits, index.max_probes, self.vocab_size, array)
+        node = child_index.find_node(self.index, self.vocab_size, array)
         return None if node == child_index.NO_F_GRAM else int(node)
 
     def length(self, node: int) -> int:
@@ -379,7 +377,7 @@ class FGramVocabulary:
             max_n=max_n,
             separator_ids=json.loads(metadata["separator_ids"]),
             tokenizer_fingerprint=metadata["tokenizer_fingerprint"],
-            index=ChildIndex(arrays["slots"], int(metadata["rank_bits"]), int(metadata["max_probes"])),
+            index=ChildIndex(keys, arrays["slots"], int(metadata["rank_bits"]), int(metadata["max_probes"])),
             fingerprint=metadata["fingerprint"],
             path=path,
         )
@@ -395,7 +393,7 @@ class FGramVocabulary:
             arrays, metadata = f_gram_file.open_file(self.path)
             f_gram_file.check_data(self.path, arrays, metadata)
         try:
-            suffixes, lengths, index = link(self.keys, self.counts, self.vocab_size, self.max_n, self.separator_ids)
+            suffixes, lengths, index = _link(self.keys, self.counts, self.vocab_size, self.max_n, self.separator_ids)
         except ValueError as error:
             raise SconeError(f"found {name} damaged: {error}; count or copy it again") from error
         intact = {
@@ -414,7 +412,7 @@ class FGramVocabulary:
         # A worker process maps the same file instead of receiving hundreds of megabytes.
         if self.path is not None:
             return _reopened, (self.path, self.fingerprint)
-        return _restored, (self.__dict__,)
+        return partial(FGramVocabulary, **self._parts()), ()
 
 
 def _reopened(path: Path, fingerprint: str) -> FGramVocabulary:
@@ -426,8 +424,19 @@ def _reopened(path: Path, fingerprint: str) -> FGramVocabulary:
     return vocabulary
 
 
-def _restored(state: dict) -> FGramVocabulary:
-    vocabulary = FGramVocabulary.__new__(FGramVocabulary)
-    arrays = {name: frozen(value) for name, value in state.items() if isinstance(value, np.ndarray)}
-    vocabulary.__dict__.update(state | arrays)
-    return vocabulary
+def _link(
+    keys: np.ndarray, counts: np.ndarray, vocab_size: int, max_n: int, separator_ids: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray, ChildIndex]:
+    """Suffixes [S], lengths [S] and index of ranked ``keys`` [S, 2] with ``counts`` [S].
+
+    Raises ValueError when they are no vocabulary (`f_gram_trie.link_f_grams` says what makes one); names the rank.
+    """
+    suffixes, lengths = np.empty(len(keys), keys.dtype), np.empty(len(keys), np.uint8)
+    index = ChildIndex(frozen(keys), child_index.empty_slots(len(keys)), child_index.rank_bits(len(keys)), 0)
+    separators = np.array(sorted(separator_ids), np.int64)
+    outcome, rank, max_probes = f_gram_trie.link_f_grams(
+        frozen(counts), vocab_size, max_n, separators, suffixes, lengths, index
+    )
+    if outcome != f_gram_trie.VALID:
+        raise ValueError(f"the f-gram of rank {rank} {f_gram_trie.FAULTS[outcome]}")
+    return suffixes, lengths, index._replace(slots=frozen(index.slots), max_probes=int(max_probes))

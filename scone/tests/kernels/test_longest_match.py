@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from numba import njit
 
 from scone.kernels import child_index, f_gram_trie, longest_match, reference
+from scone.kernels.child_index import ChildIndex
 from scone.kernels.simd import LANES, largest_match, prefetch
 from scone.tests.tokenization.f_gram_strategies import cases
-from scone.tokenization.f_gram_links import ChildIndex
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 
 
@@ -45,7 +45,7 @@ def test_index_equals_a_dictionary(pairs, data):
     absent = data.draw(st.lists(st.tuples(st.integers(0, 2**33), st.integers(0, 2**32 - 1)), max_size=20))
     rank_of = {pair: rank for rank, pair in enumerate(pairs)}
     for prefix, token in pairs + absent:
-        found = child_index.find_child(keys, index.slots, index.rank_bits, index.max_probes, prefix, token)
+        found = child_index.find_child(index, prefix, token)
         assert found == rank_of.get((prefix, token), child_index.NO_F_GRAM)
 
 
@@ -94,12 +94,8 @@ def long_case() -> tuple[FGramVocabulary, np.ndarray]:
 
 def match_range(vocabulary: FGramVocabulary, tokens: np.ndarray, start: int, stop: int) -> np.ndarray:
     nodes = np.full(len(tokens), -7, np.int64)
-    index = vocabulary.index
     wrong = longest_match.match_positions(
-        vocabulary.keys,
-        index.slots,
-        index.rank_bits,
-        index.max_probes,
+        vocabulary.index,
         vocabulary.vocab_size,
         vocabulary.longest,
         tokens,
@@ -142,7 +138,7 @@ def test_a_damaged_index_is_harmless(seed):
         counts=vocabulary.counts,
         vocab_size=vocabulary.vocab_size,
         max_n=vocabulary.max_n,
-        index=ChildIndex(slots, index.rank_bits, index.max_probes),
+        index=index._replace(slots=slots),
     )
     nodes = match_range(damaged, tokens[:600], 0, 600)
     assert ((nodes >= 0) & (nodes < vocabulary.num_nodes)).all()

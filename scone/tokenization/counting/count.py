@@ -20,7 +20,7 @@ from scone.tokenization.counting.engine import CountEngine
 from scone.tokenization.counting.levels import FrequentNGrams, rank_survivors
 from scone.tokenization.counting.plan import CountingPlan, plan_count
 from scone.tokenization.counting.tokens import TokenStream
-from scone.tokenization.f_gram_links import MAX_F_GRAM_LENGTH, MAX_VOCAB_SIZE
+from scone.tokenization.f_gram_file import MAX_F_GRAM_LENGTH, MAX_VOCAB_SIZE
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 from scone.utils.errors import SconeError
 from scone.utils.files import fingerprint_of, translate_disk_full
