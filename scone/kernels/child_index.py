@@ -44,7 +44,7 @@ def rank_bits(num_f_grams: int) -> int:
 
 
 class ChildIndex(NamedTuple):
-    """What `find_child` reads: the f-grams' keys and the slots that lead to them. Compiled code takes it as it is."""
+    """What `find_child` reads: the f-grams' keys and the slots that lead to them (compiled code: as a plain tuple)."""
 
     keys: np.ndarray
     """Unsigned [S, 2], prefix node and last token of every rank."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from scone.kernels.child_index import NO_F_GRAM, ChildIndex, find_child, insert_child
+from scone.kernels.child_index import NO_F_GRAM, find_child, insert_child
 
 VALID, BAD_TOKEN, SEPARATOR_INSIDE, PREFIX_MISSING, SUFFIX_MISSING, DUPLICATE, WRONG_ORDER, TOO_LONG = range(8)
 """Outcomes of `link_f_grams`."""
@@ -80,7 +80,7 @@ def link_f_grams(counts, vocab_size, max_n, separators, suffixes, lengths, index
     Args:
         counts: unsigned [S]; separators: int64, ascending.
         suffixes: unsigned [S], lengths: uint8 [S]; filled.
-        index: `ChildIndex` with empty slots, which are filled.
+        index: a `ChildIndex` with empty slots, which are filled; as a plain tuple, like wherever compiled code takes one.
 
     Returns:
         (outcome, rank, max_probes): `VALID`, or what is wrong with the f-gram of that rank.
@@ -88,7 +88,7 @@ def link_f_grams(counts, vocab_size, max_n, separators, suffixes, lengths, index
     Reference implementation: `reference.ranked` and `reference.closed`.
     """
     keys, slots, bits, _ = index
-    index = ChildIndex(keys, slots, bits, len(slots))  # until all are in, an empty slot alone ends a search
+    index = (keys, slots, bits, len(slots))  # until all are in, an empty slot alone ends a search
     before = np.zeros(256, np.int64)
     current = np.zeros(256, np.int64)
     max_probes = 0

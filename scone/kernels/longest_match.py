@@ -71,7 +71,7 @@ def _confirm(index, vocab_size, length, node, token, level, likely, rank, num_li
 
     From right to left: ``node[i - 1]`` must still be one level down when position i is confirmed.
     """
-    keys = index.keys
+    keys = index[0]
     num_matched = 0
     for k in range(num_likely - 1, -1, -1):
         i = likely[k]

@@ -309,7 +309,7 @@ class FGramVocabulary:
         array = np.array(tokens, np.int64).reshape(-1)
         if len(array) == 0 or array.min() < 0 or array.max() >= self.vocab_size:
             return None
-        node = child_index.find_node(self.index, self.vocab_size, array)
+        node = child_index.find_node(tuple(self.index), self.vocab_size, array)
         return None if node == child_index.NO_F_GRAM else int(node)
 
     def length(self, node: int) -> int:
@@ -435,7 +435,7 @@ def _link(
     index = ChildIndex(frozen(keys), child_index.empty_slots(len(keys)), child_index.rank_bits(len(keys)), 0)
     separators = np.array(sorted(separator_ids), np.int64)
     outcome, rank, max_probes = f_gram_trie.link_f_grams(
-        frozen(counts), vocab_size, max_n, separators, suffixes, lengths, index
+        frozen(counts), vocab_size, max_n, separators, suffixes, lengths, tuple(index)
     )
     if outcome != f_gram_trie.VALID:
         raise ValueError(f"the f-gram of rank {rank} {f_gram_trie.FAULTS[outcome]}")

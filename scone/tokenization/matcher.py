@@ -28,7 +28,7 @@ class Matcher:
 
     def __init__(self, vocabulary: FGramVocabulary) -> None:
         self.vocabulary = vocabulary
-        self._index = vocabulary.index
+        self._index = tuple(vocabulary.index)  # numba takes plain ones up faster than named ones
         self._longest = vocabulary.longest
 
     def __reduce__(self) -> tuple:

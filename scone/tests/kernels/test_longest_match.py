@@ -45,7 +45,7 @@ def test_index_equals_a_dictionary(pairs, data):
     absent = data.draw(st.lists(st.tuples(st.integers(0, 2**33), st.integers(0, 2**32 - 1)), max_size=20))
     rank_of = {pair: rank for rank, pair in enumerate(pairs)}
     for prefix, token in pairs + absent:
-        found = child_index.find_child(index, prefix, token)
+        found = child_index.find_child(tuple(index), prefix, token)
         assert found == rank_of.get((prefix, token), child_index.NO_F_GRAM)
 
 
@@ -95,7 +95,7 @@ def long_case() -> tuple[FGramVocabulary, np.ndarray]:
 def match_range(vocabulary: FGramVocabulary, tokens: np.ndarray, start: int, stop: int) -> np.ndarray:
     nodes = np.full(len(tokens), -7, np.int64)
     wrong = longest_match.match_positions(
-        vocabulary.index,
+        tuple(vocabulary.index),
         vocabulary.vocab_size,
         vocabulary.longest,
         tokens,
