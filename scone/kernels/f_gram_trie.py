@@ -80,7 +80,7 @@ def link_f_grams(counts, vocab_size, max_n, separators, suffixes, lengths, index
     Args:
         counts: unsigned [S]; separators: int64, ascending.
         suffixes: unsigned [S], lengths: uint8 [S]; filled.
-        index: a `ChildIndex` with empty slots, which are filled; as a plain tuple, like wherever compiled code takes one.
+        index: a `ChildIndex` (as a plain tuple) with empty slots, which are filled.
 
     Returns:
         (outcome, rank, max_probes): `VALID`, or what is wrong with the f-gram of that rank.
