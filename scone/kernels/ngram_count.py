@@ -10,8 +10,8 @@ position. ``count_partition`` counts one partition over all blocks in a hash tab
 ``ids_of_remainders`` replaces remainders by the new ids, and ``restore_positions`` streams them back into the order of
 positions: that pass reads each partition's stream from front to back, so nothing in it misses the cache.
 
-All kernels release the GIL and run on one core; the callers use threads. Their reference implementations are in
-``reference.py`` under the same names.
+All kernels release the GIL and run on one core; the callers use threads. Reference implementation of all together:
+``collections.Counter`` of the keys.
 """
 
 from __future__ import annotations
