@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from scone.data.dataset import BlockIndex
 from scone.kernels.trie_batch import build_trie_batch
 from scone.tokenization.controls import permuted_nodes, replaced
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
@@ -30,7 +28,6 @@ class Collator:
         backoff: an f-gram's vector sums the rows of its whole suffix chain.
         control: "none", or a control of ``scone.tokenization.controls``.
         hashed: the hashed n-grams of an over-encoding model, in place of a vocabulary.
-        use: which matches training uses (None: all). Items without a ``place`` are no training data: all are used.
     """
 
     def __init__(
@@ -43,7 +40,6 @@ class Collator:
         backoff: bool = True,
         control: str = "none",
         hashed: HashedGrams | None = None,
-        use: FGramDropout | None = None,
     ) -> None:
         assert vocabulary is None or hashed is None, "a batch has f-grams or hashed n-grams"
         self.matcher = Matcher(vocabulary) if vocabulary is not None else None
@@ -53,10 +49,9 @@ class Collator:
         self.backoff = backoff
         self.permuted_nodes = permuted_nodes(vocabulary, control, num_rows) if vocabulary is not None else None
         self.hashed = hashed
-        self.use = use
 
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Items with ``input_ids`` int64 [≤ T], and in training their ``place`` → a batch.
+        """Items with ``input_ids`` int64 [≤ T] → a batch.
 
         An item of several examples has ``position_ids`` too, which start again with each; so has the batch then.
         It has ``input_ids`` and ``labels`` [B, T], ``attention_mask`` [B, T] only where a block is short (without one,
@@ -84,21 +79,16 @@ class Collator:
             batch["position_ids"] = torch.from_numpy(positions)
             starts = np.diff(positions, axis=1, prepend=positions[:, :1] - 1) != 1
         if self.matcher is not None:
-            places = [item["place"] for item in items if "place" in item]
-            batch["trie"] = self._trie(tokens, mask, starts, places)
+            batch["trie"] = self._trie(tokens, mask, starts)
         elif self.hashed is not None:
             batch["trie"] = self.hashed.lookups(self.hashed.rows(tokens, mask, starts), torch.from_numpy)
         return batch
 
-    def _trie(
-        self, tokens: np.ndarray, mask: np.ndarray, starts: np.ndarray | None, places: Sequence[BlockIndex]
-    ) -> dict[str, Any]:
+    def _trie(self, tokens: np.ndarray, mask: np.ndarray, starts: np.ndarray | None) -> dict[str, Any]:
         assert self.matcher is not None
         vocabulary = self.matcher.vocabulary
         # one thread: the workers already share out the cores, and a forked worker must not start a thread pool
         nodes = self.matcher.match(tokens, mask, num_threads=1, starts=starts)
-        if self.use is not None and places:
-            nodes = self.use.used(nodes, tokens, places, vocabulary)
         trie = build_trie_batch(
             replaced(nodes, vocabulary.vocab_size, self.permuted_nodes),
             vocabulary.keys,
@@ -110,58 +100,3 @@ class Collator:
             self.backoff,
         )
         return trie.fields(torch.from_numpy)
-
-
-@dataclass(frozen=True)
-class FGramDropout:
-    """Drops matches from training batches; which ones depends only on where the blocks stand in the run.
-
-    So it is the same in whatever batch, worker or process a block is prepared, and after a resume.
-
-    Args:
-        seed: the run's.
-        dropout: probability, below 1, with which a position uses its token in place of its f-gram.
-        length_warmup_steps: optimizer steps over which the longest f-gram that is used grows from 2 to N tokens.
-    """
-
-    seed: int
-    dropout: float = 0.0
-    length_warmup_steps: int = 0
-
-    def used(
-        self, nodes: np.ndarray, tokens: np.ndarray, places: Sequence[BlockIndex], vocabulary: FGramVocabulary
-    ) -> np.ndarray:
-        """What ``tokens`` [B, T] matched, ``nodes`` int64 [B, T], sequences at ``places`` → the nodes to train with."""
-        if any(place.step < self.length_warmup_steps for place in places):
-            longest = [self.longest(place.step, vocabulary.max_n) for place in places]
-            nodes = shortened(nodes, np.array(longest)[:, None], vocabulary)
-        if self.dropout:
-            draws = np.stack([self._draws(place, nodes.shape[1]) for place in places])
-            nodes = np.where(draws < self.dropout, tokens, nodes)
-        return nodes
-
-    def longest(self, step: int, max_n: int) -> int:
-        """Tokens of the longest f-gram that is used at ``step``: 2 … N − 1 in equal stages, then N."""
-        if step >= self.length_warmup_steps:
-            return max_n
-        return 2 + step * max(max_n - 2, 0) // self.length_warmup_steps
-
-    def _draws(self, place: BlockIndex, length: int) -> np.ndarray:
-        """A number in [0, 1) for each position of a block, another one in each epoch, float64 [T].
-
-        Philox counts: block and epoch are high words of its counter, so no two blocks meet.
-        """
-        bits = np.random.Philox(key=self.seed, counter=[0, 0, place.block, place.epoch])
-        return np.random.Generator(bits).random(length)
-
-
-def shortened(nodes: np.ndarray, longest: np.ndarray | int, vocabulary: FGramVocabulary) -> np.ndarray:
-    """Every node, int64 of any shape, or its suffix of ``longest`` ≥ 1 tokens (broadcast to it) where it has more."""
-    if not vocabulary.num_f_grams:
-        return nodes
-    while True:
-        ranks = np.maximum(nodes - vocabulary.vocab_size, 0)
-        too_long = (nodes >= vocabulary.vocab_size) & (vocabulary.lengths[ranks] > longest)
-        if not too_long.any():
-            return nodes
-        nodes = np.where(too_long, vocabulary.suffixes[ranks].astype(np.int64), nodes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,14 +11,6 @@ from torch.utils.data import Dataset, Sampler
 
 from scone.data.token_file import TokenFile
 from scone.utils.errors import SconeError
-
-
-class BlockIndex(NamedTuple):
-    """The position of a training block in the run. It travels with the block to the loader's workers."""
-
-    block: int
-    epoch: int
-    step: int  # of the optimizer, from 0
 
 
 def num_blocks(num_tokens: int, max_length: int, drop_last: bool) -> int:
@@ -30,7 +22,6 @@ def num_blocks(num_tokens: int, max_length: int, drop_last: bool) -> int:
 class BlockDataset(Dataset):
     """Item i is ``{"input_ids": int64 [T]}``: tokens i·T … (i+1)·T−1 of the file, T = ``max_length``.
 
-    Asked for a `BlockIndex` of the training order, an item also tells it, as ``"place"``.
     ``drop_last`` leaves the last block out when it is short (training); otherwise it is kept if it has two tokens or
     more (evaluation: one token alone predicts nothing). ``max_tokens`` takes the file's beginning only (None: all of
     it). Blocks run on over document separators.
@@ -61,9 +52,7 @@ class BlockDataset(Dataset):
         """Tokens in all blocks together."""
         return min(self._length * self.max_length, self._available)
 
-    def __getitem__(self, index: int | BlockIndex) -> dict[str, Any]:
-        if isinstance(index, BlockIndex):
-            return self[index.block] | {"place": index}
+    def __getitem__(self, index: int) -> dict[str, Any]:
         if not -self._length <= index < self._length:
             raise IndexError(index)
         start = index % self._length * self.max_length
@@ -71,7 +60,7 @@ class BlockDataset(Dataset):
         return {"input_ids": torch.from_numpy(block.astype(np.int64))}
 
 
-class TrainingOrder(Sampler[BlockIndex]):
+class TrainingOrder(Sampler[int]):
     """All blocks, shuffled anew for every epoch.
 
     The order depends on seed and epoch alone (that of accelerate's seedable sampler: PyTorch's permutation with the
@@ -99,19 +88,17 @@ class TrainingOrder(Sampler[BlockIndex]):
     ) -> None:
         self.num_blocks = num_blocks
         self.seed = seed
-        self.accumulation = accumulation
         self.steps_done = steps_done
-        self.round = batch_size * processes
-        rounds = -(-num_blocks // self.round)
-        self._length = num_blocks if processes == 1 else rounds * self.round
+        blocks_a_round = batch_size * processes
+        rounds = -(-num_blocks // blocks_a_round)
+        self._length = num_blocks if processes == 1 else rounds * blocks_a_round
         self.steps_per_epoch = -(-rounds // accumulation)
 
     def __len__(self) -> int:
         return self._length
 
-    def __iter__(self) -> Iterator[BlockIndex]:
+    def __iter__(self) -> Iterator[int]:
         epoch = self.steps_done() // self.steps_per_epoch
         order = torch.randperm(self.num_blocks, generator=torch.Generator().manual_seed(self.seed + epoch)).tolist()
         for number in range(self._length):
-            step = epoch * self.steps_per_epoch + number // self.round // self.accumulation
-            yield BlockIndex(order[number % self.num_blocks], epoch, step)
+            yield order[number % self.num_blocks]

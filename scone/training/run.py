@@ -25,7 +25,7 @@ from transformers import (
 
 from scone.configs.loading import save_options
 from scone.configs.schema import SconeOptions, TrainingOptions
-from scone.data.collator import Collator, FGramDropout
+from scone.data.collator import Collator
 from scone.data.dataset import BlockDataset
 from scone.data.prepare import default_cache_folder, prepare_corpus, prepare_tokenizer
 from scone.data.token_file import TokenFile
@@ -266,7 +266,6 @@ def build_trainer(
             backoff=options.model.rows_backoff,
             control=options.model.control,
             hashed=model.grams if isinstance(model, OverEncodingForCausalLM) else None,
-            use=FGramDropout(training.seed, training.f_gram_dropout, training.f_gram_length_warmup_steps),
         ),
         processing_class=corpus.tokenizer,
         callbacks=[StopOnSignal()],
