@@ -1,4 +1,4 @@
-"""Generation: the plain trunk beside SCONE with its table (RAM, mapped, direct, tiered), live, and quantised.
+"""Generation: the plain trunk beside SCONE with its table (RAM, mapped, direct, tiered), and live.
 
     python benchmarks/bench_generation.py [--quick] [--json FILE] [--device D] [--dtype T] [--rows S] [--dir DIR]
 
@@ -29,7 +29,6 @@ from workloads import VOCAB_SIZE, f_grams_of, gpt2_tokens, gpt2_trunk, write_tab
 
 from scone.evaluation.speed import wait
 from scone.inference.embedding_table import EmbeddingTable
-from scone.inference.quantization import QUANTIZATIONS, model_bytes, quantize_trunk
 from scone.models.configuration import SconeConfig
 from scone.models.language_model import SconeForCausalLM
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
@@ -61,10 +60,7 @@ def main() -> None:
         write_table(folder / TABLE, "fp32", vocabulary.num_f_grams, rows)
         subjects = dict(all_subjects(folder, options))
         for batch in BATCHES:
-            # int4 and int8 take seconds a step on CPUs
-            fast = {name: one for name, one in subjects.items() if name not in QUANTIZATIONS}
-            measure_batch(report, fast if report.quick and batch > 1 else subjects, tokens, batch)
-        measure_bytes(report, subjects)
+            measure_batch(report, subjects, tokens, batch)
         for subject in subjects.values():
             subject.close()
         subjects.clear()
@@ -132,9 +128,9 @@ def trunk_of(options: dict[str, Any]) -> PreTrainedModel:
 
 
 def all_subjects(folder: Path, options: dict[str, Any]) -> Iterator[tuple[str, Subject]]:
-    """Every subject by its name; they share one trunk, but for the quantised ones."""
+    """Every subject by its name; they share one trunk."""
     trunk, vocabulary = trunk_of(options), FGramVocabulary.load(folder)
-    for name in ("plain", *placements(vocabulary.num_f_grams), "live", *QUANTIZATIONS):
+    for name in ("plain", *placements(vocabulary.num_f_grams), "live"):
         yield name, subject_of(name, trunk, vocabulary, folder, options)
 
 
@@ -146,24 +142,19 @@ def placements(num_rows: int) -> dict[str, str]:
 def subject_of(
     name: str, trunk: PreTrainedModel, vocabulary: FGramVocabulary, folder: Path, options: dict[str, Any]
 ) -> Subject:
-    """The plain trunk, or a SCONE around it (around a quantised copy, for the name of a quantisation)."""
+    """The plain trunk, or a SCONE around it."""
     if name == "plain":
         return Subject(trunk)
     if name == "live":
         sizes = {"hidden_size": WIDTH, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 3072}
         model = SconeForCausalLM.from_trunk(trunk, vocabulary, f_gram_model=sizes).eval()
         return Subject(model.to(options["device"]))
-    if name in QUANTIZATIONS:
-        trunk = copy.deepcopy(trunk)
     facts = {"max_n": MAX_N, "num_f_grams": vocabulary.num_f_grams, "vocabulary_fingerprint": vocabulary.fingerprint}
     config = SconeConfig(text_config=copy.deepcopy(trunk.config), requires_table=True, **facts)
     model = SconeForCausalLM(config, trunk=trunk).eval()
     model.set_vocabulary(vocabulary)
-    placement = placements(vocabulary.num_f_grams).get(name, "ram")
-    table = EmbeddingTable.open(folder / TABLE, placement, options["device"])
+    table = EmbeddingTable.open(folder / TABLE, placements(vocabulary.num_f_grams)[name], options["device"])
     model.attach_table(table)
-    if name in QUANTIZATIONS:
-        quantize_trunk(model, name)
     return Subject(model, table)
 
 
@@ -211,17 +202,6 @@ def measure_batch(report: Report, subjects: dict[str, Subject], tokens: np.ndarr
         where = ("" if batch == 1 else f"_b{batch}") + suffix
         report.add(f"embedding_us_per_token{where}", "µs", 1000000.0 * seconds / batch, ratio=None)
         report.add(f"embedding_share{where}", "share of a step", seconds / step[name], ratio="ours")
-
-
-def measure_bytes(report: Report, subjects: dict[str, Subject]) -> None:
-    """Bytes of each model's parameters, and of what its table holds."""
-    plain = model_bytes(subjects["plain"].model)
-    for name in ("live", *QUANTIZATIONS):
-        size = model_bytes(subjects[name].model)
-        report.add(f"model_bytes_{name}", "bytes", size, plain, "plain trunk")
-    for name, subject in subjects.items():
-        if subject.table is not None and name not in QUANTIZATIONS:
-            report.add(f"table_ram_bytes_{name}", "bytes", subject.table.memory.ram, ratio=None)
 
 
 def measure_peaks(report: Report, folder: Path) -> None:
