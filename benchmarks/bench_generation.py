@@ -46,12 +46,12 @@ def main() -> None:
     if options.pop("child"):
         print(json.dumps(peak_memory(Path(options["folder"]), options["subject"], options)))
         return
-    rows = options["rows"] or (100_000 if report.quick else 1_000_000)
+    rows = options["rows"] or (30_000 if report.quick else 1_000_000)
     tokens, source = gpt2_tokens(1 if report.quick else 4)
     vocabulary = f_grams_of(tokens, rows)
     options |= {"tokens": source, "rows": vocabulary.num_f_grams, "max_n": MAX_N, "trunk": [WIDTH, LAYERS, HEADS]}
-    options |= {"threads": torch.get_num_threads(), "prompt": 64 if report.quick else 256}
-    options |= {"steps": 8 if report.quick else 32, "turns": 3 if report.quick else 9}
+    options |= {"threads": torch.get_num_threads(), "prompt": 32 if report.quick else 256}
+    options |= {"steps": 4 if report.quick else 32, "turns": 2 if report.quick else 9}
     print(f"{vocabulary.num_f_grams:,} f-grams of {source}", flush=True)
     with tempfile.TemporaryDirectory(dir=options["dir"], prefix="bench_generation.") as name:
         folder = Path(name)
@@ -71,7 +71,7 @@ def main() -> None:
 def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"), help="of the trunk")
-    parser.add_argument("--rows", type=int, help="f-grams of the table (1,000,000; quick: 100,000)")
+    parser.add_argument("--rows", type=int, help="f-grams of the table (1,000,000; quick: 30,000)")
     parser.add_argument("--dir", type=Path, default=Path(), help="where the table goes: the disk that is measured")
     for name in ("folder", "subject"):
         parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
@@ -207,7 +207,7 @@ def measure_batch(report: Report, subjects: dict[str, Subject], tokens: np.ndarr
 def measure_peaks(report: Report, folder: Path) -> None:
     """Peak memory of a process of each one's own, from loading's end on (mapped pages that it read included)."""
     options, plain = report.config, None
-    for name in ("plain", *placements(options["rows"]), "live"):
+    for name in ("plain", "ram", "mmap") if report.quick else ("plain", *placements(options["rows"]), "live"):
         shared = ["--device", options["device"], "--dtype", options["dtype"]]
         arguments = ["--child", "--folder", str(folder), "--subject", name, *shared]
         found = in_child(Path(__file__), arguments)

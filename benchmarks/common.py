@@ -68,7 +68,7 @@ class Report:
     ) -> Report:
         """Parse ``--quick`` and ``--json FILE``, and whatever ``add_options`` adds (its values land in ``config``)."""
         parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-        parser.add_argument("--quick", action="store_true", help="the same ratios at a smaller size, within 5 minutes")
+        parser.add_argument("--quick", action="store_true", help="the same ratios at a smaller size, within 2 minutes")
         parser.add_argument("--json", type=Path, metavar="FILE", help="also write the records as JSON to FILE")
         if add_options:
             add_options(parser)
