@@ -142,18 +142,9 @@ def measure_sharing(
 
 def _padded(f_grams: Tensor, vocabulary: FGramVocabulary) -> tuple[Tensor, Tensor]:
     """Tokens [M, N] of the f-grams, padded at the end, and their lengths [M]."""
-    nodes = f_grams.numpy().copy()
-    lengths = np.ones(len(nodes), np.int64)
-    backwards = np.zeros((len(nodes), MAX_N), np.int64)
-    for place in range(MAX_N):
-        is_f_gram = nodes >= VOCAB_SIZE
-        ranks = np.where(is_f_gram, nodes - VOCAB_SIZE, 0)
-        last = np.where(is_f_gram, vocabulary.keys[ranks, 1], nodes)
-        backwards[:, place] = np.where(lengths > place, last, 0)
-        lengths += is_f_gram
-        nodes = np.where(is_f_gram, vocabulary.keys[ranks, 0], nodes)
-    columns = np.maximum(lengths[:, None] - 1 - np.arange(MAX_N), 0)
-    return torch.from_numpy(np.take_along_axis(backwards, columns, 1)), torch.from_numpy(lengths)
+    ranks = f_grams.numpy() - VOCAB_SIZE
+    lengths = torch.from_numpy(vocabulary.lengths[ranks].astype(np.int64))
+    return torch.from_numpy(vocabulary.token_matrix(ranks, padding=0)), lengths
 
 
 def _trunk(sizes: dict[str, int]) -> PreTrainedModel:

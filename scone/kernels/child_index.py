@@ -154,15 +154,3 @@ def build_child_index(keys, slots, bits):
         probes = insert_child(slots, bits, np.int64(keys[rank, 0]), np.int64(keys[rank, 1]), rank)
         max_probes = max(max_probes, probes)
     return max_probes
-
-
-@njit(cache=True)
-def find_node(index, vocab_size, tokens):
-    """Node of ``tokens`` (int64 [n], n ≥ 1, each < V): walks the trie from the first token; -1 when it is not there."""
-    node = tokens[0]
-    for position in range(1, len(tokens)):
-        child = find_child(index, node, tokens[position])
-        if child == NO_F_GRAM:
-            return np.int64(NO_F_GRAM)
-        node = vocab_size + child
-    return node

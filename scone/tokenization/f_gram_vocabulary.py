@@ -117,16 +117,13 @@ class FGramVocabulary:
         *,
         vocab_size: int,
         max_n: int | None = None,
-        separator_ids: Sequence[int] = (),
-        tokenizer_fingerprint: str = "",
+        **facts: Any,
     ) -> FGramVocabulary:
         """From the tokens of every f-gram, in rank order, with its count; ``max_n``: default the longest f-gram.
 
-        Raises:
-            ValueError: as `from_links`.
+        ``facts``: the others of `from_links`. Raises ValueError as it does.
         """
         max_n = max(map(len, f_grams), default=1) if max_n is None else max_n
-        check_limits(vocab_size, max_n, separator_ids)
         rank_of: dict[tuple[int, ...], int] = {}
         prefixes = []
         for rank, gram in enumerate(map(tuple, f_grams)):
@@ -143,8 +140,7 @@ class FGramVocabulary:
             np.asarray(counts),
             vocab_size=vocab_size,
             max_n=max_n,
-            separator_ids=separator_ids,
-            tokenizer_fingerprint=tokenizer_fingerprint,
+            **facts,
         )
 
     @classmethod
@@ -152,36 +148,26 @@ class FGramVocabulary:
         cls,
         counts: Mapping[tuple[int, ...], int],
         *,
-        vocab_size: int,
         max_n: int | None = None,
         max_f_grams: int | None = None,
         min_freq: int = 1,
         separator_ids: Sequence[int] = (),
-        tokenizer_fingerprint: str = "",
+        **facts: Any,
     ) -> FGramVocabulary:
         """Rank ``counts`` (tokens → occurrences) and keep the first ``max_f_grams`` of count ≥ ``min_freq``.
 
-        N-grams shorter than 2 or longer than ``max_n``, and those with a separator, are left out.
-
-        Raises:
-            ValueError: as `from_links`; such counts are not those of a corpus.
+        N-grams shorter than 2 or longer than ``max_n``, and those with a separator, are left out. ``facts``: the others
+        of `from_links`. Raises ValueError as it does; such counts are not those of a corpus.
         """
-        separators = set(separator_ids)
         limit = MAX_F_GRAM_LENGTH if max_n is None else max_n
-        kept = [
+        kept = sorted(
             (-count, len(gram), gram)
             for gram, count in counts.items()
-            if count >= min_freq and 2 <= len(gram) <= limit and not separators.intersection(gram)
-        ]
-        kept = sorted(kept)[:max_f_grams]
-        return cls.from_ranked(
-            [gram for _, _, gram in kept],
-            np.array([-negative for negative, _, _ in kept], np.uint64),
-            vocab_size=vocab_size,
-            max_n=max_n,
-            separator_ids=separator_ids,
-            tokenizer_fingerprint=tokenizer_fingerprint,
-        )
+            if count >= min_freq and 2 <= len(gram) <= limit and not set(separator_ids).intersection(gram)
+        )[:max_f_grams]
+        ranked = [gram for _, _, gram in kept]
+        kept_counts = np.array([-negative for negative, _, _ in kept], np.uint64)
+        return cls.from_ranked(ranked, kept_counts, max_n=max_n, separator_ids=separator_ids, **facts)
 
     def truncated(self, num_f_grams: int) -> FGramVocabulary:
         """The vocabulary of the first ``num_f_grams`` f-grams (all, when it has fewer). Shares the arrays."""
@@ -287,7 +273,8 @@ class FGramVocabulary:
 
     def tokens(self, node: int) -> tuple[int, ...]:
         """The tokens of ``node``, one for a token's own node. Raises ValueError for a number that is no node."""
-        self._check_node(node)
+        if not 0 <= node < self.num_nodes:
+            raise ValueError(f"node {node} does not exist; expected 0 … {self.num_nodes - 1}")
         reversed_tokens = []
         while node >= self.vocab_size:
             prefix, last_token = self.keys[node - self.vocab_size]
@@ -306,16 +293,15 @@ class FGramVocabulary:
 
     def node(self, tokens: Sequence[int]) -> int | None:
         """The node of exactly these tokens; None when they are neither one token nor an f-gram."""
-        array = np.array(tokens, np.int64).reshape(-1)
-        if len(array) == 0 or array.min() < 0 or array.max() >= self.vocab_size:
+        if len(tokens) == 0 or min(tokens) < 0 or max(tokens) >= self.vocab_size:
             return None
-        node = child_index.find_node(tuple(self.index), self.vocab_size, array)
-        return None if node == child_index.NO_F_GRAM else int(node)
-
-    def length(self, node: int) -> int:
-        """How many tokens ``node`` has. Raises ValueError for a number that is no node."""
-        self._check_node(node)
-        return 1 if node < self.vocab_size else int(self.lengths[node - self.vocab_size])
+        node = int(tokens[0])
+        for token in tokens[1:]:
+            rank = child_index.find_child(tuple(self.index), node, token)
+            if rank == child_index.NO_F_GRAM:
+                return None
+            node = self.vocab_size + int(rank)
+        return node
 
     def depth_first_order(self) -> np.ndarray:
         """All ranks in trie preorder, int64 [S]: every f-gram after its prefix, subtrees together.
@@ -329,10 +315,6 @@ class FGramVocabulary:
         written = f_gram_trie.depth_first_ranks(self.keys, self.vocab_size, roots, order)
         assert written == self.num_f_grams, (written, self.num_f_grams)
         return order
-
-    def _check_node(self, node: int) -> None:
-        if not 0 <= node < self.num_nodes:
-            raise ValueError(f"node {node} does not exist; expected 0 … {self.num_nodes - 1}")
 
     # Files
 

@@ -122,7 +122,7 @@ def test_truncated_vocabulary_matches_as_the_smaller_one_in_one_pass(data):
     tokens = np.array(row, np.int64)
     for size, found in zip(sizes, match_statistics(Matcher(case.vocabulary), tokens, sizes), strict=True):
         smaller = case.vocabulary.truncated(size)
-        lengths = [smaller.length(node) for node in Matcher(smaller).match(tokens).tolist()]
+        lengths = [len(smaller.tokens(node)) for node in Matcher(smaller).match(tokens).tolist()]
         matched = [length for length in lengths if length > 1]
         assert found.num_f_grams == smaller.num_f_grams
         assert found.num_positions == len(row)
