@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 
 from scone.inference.row_types import ROW_TYPES, RowFormat
-
-pytest.importorskip("triton", reason="Triton is not installed")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-if not (INTERPRETED or torch.cuda.is_available()):
-    pytest.skip("no CUDA device (set TRITON_INTERPRET=1 to interpret the kernel)", allow_module_level=True)
-
-from scone.kernels.dequantize_triton import gather_rows_triton  # noqa: E402
-
-DEVICE = "cpu" if INTERPRETED else "cuda"
+from scone.kernels.dequantize_triton import gather_rows_triton
+from scone.tests.kernels.triton_device import DEVICE, INTERPRETED
 
 
 @pytest.mark.parametrize("row_type", ROW_TYPES)
