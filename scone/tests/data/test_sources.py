@@ -174,11 +174,6 @@ def test_splits_of_other_names_are_left_out_as_from_the_hub(tmp_path):
     assert sorted(chain.from_iterable(splits_of(alone).values())) == ["1", "2", "3"]
 
 
-def test_the_hubs_words_for_test(tmp_path):
-    for word in ("test", "testing", "eval", "evaluation"):
-        assert splits_of(corpus(tmp_path / word, **{"train": "1,2,3", "dev": "4", word: "5"}))["test"] == ["5"]
-
-
 CONFIGURATIONS = """configs:
 - config_name: a
   data_files:
