@@ -25,7 +25,7 @@ def main() -> None:
     """Print one JSON object: perplexity by row type, and what the model was."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--steps", type=int, default=1000, help="training steps of 2,048 tokens, one for a hundred f-grams"
+        "--steps", type=int, default=1000, help="of 2,048 tokens; one for a hundred f-grams"
     )
     parser.add_argument("--parts", type=int, default=2, help="how much text, in files of 14 MB")
     options = parser.parse_args()
