@@ -24,9 +24,7 @@ VOCAB_SIZE, MAX_N, LENGTH, BATCH = 4096, 4, 128, 16
 def main() -> None:
     """Print one JSON object: perplexity by row type, and what the model was."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--steps", type=int, default=1000, help="of 2,048 tokens; one for a hundred f-grams"
-    )
+    parser.add_argument("--steps", type=int, default=1000, help="of 2,048 tokens; one for a hundred f-grams")
     parser.add_argument("--parts", type=int, default=2, help="how much text, in files of 14 MB")
     options = parser.parse_args()
     steps = options.steps

@@ -15,7 +15,7 @@ from scone.kernels import ngram_count
 from scone.kernels.ngram_count import NO_ID
 from scone.tokenization.counting.blocks import FileBlocks, MemoryBlocks, PartitionChunk, page_array
 from scone.tokenization.counting.levels import CandidatePool, FrequentNGrams, IdTable, KeySpace, RisingFloor
-from scone.tokenization.counting.plan import CountingPlan
+from scone.tokenization.counting.plan import CountingPlan, CountTask
 from scone.tokenization.counting.tokens import TokenStream
 from scone.utils.files import atomic_path
 from scone.utils.progress import Progress
@@ -31,20 +31,8 @@ class CountEngine:
     Levels are lengths: level 2 holds the bigrams. Single tokens are counted in an array.
     """
 
-    def __init__(
-        self,
-        stream: TokenStream,
-        plan: CountingPlan,
-        max_n: int,
-        min_freq: int,
-        max_f_grams: int | None,
-        separators: tuple[int, ...],
-        bar: Progress,
-    ) -> None:
-        self._stream, self._plan, self._max_n, self._min_freq = stream, plan, max_n, min_freq
-        self._max_f_grams = max_f_grams
-        self._separators = np.array([s for s in separators if 0 <= s < stream.vocab_size], np.uint32)
-        self._bar = bar
+    def __init__(self, stream: TokenStream, plan: CountingPlan, task: CountTask, bar: Progress) -> None:
+        self._stream, self._plan, self._task, self._bar = stream, plan, task, bar
         self._token_counts = np.zeros(stream.vocab_size, np.int64)
         self._local = threading.local()  # what a thread keeps from one item to the next; it ends with the pass
         self.checksum = 0
@@ -78,20 +66,20 @@ class CountEngine:
 
         ``folder``: where finished levels are kept and found again, and blocks that do not fit into memory.
         """
-        if not self._stream.num_positions or self._max_f_grams == 0:
+        if not self._stream.num_positions or self._task.max_f_grams == 0:
             return np.empty(0, np.uint32), []
         self._blocks = self._empty_blocks(folder)
         self._last_keys = np.full(self._plan.num_blocks, _NO_KEY, np.uint64)
         levels: list[FrequentNGrams] = []
         below: tuple[KeySpace, np.ndarray] | None = None
-        kept = self._token_counts >= self._min_freq
-        kept[self._separators] = False
+        kept = self._token_counts >= self._task.min_freq
+        kept[[token for token in self._task.separator_ids if 0 <= token < len(kept)]] = False
         token_of_id = np.flatnonzero(kept).astype(np.uint32)
         self._id_of_token = np.full(self._stream.vocab_size, NO_ID, np.uint32)
         self._id_of_token[token_of_id] = np.arange(len(token_of_id), dtype=np.uint32)
-        floor = RisingFloor(self._min_freq, self._max_f_grams)
+        floor = RisingFloor(self._task.min_freq, self._task.max_f_grams)
         num_ids = len(token_of_id)
-        for length in range(2, self._max_n + 1):
+        for length in range(2, self._task.max_n + 1):
             if not num_ids:
                 break
             space = KeySpace.of(self._plan, num_ids)
@@ -119,7 +107,7 @@ class CountEngine:
     ) -> FrequentNGrams:
         """Bring all blocks to level ``length``; count it, or take what an interrupted count found."""
         finished = _load_level(folder, length)
-        if finished is None or length < self._max_n:
+        if finished is None or length < self._task.max_n:
             if below is None:
                 self._fill(space)
             else:
@@ -195,7 +183,7 @@ class CountEngine:
     # Counting
 
     def _count_level(self, space: KeySpace, floor: RisingFloor) -> FrequentNGrams:
-        pool = CandidatePool(floor, self._max_f_grams)
+        pool = CandidatePool(floor, self._task.max_f_grams)
         sizes = self._blocks.partition_sizes(space.num_partitions)
         self._bar.update(self._plan.num_positions - int(sizes.sum()))  # positions where no candidate ends
         first = 0

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from scone.tokenization.f_gram_file import MAX_F_GRAM_LENGTH, MAX_VOCAB_SIZE
 from scone.utils.errors import SconeError
 from scone.utils.text import human_bytes
 
@@ -24,6 +25,26 @@ _BYTES_PER_TOKEN_TYPE = 12  # its count (8) and its id (4), and 8 more for each 
 _TABLE_FACTOR = 6  # a table under way from capacity C to 2 C holds 3 C entries and at least C / 2 n-grams
 _LEVELS_OVERHEAD_BYTES = 1 << 16  # names and headers in the files of the levels
 _USABLE = 0.95  # of what is left for buffers; the rest is for thread stacks, file handles and the allocator
+
+
+@dataclass(frozen=True)
+class CountTask:
+    """What is wanted of a count, whatever engine does it. Raises SconeError for a number that is out of range."""
+
+    vocab_size: int
+    max_n: int
+    min_freq: int
+    max_f_grams: int | None
+    separator_ids: tuple[int, ...] = ()
+    tokenizer_fingerprint: str = ""
+
+    def __post_init__(self) -> None:
+        limits = {"vocab_size": (1, MAX_VOCAB_SIZE), "max_n": (1, MAX_F_GRAM_LENGTH), "min_freq": (1, None)}
+        for name, (least, most) in (limits | {"max_f_grams": (0, None)}).items():
+            value = getattr(self, name)
+            if value is not None and (value < least or (most is not None and value > most)):
+                expected = f"at least {least}" if most is None else f"{least} … {most}"
+                raise SconeError(f"found {name} = {value}; expected {expected}; choose a value in that range")
 
 
 @dataclass(frozen=True)
@@ -74,22 +95,16 @@ class CountingPlan:
 
 
 def plan_count(
-    *,
-    num_positions: int,
-    vocab_size: int,
-    max_n: int,
-    min_freq: int,
-    max_f_grams: int | None,
-    memory_budget_bytes: int | None,
-    num_threads: int | None,
+    task: CountTask, num_positions: int, memory_budget_bytes: int | None, num_threads: int | None
 ) -> CountingPlan:
     """Choose sizes for a count within ``memory_budget_bytes`` (None: half of the free memory, and no refusal).
 
     Raises SconeError when the budget cannot hold even the f-grams that were asked for; says how much would do.
     """
     threads = num_threads or len(os.sched_getaffinity(0))
-    most_ids = num_positions // max(1, min_freq)
-    most_f_grams = min(most_ids, max_f_grams if max_f_grams is not None else most_ids)
+    vocab_size, max_n = task.vocab_size, task.max_n
+    most_ids = num_positions // task.min_freq
+    most_f_grams = most_ids if task.max_f_grams is None else min(most_ids, task.max_f_grams)
     fixed_bytes = most_f_grams * (_BYTES_PER_F_GRAM + _BYTES_PER_F_GRAM_AND_LEVEL * max(1, max_n - 1))
     fixed_bytes += vocab_size * (_BYTES_PER_TOKEN_TYPE + 8 * threads)
     budget = memory_budget_bytes

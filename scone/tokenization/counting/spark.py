@@ -18,6 +18,7 @@ import numpy as np
 
 from scone.tokenization.counting.count import CountResult, result_of_levels
 from scone.tokenization.counting.levels import CandidatePool, FrequentNGrams, RisingFloor
+from scone.tokenization.counting.plan import CountTask
 from scone.tokenization.counting.tokens import file_offset
 from scone.utils.errors import SconeError
 
@@ -53,6 +54,7 @@ def count_f_grams_on_spark(
     started = time.perf_counter()
     corpus = _sliced(spark, token_arrays, slice_tokens, max_n)
     separators = sorted({int(separator) for separator in separator_ids})
+    task = CountTask(vocab_size, max_n, min_freq, max_f_grams, tuple(separators), tokenizer_fingerprint)
     tokens, numbers = _collected(_summed(corpus, _token_counts))
     outside = tokens[(tokens < 0) | (tokens >= vocab_size)]
     if len(outside):
@@ -61,39 +63,22 @@ def count_f_grams_on_spark(
             "the tokenizer that made the corpus"
         )
     token_of_id = np.sort(tokens[(numbers >= min_freq) & ~np.isin(tokens, separators)]).astype(np.uint32)
-    levels = _levels(spark, corpus, token_of_id, max_n, min_freq, max_f_grams)
-    result = result_of_levels(
-        token_of_id,
-        levels,
-        num_tokens=int(numbers.sum()),
-        vocab_size=vocab_size,
-        max_n=max_n,
-        min_freq=min_freq,
-        max_f_grams=max_f_grams,
-        separator_ids=tuple(separators),
-        tokenizer_fingerprint=tokenizer_fingerprint,
-    )
+    levels = _levels(spark, corpus, task, token_of_id)
+    result = result_of_levels(task, token_of_id, levels, int(numbers.sum()))
     statistics = replace(result.statistics, seconds=time.perf_counter() - started)
     return replace(result, statistics=statistics)
 
 
-def _levels(
-    spark: SparkSession,
-    corpus: DataFrame,
-    token_of_id: np.ndarray,
-    max_n: int,
-    min_freq: int,
-    max_f_grams: int | None,
-) -> list[FrequentNGrams]:
+def _levels(spark: SparkSession, corpus: DataFrame, task: CountTask, token_of_id: np.ndarray) -> list[FrequentNGrams]:
     """FrequentNGrams of lengths 2 … N, each counted by one Spark job."""
     from pyspark import StorageLevel
 
     levels: list[FrequentNGrams] = []
-    floor = RisingFloor(min_freq, max_f_grams)
+    floor = RisingFloor(task.min_freq, task.max_f_grams)
     keys_below = [token_of_id.astype(np.int64)]
-    for _length in range(2, max_n + 1):
+    for _length in range(2, task.max_n + 1):
         num_ids = len(keys_below[-1])
-        if num_ids == 0 or max_f_grams == 0:
+        if num_ids == 0 or task.max_f_grams == 0:
             break
         if num_ids > _MAX_IDS:
             raise SconeError(f"found {num_ids:,} n-grams of one length; expected at most {_MAX_IDS:,}; raise min_freq")
@@ -101,12 +86,12 @@ def _levels(
         counted = _summed(corpus, partial(_n_gram_counts, known)).persist(StorageLevel.DISK_ONLY)
         num_candidates = counted.count()
         first = counted.where(counted["number"] >= floor.value)
-        if max_f_grams is not None:
-            first = first.orderBy(counted["number"].desc(), counted["key"]).limit(max_f_grams)
+        if task.max_f_grams is not None:
+            first = first.orderBy(counted["number"].desc(), counted["key"]).limit(task.max_f_grams)
         found, numbers = _collected(first)
         counted.unpersist()
         known.unpersist()
-        pool = CandidatePool(floor, max_f_grams)
+        pool = CandidatePool(floor, task.max_f_grams)
         pool.add(found.astype(np.uint64), numbers.astype(np.uint64), num_candidates)
         used_floor = floor.value
         keys, counts = pool.take()
