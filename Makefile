@@ -8,6 +8,7 @@ TEST_FLAGS ?= -n auto --dist loadfile --no-loadscope-reorder
 MINIMUM ?= .venv-minimum
 BARE_ROOT ?= build/bareroot
 TRITON := build/triton
+BENCHES ?= counting matching lookup precompute training generation quality
 VLLM := .venv-vllm
 VLLM_PYTHON ?= python3.11
 
@@ -47,7 +48,7 @@ type: $(VENV)/installed-$(EXTRAS)
 
 bench: $(VENV)/installed-$(EXTRAS)
 	-$(BIN)/python -m pip install --quiet --constraint constraints.txt --requirement benchmarks/requirements.txt
-	for bench in benchmarks/bench_*.py; do $(BIN)/python $$bench --quick || exit 1; done
+	for bench in $(BENCHES); do $(BIN)/python benchmarks/bench_$$bench.py --quick || exit 1; done
 
 docs: $(VENV)/installed-dev,docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

@@ -1,4 +1,4 @@
-"""Generation: the plain trunk beside SCONE with its table (RAM, mapped, direct, tiered), live, and quantised.
+"""Generation: the plain trunk beside SCONE with its table (RAM, mapped, direct, tiered), and live.
 
     python benchmarks/bench_generation.py [--quick] [--json FILE] [--device D] [--dtype T] [--rows S] [--dir DIR]
 
@@ -29,7 +29,6 @@ from workloads import VOCAB_SIZE, f_grams_of, gpt2_tokens, gpt2_trunk, write_tab
 
 from scone.evaluation.speed import wait
 from scone.inference.embedding_table import EmbeddingTable
-from scone.inference.quantization import QUANTIZATIONS, model_bytes, quantize_trunk
 from scone.models.configuration import SconeConfig
 from scone.models.language_model import SconeForCausalLM
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
@@ -47,12 +46,12 @@ def main() -> None:
     if options.pop("child"):
         print(json.dumps(peak_memory(Path(options["folder"]), options["subject"], options)))
         return
-    rows = options["rows"] or (100_000 if report.quick else 1_000_000)
+    rows = options["rows"] or (30_000 if report.quick else 1_000_000)
     tokens, source = gpt2_tokens(1 if report.quick else 4)
     vocabulary = f_grams_of(tokens, rows)
     options |= {"tokens": source, "rows": vocabulary.num_f_grams, "max_n": MAX_N, "trunk": [WIDTH, LAYERS, HEADS]}
-    options |= {"threads": torch.get_num_threads(), "prompt": 64 if report.quick else 256}
-    options |= {"steps": 8 if report.quick else 32, "turns": 3 if report.quick else 9}
+    options |= {"threads": torch.get_num_threads(), "prompt": 32 if report.quick else 256}
+    options |= {"steps": 4 if report.quick else 32, "turns": 2 if report.quick else 9}
     print(f"{vocabulary.num_f_grams:,} f-grams of {source}", flush=True)
     with tempfile.TemporaryDirectory(dir=options["dir"], prefix="bench_generation.") as name:
         folder = Path(name)
@@ -61,10 +60,7 @@ def main() -> None:
         write_table(folder / TABLE, "fp32", vocabulary.num_f_grams, rows)
         subjects = dict(all_subjects(folder, options))
         for batch in BATCHES:
-            # int4 and int8 take seconds a step on CPUs
-            fast = {name: one for name, one in subjects.items() if name not in QUANTIZATIONS}
-            measure_batch(report, fast if report.quick and batch > 1 else subjects, tokens, batch)
-        measure_bytes(report, subjects)
+            measure_batch(report, subjects, tokens, batch)
         for subject in subjects.values():
             subject.close()
         subjects.clear()
@@ -75,7 +71,7 @@ def main() -> None:
 def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"), help="of the trunk")
-    parser.add_argument("--rows", type=int, help="f-grams of the table (1,000,000; quick: 100,000)")
+    parser.add_argument("--rows", type=int, help="f-grams of the table (1,000,000; quick: 30,000)")
     parser.add_argument("--dir", type=Path, default=Path(), help="where the table goes: the disk that is measured")
     for name in ("folder", "subject"):
         parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
@@ -132,9 +128,9 @@ def trunk_of(options: dict[str, Any]) -> PreTrainedModel:
 
 
 def all_subjects(folder: Path, options: dict[str, Any]) -> Iterator[tuple[str, Subject]]:
-    """Every subject by its name; they share one trunk, but for the quantised ones."""
+    """Every subject by its name; they share one trunk."""
     trunk, vocabulary = trunk_of(options), FGramVocabulary.load(folder)
-    for name in ("plain", *placements(vocabulary.num_f_grams), "live", *QUANTIZATIONS):
+    for name in ("plain", *placements(vocabulary.num_f_grams), "live"):
         yield name, subject_of(name, trunk, vocabulary, folder, options)
 
 
@@ -146,24 +142,19 @@ def placements(num_rows: int) -> dict[str, str]:
 def subject_of(
     name: str, trunk: PreTrainedModel, vocabulary: FGramVocabulary, folder: Path, options: dict[str, Any]
 ) -> Subject:
-    """The plain trunk, or a SCONE around it (around a quantised copy, for the name of a quantisation)."""
+    """The plain trunk, or a SCONE around it."""
     if name == "plain":
         return Subject(trunk)
     if name == "live":
         sizes = {"hidden_size": WIDTH, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 3072}
         model = SconeForCausalLM.from_trunk(trunk, vocabulary, f_gram_model=sizes).eval()
         return Subject(model.to(options["device"]))
-    if name in QUANTIZATIONS:
-        trunk = copy.deepcopy(trunk)
     facts = {"max_n": MAX_N, "num_f_grams": vocabulary.num_f_grams, "vocabulary_fingerprint": vocabulary.fingerprint}
     config = SconeConfig(text_config=copy.deepcopy(trunk.config), requires_table=True, **facts)
     model = SconeForCausalLM(config, trunk=trunk).eval()
     model.set_vocabulary(vocabulary)
-    placement = placements(vocabulary.num_f_grams).get(name, "ram")
-    table = EmbeddingTable.open(folder / TABLE, placement, options["device"])
+    table = EmbeddingTable.open(folder / TABLE, placements(vocabulary.num_f_grams)[name], options["device"])
     model.attach_table(table)
-    if name in QUANTIZATIONS:
-        quantize_trunk(model, name)
     return Subject(model, table)
 
 
@@ -213,21 +204,10 @@ def measure_batch(report: Report, subjects: dict[str, Subject], tokens: np.ndarr
         report.add(f"embedding_share{where}", "share of a step", seconds / step[name], ratio="ours")
 
 
-def measure_bytes(report: Report, subjects: dict[str, Subject]) -> None:
-    """Bytes of each model's parameters, and of what its table holds."""
-    plain = model_bytes(subjects["plain"].model)
-    for name in ("live", *QUANTIZATIONS):
-        size = model_bytes(subjects[name].model)
-        report.add(f"model_bytes_{name}", "bytes", size, plain, "plain trunk")
-    for name, subject in subjects.items():
-        if subject.table is not None and name not in QUANTIZATIONS:
-            report.add(f"table_ram_bytes_{name}", "bytes", subject.table.memory.ram, ratio=None)
-
-
 def measure_peaks(report: Report, folder: Path) -> None:
     """Peak memory of a process of each one's own, from loading's end on (mapped pages that it read included)."""
     options, plain = report.config, None
-    for name in ("plain", *placements(options["rows"]), "live"):
+    for name in ("plain", "ram", "mmap") if report.quick else ("plain", *placements(options["rows"]), "live"):
         shared = ["--device", options["device"], "--dtype", options["dtype"]]
         arguments = ["--child", "--folder", str(folder), "--subject", name, *shared]
         found = in_child(Path(__file__), arguments)

@@ -38,7 +38,7 @@ def main() -> None:
     """Measure, print the table of records, write the JSON."""
     report = Report.from_arguments("lookup", __doc__, add_options=_add_options)
     options = report.config
-    num_rows = options["rows"] or (100_000 if report.quick else 500_000)
+    num_rows = options["rows"] or (20_000 if report.quick else 500_000)
     options |= {"rows": num_rows, "width": WIDTH, "row_bytes": ROW_BYTES, "queue_depth": QUEUE_DEPTH}
     with tempfile.TemporaryDirectory(dir=options["dir"], prefix="bench_lookup.") as folder:
         table, peer = Path(folder) / "embeddings.cache", Path(folder) / "rows.lmdb"
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--rows", type=int, help="rows of the table (500,000; quick: 100,000)")
+    parser.add_argument("--rows", type=int, help="rows of the table (500,000; quick: 20,000)")
     parser.add_argument("--dir", type=Path, default=Path(), help="where the files go: the disk that is measured")
     parser.add_argument("--skip_perplexity", action="store_true", help="do not train the small model")
 
@@ -114,7 +114,7 @@ def measure_warm(report: Report, table: Path, peer: Path, num_rows: int) -> None
             }
             if database:
                 run["lmdb"] = lambda ranks=ranks, out=out: database.rows_into(ranks.numpy(), out.numpy())
-            rates = _rates(run, batch, repeats=200 if batch <= 16 else 20)
+            rates = _rates(run, batch, repeats=200 if batch <= 16 else 5 if report.quick else 20)
             suffix = "" if batch == BATCHES[-1] else f"_b{batch}"
             for name, store, target in (
                 ("ram_vs_index_select", "ram", 0.8),
@@ -143,9 +143,9 @@ def measure_cold(report: Report, table: Path, peer: Path, num_rows: int) -> None
     """Rows a second from the disk: the page cache is dropped, and then `COLD_BATCHES` batches are read, no rank twice.
     The first, which also makes and fetches what later ones find, is counted apart.
     """
-    random, seconds = np.random.default_rng(2), 2.0 if report.quick else 5.0
-    for batch in BATCHES[1:]:
-        rounds = 5 if batch < 16_384 else 3
+    random, seconds = np.random.default_rng(2), 1.0 if report.quick else 5.0
+    for batch in BATCHES[1:-1] if report.quick else BATCHES[1:]:
+        rounds = 2 if report.quick else 5 if batch < 16_384 else 3
         times: dict[str, list[float]] = {"direct": [], "mmap": [], "mmap_prefetched": [], "lmdb": []}
         first: list[float] = []
         fio: dict[bool, list[float]] = {False: [], True: []}
@@ -228,7 +228,7 @@ def measure_cuts(report: Report, table: Path, num_rows: int) -> None:
 
 def measure_row_types(report: Report) -> None:
     """Decoding gathers of 16,384 rows, by row type, against copying the fp32 rows that come out."""
-    random, num_rows = np.random.default_rng(4), 50_000
+    random, num_rows = np.random.default_rng(4), 20_000 if report.quick else 50_000
     ranks, out = _zipf(num_rows, 16_384, random), torch.empty(16_384, WIDTH)
     rows = torch.randn(num_rows, WIDTH)
     with tempfile.TemporaryDirectory(dir=report.config["dir"], prefix="bench_lookup.") as folder:
@@ -250,7 +250,7 @@ def measure_perplexity(report: Report) -> None:
     """Perplexity of one trained model reading its table in each row type, ÷ that of the fp32 table."""
     if report.config["skip_perplexity"]:
         return
-    size = ["--steps", "60", "--parts", "1"] if report.quick else ["--steps", "1000", "--parts", "2"]
+    size = ["--steps", "20", "--parts", "1"] if report.quick else ["--steps", "1000", "--parts", "2"]
     found = in_child(Path(__file__).with_name("table_perplexity.py"), size)
     report.config["perplexity"] = found["config"]
     for row_type, target in (("bf16", None), ("int8", 1.001), ("int4", None)):

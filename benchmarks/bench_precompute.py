@@ -42,9 +42,9 @@ def main() -> None:
         return
     report = Report.from_arguments("precompute", __doc__, add_options=_add_options)
     options = report.config
-    num_f_grams = options["f_grams"] or (300_000 if report.quick else 1_000_000)
+    num_f_grams = options["f_grams"] or (60_000 if report.quick else 1_000_000)
     size = options["f_gram_model"] or ("tiny" if report.quick else "small")
-    tokens = most_frequent(gpt2_tokens(2 if report.quick else 6)[0], VOCAB_SIZE)
+    tokens = most_frequent(gpt2_tokens(1 if report.quick else 6)[0], VOCAB_SIZE)
     vocabulary = f_grams_of(tokens, num_f_grams, (), vocab_size=VOCAB_SIZE)
     model = _model(vocabulary, size)
     options |= {"f_grams": vocabulary.num_f_grams, "f_gram_model": size, "max_n": MAX_N, "vocab_size": VOCAB_SIZE}
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--f_grams", type=int, help="f-grams of the vocabulary (1,000,000; quick: 300,000)")
+    parser.add_argument("--f_grams", type=int, help="f-grams of the vocabulary (1,000,000; quick: 60,000)")
     parser.add_argument("--f_gram_model", choices=SIZES, help="size of the f-gram model (small; quick: tiny)")
     parser.add_argument("--dir", type=Path, default=Path(), help="where the tables go")
 
@@ -101,15 +101,16 @@ def measure_speed(report: Report, model: SconeForCausalLM) -> None:
     vocabulary = model.vocabulary
     assert vocabulary is not None
     chunks = _chunk_nodes(vocabulary)
-    chunk = chunks[len(chunks) // 2]
+    chunk = chunks[len(chunks) // 2][: 8192 if report.quick else None]
     ranks = chunk.numpy() - vocabulary.vocab_size
     shared, padded = model.embed_nodes(chunk), _padded(model, ranks, 512)
     torch.testing.assert_close(shared, padded, rtol=1e-3, atol=1e-4)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     runs = {"shared": lambda: model.embed_nodes(chunk)}
-    runs |= {f"padded {size}": lambda size=size: _padded(model, ranks, size) for size in (128, 512, 2048)}
-    seconds = interleaved(runs, repeats=3)
+    sizes = (512,) if report.quick else (128, 512, 2048)
+    runs |= {f"padded {size}": lambda size=size: _padded(model, ranks, size) for size in sizes}
+    seconds = interleaved(runs, repeats=2 if report.quick else 3)
     torch.set_num_threads(threads)
     best = min(value for name, value in seconds.items() if name.startswith("padded"))
     report.add(

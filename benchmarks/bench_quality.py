@@ -267,7 +267,7 @@ def quick_experiment(folder: Path) -> dict[str, Any]:
 def prepare_quick_data(folder: Path) -> None:
     """Tokenizer and token files of Python's standard library; little to test on, as it is read often."""
     from scone.data.prepare import prepare_corpus
-    from scone.data.stdlib_corpus import stdlib_files
+    from scone.data.sources import stdlib_files
     from scone.data.token_file import TokenFileWriter
     from scone.tokenization.tokenizers import train_tokenizer
 

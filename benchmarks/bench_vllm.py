@@ -27,7 +27,7 @@ from common import Report
 from transformers import AutoConfig, AutoModelForCausalLM
 from vllm_servers import Server, gather, scone_server, vllm_server
 
-from scone.data.stdlib_corpus import stdlib_files
+from scone.data.sources import stdlib_files
 from scone.inference.precompute import precompute_table
 from scone.models.language_model import SconeForCausalLM
 from scone.tokenization.counting import count_f_grams

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,6 +30,7 @@ sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "experiments")]
 from scone.utils.environment import environment  # noqa: E402
 from scone.utils.files import write_json  # noqa: E402
 from scone.utils.peak_memory import PeakMemory  # noqa: E402, F401 (for the benchmarks)
+from scone.utils.text import markdown_table  # noqa: E402
 
 
 @dataclass
@@ -67,7 +68,7 @@ class Report:
     ) -> Report:
         """Parse ``--quick`` and ``--json FILE``, and whatever ``add_options`` adds (its values land in ``config``)."""
         parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-        parser.add_argument("--quick", action="store_true", help="the same ratios at a smaller size, within 5 minutes")
+        parser.add_argument("--quick", action="store_true", help="the same ratios at a smaller size, within 2 minutes")
         parser.add_argument("--json", type=Path, metavar="FILE", help="also write the records as JSON to FILE")
         if add_options:
             add_options(parser)
@@ -99,19 +100,14 @@ class Report:
         met = None if target is None or ratio is None else (ratio >= target if better == "higher" else ratio <= target)
         record = Record(metric, unit, ours, peer, peer_name, bound, ratio, target, met)
         self.records.append(record)
-        print("  ".join(_cells(record)), flush=True)
+        print("  ".join(_cells(asdict(record))), flush=True)
         if self.json_path:  # what is measured is kept, should the rest not come to its end
             write_json(self.json_path, self.to_json())
         return record
 
     def finish(self) -> None:
         """Print the table; write the JSON where one was asked for."""
-        head = ("metric", "unit", "bound", "peer", "", "ours", "ratio", "target", "met")
-        rows = [head, *map(_cells, self.records)]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-        print()
-        for row in rows:
-            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        print(f"\n{benchmark_table(self.to_json())}")
         if self.json_path:
             write_json(self.json_path, self.to_json())
             print(f"\nwritten to {self.json_path}")
@@ -142,26 +138,37 @@ def _ratio(rule: str, ours: float | None, peer: float | None) -> float | None:
     return above / below if below else None
 
 
-def _cells(record: Record) -> tuple[str, ...]:
-    met = {None: "", True: "met", False: "MISSED"}[record.met]
-    numbers = (record.bound, record.peer)
-    return (
-        record.metric,
-        record.unit,
-        *map(_number, numbers),
-        record.peer_name or "",
-        _number(record.ours),
-        _number(record.ratio),
-        _number(record.target),
-        met,
+def benchmark_table(report: Mapping[str, Any]) -> str:
+    """Metric, ours, peer, ratio, target of a report's JSON, in Markdown; a missed target says so."""
+    machine = report["machine"]
+    cores = f"{machine['cores']} cores" if machine.get("cores") else None
+    accelerators = ", ".join(
+        f"{count} × {card}" if count > 1 else card for card, count in Counter(machine.get("accelerators") or []).items()
     )
+    where = ", ".join(str(part) for part in (machine.get("processor"), cores, accelerators) if part)
+    size = "Quick size, m" if report["config"].get("quick") else "M"
+    table = markdown_table(("metric", "ours", "peer", "ratio", "target", ""), map(_cells, report["records"]))
+    table = table.replace("|---:|\n", "|---|\n", 1)  # whether it was met is a word
+    return f"{table}\n\n*{size}easured on {where} at commit {report['commit'][:10]}.*\n"
+
+
+def _cells(record: Mapping[str, Any]) -> list[str]:
+    name = f" ({record['peer_name']})" if record["peer_name"] else ""
+    return [
+        f"`{record['metric']}`",
+        f"{_number(record['ours'])} {record['unit']}".strip() if record["ours"] is not None else "",
+        f"{_number(record['peer'])}{name}" if record["peer"] is not None else name[2:-1],
+        _number(record["ratio"]),
+        _number(record["target"]),
+        {None: "", True: "met", False: "**missed**"}[record["met"]],
+    ]
 
 
 def _number(value: float | None) -> str:
     if value is None:
         return ""
-    if value == 0 or not math.isfinite(value):
-        return str(value)
+    if value and abs(value) < 0.01:
+        return f"{value:.2e}"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 

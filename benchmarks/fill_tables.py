@@ -1,8 +1,7 @@
 """Fill the tables of README.md and docs/ from the JSON of real runs, so that no number is typed by hand.
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->`` and is made from ``docs/results/NAME.json``:
-a benchmark's report (``benchmarks/common.py``) or a demo's ``report.json``. ``NAME__summary`` gives of a benchmark's
-records those that have a target; ``NAME__graphs`` see `tables.generation_tables`;
+a benchmark's report (``benchmarks/common.py``) or what else is named here.
 ``recipe__VIEW`` see `recipe_table`, ``ladder__VIEW`` `ladder_table`. Tables of finished experiments have no such marks:
 nothing measures them again.
 
@@ -17,14 +16,17 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "docs" / "results"
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks"), str(REPOSITORY / "experiments")]
 
-import tables  # noqa: E402
+from common import benchmark_table  # noqa: E402
 from ladder_table import ladder_table  # noqa: E402
 from recipe_table import recipe_table  # noqa: E402
+
+from scone.utils.text import markdown_table  # noqa: E402
 
 _TABLE = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -57,21 +59,40 @@ def table(name: str) -> str:
         return recipe_table(report, view)
     if "ladder" in report:
         return ladder_table(report, view)
-    if report.get("benchmark") == "gpu_generation":
-        return tables.generation_tables(report, view)
-    if report.get("benchmark") == "gpu_training":
-        return tables.training_table(report, view == "summary")
-    if report.get("benchmark") == "gpu_scaling":
-        return tables.scaling_table(report)
     if "records" in report:
-        return tables.benchmark_table(report, view == "summary")
-    if "comparison" in report:
-        return tables.demo_table(report)
+        return benchmark_table(report)
     if "bad_inputs" in report:
-        return tables.bad_input_table(report)
+        return bad_input_table(report)
     if "batches" in report:
-        return tables.fault_tables(report)
-    raise SystemExit(f"{path}: expected the report of a benchmark, of the demo or of the recipe")
+        return fault_table(report)
+    raise SystemExit(f"{path}: expected the report of a benchmark or of the recipe")
+
+
+def fault_table(report: dict[str, Any]) -> str:
+    """Kills by job, what was lost, and how many other scenarios were survived."""
+    summary, rows = report["summary"], []
+    for job, counted in summary["by_job"].items():
+        lost = sum(len(batch["failures"]) for batch in report["batches"] if batch["job"] == job)
+        rows.append([job, counted["before"], counted["while"], counted["trials"], lost])
+    kills = f"{summary['kills']} kills (another {summary['came_too_late']} came after the end)"
+    others = f"{summary['scenarios_survived']} of {len(report['scenarios'])} other scenarios survived"
+    head = ["job", "kills before its first file", "kills at work", "runs to the end", "lost"]
+    return _with_note(markdown_table(head, rows), f"{kills}; {others}", report)
+
+
+def bad_input_table(report: dict[str, Any]) -> str:
+    """By reader: inputs tried, read, refused, and what else happened."""
+    summary = report["summary"]
+    rows = [[reader, *(f"{counted[key]:,}" for key in counted)] for reader, counted in summary["by_reader"].items()]
+    limits = f"{summary['seconds_limit']} s and {summary['memory_limit_bytes'] >> 20} MiB"
+    note = f"{summary['inputs']:,} different inputs, each within {limits}; {len(summary['failures'])} had any other end"
+    head = ["reader of", "bad inputs", "read", "refused in one line", "anything else"]
+    return _with_note(markdown_table(head, rows), note, report)
+
+
+def _with_note(table: str, note: str, report: dict[str, Any]) -> str:
+    where = f"{report['machine']['processor']}, {report['machine']['cores']} cores"
+    return f"{table}\n\n*{note}. On {where}, at commit {report['commit'][:10]}.*\n"
 
 
 if __name__ == "__main__":

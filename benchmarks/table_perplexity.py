@@ -19,20 +19,20 @@ from scone.inference.table_tools import convert_table
 from scone.models.language_model import SconeForCausalLM
 
 VOCAB_SIZE, MAX_N, LENGTH, BATCH = 4096, 4, 128, 16
-HELD_OUT_TOKENS = 40_000
 
 
 def main() -> None:
     """Print one JSON object: perplexity by row type, and what the model was."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=1000, help="training steps of 2,048 tokens")
+    parser.add_argument("--steps", type=int, default=1000, help="of 2,048 tokens; one for a hundred f-grams")
     parser.add_argument("--parts", type=int, default=2, help="how much text, in files of 14 MB")
     options = parser.parse_args()
     steps = options.steps
     torch.manual_seed(0)
     tokens = most_frequent(gpt2_tokens(options.parts)[0], VOCAB_SIZE)
-    train, held_out = tokens[:-HELD_OUT_TOKENS], tokens[-HELD_OUT_TOKENS:]
-    vocabulary = f_grams_of(train, 100_000, (), vocab_size=VOCAB_SIZE, max_n=MAX_N, min_freq=10)
+    held_out_tokens = max(8_000, 40 * steps)
+    train, held_out = tokens[:-held_out_tokens], tokens[-held_out_tokens:]
+    vocabulary = f_grams_of(train, 100 * steps, (), vocab_size=VOCAB_SIZE, max_n=MAX_N, min_freq=10)
     trunk = gpt2_trunk(128, 3, 4, vocab_size=VOCAB_SIZE, n_positions=LENGTH)
     sizes = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 512}
     model = SconeForCausalLM.from_trunk(trunk, vocabulary, f_gram_model=sizes, learned_rows=vocabulary.num_f_grams)

@@ -33,7 +33,7 @@ def gpt2_tokens(parts: int | None = None, file: str | Path | None = None) -> tup
         return np.load(file, mmap_mode="r", allow_pickle=False), Path(file).name
     texts, tokenizer = shared_data("wikipedia"), shared_data("tokenizers", "gpt2")
     if texts is None or tokenizer is None:
-        return phrases(20_000_000), "synthetic: Zipf tokens in repeated phrases"
+        return phrases(3_000_000 * (parts or 7)), "synthetic: Zipf tokens in repeated phrases"
     paths = sorted(texts.glob("*.jsonl.zst"))[:parts]
     loaded = load_tokenizer(tokenizer)
     files = [prepare_corpus(str(path), loaded, splits=("all",), quiet=True)["all"] for path in paths]

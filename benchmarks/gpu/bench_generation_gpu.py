@@ -7,7 +7,7 @@ bf16 table. Every step feeds the next token of real text, so that matches are th
 step's choice, as it does to stream it. Milliseconds a step, medians of interleaved rounds. ``--compiled`` also decodes
 over static caches through the call that ``generate(cache_implementation="static")`` of transformers compiles (CUDA
 graphs in it): waiting for every choice, and ``queued``, where choices stay on the GPU and the host launches the next
-step while this one runs. Last, the engine that users call. ``--trunk 1b`` takes a trunk of a billion parameters. What
+step while this one runs. ``--trunk 1b`` takes a trunk of a billion parameters. What
 fails is named, and the rest goes on. ``--tiny`` rehearses on a CPU.
 """
 
@@ -28,17 +28,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 from common import Report
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast, StaticCache
+from transformers import DynamicCache, PreTrainedModel, StaticCache
 from workloads import f_grams_of, gpt2_trunk, write_table
 
 from scone.data.token_file import TokenFile
 from scone.inference.embedding_table import EmbeddingTable
-from scone.inference.engine import GenerationOptions, SconeInferenceEngine
-from scone.inference.loading import LoadedModel
-from scone.inference.streaming import GeneratedSequence
 from scone.models.configuration import FGramModelConfig
 from scone.models.language_model import SconeForCausalLM
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
@@ -65,16 +60,11 @@ def main() -> None:
         models = build_all(counted, path, width, layers, heads, options["models"])
         text = torch.from_numpy(file.tokens[: 4_000_000 if not tiny else 40_000].astype(np.int64))
         options["failed"] = []
-        for model in models.values():  # what is made at the first use takes memory too
-            decode(model, some_text(text, 1, prompt + 1, seed=0), prompt, DynamicCache())
-        report_memory(report, models)
         for batch in batches:
             if not options["only_compiled"]:
                 measure(report, models, text, batch, prompt, steps, rounds=2 if tiny else 5)
             if options["compiled"] or options["only_compiled"]:
                 measure_compiled(report, models, text, batch, prompt, steps, rounds=2 if tiny else 5)
-        for batch in options["engine_batches"]:
-            measure_engine(report, models, text, batch, prompt, steps, rounds=2 if tiny else 3)
     report.finish()
 
 
@@ -83,7 +73,6 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dir", type=Path, default=Path(), help="where the table goes: the disk that is measured")
     parser.add_argument("--tiny", action="store_true", help="a rehearsal at toy size, on any device")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 32, 128], help="in this order")
-    parser.add_argument("--engine_batches", type=int, nargs="*", default=[1, 32], help="of the engine")
     parser.add_argument("--compiled", action="store_true", help="also with the compiled steps of transformers")
     parser.add_argument("--only_compiled", action="store_true", help="that alone")
     parser.add_argument("--models", nargs="+", help="these alone, beside plain (default: all)")
@@ -121,18 +110,6 @@ def build_all(
         live = SconeForCausalLM.from_trunk(trunk_of(width, layers, heads), vocabulary, f_gram_model=sizes)
         models["live"] = live.to(DEVICE, DTYPE).eval()
     return models
-
-
-def report_memory(report: Report, models: dict[str, PreTrainedModel]) -> None:
-    """Accelerator bytes of weights, tables and the index of f-grams, and host bytes of tables."""
-    for name, model in models.items():
-        weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-        table = getattr(model, "table_embedding", None)
-        memory = table.table.memory if table is not None else None
-        there = weights + (memory.device if memory else 0) + getattr(model, "accelerator_index_bytes", 0)
-        report.add(f"accelerator_bytes_{name}", "MiB", there / 2**20, ratio=None)
-        if memory is not None:
-            report.add(f"host_bytes_{name}", "MiB", (memory.ram + memory.mapped) / 2**20, ratio=None)
 
 
 def synchronize() -> None:
@@ -230,10 +207,10 @@ def measure_compiled(
             for _ in range(2):
                 decode(model, tokens, prompt, cache, call=call)
                 reset(cache)
-        except Exception as error:  # of the compiler, or out of memory
-            _failed(report, name, batch, str(error))
-        else:
             calls[name] = call, cache
+        except Exception as error:  # of the compiler, or out of memory
+            report.config["failed"].append(f"compiled {name} at batch {batch}: {str(error).splitlines()[0]}")
+            print(report.config["failed"][-1], flush=True)
     if "plain" not in calls:  # which all others are compared with
         return
     for waits, metric in ((True, "compiled_decode_ms"), (False, "queued_decode_ms")):
@@ -250,33 +227,6 @@ def measure_compiled(
 def reset(cache: StaticCache) -> None:
     """Empty a cache whose memory was made in inference mode."""
     cache.reset()
-
-
-def measure_engine(
-    report: Report, models: dict[str, PreTrainedModel], text: Tensor, batch: int, prompt: int, steps: int, rounds: int
-) -> None:
-    """What users get: ``generate`` of the engine with all its bookkeeping, nothing compiled.
-
-    Milliseconds a new token, prefill included. The models go on from their own choices, which are no text.
-    """
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"0": 0}, unk_token="0")))
-    taken: dict[str, list[float]] = {name: [] for name in models}
-    for turn in range(rounds + 1):
-        prompts = some_text(text, batch, prompt, seed=turn).tolist()
-        for name, model in models.items():
-            loaded = LoadedModel(model, getattr(getattr(model, "table_embedding", None), "table", None), None)
-            engine = SconeInferenceEngine(loaded, tokenizer)
-            synchronize()
-            start = time.perf_counter()
-            engine.run([GeneratedSequence(ids, steps) for ids in prompts], GenerationOptions())
-            if turn:
-                taken[name].append((time.perf_counter() - start) / steps * 1e3)
-    add_times(report, {name: statistics.median(times) for name, times in taken.items()}, f"engine_ms_b{batch}")
-
-
-def _failed(report: Report, name: str, batch: int, why: str) -> None:
-    report.config["failed"].append(f"compiled {name} at batch {batch}: {why.partition(chr(10))[0]}")
-    print(report.config["failed"][-1], flush=True)
 
 
 if __name__ == "__main__":

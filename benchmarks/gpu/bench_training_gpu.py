@@ -4,9 +4,9 @@
 
 bf16 autocast, compiled, batches from a loader with workers. Trunks are those of the paper's GPT-2 experiments
 (width 1,024 × 6 layers) and GPT2-Small; f-grams (N = 5, S = 1 M) are counted on the tokens. Batches of
-``--positions``; where there are several, the largest stands in the names without a number. What does not fit the memory
-is named in the configuration's ``did_not_fit``. Utilisation is the formula's operations a second, attention over all
-pairs, against ``--peak_tflops``. ``--tiny`` rehearses everything on a CPU.
+``--positions``; where there are several, the largest stands in the names without a number. What fails, or does not fit
+the memory, is named in the configuration's ``failed``. Utilisation is the formula's operations a second, attention over
+all pairs, against ``--peak_tflops``. ``--tiny`` rehearses everything on a CPU.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -54,27 +54,23 @@ def main() -> None:
     length = 64 if tiny else 1024
     if tiny:
         options["positions"] = [positions // 64 for positions in options["positions"]]
-    options |= {"f_grams": counted.num_f_grams, "max_n": 5, "length": length, "did_not_fit": [], "failed": []}
+    options |= {"f_grams": counted.num_f_grams, "max_n": 5, "length": length, "failed": []}
     options |= {"num_tokens": file.num_tokens, "tokenizer_tokens": file.vocab_size}
     trunks = {"tiny": (32, 2, 2)} if tiny else {name: TRUNKS[name] for name in options["trunks"]}
     for name, sizes in trunks.items():
         plain: dict[int, Measured] = {}
-        shared: dict[int, Measured] = {}
         for variant in options["variants"]:
             for positions, now in measure(variant, sizes, file, counted, length, options):
-                known = {"plain": plain, "shared": shared}.get(variant)
-                if known is not None:
-                    known[positions] = now
                 number = "" if positions == max(options["positions"]) else f"_{positions}"
                 report_variant(report, f"{name}_{variant}{number}", now, plain.get(positions))
-                if variant == "padded":
-                    report_speedup(report, name, number, now, plain.get(positions), shared.get(positions))
+                if variant == "plain":
+                    plain[positions] = now
             gc.collect()
             torch.cuda.empty_cache()
     report.finish()
 
 
-VARIANTS = ("plain", "shared", "rows", "both", "padded", "shared_half", "shared_double")
+VARIANTS = ("plain", "shared", "rows", "both", "padded")
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
@@ -89,12 +85,15 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--peak_tflops", type=float, default=H100_BF16_TFLOPS)
 
 
-class Measured:
+class Measured(NamedTuple):
     """What one variant took: seconds a step from the loader and from batches at hand, bytes, operations, nodes."""
 
-    def __init__(self, loaded: float, at_hand: float, peak_bytes: int, flops: float, nodes: float, tokens: int) -> None:
-        self.loaded, self.at_hand, self.peak_bytes, self.flops = loaded, at_hand, peak_bytes, flops
-        self.nodes, self.tokens = nodes, tokens
+    loaded: float
+    at_hand: float
+    peak_bytes: int
+    flops: float
+    nodes: float
+    tokens: int
 
 
 def measure(
@@ -113,13 +112,9 @@ def measure(
     for positions in sorted(options["positions"]):
         try:
             yield positions, measured_steps(variant, model, step, file, (positions // length, length), options)
-        except torch.OutOfMemoryError:
-            options["did_not_fit"].append(f"{variant} of {sizes[0]} x {sizes[1]} at {positions} positions")
-            step.optimizer.zero_grad()
-            print(f"out of memory: {options['did_not_fit'][-1]}", flush=True)
-        except Exception as error:  # of the compiler: the other variants go on
-            first_line = str(error).partition("\n")[0]
-            options["failed"].append(f"{variant} of {sizes[0]} x {sizes[1]} at {positions} positions: {first_line}")
+        except Exception as error:  # of the compiler, or out of memory: the others go on
+            what = f"{variant} of {sizes[0]} x {sizes[1]} at {positions} positions"
+            options["failed"].append(f"{what}: {str(error).partition(chr(10))[0]}")
             step.optimizer.zero_grad()
             print(f"failed: {options['failed'][-1]}", flush=True)
 
@@ -166,8 +161,7 @@ def build(variant: str, sizes: tuple[int, int, int], vocabulary: FGramVocabulary
     trunk = gpt2_trunk(width, layers, heads, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
     if variant == "plain":
         return trunk.to(DEVICE).train()
-    its_layers = {"shared_half": max(1, layers // 2), "shared_double": 2 * layers}.get(variant, layers)
-    f_gram_model = FGramModelConfig(width, its_layers, heads, 4 * width).to_dict()
+    f_gram_model = FGramModelConfig(width, layers, heads, 4 * width).to_dict()
     rows = vocabulary.num_f_grams if variant in ("rows", "both") else 0
     model = SconeForCausalLM.from_trunk(
         trunk, vocabulary, f_gram_model=None if variant == "rows" else f_gram_model, learned_rows=rows
@@ -255,59 +249,21 @@ def operations(
 
 
 def report_variant(report: Report, name: str, now: Measured, plain: Measured | None) -> None:
-    """Records of one variant at one batch size, against the plain model where it is not that one."""
+    """Records of one variant at one batch size, against the plain model where there is one."""
     peak = report.config["peak_tflops"] * 1e12
-    other = None if plain is now else plain
-    report.add(
-        f"{name}_tokens_per_second",
-        "tokens/s",
-        now.tokens / now.loaded,
-        other and other.tokens / other.loaded,
-        other and "plain",
-        ratio="ours/peer" if other else None,
-    )
+    speed = now.tokens / now.loaded
+    report.add(f"{name}_tokens_per_second", "tokens/s", speed, plain and plain.tokens / plain.loaded, "plain")
     report.add(f"{name}_utilisation", "of peak", now.flops / now.at_hand / peak, ratio=None)
     report.add(f"{name}_peak_memory", "GiB", now.peak_bytes / 2**30, ratio=None)
-    if plain is now:
+    if plain is None:
         return
     report.add(f"{name}_tokens_per_position", "f-gram-model tokens", now.nodes, ratio=None)
-    if other:
-        report.add(
-            f"{name}_step_vs_flops",
-            "plain steps",
-            now.at_hand / other.at_hand,
-            now.flops / other.flops,
-            "predicted from FLOPs",
-            target=1.15 if "shared" in name else None,
-            better="lower",
-        )
-    report.add(
-        f"{name}_loader_hidden", "s", now.loaded, now.at_hand, "step on prepared batches", target=1.05, better="lower"
-    )
-
-
-def report_speedup(
-    report: Report, trunk: str, number: str, padded: Measured, plain: Measured | None, shared: Measured | None
-) -> None:
-    """What the f-gram model adds to a plain step, with shared prefixes and padded; and the whole steps."""
-    if plain is None or shared is None:
-        return
-    report.add(
-        f"{trunk}_f_gram_speedup_over_padded{number}",
-        "s",
-        shared.at_hand - plain.at_hand,
-        padded.at_hand - plain.at_hand,
-        "padded, added to the plain step",
-        ratio="peer/ours",
-    )
-    report.add(
-        f"{trunk}_step_speedup_over_padded{number}",
-        "s",
-        shared.at_hand,
-        padded.at_hand,
-        "a whole step, padded",
-        ratio="peer/ours",
-    )
+    expected = {"peer": now.flops / plain.flops, "peer_name": "predicted from FLOPs"}
+    target = 1.15 if "shared" in name else None
+    steps = now.at_hand / plain.at_hand
+    report.add(f"{name}_step_vs_flops", "plain steps", steps, **expected, target=target, better="lower")
+    at_hand = {"peer": now.at_hand, "peer_name": "step on prepared batches"}
+    report.add(f"{name}_loader_hidden", "s", now.loaded, **at_hand, target=1.05, better="lower")
 
 
 if __name__ == "__main__":

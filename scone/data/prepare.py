@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,11 +76,10 @@ def prepare_corpus(
     }
     found: dict[str, TokenFile] = {}
     for group in plan(source, splits):
-        job = _Job(source, group, tokenizer, recipe, _cache_folder(cache_dir), num_threads, quiet)
-        found |= job.run(
-            is_unchanged=lambda: (
-                not source.is_local or open_source(dataset_name, dataset_config_name, text_column) == source
-            )
+        found |= _Job(source, group, tokenizer, recipe, _cache_folder(cache_dir)).run(
+            lambda: not source.is_local or open_source(dataset_name, dataset_config_name, text_column) == source,
+            num_threads or os.cpu_count() or 1,
+            quiet,
         )
     for split in splits or ():
         if split not in found:
@@ -112,11 +111,10 @@ def prepare_tokenizer(
         "text_column": text_column,
         "vocab_size": vocab_size,
     }
-    key = fingerprint_of(json.dumps(facts, sort_keys=True))[:16]
-    folder = _cache_folder(cache_dir) / "tokenizers" / f"{_slug(dataset_name)}-{vocab_size}-{key}"
+    folder = _cache_folder(cache_dir) / "tokenizers" / f"{_slug(dataset_name)}-{vocab_size}-{_key_of(facts)}"
     if not folder.is_dir():
         documents = open_documents(dataset_name, dataset_config_name, "train", text_column)
-        with _writing(folder), _locked(folder):
+        with _making(folder):
             if not folder.is_dir():
                 unfinished = folder.with_name(f".{folder.name}.part")
                 shutil.rmtree(unfinished, ignore_errors=True)
@@ -144,32 +142,32 @@ def _slug(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9.]+", "-", Path(name).name).strip("-.")[:40] or "corpus"
 
 
+def _key_of(facts: dict[str, Any]) -> str:
+    return fingerprint_of(json.dumps(facts, sort_keys=True))[:16]
+
+
 @contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    """Report a full disk, a missing permission and the like as errors that the user can fix."""
+def _making(folder: Path) -> Iterator[None]:
+    """Hold the lock beside ``folder`` (the system releases it when its holder ends, however it ends), and report a full
+    disk, a missing permission and the like as errors that the user can fix.
+    """
     try:
-        yield
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(folder.with_name(f".{folder.name}.lock"))
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            logger.warning("another process is making %s; waiting for it", folder)
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
     except OSError as error:
         raise SconeError(
             f"cannot write {folder} ({error.strerror or error}); make room or choose another folder by cache_dir, and "
             "run again to go on"
         ) from error
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the lock beside ``folder``; the system releases it when its holder ends, however it ends."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(folder.with_name(f".{folder.name}.lock"))
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        logger.warning("another process is making %s; waiting for it", folder)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 @dataclass(frozen=True)
@@ -189,90 +187,69 @@ class _Job:
     """
 
     def __init__(
-        self,
-        source: Source,
-        group: SplitGroup,
-        tokenizer: PreTrainedTokenizerBase,
-        recipe: dict[str, Any],
-        cache_folder: Path,
-        num_threads: int | None,
-        quiet: bool,
+        self, source: Source, group: SplitGroup, tokenizer: PreTrainedTokenizerBase, recipe: dict[str, Any], cache: Path
     ) -> None:
-        self.source, self.group, self.tokenizer, self.quiet = source, group, tokenizer, quiet
-        self.num_threads = num_threads or os.cpu_count() or 1
+        self.source, self.group, self.tokenizer = source, group, tokenizer
         self.recipe = recipe | {"splits": list(group.splits), "units": [unit.facts for unit in group.units]}
-        key = fingerprint_of(json.dumps(self.recipe, sort_keys=True))[:16]
-        self.folder = cache_folder / "tokens" / f"{_slug(source.name)}-{key}"
+        self.folder = cache / "tokens" / f"{_slug(source.name)}-{_key_of(self.recipe)}"
 
-    def run(self, is_unchanged: Callable[[], bool]) -> dict[str, TokenFile]:
+    def run(self, is_unchanged: Callable[[], bool], num_threads: int, quiet: bool) -> dict[str, TokenFile]:
         """The group's token files by split (those that got a document), made now or found.
 
         ``is_unchanged`` is asked after reading, whether the source still is what the key says.
         """
         if not self._is_complete():
-            with _writing(self.folder), _locked(self.folder):
+            with _making(self.folder):
                 if not self._is_complete():
-                    self._make(is_unchanged)
-        return {split: TokenFile.open(self.folder / split) for split in self._finished_splits()}
-
-    def _finished_splits(self) -> list[str]:
-        return splits_of_corpus(self.folder)
+                    self._make(is_unchanged, num_threads, quiet)
+        return {split: TokenFile.open(self.folder / split) for split in splits_of_corpus(self.folder)}
 
     def _is_complete(self) -> bool:
-        if not (self.folder / RESULT_NAME).is_file():
-            return False
         # A user who was told to delete a damaged token file's folder gets it made again.
-        return all((self.folder / split / METADATA_NAME).is_file() for split in self._finished_splits())
+        return (self.folder / RESULT_NAME).is_file() and all(
+            (self.folder / split / METADATA_NAME).is_file() for split in splits_of_corpus(self.folder)
+        )
 
-    def _make(self, is_unchanged: Callable[[], bool]) -> None:
-        encoder = CorpusEncoder(self.tokenizer)
+    def _make(self, is_unchanged: Callable[[], bool], num_threads: int, quiet: bool) -> None:
         rule = self.group.rule()
-        position, writers = self._open_writers()
         sizes = [unit.size_bytes for unit in self.group.units]
-        total = sum(size or 0 for size in sizes) if None not in sizes else None
+        total = None if None in sizes else sum(size or 0 for size in sizes)
         uncommitted = 0
-        try:
-            with progress(total, "B", f"tokenise {self.source.name}", self.quiet) as bar:
-                batches = self._batches(position, bar.update)
-                for arrays, (texts, position) in encoder.encode_batches(batches, self.num_threads):
-                    for tokens, text in zip(arrays, texts, strict=True):
-                        writers[rule(text)].add_document(tokens)
-                    uncommitted += sum(map(len, texts))
-                    if uncommitted >= COMMIT_CHARACTERS:
-                        self._commit(position, writers)
-                        uncommitted = 0
+        with ExitStack() as opened, progress(total, "B", f"tokenise {self.source.name}", quiet) as bar:
+            position, writers = self._open_writers(opened)
+            batches = self._batches(position, bar.update)
+            for arrays, (texts, position) in CorpusEncoder(self.tokenizer).encode_batches(batches, num_threads):
+                for tokens, text in zip(arrays, texts, strict=True):
+                    writers[rule(text)].add_document(tokens)
+                uncommitted += sum(map(len, texts))
+                if uncommitted >= COMMIT_CHARACTERS:
+                    self._commit(position, writers)
+                    uncommitted = 0
             self._commit(_Position(len(self.group.units)), writers)
             if not is_unchanged():
                 shutil.rmtree(self.folder)
                 raise SconeError(f"{self.source.name!r} changed while it was read; expected it to rest; run again")
             self._finish(writers)
-        finally:
-            for writer in writers.values():
-                writer.close()
 
-    def _open_writers(self) -> tuple[_Position, dict[str, TokenFileWriter]]:
+    def _open_writers(self, opened: ExitStack) -> tuple[_Position, dict[str, TokenFileWriter]]:
         """Resume from the journal if it matches the files; otherwise start anew."""
+        vocab_size, separator = vocabulary_size(self.tokenizer), self.recipe["separator_id"]
+
+        def writer(split: str, tokens: int = 0, documents: int = 0) -> TokenFileWriter:
+            return opened.enter_context(
+                closing(TokenFileWriter(self.folder / split, vocab_size, separator, tokens, documents))
+            )
+
         if (self.folder / JOURNAL_NAME).is_file():
             try:
                 noted = read_json(self.folder / JOURNAL_NAME)
-                return _Position(**noted["position"]), self._writers(noted["splits"])
+                position = _Position(**noted["position"])
+                return position, {split: writer(split, *numbers) for split, numbers in noted["splits"].items()}
             except (SconeError, KeyError, TypeError, ValueError, AttributeError) as error:
                 logger.warning("cannot resume from %s (%s); starting again", self.folder / JOURNAL_NAME, error)
         if self.folder.exists():
             shutil.rmtree(self.folder)
-        return _Position(), self._writers(dict.fromkeys(self.group.splits, (0, 0)))
-
-    def _writers(self, resume_numbers: Mapping[str, Sequence[int]]) -> dict[str, TokenFileWriter]:
-        vocab_size, separator = vocabulary_size(self.tokenizer), self.recipe["separator_id"]
-        with ExitStack() as opened:
-            writers = {
-                split: opened.enter_context(
-                    closing(TokenFileWriter(self.folder / split, vocab_size, separator, tokens, documents))
-                )
-                for split, (tokens, documents) in resume_numbers.items()
-            }
-            opened.pop_all()
-        return writers
+        return _Position(), {split: writer(split) for split in self.group.splits}
 
     def _batches(
         self, start: _Position, count_bytes: Callable[[int], object]
@@ -281,8 +258,7 @@ class _Job:
         texts: list[str] = []
         size = 0
         count_bytes(sum(unit.size_bytes or 0 for unit in self.group.units[: start.unit]))
-        for index in range(start.unit, len(self.group.units)):
-            unit = self.group.units[index]
+        for index, unit in enumerate(self.group.units[start.unit :], start=start.unit):
             done = start.document if index == start.unit else 0
             for number, text in enumerate(unit.read(count_bytes), start=1):
                 if number <= done or not text.strip():
@@ -302,15 +278,14 @@ class _Job:
         write_json(self.folder / JOURNAL_NAME, {"position": vars(position), "splits": splits})
 
     def _finish(self, writers: dict[str, TokenFileWriter]) -> None:
-        splits = []
         facts = {"dataset_name": self.source.name, "scone_version": scone.__version__} | self.recipe
         facts["units"] = facts["units"][:LISTED_UNITS]
         facts |= {"num_units": len(self.group.units), "key": self.folder.name}
         for split, writer in writers.items():
             if writer.num_documents:
                 writer.finish(facts | {"split": split})
-                splits.append(split)
             else:
                 writer.discard()
+        splits = [split for split, writer in writers.items() if writer.num_documents]
         write_json(self.folder / RESULT_NAME, {"splits": splits})
         (self.folder / JOURNAL_NAME).unlink()

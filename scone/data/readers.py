@@ -9,10 +9,9 @@ import re
 import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any
 
 from scone.utils.errors import SconeError
 
@@ -30,27 +29,13 @@ COMPRESSIONS = (".zst", ".gz", ".xz")
 
 PIECE_BYTES = 1 << 16
 COMPRESSED_PIECE_BYTES = 1 << 10  # of a file of nothing but zeros this becomes 40 MiB
-LONGEST_LINE_BYTES = 1 << 30
+LONGEST_LINE = 1 << 29  # characters
 PIECE_CHARACTERS = 1 << 14  # a plain text is cut at the first blank line after this many,
 LINE_PIECE_CHARACTERS = 1 << 16  # where there is none at the first line end after this many,
 LONGEST_PIECE_CHARACTERS = 1 << 18  # and at the latest here
 LONGEST_ARTICLE_CHARACTERS = 1 << 20
 
 CountBytes = Callable[[int], object]
-
-
-@dataclass(frozen=True)
-class CorpusFile:
-    """A file, or a split of a hub dataset: its documents are read in order.
-
-    ``facts`` identify its content without reading all of it; ``size_bytes`` is None when unknown.
-    """
-
-    name: str
-    split: str | None
-    size_bytes: int | None
-    facts: dict[str, Any]
-    read: Callable[[CountBytes], Iterator[str]] = field(compare=False)
 
 
 def kind_of(path: Path) -> tuple[str, str] | None:
@@ -75,15 +60,15 @@ def read_documents(path: Path, text_column: str, count_bytes: CountBytes = lambd
     if file_format == "parquet":
         yield from _parquet_documents(path, compression, text_column, count_bytes)
         return
-    pieces = _byte_pieces(path, compression, count_bytes)
+    text = _decoded(path, _byte_pieces(path, compression, count_bytes))
     if file_format == "rows":
-        yield from _json_documents(path, pieces, text_column)
+        yield from _json_documents(path, text, text_column)
     elif file_format == "articles":
-        yield from split_articles(_text_lines(_decoded(path, pieces)))
+        yield from split_articles(_lines(path, text))
     elif file_format == "file":
-        yield "".join(_decoded(path, pieces))
+        yield "".join(text)
     else:
-        yield from cut_text(_decoded(path, pieces))
+        yield from cut_text(text)
 
 
 def cut_text(pieces: Iterable[str]) -> Iterator[str]:
@@ -92,18 +77,12 @@ def cut_text(pieces: Iterable[str]) -> Iterator[str]:
     Where a text is cut depends on the text alone, not on how it arrives.
     """
     waiting = ""
-    for piece in pieces:
-        waiting += piece
-        while len(waiting) >= LONGEST_PIECE_CHARACTERS:
+    for piece in chain(pieces, [None]):
+        waiting += piece or ""
+        while len(waiting) >= LONGEST_PIECE_CHARACTERS or (piece is None and waiting):
             end = _cut_position(waiting[:LONGEST_PIECE_CHARACTERS])
             yield waiting[:end]
             waiting = waiting[end:]
-    while len(waiting) > PIECE_CHARACTERS:
-        end = _cut_position(waiting)
-        yield waiting[:end]
-        waiting = waiting[end:]
-    if waiting:
-        yield waiting
 
 
 _BLANK_LINE = re.compile(r"\n[ \t\r]*\n\s*")
@@ -146,32 +125,14 @@ def _is_title(line: str) -> bool:
     return len(words) > 2 and words[0] == words[-1] == "=" and words[1] != "=" and words[-2] != "="
 
 
-def _text_lines(pieces: Iterable[str]) -> Iterator[str]:
-    """Lines with their ends, split at "\\n" only (U+2028 and U+0085 are characters of a text)."""
-    waiting: list[str] = []
-    for piece in pieces:
-        *complete, rest = piece.split("\n")
-        for line in complete:
-            yield "".join(waiting) + line + "\n"
-            waiting.clear()
-        waiting.append(rest)
-    last = "".join(waiting)
-    if last:
-        yield last
-
-
-def _json_documents(path: Path, pieces: Iterable[bytes], text_column: str) -> Iterator[str]:
+def _json_documents(path: Path, pieces: Iterable[str], text_column: str) -> Iterator[str]:
     """The text of every line that is not blank."""
-    for number, line in enumerate(_byte_lines(path, pieces), start=1):
+    for number, line in enumerate(_lines(path, pieces), start=1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
         try:
-            row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-        except UnicodeDecodeError as error:
-            raise SconeError(
-                f"{where} is not UTF-8 ({error.reason} at byte {error.start}); convert the file"
-            ) from error
+            row = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise SconeError(
                 f"{where} is not JSON ({error}); expected one JSON object a line (`jq -c '.[]'` makes them of an array)"
@@ -205,138 +166,101 @@ def unknown_column(where: str, text_column: str, columns: Iterable[str]) -> str:
     return f"{where} has no column {text_column!r}; its columns are {names}; choose one by --text_column"
 
 
-def _byte_lines(path: Path, pieces: Iterable[bytes]) -> Iterator[bytes]:
-    waiting: list[bytes] = []
+def _lines(path: Path, pieces: Iterable[str]) -> Iterator[str]:
+    """Lines with their ends, split at "\\n" only (U+2028 and U+0085 are characters of a text)."""
+    waiting: list[str] = []
     size = 0
     for piece in pieces:
-        *complete, rest = piece.split(b"\n")
+        *complete, rest = piece.split("\n")
         for line in complete:
-            yield b"".join(waiting) + line if waiting else line
+            yield "".join(waiting) + line + "\n"
             waiting.clear()
             size = 0
-        if rest:
-            waiting.append(rest)
-            size += len(rest)
-        if size > LONGEST_LINE_BYTES:
-            raise SconeError(
-                f"{path} has a line longer than {LONGEST_LINE_BYTES:,} bytes; expected documents; split it"
-            )
-    if waiting:
-        yield b"".join(waiting)
+        waiting.append(rest)
+        size += len(rest)
+        if size > LONGEST_LINE:
+            raise SconeError(f"{path} has a line longer than {LONGEST_LINE:,} characters; expected documents; split it")
+    if last := "".join(waiting):
+        yield last
 
 
 def _decoded(path: Path, pieces: Iterable[bytes]) -> Iterator[str]:
     """UTF-8 text of a file, without a byte order mark. Raises SconeError where it is not UTF-8."""
     decoder = codecs.getincrementaldecoder("utf-8")()
-    decoded_bytes = 0
-    first = True
-    for piece in chain(pieces, [None]):
-        pending = len(decoder.getstate()[0])
+    num_bytes = 0
+    for piece in chain(pieces, [b""]):
         try:
-            text = decoder.decode(piece or b"", final=piece is None)
+            text = decoder.decode(piece, final=not piece)
         except UnicodeDecodeError as error:
-            at = decoded_bytes - pending + error.start
+            at = num_bytes - len(decoder.getstate()[0]) + error.start
             raise SconeError(f"{path} is not UTF-8 ({error.reason} at byte {at}); convert it to UTF-8") from error
-        decoded_bytes += len(piece or b"")
-        if first and text:
-            text = text.removeprefix("\ufeff")
-            first = False
-        if text:
-            yield text
-
-
-class _Decompressor(Protocol):
-    @property
-    def eof(self) -> bool: ...
-
-    @property
-    def unused_data(self) -> bytes: ...
-
-    def decompress(self, data: bytes, /) -> bytes: ...
-
-
-def _decompressor(compression: str) -> _Decompressor:
-    if compression == ".gz":
-        return zlib.decompressobj(wbits=31)
-    if compression == ".xz":
-        return lzma.LZMADecompressor()
-    import zstandard
-
-    return zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+        yield text if num_bytes else text.removeprefix("\ufeff")
+        num_bytes += len(piece)
 
 
 def _byte_pieces(path: Path, compression: str, count_bytes: CountBytes) -> Iterator[bytes]:
     """The decompressed bytes of a file. Raises SconeError when it cannot be read, is damaged or ends too early."""
     import zstandard
 
+    def raw_pieces(file: IO[bytes]) -> Iterator[bytes]:
+        # small pieces, because a compressed piece may become any amount of text
+        while piece := file.read(COMPRESSED_PIECE_BYTES if compression else PIECE_BYTES):
+            count_bytes(len(piece))
+            yield piece
+
     try:
         with path.open("rb") as file:
-            raw_pieces = _counted(iter(lambda: file.read(PIECE_BYTES), b""), count_bytes)
-            yield from _decompressed(raw_pieces, compression) if compression else raw_pieces
+            yield from _decompressed(raw_pieces(file), compression) if compression else raw_pieces(file)
     except (zlib.error, lzma.LZMAError, zstandard.ZstdError, EOFError) as error:
         raise SconeError(f"{path} is damaged as a {compression} file ({error}); copy or make it again") from error
     except OSError as error:
         raise SconeError(f"cannot read {path} ({error.strerror}); check the path and its permissions") from error
 
 
-def _counted(pieces: Iterable[bytes], count_bytes: CountBytes) -> Iterator[bytes]:
-    for piece in pieces:
-        count_bytes(len(piece))
-        yield piece
-
-
 def _decompressed(raw_pieces: Iterable[bytes], compression: str) -> Iterator[bytes]:
-    """Frames one after the other. The libraries' own file objects take a cut-off zstd file for a whole one."""
-    decompressor: _Decompressor | None = None
-    anything = False
-    for piece in chain.from_iterable(map(_small_pieces, raw_pieces)):
-        raw = piece
+    """Frames one after the other. The libraries' own file objects take a cut-off .zst file, or a .xz file with
+    anything behind its end, for a whole one.
+    """
+    import zstandard
+
+    decompressors: dict[str, Callable[[], Any]] = {
+        ".gz": lambda: zlib.decompressobj(wbits=31),
+        ".xz": lzma.LZMADecompressor,
+        ".zst": zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj,
+    }
+    decompressor, anything = None, False
+    for raw in raw_pieces:
         while raw:
             if decompressor is None:
                 raw = raw.lstrip(b"\0") if anything else raw  # padding between frames
                 if not raw:
                     break
-                decompressor, anything = _decompressor(compression), True
-            text = decompressor.decompress(raw)
+                decompressor, anything = decompressors[compression](), True
+            if text := decompressor.decompress(raw):
+                yield text
             raw = b""
             if decompressor.eof:
                 raw, decompressor = decompressor.unused_data, None
-            if text:
-                yield text
     if decompressor is not None or not anything:
         raise EOFError("it ends too early")
 
 
-def _small_pieces(piece: bytes) -> Iterator[bytes]:
-    """Small pieces, because a compressed piece may become any amount of text."""
-    return (piece[at : at + COMPRESSED_PIECE_BYTES] for at in range(0, len(piece), COMPRESSED_PIECE_BYTES))
-
-
 def _parquet_documents(path: Path, compression: str, text_column: str, count_bytes: CountBytes) -> Iterator[str]:
-    if not compression:
-        yield from _parquet_rows(path, path, text_column, count_bytes)
-        return
-    with tempfile.TemporaryDirectory(prefix="scone-") as folder:  # parquet is read from its end, so not as a stream
-        plain = Path(folder) / "plain.parquet"
-        with plain.open("wb") as file:
-            for piece in _byte_pieces(path, compression, count_bytes):
-                file.write(piece)
-        yield from _parquet_rows(plain, path, text_column, lambda n: None)
-
-
-def _parquet_rows(path: Path, shown_path: Path, text_column: str, count_bytes: CountBytes) -> Iterator[str]:
     import pyarrow
     import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:
-            if text_column not in file.schema_arrow.names:
-                raise SconeError(unknown_column(str(shown_path), text_column, file.schema_arrow.names))
-            bytes_a_row = path.stat().st_size / max(1, file.metadata.num_rows)
-            for batch in file.iter_batches(batch_size=256, columns=[text_column], use_threads=False):
-                count_bytes(round(batch.num_rows * bytes_a_row))
-                for text in batch.column(0).to_pylist():
-                    yield text_of_row({text_column: text}, text_column, str(shown_path))
+        with tempfile.TemporaryFile() as plain:  # parquet is read from its end, so not as a stream
+            if compression:
+                plain.writelines(_byte_pieces(path, compression, count_bytes))
+            with pyarrow.parquet.ParquetFile(plain if compression else path, pre_buffer=False) as file:
+                if text_column not in file.schema_arrow.names:
+                    raise SconeError(unknown_column(str(path), text_column, file.schema_arrow.names))
+                bytes_a_row = 0 if compression else path.stat().st_size / max(1, file.metadata.num_rows)
+                for batch in file.iter_batches(batch_size=256, columns=[text_column], use_threads=False):
+                    count_bytes(round(batch.num_rows * bytes_a_row))
+                    for text in batch.column(0).to_pylist():
+                        yield text_of_row({text_column: text}, text_column, str(path))
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise SconeError(f"{shown_path} is damaged as a parquet file ({reason}); copy or make it again") from error
+        raise SconeError(f"{path} is damaged as a parquet file ({reason}); copy or make it again") from error

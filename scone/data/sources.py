@@ -5,21 +5,48 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import sysconfig
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from scone.data import stdlib_corpus
-from scone.data.hub_source import describes_itself, hub_units
-from scone.data.readers import COMPRESSIONS, FORMATS, CorpusFile, CountBytes, kind_of, read_documents
-from scone.data.splits import ALL, SPLITS, is_shard, split_of_path, split_of_single_file, split_rule
-from scone.utils.errors import SconeError
+import yaml
+
+from scone.data.readers import (
+    COMPRESSIONS,
+    FORMATS,
+    CountBytes,
+    kind_of,
+    read_documents,
+    split_articles,
+    text_of_row,
+    unknown_column,
+)
+from scone.data.splits import ALL, SPLITS, split_of_name, split_of_path, split_of_single_file, split_rule
+from scone.utils.errors import SconeError, library_refusal
+from scone.utils.hub import why_hub_is_unreachable
+
+STDLIB = "python-stdlib"
+"""The built-in corpus: the sources of the running interpreter's standard library, which are on every machine."""
 
 _IGNORED_NAMES = re.compile(r"(readme|licen[cs]e|copying|notice|attribution)\b", re.IGNORECASE)
-_HUB_METADATA = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json")
 _SAMPLE_BYTES = 1 << 16
+
+
+@dataclass(frozen=True)
+class CorpusFile:
+    """A file, or a split of a hub dataset: its documents are read in order.
+
+    ``facts`` identify its content without reading all of it; ``size_bytes`` is None when unknown.
+    """
+
+    name: str
+    split: str | None
+    size_bytes: int | None
+    facts: dict[str, Any]
+    read: Callable[[CountBytes], Iterator[str]] = field(compare=False)
 
 
 @dataclass(frozen=True)
@@ -29,11 +56,6 @@ class Source:
     name: str
     units: tuple[CorpusFile, ...]
     is_local: bool = False
-
-    @property
-    def named_splits(self) -> tuple[str, ...]:
-        """The splits that the source itself names."""
-        return tuple(split for split in SPLITS if any(unit.split == split for unit in self.units))
 
 
 @dataclass(frozen=True)
@@ -89,14 +111,14 @@ def plan(source: Source, splits: Sequence[str] | None) -> list[SplitGroup]:
     and test. One that names train and test gives its validation split from train. Otherwise splits are what the
     source says. Raises SconeError for a split that is not there.
     """
-    named = source.named_splits
-    by_split = {split: tuple(unit for unit in source.units if unit.split == split) for split in named}
     if splits is not None and ALL in splits:
         if list(splits) != [ALL]:
             raise SconeError(f"found splits {', '.join(splits)}; expected {ALL!r} alone or some of {', '.join(SPLITS)}")
         return [SplitGroup(source.units, (ALL,))]
-    if not named or named == ("train",):
-        groups = [SplitGroup(by_split.get("train", source.units), SPLITS)]
+    by_split = {split: tuple(unit for unit in source.units if unit.split == split) for split in SPLITS}
+    named = tuple(split for split in SPLITS if by_split[split])
+    if named in ((), ("train",)):
+        groups = [SplitGroup(by_split["train"] or source.units, SPLITS)]
     elif named == ("train", "test"):
         groups = [SplitGroup(by_split["train"], ("train", "validation")), SplitGroup(by_split["test"], ("test",))]
     else:
@@ -119,51 +141,50 @@ def open_source(dataset_name: str, dataset_config_name: str | None = None, text_
     path = Path(dataset_name).expanduser()
     if path.exists():
         return _local_source(dataset_name, path, dataset_config_name, text_column)
-    if dataset_name == stdlib_corpus.NAME:
+    if dataset_name == STDLIB:
         return _stdlib_source()
-    looks_like_path = dataset_name.startswith((".", "/", "~")) or dataset_name.count("/") > 1 or kind_of(path)
-    if looks_like_path:
+    if dataset_name.startswith((".", "/", "~")) or dataset_name.count("/") > 1 or kind_of(path):
         raise SconeError(f"found no file or folder {dataset_name!r}; expected a corpus there; check the path")
-
+    problem = why_hub_is_unreachable()
+    if problem and problem != "HF_HUB_OFFLINE is set":
+        raise SconeError(
+            f"dataset {dataset_name!r} is not a local path, and the Hugging Face hub cannot be reached ({problem}); "
+            "give a local file or folder by --dataset_name, or set HF_HUB_OFFLINE=1 to use a copy downloaded before"
+        )
     return Source(dataset_name, hub_units(dataset_name, dataset_config_name, text_column))
 
 
+# ---------------------------------------------------------------------- local files
+
+
 def _local_source(name: str, path: Path, config_name: str | None, text_column: str) -> Source:
-    if config_name and (path / config_name).is_dir() and not describes_itself(path):
-        path = path / config_name  # configurations as the hub keeps them: a folder each
-    root = path if path.is_dir() else path.parent
-    files = _readable_files(path) if path.is_dir() else [path]
-    if path.is_dir() and describes_itself(path):
-        found = {"files": [_file_facts(file, file.relative_to(root).as_posix()) for file in files]}
-        return Source(name, hub_units(str(path), config_name, text_column, found), is_local=True)
+    if path.is_file():
+        return Source(name, (_file_unit(path, path.name, split_of_single_file(path.name), text_column),), True)
+    card = _dataset_card(path)
+    if config_name and (path / config_name).is_dir() and "configs" not in card:
+        path, card = path / config_name, {}
+    if card:
+        facts = {"files": [_file_facts(file, file.relative_to(path).as_posix()) for file in _readable_files(path)]}
+        return Source(name, hub_units(str(path), config_name, text_column, facts), True)
+    files = _readable_files(path)
     if any(file.suffix == ".arrow" and (file.parent / "state.json").is_file() for file in files):
         raise SconeError(
             f"found {name!r}, which the datasets library saved by save_to_disk; expected files of text, JSON lines or "
             "parquet; load each split by load_from_disk and write it by its to_parquet"
         )
-    readable = [file for file in files if kind_of(file)]
+    readable = {file.relative_to(path): file for file in files if kind_of(file)}
     if not readable:
         endings = sorted({"".join(file.suffixes[-2:]) or file.name for file in files})
         raise SconeError(
             f"found {', '.join(endings[:8]) or 'no files'} in {name!r}; expected {' '.join(FORMATS)}, each also with "
             f"{' '.join(COMPRESSIONS)}; convert the files or give another path"
         )
-    relative = [file.relative_to(root) for file in readable]
-    splits = [split_of_path(each) for each in relative] if path.is_dir() else [split_of_single_file(path.name)]
-    if None in splits and all(split or is_shard(file.name) for split, file in zip(splits, readable, strict=True)):
-        # a dataset of the hub with splits of other names ("unsupervised"), which are left out as there
-        kept = [place for place, split in enumerate(splits) if split is not None] or range(len(splits))
-        relative, splits = [relative[place] for place in kept], [splits[place] for place in kept]
-        readable = [readable[place] for place in kept]
+    splits = [split_of_path(each) for each in readable]
     if None in splits:  # names say something about splits only where every name does: test.py beside main.py does not
         splits = [None] * len(splits)
+    units = zip(readable.items(), splits, strict=True)
     return Source(
-        name,
-        tuple(
-            _file_unit(file, each.as_posix(), split, text_column)
-            for file, each, split in zip(readable, relative, splits, strict=True)
-        ),
-        is_local=True,
+        name, tuple(_file_unit(file, each.as_posix(), split, text_column) for (each, file), split in units), True
     )
 
 
@@ -173,9 +194,6 @@ def _readable_files(folder: Path) -> list[Path]:
     for parent, subfolders, names in os.walk(folder, followlinks=True):
         subfolders[:] = [name for name in subfolders if not name.startswith(".") and name != "__pycache__"]
         found += [Path(parent, name) for name in names if not name.startswith(".") and not _IGNORED_NAMES.match(name)]
-    if any(file.parent == folder and file.name in _HUB_METADATA for file in found):
-        # as the hub gives it: a description of the data, and sometimes the program that once read it
-        found = [file for file in found if file.name not in _HUB_METADATA and file.suffix != ".py"]
     return sorted(found, key=lambda file: file.relative_to(folder).as_posix())
 
 
@@ -199,8 +217,95 @@ def _file_facts(path: Path, relative_name: str) -> dict[str, Any]:
     return {"name": relative_name, "size": status.st_size, "mtime_ns": status.st_mtime_ns, "sample": sample}
 
 
+# ---------------------------------------------------------------------- datasets of the hub, streamed by `datasets`
+
+
+def _dataset_card(folder: Path) -> dict[str, Any]:
+    """What a copy of a hub dataset says of itself, at the head of its README or beside it; empty for other folders."""
+    from huggingface_hub import metadata_load
+
+    try:
+        card = metadata_load(folder / "README.md") or {}
+    except (OSError, ValueError, yaml.YAMLError):  # anybody's README
+        card = {}
+    return card | ({"infos": True} if (folder / "dataset_infos.json").is_file() else {})
+
+
+def hub_units(
+    dataset_name: str,
+    config_name: str | None,
+    text_column: str,
+    local_facts: dict[str, Any] | None = None,
+) -> tuple[CorpusFile, ...]:
+    """One unit per split of a dataset, by name or folder. With ``HF_HUB_OFFLINE`` a copy in the cache is used.
+
+    ``local_facts``: what is in the folder. Raises SconeError when there is no such dataset, configuration or column.
+    """
+    import datasets
+
+    what = f"cannot open dataset {dataset_name!r}" + (f" (configuration {config_name!r})" if config_name else "")
+    with library_refusal(what, "check --dataset_name and --dataset_config_name, or give a local file or folder"):
+        builder = datasets.load_dataset_builder(dataset_name, config_name)
+        names = list(builder.info.splits or datasets.get_dataset_split_names(dataset_name, config_name))
+    columns = list(builder.info.features or ())
+    if columns and text_column not in columns:
+        raise SconeError(unknown_column(f"dataset {dataset_name!r}", text_column, columns))
+    # names of another kind ("unsupervised") are left out, unless there are no others
+    known = {name: name for name in names if name in SPLITS} or {
+        name: split for name in names if (split := split_of_name(name))
+    }
+    facts = {"config": config_name} | (local_facts or {"name": dataset_name, "hash": builder.hash})
+
+    def unit(name: str, split: str | None) -> CorpusFile:
+        where = f"dataset {dataset_name!r}, split {name!r}"
+
+        def rows(count_bytes: CountBytes) -> Iterator[str]:
+            with library_refusal(f"{where} cannot be read", "check the network and run again to go on"):
+                for row in datasets.load_dataset(dataset_name, config_name, split=name, streaming=True):
+                    text = text_of_row(row, text_column, where)
+                    count_bytes(len(text))
+                    yield text
+
+        def documents(count_bytes: CountBytes) -> Iterator[str]:
+            if "wikitext" not in dataset_name.lower():
+                return rows(count_bytes)
+            # WikiText's rows are lines; empty ones have lost their line end.
+            return split_articles(row if row.endswith("\n") else row + "\n" for row in rows(count_bytes))
+
+        sizes = builder.info.splits or {}
+        return CorpusFile(
+            name, split, sizes[name].num_bytes if name in sizes else None, facts | {"split": name}, documents
+        )
+
+    return tuple(unit(name, split) for name, split in (known or dict.fromkeys(names)).items())
+
+
+# ---------------------------------------------------------------------- the standard library
+
+
+def stdlib_files() -> list[Path]:
+    """The ``.py`` files of the standard library in a fixed order, without tests and installed packages.
+
+    Raises SconeError when the interpreter came without sources.
+    """
+    root = Path(sysconfig.get_paths()["stdlib"])
+    skipped = {"__pycache__", "site-packages", "dist-packages", "test", "tests", "idle_test", "lib-dynload"}
+    # build settings differ from machine to machine and say nothing; they live in config-* and _sysconfigdata*
+    build_settings = ("config-", "_sysconfigdata", "__phello__")
+    files = [
+        path
+        for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).as_posix())
+        if not any(part in skipped or part.startswith(build_settings) for part in path.relative_to(root).parts)
+    ]
+    if not files:
+        raise SconeError(
+            f"found no .py files in {root}; expected the standard library; give a corpus by --dataset_name"
+        )
+    return files
+
+
 def _stdlib_source() -> Source:
-    files = stdlib_corpus.stdlib_files()
+    files = stdlib_files()
     digest = hashlib.sha256()
     size = 0
     for path in files:
@@ -212,5 +317,5 @@ def _stdlib_source() -> Source:
         for path in files:
             yield from read_documents(path, "", count_bytes)
 
-    facts = {"name": stdlib_corpus.NAME, "files": len(files), "size": size, "sha256": digest.hexdigest()}
-    return Source(stdlib_corpus.NAME, (CorpusFile(stdlib_corpus.NAME, None, size, facts, read),))
+    facts = {"name": STDLIB, "files": len(files), "size": size, "sha256": digest.hexdigest()}
+    return Source(STDLIB, (CorpusFile(STDLIB, None, size, facts, read),))

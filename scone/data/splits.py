@@ -37,11 +37,6 @@ def split_of_name(name: str) -> str | None:
     return None
 
 
-def is_shard(name: str) -> bool:
-    """Whether a file is named as the hub names parts of a split: SPLIT-00000-of-00001."""
-    return re.match(r".+-\d{5}-of-\d{5}\b", name) is not None
-
-
 def split_of_single_file(name: str) -> str | None:
     """The split that one file given alone says at the end of its name ("wiki.test.tokens"; not "test-results.txt")."""
     words = re.findall(r"[a-z]+", re.split(r"\.(?:txt|text|md|tokens|py|jsonl?|parquet)\b", name.lower())[0])

@@ -36,8 +36,8 @@ from scone.evaluation.sweep import train_or_resume
 from scone.inference.engine import GenerationOptions, SconeInferenceEngine
 from scone.inference.loading import load_model
 from scone.inference.precompute import precompute_table
-from scone.tokenization.coverage import match_statistics
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
+from scone.tokenization.inspection import match_statistics
 from scone.tokenization.matcher import Matcher
 from scone.tokenization.tokenizers import vocabulary_size
 from scone.training.run import (

@@ -9,6 +9,8 @@ too little, it does not read out of bounds and does not loop for ever.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numba import njit
 
@@ -41,6 +43,40 @@ def rank_bits(num_f_grams: int) -> int:
     return max(1, int(num_f_grams).bit_length())
 
 
+class ChildIndex(NamedTuple):
+    """What `find_child` reads: the f-grams' keys and the slots that lead to them (compiled code: as a plain tuple)."""
+
+    keys: np.ndarray
+    """Unsigned [S, 2], prefix node and last token of every rank."""
+    slots: np.ndarray
+    """uint32 [M]."""
+    rank_bits: int
+    max_probes: int
+    """Slots from the start of a home bucket beyond which no key lies."""
+
+    @classmethod
+    def build(cls, keys: np.ndarray) -> ChildIndex:
+        """Index ``keys`` (about 0.1 µs an f-gram)."""
+        slots, bits = empty_slots(len(keys)), rank_bits(len(keys))
+        max_probes = build_child_index(keys, slots, bits)
+        return cls(frozen(keys), frozen(slots), bits, int(max_probes))
+
+
+def empty_slots(num_f_grams: int) -> np.ndarray:
+    """Zeroed slots that begin on a cache line, so that a bucket is one."""
+    size = num_slots(num_f_grams)
+    room = np.zeros(size + BUCKET, np.uint32)
+    skipped = -room.ctypes.data % (4 * BUCKET) // 4
+    return room[skipped : skipped + size]
+
+
+def frozen(array: np.ndarray) -> np.ndarray:
+    """A read-only view: vocabularies are shared, and kernels compile once for loaded and for made ones."""
+    view = array.view()
+    view.flags.writeable = False
+    return view
+
+
 @njit(cache=True, inline="always")
 def hash_key(prefix, token):
     """Mix a key into 64 bits: the top 32 choose the bucket, the next ones are the fingerprint."""
@@ -67,18 +103,12 @@ def low_mask_of(bits):
 
 
 @njit(cache=True)
-def find_child(keys, slots, bits, max_probes, prefix, token):
-    """Rank of the f-gram (``prefix`` node, ``token``), or -1.
-
-    Args:
-        keys: unsigned [S, 2], prefix node and last token of every rank.
-        slots: uint32 [M].
-        bits: rank bits of a slot.
-        max_probes: slots from the start of a home bucket beyond which no key lies.
-        prefix, token: int64.
+def find_child(index, prefix, token):
+    """Rank of the f-gram (``prefix`` node, ``token``), both int64, or -1.
 
     Reference implementation: a dictionary from keys to ranks.
     """
+    keys, slots, bits, max_probes = index
     hashed = hash_key(prefix, token)
     wanted = fingerprint_of(hashed, bits)
     low_mask = low_mask_of(bits)
@@ -124,15 +154,3 @@ def build_child_index(keys, slots, bits):
         probes = insert_child(slots, bits, np.int64(keys[rank, 0]), np.int64(keys[rank, 1]), rank)
         max_probes = max(max_probes, probes)
     return max_probes
-
-
-@njit(cache=True)
-def find_node(keys, slots, bits, max_probes, vocab_size, tokens):
-    """Node of ``tokens`` (int64 [n], n ≥ 1, each < V): walks the trie from the first token; -1 when it is not there."""
-    node = tokens[0]
-    for position in range(1, len(tokens)):
-        child = find_child(keys, slots, bits, max_probes, node, tokens[position])
-        if child == NO_F_GRAM:
-            return np.int64(NO_F_GRAM)
-        node = vocab_size + child
-    return node

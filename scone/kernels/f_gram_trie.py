@@ -9,6 +9,15 @@ from scone.kernels.child_index import NO_F_GRAM, find_child, insert_child
 
 VALID, BAD_TOKEN, SEPARATOR_INSIDE, PREFIX_MISSING, SUFFIX_MISSING, DUPLICATE, WRONG_ORDER, TOO_LONG = range(8)
 """Outcomes of `link_f_grams`."""
+FAULTS = {
+    BAD_TOKEN: "has a token outside 0 … V − 1",
+    SEPARATOR_INSIDE: "contains a separator",
+    PREFIX_MISSING: "has a prefix that is not an f-gram of lower rank",
+    SUFFIX_MISSING: "has a suffix that is not an f-gram of lower rank",
+    DUPLICATE: "occurs at a lower rank already",
+    WRONG_ORDER: "is out of order (count descending, length ascending, tokens ascending)",
+    TOO_LONG: "is longer than max_n",
+}
 
 
 @njit(cache=True, nogil=True)
@@ -62,21 +71,24 @@ def _is_before(left, right, length):
 
 
 @njit(cache=True, nogil=True)
-def link_f_grams(keys, counts, vocab_size, max_n, separators, suffixes, lengths, slots, bits):
-    """Derive ``suffixes``, ``lengths`` and the index from ``keys``, checking everything that makes a vocabulary.
+def link_f_grams(counts, vocab_size, max_n, separators, suffixes, lengths, index):
+    """Derive suffixes, lengths and slots from the keys of ``index``, checking everything that makes a vocabulary.
 
     Every f-gram's prefix and suffix come earlier in the ranking (or are tokens), no f-gram occurs twice or contains a
     separator, and the ranking is strictly by (count descending, length ascending, tokens lexicographic).
 
     Args:
-        keys: unsigned [S, 2]; counts: unsigned [S]; separators: int64, ascending.
-        suffixes: unsigned [S], lengths: uint8 [S], slots: uint32 [M] zeroed; all three are filled.
+        counts: unsigned [S]; separators: int64, ascending.
+        suffixes: unsigned [S], lengths: uint8 [S]; filled.
+        index: a `ChildIndex` (as a plain tuple) with empty slots, which are filled.
 
     Returns:
         (outcome, rank, max_probes): `VALID`, or what is wrong with the f-gram of that rank.
 
     Reference implementation: `reference.ranked` and `reference.closed`.
     """
+    keys, slots, bits, _ = index
+    index = (keys, slots, bits, len(slots))  # until all are in, an empty slot alone ends a search
     before = np.zeros(256, np.int64)
     current = np.zeros(256, np.int64)
     max_probes = 0
@@ -96,12 +108,12 @@ def link_f_grams(keys, counts, vocab_size, max_n, separators, suffixes, lengths,
         lengths[rank] = length
         suffix = token
         if not is_bigram:
-            child = find_child(keys, slots, bits, max_probes, np.int64(suffixes[prefix - vocab_size]), token)
+            child = find_child(index, np.int64(suffixes[prefix - vocab_size]), token)
             if child == NO_F_GRAM:
                 return SUFFIX_MISSING, rank, max_probes
             suffix = vocab_size + child
         suffixes[rank] = suffix
-        if find_child(keys, slots, bits, max_probes, prefix, token) != NO_F_GRAM:
+        if find_child(index, prefix, token) != NO_F_GRAM:
             return DUPLICATE, rank, max_probes
         max_probes = max(max_probes, insert_child(slots, bits, prefix, token, rank))
         _unroll(keys, vocab_size, rank, length, current)

@@ -35,7 +35,8 @@ _LAST_IN_BUCKET = np.uint64(BUCKET - 1)
 
 
 @njit(cache=True)
-def _request_buckets(slots, bits, node, token, candidates, num_candidates, home, wanted):
+def _request_buckets(index, node, token, candidates, num_candidates, home, wanted):
+    _, slots, bits, _ = index
     for k in range(num_candidates):
         i = candidates[k]
         hashed = hash_key(node[i - _1], token[i])
@@ -45,10 +46,9 @@ def _request_buckets(slots, bits, node, token, candidates, num_candidates, home,
 
 
 @njit(cache=True)
-def _find_likely_ranks(
-    keys, slots, bits, max_probes, node, token, candidates, num_candidates, home, wanted, likely, rank
-):
+def _find_likely_ranks(index, node, token, candidates, num_candidates, home, wanted, likely, rank):
     """Keep the candidates whose fingerprint is in their bucket, with the rank beside it; request those keys."""
+    keys, slots, bits, _ = index
     flat_keys = keys.reshape(-1)
     low_mask = low_mask_of(bits)
     kept = 0
@@ -56,7 +56,7 @@ def _find_likely_ranks(
         i = candidates[k]
         value = largest_match(slots, home[k], wanted[k], low_mask)
         if (value == 0) & (slots[home[k] + _LAST_IN_BUCKET] != 0):
-            value = np.uint32(find_child(keys, slots, bits, max_probes, node[i - _1], token[i]) + 1)
+            value = np.uint32(find_child(index, node[i - _1], token[i]) + 1)
         found = np.uint64(value & low_mask) - _1  # 2⁶⁴ − 1 for none
         likely[kept] = i
         rank[kept] = found
@@ -66,17 +66,18 @@ def _find_likely_ranks(
 
 
 @njit(cache=True)
-def _confirm(keys, slots, bits, max_probes, vocab_size, length, node, token, level, likely, rank, num_likely, matched):
+def _confirm(index, vocab_size, length, node, token, level, likely, rank, num_likely, matched):
     """Raise the nodes whose keys are right; list them in ``matched``, descending.
 
     From right to left: ``node[i - 1]`` must still be one level down when position i is confirmed.
     """
+    keys = index[0]
     num_matched = 0
     for k in range(num_likely - 1, -1, -1):
         i = likely[k]
         found = rank[k]
         if (np.int64(keys[found, 0]) != node[i - _1]) | (np.int64(keys[found, 1]) != token[i]):
-            child = find_child(keys, slots, bits, max_probes, node[i - _1], token[i])
+            child = find_child(index, node[i - _1], token[i])
             if child == NO_F_GRAM:
                 continue
             found = np.uint64(child)
@@ -88,7 +89,7 @@ def _confirm(keys, slots, bits, max_probes, vocab_size, length, node, token, lev
 
 
 @njit(cache=True)
-def _match_block(keys, slots, bits, max_probes, vocab_size, longest, token, node, level, is_first, m, scratch):
+def _match_block(index, vocab_size, longest, token, node, level, is_first, m, scratch):
     """Raise ``node`` [m] from tokens (level 1; level 0 where nothing may match) to the longest matches.
 
     No match of two tokens ends at an ``is_first``. So no longer one reaches over it either: all begin as one of two.
@@ -101,13 +102,9 @@ def _match_block(keys, slots, bits, max_probes, vocab_size, longest, token, node
     for length in range(2, longest + 1):
         if num_candidates == 0:
             return
-        _request_buckets(slots, bits, node, token, candidates, num_candidates, home, wanted)
-        num_likely = _find_likely_ranks(
-            keys, slots, bits, max_probes, node, token, candidates, num_candidates, home, wanted, likely, rank
-        )
-        num_matched = _confirm(
-            keys, slots, bits, max_probes, vocab_size, length, node, token, level, likely, rank, num_likely, candidates
-        )
+        _request_buckets(index, node, token, candidates, num_candidates, home, wanted)
+        num_likely = _find_likely_ranks(index, node, token, candidates, num_candidates, home, wanted, likely, rank)
+        num_matched = _confirm(index, vocab_size, length, node, token, level, likely, rank, num_likely, candidates)
         # A match whose left neighbour has none of this length can grow no further.
         num_candidates = 0
         for k in range(num_matched - 1, -1, -1):
@@ -118,13 +115,11 @@ def _match_block(keys, slots, bits, max_probes, vocab_size, longest, token, node
 
 
 @njit(cache=True, nogil=True)
-def match_positions(
-    keys, slots, bits, max_probes, vocab_size, longest, tokens, mask, length, start, stop, contexts, nodes
-):
+def match_positions(index, vocab_size, longest, tokens, mask, length, start, stop, contexts, nodes):
     """Match the flat positions ``start`` … ``stop`` of a batch of sequences, reading up to N − 1 tokens to their left.
 
     Args:
-        keys, slots, bits, max_probes: the index, as in `child_index.find_child`.
+        index: `ChildIndex`.
         longest: N, the length of the longest f-gram.
         tokens: int64 [B · T], sequence after sequence.
         mask: uint8 [B · T], 0 where nothing may match or cross, FIRST where an example begins; or [0] for no mask.
@@ -181,7 +176,7 @@ def match_positions(
                 target[m] = p if p >= position else -1
                 m += 1
             position = end
-        _match_block(keys, slots, bits, max_probes, vocab_size, longest, token, node, level, is_first, m, scratch)
+        _match_block(index, vocab_size, longest, token, node, level, is_first, m, scratch)
         for k in range(m):
             if target[k] >= 0:
                 nodes[target[k]] = node[k]
@@ -189,7 +184,7 @@ def match_positions(
 
 
 @njit(cache=True, nogil=True)
-def match_step(keys, suffixes, slots, bits, max_probes, vocab_size, states, tokens, mask, nodes):
+def match_step(index, suffixes, vocab_size, states, tokens, mask, nodes):
     """One token for each sequence: follow (state, token), else fall back to the suffix of the state and try again.
 
     Args:
@@ -204,36 +199,16 @@ def match_step(keys, suffixes, slots, bits, max_probes, vocab_size, states, toke
     for b in range(len(tokens)):
         token = tokens[b]
         state = states[b]
-        if token < 0 or token >= vocab_size or state < FRESH or state >= vocab_size + len(keys):
+        if token < 0 or token >= vocab_size or state < FRESH or state >= vocab_size + len(suffixes):
             return b
         nodes[b] = token
         if len(mask) > 0 and not mask[b]:
             continue
         # A state of length N has no children; its suffix is the first that can have some. At most N fallbacks.
         while state != FRESH:
-            rank = find_child(keys, slots, bits, max_probes, state, token)
+            rank = find_child(index, state, token)
             if rank != NO_F_GRAM:
                 nodes[b] = vocab_size + rank
                 break
             state = FRESH if state < vocab_size else np.int64(suffixes[state - vocab_size])
     return np.int64(-1)
-
-
-@njit(cache=True, nogil=True)
-def count_match_lengths(nodes, suffixes, lengths, vocab_size, sizes, histograms):
-    """Add the lengths that ``nodes`` (int64 [n]) would have in vocabularies cut to ``sizes`` (int64, descending).
-
-    The longest match in a vocabulary of the first S′ f-grams is the first on the suffix chain with a rank below S′: all
-    shorter f-grams that end there are on the chain, and ranks fall along it. So one pass serves all sizes.
-
-    Args:
-        histograms: int64 [len(sizes), N + 1]; ``histograms[k, n]`` grows by the positions with a node of n tokens.
-
-    Reference implementation: `reference.longest_matches` with the first S′ f-grams.
-    """
-    for node in nodes:
-        for k in range(len(sizes)):
-            while node >= vocab_size + sizes[k]:
-                node = np.int64(suffixes[node - vocab_size])
-            length = 1 if node < vocab_size else np.int64(lengths[node - vocab_size])
-            histograms[k, length] += 1

@@ -10,8 +10,8 @@ position. ``count_partition`` counts one partition over all blocks in a hash tab
 ``ids_of_remainders`` replaces remainders by the new ids, and ``restore_positions`` streams them back into the order of
 positions: that pass reads each partition's stream from front to back, so nothing in it misses the cache.
 
-All kernels release the GIL and run on one core; the callers use threads. Their reference implementations are in
-``reference.py`` under the same names.
+All kernels release the GIL and run on one core; the callers use threads. Reference implementation of all together:
+``collections.Counter`` of the keys.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def partition_keys(ids, carry, num_ids, multiplier, key_bits, remainder_bits, pa
 
     ids        uint32 [L]: the n-gram of the level below that ends at each position, or ``NO_ID``
     carry      the id at the position before the block (``NO_ID`` where there is none)
-    num_ids    how many ids the level below has; 0 counts the ids themselves (the level of single tokens)
+    num_ids    how many ids the level below has
     parts      uint16 [L], written: the partition of the key of each position, or ``NO_PARTITION``
     remainders unsigned [>= L], written: ordered by partition, then by position
     offsets    int64 [P + 1], written: partition p is at ``offsets[p]:offsets[p + 1]``
@@ -85,7 +85,7 @@ def partition_keys(ids, carry, num_ids, multiplier, key_bits, remainder_bits, pa
     remainder_mask = _low_bits(remainder_bits)
     shift = np.uint64(remainder_bits)
     cursors = np.zeros(num_partitions, np.uint64)
-    previous = np.uint32(0) if num_ids == 0 else np.uint32(carry)
+    previous = np.uint32(carry)
     for i in range(np.uint64(ids.size)):
         current = ids[i]
         if previous == NO_ID or current == NO_ID:
@@ -94,8 +94,7 @@ def partition_keys(ids, carry, num_ids, multiplier, key_bits, remainder_bits, pa
             part = (((np.uint64(previous) * radix + np.uint64(current)) * multiplier) & mask) >> shift
             parts[i] = np.uint16(part)
             cursors[part] += _ONE
-        if num_ids != 0:
-            previous = current
+        previous = current
     total = np.uint64(0)
     for part in range(num_partitions):
         offsets[part] = total
@@ -103,7 +102,7 @@ def partition_keys(ids, carry, num_ids, multiplier, key_bits, remainder_bits, pa
         cursors[part] = total
         total += count
     offsets[num_partitions] = total
-    previous = np.uint32(0) if num_ids == 0 else np.uint32(carry)
+    previous = np.uint32(carry)
     for i in range(np.uint64(ids.size)):
         current = ids[i]
         if parts[i] != NO_PARTITION:
@@ -111,8 +110,7 @@ def partition_keys(ids, carry, num_ids, multiplier, key_bits, remainder_bits, pa
             target = cursors[part]
             remainders[target] = ((np.uint64(previous) * radix + np.uint64(current)) * multiplier) & remainder_mask
             cursors[part] = target + _ONE
-        if num_ids != 0:
-            previous = current
+        previous = current
     return total
 
 

@@ -6,14 +6,13 @@ import hashlib
 import json
 import math
 import mmap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from scone.kernels.child_index import num_slots, rank_bits
-from scone.tokenization.f_gram_links import check_limits, node_dtype
 from scone.utils.errors import SconeError
 from scone.utils.files import atomic_path, fingerprint_of
 
@@ -21,9 +20,28 @@ FILE_NAME = "f_grams.safetensors"
 FORMAT = "scone-f-gram-vocabulary"
 VERSION = "1"
 
+MAX_VOCAB_SIZE = 2**32 - 1
+MAX_F_GRAM_LENGTH = 255
+
 _DTYPE_NAMES = {"uint8": "U8", "uint32": "U32", "uint64": "U64"}
 _HEADER_LIMIT = 1 << 24
 _ALIGNMENT = 64
+
+
+def check_limits(vocab_size: int, max_n: int, separator_ids: Sequence[int]) -> None:
+    """Raise ValueError unless 1 ≤ V < 2³², 1 ≤ N ≤ 255 and every separator is a token."""
+    if not 1 <= vocab_size <= MAX_VOCAB_SIZE:
+        raise ValueError(f"vocab_size is {vocab_size}; expected 1 … {MAX_VOCAB_SIZE}")
+    if not 1 <= max_n <= MAX_F_GRAM_LENGTH:
+        raise ValueError(f"max_n is {max_n}; expected 1 … {MAX_F_GRAM_LENGTH}")
+    for separator in separator_ids:
+        if not 0 <= separator < vocab_size:
+            raise ValueError(f"separator {separator} is no token; expected 0 … {vocab_size - 1}")
+
+
+def node_dtype(vocab_size: int, num_f_grams: int) -> np.dtype:
+    """uint32 where all V + S nodes fit it, else uint64."""
+    return np.dtype(np.uint32 if vocab_size + num_f_grams <= 2**32 else np.uint64)
 
 
 def file_of(path_or_folder: str | Path) -> Path:

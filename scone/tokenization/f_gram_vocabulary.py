@@ -4,23 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from scone.kernels import child_index, f_gram_trie
+from scone.kernels.child_index import ChildIndex, frozen
 from scone.tokenization import f_gram_file
-from scone.tokenization.f_gram_links import (
-    MAX_F_GRAM_LENGTH,
-    ChildIndex,
-    check_limits,
-    frozen,
-    link,
-    node_dtype,
-    renumbered,
-)
+from scone.tokenization.f_gram_file import MAX_F_GRAM_LENGTH, check_limits, node_dtype
 from scone.utils.errors import SconeError
 from scone.utils.files import fingerprint_of
 
@@ -103,7 +96,7 @@ class FGramVocabulary:
         counts = np.asarray(counts).astype(np.uint64)
         if len(counts) != size:
             raise ValueError(f"{len(counts)} counts for {size} f-grams")
-        suffixes, lengths, index = link(keys, counts, vocab_size, max_n, separator_ids)
+        suffixes, lengths, index = _link(keys, counts, vocab_size, max_n, separator_ids)
         return cls(
             keys=keys,
             suffixes=suffixes,
@@ -124,16 +117,13 @@ class FGramVocabulary:
         *,
         vocab_size: int,
         max_n: int | None = None,
-        separator_ids: Sequence[int] = (),
-        tokenizer_fingerprint: str = "",
+        **facts: Any,
     ) -> FGramVocabulary:
         """From the tokens of every f-gram, in rank order, with its count; ``max_n``: default the longest f-gram.
 
-        Raises:
-            ValueError: as `from_links`.
+        ``facts``: the others of `from_links`. Raises ValueError as it does.
         """
         max_n = max(map(len, f_grams), default=1) if max_n is None else max_n
-        check_limits(vocab_size, max_n, separator_ids)
         rank_of: dict[tuple[int, ...], int] = {}
         prefixes = []
         for rank, gram in enumerate(map(tuple, f_grams)):
@@ -150,8 +140,7 @@ class FGramVocabulary:
             np.asarray(counts),
             vocab_size=vocab_size,
             max_n=max_n,
-            separator_ids=separator_ids,
-            tokenizer_fingerprint=tokenizer_fingerprint,
+            **facts,
         )
 
     @classmethod
@@ -159,36 +148,26 @@ class FGramVocabulary:
         cls,
         counts: Mapping[tuple[int, ...], int],
         *,
-        vocab_size: int,
         max_n: int | None = None,
         max_f_grams: int | None = None,
         min_freq: int = 1,
         separator_ids: Sequence[int] = (),
-        tokenizer_fingerprint: str = "",
+        **facts: Any,
     ) -> FGramVocabulary:
         """Rank ``counts`` (tokens → occurrences) and keep the first ``max_f_grams`` of count ≥ ``min_freq``.
 
-        N-grams shorter than 2 or longer than ``max_n``, and those with a separator, are left out.
-
-        Raises:
-            ValueError: as `from_links`; such counts are not those of a corpus.
+        N-grams shorter than 2 or longer than ``max_n``, and those with a separator, are left out. ``facts``: the others
+        of `from_links`. Raises ValueError as it does; such counts are not those of a corpus.
         """
-        separators = set(separator_ids)
         limit = MAX_F_GRAM_LENGTH if max_n is None else max_n
-        kept = [
+        kept = sorted(
             (-count, len(gram), gram)
             for gram, count in counts.items()
-            if count >= min_freq and 2 <= len(gram) <= limit and not separators.intersection(gram)
-        ]
-        kept = sorted(kept)[:max_f_grams]
-        return cls.from_ranked(
-            [gram for _, _, gram in kept],
-            np.array([-negative for negative, _, _ in kept], np.uint64),
-            vocab_size=vocab_size,
-            max_n=max_n,
-            separator_ids=separator_ids,
-            tokenizer_fingerprint=tokenizer_fingerprint,
-        )
+            if count >= min_freq and 2 <= len(gram) <= limit and not set(separator_ids).intersection(gram)
+        )[:max_f_grams]
+        ranked = [gram for _, _, gram in kept]
+        kept_counts = np.array([-negative for negative, _, _ in kept], np.uint64)
+        return cls.from_ranked(ranked, kept_counts, max_n=max_n, separator_ids=separator_ids, **facts)
 
     def truncated(self, num_f_grams: int) -> FGramVocabulary:
         """The vocabulary of the first ``num_f_grams`` f-grams (all, when it has fewer). Shares the arrays."""
@@ -223,19 +202,25 @@ class FGramVocabulary:
                 f"separator; expected none that goes away; keep at least {largest + 1} tokens"
             )
         check_limits(vocab_size, self.max_n, self.separator_ids)
-        sizes = (self.vocab_size, vocab_size)
+
+        def renumbered(nodes: np.ndarray) -> np.ndarray:
+            moved = nodes.astype(np.int64) + (nodes >= self.vocab_size) * (vocab_size - self.vocab_size)
+            return moved.astype(node_dtype(vocab_size, self.num_f_grams))
+
         return self._changed(
-            keys=renumbered(self.keys, *sizes),
-            suffixes=renumbered(self.suffixes, *sizes),
+            keys=renumbered(self.keys),
+            suffixes=renumbered(self.suffixes),
             vocab_size=vocab_size,
             tokenizer_fingerprint="",
         )
 
     def _changed(self, **changes: Any) -> FGramVocabulary:
         """One that differs in ``changes``, and is indexed anew."""
+        return FGramVocabulary(**(self._parts() | changes))
+
+    def _parts(self) -> dict[str, Any]:
         parts = ("keys", "suffixes", "lengths", "counts", "vocab_size", "max_n", "separator_ids")
-        same = {name: getattr(self, name) for name in (*parts, "tokenizer_fingerprint")}
-        return FGramVocabulary(**(same | changes))
+        return {name: getattr(self, name) for name in (*parts, "tokenizer_fingerprint")}
 
     # Asking it
 
@@ -288,7 +273,8 @@ class FGramVocabulary:
 
     def tokens(self, node: int) -> tuple[int, ...]:
         """The tokens of ``node``, one for a token's own node. Raises ValueError for a number that is no node."""
-        self._check_node(node)
+        if not 0 <= node < self.num_nodes:
+            raise ValueError(f"node {node} does not exist; expected 0 … {self.num_nodes - 1}")
         reversed_tokens = []
         while node >= self.vocab_size:
             prefix, last_token = self.keys[node - self.vocab_size]
@@ -307,17 +293,15 @@ class FGramVocabulary:
 
     def node(self, tokens: Sequence[int]) -> int | None:
         """The node of exactly these tokens; None when they are neither one token nor an f-gram."""
-        array = np.array(tokens, np.int64).reshape(-1)
-        if len(array) == 0 or array.min() < 0 or array.max() >= self.vocab_size:
+        if len(tokens) == 0 or min(tokens) < 0 or max(tokens) >= self.vocab_size:
             return None
-        index = self.index
-        node = child_index.find_node(self.keys, index.slots, index.rank_bits, index.max_probes, self.vocab_size, array)
-        return None if node == child_index.NO_F_GRAM else int(node)
-
-    def length(self, node: int) -> int:
-        """How many tokens ``node`` has. Raises ValueError for a number that is no node."""
-        self._check_node(node)
-        return 1 if node < self.vocab_size else int(self.lengths[node - self.vocab_size])
+        node = int(tokens[0])
+        for token in tokens[1:]:
+            rank = child_index.find_child(tuple(self.index), node, token)
+            if rank == child_index.NO_F_GRAM:
+                return None
+            node = self.vocab_size + int(rank)
+        return node
 
     def depth_first_order(self) -> np.ndarray:
         """All ranks in trie preorder, int64 [S]: every f-gram after its prefix, subtrees together.
@@ -331,10 +315,6 @@ class FGramVocabulary:
         written = f_gram_trie.depth_first_ranks(self.keys, self.vocab_size, roots, order)
         assert written == self.num_f_grams, (written, self.num_f_grams)
         return order
-
-    def _check_node(self, node: int) -> None:
-        if not 0 <= node < self.num_nodes:
-            raise ValueError(f"node {node} does not exist; expected 0 … {self.num_nodes - 1}")
 
     # Files
 
@@ -379,7 +359,7 @@ class FGramVocabulary:
             max_n=max_n,
             separator_ids=json.loads(metadata["separator_ids"]),
             tokenizer_fingerprint=metadata["tokenizer_fingerprint"],
-            index=ChildIndex(arrays["slots"], int(metadata["rank_bits"]), int(metadata["max_probes"])),
+            index=ChildIndex(keys, arrays["slots"], int(metadata["rank_bits"]), int(metadata["max_probes"])),
             fingerprint=metadata["fingerprint"],
             path=path,
         )
@@ -395,7 +375,7 @@ class FGramVocabulary:
             arrays, metadata = f_gram_file.open_file(self.path)
             f_gram_file.check_data(self.path, arrays, metadata)
         try:
-            suffixes, lengths, index = link(self.keys, self.counts, self.vocab_size, self.max_n, self.separator_ids)
+            suffixes, lengths, index = _link(self.keys, self.counts, self.vocab_size, self.max_n, self.separator_ids)
         except ValueError as error:
             raise SconeError(f"found {name} damaged: {error}; count or copy it again") from error
         intact = {
@@ -414,7 +394,7 @@ class FGramVocabulary:
         # A worker process maps the same file instead of receiving hundreds of megabytes.
         if self.path is not None:
             return _reopened, (self.path, self.fingerprint)
-        return _restored, (self.__dict__,)
+        return partial(FGramVocabulary, **self._parts()), ()
 
 
 def _reopened(path: Path, fingerprint: str) -> FGramVocabulary:
@@ -426,8 +406,19 @@ def _reopened(path: Path, fingerprint: str) -> FGramVocabulary:
     return vocabulary
 
 
-def _restored(state: dict) -> FGramVocabulary:
-    vocabulary = FGramVocabulary.__new__(FGramVocabulary)
-    arrays = {name: frozen(value) for name, value in state.items() if isinstance(value, np.ndarray)}
-    vocabulary.__dict__.update(state | arrays)
-    return vocabulary
+def _link(
+    keys: np.ndarray, counts: np.ndarray, vocab_size: int, max_n: int, separator_ids: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray, ChildIndex]:
+    """Suffixes [S], lengths [S] and index of ranked ``keys`` [S, 2] with ``counts`` [S].
+
+    Raises ValueError when they are no vocabulary (`f_gram_trie.link_f_grams` says what makes one); names the rank.
+    """
+    suffixes, lengths = np.empty(len(keys), keys.dtype), np.empty(len(keys), np.uint8)
+    index = ChildIndex(frozen(keys), child_index.empty_slots(len(keys)), child_index.rank_bits(len(keys)), 0)
+    separators = np.array(sorted(separator_ids), np.int64)
+    outcome, rank, max_probes = f_gram_trie.link_f_grams(
+        frozen(counts), vocab_size, max_n, separators, suffixes, lengths, tuple(index)
+    )
+    if outcome != f_gram_trie.VALID:
+        raise ValueError(f"the f-gram of rank {rank} {f_gram_trie.FAULTS[outcome]}")
+    return suffixes, lengths, index._replace(slots=frozen(index.slots), max_probes=int(max_probes))

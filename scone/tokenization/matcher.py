@@ -28,8 +28,7 @@ class Matcher:
 
     def __init__(self, vocabulary: FGramVocabulary) -> None:
         self.vocabulary = vocabulary
-        index = vocabulary.index
-        self._index = (vocabulary.keys, index.slots, index.rank_bits, index.max_probes, vocabulary.vocab_size)
+        self._index = tuple(vocabulary.index)  # numba takes plain ones up faster than named ones
         self._longest = vocabulary.longest
 
     def __reduce__(self) -> tuple:
@@ -73,7 +72,8 @@ class Matcher:
 
         def match_range(start: int, stop: int) -> int:
             return longest_match.match_positions(
-                *self._index, self._longest, flat, kinds, length, start, stop, contexts, nodes.reshape(-1)
+                *(self._index, self.vocabulary.vocab_size, self._longest, flat, kinds),
+                *(length, start, stop, contexts, nodes.reshape(-1)),
             )
 
         num_threads = min(num_threads or _available_cores(), max(1, len(flat) // TOKENS_PER_THREAD))
@@ -110,18 +110,10 @@ class Matcher:
         if token_array.ndim != 1 or token_array.shape != state_array.shape:
             raise ValueError(f"states have shape {state_array.shape}, tokens {token_array.shape}; expected [B] and [B]")
         nodes = np.empty(token_array.shape, np.int64)
-        keys, slots, rank_bits, max_probes, vocab_size = self._index
+        known = _mask_of(mask, token_array.shape)
         wrong = longest_match.match_step(
-            keys,
-            self.vocabulary.suffixes,
-            slots,
-            rank_bits,
-            max_probes,
-            vocab_size,
-            state_array,
-            token_array,
-            _mask_of(mask, token_array.shape),
-            nodes,
+            *(self._index, self.vocabulary.suffixes, self.vocabulary.vocab_size),
+            *(state_array, token_array, known, nodes),
         )
         if wrong >= 0:
             self._check_state(int(state_array[wrong]))

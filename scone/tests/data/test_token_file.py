@@ -49,10 +49,6 @@ def test_the_fingerprint_is_of_tokens_tokenizer_and_separator(tmp_path):
     assert len({other.fingerprint for other in [first, *others]}) == 4
 
 
-def test_a_pickled_token_file_carries_no_tokens(tmp_path):
-    assert len(pickle.dumps(write(tmp_path, [[1] * 100_000]))) < 500
-
-
 def test_damaged_file_is_refused(tmp_path):
     write(tmp_path, [[1, 2, 3], [4]])
     for name in ("tokens.npy", "tokens.json"):

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler
 
-from scone.data.training_order import TrainingOrder
+from scone.data.dataset import TrainingOrder
 
 
 def batches(num_blocks, *, batch_size, processes, accumulation, steps_done=0, rank=0) -> list[list[int]]:

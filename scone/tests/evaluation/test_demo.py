@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scone.data.stdlib_corpus import stdlib_files
+from scone.data.sources import stdlib_files
 from scone.evaluation.demo import MIN_STEPS, TRAINING_SHARE, plan_steps, run_demo
 from scone.evaluation.demo_options import DemoOptions
 from scone.evaluation.demo_page import cost_table, render_demo, steps_in_equal_time, verdict

@@ -69,7 +69,7 @@ import sys
 from pathlib import Path
 from scone.data import readers
 from scone.utils.errors import SconeError
-readers.LONGEST_LINE_BYTES = 1 << 24
+readers.LONGEST_LINE = 1 << 24
 try:
     list(readers.read_documents(Path(sys.argv[1]), "text"))
 except SconeError as error:

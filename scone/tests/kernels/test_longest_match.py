@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numba import njit
 
 from scone.kernels import child_index, f_gram_trie, longest_match, reference
+from scone.kernels.child_index import ChildIndex
 from scone.kernels.simd import LANES, largest_match, prefetch
 from scone.tests.tokenization.f_gram_strategies import cases
-from scone.tokenization.f_gram_links import ChildIndex
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 
 
@@ -45,18 +44,8 @@ def test_index_equals_a_dictionary(pairs, data):
     absent = data.draw(st.lists(st.tuples(st.integers(0, 2**33), st.integers(0, 2**32 - 1)), max_size=20))
     rank_of = {pair: rank for rank, pair in enumerate(pairs)}
     for prefix, token in pairs + absent:
-        found = child_index.find_child(keys, index.slots, index.rank_bits, index.max_probes, prefix, token)
+        found = child_index.find_child(tuple(index), prefix, token)
         assert found == rank_of.get((prefix, token), child_index.NO_F_GRAM)
-
-
-@pytest.mark.parametrize("rank_bits", [1, 9, 31, 32])
-def test_fingerprints_and_ranks_share_a_slot(rank_bits):
-    low_mask = child_index.low_mask_of(rank_bits)
-    assert low_mask == 2**rank_bits - 1
-    for hashed in (0, 2**64 - 1, 0x0123456789ABCDEF):
-        fingerprint = int(child_index.fingerprint_of(np.uint64(hashed), rank_bits))
-        assert fingerprint & int(low_mask) == 0
-        assert fingerprint == (hashed & 0xFFFFFFFF) >> rank_bits << rank_bits
 
 
 def test_slots_keep_the_index_within_its_bytes():
@@ -74,12 +63,6 @@ def test_depth_first_order_is_the_preorder(case):
     assert case.vocabulary.depth_first_order().tolist() == reference.depth_first(case.f_grams)
 
 
-def test_depth_first_order_of_a_trie_with_many_branches():
-    vocabulary, _ = long_case()
-    f_grams = [vocabulary.tokens(vocabulary.vocab_size + rank) for rank in range(vocabulary.num_f_grams)]
-    assert vocabulary.depth_first_order().tolist() == reference.depth_first(f_grams)
-
-
 def long_case() -> tuple[FGramVocabulary, np.ndarray]:
     """A vocabulary and a row of tokens that spans several blocks, with matches across every boundary."""
     random = np.random.default_rng(0)
@@ -94,12 +77,8 @@ def long_case() -> tuple[FGramVocabulary, np.ndarray]:
 
 def match_range(vocabulary: FGramVocabulary, tokens: np.ndarray, start: int, stop: int) -> np.ndarray:
     nodes = np.full(len(tokens), -7, np.int64)
-    index = vocabulary.index
     wrong = longest_match.match_positions(
-        vocabulary.keys,
-        index.slots,
-        index.rank_bits,
-        index.max_probes,
+        tuple(vocabulary.index),
         vocabulary.vocab_size,
         vocabulary.longest,
         tokens,
@@ -117,6 +96,7 @@ def match_range(vocabulary: FGramVocabulary, tokens: np.ndarray, start: int, sto
 def test_any_range_of_positions_equals_the_whole():
     vocabulary, tokens = long_case()
     f_grams = [vocabulary.tokens(vocabulary.vocab_size + rank) for rank in range(vocabulary.num_f_grams)]
+    assert vocabulary.depth_first_order().tolist() == reference.depth_first(f_grams)  # of many branches
     expected = reference.longest_matches(tokens.tolist(), f_grams, vocabulary.vocab_size)
     whole = match_range(vocabulary, tokens, 0, len(tokens))
     assert whole.tolist() == expected
@@ -142,7 +122,7 @@ def test_a_damaged_index_is_harmless(seed):
         counts=vocabulary.counts,
         vocab_size=vocabulary.vocab_size,
         max_n=vocabulary.max_n,
-        index=ChildIndex(slots, index.rank_bits, index.max_probes),
+        index=index._replace(slots=slots),
     )
     nodes = match_range(damaged, tokens[:600], 0, 600)
     assert ((nodes >= 0) & (nodes < vocabulary.num_nodes)).all()

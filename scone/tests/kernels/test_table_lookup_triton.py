@@ -1,11 +1,10 @@
-"""The Triton lookup equals trying every length, and the rows that PyTorch decodes: bit for bit.
+"""The Triton lookups equal trying every length, and the rows that PyTorch decodes: bit for bit.
 
 On a GPU, or interpreted (TRITON_INTERPRET=1) without one.
 """
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 
 import numpy as np
@@ -18,20 +17,27 @@ from transformers.cache_utils import StaticLayer
 from scone.inference.row_types import ROW_TYPES, RowFormat
 from scone.kernels import reference
 from scone.kernels.common import GPUReadableRows
+from scone.kernels.longest_match import FIRST_BIT
+from scone.models.table_lookup import DeviceLookup
+from scone.models.token_history import StaticTokenHistory, TokenHistory
+from scone.tests.kernels.triton_device import DEVICE, INTERPRETED
 from scone.tests.tokenization.f_gram_strategies import Case, batches, cases
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 
-pytest.importorskip("triton", reason="Triton is not installed")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-if not (INTERPRETED or torch.cuda.is_available()):
-    pytest.skip("no CUDA device (set TRITON_INTERPRET=1 to interpret the kernel)", allow_module_level=True)
-
-from scone.kernels.longest_match import FIRST_BIT  # noqa: E402
-from scone.models.table_lookup import DeviceLookup  # noqa: E402
-from scone.models.token_history import StaticTokenHistory, TokenHistory  # noqa: E402
-
-DEVICE = torch.device("cpu") if INTERPRETED else torch.device("cuda", 0)
 pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
+
+
+def lookup_of(case: Case, row_type: str, width: int, split: int | None) -> tuple[DeviceLookup, torch.Tensor]:
+    """The lookup in a table of random rows, from ``split`` on in a block of their own; and the rows, decoded."""
+    row_format = RowFormat.of(row_type, width, 4)
+    raw = torch.empty(0, row_format.row_bytes, dtype=torch.uint8)
+    if size := len(case.f_grams):
+        raw = torch.from_numpy(row_format.encode(torch.randn(size, width, generator=torch.Generator().manual_seed(0))))
+    raw = raw.to(DEVICE)
+    # apart in memory, so that reading beyond a block gives no row of the other
+    near, far = (raw, None) if split is None else (raw[:split].clone(), raw[split:].clone())
+    rows = GPUReadableRows(near, far, row_type, width, row_format.group_size)
+    return DeviceLookup(case.vocabulary, rows, DEVICE), row_format.decode(raw, row_format.float_dtype or torch.float32)
 
 
 def history_of(past: torch.Tensor, room: int | None) -> TokenHistory:
@@ -102,17 +108,7 @@ def check(
     """That ``tokens`` int64 [B, L], of which ``starts`` begin examples, are looked up by the law when they follow what
     is before each cut; rows from ``split`` on are a block of their own. A history that ``is_static`` has unused places.
     """
-    row_format = RowFormat.of(row_type, width, 4)
-    size = len(case.f_grams)
-    raw = torch.empty(0, row_format.row_bytes, dtype=torch.uint8, device=DEVICE)
-    if size:
-        rows = torch.randn(size, width, generator=torch.Generator().manual_seed(0))
-        raw = torch.from_numpy(row_format.encode(rows)).to(DEVICE)
-    dtype = row_format.float_dtype or torch.float32
-    decoded = row_format.decode(raw, dtype)
-    # apart in memory, so that reading beyond a block gives no row of the other
-    near, far = (raw, None) if split is None else (raw[:split].clone(), raw[split:].clone())
-    lookup = DeviceLookup(case.vocabulary, GPUReadableRows(near, far, row_type, width, row_format.group_size), DEVICE)
+    lookup, decoded = lookup_of(case, row_type, width, split)
     kept = np.ones_like(tokens, bool) if mask is None else mask
     ranks = np.full_like(tokens, -1)
     for b, i in enumerate(kept):
@@ -123,8 +119,12 @@ def check(
     marked = torch.from_numpy(np.where(kept, tokens | np.where(starts, FIRST_BIT, 0), ~tokens)).to(DEVICE)
     for start, cut in enumerate(cuts):  # of the second, vectors start where whole words do not
         shape = (len(tokens), tokens.shape[1] - cut, width)
-        expected = torch.randn(shape, device=DEVICE).to(dtype)
-        vectors = torch.empty(start + expected.numel(), dtype=dtype, device=DEVICE)[start:].view(shape).copy_(expected)
+        expected = torch.randn(shape, device=DEVICE).to(decoded.dtype)
+        vectors = (
+            torch.empty(start + expected.numel(), dtype=decoded.dtype, device=DEVICE)[start:]
+            .view(shape)
+            .copy_(expected)
+        )
         history = history_of(marked[:, :cut], cut + 3 if is_static else None) if cut else None
         past = (None, None) if history is None else (history.all(), history.places)
         output, found = lookup(vectors, marked[:, cut:], *past)
@@ -134,4 +134,44 @@ def check(
         expected[b, i] = decoded[ranks[:, cut:][b, i]]
         assert torch.equal(output, expected)
         counts = [counts[0] + tokens[:, cut:].size, counts[1] + len(b)]
-    assert lookup.counts.tolist() == (counts if size else [0, 0])
+    assert lookup.counts.tolist() == (counts if case.f_grams else [0, 0])
+
+
+@settings(max_examples=40, deadline=None)
+@given(cases(), st.sampled_from(ROW_TYPES), st.sampled_from([5, 1030]), st.data())
+def test_a_ragged_lookup_is_the_longest_f_grams_row(case: Case, row_type: str, width: int, data: st.DataObject) -> None:
+    """Any f-grams, any requests, cut anywhere into tokens that are computed and tokens that are new; then padding."""
+    # what a server's tokens of 32 bits can say, and what the accelerator matches
+    assume(case.vocab_size < 2**31 and case.vocabulary.keys.dtype == np.uint32)
+    foreign = case.vocab_size + data.draw(st.integers(0, 3))
+    alphabet = st.sampled_from((*case.alphabet, foreign))
+    texts = data.draw(st.lists(st.lists(alphabet, max_size=14), max_size=5))
+    cuts = [data.draw(st.integers(0, len(text))) for text in texts]
+    num_padding = data.draw(st.integers(0, 3))
+    random = np.random.default_rng(len(texts))
+    # a request's slot holds its tokens up to the cut, and behind it what another request left there
+    histories = torch.from_numpy(random.choice(case.alphabet, (9, 16)).astype(np.int32))
+    slots = random.permutation(9)[: len(texts)]
+    num_computed = torch.zeros(9, dtype=torch.int32)
+    new, ranks = [], []
+    for text, cut, slot in zip(texts, cuts, slots, strict=True):
+        histories[slot, :cut] = torch.tensor(text[:cut], dtype=torch.int32)
+        num_computed[slot] = cut
+        new += text[cut:]
+        known = [token < case.vocab_size for token in text]
+        nodes = case.matches([token if ok else 0 for token, ok in zip(text, known, strict=True)], known)
+        ranks += [node - case.vocab_size if ok else -1 for node, ok in zip(nodes, known, strict=True)][cut:]
+    query_starts = torch.tensor(np.cumsum([0, *(len(text) - cut for text, cut in zip(texts, cuts, strict=True))]))
+    tokens = torch.tensor([*new, *[case.alphabet[-1]] * num_padding], dtype=torch.int32)
+
+    lookup, decoded = lookup_of(case, row_type, width, data.draw(st.none() | st.integers(0, len(case.f_grams))))
+    vectors = torch.randn(len(tokens), width, device=DEVICE).to(decoded.dtype)
+    output = torch.full_like(vectors, torch.nan)
+    requests = (tokens, query_starts.int(), torch.from_numpy(slots), histories, num_computed)
+    lookup.look_up_ragged(vectors, output, *(part.to(DEVICE) for part in requests))
+    expected = vectors.clone()
+    places = np.flatnonzero(np.array(ranks) >= 0)
+    if len(places):
+        expected[places] = decoded[np.array(ranks)[places]]
+    assert torch.equal(output, expected)
+    assert lookup.counts.tolist() == ([len(tokens), len(places)] if case.f_grams and len(tokens) else [0, 0])

@@ -22,7 +22,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import scone
-from scone.data.stdlib_corpus import stdlib_files
+from scone.data.sources import stdlib_files
 from scone.inference.quantization import computes_in_fp16
 from scone.tokenization.tokenizers import train_tokenizer
 

@@ -91,23 +91,16 @@ def test_truncated_vocabulary_is_the_smaller_vocabulary(shards, size, other_size
 
 
 @settings(max_examples=15, deadline=None)
-@given(corpora(), st.sampled_from([2**20, 2**32 - 1]), st.sampled_from([1, 2]))
-def test_token_ids_may_be_almost_as_large_as_32_bits_allow(shards, vocab_size, min_freq):
+@given(corpora(), st.sampled_from([2**18, 2**20]), st.sampled_from([1, 2]))
+def test_token_ids_may_be_large(shards, vocab_size, min_freq):
     spread = (vocab_size - 1) // (VOCAB_SIZE - 1)
     shards = [shard.astype(np.uint32) * np.uint32(spread) for shard in shards]
     separators = [SEPARATOR * spread]
     options = {"vocab_size": vocab_size, "separator_ids": separators, "max_n": 4, "min_freq": min_freq}
     wanted = FGramVocabulary.from_counts(count_n_grams(shards, 4, separators), max_f_grams=200, **options)
-    result = count_f_grams(shards, max_f_grams=200, quiet=True, memory_budget_bytes=300_000, **options)
-    assert_same(result.vocabulary, wanted)
-
-
-def test_keys_of_more_than_64_bits_less_partitions_do_not_overflow():
-    """Many different tokens of a large vocabulary: 64-bit remainders, wide keys."""
-    generator = np.random.default_rng(5)
-    tokens = np.concatenate([generator.integers(0, 2**32 - 1, 3000, np.uint32)] * 2)
-    result = count_f_grams([tokens], vocab_size=2**32 - 1, max_n=3, min_freq=2, quiet=True)
-    wanted = FGramVocabulary.from_counts(count_n_grams([tokens], 3), vocab_size=2**32 - 1, max_n=3, min_freq=2)
+    result = count_f_grams(
+        shards, max_f_grams=200, quiet=True, num_threads=2, memory_budget_bytes=28 * vocab_size + 300_000, **options
+    )
     assert_same(result.vocabulary, wanted)
 
 

@@ -19,7 +19,7 @@ import pytest
 
 from scone.tokenization.counting import count_f_grams
 from scone.tokenization.counting.count import work_folder
-from scone.tokenization.counting.plan import plan_count
+from scone.tokenization.counting.plan import CountTask, plan_count
 from scone.utils.errors import SconeError
 
 LIMITS: dict = {"vocab_size": 1000, "max_n": 4, "min_freq": 2, "max_f_grams": 500}
@@ -43,7 +43,7 @@ def least_budget(length: int) -> int:
     while high - low > 1000:
         middle = (low + high) // 2
         try:
-            plan_count(num_positions=length, memory_budget_bytes=middle, num_threads=2, **LIMITS)
+            plan_count(CountTask(**LIMITS), length, middle, 2)
             high = middle
         except SconeError:
             low = middle
@@ -129,7 +129,7 @@ def test_a_killed_count_goes_on_at_the_first_length_that_it_had_not_finished(tmp
     tokens = skewed(150_000)
     arguments = arguments_of(tmp_path, tokens)
     budget = arguments["memory_budget_bytes"]
-    plan = plan_count(num_positions=len(tokens), memory_budget_bytes=budget, num_threads=2, **LIMITS)
+    plan = plan_count(CountTask(**LIMITS), len(tokens), budget, 2)
     inodes: dict[str, int] = {}
     for pattern in ("blocks/*-remainders.npy", "level-002.npz", "level-003.npz"):
         left = kill_when(arguments, pattern)

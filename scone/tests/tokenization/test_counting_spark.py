@@ -57,9 +57,6 @@ def assert_equal(cluster: CountResult, local: CountResult) -> None:
 
 
 def test_cluster_counts_equal_local_counts(spark, tmp_path):
-    import pyarrow
-    import pyarrow.parquet
-
     from scone.tokenization.counting.spark import count_f_grams_on_spark
 
     arrays = []
@@ -69,12 +66,6 @@ def test_cluster_counts_equal_local_counts(spark, tmp_path):
     limited = OPTIONS | {"max_f_grams": 150}
     cluster = count_f_grams_on_spark(spark, token_arrays=arrays, slice_tokens=600, **limited)
     assert_equal(cluster, count_f_grams(arrays, quiet=True, **limited))
-
-    documents = [skewed(length, 7 + length) for length in (400, 0, 3, 900, 1)]
-    table = pyarrow.table({"tokens": pyarrow.array([document.tolist() for document in documents])})
-    pyarrow.parquet.write_table(table, tmp_path / "documents.parquet", row_group_size=2)
-    cluster = count_f_grams_on_spark(spark, parquet_path=str(tmp_path / "documents.parquet"), **OPTIONS)
-    assert_equal(cluster, count_f_grams(documents, quiet=True, **OPTIONS))
 
 
 def test_mistakes_on_the_cluster_get_one_line(spark, tmp_path):

@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from scone.kernels import longest_match
 from scone.tests.tokenization.f_gram_strategies import batches, cases
 from scone.tokenization import matcher as matcher_module
-from scone.tokenization.coverage import match_statistics
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
-from scone.tokenization.inspection import inspect_tokens
+from scone.tokenization.inspection import inspect_tokens, match_statistics
 from scone.tokenization.matcher import Matcher
 from scone.utils.errors import SconeError
 
@@ -123,7 +122,7 @@ def test_truncated_vocabulary_matches_as_the_smaller_one_in_one_pass(data):
     tokens = np.array(row, np.int64)
     for size, found in zip(sizes, match_statistics(Matcher(case.vocabulary), tokens, sizes), strict=True):
         smaller = case.vocabulary.truncated(size)
-        lengths = [smaller.length(node) for node in Matcher(smaller).match(tokens).tolist()]
+        lengths = [len(smaller.tokens(node)) for node in Matcher(smaller).match(tokens).tolist()]
         matched = [length for length in lengths if length > 1]
         assert found.num_f_grams == smaller.num_f_grams
         assert found.num_positions == len(row)

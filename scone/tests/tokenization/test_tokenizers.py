@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 
@@ -17,7 +16,6 @@ from scone.data.encoding import CorpusEncoder
 from scone.tokenization.tokenizers import (
     document_separator_id,
     load_tokenizer,
-    one_thread_per_call,
     separator_ids,
     tokenizer_fingerprint,
     train_tokenizer,
@@ -189,16 +187,6 @@ def test_a_tokenizer_without_an_end_is_refused(trained, tmp_path):
     tokenizer.bos_token = None
     with pytest.raises(SconeError, match="set its eos_token"):
         document_separator_id(tokenizer)
-
-
-def test_one_thread_per_call_puts_the_variable_back(monkeypatch):
-    for value in ("true", None):
-        monkeypatch.setenv("TOKENIZERS_PARALLELISM", value or "")
-        if value is None:
-            monkeypatch.delenv("TOKENIZERS_PARALLELISM")
-        with one_thread_per_call():
-            assert os.environ["TOKENIZERS_PARALLELISM"] == "false"
-        assert os.environ.get("TOKENIZERS_PARALLELISM") == value
 
 
 @pytest.mark.parametrize(("text", "unknown"), [("今天天气很好。", "[UNK]"), ("0123456789", None), ("😀😃😄", None)])

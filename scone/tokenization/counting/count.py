@@ -18,9 +18,8 @@ import numpy as np
 
 from scone.tokenization.counting.engine import CountEngine
 from scone.tokenization.counting.levels import FrequentNGrams, rank_survivors
-from scone.tokenization.counting.plan import CountingPlan, plan_count
+from scone.tokenization.counting.plan import CountingPlan, CountTask, plan_count
 from scone.tokenization.counting.tokens import TokenStream
-from scone.tokenization.f_gram_links import MAX_F_GRAM_LENGTH, MAX_VOCAB_SIZE
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 from scone.utils.errors import SconeError
 from scone.utils.files import fingerprint_of, translate_disk_full
@@ -103,36 +102,16 @@ def count_f_grams(
     """
     started = time.perf_counter()
     separators = tuple(sorted({int(separator) for separator in separator_ids}))
-    _check_options(vocab_size, max_n, min_freq, max_f_grams)
+    task = CountTask(vocab_size, max_n, min_freq, max_f_grams, separators, tokenizer_fingerprint)
     stream = TokenStream(corpora, vocab_size)
-    plan = plan_count(
-        num_positions=stream.num_positions,
-        vocab_size=vocab_size,
-        max_n=max_n,
-        min_freq=min_freq,
-        max_f_grams=max_f_grams,
-        memory_budget_bytes=memory_budget_bytes,
-        num_threads=num_threads,
-    )
+    plan = plan_count(task, stream.num_positions, memory_budget_bytes, num_threads)
     _say(_intention(stream, plan, work_dir), quiet)
-    total = stream.num_positions * (2 * max_n if plan.token_table is False else 2 * max_n - 1)
-    with progress(total, "position", "counting", quiet) as bar:
-        engine = CountEngine(stream, plan, max_n, min_freq, max_f_grams, separators, bar)
+    with progress(stream.num_positions * (2 * max_n - 1), "position", "counting", quiet) as bar:
+        engine = CountEngine(stream, plan, task, bar)
         engine.read_tokens()
         key = fingerprint_of(json.dumps([vocab_size, max_n, min_freq, max_f_grams, separators]), str(engine.checksum))
         with work_folder(Path(work_dir) if work_dir else None, key, plan.temporary_bytes) as folder:
-            token_of_id, levels = engine.count(folder)
-            result = result_of_levels(
-                token_of_id,
-                levels,
-                num_tokens=stream.num_tokens,
-                vocab_size=vocab_size,
-                max_n=max_n,
-                min_freq=min_freq,
-                max_f_grams=max_f_grams,
-                separator_ids=separators,
-                tokenizer_fingerprint=tokenizer_fingerprint,
-            )
+            result = result_of_levels(task, *engine.count(folder), stream.num_tokens)
     statistics = replace(
         result.statistics,
         seconds=time.perf_counter() - started,
@@ -146,41 +125,38 @@ def count_f_grams(
 
 
 def result_of_levels(
-    token_of_id: np.ndarray,
-    levels: list[FrequentNGrams],
-    *,
-    num_tokens: int,
-    vocab_size: int,
-    max_n: int,
-    min_freq: int,
-    max_f_grams: int | None,
-    separator_ids: tuple[int, ...],
-    tokenizer_fingerprint: str,
+    task: CountTask, token_of_id: np.ndarray, levels: list[FrequentNGrams], num_tokens: int
 ) -> CountResult:
     """Rank what survived of all levels, for any engine: ``token_of_id`` uint32 [K], ``levels[0]`` the bigrams."""
-    prefixes, last_tokens, counts, lengths = rank_survivors(token_of_id, levels, vocab_size, max_f_grams)
+    prefixes, last_tokens, counts, lengths = rank_survivors(token_of_id, levels, task.vocab_size, task.max_f_grams)
     vocabulary = FGramVocabulary.from_links(
         prefixes,
         last_tokens,
         counts,
-        vocab_size=vocab_size,
-        max_n=max_n,
-        separator_ids=separator_ids,
-        tokenizer_fingerprint=tokenizer_fingerprint,
+        vocab_size=task.vocab_size,
+        max_n=task.max_n,
+        separator_ids=task.separator_ids,
+        tokenizer_fingerprint=task.tokenizer_fingerprint,
     )
-    return CountResult(vocabulary, _statistics(num_tokens, max_f_grams, min_freq, levels, counts, lengths))
-
-
-def _check_options(vocab_size: int, max_n: int, min_freq: int, max_f_grams: int | None) -> None:
-    for name, value, least, most in (
-        ("vocab_size", vocab_size, 1, MAX_VOCAB_SIZE),
-        ("max_n", max_n, 1, MAX_F_GRAM_LENGTH),
-        ("min_freq", min_freq, 1, None),
-        ("max_f_grams", max_f_grams, 0, None),
-    ):
-        if value is not None and (value < least or (most is not None and value > most)):
-            limits = f"at least {least}" if most is None else f"{least} … {most}"
-            raise SconeError(f"found {name} = {value}; expected {limits}; choose a value in that range")
+    in_vocabulary = np.bincount(lengths, minlength=len(levels) + 2)
+    notes = []
+    if task.max_f_grams is not None and len(counts) < task.max_f_grams:
+        notes.append(
+            f"found {len(counts):,} f-grams with at least {task.min_freq} occurrences; {task.max_f_grams:,} were asked "
+            "for; a larger corpus, a lower min_freq or a larger max_n gives more"
+        )
+    statistics = CountStatistics(
+        num_tokens=num_tokens,
+        num_f_grams=len(counts),
+        requested_f_grams=task.max_f_grams,
+        count_at_cut=int(counts[-1]) if len(counts) else None,
+        levels=tuple(
+            LevelStatistics(length, level.num_candidates, len(level.keys), int(in_vocabulary[length]), level.floor)
+            for length, level in enumerate(levels, start=2)
+        ),
+        notes=tuple(notes),
+    )
+    return CountResult(vocabulary, statistics)
 
 
 def _intention(stream: TokenStream, plan: CountingPlan, work_dir: str | Path | None) -> str:
@@ -236,31 +212,3 @@ def _check_room(folder: Path, temporary_bytes: int) -> None:
             f"found {human_bytes(free)} free at {folder}; expected {human_bytes(temporary_bytes - held)} for temporary "
             "files; free some space, give a work_dir on another disk, or raise the memory budget"
         )
-
-
-def _statistics(
-    num_tokens: int,
-    max_f_grams: int | None,
-    min_freq: int,
-    levels: list[FrequentNGrams],
-    counts: np.ndarray,
-    lengths: np.ndarray,
-) -> CountStatistics:
-    in_vocabulary = np.bincount(lengths, minlength=len(levels) + 2)
-    notes = []
-    if max_f_grams is not None and len(counts) < max_f_grams:
-        notes.append(
-            f"found {len(counts):,} f-grams with at least {min_freq} occurrences; {max_f_grams:,} were asked for; "
-            "a larger corpus, a lower min_freq or a larger max_n gives more"
-        )
-    return CountStatistics(
-        num_tokens=num_tokens,
-        num_f_grams=len(counts),
-        requested_f_grams=max_f_grams,
-        count_at_cut=int(counts[-1]) if len(counts) else None,
-        levels=tuple(
-            LevelStatistics(length, level.num_candidates, len(level.keys), int(in_vocabulary[length]), level.floor)
-            for length, level in enumerate(levels, start=2)
-        ),
-        notes=tuple(notes),
-    )

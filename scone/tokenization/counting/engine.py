@@ -15,7 +15,7 @@ from scone.kernels import ngram_count
 from scone.kernels.ngram_count import NO_ID
 from scone.tokenization.counting.blocks import FileBlocks, MemoryBlocks, PartitionChunk, page_array
 from scone.tokenization.counting.levels import CandidatePool, FrequentNGrams, IdTable, KeySpace, RisingFloor
-from scone.tokenization.counting.plan import CountingPlan
+from scone.tokenization.counting.plan import CountingPlan, CountTask
 from scone.tokenization.counting.tokens import TokenStream
 from scone.utils.files import atomic_path
 from scone.utils.progress import Progress
@@ -28,32 +28,19 @@ _NO_KEY = np.uint64(2**64 - 1)  # of a position where no n-gram ends; no pair of
 class CountEngine:
     """One count: ``read_tokens``, then ``count``.
 
-    Levels are lengths: level 2 holds the bigrams. Level 1 goes through the same machinery only where the vocabulary is
-    too large for an array of its counts.
+    Levels are lengths: level 2 holds the bigrams. Single tokens are counted in an array.
     """
 
-    def __init__(
-        self,
-        stream: TokenStream,
-        plan: CountingPlan,
-        max_n: int,
-        min_freq: int,
-        max_f_grams: int | None,
-        separators: tuple[int, ...],
-        bar: Progress,
-    ) -> None:
-        self._stream, self._plan, self._max_n, self._min_freq = stream, plan, max_n, min_freq
-        self._max_f_grams = max_f_grams
-        self._separators = np.array([s for s in separators if 0 <= s < stream.vocab_size], np.uint32)
-        self._bar = bar
-        self._token_counts = np.zeros(stream.vocab_size if plan.token_table else 0, np.int64)
+    def __init__(self, stream: TokenStream, plan: CountingPlan, task: CountTask, bar: Progress) -> None:
+        self._stream, self._plan, self._task, self._bar = stream, plan, task, bar
+        self._token_counts = np.zeros(stream.vocab_size, np.int64)
         self._local = threading.local()  # what a thread keeps from one item to the next; it ends with the pass
         self.checksum = 0
 
     # The first pass
 
     def read_tokens(self) -> None:
-        """Check every token, count tokens where the plan has an array for it, and sum the input up in ``checksum``."""
+        """Check and count every token, and sum the input up in ``checksum``."""
         lock = threading.Lock()
 
         def read(block: int) -> int:
@@ -61,7 +48,7 @@ class CountEngine:
             start, length = self._plan.span(block)
             total = 0
             for position, tokens in self._stream.read(start, start + length):
-                bad = self._first_outside(tokens, counts)
+                bad = int(ngram_count.histogram_tokens(tokens, counts))
                 if bad >= 0:
                     self._stream.refuse(position + bad)
                 total += int(ngram_count.checksum_words(tokens, position))
@@ -72,12 +59,6 @@ class CountEngine:
 
         self._each(read, range(self._plan.num_blocks))
 
-    def _first_outside(self, tokens: np.ndarray, counts: np.ndarray) -> int:
-        if self._plan.token_table:
-            return int(ngram_count.histogram_tokens(tokens, counts))
-        outside = tokens >= self._stream.vocab_size
-        return int(outside.argmax()) if outside.any() else -1
-
     # All lengths
 
     def count(self, folder: Path | None) -> tuple[np.ndarray, list[FrequentNGrams]]:
@@ -85,25 +66,23 @@ class CountEngine:
 
         ``folder``: where finished levels are kept and found again, and blocks that do not fit into memory.
         """
-        if not self._stream.num_positions or self._max_f_grams == 0:
+        if not self._stream.num_positions or self._task.max_f_grams == 0:
             return np.empty(0, np.uint32), []
         self._blocks = self._empty_blocks(folder)
         self._last_keys = np.full(self._plan.num_blocks, _NO_KEY, np.uint64)
         levels: list[FrequentNGrams] = []
         below: tuple[KeySpace, np.ndarray] | None = None
-        if self._plan.token_table:
-            token_of_id = self._tokens_of_table()
-        else:
-            space = KeySpace.of(self._plan, 0, self._stream.vocab_size)
-            tokens = self._level(1, space, None, RisingFloor(self._min_freq, None), folder)
-            token_of_id = tokens.keys.astype(np.uint32)
-            below = (space, tokens.keys)
-        floor = RisingFloor(self._min_freq, self._max_f_grams)
+        kept = self._token_counts >= self._task.min_freq
+        kept[[token for token in self._task.separator_ids if 0 <= token < len(kept)]] = False
+        token_of_id = np.flatnonzero(kept).astype(np.uint32)
+        self._id_of_token = np.full(self._stream.vocab_size, NO_ID, np.uint32)
+        self._id_of_token[token_of_id] = np.arange(len(token_of_id), dtype=np.uint32)
+        floor = RisingFloor(self._task.min_freq, self._task.max_f_grams)
         num_ids = len(token_of_id)
-        for length in range(2, self._max_n + 1):
+        for length in range(2, self._task.max_n + 1):
             if not num_ids:
                 break
-            space = KeySpace.of(self._plan, num_ids, self._stream.vocab_size)
+            space = KeySpace.of(self._plan, num_ids)
             level = self._level(length, space, below, floor, folder)
             levels.append(level)
             below = (space, level.keys[level.id_indices()])
@@ -118,11 +97,6 @@ class CountEngine:
         blocks.mkdir()
         return FileBlocks(self._plan, blocks)
 
-    def _tokens_of_table(self) -> np.ndarray:
-        kept = self._token_counts >= self._min_freq
-        kept[self._separators] = False
-        return np.flatnonzero(kept).astype(np.uint32)
-
     def _level(
         self,
         length: int,
@@ -133,50 +107,39 @@ class CountEngine:
     ) -> FrequentNGrams:
         """Bring all blocks to level ``length``; count it, or take what an interrupted count found."""
         finished = _load_level(folder, length)
-        if finished is None or length < self._max_n:
+        if finished is None or length < self._task.max_n:
             if below is None:
                 self._fill(space)
             else:
                 self._advance(space, *below)
         if finished is None:
-            finished = self._count_level(length, space, floor)
+            finished = self._count_level(space, floor)
             _save_level(folder, length, finished)
         else:
             self._bar.update(self._plan.num_positions)
-            if length > 1:
-                floor.finish_level(finished.counts)
+            floor.finish_level(finished.counts)
         return finished
 
     # Keys from tokens
 
     def _fill(self, space: KeySpace) -> None:
-        id_of_token = None
-        if space.num_ids:
-            id_of_token = np.full(self._stream.vocab_size, NO_ID, np.uint32)
-            id_of_token[self._tokens_of_table()] = np.arange(space.num_ids, dtype=np.uint32)
-
         def fill(block: int) -> int:
             start, size = self._plan.span(block)
-            ids = self._scratch("ids", size)
-            self._ids_of_tokens(start, ids, id_of_token)
-            carry = np.full(1, NO_ID, np.uint32)
-            if start and space.num_ids:
-                self._ids_of_tokens(start - 1, carry, id_of_token)
+            ids, carry = self._scratch("ids", size), np.full(1, NO_ID, np.uint32)
+            self._ids_of_tokens(start, ids)
+            if start:
+                self._ids_of_tokens(start - 1, carry)
             self._write_keys(space, block, ids, carry[0])
             return size
 
         self._each(fill, range(self._plan.num_blocks))
 
-    def _ids_of_tokens(self, start: int, ids: np.ndarray, id_of_token: np.ndarray | None) -> None:
-        """Write the ids of the positions from ``start`` on into ``ids`` uint32 [L]; without a table, the tokens."""
+    def _ids_of_tokens(self, start: int, ids: np.ndarray) -> None:
+        """Write the ids of the positions from ``start`` on into ``ids`` uint32 [L]."""
         ids[:] = NO_ID
         for position, tokens in self._stream.read(start, start + len(ids)):
-            target = ids[position - start : position - start + len(tokens)]
-            if id_of_token is not None:
-                ngram_count.map_tokens(tokens, id_of_token, target)
-            else:
-                target[:] = tokens
-                target[np.isin(tokens, self._separators)] = NO_ID
+            place = position - start
+            ngram_count.map_tokens(tokens, self._id_of_token, ids[place : place + len(tokens)])
 
     def _write_keys(self, space: KeySpace, block: int, ids: np.ndarray, carry: np.uint32) -> None:
         """Store the n-grams whose prefix and suffix ids stand at neighbouring positions of ``ids`` uint32 [L]."""
@@ -194,7 +157,7 @@ class CountEngine:
         )
         self._blocks.write(block, content)
         prefix, suffix = (ids[-2] if len(ids) > 1 else carry), ids[-1]
-        known = suffix != NO_ID and (prefix != NO_ID or not space.num_ids)
+        known = NO_ID not in (prefix, suffix)
         self._last_keys[block] = int(prefix) * space.num_ids + int(suffix) if known else _NO_KEY
 
     # Keys from the level below
@@ -219,8 +182,8 @@ class CountEngine:
 
     # Counting
 
-    def _count_level(self, length: int, space: KeySpace, floor: RisingFloor) -> FrequentNGrams:
-        pool = CandidatePool(floor, self._max_f_grams if length > 1 else None)
+    def _count_level(self, space: KeySpace, floor: RisingFloor) -> FrequentNGrams:
+        pool = CandidatePool(floor, self._task.max_f_grams)
         sizes = self._blocks.partition_sizes(space.num_partitions)
         self._bar.update(self._plan.num_positions - int(sizes.sum()))  # positions where no candidate ends
         first = 0
@@ -229,8 +192,7 @@ class CountEngine:
             first = last
         used_floor = floor.value
         keys, counts = pool.take()
-        cut = floor.finish_level(counts) if length > 1 else 0
-        return FrequentNGrams(space.num_ids, keys, counts, cut, pool.num_candidates, used_floor)
+        return FrequentNGrams(space.num_ids, keys, counts, floor.finish_level(counts), pool.num_candidates, used_floor)
 
     def _count_group(self, first: int, last: int, space: KeySpace, pool: CandidatePool) -> None:
         """Count partitions ``first:last`` into the pool."""

@@ -18,7 +18,7 @@ _POOL_SLACK = 1 << 12  # candidates beyond 2 S before a pool is cut back, so tha
 
 @dataclass(frozen=True)
 class KeySpace:
-    """How the n-grams of one level are keyed. ``num_ids`` ids of the level below; 0 for the level of single tokens."""
+    """How the n-grams of one level are keyed: ``prefix id * num_ids + suffix id`` in the ids of the level below."""
 
     num_ids: int
     key_bits: int
@@ -28,9 +28,9 @@ class KeySpace:
     dtype: np.dtype
 
     @classmethod
-    def of(cls, plan: CountingPlan, num_ids: int, vocab_size: int) -> KeySpace:
-        """The key space above ``num_ids`` ids (0: keys are the tokens below ``vocab_size``)."""
-        key_bits, remainder_bits = plan.level_bits(num_ids**2 if num_ids else vocab_size)
+    def of(cls, plan: CountingPlan, num_ids: int) -> KeySpace:
+        """The key space above ``num_ids`` ids."""
+        key_bits, remainder_bits = plan.level_bits(num_ids**2)
         multiplier, inverse = ngram_count.multiplier_for(key_bits)
         return cls(num_ids, key_bits, remainder_bits, multiplier, inverse, plan.remainder_dtype(remainder_bits))
 
@@ -43,7 +43,6 @@ class KeySpace:
 class FrequentNGrams:
     """What a level found: keys uint64 [K], ascending (so lexicographic), their counts uint64 [K]; and how it was found.
 
-    The first-level keys are tokens; those above are ``prefix id * num_ids + suffix id`` in the ids of the level below.
     Only those with a count above ``cut`` get an id: nothing longer than the others can still enter the top.
     """
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from scone.tokenization.f_gram_file import MAX_F_GRAM_LENGTH, MAX_VOCAB_SIZE
 from scone.utils.errors import SconeError
 from scone.utils.text import human_bytes
 
@@ -20,10 +21,30 @@ _POSITIONS_PER_PARTITION = 1 << 18  # about 50,000 different n-grams of real tex
 # ranking (16) and in the vocabulary that is being built (40); and, for each level that is full, its key and count (16).
 _BYTES_PER_F_GRAM = 32 + 24 + 16 + 40
 _BYTES_PER_F_GRAM_AND_LEVEL = 16
-_BYTES_PER_TOKEN_TYPE = 12  # its count (8) and its id (4)
+_BYTES_PER_TOKEN_TYPE = 12  # its count (8) and its id (4), and 8 more for each thread that counts
 _TABLE_FACTOR = 6  # a table under way from capacity C to 2 C holds 3 C entries and at least C / 2 n-grams
 _LEVELS_OVERHEAD_BYTES = 1 << 16  # names and headers in the files of the levels
 _USABLE = 0.95  # of what is left for buffers; the rest is for thread stacks, file handles and the allocator
+
+
+@dataclass(frozen=True)
+class CountTask:
+    """What is wanted of a count, whatever engine does it. Raises SconeError for a number that is out of range."""
+
+    vocab_size: int
+    max_n: int
+    min_freq: int
+    max_f_grams: int | None
+    separator_ids: tuple[int, ...] = ()
+    tokenizer_fingerprint: str = ""
+
+    def __post_init__(self) -> None:
+        limits = {"vocab_size": (1, MAX_VOCAB_SIZE), "max_n": (1, MAX_F_GRAM_LENGTH), "min_freq": (1, None)}
+        for name, (least, most) in (limits | {"max_f_grams": (0, None)}).items():
+            value = getattr(self, name)
+            if value is not None and (value < least or (most is not None and value > most)):
+                expected = f"at least {least}" if most is None else f"{least} … {most}"
+                raise SconeError(f"found {name} = {value}; expected {expected}; choose a value in that range")
 
 
 @dataclass(frozen=True)
@@ -39,8 +60,6 @@ class CountingPlan:
     """4 where every level's keys, shuffled and without their partition, fit 32 bits; else 8."""
     group_bytes: int
     """Remainders that are in memory at a time while one level is counted."""
-    token_table: bool
-    """Whether tokens are counted in an array of V counts (else by partitions, as n-grams are)."""
     saved_n_grams: int
     """Most survivors that the saved levels hold together."""
 
@@ -76,32 +95,21 @@ class CountingPlan:
 
 
 def plan_count(
-    *,
-    num_positions: int,
-    vocab_size: int,
-    max_n: int,
-    min_freq: int,
-    max_f_grams: int | None,
-    memory_budget_bytes: int | None,
-    num_threads: int | None,
+    task: CountTask, num_positions: int, memory_budget_bytes: int | None, num_threads: int | None
 ) -> CountingPlan:
     """Choose sizes for a count within ``memory_budget_bytes`` (None: half of the free memory, and no refusal).
 
     Raises SconeError when the budget cannot hold even the f-grams that were asked for; says how much would do.
     """
     threads = num_threads or len(os.sched_getaffinity(0))
-    most_ids = num_positions // max(1, min_freq)
-    most_f_grams = min(most_ids, max_f_grams if max_f_grams is not None else most_ids)
+    vocab_size, max_n = task.vocab_size, task.max_n
+    most_ids = num_positions // task.min_freq
+    most_f_grams = most_ids if task.max_f_grams is None else min(most_ids, task.max_f_grams)
     fixed_bytes = most_f_grams * (_BYTES_PER_F_GRAM + _BYTES_PER_F_GRAM_AND_LEVEL * max(1, max_n - 1))
+    fixed_bytes += vocab_size * (_BYTES_PER_TOKEN_TYPE + 8 * threads)
     budget = memory_budget_bytes
     if budget is None:
-        budget = max(_free_memory_bytes() // 2, fixed_bytes + (256 << 20) + vocab_size * _BYTES_PER_TOKEN_TYPE)
-    table_bytes = vocab_size * _BYTES_PER_TOKEN_TYPE
-    token_table = table_bytes <= max(budget - fixed_bytes, 0) // 4
-    if token_table:
-        fixed_bytes += table_bytes
-    else:
-        fixed_bytes += 2 * 24 * min(vocab_size, most_ids)
+        budget = max(_free_memory_bytes() // 2, fixed_bytes + (256 << 20))
     buffer_bytes = int((budget - fixed_bytes) * _USABLE)
     least_bytes = _least_buffer_bytes(threads, num_positions)
     if buffer_bytes < least_bytes:
@@ -112,11 +120,11 @@ def plan_count(
         )
     wide_ids = max(min(vocab_size, most_ids), most_f_grams).bit_length()
     fits = 2 * wide_ids <= 32 + _WIDE_PARTITION_BITS and num_positions < 2**32
-    plan = _cut(num_positions, threads, buffer_bytes, 4 if fits else 8, token_table)
-    return replace(plan, saved_n_grams=most_f_grams * max_n + (0 if token_table else min(vocab_size, most_ids)))
+    plan = _cut(num_positions, threads, buffer_bytes, 4 if fits else 8)
+    return replace(plan, saved_n_grams=most_f_grams * max_n)
 
 
-def _cut(num_positions: int, threads: int, buffer_bytes: int, remainder_bytes: int, token_table: bool) -> CountingPlan:
+def _cut(num_positions: int, threads: int, buffer_bytes: int, remainder_bytes: int) -> CountingPlan:
     """Blocks, partitions and groups for ``buffer_bytes`` of buffers."""
     stored_bytes = 2 + remainder_bytes
     in_memory_block = min(_MAX_BLOCK_POSITIONS, max(_MIN_BLOCK_POSITIONS, -(-num_positions // threads)))
@@ -138,7 +146,7 @@ def _cut(num_positions: int, threads: int, buffer_bytes: int, remainder_bytes: i
         block_positions = max(_MIN_BLOCK_POSITIONS, min(fitting, _MAX_BLOCK_POSITIONS, -(-num_positions // threads)))
     group_bytes = max(buffer_bytes - table_bytes, block_positions * remainder_bytes) if on_disk else 1 << 62
     return CountingPlan(
-        num_positions, threads, on_disk, block_positions, partition_bits, remainder_bytes, group_bytes, token_table, 0
+        num_positions, threads, on_disk, block_positions, partition_bits, remainder_bytes, group_bytes, 0
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ import numpy as np
 
 from scone.tokenization.counting.count import CountResult, result_of_levels
 from scone.tokenization.counting.levels import CandidatePool, FrequentNGrams, RisingFloor
+from scone.tokenization.counting.plan import CountTask
 from scone.tokenization.counting.tokens import file_offset
 from scone.utils.errors import SconeError
 
@@ -29,36 +30,10 @@ _COUNTS_SCHEMA = "key long, number long"
 _MAX_IDS = 3_037_000_499  # their square is the largest that fits Spark's signed 64-bit integers
 
 
-@dataclass(frozen=True)
-class TokenFileSlice:
-    """Tokens ``start:stop`` of an array in a file that every executor can read, and ``lead`` before them as context."""
-
-    path: str
-    dtype: str
-    offset_bytes: int
-    start: int
-    stop: int
-    lead: int
-
-    def read(self) -> np.ndarray:
-        """The tokens, context first, uint32."""
-        first = self.start - self.lead
-        offset = self.offset_bytes + first * np.dtype(self.dtype).itemsize
-        tokens = np.fromfile(self.path, self.dtype, self.stop - first, offset=offset)
-        if len(tokens) != self.stop - first:
-            raise SconeError(
-                f"found {self.path} with too few tokens for {self.start} … {self.stop}; expected the file that the "
-                "driver sees; put token files on storage that all executors share"
-            )
-        return tokens
-
-
 def count_f_grams_on_spark(
     spark: SparkSession,
     *,
-    token_arrays: Sequence[np.memmap] = (),
-    parquet_path: str | None = None,
-    parquet_column: str = "tokens",
+    token_arrays: Sequence[np.memmap],
     vocab_size: int,
     max_n: int,
     min_freq: int = 1,
@@ -71,21 +46,16 @@ def count_f_grams_on_spark(
 
     Args:
         token_arrays: memory-mapped token arrays (token files) under paths that all executors can read.
-        parquet_path: instead: a parquet file or folder with one document a row, tokens in ``parquet_column`` (a list of
-            integers); n-grams do not cross rows.
         slice_tokens: tokens of one task.
 
-    Executors need this package and its requirements. Raises SconeError for tokens outside the vocabulary, arrays that
-    are not files, or a parquet column that is not there.
+    Executors need this package and its requirements. Raises SconeError for tokens outside the vocabulary and arrays
+    that are not files.
     """
     started = time.perf_counter()
-    if parquet_path is None:
-        corpus = _sliced(spark, token_arrays, slice_tokens, max_n)
-    else:
-        corpus = _documents(spark, parquet_path, parquet_column)
-    separators = np.array(sorted({int(separator) for separator in separator_ids}), np.int64)
-    task = _Task(parquet_path is None, vocab_size, separators)
-    tokens, numbers = _collected(_summed(corpus, partial(_token_counts, task)))
+    corpus = _sliced(spark, token_arrays, slice_tokens, max_n)
+    separators = sorted({int(separator) for separator in separator_ids})
+    task = CountTask(vocab_size, max_n, min_freq, max_f_grams, tuple(separators), tokenizer_fingerprint)
+    tokens, numbers = _collected(_summed(corpus, _token_counts))
     outside = tokens[(tokens < 0) | (tokens >= vocab_size)]
     if len(outside):
         raise SconeError(
@@ -93,53 +63,35 @@ def count_f_grams_on_spark(
             "the tokenizer that made the corpus"
         )
     token_of_id = np.sort(tokens[(numbers >= min_freq) & ~np.isin(tokens, separators)]).astype(np.uint32)
-    levels = _levels(spark, corpus, task, token_of_id, max_n, min_freq, max_f_grams)
-    result = result_of_levels(
-        token_of_id,
-        levels,
-        num_tokens=int(numbers.sum()),
-        vocab_size=vocab_size,
-        max_n=max_n,
-        min_freq=min_freq,
-        max_f_grams=max_f_grams,
-        separator_ids=tuple(separators.tolist()),
-        tokenizer_fingerprint=tokenizer_fingerprint,
-    )
+    levels = _levels(spark, corpus, task, token_of_id)
+    result = result_of_levels(task, token_of_id, levels, int(numbers.sum()))
     statistics = replace(result.statistics, seconds=time.perf_counter() - started)
     return replace(result, statistics=statistics)
 
 
-def _levels(
-    spark: SparkSession,
-    corpus: DataFrame,
-    task: _Task,
-    token_of_id: np.ndarray,
-    max_n: int,
-    min_freq: int,
-    max_f_grams: int | None,
-) -> list[FrequentNGrams]:
+def _levels(spark: SparkSession, corpus: DataFrame, task: CountTask, token_of_id: np.ndarray) -> list[FrequentNGrams]:
     """FrequentNGrams of lengths 2 … N, each counted by one Spark job."""
     from pyspark import StorageLevel
 
     levels: list[FrequentNGrams] = []
-    floor = RisingFloor(min_freq, max_f_grams)
+    floor = RisingFloor(task.min_freq, task.max_f_grams)
     keys_below = [token_of_id.astype(np.int64)]
-    for _length in range(2, max_n + 1):
+    for _length in range(2, task.max_n + 1):
         num_ids = len(keys_below[-1])
-        if num_ids == 0 or max_f_grams == 0:
+        if num_ids == 0 or task.max_f_grams == 0:
             break
         if num_ids > _MAX_IDS:
             raise SconeError(f"found {num_ids:,} n-grams of one length; expected at most {_MAX_IDS:,}; raise min_freq")
         known = spark.sparkContext.broadcast(keys_below)
-        counted = _summed(corpus, partial(_n_gram_counts, task, known)).persist(StorageLevel.DISK_ONLY)
+        counted = _summed(corpus, partial(_n_gram_counts, known)).persist(StorageLevel.DISK_ONLY)
         num_candidates = counted.count()
         first = counted.where(counted["number"] >= floor.value)
-        if max_f_grams is not None:
-            first = first.orderBy(counted["number"].desc(), counted["key"]).limit(max_f_grams)
+        if task.max_f_grams is not None:
+            first = first.orderBy(counted["number"].desc(), counted["key"]).limit(task.max_f_grams)
         found, numbers = _collected(first)
         counted.unpersist()
         known.unpersist()
-        pool = CandidatePool(floor, max_f_grams)
+        pool = CandidatePool(floor, task.max_f_grams)
         pool.add(found.astype(np.uint64), numbers.astype(np.uint64), num_candidates)
         used_floor = floor.value
         keys, counts = pool.take()
@@ -177,46 +129,22 @@ def _sliced(spark: SparkSession, arrays: Sequence[np.memmap], slice_tokens: int,
     return slices.repartition(max(1, len(rows)), "path", "start")
 
 
-def _documents(spark: SparkSession, path: str, column: str) -> DataFrame:
-    found = spark.read.parquet(path)
-    if column not in found.columns:
-        raise SconeError(
-            f"found the columns {', '.join(found.columns)} in {path}; expected {column}; name the column of token lists"
-        )
-    return found.select(column)
-
-
 # What runs on the executors
 
 
-@dataclass(frozen=True)
-class _Task:
-    """What every task knows: whether its rows are slices of token files or documents, V, and the separators."""
-
-    of_files: bool
-    vocab_size: int
-    separators: np.ndarray
-
-    def runs(self, batches: Iterable[pyarrow.RecordBatch]) -> Iterator[tuple[np.ndarray, int]]:
-        """Token runs int64 [L], -1 between documents; and how many positions at the front are only context."""
-        for batch in batches:
-            if self.of_files:
-                for row in batch.to_pylist():
-                    piece = TokenFileSlice(**row)
-                    yield piece.read().astype(np.int64), piece.lead
-            else:
-                yield _with_breaks(batch.column(0)), 0
-
-
-def _with_breaks(lists: pyarrow.ListArray) -> np.ndarray:
-    """All documents of a batch in one array int64, -1 after each."""
-    lists = lists.drop_null()
-    lengths = lists.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
-    run = np.full(int(lengths.sum()) + len(lengths), -1, np.int64)
-    is_token = np.ones(len(run), bool)
-    is_token[np.cumsum(lengths + 1) - 1] = False
-    run[is_token] = lists.flatten().to_numpy(zero_copy_only=False)
-    return run
+def _slices(batches: Iterable[pyarrow.RecordBatch]) -> Iterator[tuple[np.ndarray, int]]:
+    """The tokens of each slice, int64 [L]; and how many at the front are only context."""
+    for batch in batches:
+        for row in batch.to_pylist():
+            first, path = row["start"] - row["lead"], row["path"]
+            offset = row["offset_bytes"] + first * np.dtype(row["dtype"]).itemsize
+            tokens = np.fromfile(path, row["dtype"], row["stop"] - first, offset=offset)
+            if len(tokens) != row["stop"] - first:
+                raise SconeError(
+                    f"found {path} with too few tokens for {row['start']} … {row['stop']}; expected the file that the "
+                    "driver sees; put token files on storage that all executors share"
+                )
+            yield tokens.astype(np.int64), row["lead"]
 
 
 def _batch(keys: np.ndarray, numbers: np.ndarray) -> pyarrow.RecordBatch:
@@ -226,16 +154,15 @@ def _batch(keys: np.ndarray, numbers: np.ndarray) -> pyarrow.RecordBatch:
     return pyarrow.RecordBatch.from_arrays(columns, names=["key", "number"])
 
 
-def _token_counts(task: _Task, batches: Iterable[pyarrow.RecordBatch]) -> Iterator[pyarrow.RecordBatch]:
-    for run, lead in task.runs(batches):
-        tokens = run[lead:]
-        yield _batch(*np.unique(tokens if task.of_files else tokens[tokens != -1], return_counts=True))
+def _token_counts(batches: Iterable[pyarrow.RecordBatch]) -> Iterator[pyarrow.RecordBatch]:
+    for tokens, lead in _slices(batches):
+        yield _batch(*np.unique(tokens[lead:], return_counts=True))
 
 
-def _n_gram_counts(task: _Task, known: Any, batches: Iterable[pyarrow.RecordBatch]) -> Iterator[pyarrow.RecordBatch]:
+def _n_gram_counts(known: Any, batches: Iterable[pyarrow.RecordBatch]) -> Iterator[pyarrow.RecordBatch]:
     """Keys and counts of the level above ``known.value``, the keys (ascending, int64) of all levels that have ids."""
-    for run, lead in task.runs(batches):
-        ids = _ids_of(run, known.value[0])
+    for tokens, lead in _slices(batches):
+        ids = _ids_of(tokens, known.value[0])
         for keys_of_level, keys_below in zip(known.value[1:], known.value, strict=False):
             ids = _ids_of(_keys(ids, len(keys_below)), keys_of_level)
         keys = _keys(ids, len(known.value[-1]))[lead:]
