@@ -129,14 +129,18 @@ class EmbeddedTrunkForVllm(nn.Module):
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Hidden states ``[P, D]``. The trunk always gets vectors: what vLLM compiles first, it compiles for good."""
+        """Hidden states ``[P, D]``. The trunk always gets vectors: what vLLM compiles first, it compiles for good.
+
+        ``inputs_embeds`` are those of the second runner, which are written to: with full CUDA graphs this is in them.
+        """
         if inputs_embeds is None:
             assert input_ids is not None, "a step has tokens"
             inputs_embeds = self._vectors_by_history(input_ids)
+        self._finish(inputs_embeds)
         return self.trunk(None, positions, intermediate_tensors, inputs_embeds=inputs_embeds, **kwargs)
 
-    def finish(self, vectors: Tensor) -> None:
-        """Normalise and scale input vectors ``[P, D]`` as configured, in place."""
+    def _finish(self, vectors: Tensor) -> None:
+        """Normalise and scale input vectors ``[P, D]`` as configured, in place: graphs read them where they are."""
         if self.input_norm is not None:
             normalised = nn.functional.rms_norm(vectors.float(), vectors.shape[1:], self.input_norm, 1e-6)
             vectors.copy_(normalised)
@@ -155,7 +159,6 @@ class EmbeddedTrunkForVllm(nn.Module):
                 )
             step = self._history.step(metadata, input_ids, self._vllm_config)
             self.lookup.put(vectors[: step.query_starts[-1]], *step)
-        self.finish(vectors)
         return vectors
 
 

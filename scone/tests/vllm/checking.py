@@ -43,7 +43,7 @@ def answers(llm: Any, prompts: list[list[int]], **options: Any) -> list[Any]:
     return llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling(**options), use_tqdm=False)
 
 
-def check(model: Any, outputs: list[Any], greedy: bool = True) -> int:
+def check(model: Any, outputs: list[Any], greedy: bool = True, tolerance: float = TOLERANCE) -> int:
     """That every answer is what ``model`` says in one pass over the whole text; how many tokens were compared."""
     import torch
 
@@ -59,15 +59,15 @@ def check(model: Any, outputs: list[Any], greedy: bool = True) -> int:
             found = torch.tensor([at[token].logprob for at, token in zip(answer.logprobs, tokens, strict=True)])
             its = new.gather(1, torch.tensor(tokens)[:, None])[:, 0]
             worst = float((found - its).abs().max())
-            assert worst < TOLERANCE, f"log-probabilities differ by {worst} after a prompt of {len(prompt)} tokens"
+            assert worst < tolerance, f"log-probabilities differ by {worst} after a prompt of {len(prompt)} tokens"
             if greedy:
-                assert float((new.max(1).values - its).max()) < TOLERANCE, "another token than the best"
+                assert float((new.max(1).values - its).max()) < tolerance, "another token than the best"
             compared += len(tokens)
         if output.prompt_logprobs is not None:
             pairs = list(zip(output.prompt_logprobs, prompt, strict=True))[1:]
             found = torch.tensor([at[token].logprob for at, token in pairs])
             its = expected[: len(prompt) - 1].gather(1, torch.tensor(prompt[1:])[:, None])[:, 0]
-            assert not pairs or float((found - its).abs().max()) < TOLERANCE, "log-probabilities of the prompt differ"
+            assert not pairs or float((found - its).abs().max()) < tolerance, "log-probabilities of the prompt differ"
             compared += len(pairs)
     return compared
 

@@ -54,7 +54,11 @@ def forget() -> None:
     """Lose what was before each chunk: the law must not hold then."""
     import numpy as np
 
+    from scone.models.table_lookup import DeviceLookup
     from scone.vllm import lookups
+
+    on_device = DeviceLookup.look_up_ragged
+    DeviceLookup.look_up_ragged = lambda self, *most: on_device(self, *most[:-1], most[-1] * 0)  # type: ignore[method-assign]
 
     look_up = lookups.looked_up_in_line
     lookups.looked_up_in_line = lambda find, tokens, starts, before, size: look_up(
@@ -64,7 +68,8 @@ def forget() -> None:
 
 def main(folder: Path, plan: dict[str, Any]) -> dict[str, Any]:
     """Run a plan. ``options``: of the engine; ``second_runner``: of that function; ``count``, ``longest``: of prompts;
-    ``new``: tokens; ``ways``: sampling options of each round; ``forgets``: a last round that must fail.
+    ``new``: tokens; ``ways``: sampling options of each round; ``forgets``: a last round that must fail; ``tolerance``:
+    of log-probabilities.
     """
     checking.settings()
     if "second_runner" in plan:
@@ -75,9 +80,10 @@ def main(folder: Path, plan: dict[str, Any]) -> dict[str, Any]:
     model = models.load(folder)
     prompts = models.prompts(plan.get("count", 16), plan.get("longest", 200))
     found: dict[str, Any] = {"compared": 0, "cached": 0}
+    tolerance = plan.get("tolerance", checking.TOLERANCE)
     for way in plan.get("ways", [{}]):
         outputs = checking.answers(llm, prompts, **{"max_tokens": plan.get("new", 16)} | way)
-        found["compared"] += checking.check(model, outputs, greedy="temperature" not in way)
+        found["compared"] += checking.check(model, outputs, greedy="temperature" not in way, tolerance=tolerance)
         found["cached"] += sum(output.num_cached_tokens or 0 for output in outputs)
         if hasattr(model, "match"):
             found["share"] = checking.share_in_f_grams(model, outputs)
@@ -88,7 +94,7 @@ def main(folder: Path, plan: dict[str, Any]) -> dict[str, Any]:
         forget()
         llm.reset_prefix_cache()
         try:
-            checking.check(model, checking.answers(llm, prompts, max_tokens=4))
+            checking.check(model, checking.answers(llm, prompts, max_tokens=4), tolerance=tolerance)
         except AssertionError:
             found["forgets"] = True
     return found
