@@ -6,14 +6,13 @@ Trunks of Qwen3's form in bf16 with random weights, CUDA graphs on, in processes
 (no HTTP). The f-grams are all pairs of tokens and answers are drawn at random, so every position reads a row that
 nothing has read before: the worst case. Milliseconds a decoding step (the difference of a long and a short run), and of
 a prefill of 2,048 tokens; medians of rounds in which placements take turns. ``none`` is SCONE's model without a lookup.
-``--lookup_only`` needs no vLLM. ``--smoke`` says within a minute whether vLLM runs here. ``--tiny`` rehearses on a CPU.
+``--lookup_only`` needs no vLLM. ``--smoke`` says within a minute whether vLLM runs here, also on a CPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -24,8 +23,6 @@ import time
 import traceback
 from collections import defaultdict
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -35,10 +32,10 @@ import numpy as np
 import torch
 from common import Report
 from transformers import AutoConfig
+from workloads import pairs_as_f_grams, write_tiled_table
 
 from scone.inference.embedding_table import EmbeddingTable
 from scone.inference.row_types import RowFormat
-from scone.inference.table_format import TableLayout
 from scone.models.configuration import SconeConfig
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 
@@ -49,7 +46,7 @@ TRUNKS = {  # width, layers, heads, heads of keys and values, inner width, row t
 }
 TARGETS = {"gpu": 0.97, "ram": 0.97, "mmap": 0.95, "direct": 0.9}
 ON_GPU = torch.cuda.is_available()
-PROMPT, SHORT = 16, 2
+PROMPT, SHORT, LONG = 16, 2, 2048 if ON_GPU else 256
 
 
 def main() -> None:
@@ -60,13 +57,17 @@ def main() -> None:
         child(json.loads(options["child"]))
         return
     ends = time.monotonic() + options["timeout"]
-    trunks = ["tiny"] if options["smoke"] or options["tiny"] else options["trunks"]
+    trunks = ["tiny"] if options["smoke"] else options["trunks"]
     options["f_grams"] = options["f_grams"] or (100_000 if trunks == ["tiny"] else 10_000_000)
     options["failed"], folder = [], options["dir"] / "bench_vllm_gpu"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    vocabulary = make_vocabulary(options["f_grams"], folder)
+    vocabulary = pairs_as_f_grams(options["f_grams"])
+    vocabulary.save(folder)
     for trunk in trunks:
+        if time.monotonic() > ends - 20:
+            options["failed"].append(f"{trunk}: no time was left for it")
+            continue
         measure_trunk(report, trunk, vocabulary, folder, ends)
         shutil.rmtree(folder / trunk)
     shutil.rmtree(folder)
@@ -83,21 +84,11 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--placements", nargs="+", choices=list(TARGETS), default=list(TARGETS), help="of the rows")
     parser.add_argument("--rounds", type=int, default=3, help="turns of every placement")
     parser.add_argument("--lookup_only", action="store_true", help="without vLLM")
-    parser.add_argument("--smoke", action="store_true", help="a tiny trunk alone")
-    parser.add_argument("--tiny", action="store_true", help="a rehearsal at toy size, on any device")
+    parser.add_argument("--smoke", action="store_true", help="a tiny trunk alone, on any device")
     parser.add_argument("--child", help=argparse.SUPPRESS)
 
 
 # ---------------------------------------------------------------------- models
-
-
-def make_vocabulary(num_f_grams: int, folder: Path) -> FGramVocabulary:
-    """The first so many of all pairs of V tokens, where V is as small as that allows; saved in ``folder``."""
-    size = int(np.ceil(np.sqrt(num_f_grams)))
-    pairs, counts = np.divmod(np.arange(num_f_grams), size), np.ones(num_f_grams, np.uint64)
-    vocabulary = FGramVocabulary.from_links(*pairs, counts, vocab_size=size, max_n=2)
-    vocabulary.save(folder)
-    return vocabulary
 
 
 def trunk_config(trunk: str, vocab_size: int) -> Any:
@@ -123,27 +114,8 @@ def make_model(trunk: str, vocabulary: FGramVocabulary, folder: Path) -> float:
     )  # fmt: skip
     config.save_pretrained(target)
     (target / "f_grams.safetensors").hardlink_to(folder / "f_grams.safetensors")
-    tile_table(target / "embeddings.cache", RowFormat.of(TRUNKS[trunk][-1], config.hidden_size), config)
+    write_tiled_table(target / "embeddings.cache", RowFormat.of(TRUNKS[trunk][-1], config.hidden_size), vocabulary)
     return time.perf_counter() - started
-
-
-def tile_table(path: Path, row_format: RowFormat, config: SconeConfig) -> None:
-    """A table whose rows are one random block again and again: as valid as any, and written as fast as the disk can."""
-    layout = TableLayout(config.num_f_grams, row_format, {"vocabulary": config.vocabulary_fingerprint})
-    rows = torch.randn(layout.checksum_rows, row_format.width, generator=torch.Generator().manual_seed(0))
-    block = np.ascontiguousarray(row_format.encode(rows)).view(np.uint8).tobytes()
-    whole, rest = divmod(layout.num_rows, layout.checksum_rows)
-    last = block[: rest * layout.row_bytes]
-    sums = [hashlib.sha256(block).digest()] * whole + ([hashlib.sha256(last).digest()] if rest else [])
-    layout = replace(layout, rows_checksum=hashlib.sha256(b"".join(sums)).hexdigest())
-    with path.open("wb") as file, ThreadPoolExecutor(8) as pool:
-        file.truncate(layout.file_bytes)
-        places = [layout.data_start + number * len(block) for number in range(whole)]
-        list(pool.map(lambda at: os.pwrite(file.fileno(), block, at), places))
-        for part, at in ((layout.header(), 0), (last, layout.data_start + whole * len(block))):
-            os.pwrite(file.fileno(), part, at)
-        os.pwrite(file.fileno(), b"".join(sums), layout.checksums_start)
-        os.fsync(file.fileno())
 
 
 # ---------------------------------------------------------------------- a process for each model
@@ -159,21 +131,15 @@ def measure_trunk(report: Report, trunk: str, vocabulary: FGramVocabulary, folde
         elif report.config["lookup_only"]:
             continue
         simple = {name: value for name, value in report.config.items() if isinstance(value, int | list | bool)}
-        command = [
-            sys.executable,
-            __file__,
-            "--child",
-            json.dumps(simple | {"kind": kind, "folder": str(folder / trunk)}),
-        ]
+        told = json.dumps(simple | {"kind": kind, "folder": str(folder / trunk)})
+        command = [sys.executable, __file__, "--child", told]
         environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_FLASHINFER_SAMPLER": "0"}
         with _log(report, trunk, kind).open("w") as file:
             processes[kind] = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
     while time.monotonic() < ends and any(process.poll() is None for process in processes.values()):
         time.sleep(0.2)
-        if all(
-            process.poll() is not None or (folder / trunk / f"ready-{kind}").exists()
-            for kind, process in processes.items()
-        ):
+        waiting = {kind: (folder / trunk / f"ready-{kind}").exists() for kind in processes}
+        if all(waiting[kind] or process.poll() is not None for kind, process in processes.items()):
             (folder / trunk / "go").touch()
     found: dict[str, float] = {}
     for kind, process in processes.items():
@@ -186,7 +152,7 @@ def measure_trunk(report: Report, trunk: str, vocabulary: FGramVocabulary, folde
         found |= dict(json.loads(line.removeprefix("RESULT ")) for line in lines if line.startswith("RESULT "))
     for name, value in found.items():
         what, _, placement = name.rpartition("_")
-        peer = found.get(f"{what}_plain") if placement != "plain" else None
+        peer = found.get(f"{what}_plain") if "_ms_" in name and placement != "plain" else None
         report.add(
             f"{trunk}_{name}", "ms" if "_ms_" in name else "", value, peer, "plain" if peer else None,
             ratio="peer/ours", target=TARGETS.get(placement) if peer else None,
@@ -218,8 +184,8 @@ def child(given: dict[str, Any]) -> None:
             started = time.perf_counter()
             lookup = open_lookup(folder / kind, placement)
             _tell(f"seconds_to_open_{placement}", time.perf_counter() - started)
-            for positions in [*given["batches"], 2048]:
-                _tell(f"lookup_ms_{positions}_{placement}", time_lookup(lookup, positions, given["f_grams"]))
+            for positions in [*given["batches"], LONG]:
+                time_lookup(placement, lookup, positions, given["f_grams"])
             subjects[placement] = lambda lookup=lookup: switch(lookup)
     if llm is not None:
         (folder / f"ready-{kind}").touch()
@@ -239,7 +205,7 @@ def engine(folder: Path, batches: list[int]) -> Any:
         options = {"gpu_memory_utilization": 0.3, "kv_cache_memory_bytes": 6 << 30}
         options |= {"compilation_config": {"cudagraph_capture_sizes": sorted({1, 2, 4, 8, 16, *batches})}}
     return LLM(
-        str(folder), load_format="dummy", dtype="bfloat16", skip_tokenizer_init=True, max_model_len=2560,
+        str(folder), load_format="dummy", dtype="bfloat16", skip_tokenizer_init=True, max_model_len=LONG + 512,
         max_num_seqs=max(batches), max_num_batched_tokens=4096, enable_prefix_caching=False, seed=0,
         additional_config={"scone": {"placement": "mmap", "check_weights": False}}, **options,
     )  # fmt: skip
@@ -267,9 +233,8 @@ def measure(given: dict[str, Any], llm: Any, subjects: dict[str, Callable[[], ob
                 steps = 4 if number == 0 or not ON_GPU else 64 if batch > 100 else 128
                 taken = generate(batch, PROMPT, steps + SHORT) - generate(batch, PROMPT, SHORT)
                 times[f"decode_ms_b{batch}_{name}"].append(taken / steps)
-            times[f"prefill_ms_{name}"].append(
-                statistics.median(generate(1, 2048, 1) for _ in range(3 if number else 1))
-            )
+            prefills = [generate(1, LONG, 1) for _ in range(3 if number else 1)]
+            times[f"prefill_ms_{name}"].append(statistics.median(prefills))
             fcntl.flock(turn, fcntl.LOCK_UN)
         for name, values in times.items() if number else ():  # the first round warms up
             _tell(name, statistics.median(values[1:]))
@@ -284,31 +249,43 @@ def open_lookup(folder: Path, placement: str) -> Any:
     return TableRows(folder, EmbeddingTable.open(folder / "embeddings.cache", placement, _device()))
 
 
-def time_lookup(lookup: Any, positions: int, num_f_grams: int) -> float:
-    """Milliseconds of a step's lookup: of decoding, each position a request of its own; 2,048 are one prompt.
+def time_lookup(name: str, lookup: Any, positions: int, num_f_grams: int) -> None:
+    """Milliseconds of a step's lookup, from the call until rows are there; and of the kernel alone, in a CUDA graph.
 
-    On the GPU it is the time from launch to launch of many, by host placements that of one call until rows are there.
+    Of decoding, each position is a request of its own; a prefill is one request.
     """
     device, vocab_size = _device(), int(np.ceil(np.sqrt(num_f_grams)))
-    requests = 1 if positions == 2048 else positions
+    requests, repeats = 1 if positions == LONG else positions, 20
     vectors = torch.zeros(positions, lookup._lookup.table.width, dtype=torch.bfloat16, device=device)
-    output, repeats = torch.empty_like(vectors), 20
+    output = torch.empty_like(vectors)
     ragged = torch.randint(0, vocab_size, (repeats, positions), dtype=torch.int32)
     histories = torch.randint(0, vocab_size, (requests, 64), dtype=torch.int32)
     starts = torch.linspace(0, positions, requests + 1).to(torch.int32)
     slots, computed = torch.arange(requests, dtype=torch.int32), torch.full((requests,), 32, dtype=torch.int32)
     on_device = [part.to(device) for part in (starts, slots, histories, computed)]
-    tokens, taken = ragged.to(device), []
-    for turn in range(repeats):
+    tokens = ragged.to(device)
+
+    def look_up(number: int) -> None:
+        if lookup.on_device is not None:
+            lookup.on_device.look_up_ragged(vectors, output, tokens[number], *on_device)
+        else:
+            lookup.put(vectors, ragged[number].numpy(), starts.numpy(), histories[:, 31:32].numpy())
+
+    def timed(call: Callable[[], object]) -> float:
         _synchronize()
         started = time.perf_counter()
-        if lookup.on_device is not None:
-            lookup.on_device.look_up_ragged(vectors, output, tokens[turn], *on_device)
-        else:
-            lookup.put(vectors, ragged[turn].numpy(), starts.numpy(), histories[:, 31:32].numpy())
+        call()
         _synchronize()
-        taken.append(1000 * (time.perf_counter() - started))
-    return statistics.median(taken[3:])
+        return 1000 * (time.perf_counter() - started)
+
+    taken = [timed(lambda number=number: look_up(number)) for number in range(repeats)]
+    _tell(f"lookup_ms_{positions}_{name}", statistics.median(taken[3:]))
+    if lookup.on_device is not None:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for number in range(repeats):
+                look_up(number)
+        _tell(f"kernel_ms_{positions}_{name}", min(timed(graph.replay) for _ in range(5)) / repeats)
 
 
 def _device() -> torch.device:
