@@ -108,6 +108,6 @@ def _open_tier(file: TableFile, tier: Tier, device: torch.device, num_threads: i
                 "found a gpu tier with device cpu; expected an accelerator; use ram, or give --device cuda"
             )
         return DeviceStore(file, device, tier.first_row, tier.num_rows)
-    if tier.kind == "ram":
-        return MemoryStore.ram(file, tier.first_row, tier.num_rows, num_threads, device)
+    if tier.kind in ("ram", "shared"):
+        return MemoryStore.ram(file, tier.first_row, tier.num_rows, num_threads, device, tier.kind == "shared")
     return MemoryStore.mapped(file) if tier.kind == "mmap" else DirectStore(file)

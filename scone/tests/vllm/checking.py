@@ -38,9 +38,13 @@ def sampling(**changes: Any) -> Any:
     return SamplingParams(**options | {"ignore_eos": True} | changes)
 
 
-def answers(llm: Any, prompts: list[list[int]], **options: Any) -> list[Any]:
-    """vLLM's outputs for prompts of token ids, all at once."""
-    return llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling(**options), use_tqdm=False)
+def answers(llm: Any, prompts: list[list[int]], adapter: str = "", **options: Any) -> list[Any]:
+    """vLLM's outputs for prompts of token ids, all at once; ``adapter``: the folder of one of LoRA."""
+    from vllm.lora.request import LoRARequest
+
+    request = LoRARequest("adapter", 1, adapter) if adapter else None
+    inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+    return llm.generate(inputs, sampling(**options), use_tqdm=False, lora_request=request)
 
 
 def check(model: Any, outputs: list[Any], greedy: bool = True, tolerance: float = TOLERANCE) -> int:
@@ -70,6 +74,32 @@ def check(model: Any, outputs: list[Any], greedy: bool = True, tolerance: float 
             assert not pairs or float((found - its).abs().max()) < tolerance, "log-probabilities of the prompt differ"
             compared += len(pairs)
     return compared
+
+
+def check_surface(llm: Any, model: Any, prompt: list[int]) -> None:
+    """What else a request may ask for: words to stop at, seeds, several log-probabilities, beams."""
+    from vllm.sampling_params import BeamSearchParams
+
+    from scone.tests.vllm import models
+
+    whole = answers(llm, [prompt], logprobs=5)[0].outputs[0]
+    tokens = list(whole.token_ids)
+    ours = models.log_probabilities(model, prompt + tokens)[len(prompt) - 1 : -1]
+    for at, row in zip(whole.logprobs, ours, strict=True):
+        for token in row.topk(5).indices.tolist():
+            assert abs(at[token].logprob - float(row[token])) < TOLERANCE
+    end = next(n for n, token in enumerate(tokens) if token != tokens[0])
+    stopped = answers(llm, [prompt], detokenize=True, stop=[f"w{tokens[end]}"])[0].outputs[0]
+    assert (stopped.finish_reason, list(stopped.token_ids)) == ("stop", tokens[: end + 1])
+    drawn = [list(answers(llm, [prompt], temperature=1.0, seed=seed)[0].outputs[0].token_ids) for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    beams = llm.beam_search([{"prompt_token_ids": prompt}], BeamSearchParams(3, 8, ignore_eos=True))[0].sequences
+    for beam in beams:
+        new = list(beam.tokens)[len(prompt) :]
+        its = models.log_probabilities(model, prompt + new)[len(prompt) - 1 : -1]
+        assert abs(beam.cum_logprob - sum(float(row[token]) for row, token in zip(its, new, strict=True))) < 1e-3
+    assert len(beams) == 3
+    assert [beam.cum_logprob for beam in beams] == sorted((beam.cum_logprob for beam in beams), reverse=True)
 
 
 def share_in_f_grams(model: Any, outputs: list[Any]) -> float:

@@ -69,7 +69,7 @@ def forget() -> None:
 def main(folder: Path, plan: dict[str, Any]) -> dict[str, Any]:
     """Run a plan. ``options``: of the engine; ``second_runner``: of that function; ``count``, ``longest``: of prompts;
     ``new``: tokens; ``ways``: sampling options of each round; ``forgets``: a last round that must fail; ``tolerance``:
-    of log-probabilities.
+    of log-probabilities; ``surface``: whatever else a request may ask for; ``adapter``: one of LoRA, for a round more.
     """
     checking.settings()
     if "second_runner" in plan:
@@ -87,6 +87,12 @@ def main(folder: Path, plan: dict[str, Any]) -> dict[str, Any]:
         found["cached"] += sum(output.num_cached_tokens or 0 for output in outputs)
         if hasattr(model, "match"):
             found["share"] = checking.share_in_f_grams(model, outputs)
+    if plan.get("surface"):
+        checking.check_surface(llm, model, prompts[2])
+    if plan.get("adapter"):
+        outputs = checking.answers(llm, prompts, plan["adapter"], max_tokens=8)
+        models.adapt(model, Path(plan["adapter"]))
+        found["adapted"] = checking.check(model, outputs, tolerance=tolerance)
     for metric in llm.get_metrics():
         if metric.name in ("vllm:num_preemptions", "vllm:spec_decode_num_accepted_tokens"):
             found[metric.name.removeprefix("vllm:")] = metric.value

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from scone.inference.embedding_table import EmbeddingTable
@@ -129,6 +131,43 @@ def make(name: str, folder: Path, seed: int = 0) -> Path:
     if not kind.over_encoding:
         precompute_table(model, folder / "embeddings.cache", row_type=kind.rows, quiet=True)
     return folder
+
+
+def make_tokenizer(folder: Path) -> None:
+    """Words w0 … w47, one a token: texts can be asked for, and words to stop at."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(WordLevel({f"w{number}": number for number in range(VOCAB_SIZE)}, unk_token="w1"))
+    words.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w1", eos_token="w0").save_pretrained(folder)
+
+
+def make_adapter(folder: Path, adapter: Path, modules: tuple[str, ...] = ("q_proj", "v_proj", "down_proj")) -> Path:
+    """A LoRA adapter, as PEFT saves it, that changes much; of modules of the trunk of the model in ``folder``."""
+    weights, generator = load_file(folder / "model.safetensors"), torch.Generator().manual_seed(0)
+    found = {}
+    for name, weight in weights.items():
+        if name.startswith("trunk.") and name.split(".")[-2] in modules:
+            for part, shape in (("A", (8, weight.shape[1])), ("B", (weight.shape[0], 8))):
+                key = f"base_model.model.{name.removesuffix('.weight')}.lora_{part}.weight"
+                found[key] = torch.randn(shape, generator=generator) * 0.1
+    adapter.mkdir()
+    save_file(found, adapter / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": list(modules), "bias": "none"}
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"task_type": "CAUSAL_LM"}))
+    return adapter
+
+
+def adapt(model: Any, adapter: Path) -> None:
+    """Add an adapter of `make_adapter` to the model's weights."""
+    parts = load_file(adapter / "adapter_model.safetensors")
+    for name in parts:
+        if name.endswith(".lora_A.weight"):
+            module = model.get_submodule(name.removeprefix("base_model.model.").removesuffix(".lora_A.weight"))
+            module.weight.data += 2.0 * parts[name.replace("lora_A", "lora_B")] @ parts[name]
 
 
 def load(folder: Path) -> Any:
