@@ -82,17 +82,17 @@ def check_surface(llm: Any, model: Any, prompt: list[int]) -> None:
 
     from scone.tests.vllm import models
 
-    whole = answers(llm, [prompt], logprobs=5)[0].outputs[0]
-    tokens = list(whole.token_ids)
+    warm: dict[str, Any] = {"temperature": 1.0}
+    drawn = [answers(llm, [prompt], seed=seed, logprobs=5, **warm)[0].outputs[0] for seed in (1, 1, 2)]
+    whole, tokens = drawn[0], list(drawn[0].token_ids)
+    assert tokens == list(drawn[1].token_ids) != list(drawn[2].token_ids)
     ours = models.log_probabilities(model, prompt + tokens)[len(prompt) - 1 : -1]
     for at, row in zip(whole.logprobs, ours, strict=True):
         for token in row.topk(5).indices.tolist():
             assert abs(at[token].logprob - float(row[token])) < TOLERANCE
     end = next(n for n, token in enumerate(tokens) if token != tokens[0])
-    stopped = answers(llm, [prompt], detokenize=True, stop=[f"w{tokens[end]}"])[0].outputs[0]
+    stopped = answers(llm, [prompt], seed=1, detokenize=True, stop=[f"w{tokens[end]}"], **warm)[0].outputs[0]
     assert (stopped.finish_reason, list(stopped.token_ids)) == ("stop", tokens[: end + 1])
-    drawn = [list(answers(llm, [prompt], temperature=1.0, seed=seed)[0].outputs[0].token_ids) for seed in (1, 1, 2)]
-    assert drawn[0] == drawn[1] != drawn[2]
     beams = llm.beam_search([{"prompt_token_ids": prompt}], BeamSearchParams(3, 8, ignore_eos=True))[0].sequences
     for beam in beams:
         new = list(beam.tokens)[len(prompt) :]

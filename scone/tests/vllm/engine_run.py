@@ -69,7 +69,8 @@ def forget() -> None:
 def main(folder: Path, plan: dict[str, Any]) -> dict[str, Any]:
     """Run a plan. ``options``: of the engine; ``second_runner``: of that function; ``count``, ``longest``: of prompts;
     ``new``: tokens; ``ways``: sampling options of each round; ``forgets``: a last round that must fail; ``tolerance``:
-    of log-probabilities; ``surface``: whatever else a request may ask for; ``adapter``: one of LoRA, for a round more.
+    of log-probabilities; ``surface``: whatever else a request may ask for; ``adapter``: one of LoRA, for a round more;
+    ``reference``: the folder that answers are compared with, if another.
     """
     checking.settings()
     if "second_runner" in plan:
@@ -77,7 +78,7 @@ def main(folder: Path, plan: dict[str, Any]) -> dict[str, Any]:
     llm = checking.engine(folder, **plan.get("options", {}))
     from scone.tests.vllm import models
 
-    model = models.load(folder)
+    model = models.load(Path(plan.get("reference", folder)))
     prompts = models.prompts(plan.get("count", 16), plan.get("longest", 200))
     found: dict[str, Any] = {"compared": 0, "cached": 0}
     tolerance = plan.get("tolerance", checking.TOLERANCE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,31 @@ def make_adapter(folder: Path, adapter: Path, modules: tuple[str, ...] = ("q_pro
     config = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": list(modules), "bias": "none"}
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"task_type": "CAUSAL_LM"}))
     return adapter
+
+
+def quantise(folder: Path, target: Path) -> Path:
+    """The model in ``folder``, the trunk's layers in int8 with a scale an output, as compressed-tensors saves it."""
+    shutil.copytree(folder, target)
+    found = {}
+    for name, weight in load_file(folder / "model.safetensors").items():
+        if name.startswith("trunk.model.layers.") and weight.ndim == 2:
+            scale = weight.abs().amax(1, keepdim=True) / 127
+            found[name], found[f"{name}_scale"] = (weight / scale).round().to(torch.int8), scale
+        else:
+            found[name] = weight
+    save_file(found, target / "model.safetensors", {"format": "pt"})
+    numbers = {"num_bits": 8, "type": "int", "symmetric": True}
+    weights = numbers | {"strategy": "channel", "dynamic": False}
+    group = {
+        "targets": ["Linear"],
+        "weights": weights,
+        "input_activations": numbers | {"strategy": "token", "dynamic": True},
+    }
+    config = {"quant_method": "compressed-tensors", "format": "int-quantized", "quantization_status": "compressed"}
+    saved = json.loads((folder / "config.json").read_text())
+    saved["quantization_config"] = config | {"ignore": ["re:.*lm_head"], "config_groups": {"group_0": group}}
+    (target / "config.json").write_text(json.dumps(saved))
+    return target
 
 
 def adapt(model: Any, adapter: Path) -> None:
