@@ -56,7 +56,10 @@ class EmbeddedTrunkForVllm(nn.Module, SupportsLoRA):
                 f"found a trunk {names[text.model_type]} with states beside its keys and values; expected attention "
                 "alone; serve it with `scone serve`"
             )
-        self.packed_modules_mapping = getattr(self.trunk, "packed_modules_mapping", {})  # LoRA is that of its layers
+        # LoRA is that of its layers: an adapter of T belongs to another table
+        self.packed_modules_mapping = getattr(self.trunk, "packed_modules_mapping", {})
+        parts = getattr(self.trunk, "embedding_modules", {})
+        self.trunk.embedding_modules = {name: what for name, what in parts.items() if what != "input_embeddings"}
         self.input_norm: nn.Parameter | None = None
         if config.input_norm:  # in the precision that it was trained in
             self.input_norm = nn.Parameter(torch.ones(config.hidden_size, dtype=torch.float32), requires_grad=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def answers(llm: Any, prompts: list[list[int]], adapter: str = "", **options: An
     """vLLM's outputs for prompts of token ids, all at once; ``adapter``: the folder of one of LoRA."""
     from vllm.lora.request import LoRARequest
 
-    request = LoRARequest("adapter", 1, adapter) if adapter else None
+    request = LoRARequest(adapter, zlib.crc32(adapter.encode()), adapter) if adapter else None
     inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
     return llm.generate(inputs, sampling(**options), use_tqdm=False, lora_request=request)
 

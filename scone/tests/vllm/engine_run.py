@@ -70,6 +70,7 @@ def main(folder: Path, plan: dict[str, Any]) -> dict[str, Any]:
     """Run a plan. ``options``: of the engine; ``second_runner``: of that function; ``count``, ``longest``: of prompts;
     ``new``: tokens; ``ways``: sampling options of each round; ``forgets``: a last round that must fail; ``tolerance``:
     of log-probabilities; ``surface``: whatever else a request may ask for; ``adapter``: one of LoRA, for a round more;
+    ``adapter_of_embeddings``: one to be refused;
     ``reference``: the folder that answers are compared with, if another.
     """
     checking.settings()
@@ -94,6 +95,10 @@ def main(folder: Path, plan: dict[str, Any]) -> dict[str, Any]:
         outputs = checking.answers(llm, prompts, plan["adapter"], max_tokens=8)
         models.adapt(model, Path(plan["adapter"]))
         found["adapted"] = checking.check(model, outputs, tolerance=tolerance)
+        try:
+            checking.answers(llm, prompts, plan["adapter_of_embeddings"])
+        except Exception as error:
+            found["refused"] = str(error)
     for metric in llm.get_metrics():
         if metric.name in ("vllm:num_preemptions", "vllm:spec_decode_num_accepted_tokens"):
             found[metric.name.removeprefix("vllm:")] = metric.value

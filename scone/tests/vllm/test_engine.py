@@ -109,6 +109,8 @@ def test_vllm_equals_full_forward(name: str, tmp_path: Path) -> None:
     if "adapter" in plan:
         models.make_tokenizer(folder)
         plan = plan | {"adapter": str(models.make_adapter(folder, tmp_path / "adapter"))}
+        another = models.make_adapter(folder, tmp_path / "another", ("embed_tokens",))
+        plan = plan | {"adapter_of_embeddings": str(another)}
     if "reference" in plan:
         plan, folder = plan | {"reference": str(folder)}, models.quantise(folder, tmp_path / "quantised")
     found = run(folder, plan)
@@ -116,6 +118,8 @@ def test_vllm_equals_full_forward(name: str, tmp_path: Path) -> None:
     if kind != "over-encoding":
         assert found["share"] > 0.6  # otherwise the law says little
     assert ("adapted" in found) == ("adapter" in plan)
+    if "adapter" in plan:
+        assert "but received ['trunk.model.embed_tokens']" in found["refused"]
     if plan.get("ways", []).count({}) == 2:
         assert found["cached"] >= 64
     if plan["options"].get("num_gpu_blocks_override"):
