@@ -92,7 +92,7 @@ def check_surface(llm: Any, model: Any, prompt: list[int]) -> None:
         for token in row.topk(5).indices.tolist():
             assert abs(at[token].logprob - float(row[token])) < TOLERANCE
     end = next(n for n, token in enumerate(tokens) if token != tokens[0])
-    stopped = answers(llm, [prompt], seed=1, detokenize=True, stop=[f"w{tokens[end]}"], **warm)[0].outputs[0]
+    stopped = answers(llm, [prompt], seed=1, detokenize=True, stop=[f"w{tokens[end]:02}"], **warm)[0].outputs[0]
     assert (stopped.finish_reason, list(stopped.token_ids)) == ("stop", tokens[: end + 1])
     beams = llm.beam_search([{"prompt_token_ids": prompt}], BeamSearchParams(3, 8, ignore_eos=True))[0].sequences
     for beam in beams:

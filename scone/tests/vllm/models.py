@@ -135,15 +135,15 @@ def make(name: str, folder: Path, seed: int = 0) -> Path:
 
 
 def make_tokenizer(folder: Path) -> None:
-    """Words w0 … w47, one a token: texts can be asked for, and words to stop at."""
+    """Words w00 … w47, one a token: texts can be asked for, and words to stop at."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit
     from transformers import PreTrainedTokenizerFast
 
-    words = Tokenizer(WordLevel({f"w{number}": number for number in range(VOCAB_SIZE)}, unk_token="w1"))
+    words = Tokenizer(WordLevel({f"w{number:02}": number for number in range(VOCAB_SIZE)}, unk_token="w01"))
     words.pre_tokenizer = WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w1", eos_token="w0").save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w01", eos_token="w00").save_pretrained(folder)
 
 
 def make_adapter(folder: Path, adapter: Path, modules: tuple[str, ...] = ("q_proj", "v_proj", "down_proj")) -> Path:
