@@ -8,8 +8,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 TEXTS = {"wikipedia_test": "Wikipedia", "novels": "novels", "wikitext103_test": "WikiText-103", "c4": "C4"}
-PLAIN = {"1": "plain", "2": "plain-modern-norm-muon", "4": "plain"}
-"""The run that a screen's changes are measured against; the second screen's was trained with the first."""
+PLAIN = {
+    "1": ("1", "plain"),
+    "2": ("1", "plain-modern-norm-muon"),
+    "4": ("4", "plain"),
+    "5": ("5", "epochs4-plain"),
+    "6": ("6", "plain"),
+}
+"""The run that a screen's changes are measured against, after the screen that it was trained in."""
 SUMMARY = {
     "plain": "plain",
     "rows-100k": "learned rows, 100 k f-grams",
@@ -20,29 +26,32 @@ SUMMARY = {
 }
 """The six runs of the README, of screen 4, and what they are called there."""
 GROUPS = {
-    "1": ("plain", ("rows-x1", "rows-x0.1", "model-x1-stopped", "model-x1-own-tokens", "rows-x1-bare-gradient")),
-    "4": ("plain", ("rows-1M", "rows-3M", "over-encoding-1M", "both-own-tokens-1M")),
-    "5": ("epochs4-plain", ("epochs4-rows", "epochs4-start-again", "epochs4-model-own-tokens")),
+    "1": ("rows-x1", "rows-x0.1", "model-x1-stopped", "model-x1-own-tokens", "rows-x1-bare-gradient"),
+    "4": ("rows-1M", "rows-3M", "over-encoding-1M", "both-own-tokens-1M"),
+    "5": ("epochs4-rows", "epochs4-start-again", "epochs4-model-own-tokens"),
+    "6": ("rows-1M", "rows-1M-classes", "counts-1M", "rows-1M-counts"),
 }
-"""By screen: the run to compare with, and those that are compared. Groups depend on the screen's f-grams, so on no
-other's."""
+"""By screen, the runs whose losses are shown by group. Groups depend on the screen's f-grams: compare within one."""
 
 
 def recipe_table(report: Mapping[str, Any], view: str) -> str:
     """``summary``: the README's runs. ``screen_N``: all runs of a screen. ``groups_N``: change of loss by match.
     ``budgets``: the short runs of screen 3, each beside plain at its budget; ``passes``: those of screen 5.
+    ``validation_N``: losses on the validation text in the course of the runs of screen N, the first of which is plain.
     """
     if view == "summary":
         return _comparison(runs_of(report, "4"), "plain", SUMMARY)
+    kind, _, screen = view.partition("_")
+    if kind == "validation":
+        return _validation(report["screens"][screen]["runs"])
     if view in ("budgets", "passes"):
         return _budgets(runs_of(report, {"budgets": "3", "passes": "5"}[view]))
-    kind, _, screen = view.partition("_")
-    runs = runs_of(report, screen)
+    first, plain = PLAIN[screen]
+    runs = {plain: runs_of(report, first)[plain]} | runs_of(report, screen)
     if kind == "groups":
-        return _groups(runs, *GROUPS[screen])
-    plain = PLAIN[screen]
-    runs = {plain: runs_of(report, "1")[plain] if screen == "2" else runs[plain]} | runs
-    return _comparison(runs, plain, {name: f"`{name}`" for name in runs})
+        return _groups(runs, plain, GROUPS[screen])
+    machine = report["screens"][screen]["machine"]
+    return _comparison(runs, plain, {name: f"`{name}`" for name in runs}, len(machine["accelerators"]))
 
 
 def mean_perplexity(run: Mapping[str, Any]) -> float:
@@ -74,7 +83,7 @@ def _mean(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {**runs[0], "tests": tests, "seeds": len(runs), "means": [mean_perplexity(run) for run in runs]}
 
 
-def _comparison(runs: Mapping[str, Any], plain: str, names: Mapping[str, str]) -> str:
+def _comparison(runs: Mapping[str, Any], plain: str, names: Mapping[str, str], num_gpus: int = 4) -> str:
     base = runs[plain]
     lines = [
         f"| | inference FLOPs | training FLOPs | {' | '.join(TEXTS.values())} | mean of four, to {names[plain]} |",
@@ -94,7 +103,7 @@ def _comparison(runs: Mapping[str, Any], plain: str, names: Mapping[str, str]) -
     seeds = "one seed"
     if base["seeds"] > 1:
         seeds += f", or the mean of several where ± is their standard deviation (plain: {base['seeds']})"
-    note = f"Perplexity after {base['tokens'] / 1e6:.0f} M training tokens; 4 layers × 256; {seeds}; 4 × H100."
+    note = f"Perplexity after {base['tokens'] / 1e6:.0f} M training tokens; 4 layers × 256; {seeds}; {num_gpus} × H100."
     return "\n".join(lines) + f"\n\n*{note}*\n"
 
 
@@ -110,6 +119,29 @@ def _budgets(runs: Mapping[str, Any]) -> str:
             cells.append(percent(mean_perplexity(run) / mean_perplexity(plain) - 1))
         lines.append(f"| {run['tokens'] / 1e6:.0f} M | `{kind}` | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n\n*Perplexity of plain, and the change from it; rate 4e-3, one seed, H100.*\n"
+
+
+def _validation(runs: Mapping[str, Any]) -> str:
+    plain = next(iter(runs.values()))
+    steps = [step for step, _ in plain["validation_losses"]]
+    tokens = plain["tokens"] / plain["steps"]
+    lines = [
+        "| | training FLOPs | "
+        + " | ".join(f"{step * tokens / 1e6:.0f} M" for step in steps)
+        + " | perplexity, to plain |",
+        "|---|---:|" + "---:|" * (len(steps) + 1),
+    ]
+    for name, run in runs.items():
+        losses = dict(run["validation_losses"])
+        cost = run["cost"]["training_flops_per_token"] / plain["cost"]["training_flops_per_token"]
+        change = losses[steps[-1]] - plain["validation_losses"][-1][1]
+        cells = [f"{losses[step]:.3f}" for step in steps]
+        end = "–" if run is plain else percent(math.exp(change) - 1)
+        lines.append(f"| `{name}` | {cost:.2f}× | {' | '.join(cells)} | {end} |")
+    return (
+        "\n".join(lines)
+        + "\n\n*Loss on the validation text (Wikipedia) after so many training tokens; one seed, H100.*\n"
+    )
 
 
 def _groups(runs: Mapping[str, Any], plain: str, others: tuple[str, ...]) -> str:

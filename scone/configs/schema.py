@@ -227,20 +227,6 @@ class TrainingOptions:
         "peak learning rate of the learned rows (default: 2e-3 · √(82 M / tokens of one pass), from 5e-4 to 1e-2)",
         minimum=0,
     )
-    f_gram_dropout: float = option(
-        0.0,
-        "probability that a matched position uses its token instead of its f-gram in training",
-        minimum=0,
-        maximum=0.99,
-        hidden=True,
-    )
-    f_gram_length_warmup_steps: int = option(
-        0,
-        "steps over which the length of the f-grams used in training grows from 2 to max_n",
-        unit="steps",
-        minimum=0,
-        hidden=True,
-    )
     optimizer: str = option(
         "adamw",
         "optimizer of the trunk's matrices; muon takes learning rates like AdamW's (torch 2.9 or later)",

@@ -8,8 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from scone.data.f_gram_dropout import FGramDropout
-from scone.data.training_order import BlockIndex
 from scone.kernels.trie_batch import build_trie_batch
 from scone.tokenization.controls import permuted_nodes, replaced
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
@@ -30,7 +28,6 @@ class Collator:
         backoff: an f-gram's vector sums the rows of its whole suffix chain.
         control: "none", or a control of ``scone.tokenization.controls``.
         hashed: the hashed n-grams of an over-encoding model, in place of a vocabulary.
-        use: which matches training uses (None: all). Items without a ``place`` are no training data: all are used.
     """
 
     def __init__(
@@ -43,7 +40,6 @@ class Collator:
         backoff: bool = True,
         control: str = "none",
         hashed: HashedGrams | None = None,
-        use: FGramDropout | None = None,
     ) -> None:
         assert vocabulary is None or hashed is None, "a batch has f-grams or hashed n-grams"
         self.matcher = Matcher(vocabulary) if vocabulary is not None else None
@@ -53,10 +49,9 @@ class Collator:
         self.backoff = backoff
         self.permuted_nodes = permuted_nodes(vocabulary, control, num_rows) if vocabulary is not None else None
         self.hashed = hashed
-        self.use = use
 
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Items with ``input_ids`` int64 [≤ T], and in training their ``place`` → a batch.
+        """Items with ``input_ids`` int64 [≤ T] → a batch.
 
         An item of several examples has ``position_ids`` too, which start again with each; so has the batch then.
         It has ``input_ids`` and ``labels`` [B, T], ``attention_mask`` [B, T] only where a block is short (without one,
@@ -84,21 +79,16 @@ class Collator:
             batch["position_ids"] = torch.from_numpy(positions)
             starts = np.diff(positions, axis=1, prepend=positions[:, :1] - 1) != 1
         if self.matcher is not None:
-            places = [item["place"] for item in items if "place" in item]
-            batch["trie"] = self._trie(tokens, mask, starts, places)
+            batch["trie"] = self._trie(tokens, mask, starts)
         elif self.hashed is not None:
             batch["trie"] = self.hashed.lookups(self.hashed.rows(tokens, mask, starts), torch.from_numpy)
         return batch
 
-    def _trie(
-        self, tokens: np.ndarray, mask: np.ndarray, starts: np.ndarray | None, places: Sequence[BlockIndex]
-    ) -> dict[str, Any]:
+    def _trie(self, tokens: np.ndarray, mask: np.ndarray, starts: np.ndarray | None) -> dict[str, Any]:
         assert self.matcher is not None
         vocabulary = self.matcher.vocabulary
         # one thread: the workers already share out the cores, and a forked worker must not start a thread pool
         nodes = self.matcher.match(tokens, mask, num_threads=1, starts=starts)
-        if self.use is not None and places:
-            nodes = self.use.used(nodes, tokens, places, vocabulary)
         trie = build_trie_batch(
             replaced(nodes, vocabulary.vocab_size, self.permuted_nodes),
             vocabulary.keys,

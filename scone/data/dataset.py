@@ -9,7 +9,6 @@ import torch
 from torch.utils.data import Dataset
 
 from scone.data.token_file import TokenFile
-from scone.data.training_order import BlockIndex
 from scone.utils.errors import SconeError
 
 
@@ -22,7 +21,6 @@ def num_blocks(num_tokens: int, max_length: int, drop_last: bool) -> int:
 class BlockDataset(Dataset):
     """Item i is ``{"input_ids": int64 [T]}``: tokens i·T … (i+1)·T−1 of the file, T = ``max_length``.
 
-    Asked for a `BlockIndex` of the training order, an item also tells it, as ``"place"``.
     ``drop_last`` leaves the last block out when it is short (training); otherwise it is kept if it has two tokens or
     more (evaluation: one token alone predicts nothing). ``max_tokens`` takes the file's beginning only (None: all of
     it). Blocks run on over document separators.
@@ -53,9 +51,7 @@ class BlockDataset(Dataset):
         """Tokens in all blocks together."""
         return min(self._length * self.max_length, self._available)
 
-    def __getitem__(self, index: int | BlockIndex) -> dict[str, Any]:
-        if isinstance(index, BlockIndex):
-            return self[index.block] | {"place": index}
+    def __getitem__(self, index: int) -> dict[str, Any]:
         if not -self._length <= index < self._length:
             raise IndexError(index)
         start = index % self._length * self.max_length

@@ -1,23 +1,14 @@
-"""The order in which a run reads its blocks, and the position of each in the run."""
+"""The order in which a run reads its blocks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import torch
 from torch.utils.data import Sampler
 
 
-class BlockIndex(NamedTuple):
-    """The position of a training block in the run. It travels with the block to the loader's workers."""
-
-    block: int
-    epoch: int
-    step: int  # of the optimizer, from 0
-
-
-class TrainingOrder(Sampler[BlockIndex]):
+class TrainingOrder(Sampler[int]):
     """All blocks, shuffled anew for every epoch.
 
     The order depends on seed and epoch alone (that of accelerate's seedable sampler: PyTorch's permutation with the
@@ -45,19 +36,17 @@ class TrainingOrder(Sampler[BlockIndex]):
     ) -> None:
         self.num_blocks = num_blocks
         self.seed = seed
-        self.accumulation = accumulation
         self.steps_done = steps_done
-        self.round = batch_size * processes
-        rounds = -(-num_blocks // self.round)
-        self._length = num_blocks if processes == 1 else rounds * self.round
+        blocks_a_round = batch_size * processes
+        rounds = -(-num_blocks // blocks_a_round)
+        self._length = num_blocks if processes == 1 else rounds * blocks_a_round
         self.steps_per_epoch = -(-rounds // accumulation)
 
     def __len__(self) -> int:
         return self._length
 
-    def __iter__(self) -> Iterator[BlockIndex]:
+    def __iter__(self) -> Iterator[int]:
         epoch = self.steps_done() // self.steps_per_epoch
         order = torch.randperm(self.num_blocks, generator=torch.Generator().manual_seed(self.seed + epoch)).tolist()
         for number in range(self._length):
-            step = epoch * self.steps_per_epoch + number // self.round // self.accumulation
-            yield BlockIndex(order[number % self.num_blocks], epoch, step)
+            yield order[number % self.num_blocks]

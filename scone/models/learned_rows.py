@@ -229,7 +229,7 @@ def is_all_zero(weight: Tensor) -> bool:
 
 def is_untouched(weight: Tensor) -> bool:
     """Whether the system has provided none of the memory of ``weight`` yet, so that all of it is zero: known without
-    reading it, which takes seconds for tens of gigabytes. False where that cannot be told.
+    reading it, which takes seconds for tens of gigabytes. False where that cannot be told, and for a mapped file.
     """
     if weight.device.type != "cpu" or weight.nbytes < 1 << 20 or not _MAPPINGS.exists():
         return False
@@ -237,7 +237,8 @@ def is_untouched(weight: Tensor) -> bool:
     for line in _MAPPINGS.read_text(encoding="ascii", errors="replace").splitlines():
         name, *values = line.split()
         if bounds := re.fullmatch(r"([0-9a-f]+)-([0-9a-f]+)", name):
-            inside = int(bounds[1], 16) <= first and last <= int(bounds[2], 16)
+            of_no_file = values[3] == "0"  # inode; in a file's pages, a loaded model's say, lie its values
+            inside = of_no_file and int(bounds[1], 16) <= first and last <= int(bounds[2], 16)
         elif inside and name in ("Anonymous:", "Swap:"):  # pages that were written to
             known = name == "Anonymous:" or known
             if int(values[0]):

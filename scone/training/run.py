@@ -27,7 +27,6 @@ from scone.configs.loading import save_options
 from scone.configs.schema import SconeOptions, TrainingOptions
 from scone.data.collator import Collator
 from scone.data.dataset import BlockDataset
-from scone.data.f_gram_dropout import FGramDropout
 from scone.data.prepare import default_cache_folder, prepare_corpus, prepare_tokenizer
 from scone.data.token_file import TokenFile
 from scone.models.accounting import parameter_counts
@@ -267,7 +266,6 @@ def build_trainer(
             backoff=options.model.rows_backoff,
             control=options.model.control,
             hashed=model.grams if isinstance(model, OverEncodingForCausalLM) else None,
-            use=FGramDropout(training.seed, training.f_gram_dropout, training.f_gram_length_warmup_steps),
         ),
         processing_class=corpus.tokenizer,
         callbacks=[StopOnSignal()],

@@ -236,8 +236,8 @@ def test_help_shows_every_option_of_the_sections_but_those_of_past_experiments(c
         shown = (entry.section in SECTIONS or entry.flag == "batch_size") and not entry.info.hidden
         assert (f"--{entry.flag} " in text) == shown, entry.name
     hidden = {entry.flag for entry in entries().values() if entry.info.hidden}
-    assert {"f_gram_dropout", "f_gram_length_warmup_steps"} <= hidden
-    assert parse("--f_gram_dropout", "0.1").training.f_gram_dropout == 0.1, "still read"
+    assert {"f_gram_start", "control"} <= hidden
+    assert parse("--control", "shuffled").model.control == "shuffled", "still read"
 
 
 def test_a_script_may_expose_single_options_with_its_own_defaults():

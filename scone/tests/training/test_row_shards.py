@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -365,3 +366,23 @@ def test_untouched_memory_is_told_from_memory_that_is_zero() -> None:
     rows.reset()
     assert not rows.weight.any()
     assert not is_untouched(rows.weight)
+
+
+def loaded_rows(folder: Path) -> LearnedRows:
+    """Ones, mapped from their file, as a loaded model's are."""
+    save_file({"weight": torch.ones(5000, 64)}, folder / "rows.safetensors")
+    rows = LearnedRows(5000, 64)
+    with safe_open(folder / "rows.safetensors", "pt") as file:
+        rows.load_state_dict({"weight": file.get_tensor("weight")}, assign=True)
+    return rows
+
+
+def test_loaded_rows_are_not_taken_for_untouched(tmp_path: Path) -> None:
+    """Nobody has written to their memory either; they once came to a GPU as zeros."""
+    assert not is_untouched(loaded_rows(tmp_path).weight)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_loaded_rows_come_to_a_gpu(tmp_path: Path) -> None:
+    assert bool((loaded_rows(tmp_path).to("cuda").weight == 1).all())

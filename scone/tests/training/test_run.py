@@ -119,12 +119,10 @@ needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this t
     ("accumulation", "more"), [(1, {}), (2, {}), pytest.param(1, MODERN, marks=needs_muon)], ids=str
 )
 def test_resumed_training_equals_uninterrupted(corpus, tmp_path, accumulation, more):
-    """Dropout, order, matches left out, optimizer, learned rows and schedule all go on where they were."""
+    """Dropout, order, optimizer, learned rows and schedule all go on where they were."""
     changes = more | {
         "training.gradient_accumulation_steps": accumulation,
         "training.batch_size": 4 // accumulation,
-        "training.f_gram_dropout": 0.25,
-        "training.f_gram_length_warmup_steps": 5,
     }
     whole = train(options(corpus, tmp_path / "whole", **changes), quiet=True)
     train(options(corpus, tmp_path / "cut", **changes), quiet=True)
