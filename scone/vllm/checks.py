@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -13,6 +14,7 @@ import torch
 from safetensors import safe_open
 
 from scone.inference.loading import check_table_weights
+from scone.inference.stores.shared_rows import remove_unused
 from scone.inference.table_format import TableFile
 from scone.models.configuration import SconeConfig
 from scone.utils.errors import SconeError, library_refusal
@@ -41,6 +43,7 @@ class ChecksOfOurs:
             parallel = vllm_config.parallel_config
             if parallel.tensor_parallel_size * parallel.data_parallel_size > 1:
                 vllm_config.additional_config = shared_between_processes(vllm_config.additional_config)
+                atexit.register(remove_unused)  # vLLM ends its workers before they can
         except SconeError as error:
             if os.path.basename(sys.argv[0]) == "vllm":
                 raise SystemExit(f"scone: {error}") from None

@@ -29,7 +29,7 @@ def shared_rows(
     that were killed, and the next one removes it. Raises SconeError where there is too little shared memory.
     """
     size, checksum = num_rows * file.layout.row_bytes, file.layout.rows_checksum
-    _remove_unused()
+    remove_unused()
     path = FOLDER / f"scone-{os.getuid()}-{checksum[:32]}-{first_row}-{num_rows}"
     while True:
         try:
@@ -88,7 +88,7 @@ def _is_at(descriptor: int, path: Path) -> bool:
         return False
 
 
-def _remove_unused() -> None:
+def remove_unused() -> None:
     """Those of this user that no process holds."""
     for path in FOLDER.glob(f"scone-{os.getuid()}-*"):
         with suppress(OSError):

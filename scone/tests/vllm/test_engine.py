@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from scone.inference.stores import shared_rows
+from scone.inference.table_format import TableFile
 from scone.tests.vllm import models
 
 pytestmark = [
@@ -117,9 +119,14 @@ def test_vllm_equals_full_forward(name: str, tmp_path: Path) -> None:
     assert found["compared"] > 10
     if kind != "over-encoding":
         assert found["share"] > 0.6  # otherwise the law says little
+    if "tensor_parallel_size" in plan["options"]:
+        with TableFile(folder / "embeddings.cache") as table:
+            ours = f"scone-*-{table.layout.rows_checksum[:32]}-*"
+        assert not [*shared_rows.FOLDER.glob(ours)], "rows stayed in shared memory"
     assert ("adapted" in found) == ("adapter" in plan)
     if "adapter" in plan:
-        assert "but received ['trunk.model.embed_tokens']" in found["refused"]
+        assert "expected target modules in" in found["refused"]
+        assert "but received ['trunk.model.embed_tokens'" in found["refused"]
     if plan.get("ways", []).count({}) == 2:
         assert found["cached"] >= 64
     if plan["options"].get("num_gpu_blocks_override"):
