@@ -184,5 +184,7 @@ def run(folder: Path, plan: dict[str, Any]) -> dict[str, Any]:
         environment["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"  # two workers on one NUMA node are to be told apart
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    # vLLM may say something after it, of workers that are slow to end
+    line = next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{"))
+    found: dict[str, Any] = json.loads(line)
     return found
