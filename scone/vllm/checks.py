@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -13,10 +14,11 @@ import torch
 from safetensors import safe_open
 
 from scone.inference.loading import check_table_weights
+from scone.inference.stores.shared_rows import remove_unused
 from scone.inference.table_format import TableFile
 from scone.models.configuration import SconeConfig
 from scone.utils.errors import SconeError, library_refusal
-from scone.vllm.options import ServingOptions, serving_options, table_path, vocabulary_path
+from scone.vllm.options import ServingOptions, serving_options, shared_between_processes, table_path, vocabulary_path
 
 FLOOR = (0, 26)
 """The first vLLM whose second model runner asks a model for its inputs of each step (``get_model_state_cls``)."""
@@ -31,10 +33,17 @@ class ChecksOfOurs:
 
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:
-        """Raises SconeError; the command line of vLLM prints it and exits, without a traceback."""
+        """Raises SconeError; the command line of vLLM prints it and exits, without a traceback.
+
+        Of several processes on a machine, all read the same rows in RAM.
+        """
         try:
             check_engine(vllm_config)
             check_files(vllm_config)
+            parallel = vllm_config.parallel_config
+            if parallel.tensor_parallel_size * parallel.data_parallel_size > 1:
+                vllm_config.additional_config = shared_between_processes(vllm_config.additional_config)
+                atexit.register(remove_unused)  # vLLM ends its workers before they can
         except SconeError as error:
             if os.path.basename(sys.argv[0]) == "vllm":
                 raise SystemExit(f"scone: {error}") from None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
+from vllm.model_executor.models.interfaces import SupportsLoRA
 from vllm.model_executor.models.utils import init_vllm_registered_model
 
 from scone.inference.embedding_table import EmbeddingTable
@@ -28,17 +29,13 @@ ROWS = "hashed_embedding.rows.weight"
 NORM = "input_norm.weight"
 
 
-class EmbeddedTrunkForVllm(nn.Module):
+class EmbeddedTrunkForVllm(nn.Module, SupportsLoRA):
     """``trunk``, whose input vectors are made before it runs: outside of what vLLM compiles or captures.
 
     vLLM's second model runner has them made by `model_state.InputVectorsState`, which knows every request's tokens. The
     first one does not say what came before a chunk: on CPUs a history by KV slot does (`slot_history.SlotHistory`).
     """
 
-    supports_lora = True  # of the trunk's layers
-    embedding_modules: ClassVar[dict[str, str]] = {}
-    lora_skip_prefixes: ClassVar[list[str]] = []
-    packed_modules_mapping: dict[str, list[str]] = {}  # noqa: RUF012 (the trunk's own, once it is built)
     allow_patterns_overrides = ("model*.safetensors",)  # not f_grams.safetensors
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
@@ -59,7 +56,10 @@ class EmbeddedTrunkForVllm(nn.Module):
                 f"found a trunk {names[text.model_type]} with states beside its keys and values; expected attention "
                 "alone; serve it with `scone serve`"
             )
+        # LoRA is that of its layers: an adapter of T belongs to another table
         self.packed_modules_mapping = getattr(self.trunk, "packed_modules_mapping", {})
+        parts = getattr(self.trunk, "embedding_modules", {})
+        self.trunk.embedding_modules = {name: what for name, what in parts.items() if what != "input_embeddings"}
         self.input_norm: nn.Parameter | None = None
         if config.input_norm:  # in the precision that it was trained in
             self.input_norm = nn.Parameter(torch.ones(config.hidden_size, dtype=torch.float32), requires_grad=False)
@@ -129,14 +129,18 @@ class EmbeddedTrunkForVllm(nn.Module):
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Hidden states ``[P, D]``. The trunk always gets vectors: what vLLM compiles first, it compiles for good."""
+        """Hidden states ``[P, D]``. The trunk always gets vectors: what vLLM compiles first, it compiles for good.
+
+        ``inputs_embeds`` are those of the second runner, which are written to: with full CUDA graphs this is in them.
+        """
         if inputs_embeds is None:
             assert input_ids is not None, "a step has tokens"
             inputs_embeds = self._vectors_by_history(input_ids)
+        self._finish(inputs_embeds)
         return self.trunk(None, positions, intermediate_tensors, inputs_embeds=inputs_embeds, **kwargs)
 
-    def finish(self, vectors: Tensor) -> None:
-        """Normalise and scale input vectors ``[P, D]`` as configured, in place."""
+    def _finish(self, vectors: Tensor) -> None:
+        """Normalise and scale input vectors ``[P, D]`` as configured, in place: graphs read them where they are."""
         if self.input_norm is not None:
             normalised = nn.functional.rms_norm(vectors.float(), vectors.shape[1:], self.input_norm, 1e-6)
             vectors.copy_(normalised)
@@ -155,7 +159,6 @@ class EmbeddedTrunkForVllm(nn.Module):
                 )
             step = self._history.step(metadata, input_ids, self._vllm_config)
             self.lookup.put(vectors[: step.query_starts[-1]], *step)
-        self.finish(vectors)
         return vectors
 
 

@@ -30,7 +30,7 @@ class InputVectorsState(DefaultModelState):
         return super().prepare_dummy_inputs(num_reqs, num_tokens) | {"inputs_embeds": self._vectors[:num_tokens]}
 
     def prepare_inputs(self, input_batch: Any, req_states: Any) -> dict[str, Any]:
-        """The vectors of a step's tokens, and of its padding, which vLLM may have written to."""
+        """The vectors of a step's tokens, and of its padding, which the last step has written to."""
         output = self._vectors[: input_batch.num_tokens_after_padding]
         tokens = input_batch.input_ids[: len(output)]
         vectors = self._model.embed_input_ids(tokens)
@@ -49,7 +49,6 @@ class InputVectorsState(DefaultModelState):
             if lookup is not None:
                 step = _on_host(input_batch, req_states, tokens, lookup.context)
                 lookup.put(output[: step[1][-1]], *step)
-        self._model.finish(output)
         return super().prepare_inputs(input_batch, req_states) | {"inputs_embeds": output}
 
 

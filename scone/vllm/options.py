@@ -48,6 +48,15 @@ def serving_options(additional_config: Any) -> ServingOptions:
     return options
 
 
+def shared_between_processes(additional_config: Any) -> Any:
+    """vLLM's ``additional_config`` for several processes of a machine: rows that would be in RAM are there once."""
+    options = serving_options(additional_config)
+    places = [place.strip().partition(":") for place in options.placement.split(",")]
+    placement = ",".join("".join(("shared" if kind == "ram" else kind, *size)) for kind, *size in places)
+    others = additional_config if isinstance(additional_config, dict) else {}
+    return others | {"scone": others.get("scone", {}) | {"placement": placement}}
+
+
 def table_path(model: str, revision: str | None, options: ServingOptions) -> Path:
     """The model's table. Raises SconeError where there is none."""
     advice = "make it with `scone precompute`, or name it with --additional-config"

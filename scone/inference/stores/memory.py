@@ -1,5 +1,5 @@
-"""Rows in memory: copied there and checked (`ram`), in the mapped file, one copy for all processes (`mmap`), or on the
-accelerator.
+"""Rows in memory: copied there and checked (`ram`, `shared`), in the mapped file, one copy for all processes (`mmap`),
+or on the accelerator.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from scone.inference.stores.base import RowStore, StoreMemory
+from scone.inference.stores.shared_rows import shared_rows
 from scone.inference.table_format import PAGE_BYTES, TableFile, damaged
 from scone.kernels.common import to_device
 from scone.utils.errors import SconeError
@@ -32,6 +33,7 @@ class MemoryStore(RowStore):
         row = self.row_format
         self._file, self._first_row, self._mapping, self._bytes = file, first_row, mapping, content
         self._unpin: weakref.finalize | None = None
+        self._give_back: weakref.finalize | None = None
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nobody will write
             self._rows = (
@@ -45,15 +47,27 @@ class MemoryStore(RowStore):
         first_row: int = 0,
         num_rows: int | None = None,
         device: torch.device = _CPU,
+        shared: bool = False,
     ) -> MemoryStore:
         """``num_rows`` rows (default: the rest), copied and checked now, then independent of the file.
 
-        For a CUDA device the memory is pinned where the system allows it: kernels there read the rows over the bus.
+        ``shared``: one copy for all processes of this machine that ask for one, see `shared_rows`. For a CUDA device
+        the memory is pinned where the system allows it: kernels there read the rows over the bus.
         Raises SconeError: a chunk does not fit its checksum, the memory is not there, the disk fails.
         """
         num_rows = file.layout.num_rows - first_row if num_rows is None else num_rows
-        rows = load_rows(file, first_row, num_rows)
+        give_back = None
+        if shared and num_rows:
+
+            def fill(rows: np.ndarray) -> None:
+                load_rows(file, first_row, num_rows, rows)
+
+            rows, give_back = shared_rows(file, first_row, num_rows, fill)
+        else:
+            rows = load_rows(file, first_row, num_rows)
         store = cls(file, rows, first_row, None)
+        if give_back is not None:
+            store._give_back = weakref.finalize(store, give_back)
         if device.type == "cuda" and rows.nbytes:
             store._unpin = _pin(store, rows, device)
         return store
@@ -105,7 +119,8 @@ class MemoryStore(RowStore):
         return StoreMemory(ram=size) if self._mapping is None else StoreMemory(mapped=size)
 
     def describe(self) -> str:
-        place = "memory-mapped" if self._mapping is not None else f"in {'pinned ' if self._unpin else ''}RAM"
+        kind = f"{'shared ' if self._give_back else ''}{'pinned ' if self._unpin else ''}RAM"
+        place = "memory-mapped" if self._mapping is not None else f"in {kind}"
         return f"{len(self._rows):,} rows {place}"
 
     def close(self) -> None:
@@ -113,6 +128,8 @@ class MemoryStore(RowStore):
             self._unpin()
             self._unpin = None
         self._rows, self._bytes = self.new_rows(0), np.empty(0, np.uint8)
+        if self._give_back is not None:
+            self._give_back()
         if self._mapping is not None:
             self._mapping.close()
 
@@ -131,15 +148,17 @@ def _pin(owner: MemoryStore, array: np.ndarray, device: torch.device) -> weakref
     return weakref.finalize(owner, runtime.cudaHostUnregister, pointer)
 
 
-def load_rows(file: TableFile, first_row: int, num_rows: int) -> np.ndarray:
+def load_rows(file: TableFile, first_row: int, num_rows: int, rows: np.ndarray | None = None) -> np.ndarray:
     """The bytes of ``num_rows`` rows from ``first_row`` on, uint8 [num_rows · row_bytes], checked chunk by chunk.
+
+    ``rows``: where they go, if not into new memory.
 
     Raises SconeError: a chunk does not fit its checksum, the memory is not there, the disk fails.
     """
     layout, checksums = file.layout, file.checksums()
     size, start = num_rows * layout.row_bytes, first_row * layout.row_bytes
     try:
-        rows = np.empty(size, dtype=np.uint8)
+        rows = np.empty(size, dtype=np.uint8) if rows is None else rows
     except MemoryError as error:
         raise SconeError(
             f"found too little memory for {human_bytes(size)} of table rows; "

@@ -104,6 +104,6 @@ def open_store(file: TableFile, placement: str, device: torch.device) -> RowStor
 def _open_tier(file: TableFile, tier: Tier, device: torch.device) -> RowStore:
     if tier.kind == "gpu":
         return DeviceStore(file, device, tier.first_row, tier.num_rows)
-    if tier.kind == "ram":
-        return MemoryStore.ram(file, tier.first_row, tier.num_rows, device)
+    if tier.kind in ("ram", "shared"):
+        return MemoryStore.ram(file, tier.first_row, tier.num_rows, device, shared=tier.kind == "shared")
     return MemoryStore.mapped(file) if tier.kind == "mmap" else DirectStore(file)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +39,16 @@ def sampling(**changes: Any) -> Any:
     return SamplingParams(**options | {"ignore_eos": True} | changes)
 
 
-def answers(llm: Any, prompts: list[list[int]], **options: Any) -> list[Any]:
-    """vLLM's outputs for prompts of token ids, all at once."""
-    return llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling(**options), use_tqdm=False)
+def answers(llm: Any, prompts: list[list[int]], adapter: str = "", **options: Any) -> list[Any]:
+    """vLLM's outputs for prompts of token ids, all at once; ``adapter``: the folder of one of LoRA."""
+    from vllm.lora.request import LoRARequest
+
+    request = LoRARequest(adapter, zlib.crc32(adapter.encode()), adapter) if adapter else None
+    inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+    return llm.generate(inputs, sampling(**options), use_tqdm=False, lora_request=request)
 
 
-def check(model: Any, outputs: list[Any], greedy: bool = True) -> int:
+def check(model: Any, outputs: list[Any], greedy: bool = True, tolerance: float = TOLERANCE) -> int:
     """That every answer is what ``model`` says in one pass over the whole text; how many tokens were compared."""
     import torch
 
@@ -59,17 +64,43 @@ def check(model: Any, outputs: list[Any], greedy: bool = True) -> int:
             found = torch.tensor([at[token].logprob for at, token in zip(answer.logprobs, tokens, strict=True)])
             its = new.gather(1, torch.tensor(tokens)[:, None])[:, 0]
             worst = float((found - its).abs().max())
-            assert worst < TOLERANCE, f"log-probabilities differ by {worst} after a prompt of {len(prompt)} tokens"
+            assert worst < tolerance, f"log-probabilities differ by {worst} after a prompt of {len(prompt)} tokens"
             if greedy:
-                assert float((new.max(1).values - its).max()) < TOLERANCE, "another token than the best"
+                assert float((new.max(1).values - its).max()) < tolerance, "another token than the best"
             compared += len(tokens)
         if output.prompt_logprobs is not None:
             pairs = list(zip(output.prompt_logprobs, prompt, strict=True))[1:]
             found = torch.tensor([at[token].logprob for at, token in pairs])
             its = expected[: len(prompt) - 1].gather(1, torch.tensor(prompt[1:])[:, None])[:, 0]
-            assert not pairs or float((found - its).abs().max()) < TOLERANCE, "log-probabilities of the prompt differ"
+            assert not pairs or float((found - its).abs().max()) < tolerance, "log-probabilities of the prompt differ"
             compared += len(pairs)
     return compared
+
+
+def check_surface(llm: Any, model: Any, prompt: list[int]) -> None:
+    """What else a request may ask for: words to stop at, seeds, several log-probabilities, beams."""
+    from vllm.sampling_params import BeamSearchParams
+
+    from scone.tests.vllm import models
+
+    warm: dict[str, Any] = {"temperature": 1.0}
+    drawn = [answers(llm, [prompt], seed=seed, logprobs=5, **warm)[0].outputs[0] for seed in (1, 1, 2)]
+    whole, tokens = drawn[0], list(drawn[0].token_ids)
+    assert tokens == list(drawn[1].token_ids) != list(drawn[2].token_ids)
+    ours = models.log_probabilities(model, prompt + tokens)[len(prompt) - 1 : -1]
+    for at, row in zip(whole.logprobs, ours, strict=True):
+        for token in row.topk(5).indices.tolist():
+            assert abs(at[token].logprob - float(row[token])) < TOLERANCE
+    end = next(n for n, token in enumerate(tokens) if token != tokens[0])
+    stopped = answers(llm, [prompt], seed=1, detokenize=True, stop=[f"w{tokens[end]:02}"], **warm)[0].outputs[0]
+    assert (stopped.finish_reason, list(stopped.token_ids)) == ("stop", tokens[: end + 1])
+    beams = llm.beam_search([{"prompt_token_ids": prompt}], BeamSearchParams(3, 8, ignore_eos=True))[0].sequences
+    for beam in beams:
+        new = list(beam.tokens)[len(prompt) :]
+        its = models.log_probabilities(model, prompt + new)[len(prompt) - 1 : -1]
+        assert abs(beam.cum_logprob - sum(float(row[token]) for row, token in zip(its, new, strict=True))) < 1e-3
+    assert len(beams) == 3
+    assert [beam.cum_logprob for beam in beams] == sorted((beam.cum_logprob for beam in beams), reverse=True)
 
 
 def share_in_f_grams(model: Any, outputs: list[Any]) -> float:

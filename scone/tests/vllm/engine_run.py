@@ -54,7 +54,11 @@ def forget() -> None:
     """Lose what was before each chunk: the law must not hold then."""
     import numpy as np
 
+    from scone.models.table_lookup import DeviceLookup
     from scone.vllm import lookups
+
+    on_device = DeviceLookup.look_up_ragged
+    DeviceLookup.look_up_ragged = lambda self, *most: on_device(self, *most[:-1], most[-1] * 0)  # type: ignore[method-assign]
 
     look_up = lookups.looked_up_in_line
     lookups.looked_up_in_line = lambda find, tokens, starts, before, size: look_up(
@@ -64,7 +68,10 @@ def forget() -> None:
 
 def main(folder: Path, plan: dict[str, Any]) -> dict[str, Any]:
     """Run a plan. ``options``: of the engine; ``second_runner``: of that function; ``count``, ``longest``: of prompts;
-    ``new``: tokens; ``ways``: sampling options of each round; ``forgets``: a last round that must fail.
+    ``new``: tokens; ``ways``: sampling options of each round; ``forgets``: a last round that must fail; ``tolerance``:
+    of log-probabilities; ``surface``: whatever else a request may ask for; ``adapter``: one of LoRA, for a round more;
+    ``adapter_of_embeddings``: one to be refused;
+    ``reference``: the folder that answers are compared with, if another.
     """
     checking.settings()
     if "second_runner" in plan:
@@ -72,15 +79,26 @@ def main(folder: Path, plan: dict[str, Any]) -> dict[str, Any]:
     llm = checking.engine(folder, **plan.get("options", {}))
     from scone.tests.vllm import models
 
-    model = models.load(folder)
+    model = models.load(Path(plan.get("reference", folder)))
     prompts = models.prompts(plan.get("count", 16), plan.get("longest", 200))
     found: dict[str, Any] = {"compared": 0, "cached": 0}
+    tolerance = plan.get("tolerance", checking.TOLERANCE)
     for way in plan.get("ways", [{}]):
         outputs = checking.answers(llm, prompts, **{"max_tokens": plan.get("new", 16)} | way)
-        found["compared"] += checking.check(model, outputs, greedy="temperature" not in way)
+        found["compared"] += checking.check(model, outputs, greedy="temperature" not in way, tolerance=tolerance)
         found["cached"] += sum(output.num_cached_tokens or 0 for output in outputs)
         if hasattr(model, "match"):
             found["share"] = checking.share_in_f_grams(model, outputs)
+    if plan.get("surface"):
+        checking.check_surface(llm, model, prompts[2])
+    if plan.get("adapter"):
+        outputs = checking.answers(llm, prompts, plan["adapter"], max_tokens=8)
+        models.adapt(model, Path(plan["adapter"]))
+        found["adapted"] = checking.check(model, outputs, tolerance=tolerance)
+        try:
+            checking.answers(llm, prompts, plan["adapter_of_embeddings"])
+        except Exception as error:
+            found["refused"] = str(error)
     for metric in llm.get_metrics():
         if metric.name in ("vllm:num_preemptions", "vllm:spec_decode_num_accepted_tokens"):
             found[metric.name.removeprefix("vllm:")] = metric.value
@@ -88,7 +106,7 @@ def main(folder: Path, plan: dict[str, Any]) -> dict[str, Any]:
         forget()
         llm.reset_prefix_cache()
         try:
-            checking.check(model, checking.answers(llm, prompts, max_tokens=4))
+            checking.check(model, checking.answers(llm, prompts, max_tokens=4), tolerance=tolerance)
         except AssertionError:
             found["forgets"] = True
     return found

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from scone.inference.embedding_table import EmbeddingTable
@@ -129,6 +132,68 @@ def make(name: str, folder: Path, seed: int = 0) -> Path:
     if not kind.over_encoding:
         precompute_table(model, folder / "embeddings.cache", row_type=kind.rows, quiet=True)
     return folder
+
+
+def make_tokenizer(folder: Path) -> None:
+    """Words w00 … w47, one a token: texts can be asked for, and words to stop at."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(WordLevel({f"w{number:02}": number for number in range(VOCAB_SIZE)}, unk_token="w01"))
+    words.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w01", eos_token="w00").save_pretrained(folder)
+
+
+def make_adapter(folder: Path, adapter: Path, modules: tuple[str, ...] = ("q_proj", "v_proj", "down_proj")) -> Path:
+    """A LoRA adapter, as PEFT saves it, that changes much; of modules of the trunk of the model in ``folder``."""
+    weights, generator = load_file(folder / "model.safetensors"), torch.Generator().manual_seed(0)
+    found = {}
+    for name, weight in weights.items():
+        if name.startswith("trunk.") and name.split(".")[-2] in modules:
+            for part, shape in (("A", (8, weight.shape[1])), ("B", (weight.shape[0], 8))):
+                key = f"base_model.model.{name.removesuffix('.weight')}.lora_{part}.weight"
+                found[key] = torch.randn(shape, generator=generator) * 0.1
+    adapter.mkdir()
+    save_file(found, adapter / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": list(modules), "bias": "none"}
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"task_type": "CAUSAL_LM"}))
+    return adapter
+
+
+def quantise(folder: Path, target: Path) -> Path:
+    """The model in ``folder``, the trunk's layers in int8 with a scale an output, as compressed-tensors saves it."""
+    shutil.copytree(folder, target)
+    found = {}
+    for name, weight in load_file(folder / "model.safetensors").items():
+        if name.startswith("trunk.model.layers.") and weight.ndim == 2:
+            scale = weight.abs().amax(1, keepdim=True) / 127
+            found[name], found[f"{name}_scale"] = (weight / scale).round().to(torch.int8), scale
+        else:
+            found[name] = weight
+    save_file(found, target / "model.safetensors", {"format": "pt"})
+    numbers = {"num_bits": 8, "type": "int", "symmetric": True}
+    weights = numbers | {"strategy": "channel", "dynamic": False}
+    group = {
+        "targets": ["Linear"],
+        "weights": weights,
+        "input_activations": numbers | {"strategy": "token", "dynamic": True},
+    }
+    config = {"quant_method": "compressed-tensors", "format": "int-quantized", "quantization_status": "compressed"}
+    saved = json.loads((folder / "config.json").read_text())
+    saved["quantization_config"] = config | {"ignore": ["re:.*lm_head"], "config_groups": {"group_0": group}}
+    (target / "config.json").write_text(json.dumps(saved))
+    return target
+
+
+def adapt(model: Any, adapter: Path) -> None:
+    """Add an adapter of `make_adapter` to the model's weights."""
+    parts = load_file(adapter / "adapter_model.safetensors")
+    for name in parts:
+        if name.endswith(".lora_A.weight"):
+            module = model.get_submodule(name.removeprefix("base_model.model.").removesuffix(".lora_A.weight"))
+            module.weight.data += 2.0 * parts[name.replace("lora_A", "lora_B")] @ parts[name]
 
 
 def load(folder: Path) -> Any:

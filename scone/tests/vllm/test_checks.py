@@ -158,7 +158,8 @@ def vllm_config(folder: Path, **changes: Any) -> Any:
         "model": str(folder),
         "revision": None,
     }
-    parallel = {"pipeline_parallel_size": 1, "prefill_context_parallel_size": 1}
+    kinds = ("pipeline", "prefill_context", "tensor", "data")
+    parallel = {f"{kind}_parallel_size": 1 for kind in kinds}
     for part in (config, model, parallel):
         part |= {name: value for name, value in changes.items() if name in part}
     model["hf_config"] = SconeConfig.from_pretrained(folder)
@@ -208,6 +209,23 @@ def test_the_command_line_gets_the_line_alone(folder: Path, monkeypatch: pytest.
     monkeypatch.setattr(sys, "argv", ["/usr/bin/vllm", "serve"])
     with pytest.raises(SystemExit, match=r"scone: found no embeddings\.cache"):
         checks.ChecksOfOurs.verify_and_update_config(vllm_config(folder))
+
+
+@pytest.mark.parametrize("kind", ["tensor", "data"])
+def test_several_processes_share_rows_in_ram(folder: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    monkeypatch.setattr(checks, "check_engine", lambda config: None)
+    for given, expected in {"gpu:10,ram": "gpu:10,shared", "gpu:10, ram:20,disk": "gpu:10,shared:20,disk"}.items():
+        additional = {"scone": {"placement": given, "check_weights": False}, "another's": 1}
+        config = vllm_config(folder, additional_config=additional)
+        checks.ChecksOfOurs.verify_and_update_config(config)
+        assert config.additional_config == additional
+        config = vllm_config(folder, additional_config=additional, **{f"{kind}_parallel_size": 2})
+        checks.ChecksOfOurs.verify_and_update_config(config)
+        assert serving_options(config.additional_config) == ServingOptions(placement=expected, check_weights=False)
+        assert config.additional_config["another's"] == 1
+    config = vllm_config(folder, **{f"{kind}_parallel_size": 2})
+    checks.ChecksOfOurs.verify_and_update_config(config)
+    assert serving_options(config.additional_config).placement == "shared"
 
 
 @pytest.mark.parametrize("module", ["scone.vllm", "scone.vllm.checks", "scone.vllm.options"])
