@@ -20,9 +20,13 @@ from scone.inference.loading import choose_device
 from scone.models.accounting import parameter_counts
 from scone.models.language_model import SconeForCausalLM
 from scone.tokenization.matcher import Matcher
-from scone.training.run import TRAINING_LOG_FILE, Corpus
+from scone.training.run import TRAINING_LOG_FILE, Corpus, evaluation_blocks
 from scone.training.run_folder import FINAL_MODEL, complete_checkpoints
+from scone.utils.errors import SconeError
 from scone.utils.files import read_json, write_json
+
+SAME_LOSS = 0.02
+"""Nats a token by which training in bf16 and testing in fp32 may differ."""
 
 
 def measured_run(
@@ -68,6 +72,7 @@ def measured_run(
     model: Any = AutoModelForCausalLM.from_pretrained(final_model)
     model = model.to(choose_device(options.training.device)).eval()
     tokens = log["steps"] * log["tokens_per_step"]
+    check_model(model, corpus, options, log)
 
     def tested(name: str, groups: Matcher | None) -> dict[str, Any]:
         file = texts[name]
@@ -104,6 +109,24 @@ def measured_run(
     if not keep_model:
         shutil.rmtree(folder)
     return result | {"seconds": time.perf_counter() - started}
+
+
+def check_model(model: Any, corpus: Corpus, options: SconeOptions, log: Mapping[str, Any]) -> None:
+    """Raises SconeError when the saved model is not the one that was trained, told by its loss on the validation text.
+
+    Models once lost their rows on the way to a GPU, and four runs were tested without them.
+    """
+    trained = [line["eval_loss"] for line in log["log"] if "eval_loss" in line and line["step"] == log["steps"]]
+    if corpus.validation is None or not trained:
+        return
+    length, training = options.data.max_length, options.training
+    blocks = evaluation_blocks(corpus.validation, length, training.max_eval_tokens)
+    saved = perplexity(model, corpus.validation.tokens[: blocks.num_tokens], length, training.batch_size, quiet=True)
+    if abs(saved.loss - trained[-1]) > SAME_LOSS:
+        raise SconeError(
+            f"found a loss of {saved.loss:.4f} of the saved model on the validation text; expected the "
+            f"{trained[-1]:.4f} with which training ended; the model changed while it was saved or loaded"
+        )
 
 
 class ProgressFile(TrainerCallback):

@@ -275,6 +275,15 @@ def test_at_every_evaluation_each_text_is_tested(runner, data, tmp_path):
         assert curve[1]["text_losses"][name] == pytest.approx(test["loss"], abs=2e-5)
         assert np.mean(test["block_losses"]) == pytest.approx(test["loss"], abs=0.02)
 
+    from measured_run import check_model
+
+    options, corpus = plan.options["7m-5-rows"], plan.corpus()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "7m-5-rows" / "final_model")
+    check_model(model, corpus, options, {"log": result["log"], "steps": 2})
+    model.get_output_embeddings().weight.data.mul_(1000)
+    with pytest.raises(SconeError, match="with which training ended"):
+        check_model(model, corpus, options, {"log": result["log"], "steps": 2})
+
 
 def test_any_beginning_of_a_mixture_is_a_fair_draw(tmp_path):
     """Of each kind as many characters as its share of all, but for a document; and no held-out document is in it."""
