@@ -49,7 +49,12 @@ def main() -> None:
     rows = options["rows"] or (30_000 if report.quick else 1_000_000)
     tokens, source = gpt2_tokens(1 if report.quick else 4)
     vocabulary = f_grams_of(tokens, rows)
-    options |= {"tokens": source, "rows": vocabulary.num_f_grams, "max_n": MAX_N, "trunk": [WIDTH, LAYERS, HEADS]}
+    options |= {
+        "tokens": source,
+        "rows": vocabulary.num_f_grams,
+        "max_n": MAX_N,
+        "trunk": [WIDTH, layers_of(options), HEADS],
+    }
     options |= {"threads": torch.get_num_threads(), "prompt": 32 if report.quick else 256}
     options |= {"steps": 4 if report.quick else 32, "turns": 2 if report.quick else 9}
     print(f"{vocabulary.num_f_grams:,} f-grams of {source}", flush=True)
@@ -89,12 +94,12 @@ class Subject:
         self.embedding_seconds = 0.0
         self.device = next(model.parameters()).device
         if isinstance(model, SconeForCausalLM):
-            self._embed = model.embed
-            model.embed = self._timed_embed  # type: ignore[method-assign]
+            self._vectors_of = model.vectors_of
+            model.vectors_of = self._timed_vectors  # type: ignore[method-assign]
 
-    def _timed_embed(self, *arguments: Any) -> torch.Tensor:
+    def _timed_vectors(self, *arguments: Any) -> torch.Tensor:
         started = time.perf_counter()
-        vectors = self._embed(*arguments)
+        vectors = self._vectors_of(*arguments)
         self.embedding_seconds += time.perf_counter() - started  # on an accelerator: what the host is busy with
         return vectors
 
@@ -121,9 +126,14 @@ class Subject:
             self.table.close()
 
 
+def layers_of(options: dict[str, Any]) -> int:
+    """GPT-2 small's depth, a quarter of it at the quick size."""
+    return LAYERS // 4 if options["quick"] else LAYERS
+
+
 def trunk_of(options: dict[str, Any]) -> PreTrainedModel:
     """GPT-2 small with random weights, the same in every process."""
-    model = gpt2_trunk(WIDTH, LAYERS, HEADS).eval().requires_grad_(False)
+    model = gpt2_trunk(WIDTH, layers_of(options), HEADS).eval().requires_grad_(False)
     return model.to(options["device"], getattr(torch, options["dtype"]))
 
 
@@ -146,7 +156,12 @@ def subject_of(
     if name == "plain":
         return Subject(trunk)
     if name == "live":
-        sizes = {"hidden_size": WIDTH, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 3072}
+        sizes = {
+            "hidden_size": WIDTH,
+            "num_hidden_layers": max(1, trunk.config.n_layer // 2),
+            "num_attention_heads": 12,
+            "intermediate_size": 3072,
+        }
         model = SconeForCausalLM.from_trunk(trunk, vocabulary, f_gram_model=sizes).eval()
         return Subject(model.to(options["device"]))
     facts = {"max_n": MAX_N, "num_f_grams": vocabulary.num_f_grams, "vocabulary_fingerprint": vocabulary.fingerprint}
@@ -208,7 +223,7 @@ def measure_peaks(report: Report, folder: Path) -> None:
     """Peak memory of a process of each one's own, from loading's end on (mapped pages that it read included)."""
     options, plain = report.config, None
     for name in ("plain", "ram", "mmap") if report.quick else ("plain", *placements(options["rows"]), "live"):
-        shared = ["--device", options["device"], "--dtype", options["dtype"]]
+        shared = ["--device", options["device"], "--dtype", options["dtype"], *["--quick"] * report.quick]
         arguments = ["--child", "--folder", str(folder), "--subject", name, *shared]
         found = in_child(Path(__file__), arguments)
         plain = plain or found
