@@ -14,7 +14,7 @@ GPU_BYTES, HOST_BYTES = 78 * 2**30, 512 * 2**30  # one H100; a host of eight
 INDEX_BYTES = 27.7  # an f-gram on disk and mapped: docs/formats.md (8 of them, the counts, are not read)
 COUNT_BYTES = 176  # an f-gram while it is counted, at most: counting/plan.py, N = 5
 COUNT_RATE = 12.3e6 / 2  # tokens/s a core: bench_counting, 10⁹ tokens
-PRECOMPUTE_RATE = 212_766 * 0.91  # f-grams/s a GPU, f-gram model of six layers × 1,024: bench_scaling_gpu_before
+PRECOMPUTE_RATE = 212_766 * 0.91  # f-grams/s a GPU, six layers × 1,024: bench_scaling_gpu.json
 TABLE_BYTES = 1056 / 1024  # int8 with a scale for 64 numbers: a number of width
 ROWS_A_BATCH = {10**7: 25_600, 10**8: 34_600, 10**9: 34_600}  # distinct, of 16,384 positions of Wikipedia; at most 50 M
 TRUNK_BYTES = 15 * 2**30  # of a GPU beside its rows: weights, moments, activations of a trunk as small as GPT-2

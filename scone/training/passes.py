@@ -55,7 +55,7 @@ class RowsStartAgain(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         number = self.passes(state).number
         if number > 1 and state.is_world_process_zero:
-            logger.info("the text is read %d times; the learned rows start again each time", number)
+            logger.warning("the text is read %d times; the learned rows start again each time", number)
 
     @torch.no_grad()
     def on_step_begin(
