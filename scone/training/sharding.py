@@ -48,11 +48,15 @@ def clip_sharded_gradients(parameters: Iterable[nn.Parameter], max_norm: float) 
 
     Operators of DTensors cost the host some 50 µs each; one by one they take longer than a GPU needs for the step.
     """
+    parameters = list(parameters)
     shards = [part for each in parameters if each.grad is not None and (part := local(each.grad)).numel()]
-    square = torch.stack(torch._foreach_norm(shards)).square().sum()
+    square = local(parameters[0]).new_zeros((), dtype=torch.float32)  # of a frozen trunk there are none
+    if shards:
+        square = torch.stack(torch._foreach_norm(shards)).float().square().sum()
     dist.all_reduce(square)
     norm = square.sqrt()
-    torch._foreach_mul_(shards, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    if shards:
+        torch._foreach_mul_(shards, (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm
 
 

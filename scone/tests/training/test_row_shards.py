@@ -155,6 +155,9 @@ def check_that_gradients_are_clipped_as_torch_does(rank: int) -> None:
             whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
             results.append([whole, *(local(parameter.grad) for parameter in parameters)])
         torch.testing.assert_close(*results)
+    for parameter in parameters:  # of a frozen trunk
+        parameter.grad = None
+    assert clip_sharded_gradients(parameters, 1.0) == 0
 
 
 def nbytes(tensor: torch.Tensor) -> int:
