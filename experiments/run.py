@@ -223,7 +223,6 @@ class Plan:
             matcher=shared_matcher(self.same_text(self.train_tokens[name]), corpus),
             stride=self.experiment.get("stride"),
             curve_tokens=self.experiment.get("curve_tokens", 0),
-            shuffled=self.experiment.get("shuffled_tests", ()),
             keep_model=keep_model,
         )
         write_json(path, {"experiment": self.name, "run": run, "changes": changes} | result)
@@ -234,7 +233,7 @@ class Plan:
         for name, result in found.items():
             run, changes = self.runs[name]
             result |= {"run": run, "changes": dict(changes)}
-            for test in [*result.get("tests", {}).values(), *result.get("tests_shuffled", {}).values()]:
+            for test in result.get("tests", {}).values():
                 if windows := test.pop("window_losses", None):
                     test["block_losses"] = block_means(windows)
         return {"experiment": self.experiment, "machine": machine(), "commit": commit(), "runs": found}

@@ -96,9 +96,7 @@ def _add_option(group: argparse._ArgumentGroup, entry: Entry, default: Any) -> N
     metavar = "{" + ",".join(info.choices) + "}" if info.choices else _METAVARS[entry.type]
     bare = "true" if entry.type is bool else info.bare  # the value of a flag that is given without one
     shape: dict[str, Any] = {"metavar": metavar, "nargs": "?" if bare else None, "const": bare, "default": absent}
-    group.add_argument(
-        f"--{entry.flag}", dest=entry.name, help=absent if info.hidden else text.replace("%", "%%"), **shape
-    )
+    group.add_argument(f"--{entry.flag}", dest=entry.name, help=text.replace("%", "%%"), **shape)
     if entry.type is bool:
         negative: dict[str, Any] = {"action": "store_const", "const": "false", "default": absent, "help": absent}
         group.add_argument(f"--no_{entry.flag}", dest=entry.name, **negative)

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 from scone.kernels.trie_batch import build_trie_batch
-from scone.tokenization.controls import permuted_nodes, replaced
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 from scone.tokenization.hashed_grams import HashedGrams
 from scone.tokenization.matcher import Matcher
@@ -25,8 +24,6 @@ class Collator:
         num_rows: how many f-grams have a learned row.
         pad_token_id: fills blocks that are shorter than the longest; any id does, padding is masked.
         round_sizes: fill tries up to one of few sizes, for code that is compiled for a shape.
-        backoff: an f-gram's vector sums the rows of its whole suffix chain.
-        control: "none", or a control of ``scone.tokenization.controls``.
         hashed: the hashed n-grams of an over-encoding model, in place of a vocabulary.
     """
 
@@ -37,8 +34,6 @@ class Collator:
         pad_token_id: int = 0,
         round_sizes: bool = False,
         *,
-        backoff: bool = True,
-        control: str = "none",
         hashed: HashedGrams | None = None,
     ) -> None:
         assert vocabulary is None or hashed is None, "a batch has f-grams or hashed n-grams"
@@ -46,8 +41,6 @@ class Collator:
         self.num_rows = num_rows
         self.pad_token_id = pad_token_id
         self.round_sizes = round_sizes
-        self.backoff = backoff
-        self.permuted_nodes = permuted_nodes(vocabulary, control, num_rows) if vocabulary is not None else None
         self.hashed = hashed
 
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -90,13 +83,12 @@ class Collator:
         # one thread: the workers already share out the cores, and a forked worker must not start a thread pool
         nodes = self.matcher.match(tokens, mask, num_threads=1, starts=starts)
         trie = build_trie_batch(
-            replaced(nodes, vocabulary.vocab_size, self.permuted_nodes),
+            nodes,
             vocabulary.keys,
             vocabulary.suffixes,
             vocabulary.vocab_size,
             vocabulary.max_n,
             self.num_rows,
             self.round_sizes,
-            self.backoff,
         )
         return trie.fields(torch.from_numpy)

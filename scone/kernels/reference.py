@@ -92,7 +92,6 @@ def trie_batch(
     vocab_size: int,
     max_n: int,
     num_rows: int = 0,
-    backoff: bool = True,
 ) -> TrieBatch:
     """What ``build_trie_batch`` returns, up to the order of the nodes within one depth."""
 
@@ -103,8 +102,7 @@ def trie_batch(
         return [] if node < vocab_size else [node - vocab_size, *chain(int(suffixes[node - vocab_size]))]
 
     def rows_of(f_gram: int) -> list[int]:
-        ranks = [rank for rank in chain(f_gram) if rank < num_rows]
-        return ranks if backoff else ranks[:1]
+        return [rank for rank in chain(f_gram) if rank < num_rows]
 
     f_grams = list(dict.fromkeys(int(node) for node in nodes.reshape(-1) if node >= vocab_size))
     f_grams.sort(key=lambda node: len(path(node)))

@@ -54,15 +54,13 @@ def build_trie_batch(
     max_n: int,
     num_rows: int = 0,
     round_sizes: bool = False,
-    backoff: bool = True,
 ) -> TrieBatch:
     """The trie batch of ``nodes`` (any shape, integers in 0..V+S-1), the reference implementation of which is
     ``reference.trie_batch``.
 
     ``keys`` [S, 2] (prefix node, last token) and ``suffixes`` [S] (nodes) are the vocabulary's; learned rows exist for
-    the f-grams of rank < ``num_rows``. Without ``backoff`` a chain is its first row alone: that of the longest suffix
-    that has one. With ``round_sizes``, U and M are filled up to one of few sizes (see ``rounded``). Cost: O(P + U·N),
-    serial, so that it is safe in forked data loader workers.
+    the f-grams of rank < ``num_rows``. With ``round_sizes``, U and M are filled up to one of few sizes (`rounded`).
+    Cost: O(P + U·N), serial, so that it is safe in forked data loader workers.
     """
     flat = np.ascontiguousarray(nodes, dtype=np.int64).reshape(-1)
     position_index, f_grams = _distinct_f_grams(flat, vocab_size)
@@ -79,7 +77,7 @@ def build_trie_batch(
     is_f_gram = ids >= vocab_size
     tokens = ids.copy()
     tokens[is_f_gram] = keys[ids[is_f_gram] - vocab_size, 1]
-    row_ids, row_chains = _row_chains(f_grams, suffixes, vocab_size, max_n, num_rows, backoff)
+    row_ids, row_chains = _row_chains(f_grams, suffixes, vocab_size, max_n, num_rows)
     batch = TrieBatch(
         position_index=_renumber(position_index, f_gram_order).reshape(nodes.shape),
         f_grams=f_grams,
@@ -262,7 +260,7 @@ def _renumber(position_index: np.ndarray, order: np.ndarray) -> np.ndarray:
 
 @njit(cache=True)
 def _row_chains(
-    f_grams: np.ndarray, suffixes: np.ndarray, vocab_size: int, max_n: int, num_rows: int, backoff: bool
+    f_grams: np.ndarray, suffixes: np.ndarray, vocab_size: int, max_n: int, num_rows: int
 ) -> tuple[np.ndarray, np.ndarray]:
     chains = np.zeros((len(f_grams), max(max_n - 1, 1)), np.int64)
     limit = len(f_grams) * chains.shape[1] if num_rows > 0 else 0
@@ -284,7 +282,5 @@ def _row_chains(
                         count += 1
                     chains[index, link] = row + 1
                     link += 1
-                    if not backoff:
-                        break
                 node = np.int64(suffixes[rank])
     return row_ids[:count].copy(), chains

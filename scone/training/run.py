@@ -182,7 +182,6 @@ def build_model(options: SconeOptions, corpus: Corpus, *, quiet: bool = False) -
             OverEncodingForCausalLM.from_trunk(
                 trunk,
                 num_rows=options.model.over_encoding_rows,
-                start=options.model.over_encoding_start,
                 separator_ids=separator_ids(corpus.tokenizer),
                 embedding_scale=options.model.embedding_scale,
                 input_norm=options.model.input_norm,
@@ -202,9 +201,7 @@ def build_model(options: SconeOptions, corpus: Corpus, *, quiet: bool = False) -
         vocabulary,
         f_gram_model=f_gram_model_settings(options.model, trunk.config),
         learned_rows=options.model.learned_rows,
-        rows_backoff=options.model.rows_backoff,
         combination=options.model.combination,
-        control=options.model.control,
         embedding_scale=options.model.embedding_scale,
         input_norm=options.model.input_norm,
     )
@@ -267,8 +264,6 @@ def build_trainer(
             scone.config.learned_rows if scone else 0,
             corpus.tokenizer.pad_token_id or 0,
             round_sizes=training.torch_compile,
-            backoff=options.model.rows_backoff,
-            control=options.model.control,
             hashed=model.grams if isinstance(model, OverEncodingForCausalLM) else None,
         ),
         processing_class=corpus.tokenizer,

@@ -20,13 +20,12 @@ from scone.tokenization.matcher import Matcher
     min_freq=st.sampled_from([1, 3, 10, 10**6]),
     shape=st.tuples(st.integers(1, 4), st.integers(1, 40)),
     num_rows=st.sampled_from([0, 1, 7, 10**6]),
-    backoff=st.booleans(),
 )
-def test_trie_batch_equals_its_plain_reference(seed, max_n, min_freq, shape, num_rows, backoff):
+def test_trie_batch_equals_its_plain_reference(seed, max_n, min_freq, shape, num_rows):
     vocabulary = tiny.vocabulary(tiny.corpus(300, seed), max_n, min_freq)
     nodes = Matcher(vocabulary).match(tiny.corpus(shape[0] * shape[1], seed).reshape(shape))  # so that much matches
     inputs = (nodes, vocabulary.keys, vocabulary.suffixes, vocabulary.vocab_size, max_n, num_rows)
-    fast, plain = build_trie_batch(*inputs, backoff=backoff), reference.trie_batch(*inputs, backoff)
+    fast, plain = build_trie_batch(*inputs), reference.trie_batch(*inputs)
     for name in ("position_index", "f_grams", "f_gram_offsets", "depths", "depth_offsets", "row_ids", "row_chains"):
         np.testing.assert_array_equal(getattr(fast, name), getattr(plain, name), err_msg=name)
     assert (np.diff(fast.f_gram_index) > 0).all()

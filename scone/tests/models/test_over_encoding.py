@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -36,12 +35,6 @@ def test_equal_grams_share_a_row_and_none_crosses_a_separator_padding_or_start(s
             assert row_of.setdefault(gram, row) == row
             assert (row < num_rows // 2) == (column == 0)
             assert row < num_rows
-
-
-@pytest.mark.parametrize("start", ["zero", "random"])
-def test_rows_start_as_asked(start):
-    rows = over_encoding(trained=False, start=start).hashed_embedding.rows.weight.detach()
-    assert (float(rows.std()) > 0.01) == (start == "random")
 
 
 def test_what_the_loader_looked_up_equals_what_the_model_looks_up():
