@@ -141,7 +141,7 @@ def _notes(config: BenchmarkConfig, settings: BenchmarkSettings) -> list[str]:
         "length that the model has positions for, without overlap; the first token of a window is not predicted. "
         "Intervals: 95 %, normal over documents (another sample of texts, not another training run).",
         "Perplexities per token compare models of one tokenizer only; across tokenizers compare bits per byte "
-        f"({STEM}.csv).",
+        f"({STEM}.json).",
         f"Speed: medians of {config.num_runs} runs after {config.warmup_runs} that do not count, models one after the "
         "other. Prefill is one forward pass over the whole prompt; decoding is greedy, as generate does it.",
         "FLOPs: a multiply-add is two; matrix products and attention over all pairs of positions, output head "

@@ -274,4 +274,4 @@ def test_benchmark(model, capsys):
     assert {"SCONE-Small-1M", "C4 for GPT2-Small", "GPT2-Small at 2048 tokens"} <= missing
     assert "## Missing" in Path("benchmark_results/benchmark.md").read_text()
     written = {path.name for path in Path("benchmark_results").iterdir()}
-    assert written == {f"benchmark{end}" for end in (".json", ".csv", "_speed.csv", ".md", ".html")}
+    assert written == {f"benchmark{end}" for end in (".json", ".md", ".html")}
