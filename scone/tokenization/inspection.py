@@ -1,13 +1,11 @@
-"""What f-grams match in a text: position by position for people, and how much for many vocabulary sizes in one pass."""
+"""What f-grams match in a text: position by position for people, and how much in all."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from scone.kernels.longest_match import FRESH
 from scone.tokenization.matcher import Matcher
 
 _PIECE = 1 << 22
@@ -41,55 +39,18 @@ def inspect_tokens(tokens: np.ndarray, matcher: Matcher) -> list[InspectedToken]
     return records
 
 
-@dataclass(frozen=True)
-class MatchStatistics:
-    """What the first ``num_f_grams`` f-grams of a vocabulary match in a text."""
+def match_lengths(matcher: Matcher, tokens: np.ndarray) -> np.ndarray:
+    """How many positions of ``tokens`` (integers [T], one sequence) have a longest match of n tokens, int64 [N + 1]; entry
+    1: those that no f-gram ends at. In pieces, so that a memory-mapped corpus needs little memory.
 
-    num_f_grams: int
-    positions_by_length: tuple[int, ...]
-    """Entry n: positions at which the longest match has n tokens; entry 1: those that no f-gram ends at."""
-
-    @property
-    def num_positions(self) -> int:
-        """All positions of the text."""
-        return sum(self.positions_by_length)
-
-    @property
-    def num_matched(self) -> int:
-        """Positions that an f-gram ends at."""
-        return sum(self.positions_by_length[2:])
-
-    @property
-    def match_rate(self) -> float:
-        """Share of positions that an f-gram ends at; 0 for an empty text."""
-        return self.num_matched / self.num_positions if self.num_positions else 0.0
-
-    @property
-    def mean_match_length(self) -> float:
-        """Mean tokens of the longest f-gram, over the positions that have one; 0 where none has."""
-        tokens = sum(length * positions for length, positions in enumerate(self.positions_by_length) if length > 1)
-        return tokens / self.num_matched if self.num_matched else 0.0
-
-
-def match_statistics(matcher: Matcher, tokens: np.ndarray, sizes: Sequence[int]) -> list[MatchStatistics]:
-    """The matches of ``tokens`` (integers [T], one sequence) for vocabularies of the first so many f-grams each, in the
-    order of ``sizes``. In pieces, so that a memory-mapped corpus needs little memory.
-
-    The longest match in the first S' f-grams is the first on the suffix chain with a rank below S': all shorter f-grams
-    that end there are on the chain, and ranks fall along it. So one matching serves all sizes.
     Raises SconeError for a token outside the vocabulary.
     """
     vocabulary = matcher.vocabulary
-    limits = [min(size, vocabulary.num_f_grams) for size in sizes]
-    found = {limit: np.zeros(vocabulary.longest + 1, np.int64) for limit in sorted(limits, reverse=True)}
-    state = FRESH
+    found, reach = np.zeros(vocabulary.longest + 1, np.int64), vocabulary.longest - 1
     for start in range(0, len(tokens), _PIECE):
-        nodes = matcher.match(tokens[start : start + _PIECE], initial_states=state)
-        state = int(nodes[-1])
-        for limit, by_length in found.items():
-            while len(beyond := np.flatnonzero(nodes >= vocabulary.vocab_size + limit)):
-                nodes[beyond] = vocabulary.suffixes[nodes[beyond] - vocabulary.vocab_size]
-            ranks = nodes[nodes >= vocabulary.vocab_size] - vocabulary.vocab_size
-            by_length += np.bincount(vocabulary.lengths[ranks], minlength=len(by_length))
-            by_length[1] += len(nodes) - len(ranks)
-    return [MatchStatistics(limit, tuple(found[limit].tolist())) for limit in limits]
+        first = max(start - reach, 0)  # what an f-gram that ends in this piece may begin with
+        nodes = matcher.match(tokens[first : start + _PIECE])[start - first :]
+        ranks = nodes[nodes >= vocabulary.vocab_size] - vocabulary.vocab_size
+        found += np.bincount(vocabulary.lengths[ranks], minlength=len(found))
+        found[1] += len(nodes) - len(ranks)
+    return found

@@ -17,7 +17,6 @@ TOKENS_PER_THREAD = 1 << 17
 
 _NO_MASK = np.zeros(0, np.bool_)
 _NO_KINDS = np.zeros(0, np.uint8)
-_NO_CONTEXTS = np.zeros((0, 0), np.int64)
 
 
 class Matcher:
@@ -38,7 +37,6 @@ class Matcher:
         self,
         tokens: Any,
         mask: Any | None = None,
-        initial_states: Any | None = None,
         num_threads: int | None = None,
         *,
         starts: Any | None = None,
@@ -48,8 +46,6 @@ class Matcher:
         Args:
             tokens: integers [B, T] or [T], each 0 … V − 1.
             mask: same shape, False or 0 at padding: such a position's node is its own token, no f-gram contains it.
-            initial_states: integers [B] (or one for [T]): the node of the position before the first, or -1 for a fresh
-                start. Matching a sequence in pieces equals matching it whole.
             starts: same shape, True or 1 where an example begins, as in packed sequences: no f-gram reaches over it.
             num_threads: default all cores that the process may use; results do not depend on it.
 
@@ -65,15 +61,14 @@ class Matcher:
         if array.ndim not in (1, 2):
             raise ValueError(f"tokens have shape {array.shape}; expected [B, T] or [T]")
         nodes = np.empty(array.shape, np.int64)
-        num_sequences, length = array.shape if array.ndim == 2 else (1, len(array))
+        length = array.shape[-1]
         kinds = _kinds_of(mask, starts, array.shape)
-        contexts = _NO_CONTEXTS if initial_states is None else self._contexts(initial_states, num_sequences)
         flat = array.reshape(-1)
 
         def match_range(start: int, stop: int) -> int:
             return longest_match.match_positions(
                 *(self._index, self.vocabulary.vocab_size, self._longest, flat, kinds),
-                *(length, start, stop, contexts, nodes.reshape(-1)),
+                *(length, start, stop, nodes.reshape(-1)),
             )
 
         num_threads = min(num_threads or _available_cores(), max(1, len(flat) // TOKENS_PER_THREAD))
@@ -116,30 +111,11 @@ class Matcher:
             *(state_array, token_array, known, nodes),
         )
         if wrong >= 0:
-            self._check_state(int(state_array[wrong]))
+            if not longest_match.FRESH <= state_array[wrong] < self.vocabulary.num_nodes:
+                largest = self.vocabulary.num_nodes - 1
+                raise ValueError(f"state {state_array[wrong]} is no node; expected -1 … {largest}")
             raise self._foreign_token(token_array[wrong])
         return nodes
-
-    def _contexts(self, initial_states: Any, num_sequences: int) -> np.ndarray:
-        """The tokens of each state, int64 [B, N − 1], right-aligned, -1 before them.
-
-        They are all of the past that a later f-gram can contain: its part before the boundary is an f-gram or token
-        that ends there, so it is no longer than the longest one.
-        """
-        states = _integers(initial_states, "initial_states").reshape(-1)
-        if len(states) != num_sequences:
-            raise ValueError(f"{len(states)} initial states for {num_sequences} sequences")
-        contexts = np.full((num_sequences, self._longest - 1), -1, np.int64)
-        for context, state in zip(contexts, states.tolist(), strict=True):
-            self._check_state(state)
-            if state != longest_match.FRESH and len(context):
-                tokens = self.vocabulary.tokens(state)[-len(context) :]
-                context[-len(tokens) :] = tokens
-        return contexts
-
-    def _check_state(self, state: int) -> None:
-        if not longest_match.FRESH <= state < self.vocabulary.num_nodes:
-            raise ValueError(f"state {state} is no node; expected -1 … {self.vocabulary.num_nodes - 1}")
 
     def _foreign_token(self, token: int) -> SconeError:
         vocab_size = self.vocabulary.vocab_size

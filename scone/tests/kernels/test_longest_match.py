@@ -86,7 +86,6 @@ def match_range(vocabulary: FGramVocabulary, tokens: np.ndarray, start: int, sto
         len(tokens),
         start,
         stop,
-        np.zeros((0, 0), np.int64),
         nodes,
     )
     assert wrong == -1

@@ -70,7 +70,7 @@ MISTAKES = {
     "precompute --model_path m": "--output_path",
     "precompute --model_path . --output_path x": "found no config.json",
     "precompute --model_path m --output_path x --row_type int2": "invalid choice",
-    "table convrt": "found scone table convrt; did you mean convert?",
+    "table convrt": "found scone table convrt; expected scone table convert",
     "evaluate --model_path m --limit 3": "found --limit without --tasks",
     "evaluate --model_path m --tasks piqa --limit 0": "--limit: found 0",
     "generate --model_path m": "--prompt",

@@ -14,7 +14,6 @@ from scone.tests import tiny
 from scone.tests.training.runs import WORDS, command_line, options
 from scone.training.run import train
 from scone.utils.errors import SconeError
-from scone.utils.files import sha256_of_file
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
@@ -51,7 +50,7 @@ def grown(corpus, tmp_path_factory):
 
 
 def content(folder: Path) -> dict[str, str]:
-    return {str(path.relative_to(folder)): sha256_of_file(path) for path in folder.rglob("*") if path.is_file()}
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def refusal(corpus: Path, begun: Path, **changes: object) -> str:
