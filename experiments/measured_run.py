@@ -13,9 +13,8 @@ from transformers import AutoModelForCausalLM, TrainerCallback, TrainerControl, 
 
 from scone.configs.schema import SconeOptions
 from scone.data.token_file import TokenFile
-from scone.evaluation.perplexity import perplexity
+from scone.evaluation.perplexity import perplexity, sizes_of
 from scone.evaluation.sweep import train_or_resume
-from scone.evaluation.text_size import sizes_of
 from scone.inference.loading import choose_device
 from scone.models.accounting import parameter_counts
 from scone.tokenization.matcher import Matcher

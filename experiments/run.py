@@ -192,8 +192,7 @@ class Plan:
 
     def prepare(self, names: Sequence[str] | None = None) -> None:
         """Count the vocabularies of ``names`` (None: all), and compile what each worker would compile for itself."""
-        from scone.data.collator import Collator
-        from scone.data.dataset import BlockDataset
+        from scone.data.dataset import BlockDataset, Collator
         from scone.evaluation.sweep import count_once, shared_matcher
 
         for train_tokens in {self.train_tokens[name] for name in (names or self.runs)}:

@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 
     from scone.tokenization.f_gram_vocabulary import FGramVocabulary
     from scone.tokenization.matcher import Matcher
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 RANK_EDGES = (100, 1_000, 10_000, 100_000, 1_000_000, 10_000_000, 100_000_000)
@@ -314,3 +318,22 @@ def check_windows(model: PreTrainedModel, tokens: np.ndarray, max_length: int, s
             f"found token {largest}; the model's vocabulary has {vocab_size} tokens; "
             "use the tokenizer that the model was trained with"
         )
+
+
+def sizes_of(tokenizer: PreTrainedTokenizerBase, tokens: np.ndarray) -> dict[str, Any]:
+    """``num_bytes`` and ``num_words`` (runs without ASCII whitespace) of the text that ``tokens`` [n] encode.
+
+    Special tokens have no bytes, and end a word. None where the tokenizer is not byte-level, whose decoding does not
+    give the text back exactly.
+    """
+    from tokenizers.decoders import ByteLevel
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or not isinstance(backend.decoder, ByteLevel):
+        return {"num_bytes": None, "num_words": None}
+    ids = np.asarray(tokens)
+    num_bytes = num_words = 0
+    for part in np.split(ids, np.flatnonzero(np.isin(ids, tokenizer.all_special_ids))):
+        text = backend.decode(part.tolist(), skip_special_tokens=True).encode("utf-8")
+        num_bytes, num_words = num_bytes + len(text), num_words + len(text.split())
+    return {"num_bytes": num_bytes, "num_words": num_words}

@@ -24,8 +24,8 @@ from scone.inference.streaming import (
     counted_reads,
     decode,
 )
+from scone.utils.environment import process_bytes
 from scone.utils.errors import SconeError
-from scone.utils.peak_memory import process_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

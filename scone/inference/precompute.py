@@ -17,9 +17,8 @@ from scone.inference.row_types import RowFormat
 from scone.inference.table_format import FINGERPRINT_NAMES, TableLayout, layout_in_the_way
 from scone.inference.table_writer import TablePlan, TableWriter, discard_partial
 from scone.utils.errors import SconeError
-from scone.utils.progress import progress
+from scone.utils.progress import map_in_order, progress
 from scone.utils.text import human_bytes, human_count
-from scone.utils.threads import map_in_order
 
 if TYPE_CHECKING:
     from scone.models.language_model import SconeForCausalLM

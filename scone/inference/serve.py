@@ -44,7 +44,7 @@ from scone.inference.serve_protocol import (
     usage,
 )
 from scone.inference.streaming import GeneratedSequence
-from scone.tokenization.inspection import inspect_tokens
+from scone.tokenization.matcher import inspect_tokens
 from scone.utils.errors import SconeError
 
 MAX_TEXT_TOKENS, MAX_BODY_BYTES = 2048, 4 << 20

@@ -12,8 +12,17 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from scone.kernels.child_index import BUCKET, NO_F_GRAM, find_child, fingerprint_of, hash_key, home_slot, low_mask_of
-from scone.kernels.simd import largest_match, prefetch
+from scone.kernels.child_index import (
+    BUCKET,
+    NO_F_GRAM,
+    find_child,
+    fingerprint_of,
+    hash_key,
+    home_slot,
+    largest_match,
+    low_mask_of,
+    prefetch,
+)
 
 BLOCK = 512
 """Positions that are matched together: enough independent probes, while their cache lines stay in the first cache."""

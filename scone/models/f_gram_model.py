@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from scone.models.ancestor_attention import ancestor_attention
+from scone.kernels.ancestor_attention import ancestor_attention
 from scone.models.configuration import FGramModelConfig
 
 

@@ -14,14 +14,13 @@ from transformers.cache_utils import Cache
 from transformers.utils import cached_file
 
 from scone.kernels.trie_batch import build_trie_batch
-from scone.models.configuration import SconeConfig
+from scone.models.configuration import SconeConfig, weights_fingerprint
 from scone.models.embedded_trunk import EmbeddedTrunk
 from scone.models.f_gram_model import FGramBlock, FGramModel
 from scone.models.input_embeddings import FGramInputEmbedding, TableInputEmbedding
 from scone.models.learned_rows import LearnedRows
 from scone.models.table_lookup import RowSource, find_with
 from scone.models.token_history import TokenHistory, known_past, marked
-from scone.models.weights_fingerprint import weights_fingerprint
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 from scone.tokenization.matcher import Matcher
 from scone.utils.errors import SconeError

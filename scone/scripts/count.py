@@ -64,8 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _count(options: SconeOptions, quiet: bool) -> tuple[dict[str, Any], FGramVocabulary]:
     from scone.data.prepare import default_cache_folder, prepare_corpus, prepare_tokenizer
     from scone.tokenization.counting import count_f_grams
-    from scone.tokenization.inspection import match_lengths
-    from scone.tokenization.matcher import Matcher
+    from scone.tokenization.matcher import Matcher, match_lengths
     from scone.tokenization.tokenizers import separator_ids, tokenizer_fingerprint, vocabulary_size
 
     data, model = options.data, options.model

@@ -113,8 +113,7 @@ def _measure_perplexity(
 ) -> dict[str, object]:
     """Print the perplexity on the dataset; returns what goes into the JSON."""
     from scone.data.prepare import prepare_corpus
-    from scone.evaluation.perplexity import perplexity
-    from scone.evaluation.text_size import sizes_of
+    from scone.evaluation.perplexity import perplexity, sizes_of
     from scone.inference.loading import position_limit
 
     data = options.data

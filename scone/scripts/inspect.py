@@ -16,7 +16,7 @@ from scone.utils.command_line import run_main
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from scone.tokenization.inspection import InspectedToken
+    from scone.tokenization.matcher import InspectedToken
 
 EXAMPLES = (
     'scone inspect "Once upon a time" --model_path ./outputs/scone-model/final_model',
@@ -45,8 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     import scone.models.language_model  # noqa: F401 (registers itself: else AutoTokenizer asks to run a folder's code)
     from scone.tokenization.f_gram_vocabulary import FGramVocabulary
-    from scone.tokenization.inspection import inspect_tokens
-    from scone.tokenization.matcher import Matcher
+    from scone.tokenization.matcher import Matcher, inspect_tokens
     from scone.tokenization.tokenizers import load_tokenizer
 
     text = sys.stdin.read() if extra.text is None else extra.text

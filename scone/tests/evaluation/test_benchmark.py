@@ -15,8 +15,8 @@ from scone.evaluation.speed import training_only_parameters
 from scone.inference.loading import load_model
 from scone.tests import tiny
 from scone.tests.evaluation.conftest import WORDS
+from scone.utils.environment import PeakMemory, process_bytes
 from scone.utils.errors import SconeError
-from scone.utils.peak_memory import PeakMemory, process_bytes
 
 pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning")]
 

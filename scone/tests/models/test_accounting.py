@@ -9,7 +9,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from scone.data.collator import Collator
+from scone.data.dataset import Collator
 from scone.models.accounting import (
     RunCost,
     f_gram_forward_flops,

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.utils import counters
 
+from scone.kernels.ancestor_attention import ancestor_attention, padded_ancestor_attention
 from scone.kernels.trie_batch import build_trie_batch
-from scone.models.ancestor_attention import ancestor_attention, padded_ancestor_attention
 from scone.models.configuration import FGramModelConfig
 from scone.models.f_gram_model import FGramModel, padded_f_gram_model
 from scone.tests import tiny

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from scone.data.collator import Collator
+from scone.data.dataset import Collator
 from scone.models.language_model import SconeForCausalLM
 from scone.tests import tiny
 from scone.tests.models.kinds import over_encoding, tokens

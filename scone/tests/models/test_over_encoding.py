@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from scone.data.collator import Collator
+from scone.data.dataset import Collator
 from scone.models.accounting import parameter_counts
 from scone.models.scaled_trunk import ScaledTrunkForCausalLM
 from scone.tests import tiny

@@ -11,11 +11,9 @@ from hypothesis import strategies as st
 
 from scone.kernels import longest_match
 from scone.tests.tokenization.f_gram_strategies import batches, cases
-from scone.tokenization import inspection
 from scone.tokenization import matcher as matcher_module
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
-from scone.tokenization.inspection import inspect_tokens, match_lengths
-from scone.tokenization.matcher import Matcher
+from scone.tokenization.matcher import Matcher, inspect_tokens, match_lengths
 from scone.utils.errors import SconeError
 
 
@@ -106,7 +104,7 @@ def test_truncated_vocabulary_matches_as_the_smaller_one_in_one_pass(data):
     matcher, tokens = Matcher(case.vocabulary), np.array(row, np.int64)
     lengths = [len(case.vocabulary.tokens(node)) for node in matcher.match(tokens).tolist()]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(inspection, "_PIECE", 7)  # f-grams reach over its ends
+        patch.setattr(matcher_module, "_PIECE", 7)  # f-grams reach over its ends
         found = match_lengths(matcher, tokens).tolist()
     assert found == [lengths.count(length) for length in range(case.vocabulary.longest + 1)]
 

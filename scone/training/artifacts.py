@@ -1,0 +1,171 @@
+"""What a run makes once or leaves beside the model: the f-gram vocabulary of its corpus, cached; the model card."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from filelock import FileLock
+from huggingface_hub import ModelCard, ModelCardData
+
+from scone.configs.schema import SconeOptions
+from scone.data.token_file import TokenFile
+from scone.tokenization.counting import count_f_grams
+from scone.tokenization.f_gram_file import FILE_NAME
+from scone.tokenization.f_gram_vocabulary import FGramVocabulary
+from scone.utils.errors import SconeError
+from scone.utils.files import atomic_path, fingerprint_of, write_json
+from scone.utils.text import human_count
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+CACHE_VERSION = 2
+STATISTICS_FILE = "counting.json"
+
+
+def prepare_vocabulary(
+    tokens: TokenFile,
+    *,
+    vocab_size: int,
+    max_n: int,
+    min_freq: int,
+    max_f_grams: int,
+    separator_ids: Sequence[int],
+    tokenizer_fingerprint: str,
+    cache_dir: Path,
+    memory_budget_bytes: int | None = None,
+    quiet: bool = False,
+) -> FGramVocabulary:
+    """The vocabulary of ``tokens``; from ``cache_dir`` where it was counted before, or one that it is the beginning of.
+
+    Several processes may ask at once: one counts, the others wait for it. Raises SconeError when no n-gram occurs
+    ``min_freq`` times.
+    """
+    key = fingerprint_of(
+        f"{CACHE_VERSION} {tokens.fingerprint} {vocab_size} {max_n}",
+        " ".join(map(str, sorted(separator_ids))),
+        tokenizer_fingerprint,
+    )[:24]
+    shelf = cache_dir / "vocabularies" / key
+    folder = shelf / f"{min_freq}-{max_f_grams}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(shelf / "lock"):
+        if not (folder / FILE_NAME).exists():
+            vocabulary = truncate_cached_vocabulary(shelf, min_freq, max_f_grams)
+            if vocabulary is None:
+                counted = count_f_grams(
+                    [tokens.tokens],
+                    vocab_size=vocab_size,
+                    max_n=max_n,
+                    min_freq=min_freq,
+                    max_f_grams=max_f_grams,
+                    separator_ids=separator_ids,
+                    memory_budget_bytes=memory_budget_bytes,
+                    work_dir=folder / "work",
+                    tokenizer_fingerprint=tokenizer_fingerprint,
+                    quiet=quiet,
+                )
+                vocabulary = counted.vocabulary
+                write_json(folder / STATISTICS_FILE, counted.statistics.to_json())
+            if not vocabulary.num_f_grams:
+                raise SconeError(
+                    f"found no n-gram of 2 to {max_n} tokens that occurs {min_freq} times in {tokens.num_tokens:,} "
+                    "tokens; expected at least one f-gram; lower --min_freq or give more text"
+                )
+            vocabulary.save(folder)
+            remove_empty_folder(folder / "work")
+    return FGramVocabulary.load(folder)
+
+
+def remove_empty_folder(folder: Path) -> None:
+    """Remove the working folder that counting leaves empty."""
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def truncate_cached_vocabulary(shelf: Path, min_freq: int, max_f_grams: int) -> FGramVocabulary | None:
+    """The vocabulary cut from one on the shelf that was counted with a lower floor and a higher limit, or None.
+
+    Of one ranking, the f-grams that occur ``min_freq`` times are a beginning, and so are the first ``max_f_grams``.
+    """
+    for file in sorted(shelf.glob(f"*-*/{FILE_NAME}")):
+        floor, limit = map(int, file.parent.name.split("-"))
+        if floor > min_freq:
+            continue
+        larger = FGramVocabulary.load(file)
+        if limit >= max_f_grams or larger.num_f_grams < limit:  # the latter holds all that reach its floor
+            return larger.truncated(min(max_f_grams, int((larger.counts >= min_freq).sum())))
+    return None
+
+
+CARD_FILE = "README.md"
+TEMPLATE = Path(__file__).with_name("model_card.md.j2")
+
+
+def write_model_card(
+    folder: str | Path,
+    options: SconeOptions,
+    model: PreTrainedModel,
+    train_tokens: int,
+    steps: int,
+    metrics: Mapping[str, float],
+) -> Path:
+    """Write ``README.md`` into the model's folder, unless somebody wrote one there; returns its path.
+
+    ``train_tokens``: of the training split. ``metrics``: the trainer's last evaluation, empty where there was none.
+    """
+    path = Path(folder) / CARD_FILE
+    made_by = TEMPLATE.read_text(encoding="utf-8").splitlines()[-1]
+    if path.exists() and made_by not in path.read_text(encoding="utf-8", errors="replace"):
+        return path
+    config, data, pretrained = model.config, options.data, options.model.init == "pretrained"
+    scone, trunk, text_config = hasattr(config, "num_f_grams"), getattr(model, "trunk", model), config.get_text_config()
+    of_trunk, of_model = (sum(weight.numel() for weight in each.parameters()) for each in (trunk, model))
+    sizes = {
+        "parameters of the trunk": human_count(of_trunk),
+        "width": f"{text_config.hidden_size:,}",
+        "vocabulary": f"{text_config.vocab_size:,} tokens",
+    }
+    if scone:
+        sizes["f-grams"] = f"{config.num_f_grams:,} of 2 to {config.max_n} tokens"
+        sizes["learned rows"] = f"{config.learned_rows:,}"
+        sizes["parameters of f-gram model and rows"] = human_count(of_model - of_trunk)
+    corpus = Path(data.dataset_name).name if Path(data.dataset_name).exists() else data.dataset_name
+    training = {
+        "corpus": " ".join(filter(None, (corpus, data.dataset_config_name))),
+        "tokens of the corpus": f"{train_tokens:,}",
+        "steps": f"{steps:,}",
+        "sequence length": f"{data.max_length:,} tokens",
+        "learning rate": f"{options.training.learning_rate:g}",
+        "seed": str(options.training.seed),
+        "all options": "`options.yaml`",
+    }
+    limit = options.training.max_eval_tokens
+    where = "" if limit is None else f" (first {limit:,} tokens)"
+    names = {"eval_loss": "validation loss, nats a token", "eval_perplexity": "validation perplexity"}
+    card = ModelCard.from_template(
+        ModelCardData(
+            library_name="transformers",
+            pipeline_tag="text-generation",
+            tags=["scone", "f-grams"] if scone else ["baseline"],
+            base_model=options.model.base_model_name if pretrained else None,
+        ),
+        template_path=str(TEMPLATE),
+        name=Path(options.training.output_dir).name,
+        f_grams=f"{config.num_f_grams:,}" if scone else "",
+        trunk=(
+            f"{text_config.model_type} language model, trained "
+            f"{'from its pretrained weights' if pretrained else 'from scratch'}"
+        ),
+        tables={
+            "Model": sizes,
+            "Training": training,
+            "Measured": {name + where: f"{metrics[key]:.4f}" for key, name in names.items() if key in metrics},
+        },
+    )
+    with atomic_path(path) as temporary:
+        temporary.write_text(str(card), encoding="utf-8")
+    return path
