@@ -1,4 +1,4 @@
-"""Training batches: blocks of a token file, their order, and what the input vectors need, looked up in the loader's workers."""
+"""Training batches: blocks of a token file, their order, and what input vectors need, found in the loader's workers."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from torch.utils.data import Dataset, Sampler
 from scone.data.token_file import TokenFile
 from scone.kernels.trie_batch import build_trie_batch
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
-from scone.tokenization.hashed_grams import HashedGrams
-from scone.tokenization.matcher import Matcher
+from scone.tokenization.matcher import HashedGrams, Matcher
 from scone.utils.errors import SconeError
 
 

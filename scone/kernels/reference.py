@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 
-from scone.kernels.direct_read import PAGE_BYTES, PIECE_PAGES
+from scone.kernels.dequantize import PAGE_BYTES, PIECE_PAGES
 from scone.kernels.trie_batch import TrieBatch
 
 # Counting
@@ -238,7 +238,7 @@ def _float32_of_bfloat16(bits: np.ndarray) -> np.ndarray:
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
-# Planning reads: `direct_read`
+# Planning reads: `dequantize`
 
 
 def reference_pieces(ranks: np.ndarray, data_start: int, row_bytes: int) -> tuple[np.ndarray, np.ndarray]:

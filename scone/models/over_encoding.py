@@ -14,7 +14,7 @@ from scone.models.configuration import OverEncodingConfig
 from scone.models.embedded_trunk import EmbeddedTrunk
 from scone.models.learned_rows import LearnedRows
 from scone.models.token_history import TokenHistory
-from scone.tokenization.hashed_grams import CONTEXT, HashedGrams
+from scone.tokenization.matcher import CONTEXT, HashedGrams
 
 
 class OverEncodingEmbedding(nn.Module):

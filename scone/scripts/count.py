@@ -47,7 +47,7 @@ def read_arguments(argv: Sequence[str] | None) -> tuple[SconeOptions, argparse.N
 def main(argv: Sequence[str] | None = None) -> int:
     """Count and print the result."""
     options, extra = read_arguments(argv)
-    from scone.inference.row_types import RowFormat
+    from scone.inference.table_format import RowFormat
 
     report, vocabulary = _count(options, extra.json or is_quiet())
     trunk = trunk_configuration(options.model.base_model_name)

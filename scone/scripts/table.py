@@ -43,7 +43,7 @@ def _convert(argv: Sequence[str]) -> None:
     """Write the converted table and print its path."""
     description = "Change a table's row type or cut it to its first rows; no model is needed."
     _, extra = parse_options(argv, (), description, examples=EXAMPLES, add_arguments=CONVERT, config_flag=False)
-    from scone.inference.table_tools import convert_table
+    from scone.inference.precompute import convert_table
     from scone.utils.text import human_bytes
 
     layout = convert_table(

@@ -1,4 +1,4 @@
-"""Runs of several processes: their group, sharding (FSDP) with checkpoints that any number of them resumes, compilation."""
+"""Runs of several processes: their group, sharding (FSDP) with checkpoints that any number resumes, compilation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Long work: progress bars with an estimate, and threads that give results in order, never more than a few under way."""
+"""Long work: progress bars with an estimate, and threads that give results in order, few of them under way."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from scone.inference.row_types import RowFormat
+from scone.inference.table_format import RowFormat
 
 
 @dataclass(frozen=True)

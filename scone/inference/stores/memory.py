@@ -1,5 +1,5 @@
-"""Rows in memory: copied there and checked (`ram`), once for all processes of a machine that read them (`shared`), in the
-mapped file (`mmap`), or on the accelerator.
+"""Rows in memory: copied there and checked (`ram`), once for all processes of a machine (`shared`), in the mapped file
+(`mmap`), or on the accelerator.
 """
 
 from __future__ import annotations

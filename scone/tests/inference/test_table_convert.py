@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from scone.inference.embedding_table import EmbeddingTable
-from scone.inference.row_types import ROW_TYPES
-from scone.inference.table_tools import convert_table, verify_table
+from scone.inference.precompute import convert_table, verify_table
+from scone.inference.table_format import ROW_TYPES
 from scone.scripts.table import main
 from scone.tests.inference.tables import write_table
 from scone.utils.errors import SconeError

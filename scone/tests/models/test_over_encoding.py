@@ -13,7 +13,7 @@ from scone.models.accounting import parameter_counts
 from scone.models.scaled_trunk import ScaledTrunkForCausalLM
 from scone.tests import tiny
 from scone.tests.models.kinds import HASHED_ROWS, over_encoding, tokens
-from scone.tokenization.hashed_grams import HashedGrams
+from scone.tokenization.matcher import HashedGrams
 
 
 @settings(max_examples=40, deadline=None)
