@@ -117,7 +117,6 @@ class Collator:
         vocabulary: the f-grams, or None for a plain model.
         num_rows: how many f-grams have a learned row.
         pad_token_id: fills blocks that are shorter than the longest; any id does, padding is masked.
-        round_sizes: fill tries up to one of few sizes, for code that is compiled for a shape.
         hashed: the hashed n-grams of an over-encoding model, in place of a vocabulary.
     """
 
@@ -126,7 +125,6 @@ class Collator:
         vocabulary: FGramVocabulary | None,
         num_rows: int = 0,
         pad_token_id: int = 0,
-        round_sizes: bool = False,
         *,
         hashed: HashedGrams | None = None,
     ) -> None:
@@ -134,7 +132,6 @@ class Collator:
         self.matcher = Matcher(vocabulary) if vocabulary is not None else None
         self.num_rows = num_rows
         self.pad_token_id = pad_token_id
-        self.round_sizes = round_sizes
         self.hashed = hashed
 
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -183,6 +180,5 @@ class Collator:
             vocabulary.vocab_size,
             vocabulary.max_n,
             self.num_rows,
-            self.round_sizes,
         )
         return trie.fields(torch.from_numpy)

@@ -171,7 +171,6 @@ def perplexity(
     max_length: int = 512,
     batch_size: int = 8,
     stride: int | None = None,
-    device: str | torch.device | None = None,
     matcher: Matcher | None = None,
     num_bytes: int | None = None,
     quiet: bool = False,
@@ -194,9 +193,7 @@ def perplexity(
     """
     step = max_length if stride is None else stride
     check_windows(model, tokens, max_length, step)
-    where = device_of(model) if device is None else torch.device(device)
-    if device is not None:
-        torch.nn.Module.to(model, where)
+    where = device_of(model)
     was_training = model.training
     model.eval()
     # of each token; a few bytes, for a text may have hundreds of millions
@@ -280,16 +277,11 @@ def _groups(kinds: np.ndarray, losses: np.ndarray, num_f_grams: int) -> tuple[Se
     return grouped(kinds[0], lambda key: {"length": key}), grouped(kinds[1], bucket)
 
 
-def loss_difference(first: PerplexityResult, second: PerplexityResult) -> tuple[float, tuple[float, float]]:
+def paired_difference(first: Sequence[float], second: Sequence[float]) -> tuple[float, tuple[float, float]]:
     """Mean of (second − first) over windows, in nats, with its 95 % interval (normal, paired over the same windows).
 
-    Pairing removes most of the variation between texts. Both results must come from the same tokens and windows.
+    Pairing removes most of the variation between texts. Both are ``window_losses`` of the same tokens and windows.
     """
-    return paired_difference(first.window_losses, second.window_losses)
-
-
-def paired_difference(first: Sequence[float], second: Sequence[float]) -> tuple[float, tuple[float, float]]:
-    """`loss_difference` of two results' ``window_losses``."""
     differences = np.asarray(second) - np.asarray(first)
     mean, half = float(differences.mean()), math.inf
     if len(differences) > 1:

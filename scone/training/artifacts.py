@@ -124,28 +124,23 @@ def write_model_card(
     config, data, pretrained = model.config, options.data, options.model.init == "pretrained"
     scone, trunk, text_config = hasattr(config, "num_f_grams"), getattr(model, "trunk", model), config.get_text_config()
     of_trunk, of_model = (sum(weight.numel() for weight in each.parameters()) for each in (trunk, model))
-    sizes = {
-        "parameters of the trunk": human_count(of_trunk),
-        "width": f"{text_config.hidden_size:,}",
-        "vocabulary": f"{text_config.vocab_size:,} tokens",
-    }
-    if scone:
-        sizes["f-grams"] = f"{config.num_f_grams:,} of 2 to {config.max_n} tokens"
-        sizes["learned rows"] = f"{config.learned_rows:,}"
-        sizes["parameters of f-gram model and rows"] = human_count(of_model - of_trunk)
     corpus = Path(data.dataset_name).name if Path(data.dataset_name).exists() else data.dataset_name
-    training = {
-        "corpus": " ".join(filter(None, (corpus, data.dataset_config_name))),
-        "tokens of the corpus": f"{train_tokens:,}",
-        "steps": f"{steps:,}",
-        "sequence length": f"{data.max_length:,} tokens",
-        "learning rate": f"{options.training.learning_rate:g}",
-        "seed": str(options.training.seed),
-        "all options": "`options.yaml`",
-    }
     limit = options.training.max_eval_tokens
     where = "" if limit is None else f" (first {limit:,} tokens)"
-    names = {"eval_loss": "validation loss, nats a token", "eval_perplexity": "validation perplexity"}
+    facts = {
+        "parameters of the trunk": human_count(of_trunk),
+        "f-grams": f"{config.num_f_grams:,} of 2 to {config.max_n} tokens" if scone else "",
+        "learned rows": f"{config.learned_rows:,}" if scone else "",
+        "parameters of f-gram model and rows": human_count(of_model - of_trunk) if scone else "",
+        "corpus": " ".join(filter(None, (corpus, data.dataset_config_name))),
+        "trained for": f"{steps:,} steps on {train_tokens:,} tokens, {data.max_length:,} a sequence",
+        "all options": "`options.yaml`",
+        **{
+            f"validation {name}{where}": f"{metrics[f'eval_{name}']:.4f}"
+            for name in ("loss", "perplexity")
+            if f"eval_{name}" in metrics
+        },
+    }
     card = ModelCard.from_template(
         ModelCardData(
             library_name="transformers",
@@ -156,15 +151,8 @@ def write_model_card(
         template_path=str(TEMPLATE),
         name=Path(options.training.output_dir).name,
         f_grams=f"{config.num_f_grams:,}" if scone else "",
-        trunk=(
-            f"{text_config.model_type} language model, trained "
-            f"{'from its pretrained weights' if pretrained else 'from scratch'}"
-        ),
-        tables={
-            "Model": sizes,
-            "Training": training,
-            "Measured": {name + where: f"{metrics[key]:.4f}" for key, name in names.items() if key in metrics},
-        },
+        trunk=f"{text_config.model_type} model, trained from {'pretrained weights' if pretrained else 'scratch'}",
+        facts={name: value for name, value in facts.items() if value},
     )
     with atomic_path(path) as temporary:
         temporary.write_text(str(card), encoding="utf-8")

@@ -260,7 +260,6 @@ def build_trainer(
             scone.vocabulary if scone else None,
             scone.config.learned_rows if scone else 0,
             corpus.tokenizer.pad_token_id or 0,
-            round_sizes=training.torch_compile,
             hashed=model.grams if isinstance(model, OverEncodingForCausalLM) else None,
         ),
         processing_class=corpus.tokenizer,

@@ -120,7 +120,7 @@ def test_a_damaged_index_is_harmless(seed):
         counts=vocabulary.counts,
         vocab_size=vocabulary.vocab_size,
         max_n=vocabulary.max_n,
-        index=index._replace(slots=slots),
+        _index=index._replace(slots=slots),
     )
     nodes = match_range(damaged, tokens[:600], 0, 600)
     assert ((nodes >= 0) & (nodes < vocabulary.num_nodes)).all()

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scone.kernels import reference
-from scone.kernels.trie_batch import build_trie_batch, rounded
+from scone.kernels.trie_batch import build_trie_batch
 from scone.tests import tiny
 from scone.tokenization.matcher import Matcher
 
@@ -51,15 +51,3 @@ def test_a_batch_without_f_grams_still_has_one_node(nodes):
     assert not batch.position_index.any()
     assert len(batch.f_grams) == 1
     assert len(batch.tokens) >= 1
-
-
-@settings(max_examples=100, deadline=None)
-@given(size=st.integers(1, 10**7))
-def test_rounded_sizes_are_few_and_near(size):
-    assert size <= rounded(size) <= max(64, size + size // 8)
-    assert rounded(rounded(size)) == rounded(size)
-    assert rounded(size) % 8 == 0
-
-
-def test_there_are_eight_sizes_between_powers_of_two():
-    assert len({rounded(size) for size in range(2**10 + 1, 2**11 + 1)}) == 8

@@ -77,7 +77,6 @@ MISTAKES = {
     "generate --model_path m --prompt x --quantization int3": "found quantization 'int3'",
     "benchmark --config none.json": "cannot read none.json as JSON",
     "inspect x": "--model_path",
-    "inspect x --serve --model_path m": "found --serve with a text",
     "inspect x --model_path no/such/model": "no/such/model",
     "verify missing": "found nothing at missing",
     "verify folder": "found a folder folder without anything of SCONE",
