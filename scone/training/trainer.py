@@ -233,6 +233,7 @@ class SconeTrainer(Trainer):
         state.update(shares)
         if rows is not None:
             assert rows.exchange is not None
+            rows.wait()
             shares["weight"] = rows.weight.detach()
             save_shares(Path(output_dir) / ROWS_FOLDER, shares, rows.shards, rows.exchange.hosts)
 
