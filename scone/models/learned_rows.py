@@ -218,7 +218,8 @@ class LearnedRows(nn.Module):
             return False
         address = weight.data_ptr()
         if self._pinned is None or self._pinned[0] != address:
-            prepare_to_pin(address, weight.nbytes)
+            keep_from_children(weight)
+            weight.view(-1)[:: mmap.PAGESIZE // weight.element_size()].mul_(1)  # by all threads; pinning would by one
             self._pinned = (address, pin(self.weight, address, weight.nbytes, device))
         return self._pinned[1] is not None
 
@@ -260,15 +261,12 @@ def untouched_zeros(num_rows: int, width: int, device: torch.device, dtype: torc
     return torch.frombuffer(memory, dtype=dtype).view(num_rows, width)
 
 
-def prepare_to_pin(address: int, size: int) -> None:
-    """All of this memory will be brought in: then in huge pages, ten times as fast. Processes that are forked get none
-    of it: of pinned pages each would be given a copy at once.
-    """
+def keep_from_children(weight: Tensor) -> None:
+    """Processes that are forked get none of this memory: of pinned pages each would be given a copy at once."""
     if sys.platform == "linux":
-        first = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
-        last = (address + size) // mmap.PAGESIZE * mmap.PAGESIZE
-        for advice in (mmap.MADV_HUGEPAGE, mmap.MADV_DONTFORK) if last > first else ():
-            ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), advice)
+        first = -(-weight.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        size = (weight.data_ptr() + weight.nbytes - first) // mmap.PAGESIZE * mmap.PAGESIZE
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(max(size, 0)), mmap.MADV_DONTFORK)
 
 
 def is_all_zero(weight: Tensor) -> bool:
