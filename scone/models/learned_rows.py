@@ -201,6 +201,7 @@ class LearnedRows(nn.Module):
             return self.weight.index_select(0, to_device(ids, self.weight.device)).to(device)
         weight = self.weight.detach()
         if not self.are_pinned_for(device):
+            self.wait()
             return weight.index_select(0, to_device(ids, weight.device)).to(device)
         from scone.kernels.dequantize_triton import gather_rows_triton
 
@@ -225,7 +226,7 @@ class LearnedRows(nn.Module):
 
     def wait(self) -> None:
         """Until kernels are through that write to rows on the host, which then may be read or written there."""
-        if self._pinned is not None:
+        if self._pinned is not None and self._pinned[1] is not None:
             torch.cuda.synchronize()
 
     def _collect(self, row_ids: np.ndarray, route: Route | None, rows: Tensor) -> None:
