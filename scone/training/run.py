@@ -245,7 +245,6 @@ def build_trainer(
     arguments = training_arguments(training, data.num_workers, evaluate=corpus.validation is not None, quiet=quiet)
     scone = model if isinstance(model, SconeForCausalLM) else None
     if arguments.world_size > 1:
-        arguments.ddp_broadcast_buffers = False  # training changes none
         if all_are_used(model):  # else transformers looks for the others in every step
             arguments.ddp_find_unused_parameters = False
         rows = learned_rows(model)
