@@ -89,8 +89,8 @@ class EmbeddedTrunkForVllm(nn.Module, SupportsLoRA):
         return self.trunk.compute_logits(hidden_states, *others)  # type: ignore[no-any-return]
 
     def is_unused_checkpoint_weight(self, name: str) -> bool:
-        """Weights that the table has made superfluous are not even read."""
-        return name.startswith("f_gram_embedding.")
+        """What the table has made superfluous, and f-grams, whose file some of vLLM's loaders read with the others'."""
+        return name.startswith("f_gram_embedding.") or "." not in name
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str] | None:
         """Names of ours that were found. Raises SconeError for a weight of no model of ours, or one that is missing."""

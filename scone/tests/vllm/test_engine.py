@@ -148,7 +148,8 @@ assert "get_model_state_cls" in inspect.getsource(resolve_model_state_cls)
 assert [*inspect.signature(DefaultModelState.prepare_inputs).parameters] == ["self", "input_batch", "req_states"]
 assert [*inspect.signature(DefaultModelState.prepare_dummy_inputs).parameters] == ["self", "num_reqs", "num_tokens"]
 fields = {field.name for field in dataclasses.fields(InputBatch)}
-assert fields > {"input_ids", "query_start_loc", "idx_mapping", "num_reqs", "num_tokens_after_padding"}, fields
+wanted = {"input_ids", "query_start_loc", "query_start_loc_np", "idx_mapping", "num_reqs", "num_tokens_after_padding"}
+assert fields > wanted, fields
 for name in ("all_token_ids", "num_computed_tokens"):
     assert f"self.{name} = StagedWriteTensor(" in inspect.getsource(RequestState.__init__), name
 assert {"hf_config", "architectures", "prefix"} <= {*inspect.signature(init_vllm_registered_model).parameters}
