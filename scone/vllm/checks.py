@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -17,6 +18,7 @@ from scone.inference.loading import check_table_weights
 from scone.inference.stores.shared_rows import remove_unused
 from scone.inference.table_format import TableFile
 from scone.models.configuration import SconeConfig
+from scone.tokenization.tokenizers import load_tokenizer, tokenizer_fingerprint
 from scone.utils.errors import SconeError, library_refusal
 from scone.vllm.options import ServingOptions, serving_options, shared_between_processes, table_path, vocabulary_path
 
@@ -96,8 +98,37 @@ def check_files(vllm_config: Any) -> None:
     """Refuse a table or f-grams that are not the model's. Raises SconeError."""
     options = serving_options(vllm_config.additional_config)
     config, model = vllm_config.model_config.hf_config, vllm_config.model_config
+    fingerprint = ""
     if isinstance(config, SconeConfig):
         check_model_files(config, model.model, model.revision, options)
+        with safe_open(vocabulary_path(model.model, model.revision), framework="np") as file:
+            fingerprint = file.metadata().get("tokenizer_fingerprint", "")
+    if not model.skip_tokenizer_init:
+        warn_of_tokenizer(model.tokenizer, config.vocab_size, fingerprint)
+
+
+def warn_of_tokenizer(name: str, vocab_size: int, fingerprint: str) -> None:
+    """Say that a tokenizer has more tokens than the model, or is not the one whose ``fingerprint`` f-grams have.
+
+    It may be right all the same: a token may have been added since, or may never come.
+    """
+    try:
+        tokenizer = load_tokenizer(name)
+    except SconeError:  # vLLM says so itself, or can read more than we do
+        return
+    most = max(tokenizer.get_vocab().values())
+    if most >= vocab_size:
+        logging.getLogger("vllm.scone").warning(
+            "scone: found the token %d in the tokenizer %s; expected 0 … %d, as the model has: a request with another "
+            "one ends the engine; give the model's own by --tokenizer",
+            *(most, name, vocab_size - 1),
+        )
+    elif fingerprint and tokenizer_fingerprint(tokenizer) != fingerprint:
+        logging.getLogger("vllm.scone").warning(
+            "scone: found a tokenizer in %s that is not the one with which the model's f-grams were counted; answers "
+            "are worse where its tokens mean something else; give that one by --tokenizer",
+            name,
+        )
 
 
 def check_model_files(config: SconeConfig, model: str, revision: str | None, options: ServingOptions) -> None:

@@ -141,14 +141,14 @@ def make(name: str, folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def make_tokenizer(folder: Path) -> None:
+def make_tokenizer(folder: Path, size: int = VOCAB_SIZE) -> None:
     """Words w00 … w47, one a token: texts can be asked for, and words to stop at."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit
     from transformers import PreTrainedTokenizerFast
 
-    words = Tokenizer(WordLevel({f"w{number:02}": number for number in range(VOCAB_SIZE)}, unk_token="w01"))
+    words = Tokenizer(WordLevel({f"w{number:02}": number for number in range(size)}, unk_token="w01"))
     words.pre_tokenizer = WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w01", eos_token="w00").save_pretrained(folder)
 

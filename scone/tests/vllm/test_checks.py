@@ -16,6 +16,7 @@ from scone.inference.embedding_table import EmbeddingTable
 from scone.models.configuration import SconeConfig
 from scone.tests.inference.tables import write_table
 from scone.tests.vllm import models
+from scone.tokenization.tokenizers import load_tokenizer, tokenizer_fingerprint
 from scone.utils.errors import SconeError
 from scone.vllm import checks
 from scone.vllm.checks import check_files, check_model_files
@@ -157,6 +158,8 @@ def vllm_config(folder: Path, **changes: Any) -> Any:
         "enable_sleep_mode": False,
         "model": str(folder),
         "revision": None,
+        "skip_tokenizer_init": True,
+        "tokenizer": str(folder),
     }
     kinds = ("pipeline", "prefill_context", "tensor", "data")
     parallel = {f"{kind}_parallel_size": 1 for kind in kinds}
@@ -209,6 +212,25 @@ def test_the_command_line_gets_the_line_alone(folder: Path, monkeypatch: pytest.
     monkeypatch.setattr(sys, "argv", ["/usr/bin/vllm", "serve"])
     with pytest.raises(SystemExit, match=r"scone: found no embeddings\.cache"):
         checks.ChecksOfOurs.verify_and_update_config(vllm_config(folder))
+
+
+def test_a_foreign_tokenizer_is_said(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def said(**changes: Any) -> str:
+        caplog.clear()
+        check_files(vllm_config(folder, **changes))
+        return "\n".join(caplog.messages)
+
+    assert said(skip_tokenizer_init=False) == ""  # there is none, as vLLM itself will say
+    models.make_tokenizer(folder)
+    assert said(skip_tokenizer_init=False) == ""  # whose f-grams do not name one
+    other = folder / "other"
+    models.make_tokenizer(other, models.VOCAB_SIZE + 1)
+    assert "found the token 48 in the tokenizer" in said(skip_tokenizer_init=False, tokenizer=str(other))
+    assert said(tokenizer=str(other)) == ""
+    checks.warn_of_tokenizer(str(folder), models.VOCAB_SIZE, tokenizer_fingerprint(load_tokenizer(folder)))
+    assert not caplog.messages
+    checks.warn_of_tokenizer(str(folder), models.VOCAB_SIZE, "0" * 64)
+    assert "is not the one with which the model's f-grams were counted" in caplog.messages[0]
 
 
 @pytest.mark.parametrize("kind", ["tensor", "data"])
