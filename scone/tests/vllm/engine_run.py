@@ -90,6 +90,7 @@ def main(folder: Path, plan: dict[str, Any]) -> dict[str, Any]:
         if hasattr(model, "match"):
             found["share"] = checking.share_in_f_grams(model, outputs)
     if plan.get("surface"):
+        checking.check_refusals(llm, model, prompts)
         checking.check_surface(llm, model, prompts[2])
     if plan.get("adapter"):
         outputs = checking.answers(llm, prompts, plan["adapter"], max_tokens=8)
