@@ -82,11 +82,17 @@ def check_engine(vllm_config: Any) -> None:
             "one lacks, which vLLM names in a warning above); expected the second one, which knows every request's "
             "tokens; leave that option out, or set VLLM_USE_V2_MODEL_RUNNER=1"
         )
-    if vllm_config.kv_transfer_config is not None:
-        raise SconeError(
-            "found --kv-transfer-config with vLLM's first model runner; expected blocks that this process computed, "
-            "since others come without their tokens; leave it out"
-        )
+    brought = {
+        "--kv-transfer-config": vllm_config.kv_transfer_config,
+        "--kv-offloading-size": getattr(vllm_config.cache_config, "kv_offloading_size", None),
+        "--decode-context-parallel-size": getattr(parallel, "decode_context_parallel_size", 1) > 1,
+    }
+    for option, is_used in brought.items():
+        if is_used:
+            raise SconeError(
+                f"found {option} with vLLM's first model runner; expected blocks that this process filled, since "
+                "others come without their tokens; leave it out"
+            )
 
 
 def uses_second_runner(vllm_config: Any) -> bool:
@@ -98,6 +104,8 @@ def check_files(vllm_config: Any) -> None:
     """Refuse a table or f-grams that are not the model's. Raises SconeError."""
     options = serving_options(vllm_config.additional_config)
     config, model = vllm_config.model_config.hf_config, vllm_config.model_config
+    if "gpu" in options.placement and _platform() == "cpu":
+        raise SconeError(f"found placement {options.placement!r} without a GPU; expected ram, shared, mmap or direct")
     fingerprint = ""
     if isinstance(config, SconeConfig):
         check_model_files(config, model.model, model.revision, options)

@@ -144,10 +144,3 @@ def settings() -> None:
     os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # all in one process starts soonest
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-
-
-def uint8() -> Any:
-    """Bytes, as PyTorch calls them."""
-    import torch
-
-    return torch.uint8

@@ -33,10 +33,12 @@ def second_runner(kernel: bool, asynchronous: bool) -> None:
 
     backends["cpu"] = SimpleNamespace(driver=Nowhere, compiler=None)  # type: ignore[assignment]
     if kernel:
+        import torch
+
         from scone.inference.stores.memory import MemoryStore
         from scone.models.table_lookup import DeviceLookup
 
-        MemoryStore.gpu_blocks = lambda self, device: [self._rows.view(checking.uint8())]  # type: ignore[method-assign]
+        MemoryStore.gpu_blocks = lambda self, device: [self._rows.view(torch.uint8)]  # type: ignore[method-assign]
         DeviceLookup.fits = staticmethod(lambda vocabulary, device: True)  # type: ignore[method-assign]
     if asynchronous:
         from vllm.platforms.cpu import CpuPlatform
