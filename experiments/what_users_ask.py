@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         {"prompt": prompt} | {kind: each[place].texts[0][len(prompt) :] for kind, each in generated.items()}
         for place, prompt in enumerate(PROMPTS)
     ]
+    texts = {name: np.asarray(TokenFile.open(arguments.data / name).tokens[: arguments.max_tokens]) for name in TEXTS}
+    models = {kind: engine.model for kind, engine in engines.items()}
+    pair |= losses_of_pair(models["plain"], models["rows"], texts, arguments.batch_size)
+    write_json(arguments.json, report)
     if arguments.task_data:
         pair["tasks"] = {}
         for kind, engine in engines.items():
@@ -87,10 +92,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             found = evaluate_tasks(engine.model, engine.tokenizer, *settings)
             pair["tasks"][kind] = [result.to_dict() for result in found]
             write_json(arguments.json, report)
-    texts = {name: np.asarray(TokenFile.open(arguments.data / name).tokens[: arguments.max_tokens]) for name in TEXTS}
-    models = {kind: engine.model for kind, engine in engines.items()}
-    pair |= losses_of_pair(models["plain"], models["rows"], texts, arguments.batch_size)
-    write_json(arguments.json, report)
     return 0
 
 
@@ -105,7 +106,7 @@ def engine_of(folder: Path) -> SconeInferenceEngine:
 
 
 def losses_of_pair(plain: Any, rows: Any, texts: Mapping[str, np.ndarray], batch_size: int) -> dict[str, Any]:
-    """Losses in nats of both models, and of ``rows`` silenced (which it stays): by text, and by visits over all texts.
+    """Losses in nats of both models, and of ``rows`` silenced: by text, and by visits over all texts.
 
     Differences from plain are means over windows with their 95 % interval.
     """
@@ -113,8 +114,8 @@ def losses_of_pair(plain: Any, rows: Any, texts: Mapping[str, np.ndarray], batch
     texts = {name: tokens[: len(tokens) // length * length] for name, tokens in texts.items()}  # whole windows
     losses = {kind: measured(model, texts, length, batch_size) for kind, model in (("plain", plain), ("rows", rows))}
     visits = {name: visits_of(rows.matcher, tokens, length) for name, tokens in texts.items()}
-    silence(rows)
-    losses["silenced"] = measured(rows, texts, length, batch_size)
+    with silenced(rows):
+        losses["silenced"] = measured(rows, texts, length, batch_size)
     by_text = {}
     for name in texts:
         each = {kind: found[name].mean(1) for kind, found in losses.items()}
@@ -156,10 +157,15 @@ def visits_of(matcher: Matcher, tokens: np.ndarray, length: int) -> np.ndarray:
     return np.where(ranks >= 0, vocabulary.counts.astype(np.int64)[np.maximum(ranks, 0)], 0)
 
 
-def silence(model: Any) -> None:
+@contextmanager
+def silenced(model: Any) -> Iterator[None]:
     """All rows zero: an f-gram adds nothing to its token."""
+    weight = model.f_gram_embedding.rows.weight
+    kept = weight.detach().clone()
     with torch.no_grad():
-        model.f_gram_embedding.rows.weight.zero_()
+        weight.zero_()
+        yield
+        weight.copy_(kept)
 
 
 def collected(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
