@@ -127,12 +127,12 @@ def _context(report: Mapping[str, Any]) -> str:
     names, lines = list(report["models"]), []
     for test, title in TESTS.items():
         for place, first in enumerate(report["models"][names[0]][test]):
-            cells = [f"{first['mean']:.2f} ± {_half(first['interval']):.2f}"]
+            cells = [f"{_plain(first['mean'])} ± {_half(first['interval']):.2f}"]
             for name in names[1:]:
                 each = report["models"][name][test][place]
                 difference, (low, high) = each["difference"]["mean"], each["difference"]["interval"]
                 shown = nats(difference) if low <= 0 <= high else f"**{nats(difference)}**"
-                cells.append(f"{each['mean']:.2f} ({shown} ± {(high - low) / 2:.2f})")
+                cells.append(f"{_plain(each['mean'])} ({shown} ± {(high - low) / 2:.2f})")
             lines.append([title, f"{first['distance']:,}", *cells])
     head = ["", "distance", *(f"`{name}`" for name in names)]
     note = "In brackets: the difference from the first; 95 % over sequences. Bold: zero is not in it."
@@ -158,6 +158,11 @@ def _by_task(results: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any
 
 def _over_items(accuracy: float, num_items: int) -> float:
     return 1.96 * math.sqrt(accuracy * (1 - accuracy) / num_items)
+
+
+def _plain(value: float) -> str:
+    """Without a sign where it is positive, or rounds to nothing."""
+    return nats(value).removeprefix("+")
 
 
 def _half(interval: Sequence[float]) -> float:

@@ -38,8 +38,8 @@ from scone.utils.errors import SconeError  # noqa: E402
 from scone.utils.files import read_json, write_json  # noqa: E402
 
 TEXTS = ("wikipedia_test", "novels", "wikitext103_test", "c4", "court_opinions", "arxiv_abstracts")
-VISITS = (0, 1, 5, 10, 30, 100, 300, 1_000, 10_000)
-"""Where buckets of visits begin; 0: no f-gram ends there."""
+VISITS = (0, 3, 5, 10, 30, 100, 300, 1_000, 10_000)
+"""Where buckets of visits begin; 0: no f-gram ends there. f-grams occur three times or more (``min_freq``)."""
 PROMPTS = (
     "The history of the city begins with",
     "Albert Einstein was born in",
