@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks"), str(REPOSITORY / "experiments")]
@@ -59,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--models", nargs="+", required=True, metavar="NAME=FOLDER", help="the first is compared with")
     parser.add_argument("--data", type=Path, required=True, help="folder of the token files")
     parser.add_argument("--distances", nargs="+", type=int, default=DISTANCES)
-    parser.add_argument("--number", type=int, default=150, help="contexts; of pairs and passages four times as many")
+    parser.add_argument("--number", type=int, default=300, help="contexts; of pairs and passages twice as many")
     parser.add_argument("--json", type=Path, required=True)
     arguments = parser.parse_args(argv)
     folders = {name: Path(folder) for name, folder in (pair.split("=", 1) for pair in arguments.models)}
@@ -112,15 +113,26 @@ def measures(
     found: dict[str, dict[int, np.ndarray]] = {"needle": {}, "pair": {}, "passage": {}}
     for distance in distances:
         draws = np.random.default_rng(distance)  # the same for every model
-        cases = np.stack([needles(draws, texts, tokenizer, distance) for _ in range(number)])
-        losses = last_losses(model, cases.reshape(-1, cases.shape[-1]), 1).reshape(number, NEEDLES, NEEDLES)
-        found["needle"][distance] = (losses.argmin(2) == np.arange(NEEDLES)).mean(1)
+        contexts, colours = zip(*(needles(draws, texts, tokenizer, distance) for _ in range(number)), strict=True)
+        found["needle"][distance] = right_answers(model, np.stack(contexts), np.stack(colours))
         for test, size in (("pair", 2), ("passage", PASSAGE)):
             cases = np.stack([repeats(draws, texts, distance, size, model.config.get_text_config().vocab_size)
-                              for _ in range(4 * number)])  # fmt: skip
+                              for _ in range(2 * number)])  # fmt: skip
             losses = last_losses(model, cases.reshape(-1, cases.shape[-1]), size - 1).mean(1)
             found[test][distance] = losses.reshape(-1, 2) @ [-1, 1]
     return found
+
+
+def right_answers(model: Any, questions: np.ndarray, colours: np.ndarray) -> np.ndarray:
+    """Of ``questions`` [n, 4, L] the share that is answered with their own of ``colours`` [n, 4], [n]."""
+    found = []
+    for asked, offered in zip(questions, colours, strict=True):
+        ids = torch.from_numpy(asked).to(device_of(model))
+        with torch.inference_mode():
+            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[:, -1]
+        answers = logits[:, torch.from_numpy(offered).to(logits.device)].argmax(1).cpu().numpy()
+        found.append((answers == np.arange(NEEDLES)).mean())
+    return np.array(found)
 
 
 def last_losses(model: Any, sequences: np.ndarray, predicted: int) -> np.ndarray:
@@ -133,8 +145,10 @@ def last_losses(model: Any, sequences: np.ndarray, predicted: int) -> np.ndarray
     return np.stack([losses for batch in batches for losses in token_losses(model, flat, batch, device_of(model))])
 
 
-def needles(draws: np.random.Generator, texts: Mapping[str, np.ndarray], tokenizer: Any, distance: int) -> np.ndarray:
-    """Int64 [4, 4, L]: question i answered with colour j. The first sentence begins ``distance`` tokens before the
+def needles(
+    draws: np.random.Generator, texts: Mapping[str, np.ndarray], tokenizer: Any, distance: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Four questions int64 [4, L] and their answers [4]. The first sentence begins ``distance`` tokens before the
     question, the others follow within its first quarter.
     """
     names = draws.choice(single_tokens(tokenizer, NAMES), NEEDLES, replace=False)
@@ -146,8 +160,7 @@ def needles(draws: np.random.Generator, texts: Mapping[str, np.ndarray], tokeniz
     if len(context) > distance:
         raise SconeError(f"found a distance of {distance} tokens; expected {len(context)}, which the sentences take")
     context += [*passage(draws, texts, distance - len(context))]
-    questions = [[*context, *start, name, *middle] for name in names]
-    return np.array([[[*question, colour] for colour in colours] for question in questions])
+    return np.array([[*context, *start, name, *middle] for name in names]), np.asarray(colours)
 
 
 def repeats(

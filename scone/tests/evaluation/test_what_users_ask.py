@@ -61,7 +61,7 @@ def test_what_copies_its_context_finds_every_needle_and_what_does_not_guesses(to
     for distance in distances:
         assert copies["needle"][distance].tolist() == [1.0] * 5
         assert guesses["needle"][distance].tolist() == [0.25] * 5, "one answer, whatever is asked"
-        assert guesses["pair"][distance].tolist() == guesses["passage"][distance].tolist() == [0.0] * 20
+        assert guesses["pair"][distance].tolist() == guesses["passage"][distance].tolist() == [0.0] * 10
 
 
 @pytest.mark.parametrize(("test", "order", "share"), [("pair", 1, 1.0), ("passage", 2, 30 / 31)])
@@ -69,7 +69,7 @@ def test_what_is_repeated_is_worth_its_whole_loss_to_what_copies(tokenizer, test
     """Of a passage all but what the copier needs to find its place."""
     size = len(tokenizer)
     texts = {text: tokens % (size // 4) for text, tokens in haystack(size).items()}  # a pair has other tokens
-    found = context.measures(Copier(size, order), tokenizer, texts, (64,), 10)
+    found = context.measures(Copier(size, order), tokenizer, texts, (64,), 20)
     assert np.median(found[test][64]) == pytest.approx(share * np.log(size), rel=0.02)
 
 
@@ -79,11 +79,12 @@ def test_a_distance_is_from_one_beginning_to_the_other(tokenizer):
     assert np.array_equal(repeated[-32:], repeated[-132:-100])
     assert np.array_equal(repeated[-100:], other[-100:])
     assert not np.array_equal(repeated[-132:-100], other[-132:-100])
-    questions = context.needles(draws, texts, tokenizer, 200)
-    question = tokenizer(" The house of", add_special_tokens=False).input_ids
-    assert questions.shape[:2] == (4, 4)
-    assert questions[0, 0, : len(question)].tolist() == questions[0, 0, 200 : 200 + len(question)].tolist() == question
-    assert len(np.unique(questions[:, :, -1])) == 4
+    questions, colours = context.needles(draws, texts, tokenizer, 200)
+    said = [tokenizer.decode([*question[200:], colour]) for question, colour in zip(questions, colours, strict=True)]
+    sentence = len(questions[0]) - 200 + 2  # the colour and the full stop
+    assert tokenizer.decode(questions[0, :sentence]) == f"{said[0]}."
+    assert all(f"{each}." in tokenizer.decode(questions[0]) for each in said)
+    assert len(set(said)) == len(set(colours.tolist())) == 4
 
 
 def test_silenced_rows_leave_the_trunk_as_it_is():
