@@ -312,8 +312,8 @@ def test_no_step_waits_for_the_gpu(corpus, tmp_path, kind):
             train(run, quiet=True, callbacks=[Waiting()])
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    waits = {f"{each.filename}:{each.lineno}" for each in found if "synchroniz" in str(each.message)}
-    assert not waits
+    waits = {f"{each.filename}:{each.lineno}" for each in found if "called a synchronizing" in str(each.message)}
+    assert not waits  # PyTorch's first warning, that the mode is a prototype, is none
 
 
 VARIANTS = {
