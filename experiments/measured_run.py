@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AutoModelForCausalLM, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from scone.configs.schema import SconeOptions
 from scone.data.token_file import TokenFile
@@ -18,7 +25,7 @@ from scone.evaluation.sweep import train_or_resume
 from scone.inference.loading import choose_device
 from scone.models.accounting import parameter_counts
 from scone.tokenization.matcher import Matcher
-from scone.training.run import TRAINING_LOG_FILE, Corpus, evaluation_blocks
+from scone.training.run import TRAINING_LOG_FILE, Corpus, build_model, evaluation_blocks
 from scone.training.run_folder import FINAL_MODEL, complete_checkpoints
 from scone.utils.errors import SconeError
 from scone.utils.files import read_json, write_json
@@ -36,6 +43,8 @@ def measured_run(
     matcher: Matcher | None,
     stride: int | None = None,
     curve_tokens: int = 0,
+    test_tokens: int = 0,
+    lora_rank: int = 0,
     keep_model: bool = False,
 ) -> dict[str, Any]:
     """Train and test one model; an interrupted run goes on from its checkpoint.
@@ -45,6 +54,8 @@ def measured_run(
         progress_path: a JSON file that holds the log so far while the model trains, marked as unfinished.
         matcher: groups the losses of every run by the same f-grams, plain ones too.
         curve_tokens: of each text so many tokens are tested on at every evaluation (0: none), after its log line.
+        test_tokens: of each text so many tokens are tested on in the end (0: all).
+        lora_rank: train adapters of that rank in place of the trunk's weights, and merge them in the end (0: none).
         keep_model: leave the run's folder; otherwise it is removed once everything is measured.
 
     Returns the options' seed, tokens seen, seconds, costs per token and in all, parameters, the log, and for each test
@@ -62,7 +73,11 @@ def measured_run(
     if curve_tokens:
         length, size = options.data.max_length, options.training.batch_size
         callbacks.append(TextLosses({name: file.tokens[:curve_tokens] for name, file in texts.items()}, length, size))
-    final_model = train_or_resume(options, corpus, quiet=True, callbacks=callbacks)
+    tuned = None
+    if lora_rank:
+        tuned = build_model(options, corpus, quiet=True)
+        callbacks.append(Adapters(tuned, lora_rank))
+    final_model = train_or_resume(options, corpus, model=tuned, quiet=True, callbacks=callbacks)
     log = read_json(folder / TRAINING_LOG_FILE)
     model: Any = AutoModelForCausalLM.from_pretrained(final_model)
     model = model.to(choose_device(options.training.device)).eval()
@@ -70,16 +85,17 @@ def measured_run(
     check_model(model, corpus, options, log)
 
     def tested(file: TokenFile) -> dict[str, Any]:
+        read = file.tokens[: test_tokens or None]
         found = perplexity(
             model,
-            file.tokens,
+            read,
             options.data.max_length,
             options.training.batch_size,
             stride,
             matcher=matcher,
             separator_id=file.separator_id,
             quiet=True,
-            **sizes_of(corpus.tokenizer, file.tokens),
+            **sizes_of(corpus.tokenizer, read),
         )
         return found.to_dict() | {"window_losses": [round(loss, 4) for loss in found.window_losses]}
 
@@ -116,6 +132,23 @@ def check_model(model: Any, corpus: Corpus, options: SconeOptions, log: Mapping[
             f"found a loss of {saved.loss:.4f} of the saved model on the validation text; expected the "
             f"{trained[-1]:.4f} with which training ended; the model changed while it was saved or loaded"
         )
+
+
+class Adapters(TrainerCallback):
+    """LoRA in every matrix of the trunk but embeddings and head, which are frozen; merged once training has ended.
+
+    What is added to token embeddings trains as it would without.
+    """
+
+    def __init__(self, model: PreTrainedModel, rank: int) -> None:
+        from peft import LoraConfig, get_peft_model
+
+        trunk: Any = getattr(model, "trunk", model)
+        config = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+        self._adapted: Any = get_peft_model(trunk, config)  # changes the trunk itself
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._adapted.merge_and_unload()
 
 
 class ProgressFile(TrainerCallback):
