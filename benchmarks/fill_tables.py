@@ -2,8 +2,9 @@
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->`` and is made from ``docs/results/NAME.json``:
 a benchmark's report (``benchmarks/common.py``) or what else is named here.
-``recipe__VIEW`` see `recipe_table`, ``ladder__VIEW`` `ladder_table`, ``bench_vllm_gpu__VIEW`` `placement_table`.
-Tables of finished experiments have no such marks: nothing measures them again.
+``recipe__VIEW`` see `recipe_table`, ``ladder__VIEW`` `ladder_table`, ``what_users_ask__VIEW`` and ``vocabularies``
+`users_table`, ``pretrained__VIEW`` `pretrained_table`, ``bench_vllm_gpu__VIEW`` `placement_table`. Tables of finished
+experiments have no such marks: nothing measures them again.
 
     python benchmarks/fill_tables.py            fill them
     python benchmarks/fill_tables.py --check    exit 1 if one is out of date
@@ -24,7 +25,9 @@ sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks"), str(REPOSITORY 
 
 from common import benchmark_table  # noqa: E402
 from ladder_table import ladder_table  # noqa: E402
+from pretrained_table import pretrained_table  # noqa: E402
 from recipe_table import recipe_table  # noqa: E402
+from users_table import users_table, vocabularies_table  # noqa: E402
 
 from scone.utils.text import markdown_table  # noqa: E402
 
@@ -57,6 +60,12 @@ def table(name: str) -> str:
     report = json.loads(path.read_text(encoding="utf-8"))
     if "screens" in report:
         return recipe_table(report, view)
+    if "users" in report:
+        return users_table(report, view)
+    if base == "vocabularies":
+        return vocabularies_table(report)
+    if base == "pretrained":
+        return pretrained_table(report, view)
     if "ladder" in report:
         return ladder_table(report, view)
     if view:
@@ -67,7 +76,7 @@ def table(name: str) -> str:
         return bad_input_table(report)
     if "batches" in report:
         return fault_table(report)
-    raise SystemExit(f"{path}: expected the report of a benchmark or of the recipe")
+    raise SystemExit(f"{path}: expected the report of a benchmark or of an experiment")
 
 
 def placement_table(report: dict[str, Any], view: str) -> str:

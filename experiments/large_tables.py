@@ -13,25 +13,30 @@ from collections.abc import Sequence
 GPU_BYTES, HOST_BYTES = 78 * 2**30, 512 * 2**30  # one H100; a host of eight
 INDEX_BYTES = 27.7  # an f-gram on disk and mapped: docs/formats.md (8 of them, the counts, are not read)
 COUNT_BYTES = 176  # an f-gram while it is counted, at most: counting/plan.py, N = 5
+BUILD_SECONDS = (90 - 14) / 50e6  # ranked and indexed, an f-gram: large_vocabulary.json, less the time of counting
 COUNT_RATE = 12.3e6 / 2  # tokens/s a core: bench_counting, 10⁹ tokens
 PRECOMPUTE_RATE = 212_766 * 0.91  # f-grams/s a GPU, six layers × 1,024: bench_scaling_gpu.json
 TABLE_BYTES = 1056 / 1024  # int8 with a scale for 64 numbers: a number of width
 ROWS_A_BATCH = {10**7: 25_600, 10**8: 34_600, 10**9: 34_600}  # distinct, of 16,384 positions of Wikipedia; at most 50 M
 TRUNK_BYTES = 15 * 2**30  # of a GPU beside its rows: weights, moments, activations of a trunk as small as GPT-2
-NETWORK = {"NVLink": 300e9, "400 Gbit/s a GPU": 40e9}  # bytes/s that one GPU sends
-DISK = 2e9  # bytes/s that one host writes
+# bytes/s that one GPU sends: by what a step with rows takes longer on four GPUs than on one (bench_sharded_rows.json:
+# 1.1 ms for 194 MB, with all that is done about it); and what the network card's maker says
+NETWORK = {"NVLink": 170e9, "400 Gbit/s a GPU": 40e9}
+DISK = 2e9  # bytes/s that one host reads and writes
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--width", type=int, default=1024, help="numbers of a row")
     width = parser.parse_args(argv).width
-    print("| f-grams | index | counting, at most | table, int8 | weight and state | checkpoint, one host |")
-    print("|---:|---:|---:|---:|---:|---:|")
+    print("| f-grams | index | built in | read in | counting, at most | table, int8 | weight and state | checkpoint |")
+    print("|---:|---:|---:|---:|---:|---:|---:|---:|")
     for rows in (10**7, 10**8, 10**9):
         training = rows * (4 * width + 8)
-        sizes = [rows * INDEX_BYTES, rows * COUNT_BYTES, rows * width * TABLE_BYTES, training]
-        print(f"| {rows:,} | {' | '.join(map(shown, sizes))} | {training / DISK:,.0f} s |")
+        index = rows * INDEX_BYTES
+        cells = [shown(index), f"{rows * BUILD_SECONDS:,.0f} s", f"{index / DISK:,.1f} s", shown(rows * COUNT_BYTES)]
+        cells += [shown(rows * width * TABLE_BYTES), shown(training), f"{training / DISK:,.0f} s"]
+        print(f"| {rows:,} | {' | '.join(cells)} |")
     print("\n| f-grams | GPUs | rows on a GPU | fits | precompute | sent a step and GPU | NVLink | 400 Gbit/s |")
     print("|---:|---:|---:|---|---:|---:|---:|---:|")
     for rows in (10**7, 10**8, 10**9):

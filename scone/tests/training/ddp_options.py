@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 
 from scone.scripts.train import read_arguments
 from scone.training.processes import destroy_process_group
@@ -14,6 +15,7 @@ if __name__ == "__main__":
     options = read_arguments(sys.argv[1:])
     corpus = prepare_run_corpus(options, quiet=True)
     trainer = build_trainer(options, build_model(options, corpus, quiet=True), corpus, quiet=True)
+    warnings.simplefilter("error", FutureWarning)
     wrapped = trainer.accelerator.prepare_model(trainer.model)
     if is_first_process():
         names = ("gradient_as_bucket_view", "find_unused_parameters", "broadcast_buffers")
