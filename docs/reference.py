@@ -23,7 +23,7 @@ API = {
     "scone.inference.embedding_table": ("EmbeddingTable",),
     "scone.inference.engine": ("SconeInferenceEngine",),
     "scone.inference.precompute": ("precompute_table",),
-    "scone.inference.table_tools": ("convert_table",),
+    "scone.inference.precompute": ("convert_table",),
     "scone.tokenization.f_gram_vocabulary": ("FGramVocabulary",),
     "scone.tokenization.matcher": ("Matcher",),
     "scone.tokenization.counting": ("count_f_grams",),
