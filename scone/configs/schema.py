@@ -120,8 +120,8 @@ class ModelOptions:
     combination: str = option(
         "add",
         "add: the token embedding plus a learned correction that starts at zero; replace: the f-gram's vector alone, "
-        "as in the paper",
-        choices=("add", "replace"),
+        "as in the paper; gate: add, with the correction scaled element by element",
+        choices=("add", "replace", "gate"),
     )
     learned_rows: int = option(
         1_000_000,

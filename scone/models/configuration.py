@@ -91,7 +91,7 @@ class SconeConfig(EmbeddedTrunkConfig):
         f_gram_model: sizes of the f-gram model (``FGramModelConfig``), or None for a model without one.
         learned_rows: how many f-grams, the first by rank, have a learned row.
         rows_dtype: type of the rows, "float32" or "bfloat16", whatever the model's.
-        combination: "add" or "replace", see ``FGramInputEmbedding``.
+        combination: "add", "replace" or "gate", see ``FGramInputEmbedding``.
         max_n: N, the longest f-gram in tokens.
         num_f_grams: S.
         vocabulary_fingerprint: that of the f-gram vocabulary the model was trained with.
@@ -125,8 +125,6 @@ class SconeConfig(EmbeddedTrunkConfig):
         for name, usual in {"rows_backoff": True, "control": "none", "output_norm": True, "output_gain": True}.items():
             if stated.get(name, usual) != usual:
                 raise _gone(name, stated[name])
-        if self.combination not in ("add", "replace"):
-            raise _gone("combination", self.combination)
 
 
 def _gone(name: str, value: object) -> SconeError:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scone.models.f_gram_model import FGramModel
+from scone.models.f_gram_model import FGramModel, unit_rms
 from scone.models.learned_rows import LearnedRows
 from scone.models.table_lookup import BY_DEVICE, BY_HOST, RowSource, TableLookup
 from scone.models.token_history import TokenHistory
@@ -28,7 +28,9 @@ class FGramInputEmbedding(nn.Module):
         rows: the learned rows, or None.
         width: D, the trunk's width.
         combination: "add" corrects the token embedding, from a gain of zero on; "replace" is the paper's literal form,
-            in which a matched position takes the f-gram's vector instead of its token's, from ``token_scale`` on.
+            in which a matched position takes the f-gram's vector instead of its token's, from ``token_scale`` on;
+            "gate" adds each number of the vector times a factor of 0 … 2, 1 at the start, which token and vector
+            decide: a function of the node like all else here, so the table still holds one row for it.
         token_scale: the scale of the trunk's token embeddings.
     """
 
@@ -46,6 +48,7 @@ class FGramInputEmbedding(nn.Module):
         self.combination = combination
         self.initial_gain = token_scale if combination == "replace" else 0.0
         self.gain = None if f_gram_model is None else nn.Parameter(torch.empty(width))
+        self.gate = nn.Linear(2 * width, width) if combination == "gate" else None
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -54,6 +57,9 @@ class FGramInputEmbedding(nn.Module):
             self.f_gram_model.init_weights()
         if self.gain is not None:
             nn.init.constant_(self.gain, self.initial_gain)
+        if self.gate is not None:
+            nn.init.zeros_(self.gate.weight)
+            nn.init.zeros_(self.gate.bias)
         if self.rows is not None:
             self.rows.reset()
 
@@ -86,6 +92,10 @@ class FGramInputEmbedding(nn.Module):
             rows = self.rows(trie["row_ids"], trie["row_chains"])
             total = rows if total is None else total + rows
         assert total is not None, "an f-gram input embedding has an f-gram model, learned rows, or both"
+        if self.gate is not None:
+            last_tokens = token_embedding(trie["tokens"][trie["f_gram_index"]])
+            seen = torch.cat([unit_rms(last_tokens), unit_rms(total)], dim=-1)
+            total = total * (2 * torch.sigmoid(self.gate(seen)))
         return total
 
 

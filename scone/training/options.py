@@ -44,7 +44,7 @@ def check_input_embedding(options: SconeOptions) -> None:
         )
     if rows_alone and model.combination == "replace" and not plain:
         raise SconeError(
-            "found --combination replace without an f-gram model; expected add: rows start at zero and would "
+            "found --combination replace without an f-gram model; expected add or gate: rows start at zero and would "
             "leave matched positions without a vector; change it, or give the f-gram model layers"
         )
 

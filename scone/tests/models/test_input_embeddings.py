@@ -18,6 +18,7 @@ VARIANTS = {
     **{trunk: {"trunk": trunk} for trunk in tiny.TRUNKS},
     "model alone": {"trunk": "llama", "learned_rows": 0},
     "rows alone": {"trunk": "qwen2", "f_gram_model": None},
+    "gate": {"combination": "gate"},
     "replace": {"combination": "replace"},
     "few rows": {"learned_rows": 10},
     "scaled": {"embedding_scale": 4.0},
@@ -32,7 +33,7 @@ def model_with(trained: bool = True, trunk: str = "gpt2", **changes) -> SconeFor
     if trained:
         torch.manual_seed(1)
         for name, parameter in model.f_gram_embedding.named_parameters():
-            if name in ("gain", "rows.weight"):
+            if name in ("gain", "gate.weight", "gate.bias", "rows.weight"):
                 torch.nn.init.normal_(parameter, std=0.5)
         if model.input_norm is not None:
             torch.nn.init.normal_(model.input_norm.weight)
@@ -59,7 +60,8 @@ def test_every_variant_is_a_function_of_the_node(variant, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"trunk": trunk, "learned_rows": rows} for trunk in tiny.TRUNKS for rows in (0, 40)]
+    "changes",
+    [*({"trunk": trunk, "learned_rows": rows} for trunk in tiny.TRUNKS for rows in (0, 40)), {"combination": "gate"}],
 )
 @torch.no_grad()
 def test_untrained_scone_equals_its_trunk(changes):
@@ -71,10 +73,19 @@ def test_untrained_scone_equals_its_trunk(changes):
     assert torch.equal(model(ids).logits, model.trunk(ids).logits)
 
 
+@torch.no_grad()
+def test_a_gate_starts_as_a_factor_of_one():
+    gated, added, ids = model_with(combination="gate"), model_with(), tokens(2, 20)
+    added.f_gram_embedding.load_state_dict(gated.f_gram_embedding.state_dict(), strict=False)
+    assert not torch.allclose(gated(ids).logits, added(ids).logits, atol=1e-3)
+    for parameter in gated.f_gram_embedding.gate.parameters():
+        parameter.zero_()
+    torch.testing.assert_close(gated(ids).logits, added(ids).logits)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"combination": "gate"}, "combination gate"),
         ({"control": "single"}, "control single"),
         ({"rows_backoff": False}, "rows_backoff False"),
         ({"f_gram_model": tiny.F_GRAM_SIZES | {"output_gain": False, "start": None}}, "output_gain False"),

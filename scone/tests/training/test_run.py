@@ -319,6 +319,7 @@ def test_no_step_waits_for_the_gpu(corpus, tmp_path, kind):
 
 VARIANTS = {
     "over-encoding": {"model.over_encoding_rows": 500},
+    "gate, few rows": {"model.combination": "gate", "model.learned_rows": 20},
     "plain, scaled": {"model.use_f_gram_embeddings": False, "model.embedding_scale": 2.0},
     "one row, scaled": {"model.learned_rows": 1, "model.embedding_scale": 2.0},
     "the paper's": {"model.combination": "replace", "model.learned_rows": 0},

@@ -59,7 +59,7 @@ KINDS = {
     # what is trained by default: a trunk of Qwen3's form, an input norm, learned rows and no f-gram model
     "modern": Kind("qwen3", options={"input_norm": True}),
     "gpt2": Kind("gpt2", f_gram_model=True),
-    "llama": Kind("llama", "int8", f_gram_model=True, options={"embedding_scale": 2.0}),
+    "llama": Kind("llama", "int8", f_gram_model=True, options={"combination": "gate", "embedding_scale": 2.0}),
     "over-encoding": Kind("qwen2", over_encoding=True, options={"embedding_scale": 0.5}),
     "granite": Kind("granite"),
     "gemma3": Kind("gemma3_text"),
