@@ -25,7 +25,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from scone.configs.loading import load_options
 from scone.data.token_file import TokenFile
 from scone.tokenization.tokenizers import load_tokenizer
-from scone.training.processes import destroy_process_group
+from scone.training.distributed import destroy_process_group
 from scone.training.run import Corpus, train
 from scone.utils.command_line import is_first_process
 from scone.utils.files import write_json

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import mmap
 import re
 import sys
@@ -20,6 +21,9 @@ from torch import Tensor, nn
 from scone.kernels.common import pin, to_device, triton_is_installed
 from scone.models.row_shards import Exchange, Route, RowShards, number_of_ranks
 from scone.utils.errors import SconeError
+from scone.utils.text import human_bytes
+
+logger = logging.getLogger(__name__)
 
 MOST_PASSES_PER_STEP = 4096
 """How many backward passes may wait for one step of a row optimizer: far more than anybody accumulates."""
@@ -41,7 +45,7 @@ class Pass(NamedTuple):
 class LearnedRows(nn.Module):
     """R rows of width D; an f-gram's vector is the sum over its suffix chain (back-off).
 
-    They start at zero, or from a normal distribution of deviation ``std``.
+    They start at zero.
 
     The weight is a parameter like any other: it gets a dense gradient, and any optimizer in any loop trains it, at the
     price of R rows a step. A row optimizer (``training.optimizer.RowOptimizer``) makes that the price of the rows that
@@ -65,9 +69,8 @@ class LearnedRows(nn.Module):
             row optimizer it is always empty.
     """
 
-    def __init__(self, num_rows: int, width: int, std: float = 0.0, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, num_rows: int, width: int, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.std = std
         self.num_rows = num_rows
         self.shards = RowShards(num_rows)
         self.exchange: Exchange | None = None
@@ -126,9 +129,7 @@ class LearnedRows(nn.Module):
     def reset(self) -> None:
         """Every row at its start. Memory that is zero already is only read: pages that nobody wrote to take no room."""
         self.wait()
-        if self.std:
-            nn.init.normal_(self.weight, std=self.std)
-        elif self.weight.device.type == "meta" or not is_all_zero(self.weight):
+        if self.weight.device.type == "meta" or not is_all_zero(self.weight):
             nn.init.zeros_(self.weight)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LearnedRows:
@@ -222,6 +223,9 @@ class LearnedRows(nn.Module):
             keep_from_children(weight)
             weight.view(-1)[:: mmap.PAGESIZE // weight.element_size()].mul_(1)  # by all threads; pinning would by one
             self._pinned = (address, pin(self.weight, address, weight.nbytes, device))
+            if self._pinned[1] is None:
+                size = human_bytes(weight.nbytes)
+                logger.warning("this system does not pin the %s of learned rows: every step waits for the host", size)
         return self._pinned[1] is not None
 
     def wait(self) -> None:

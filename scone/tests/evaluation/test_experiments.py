@@ -62,8 +62,8 @@ def test_one_budget_is_no_curve(results):
 def test_an_experiment_becomes_a_report(results, tmp_path):
     write_report(list(results.values()), tmp_path, title="An experiment")
     page = (tmp_path / "benchmark.html").read_text(encoding="utf-8")
-    # on each of three texts: inference and training FLOPs, S, and the f-gram models, which differ in size
-    assert page.count("<svg") == 3 * 4
+    # on each of three texts: inference and training FLOPs, and S
+    assert page.count("<svg") == 3 * 3
     assert page.count("<title>plain: seeds</title>") == 2 * 3
     assert len(json.loads((tmp_path / "benchmark.json").read_text())["records"]) == 11
 

@@ -24,7 +24,7 @@ TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}as
 
 
 def make_model(folder: Path) -> Path:
-    """A random SCONE with a chat template, its table, and its trunk alone in ``FOLDER/plain``."""
+    """A random SCONE with a chat template, and its table."""
     tokenizer = train_tokenizer(iter([TEXT]), 300, folder)
     tokenizer.chat_template = TEMPLATE
     tokens = np.array(tokenizer(TEXT).input_ids, np.int64)
@@ -39,19 +39,15 @@ def make_model(folder: Path) -> Path:
     torch.nn.init.normal_(model.f_gram_embedding.rows.weight, std=0.5)
     model.eval().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    model.trunk.save_pretrained(folder / "plain")
-    tokenizer.save_pretrained(folder / "plain")
     precompute_table(model, folder / "embeddings.cache", quiet=True)
     return folder
 
 
 @contextmanager
-def server(
-    folder: Path, *options: str, script: str = "serve", key: str | None = None
-) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+def server(folder: Path, *options: str, key: str | None = None) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """The address of a server process over `make_model`'s folder, and the process; stopped at the end."""
     table = ["--embedding_cache_path", str(folder / "embeddings.cache")]
-    command = [sys.executable, "-m", f"scone.scripts.{script}", "--model_path", str(folder), *table, "--port", "0"]
+    command = [sys.executable, "-m", "scone.scripts.serve", "--model_path", str(folder), *table, "--port", "0"]
     environment = {name: value for name, value in os.environ.items() if name != "SCONE_API_KEY"}
     environment |= {} if key is None else {"SCONE_API_KEY": key}
     with subprocess.Popen(

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from scone.inference.row_types import RowFormat
-from scone.inference.table_format import TableLayout
+from scone.inference.table_format import RowFormat, TableLayout
 from scone.inference.table_writer import TablePlan, TableWriter
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 

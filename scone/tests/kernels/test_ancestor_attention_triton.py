@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from scone.models.ancestor_attention import ancestor_attention, padded_ancestor_attention
+from scone.kernels.ancestor_attention import ancestor_attention, padded_ancestor_attention
 
 pytest.importorskip("triton", reason="Triton is not installed")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from numba import njit
 
 from scone.kernels import child_index, f_gram_trie, longest_match, reference
-from scone.kernels.child_index import ChildIndex
-from scone.kernels.simd import LANES, largest_match, prefetch
+from scone.kernels.child_index import LANES, ChildIndex, largest_match, prefetch
 from scone.tests.tokenization.f_gram_strategies import cases
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 from scone.utils.errors import SconeError
@@ -88,7 +87,6 @@ def match_range(vocabulary: FGramVocabulary, tokens: np.ndarray, start: int, sto
         len(tokens),
         start,
         stop,
-        np.zeros((0, 0), np.int64),
         nodes,
     )
     assert wrong == -1
@@ -124,7 +122,7 @@ def test_a_damaged_index_is_harmless(seed):
         counts=vocabulary.counts,
         vocab_size=vocabulary.vocab_size,
         max_n=vocabulary.max_n,
-        index=index._replace(slots=slots),
+        _index=index._replace(slots=slots),
     )
     nodes = match_range(damaged, tokens[:600], 0, 600)
     assert ((nodes >= 0) & (nodes < vocabulary.num_nodes)).all()

@@ -7,7 +7,7 @@ import sys
 import warnings
 
 from scone.scripts.train import read_arguments
-from scone.training.processes import destroy_process_group
+from scone.training.distributed import destroy_process_group
 from scone.training.run import build_model, build_trainer, prepare_run_corpus
 from scone.utils.command_line import is_first_process
 

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from scone.scripts.train import read_arguments
-from scone.training.processes import destroy_process_group
+from scone.training.distributed import destroy_process_group
 from scone.training.run import train
 
 

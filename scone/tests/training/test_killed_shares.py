@@ -14,7 +14,7 @@ from torch.multiprocessing import ProcessExitedException
 from scone.scripts.train import main
 from scone.tests.hardening.kills import kill_at_change
 from scone.tests.training.runs import STILL, assert_same_weights, command_line, options, run_ranks
-from scone.training.processes import destroy_process_group
+from scone.training.distributed import destroy_process_group
 from scone.training.run import train
 from scone.training.run_folder import complete_checkpoints
 from scone.utils.command_line import run_main
