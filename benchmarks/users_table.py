@@ -29,19 +29,29 @@ def users_table(report: Mapping[str, Any], view: str) -> str:
 
 
 def vocabularies_table(report: Mapping[str, Any]) -> str:
-    """Bits per byte of plain with larger vocabularies, beside plain and rows of the small one."""
-    runs = list(report["runs"].values())
-    texts = list(runs[0]["tests"])
-    first = runs[0]
-    lines = []
-    for run in runs:
-        bits = [run["tests"][text]["bits_per_byte"] for text in texts]
-        flops = run["cost"]["training_flops"] / first["cost"]["training_flops"]
-        per_token = run["cost"]["inference_flops_per_token"] / first["cost"]["inference_flops_per_token"]
-        costs = [f"{run['tokens'] / 1e6:.1f} M", f"{flops:.2f}×", f"{per_token:.1f}×"]
-        lines.append([f"`{run['run']}`", *costs, *(f"{each:.3f}" for each in [*bits, statistics.fmean(bits)])])
-    head = ["", "tokens", "training FLOPs", "FLOPs a token", *(NAMES.get(text, text) for text in texts), "mean"]
-    return f"{markdown_table(head, lines)}\n\n*Bits per byte; a seed each. FLOPs are those of the first line times.*\n"
+    """Bits per byte of plain with larger vocabularies, beside plain and rows of the small one; seeds taken together."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for run in report["runs"].values():
+        groups.setdefault(run["run"], []).append(run)
+    first = next(iter(groups.values()))[0]
+    texts, lines = list(first["tests"]), []
+    for name, runs in groups.items():
+        tests = {text: [run["tests"][text] for run in runs] for text in texts}
+        bits = [statistics.fmean(test["bits_per_byte"] for test in tests[text]) for text in texts]
+        run = runs[0]
+        token_bytes = statistics.fmean(
+            test["loss"] / (test["bits_per_byte"] * math.log(2)) for each in tests.values() for test in each
+        )
+        flops, per_token = (
+            f"{run['cost'][cost] / first['cost'][cost]:.{digits}f}×"
+            for cost, digits in (("training_flops", 2), ("inference_flops_per_token", 1))
+        )
+        read = [f"{run['tokens'] / 1e6:.1f} M", f"{run['tokens'] * token_bytes / 1e6:.0f} MB"]
+        means = [f"{each:.3f}" for each in [*bits, statistics.fmean(bits)]]
+        lines.append([f"`{name}`", len(runs), *read, flops, per_token, *means])
+    costs = ["tokens", "text", "training FLOPs", "FLOPs a token"]
+    head = ["", "seeds", *costs, *(NAMES.get(text, text) for text in texts), "mean"]
+    return f"{markdown_table(head, lines)}\n\n*Bits per byte. FLOPs are those of the first line times.*\n"
 
 
 def _tasks(pairs: Sequence[Mapping[str, Any]]) -> str:
