@@ -125,7 +125,7 @@ def test_results_are_put_together(tmp_path, capsys):
 
 
 def test_tables_and_picture_say_what_the_losses_are():
-    tables, plot = experiments.module("ladder_table"), experiments.module("plot_ladder")
+    tables, plot = experiments.module("ladder_table"), experiments.module("plots")
     runs = {}
     for place, flops in ((5, 1e15), (10, 2e15), (20, 4e15)):
         for kind, times in (("plain", 1.0), ("rows", 1.5)):
@@ -140,4 +140,4 @@ def test_tables_and_picture_say_what_the_losses_are():
     assert f"| 7 M | 0 M | 10 | `rows` | 1 | {change} | {change} | {change} |" in lines["texts"]
     assert "| 7 M | 20 | `rows` |" + " −0.05 |" * 10 in lines["curves"]
     assert tables.ladder_table({"runs": {}}, "texts") == "*Not run yet.*\n"
-    assert len(plot.draw(ladder.rungs_of({"runs": runs})).axes[0].lines) == 2
+    assert len(plot.draw_ladder({"runs": runs}).axes[0].lines) == 2

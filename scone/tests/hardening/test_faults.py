@@ -1,4 +1,4 @@
-"""A slice of benchmarks/fault_injection.py: some kills of every long job, and the scenarios of a moment."""
+"""A slice of benchmarks/hardening.py: some kills of every long job, and the scenarios of a moment."""
 
 from __future__ import annotations
 
