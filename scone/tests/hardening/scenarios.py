@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from scone.tests.hardening.jobs import JOBS, Job, finished, nothing, preload, spawned
-from scone.tests.hardening.kills import inputs_of
+from scone.tests.hardening.kills import inputs_of, run_kills
 
 SURVIVED = "survived"
 UNREADABLE = Path("/proc/self/mem")
@@ -150,9 +150,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--only", nargs="+", help="names such as two_at_once_train")
+    parser.add_argument("--kills", nargs="*", default=[], metavar="JOB=N", help="kills before that, as of `kills`")
+    parser.add_argument("--seed", type=int, default=0, help="of the kills")
     chosen = parser.parse_args()
     preload()
     inputs_of(chosen.folder)
+    for job, count in (kill.split("=") for kill in chosen.kills):
+        print(json.dumps(run_kills(JOBS[job], int(count), chosen.seed, chosen.folder)), flush=True)
     outcomes: dict[str, str] = {}
     for name, scenario in SCENARIOS.items():
         for job in JOBS.values():

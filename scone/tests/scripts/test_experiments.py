@@ -32,7 +32,7 @@ from scone.utils.errors import SconeError
 REPOSITORY = Path(__file__).parents[3]
 RUNNER = REPOSITORY / "experiments" / "run.py"
 PATHS = {path.stem: path for path in RUNNER.parent.glob("*.yaml")}
-PATHS |= {name: REPOSITORY / "docs" / "results" / f"{name}.json" for name in ("ablations", "main_claim", "pretrained")}
+PATHS |= {name: REPOSITORY / "docs" / "results" / f"{name}.json" for name in ("main_claim", "pretrained")}
 EXPERIMENTS = {
     name: yaml.safe_load(path.read_text()) if path.suffix == ".yaml" else json.loads(path.read_text())["experiment"]
     for name, path in PATHS.items()
@@ -143,7 +143,7 @@ def test_runs_of_several_seeds_are_merged_into_one_line(runner, data, tmp_path):
     assert "| both-10k | 1 |" in text
 
 
-@pytest.mark.parametrize("name", ["before", "frozen-rows-lr2e-3", "frozen-both", "both-default-rates"])
+@pytest.mark.parametrize("name", ["frozen-both", "both-default-rates"])
 def test_only_a_trunk_that_is_fine_tuned_changes(runner, data, tmp_path, name):
     changes = {"training.weight_decay": 0.1, "model.learned_rows": 100}
     plan = plan_of(runner, "pretrained", data, tmp_path, **changes)
@@ -184,23 +184,12 @@ def test_a_worker_that_fails_is_named_and_the_others_go_on(runner, tmp_path, cap
     assert capsys.readouterr().out.count("failed after") == 2
 
 
-def test_runs_are_spread_over_gpus(runner, tmp_path, monkeypatch):
-    """Each worker sees one; of those that we were given, where we were given some."""
-    program = "import os, time; print(os.environ['CUDA_VISIBLE_DEVICES']); time.sleep(1)"
-    names = ["first", "second", "third", "fourth"]
-    for visible, expected in ((None, ["0", "0", "1", "1"]), ("5,7", ["5", "5", "7", "7"])):
-        if visible is None:
-            monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-        else:
-            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-        assert runner.run_all(names, tmp_path, 4, [sys.executable, "-c", program], gpus=2) == ([], [])
-        assert sorted((tmp_path / f"{name}.log").read_text().strip() for name in names) == expected
-
-
-@pytest.mark.parametrize("gpus", ["0", "1000"])
-def test_gpus_that_are_not_there_are_refused(runner, data, tmp_path, gpus):
-    with pytest.raises(SconeError, match=f"GPUs; expected {gpus}, at least one"):
-        runner.main([*_flags(data, tmp_path), "--gpus", gpus])
+@pytest.mark.parametrize(
+    ("words", "said"), [("--gpus 0", "GPUs; expected 0, at least one"), ("--only nothing", "found no run")]
+)
+def test_what_is_not_there_is_refused(runner, data, tmp_path, words, said):
+    with pytest.raises(SconeError, match=said):
+        runner.main([*_flags(data, tmp_path), *words.split()])
 
 
 def test_a_worker_does_not_look_for_the_gpus_of_the_others(runner, data, tmp_path):
@@ -233,11 +222,6 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint(runner, data, tmp_path):
     assert runner.is_finished(path)
     assert result["steps"] == changes["training.max_steps"] > steps
     assert result["log"][0]["step"] == 1, "the curve from the start"
-
-
-def test_a_run_that_does_not_exist_is_refused(runner, data, tmp_path):
-    with pytest.raises(SconeError, match="found no run"):
-        runner.main([*_flags(data, tmp_path), "--only", "nothing"])
 
 
 def _flags(data: Path, output_dir: Path) -> list[str]:
