@@ -91,6 +91,20 @@ def join(rank: int, port: int) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
+def run_command(rank: int, port: int, flags: list[str], folder: Path) -> None:
+    """`scone train` as one of two ranks; its exit status and what it says of errors are in ``folder``."""
+    from scone.scripts.train import main
+    from scone.training.processes import destroy_process_group
+    from scone.utils.command_line import run_main
+
+    join(rank, port)
+    with (folder / f"{rank}.err").open("w") as errors:
+        os.dup2(errors.fileno(), 2)
+        status = run_main(main, ["--quiet", *flags])
+    (folder / f"{rank}.status").write_text(str(status))
+    destroy_process_group()
+
+
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as free:
         return int(free.getsockname()[1])

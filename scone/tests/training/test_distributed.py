@@ -20,12 +20,7 @@ from scone.training.run import train
 from scone.training.run_folder import complete_checkpoints
 from scone.utils.errors import SconeError
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
-]
+pytestmark = pytest.mark.slow
 
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max_restarts=1")
 ACCELERATE_LAUNCH = (

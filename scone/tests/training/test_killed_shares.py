@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import resource
 import signal
 from pathlib import Path
@@ -10,13 +9,20 @@ from pathlib import Path
 import pytest
 from torch.multiprocessing import ProcessExitedException
 
-from scone.scripts.train import main
 from scone.tests.hardening.kills import kill_at_change
-from scone.tests.training.runs import STILL, assert_same_weights, command_line, free_port, join, options, run_ranks
+from scone.tests.training.runs import (
+    STILL,
+    assert_same_weights,
+    command_line,
+    free_port,
+    join,
+    options,
+    run_command,
+    run_ranks,
+)
 from scone.training.processes import destroy_process_group
 from scone.training.run import train
 from scone.training.run_folder import complete_checkpoints
-from scone.utils.command_line import run_main
 
 pytestmark = pytest.mark.slow
 RUN = STILL | {"training.save_steps": 2, "training.resume_from_checkpoint": "true", "model.rows_dtype": "bfloat16"}
@@ -44,14 +50,9 @@ def _train(rank: int, port: int, corpus: Path, folder: Path, victim: int, moment
 
 def _run_without_room(rank: int, port: int, flags: list[str], folder: Path) -> None:
     """The command of one of two ranks, of which the second cannot write its share; its exit status and its line."""
-    join(rank, port)
     if rank == 1:
         limit_files()
-    with (folder / f"{rank}.err").open("w") as errors:
-        os.dup2(errors.fileno(), 2)
-        status = run_main(main, ["--quiet", *flags])
-    (folder / f"{rank}.status").write_text(str(status))
-    destroy_process_group()
+    run_command(rank, port, flags, folder)
 
 
 def test_a_job_killed_while_shares_are_written_goes_on_from_the_last_checkpoint(corpus: Path, tmp_path: Path) -> None:
