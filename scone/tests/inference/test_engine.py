@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from scone.inference.engine import GenerationOptions, SconeInferenceEngine
-from scone.inference.loading import LoadedModel, load_model
+from scone.inference.loading import LoadedModel, choose_device, load_model
 from scone.inference.precompute import precompute_table
 from scone.inference.streaming import GeneratedSequence
 from scone.models.language_model import SconeForCausalLM
@@ -157,6 +157,12 @@ def test_what_is_not_a_model_is_refused(tmp_path):
     tiny_model().save_pretrained(tmp_path / "plain")
     with pytest.raises(SconeError, match="a model without f-grams"):
         load_model(tmp_path / "plain", table_path=tmp_path / "embeddings.cache")
+
+
+def test_unknown_devices_are_refused():
+    for device in ("warp", "cuda:99"):
+        with pytest.raises(SconeError, match="use --device cpu"):
+            choose_device(device)
 
 
 def tiny_scone(folder: Path, tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> Path:

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 from torch import Tensor
 
 from scone.models.ancestor_attention import ancestor_attention, padded_ancestor_attention
 
-pytest.importorskip("triton", reason="Triton is not installed")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-if not (INTERPRETED or torch.cuda.is_available()):
-    pytest.skip("no CUDA device (set TRITON_INTERPRET=1 to interpret the kernel)", allow_module_level=True)
+from scone.tests.kernels.triton_device import DEVICE, INTERPRETED  # isort: skip (skips where there is none)
 
-from scone.kernels.ancestor_attention_triton import (  # noqa: E402
+from scone.kernels.ancestor_attention_triton import (
     attention_backward_triton,
     attention_forward_triton,
 )
-
-DEVICE = "cpu" if INTERPRETED else "cuda"
 
 
 def random_trie(num_nodes: int, max_n: int, seed: int) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 import pytest
 import torch
@@ -11,14 +9,9 @@ import torch
 from scone.kernels import reference, row_rms
 from scone.tests.kernels.test_row_rms import numbers, problem
 
-pytest.importorskip("triton", reason="Triton is not installed")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-if not (INTERPRETED or torch.cuda.is_available()):
-    pytest.skip("no CUDA device (set TRITON_INTERPRET=1 to interpret the kernel)", allow_module_level=True)
+from scone.tests.kernels.triton_device import DEVICE  # isort: skip (skips where there is none)
 
-from scone.kernels.row_rms_triton import update_rows_triton  # noqa: E402
-
-DEVICE = "cpu" if INTERPRETED else "cuda"
+from scone.kernels.row_rms_triton import update_rows_triton
 
 
 @pytest.mark.parametrize(("num_rows", "width", "share"), [(1, 1, 1.0), (20, 7, 0.5), (9, 300, 0.7), (5, 16, 0.0)])

@@ -21,7 +21,6 @@ from transformers import (
     DynamicCache,
     StaticCache,
     Trainer,
-    TrainingArguments,
 )
 
 from scone.models.embedded_trunk import EmbeddedTrunk
@@ -199,16 +198,8 @@ def test_a_trainer_may_compile(kind, tmp_path):
     data = [{"input_ids": row, "labels": row} for row in tokens(6, 11).tolist()]
     losses = []
     for is_compiled in (False, True):
-        options = TrainingArguments(
-            output_dir=str(tmp_path),
-            per_device_train_batch_size=2,
-            max_steps=2,
-            report_to="none",
-            use_cpu=True,
-            disable_tqdm=True,
-            torch_compile=is_compiled,
-            torch_compile_backend="aot_eager" if is_compiled else None,
-        )
+        compiling = {"torch_compile": is_compiled, "torch_compile_backend": "aot_eager" if is_compiled else None}
+        options = tiny.training_arguments(tmp_path, per_device_train_batch_size=2, max_steps=2, **compiling)
         model = copy.deepcopy(model_of(kind)).requires_grad_(True)
         trainer = Trainer(model, options, train_dataset=data, data_collator=DataCollatorWithFlattening())
         losses.append(trainer.train().training_loss)

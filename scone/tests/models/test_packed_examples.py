@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import DataCollatorWithFlattening, DynamicCache, StaticCache, Trainer, TrainingArguments
+from transformers import DataCollatorWithFlattening, DynamicCache, StaticCache, Trainer
 
 from scone.data.collator import Collator
 from scone.models.embedded_trunk import EmbeddedTrunk
@@ -180,14 +180,8 @@ def test_a_trainer_that_flattens_its_batches_learns_what_one_that_pads_does(kind
     examples = examples_of([7, 4, 9, 6], 2)
     data: list[dict[str, Any]] = [{"input_ids": one.tolist(), "labels": one.tolist()} for one in examples]
     model = copy.deepcopy(model_of(kind)).train()
-    options = TrainingArguments(
-        output_dir=str(tmp_path),
-        per_device_train_batch_size=4,
-        per_device_eval_batch_size=4,
-        max_steps=1,
-        report_to="none",
-        use_cpu=True,
-        disable_tqdm=True,
+    options = tiny.training_arguments(
+        tmp_path, per_device_train_batch_size=4, per_device_eval_batch_size=4, max_steps=1
     )
     trainer = Trainer(model, options, train_dataset=data, data_collator=DataCollatorWithFlattening())
     found = trainer.evaluate(data)["eval_loss"]
