@@ -117,7 +117,7 @@ def _same_in_the_end(job: Job, folder: Path, work: Path) -> str:
 
 
 def _whole(job: Job, folder: Path) -> str:
-    """The digest of an undisturbed run's results, made once."""
+    """The digest of an undisturbed run's results, made once, as kills make it too."""
     work = folder / "whole" / job.name
     if not work.exists():
         work.mkdir(parents=True)
