@@ -18,8 +18,8 @@ from scone.utils.command_line import run_main
 TRAINING_FLAGS = (
     *("--max_length", "32", "--min_freq", "3", "--tokenizer", "train", "--vocab_size", "300", "--hidden_size", "16"),
     *("--num_hidden_layers", "1", "--num_attention_heads", "2", "--learning_rate", "0.01", "--num_workers", "0"),
-    *("--report_to", "none", "--device", "cpu", "--batch_size", "2", "--max_steps", "8", "--save_steps", "1"),
-    *("--eval_steps", "4", "--logging_steps", "2", "--resume_from_checkpoint"),
+    *("--report_to", "none", "--device", "cpu", "--batch_size", "2", "--max_steps", "6", "--save_steps", "1"),
+    *("--eval_steps", "3", "--logging_steps", "2", "--resume_from_checkpoint"),
 )
 VOLATILE = ("training_log.json", "environment.json", "README.md")
 """Files of a run that tell of this run alone: seconds, machine, versions."""
@@ -96,7 +96,7 @@ COUNT_BUDGET = 1_700_000
 
 
 def train(inputs: Path, work: Path) -> int:
-    """`scone train`, eight steps, a checkpoint after each."""
+    """`scone train`, six steps, a checkpoint after each."""
     from scone.scripts.train import main
 
     flags = ["--dataset_name", str(inputs / "corpus.jsonl"), "--cache_dir", str(inputs / "cache")]
@@ -130,7 +130,7 @@ JOBS = {
     for job in (
         Job("tokenise", tokenise, ("tokens/*/corpus.json", "tokens/*/*/tokens.*")),
         Job("count", count, ("f_grams.safetensors",)),
-        Job("train", train, ("run/final_model/*", "run/checkpoint-8/model.safetensors")),
+        Job("train", train, ("run/final_model/*", "run/checkpoint-6/model.safetensors")),
         Job("precompute", precompute, ("embeddings.cache",)),
         Job("convert", convert, ("embeddings.int8",)),
     )
