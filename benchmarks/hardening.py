@@ -107,7 +107,7 @@ def batch_of_inputs(name: str, inputs: int, seed: int) -> Batch:
     kinds = {} if done.returncode else last_line(done)
     failures = [failure for kind in kinds.values() for failure in kind.pop("failures")]
     if done.returncode:
-        late = done.returncode == -signal.SIGALRM
+        late = -done.returncode in (signal.SIGALRM, signal.SIGPROF)
         how = f"took longer than {SECONDS_LIMIT} s" if late else f"ended with {done.returncode}"
         failures = [f"{how}: {done.stderr.strip()[-300:]}"]
     seconds, tried = round(time.monotonic() - started, 1), sum(kind["inputs"] for kind in kinds.values())
