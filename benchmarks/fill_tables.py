@@ -2,8 +2,9 @@
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->`` and is made from ``docs/results/NAME.json``:
 a benchmark's report (``benchmarks/common.py``) or what else is named here.
-``recipe__VIEW`` see `recipe_table`, ``ladder__VIEW`` `ladder_table`. Tables of finished experiments have no such marks:
-nothing measures them again.
+``recipe__VIEW`` see `recipe_table`, ``ladder__VIEW`` `ladder_table`, ``what_users_ask__VIEW`` and ``vocabularies``
+`users_table`, ``pretrained__VIEW`` `pretrained_table`, ``bench_vllm_gpu__VIEW`` `placement_table`. Tables of finished
+experiments have no such marks: nothing measures them again.
 
     python benchmarks/fill_tables.py            fill them
     python benchmarks/fill_tables.py --check    exit 1 if one is out of date
@@ -24,7 +25,9 @@ sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks"), str(REPOSITORY 
 
 from common import benchmark_table  # noqa: E402
 from ladder_table import ladder_table  # noqa: E402
+from pretrained_table import pretrained_table  # noqa: E402
 from recipe_table import recipe_table  # noqa: E402
+from users_table import users_table, vocabularies_table  # noqa: E402
 
 from scone.utils.text import markdown_table  # noqa: E402
 
@@ -57,15 +60,60 @@ def table(name: str) -> str:
     report = json.loads(path.read_text(encoding="utf-8"))
     if "screens" in report:
         return recipe_table(report, view)
+    if "users" in report:
+        return users_table(report, view)
+    if base == "vocabularies":
+        return vocabularies_table(report)
+    if base == "pretrained":
+        return pretrained_table(report, view)
     if "ladder" in report:
         return ladder_table(report, view)
+    if view:
+        return placement_table(report, view)
     if "records" in report:
         return benchmark_table(report)
     if "bad_inputs" in report:
         return bad_input_table(report)
     if "batches" in report:
         return fault_table(report)
-    raise SystemExit(f"{path}: expected the report of a benchmark or of the recipe")
+    raise SystemExit(f"{path}: expected the report of a benchmark or of an experiment")
+
+
+def placement_table(report: dict[str, Any], view: str) -> str:
+    """``steps``: milliseconds of a step by trunk and placement, and plain's over them, by batch; ``lookup``: of the
+    lookup alone, and of its kernel.
+    """
+    batches = [str(batch) for batch in report["config"]["batches"]]
+    columns = {
+        "steps": {**{batch: f"decode_ms_b{batch}" for batch in batches}, "prefill of 2,048": "prefill_ms"},
+        "lookup": {number: f"lookup_ms_{number}" for number in [*batches, "2048"]},
+    }[view]
+    found = {record["metric"]: record for record in report["records"]}
+    rows = []
+    for trunk in report["config"]["trunks"]:
+        for placement in ["plain", "none", *report["config"]["placements"]]:
+            names = [f"{trunk}_{what}_{placement}" for what in columns.values()]
+            cells = [_placement_cell(found, name) for name in names]
+            if any(cells):
+                target = next((found[name]["target"] for name in names if name in found), None)
+                rows.append([trunk, placement, *cells, *([target or ""] if view == "steps" else [])])
+    head = ["trunk", "rows", *columns, *(["target"] if view == "steps" else [])]
+    missed = sum(record["met"] is False for record in report["records"])
+    notes = {
+        "steps": f"Milliseconds, and in brackets plain's over them; bold: below the target ({missed} in all)",
+        "lookup": "Milliseconds until the rows are there, and in brackets those of the kernel",
+    }
+    return _with_note(markdown_table(head, rows), notes[view], report)
+
+
+def _placement_cell(found: dict[str, Any], name: str) -> str:
+    if name not in found:
+        return ""
+    record, kernel = found[name], found.get(name.replace("lookup", "kernel"))
+    if kernel is not None and kernel is not record:
+        return f"{record['ours']:.2f} ({kernel['ours']:.3f})"
+    ratio = "" if record["ratio"] is None else f" ({record['ratio']:.2f})"
+    return f"{record['ours']:.2f}" + (f"**{ratio}**".replace("** ", " **") if record["met"] is False else ratio)
 
 
 def fault_table(report: dict[str, Any]) -> str:
@@ -91,7 +139,8 @@ def bad_input_table(report: dict[str, Any]) -> str:
 
 
 def _with_note(table: str, note: str, report: dict[str, Any]) -> str:
-    where = f"{report['machine']['processor']}, {report['machine']['cores']} cores"
+    cards = [f", {card}" for card in dict.fromkeys(report["machine"].get("accelerators") or [])]
+    where = f"{report['machine']['processor']}, {report['machine']['cores']} cores" + "".join(cards)
     return f"{table}\n\n*{note}. On {where}, at commit {report['commit'][:10]}.*\n"
 
 

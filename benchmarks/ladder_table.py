@@ -75,22 +75,30 @@ def _texts(report: Mapping[str, Any]) -> str:
 
 
 def _curves(report: Mapping[str, Any]) -> str:
-    """Of all seeds, the mean; at equal steps, so at equal rates too."""
+    """Of all seeds, the mean; at equal steps, so at equal rates too. Runs that were cut off show what they reached."""
     curves: dict[tuple[str, str, str], list[list[float]]] = {}
     for run in report["runs"].values():
         size, per_weight, kind = [*run["run"].split("-", 2), "", ""][:3]
         points = [statistics.fmean(point["texts"].values()) for point in run["curve"] if point["texts"]]
-        if per_weight.isdigit() and len(points) == 10:
+        if per_weight.isdigit() and points:
             curves.setdefault((size, per_weight, kind), []).append(points)
+    means = {}
+    for place, seeds in curves.items():
+        longest = max(map(len, seeds))
+        ends = [points for points in seeds if len(points) == longest]
+        means[place] = [statistics.fmean(points) for points in zip(*ends, strict=True)]
     lines = []
-    for rung in _in_order(report):
-        mine, peer = curves.get(_place(rung)), curves.get((rung.size, rung.per_weight, PLAIN))
-        if rung.kind != PLAIN and mine and peer:
-            means = [[statistics.fmean(points) for points in zip(*seeds, strict=True)] for seeds in (mine, peer)]
-            changes = [nats(own - plain) for own, plain in zip(*means, strict=True)]
-            lines.append([*_head(rung)[::2], f"`{rung.kind}`", *changes])
+    for size, per_weight, kind in sorted(means, key=lambda place: (_number(place[0]), int(place[1]))):
+        peer = means.get((size, per_weight, PLAIN))
+        if kind != PLAIN and peer:
+            changes = [nats(own - plain) for own, plain in zip(means[size, per_weight, kind], peer, strict=False)]
+            cut = [""] * (10 - len(changes))
+            lines.append([size.replace("m", " M"), per_weight, f"`{kind}`", *changes, *cut])
     head = ["weights", "tokens per weight", "", *(f"{10 * tenth} %" for tenth in range(1, 11))]
-    note = "Change of the mean loss to plain's at the same step, nats a token, on the first 32,768 tokens of each text."
+    note = (
+        "Change of the mean loss to plain's at the same step, nats a token, on the first 32,768 tokens of each text. "
+        "Lines that end early are runs that were cut off."
+    )
     return f"{markdown_table(head, lines)}\n\n*{note}*\n"
 
 
@@ -98,8 +106,12 @@ def _in_order(report: Mapping[str, Any]) -> list[Rung]:
     """By size, then budget; kinds as the experiment has them."""
     rungs = rungs_of(report)
     kinds = list(dict.fromkeys(rung.kind for rung in rungs))
-    sizes = {size: int("".join(filter(str.isdigit, size)) or 0) for size in {rung.size for rung in rungs}}
-    return sorted(rungs, key=lambda rung: (sizes[rung.size], int(rung.per_weight), kinds.index(rung.kind)))
+    return sorted(rungs, key=lambda rung: (_number(rung.size), int(rung.per_weight), kinds.index(rung.kind)))
+
+
+def _number(size: str) -> int:
+    """``27m``: 27."""
+    return int("".join(filter(str.isdigit, size)) or 0)
 
 
 def _place(rung: Rung) -> tuple[str, str, str]:

@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AutoModelForCausalLM, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from scone.configs.schema import SconeOptions
 from scone.data.token_file import TokenFile
@@ -20,7 +27,7 @@ from scone.inference.loading import choose_device
 from scone.models.accounting import parameter_counts
 from scone.models.language_model import SconeForCausalLM
 from scone.tokenization.matcher import Matcher
-from scone.training.run import TRAINING_LOG_FILE, Corpus, evaluation_blocks
+from scone.training.run import TRAINING_LOG_FILE, Corpus, build_model, evaluation_blocks
 from scone.training.run_folder import FINAL_MODEL, complete_checkpoints
 from scone.utils.errors import SconeError
 from scone.utils.files import read_json, write_json
@@ -39,6 +46,8 @@ def measured_run(
     stride: int | None = None,
     shuffled: Sequence[str] = (),
     curve_tokens: int = 0,
+    test_tokens: int = 0,
+    lora_rank: int = 0,
     keep_model: bool = False,
 ) -> dict[str, Any]:
     """Train and test one model; an interrupted run goes on from its checkpoint.
@@ -50,6 +59,8 @@ def measured_run(
         shuffled: texts on which a model with f-grams is also tested with its vectors handed to other f-grams, which
             tells whether it used what they say or only that they are there.
         curve_tokens: of each text so many tokens are tested on at every evaluation (0: none), after its log line.
+        test_tokens: of each text so many tokens are tested on in the end (0: all).
+        lora_rank: train adapters of that rank in place of the trunk's weights, and merge them in the end (0: none).
         keep_model: leave the run's folder; otherwise it is removed once everything is measured.
 
     Returns the options' seed, tokens seen, seconds, costs per token and in all, parameters, the log, and for each test
@@ -67,7 +78,11 @@ def measured_run(
     if curve_tokens:
         length, size = options.data.max_length, options.training.batch_size
         callbacks.append(TextLosses({name: file.tokens[:curve_tokens] for name, file in texts.items()}, length, size))
-    final_model = train_or_resume(options, corpus, quiet=True, callbacks=callbacks)
+    tuned = None
+    if lora_rank:
+        tuned = build_model(options, corpus, quiet=True)
+        callbacks.append(Adapters(tuned, lora_rank))
+    final_model = train_or_resume(options, corpus, model=tuned, quiet=True, callbacks=callbacks)
     log = read_json(folder / TRAINING_LOG_FILE)
     model: Any = AutoModelForCausalLM.from_pretrained(final_model)
     model = model.to(choose_device(options.training.device)).eval()
@@ -76,16 +91,17 @@ def measured_run(
 
     def tested(name: str, groups: Matcher | None) -> dict[str, Any]:
         file = texts[name]
+        read = file.tokens[: test_tokens or None]
         found = perplexity(
             model,
-            file.tokens,
+            read,
             options.data.max_length,
             options.training.batch_size,
             stride,
             matcher=groups,
             separator_id=file.separator_id,
             quiet=True,
-            **sizes_of(corpus.tokenizer, file.tokens),
+            **sizes_of(corpus.tokenizer, read),
         )
         return found.to_dict() | {"window_losses": [round(loss, 4) for loss in found.window_losses]}
 
@@ -127,6 +143,23 @@ def check_model(model: Any, corpus: Corpus, options: SconeOptions, log: Mapping[
             f"found a loss of {saved.loss:.4f} of the saved model on the validation text; expected the "
             f"{trained[-1]:.4f} with which training ended; the model changed while it was saved or loaded"
         )
+
+
+class Adapters(TrainerCallback):
+    """LoRA in every matrix of the trunk but embeddings and head, which are frozen; merged once training has ended.
+
+    What is added to token embeddings trains as it would without.
+    """
+
+    def __init__(self, model: PreTrainedModel, rank: int) -> None:
+        from peft import LoraConfig, get_peft_model
+
+        trunk: Any = getattr(model, "trunk", model)
+        config = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+        self._adapted: Any = get_peft_model(trunk, config)  # changes the trunk itself
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._adapted.merge_and_unload()
 
 
 class ProgressFile(TrainerCallback):

@@ -2,11 +2,12 @@
 
     python experiments/prepare_data.py --output_dir DATA                             # articles and novels
     python experiments/prepare_data.py --output_dir DATA --kinds all --train_tokens 210000000
+    python experiments/prepare_data.py --output_dir DATA --kinds court-opinions --trunk MODEL   # pretrained.yaml
 
 Each kind of text is divided by the content of its documents, as ``scone train`` divides a corpus. Training documents
 are shuffled within their kind and stand at even distances, so that any beginning of the training tokens has of each
-kind the share that the whole has. The byte-level BPE is trained on such a beginning. A token file that is there is
-kept, so an interrupted call goes on with the next.
+kind the share that the whole has. The byte-level BPE is trained on such a beginning; a pretrained trunk has its own. A
+token file that is there is kept, so an interrupted call goes on with the next.
 """
 
 from __future__ import annotations
@@ -26,9 +27,11 @@ sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks")]
 
 from common import shared_data  # noqa: E402
 
+from scone.configs.schema import ModelOptions  # noqa: E402
 from scone.data.encoding import CorpusEncoder  # noqa: E402
 from scone.data.sources import open_documents  # noqa: E402
 from scone.data.token_file import TokenFile, TokenFileWriter  # noqa: E402
+from scone.models.trunk import build_trunk  # noqa: E402
 from scone.tokenization.tokenizers import (  # noqa: E402
     document_separator_id,
     load_tokenizer,
@@ -52,6 +55,7 @@ HELD_OUT = {
     "novels": ("novels", "test", 350_000),
     "wikitext103_test": ("wikitext-103/wiki.test.tokens", "all", 10**9),
     "c4": ("c4", "all", 10**9),
+    "court_opinions_validation": ("court-opinions", "validation", 250_000),
     "court_opinions": ("court-opinions", "test", 350_000),
     "arxiv_abstracts": ("arxiv-abstracts", "test", 350_000),
 }
@@ -68,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                         help=f"what to train on: all, or some of {', '.join(KINDS)}")  # fmt: skip
     parser.add_argument("--train_tokens", type=int, default=44_000_000, help="about; fewer where the texts have fewer")
     parser.add_argument("--vocab_size", type=int, default=16_384)
+    parser.add_argument("--trunk", help="a pretrained model, which is kept as DATA/trunk; its tokenizer is used")
     arguments = parser.parse_args(argv)
     texts, folder = arguments.texts or shared_data(), arguments.output_dir
     if texts is None or not texts.is_dir():
@@ -76,12 +81,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             "give --texts FOLDER"
         )
     kinds = KINDS if "all" in arguments.kinds else arguments.kinds
-    if not (folder / "tokenizer").exists():
-        part = folder / "tokenizer.part"
+    made = folder / ("trunk" if arguments.trunk else "tokenizer")
+    if not made.exists():
+        part = folder / f"{made.name}.part"
         shutil.rmtree(part, ignore_errors=True)
-        train_tokenizer(mixture(texts, kinds), arguments.vocab_size, part)
-        part.rename(folder / "tokenizer")
-    tokenizer = load_tokenizer(folder / "tokenizer")
+        if arguments.trunk:
+            load_tokenizer(arguments.trunk).save_pretrained(part)
+            build_trunk(ModelOptions(base_model_name=arguments.trunk, init="pretrained"), None).save_pretrained(part)
+        else:
+            train_tokenizer(mixture(texts, kinds), arguments.vocab_size, part)
+        part.rename(made)
+    tokenizer = load_tokenizer(made)
     write(folder / "train", tokenizer, mixture(texts, kinds), arguments.train_tokens)
     for name, (text, split, limit) in HELD_OUT.items():
         write(folder / name, tokenizer, open_documents(str(texts / text), split=split), limit)

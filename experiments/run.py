@@ -3,7 +3,8 @@
 A result repeats its experiment: ``python experiments/run.py docs/results/NAME.json …``. A YAML names the tokenizer and
 the token files of train, validation and test texts, ``base`` options, and ``runs``: what each run changes of them, and
 its ``seeds`` where it has several; ``{data}`` in it is the folder of ``--data``. ``train_tokens`` gives a run only the
-beginning of the train file, f-grams too; ``curve_tokens`` tests on the beginning of each text at every evaluation.
+beginning of the train file, f-grams too; ``lora_rank`` trains adapters in place of the trunk. ``test_tokens`` tests on
+the beginning of each text alone; ``curve_tokens`` does so at every evaluation.
 Runs of one train file see the same batches. f-grams are counted once, before the first run. Finished runs are kept and
 skipped, so an interrupted experiment goes on where it was. ``--jobs`` runs several at once, those that compute most
 first or those that ``--only`` names first, spread over ``--gpus`` GPUs. With
@@ -110,7 +111,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 class Plan:
     """An experiment's YAML and where it reads and writes. ``runs``: full name → (run, changes); the rest by it.
 
-    ``train_tokens``: how many the run reads of the train file, about; 0: all.
+    ``train_tokens``: how many the run reads of the train file, about; 0: all. ``lora_rank``: 0: no adapters.
     """
 
     name: str
@@ -120,6 +121,7 @@ class Plan:
     runs: Mapping[str, tuple[str, Mapping[str, Any]]]
     options: Mapping[str, SconeOptions]
     train_tokens: Mapping[str, int]
+    lora_rank: Mapping[str, int]
 
     @classmethod
     def read(cls, arguments: argparse.Namespace) -> Plan:
@@ -137,7 +139,7 @@ class Plan:
                 runs[name] = (name, rest)
             for seed in seeds or ():
                 runs[f"{name}-seed{seed}"] = (name, rest | {"training.seed": seed})
-        options, train_tokens = {}, {}
+        options, train_tokens, lora_rank = {}, {}, {}
         for name, (_, changes) in runs.items():
             places = {
                 "training.output_dir": str(arguments.output_dir / name),
@@ -149,9 +151,10 @@ class Plan:
             if TRUNK in values:  # a pretrained one lies beside the token files, as the tokenizer does
                 values[TRUNK] = values[TRUNK].format(data=arguments.data)
             train_tokens[name] = int(values.pop("train_tokens", 0))
+            lora_rank[name] = int(values.pop("lora_rank", 0))
             options[name] = from_mapping(nested(values), name)
         name, data, output_dir = arguments.experiment.stem, arguments.data, arguments.output_dir
-        return cls(name, experiment, data, output_dir, runs, options, train_tokens)
+        return cls(name, experiment, data, output_dir, runs, options, train_tokens, lora_rank)
 
     def check_folder(self) -> None:
         """Raises SconeError when a run's result is another experiment's: it would count as finished."""
@@ -223,6 +226,8 @@ class Plan:
             matcher=shared_matcher(self.same_text(self.train_tokens[name]), corpus),
             stride=self.experiment.get("stride"),
             curve_tokens=self.experiment.get("curve_tokens", 0),
+            test_tokens=self.experiment.get("test_tokens", 0),
+            lora_rank=self.lora_rank[name],
             shuffled=self.experiment.get("shuffled_tests", ()),
             keep_model=keep_model,
         )

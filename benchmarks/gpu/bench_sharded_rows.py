@@ -3,11 +3,11 @@
     python benchmarks/gpu/bench_sharded_rows.py [--data DATA] [--json FILE] [--gpus 1 2 4] [--timeout 150] [--tiny]
 
 On each number of GPUs the same processes train one variant after the other, as ``scone train`` does, in bf16 and not
-compiled: the plain trunk with DDP; with rows that are shared out over the GPUs, in fp32 and in bf16; with a copy of all
-rows on every GPU; and the plain trunk with FSDP (weights shared out, or moments and gradients alone). Each GPU has
-``--positions`` of its own; the time is that of ``--steps`` steps after ``--warmup`` others. Where the GPUs suffice,
-runs on different numbers of them go side by side. Results are written as they come, and after ``--timeout`` what still
-runs is ended.
+compiled: the plain trunk with DDP; with rows that are shared out over the GPUs, in fp32, in bf16 and in host memory;
+with a copy of all rows on every GPU; the plain trunk with FSDP (weights shared out, or moments and gradients alone);
+and an f-gram model as deep as the trunk, with DDP and with FSDP. Each GPU has ``--positions`` of its own; the time is
+that of ``--steps`` steps after ``--warmup`` others. Where the GPUs suffice, runs on different numbers of them go side
+by side. Results are written as they come, and after ``--timeout`` what still runs is ended.
 
 DATA has the folders tokenizer and train (``experiments/prepare_data.py`` makes them); without it tokens are synthetic,
 Zipf-distributed phrases. ``--tiny`` rehearses everything in processes on a CPU.
@@ -49,10 +49,11 @@ from scone.training.run import Corpus, train
 from scone.utils.command_line import is_first_process
 from scone.utils.files import read_json, write_json
 
-VARIANTS = ("plain", "shared", "bf16", "copies", "fsdp", "zero2")
-"""The plain trunk; rows shared out, and in bf16; a copy of all rows on each GPU; the plain trunk sharded, both ways."""
-OF_ONE_GPU = {"shared": "shared", "bf16": "shared", "copies": "shared"}
-"""What a variant's tokens a second are compared with; others: the plain trunk."""
+ROWS = {"shared": "shared", "bf16": "shared", "copies": "shared", "host": "host"}
+"""Variants with rows, and what their tokens a second are compared with on one GPU."""
+OF_ONE_GPU = {"plain": "plain"} | ROWS | {"fsdp": "plain", "zero2": "plain", "model": "model", "model_fsdp": "model"}
+VARIANTS = tuple(OF_ONE_GPU)
+SHARDED = {"fsdp": "full_shard", "zero2": "shard_grad_op", "model_fsdp": "full_shard"}
 TRUNK = (1024, 12, 16, 1024)
 """Width, layers, heads and context: GPT-2 small's depth at width 1,024."""
 TINY = {"rows": 3000, "positions": 256, "warmup": 1, "steps": 3, "workers": 0, "tokens": 20_000}
@@ -104,7 +105,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpus", type=int, nargs="*", default=[1, 2, 4], help="numbers of GPUs; those there are")
     parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=VARIANTS, help="what is trained")
     parser.add_argument("--rows", type=int, default=10_000_000, help="f-grams and learned rows")
-    parser.add_argument("--host", action="store_true", help="keep rows in host memory")
     parser.add_argument("--tokens", type=int, default=16_000_000, help="synthetic tokens, without --data")
     parser.add_argument("--positions", type=int, default=16_384, help="positions of a batch, per GPU")
     parser.add_argument("--warmup", type=int, default=10, help="steps before the time is taken")
@@ -127,13 +127,12 @@ def rounds(gpus: Sequence[int], available: int) -> list[list[tuple[int, int]]]:
 
 def variants_on(count: int, options: dict[str, Any]) -> list[str]:
     """One GPU shares nothing out: its rows are all there."""
-    return [variant for variant in options["variants"] if count > 1 or variant in ("plain", "shared")]
+    return [variant for variant in options["variants"] if count > 1 or variant in OF_ONE_GPU.values()]
 
 
 def run_options(variant: str, count: int, folder: Path, options: dict[str, Any]) -> SconeOptions:
-    """The options of ``scone train``: a GPT-2 trunk, with rows and no f-gram model."""
+    """The options of ``scone train``: a GPT-2 trunk, with rows or an f-gram model."""
     width, layers, heads, length = TINY_TRUNK if options["tiny"] else TRUNK
-    rows = variant in OF_ONE_GPU
     return from_mapping(
         {
             "data": {
@@ -154,18 +153,18 @@ def run_options(variant: str, count: int, folder: Path, options: dict[str, Any])
                 "hidden_act": "gelu_pytorch_tanh",  # GPT-2's own function, as one kernel
                 "hidden_dropout_prob": 0.0,
                 "attention_probs_dropout_prob": 0.0,
-                "use_f_gram_embeddings": rows,
-                "learned_rows": options["rows"] if rows else 0,
-                "rows_device": "host" if options["host"] else "accelerator",
+                "use_f_gram_embeddings": OF_ONE_GPU[variant] != "plain",
+                "learned_rows": options["rows"] if variant in ROWS else 0,
+                "rows_device": "host" if variant == "host" else "accelerator",
                 "rows_dtype": "bfloat16" if variant == "bf16" else "float32",
-                "f_gram": {"num_hidden_layers": 0},
+                "f_gram": {"num_hidden_layers": 0 if variant in ROWS else layers},
             },
             "training": {
                 "output_dir": str(folder / f"run_{variant}_{count}"),
                 "batch_size": options["positions"] // length,
                 "max_steps": options["warmup"] + options["steps"],
                 "bf16": True,
-                "fsdp": {"fsdp": "full_shard", "zero2": "shard_grad_op"}.get(variant, "none"),
+                "fsdp": SHARDED.get(variant, "none"),
                 "logging_steps": 10**9,
                 "save_steps": 10**9,
                 "report_to": "none",
@@ -263,9 +262,9 @@ def add_records(report: Report, folder: Path) -> None:
         if (path := folder / f"{variant}_{count}.json").exists()
     }
     for (variant, count), now in found.items():
-        plain, one = found.get(("plain", count)), found.get((OF_ONE_GPU.get(variant, "plain"), 1))
+        plain, one = found.get(("plain", count)), found.get((OF_ONE_GPU[variant], 1))
         name = f"{variant}_{count}"
-        target = STEP_TARGET if variant in ("shared", "bf16") else None
+        target = STEP_TARGET if variant in ("shared", "bf16", "host") else None
         milliseconds = plain and 1000 * plain["step_seconds"]
         report.add(
             *(f"step_{name}", "ms", 1000 * now["step_seconds"]), peer=milliseconds, peer_name="plain step", most=target
@@ -276,9 +275,9 @@ def add_records(report: Report, folder: Path) -> None:
                 *(f"efficiency_{name}", "tokens/s", now["per_second"]),
                 peer=count * one["per_second"],
                 peer_name=f"{count} times one GPU",
-                target=ROWS_EFFICIENCY if variant in ("shared", "bf16") else PLAIN_EFFICIENCY,
+                target=ROWS_EFFICIENCY if variant in ("shared", "bf16", "host") else PLAIN_EFFICIENCY,
             )
-        if variant in OF_ONE_GPU and plain is not None:
+        if variant in ROWS and variant != "host" and plain is not None:
             width = (TINY_TRUNK if options["tiny"] else TRUNK)[0]
             a_row = count * (now["peak_bytes"] - plain["peak_bytes"]) / options["rows"]
             bound = (2 if variant == "bf16" else 4) * width + 8

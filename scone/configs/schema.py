@@ -150,7 +150,7 @@ class ModelOptions:
     )
     rows_device: str = option(
         "accelerator",
-        "where learned rows and their optimizer state live; host: for more rows than fit on the accelerator",
+        "where learned rows live while they train; host: in pinned memory, for more than fit on the accelerator",
         choices=("accelerator", "host"),
     )
     rows_dtype: str = option(

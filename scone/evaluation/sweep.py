@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 
 from scone.configs.schema import SconeOptions
 from scone.models.trunk import trunk_configuration
@@ -63,13 +63,14 @@ def train_or_resume(
     options: SconeOptions,
     corpus: Corpus | None = None,
     *,
+    model: PreTrainedModel | None = None,
     quiet: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Path:
     """Train as ``options`` say, from the newest checkpoint of an interrupted run; returns the final model's folder.
 
-    Raises as ``train`` does.
+    Arguments and errors are those of ``train``.
     """
     resume = options.training.resume_from_checkpoint or "true"
     options = replace(options, training=replace(options.training, resume_from_checkpoint=resume))
-    return train(options, corpus=corpus, quiet=quiet, callbacks=callbacks)
+    return train(options, corpus=corpus, model=model, quiet=quiet, callbacks=callbacks)

@@ -141,7 +141,8 @@ class EmbeddingTable(Closing):
         pinned = self.device.type == "cuda"  # so that copying need not wait for the accelerator
         stored = self.store.new_rows(len(wanted), pinned)
         self.store.read(torch.from_numpy(wanted), stored)
-        return self.layout.row_format.decode(stored.view(torch.uint8).to(self.device, non_blocking=pinned), dtype)
+        on_device = stored.view(torch.uint8).to(self.device, non_blocking=pinned)
+        return decode_rows(on_device, torch.arange(len(wanted), device=self.device), self.layout.row_format, dtype)
 
     def gpu_rows(self, device: torch.device) -> GPUReadableRows | None:
         """The rows, where kernels on ``device`` read them by themselves and are there; None where the host has to."""

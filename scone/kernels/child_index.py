@@ -15,9 +15,13 @@ import numpy as np
 from numba import njit
 
 from scone.kernels.simd import LANES
+from scone.utils.errors import SconeError
 
 NO_F_GRAM = -1
 """What lookups return when the vocabulary has no such f-gram."""
+
+MOST_F_GRAMS = 2**32 - 1
+"""Whose ``rank + 1`` fits a slot."""
 
 BUCKET = LANES
 
@@ -28,6 +32,15 @@ _MIX_FACTOR = np.uint64(0xD6E8FEB86659FD93)
 _1 = np.uint64(1)
 _32 = np.uint64(32)
 _LOW_32 = np.uint64(0xFFFFFFFF)
+
+
+def check_number_of_f_grams(number: int) -> None:
+    """Raises SconeError for more than a slot can tell apart."""
+    if number > MOST_F_GRAMS:
+        raise SconeError(
+            f"found {number:,} f-grams; expected at most {MOST_F_GRAMS:,}, which 32 bits tell apart; ask for fewer "
+            "(--max_f_grams), or raise --min_freq"
+        )
 
 
 def num_slots(num_f_grams: int) -> int:
@@ -64,6 +77,7 @@ class ChildIndex(NamedTuple):
 
 def empty_slots(num_f_grams: int) -> np.ndarray:
     """Zeroed slots that begin on a cache line, so that a bucket is one."""
+    check_number_of_f_grams(num_f_grams)
     size = num_slots(num_f_grams)
     room = np.zeros(size + BUCKET, np.uint32)
     skipped = -room.ctypes.data % (4 * BUCKET) // 4

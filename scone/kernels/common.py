@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -49,6 +50,21 @@ def to_device(values: Tensor, device: torch.device) -> Tensor:
     if device.type != "cuda":
         return values.to(device)
     return values.pin_memory().to(device, non_blocking=True)
+
+
+def pin(owner: object, address: int, size: int, device: torch.device) -> weakref.finalize[[int], Any] | None:
+    """Pin memory of the host, which kernels then read and write, until what comes back is called or ``owner`` is
+    collected; None where it cannot be.
+
+    Memory that were freed while it is registered could never be registered again.
+    """
+    runtime = torch.cuda.cudart()
+    if int(runtime.cudaHostRegister(address, size, 0)):
+        # CUDA keeps a refusal as its last error, which the next kernel's check would take for that kernel's own.
+        with suppress(RuntimeError):
+            torch.zeros(1, device=device)
+        return None
+    return weakref.finalize(owner, runtime.cudaHostUnregister, address)
 
 
 @cache

@@ -26,14 +26,14 @@ def gather_rows_triton(
 ) -> Tensor:
     """Rows of ``table`` (uint8 [S, row_bytes], as stored) by ``ranks`` (int64 [n]) → ``dtype`` [n, D], D = ``width``.
 
-    Both on the same CUDA device; ranks are not checked here. Reference implementation: `RowFormat.decode` of
-    ``table.index_select(0, ranks)``.
+    Both on the same CUDA device, or the table in pinned memory of the host; ranks are not checked here. Reference
+    implementation: `RowFormat.decode` of ``table.index_select(0, ranks)``.
     """
-    out = torch.empty(len(ranks), width, dtype=dtype, device=table.device)
+    out = torch.empty(len(ranks), width, dtype=dtype, device=ranks.device)
     if out.numel():
         source = typed_rows(table, row_type)
         group_size = max(group_size, 1)
-        with launching_on(table.device):
+        with launching_on(ranks.device):
             _gather[(len(ranks), triton.cdiv(width, _BLOCK))](
                 *(source, ranks, out, source.shape[1], width, group_size, triton.cdiv(width, group_size)),
                 row_type="" if row_type in _FLOATS else row_type,

@@ -25,13 +25,13 @@ def update_rows_triton(
     stride: int = 1,
     first: int = 0,
 ) -> None:
-    """As ``row_rms.update_rows``, which see; everything on one device, ``weight`` float32 or bfloat16, ``mean`` float32
-    of one element.
+    """As ``row_rms.update_rows``, which see; everything on one device, ``mean`` float32 of one element. ``weight`` is
+    float32 or bfloat16, and may lie in pinned memory of the host.
     """
     width = weight.shape[1]
     if not len(row_ids):
         return
-    with launching_on(weight.device):
+    with launching_on(row_ids.device):
         _update[(len(row_ids),)](
             *(weight, sums, visits, row_ids, gradients, columns, mean),
             *(width, float(prior), float(learning_rate)),

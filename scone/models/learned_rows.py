@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import re
 import sys
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from scone.kernels.common import pin, to_device, triton_is_installed
 from scone.models.row_shards import Exchange, Route, RowShards, number_of_ranks
 from scone.utils.errors import SconeError
 
@@ -46,7 +48,8 @@ class LearnedRows(nn.Module):
     a step touches: it has the rows `collect_for` it, and finds in ``pending`` what each backward pass left.
 
     Rows may be kept in bf16 (`keep_as`), which halves them; they are summed in fp32, and a row optimizer rounds them
-    stochastically. With ``on_host`` they stay in host memory wherever the model goes, and the copies of a step travel.
+    stochastically. With ``on_host`` they stay in host memory wherever the model goes: a GPU reads and writes there what
+    a step touches.
 
     Once they are `share_out` over the processes of a run, each holds every W-th row. A pass fetches the rows of its
     batch from their owners, so all processes have to make as many passes; only a row optimizer trains them; and a state
@@ -70,6 +73,7 @@ class LearnedRows(nn.Module):
         self.exchange: Exchange | None = None
         self.weight = nn.Parameter(untouched_zeros(num_rows, width, torch.get_default_device(), dtype))
         self.on_host = False
+        self._pinned: tuple[int, Any] | None = None
         self.pending: list[Pass] = []
         self._optimizer: weakref.ref[Any] | None = None
 
@@ -116,10 +120,12 @@ class LearnedRows(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is nobody's: the optimizer of the original would not update it."""
-        return self.__dict__ | {"pending": [], "_optimizer": None}
+        self.wait()
+        return self.__dict__ | {"pending": [], "_optimizer": None, "_pinned": None}
 
     def reset(self) -> None:
         """Every row at its start. Memory that is zero already is only read: pages that nobody wrote to take no room."""
+        self.wait()
         if self.std:
             nn.init.normal_(self.weight, std=self.std)
         elif self.weight.device.type == "meta" or not is_all_zero(self.weight):
@@ -138,11 +144,13 @@ class LearnedRows(nn.Module):
         return super()._apply(fn, recurse)  # type: ignore[no-any-return, misc]
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        self.wait()
         if self.exchange is None:
             super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         """Of whole rows the share of this process; what has none leaves them as they are, where they are shared out."""
+        self.wait()
         if self.exchange is None:
             super()._load_from_state_dict(state_dict, prefix, *args)
             return
@@ -182,15 +190,44 @@ class LearnedRows(nn.Module):
             )
         # row 0 of the bag is the zero vector that padding points to
         table = torch.cat([rows.new_zeros(1, rows.shape[1]), rows])
+        if rows.is_leaf:  # its place in the graph is all that is wanted of it; `table` goes before the backward pass
+            rows.untyped_storage().resize_(0)
         return nn.functional.embedding_bag(row_chains, table, mode="sum", padding_idx=0)
 
     def _own(self, indices: np.ndarray, device: torch.device, with_history: bool = False) -> Tensor:
         """Copies of rows of ``weight`` on ``device``."""
         ids = torch.from_numpy(indices)
-        if self.weight.device.type == "cuda":
-            ids = ids.pin_memory()  # from ordinary memory the copy would wait until the last step is through
-        ids = ids.to(self.weight.device, non_blocking=True)
-        return self.weight.index_select(0, ids).to(device) if with_history else self._copies(ids, device)
+        if with_history:
+            return self.weight.index_select(0, to_device(ids, self.weight.device)).to(device)
+        weight = self.weight.detach()
+        if not self.are_pinned_for(device):
+            self.wait()
+            return weight.index_select(0, to_device(ids, weight.device)).to(device)
+        from scone.kernels.dequantize_triton import gather_rows_triton
+
+        row_type, width = {torch.float32: "fp32", torch.bfloat16: "bf16"}[weight.dtype], weight.shape[1]
+        return gather_rows_triton(weight.view(torch.uint8), to_device(ids, device), row_type, width, 0, weight.dtype)
+
+    def are_pinned_for(self, device: torch.device) -> bool:
+        """Whether kernels on ``device`` read and write rows that stay on the host where they lie, so that no step waits
+        for the host. They are pinned when they are first asked for, which brings all their memory in.
+        """
+        if not self.on_host or device.type != "cuda" or not triton_is_installed():
+            return False
+        weight = self.weight.detach()
+        if weight.dtype not in (torch.float32, torch.bfloat16) or not weight.nbytes:
+            return False
+        address = weight.data_ptr()
+        if self._pinned is None or self._pinned[0] != address:
+            keep_from_children(weight)
+            weight.view(-1)[:: mmap.PAGESIZE // weight.element_size()].mul_(1)  # by all threads; pinning would by one
+            self._pinned = (address, pin(self.weight, address, weight.nbytes, device))
+        return self._pinned[1] is not None
+
+    def wait(self) -> None:
+        """Until kernels are through that write to rows on the host, which then may be read or written there."""
+        if self._pinned is not None and self._pinned[1] is not None:
+            torch.cuda.synchronize()
 
     def _collect(self, row_ids: np.ndarray, route: Route | None, rows: Tensor) -> None:
         """Keep what a backward pass found for its copies of rows. A pass without one leaves nothing behind."""
@@ -205,14 +242,6 @@ class LearnedRows(nn.Module):
         if route is not None:
             _ = route.sums  # now, while an accelerator is still at the backward pass
         rows.grad = None  # a graph that is kept may be gone through again
-
-    def _copies(self, ids: Tensor, device: Any) -> Tensor:
-        """The rows without their history; to an accelerator by way of pinned memory, so that the host goes on."""
-        weight = self.weight.detach()
-        if weight.device.type != "cpu" or device.type != "cuda":
-            return weight.index_select(0, ids).to(device)
-        rows = torch.empty(len(ids), weight.shape[1], dtype=weight.dtype, pin_memory=True)
-        return torch.index_select(weight, 0, ids, out=rows).to(device, non_blocking=True)
 
 
 _MAPPINGS = Path("/proc/self/smaps")
@@ -231,6 +260,14 @@ def untouched_zeros(num_rows: int, width: int, device: torch.device, dtype: torc
     if hasattr(mmap, "MADV_NOHUGEPAGE"):
         memory.madvise(mmap.MADV_NOHUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype).view(num_rows, width)
+
+
+def keep_from_children(weight: Tensor) -> None:
+    """Processes that are forked get none of this memory: of pinned pages each would be given a copy at once."""
+    if sys.platform == "linux":
+        first = -(-weight.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        size = (weight.data_ptr() + weight.nbytes - first) // mmap.PAGESIZE * mmap.PAGESIZE
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(max(size, 0)), mmap.MADV_DONTFORK)
 
 
 def is_all_zero(weight: Tensor) -> bool:

@@ -133,6 +133,7 @@ def append_rows(folder: Path, name: str, rows: LearnedRows) -> None:
 def _whole_blocks(rows: LearnedRows) -> Iterator[Tensor]:
     """All rows in their order, on the host of the first rank, block by block; on others, empty blocks."""
     assert rows.exchange is not None
+    rows.wait()
     shards, weight = rows.shards, rows.weight.detach()
     group = rows.exchange.hosts if weight.device.type == "cpu" else None
     most = -(-shards.num_rows // shards.world_size)

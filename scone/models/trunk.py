@@ -17,7 +17,7 @@ from scone.configs.presets import MODERN_TRUNK
 from scone.configs.presets import trunk_configuration as built_in_configuration
 from scone.configs.schema import ModelOptions
 from scone.models.configuration import EmbeddedTrunkConfig
-from scone.tokenization.gguf_files import load_arguments
+from scone.tokenization.gguf_files import load_arguments, unpacked
 from scone.tokenization.tokenizers import vocabulary_size
 from scone.utils.errors import SconeError
 from scone.utils.hub import why_hub_is_unreachable
@@ -121,9 +121,8 @@ def _pretrained(options: ModelOptions, tokenizer: PreTrainedTokenizerBase | None
                 "its model.trunk and give that"
             )
         _check_pretrained_sizes(config, options)
-        trunk = AutoModelForCausalLM.from_pretrained(
-            **where, config=config, **({} if dtype is None else {"dtype": dtype})
-        )
+        asked = {} if dtype is None else {"dtype": dtype}
+        trunk = AutoModelForCausalLM.from_pretrained(**where, **unpacked(where), config=config, **asked)
     except SconeError:
         raise
     except _unreadable(where) as error:
@@ -131,6 +130,9 @@ def _pretrained(options: ModelOptions, tokenizer: PreTrainedTokenizerBase | None
             f"cannot load pretrained weights of {name!r} ({_first_line(error)}); expected a model folder, or a hub "
             "name with the hub in reach; give a local folder, or train with --init scratch"
         ) from error
+    if "gguf_file" in where and getattr(trunk, "hf_quantizer", None) is not None:
+        # its weights are ordinary now, but a model that calls itself quantised is neither trained nor saved
+        trunk.hf_quantizer.remove_quantization_config(trunk)
     size = int(trunk.get_input_embeddings().weight.shape[0])  # type: ignore[index, arg-type]
     if tokenizer is not None and vocabulary_size(tokenizer) > size:
         raise SconeError(

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from scone.kernels.child_index import num_slots, rank_bits
+from scone.kernels.child_index import MOST_F_GRAMS, num_slots, rank_bits
 from scone.utils.errors import SconeError
 from scone.utils.files import atomic_path, fingerprint_of
 
@@ -127,7 +127,7 @@ def _expected_entries(path: Path, header: Mapping[str, Any], metadata: Mapping[s
             int(metadata[name]) for name in ("vocab_size", "max_n", "rank_bits", "max_probes")
         )
         separators = json.loads(metadata["separator_ids"])
-        if not 0 <= size < 1 << 48 or not all(type(separator) is int for separator in separators):
+        if not 0 <= size <= MOST_F_GRAMS or not all(type(separator) is int for separator in separators):
             raise ValueError("a number that is out of bounds")
         check_limits(vocab_size, max_n, separators)
         if bits != rank_bits(size) or not 0 <= max_probes <= num_slots(size):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+import transformers
 
 from scone.utils.errors import SconeError
 
@@ -31,3 +34,11 @@ def load_arguments(name: str | Path) -> dict[str, Any]:
             f"found the GGUF file {path} and no library that reads it; install it: pip install 'scone-lm[gguf]'"
         )
     return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+
+
+def unpacked(where: Mapping[str, Any]) -> dict[str, Any]:
+    """What has ``from_pretrained`` turn the weights of a GGUF file into ordinary ones, whatever else it could do:
+    transformers 5.23 keeps them packed where the library ``kernels`` is there, and such weights cannot be trained.
+    """
+    config = getattr(transformers, "GgufConfig", None) if "gguf_file" in where else None
+    return {} if config is None else {"quantization_config": config(dequantize=True)}

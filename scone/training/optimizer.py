@@ -63,11 +63,11 @@ class _StepsRows:
         figures = _of_columns(row_ids, gradients, world_size, rows.exchange is not None)
         if scale is not None and not figures.isfinite().all():
             return
-        weight = rows.weight
+        device = gradients.device if rows.are_pinned_for(gradients.device) else rows.weight.device
         update_with_rms(
-            *(weight, to_device(torch.from_numpy(row_ids), weight.device), gradients.to(weight.device), group["lr"]),
+            *(rows.weight, to_device(torch.from_numpy(row_ids), device), gradients.to(device), group["lr"]),
             state,
-            (figures[:-1] / figures[-1]).to(weight.device),
+            (figures[:-1] / figures[-1]).to(device),
             rows.shards,
         )
 
@@ -291,7 +291,8 @@ def update_with_rms(
     2018): one number a column, a moving average over steps, times one number a row, the mean over the visits that the
     row has had. ``PRIOR_VISITS`` of a mean row count as visits too, so that a row's first gradient is not divided by
     itself. There is no momentum. Only these rows are read and written; ``state`` is made when it is empty and takes 8
-    bytes a row. ``now`` [D]: mean squares of the step's gradients, where other processes have rows too.
+    bytes a row, where the gradients are (``weight`` is there too, or in pinned memory). ``now`` [D]: mean squares of
+    the step's gradients, where other processes have rows too.
 
     Rows in bfloat16 are computed in fp32 and rounded up or down at random: rounded to the nearest, a step below 1/512
     of a number would leave it as it is for ever. The noise is a hash of step, row and column, so a resumed run, and a
@@ -299,16 +300,17 @@ def update_with_rms(
 
     Reference implementation: ``kernels.reference.rms_rows``.
     """
+    device = gradients.device
     if "sums" not in state:
         if state:
             logger.warning("the learned rows were trained with Adam before; their row-RMS starts anew")
             state.clear()
-        device = weight.device
         state["step"] = torch.zeros(())
         state["sums"] = torch.zeros(len(weight), device=device)
         state["visits"] = torch.zeros(len(weight), device=device)  # loading would make integers floats too
         state["columns"] = torch.ones(weight.shape[1], device=device)
         state["mean"] = torch.zeros(1, device=device)
+    state.update({name: state[name].to(device) for name in ("sums", "visits", "columns", "mean")})  # may be loaded
     state["step"] += 1
     fresh = 1 - min(MEMORY, 1 - 1 / state["step"].item())  # the first steps average all there were
     columns, mean, sums, visits = state["columns"], state["mean"], state["sums"], state["visits"]
@@ -320,11 +322,11 @@ def update_with_rms(
     rule: dict[str, Any] = {"prior": PRIOR_VISITS, "learning_rate": learning_rate, "key": key}
     rule |= {"stride": shards.world_size, "first": shards.rank}
     has_kernel = weight.dtype in (torch.float32, torch.bfloat16)
-    if weight.device.type == "cpu" and has_kernel:
+    if device.type == "cpu" and has_kernel:
         bits = weight if weight.dtype == torch.float32 else weight.view(torch.uint16)
         arrays = [tensor.numpy() for tensor in (bits, sums, visits, row_ids, gradients, columns)]
         update_rows(torch.get_num_threads(), *arrays, mean=mean.item(), **rule)
-    elif weight.device.type == "cuda" and has_kernel and triton_is_installed():
+    elif device.type == "cuda" and has_kernel and triton_is_installed():
         from scone.kernels.row_rms_triton import update_rows_triton
 
         update_rows_triton(weight, sums, visits, row_ids, gradients.contiguous(), columns, mean, **rule)

@@ -76,6 +76,7 @@ def train(
     options: SconeOptions,
     *,
     corpus: Corpus | None = None,
+    model: PreTrainedModel | None = None,
     quiet: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Path:
@@ -83,8 +84,8 @@ def train(
 
     ``model.use_f_gram_embeddings=False`` trains the plain trunk on the same batches: the baseline. The folder also gets
     the resolved options, the environment, checkpoints, TensorBoard events under ``runs``, and the log as JSON.
-    ``corpus`` stands in for the one that the options name. ``callbacks`` are told of steps and logs, as the trainer's
-    own are.
+    ``corpus`` and ``model`` stand in for those that the options name: a model that `build_model` made, with adapters
+    say. ``callbacks`` are told of steps and logs, as the trainer's own are.
 
     Raises:
         SconeError: whatever is wrong with corpus, tokenizer, model or folder, before anything is trained.
@@ -97,7 +98,7 @@ def train(
     with one_run_at_a_time(output_dir) if is_first_process() else nullcontext():
         checkpoint = resume_point(output_dir, options.training.resume_from_checkpoint)
         corpus = corpus or prepare_run_corpus(options, quiet=quiet)
-        model = build_model(options, corpus, quiet=quiet)
+        model = model or build_model(options, corpus, quiet=quiet)
         if checkpoint is not None:
             check_resume(checkpoint, model, _facts(corpus))
         trainer = build_trainer(options, model, corpus, quiet=quiet)
@@ -245,7 +246,6 @@ def build_trainer(
     arguments = training_arguments(training, data.num_workers, evaluate=corpus.validation is not None, quiet=quiet)
     scone = model if isinstance(model, SconeForCausalLM) else None
     if arguments.world_size > 1:
-        arguments.ddp_broadcast_buffers = False  # training changes none
         if all_are_used(model):  # else transformers looks for the others in every step
             arguments.ddp_find_unused_parameters = False
         rows = learned_rows(model)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, masking_utils
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -85,6 +86,7 @@ class SconeTrainer(Trainer):
         self.add_callback(NothingLeftToTrain())
         if self.accelerator.ddp_handler is not None:  # gradients are reduced where they are, and not copied for it
             self.accelerator.ddp_handler.gradient_as_bucket_view = True
+            self.accelerator.prepare_model = partial(_leaving_buffers, self.accelerator.prepare_model)
         if self.is_fsdp_enabled:
             raise SconeError(
                 "found FSDP in the launcher's configuration; expected the option --fsdp full_shard, which knows what "
@@ -233,6 +235,7 @@ class SconeTrainer(Trainer):
         state.update(shares)
         if rows is not None:
             assert rows.exchange is not None
+            rows.wait()
             shares["weight"] = rows.weight.detach()
             save_shares(Path(output_dir) / ROWS_FOLDER, shares, rows.shards, rows.exchange.hosts)
 
@@ -267,6 +270,14 @@ class SconeTrainer(Trainer):
                 return
             assert self.model is not None
             load_whole_weights(self.model, Path(resume_from_checkpoint) / SAFE_WEIGHTS_NAME)
+
+
+def _leaving_buffers(prepare_model: Callable[..., nn.Module], *args: Any, **kwargs: Any) -> nn.Module:
+    """Training changes no buffers, so ranks need not send them at every step. PyTorch 2.13 warns of the argument."""
+    model = prepare_model(*args, **kwargs)
+    if isinstance(model, DistributedDataParallel):
+        model.broadcast_buffers = False
+    return model
 
 
 def _loading(checkpoint: str) -> AbstractContextManager[None]:

@@ -38,12 +38,12 @@ class Closing:
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success it is synced and renamed to ``path``, on error removed.
 
-    A reader therefore sees the old file or the new one, never half of one. What a killed process of this machine left
-    of an earlier attempt is removed. Raises OSError (disk full, no permission).
+    A reader therefore sees the old file or the new one, never half of one. What a killed process of this machine, or
+    of this container, left of an earlier attempt is removed. Raises OSError (disk full, no permission).
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    ours = f".{path.name}.{platform.node()}-"
+    ours = f".{path.name}.{platform.node()}-{_process_namespace()}-"
     for left in path.parent.glob(f"{glob.escape(ours)}*.part"):
         process = left.name.removeprefix(ours).partition("-")[0]
         if process.isdigit() and not _is_alive(int(process)):
@@ -60,6 +60,14 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _process_namespace() -> int:
+    """In which process numbers mean something: containers may share a host name, and each has numbers of its own."""
+    try:
+        return os.stat("/proc/self/ns/pid").st_ino
+    except OSError:  # no Linux
+        return 0
 
 
 def _is_alive(process: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -17,6 +18,7 @@ from scone.inference.loading import check_table_weights
 from scone.inference.stores.shared_rows import remove_unused
 from scone.inference.table_format import TableFile
 from scone.models.configuration import SconeConfig
+from scone.tokenization.tokenizers import load_tokenizer, tokenizer_fingerprint
 from scone.utils.errors import SconeError, library_refusal
 from scone.vllm.options import ServingOptions, serving_options, shared_between_processes, table_path, vocabulary_path
 
@@ -80,11 +82,17 @@ def check_engine(vllm_config: Any) -> None:
             "one lacks, which vLLM names in a warning above); expected the second one, which knows every request's "
             "tokens; leave that option out, or set VLLM_USE_V2_MODEL_RUNNER=1"
         )
-    if vllm_config.kv_transfer_config is not None:
-        raise SconeError(
-            "found --kv-transfer-config with vLLM's first model runner; expected blocks that this process computed, "
-            "since others come without their tokens; leave it out"
-        )
+    brought = {
+        "--kv-transfer-config": vllm_config.kv_transfer_config,
+        "--kv-offloading-size": getattr(vllm_config.cache_config, "kv_offloading_size", None),
+        "--decode-context-parallel-size": getattr(parallel, "decode_context_parallel_size", 1) > 1,
+    }
+    for option, is_used in brought.items():
+        if is_used:
+            raise SconeError(
+                f"found {option} with vLLM's first model runner; expected blocks that this process filled, since "
+                "others come without their tokens; leave it out"
+            )
 
 
 def uses_second_runner(vllm_config: Any) -> bool:
@@ -96,8 +104,39 @@ def check_files(vllm_config: Any) -> None:
     """Refuse a table or f-grams that are not the model's. Raises SconeError."""
     options = serving_options(vllm_config.additional_config)
     config, model = vllm_config.model_config.hf_config, vllm_config.model_config
+    if "gpu" in options.placement and _platform() == "cpu":
+        raise SconeError(f"found placement {options.placement!r} without a GPU; expected ram, shared, mmap or direct")
+    fingerprint = ""
     if isinstance(config, SconeConfig):
         check_model_files(config, model.model, model.revision, options)
+        with safe_open(vocabulary_path(model.model, model.revision), framework="np") as file:
+            fingerprint = file.metadata().get("tokenizer_fingerprint", "")
+    if not model.skip_tokenizer_init:
+        warn_of_tokenizer(model.tokenizer, config.vocab_size, fingerprint)
+
+
+def warn_of_tokenizer(name: str, vocab_size: int, fingerprint: str) -> None:
+    """Say that a tokenizer has more tokens than the model, or is not the one whose ``fingerprint`` f-grams have.
+
+    It may be right all the same: a token may have been added since, or may never come.
+    """
+    try:
+        tokenizer = load_tokenizer(name)
+    except SconeError:  # vLLM says so itself, or can read more than we do
+        return
+    most = max(tokenizer.get_vocab().values())
+    if most >= vocab_size:
+        logging.getLogger("vllm.scone").warning(
+            "scone: found the token %d in the tokenizer %s; expected 0 … %d, as the model has: a request with another "
+            "one ends the engine; give the model's own by --tokenizer",
+            *(most, name, vocab_size - 1),
+        )
+    elif fingerprint and tokenizer_fingerprint(tokenizer) != fingerprint:
+        logging.getLogger("vllm.scone").warning(
+            "scone: found a tokenizer in %s that is not the one with which the model's f-grams were counted; answers "
+            "are worse where its tokens mean something else; give that one by --tokenizer",
+            name,
+        )
 
 
 def check_model_files(config: SconeConfig, model: str, revision: str | None, options: ServingOptions) -> None:

@@ -55,11 +55,13 @@ class InputVectorsState(DefaultModelState):
 def _on_host(input_batch: Any, req_states: Any, tokens: Tensor, context: int) -> tuple[np.ndarray, ...]:
     """New tokens ``[P]``, where requests begin ``[R + 1]``, and what is before them ``[R, C]``, in one transfer."""
     num_requests = input_batch.num_reqs
-    slots = input_batch.idx_mapping[:num_requests].long()
-    computed = req_states.num_computed_tokens.gpu[slots].long()
+    slots = input_batch.idx_mapping[:num_requests]
+    computed = req_states.num_computed_tokens.gpu[slots]
     at = computed[:, None] + torch.arange(-context, 0, device=tokens.device)
-    before = torch.where(at >= 0, req_states.all_token_ids.gpu[slots[:, None], at.clamp(min=0)].long(), -1)
-    starts = input_batch.query_start_loc[: num_requests + 1].long()
-    fetched = torch.cat([starts, before.flatten(), tokens.long()]).cpu().numpy()
-    parts = np.split(fetched, [num_requests + 1, num_requests + 1 + before.numel()])
-    return parts[2], parts[0], parts[1].reshape(num_requests, context)
+    before = req_states.all_token_ids.gpu[slots[:, None], at.clamp_(min=0)]
+    # a launch takes longer than what is done by it: the rest is left to the host
+    fetched = torch.cat([computed, before.flatten(), tokens]).cpu().numpy()
+    known, past, new = np.split(fetched, [num_requests, num_requests + before.numel()])
+    exists = known[:, None] >= np.arange(context, 0, -1)
+    starts = input_batch.query_start_loc_np[: num_requests + 1]
+    return new, starts, np.where(exists, past.reshape(num_requests, context), -1)

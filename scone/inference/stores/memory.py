@@ -4,7 +4,6 @@ or on the accelerator.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import mmap
 import warnings
@@ -18,7 +17,7 @@ from torch import Tensor
 from scone.inference.stores.base import RowStore, StoreMemory
 from scone.inference.stores.shared_rows import shared_rows
 from scone.inference.table_format import PAGE_BYTES, TableFile, damaged
-from scone.kernels.common import to_device
+from scone.kernels.common import pin, to_device
 from scone.utils.errors import SconeError
 from scone.utils.text import human_bytes
 
@@ -69,7 +68,7 @@ class MemoryStore(RowStore):
         if give_back is not None:
             store._give_back = weakref.finalize(store, give_back)
         if device.type == "cuda" and rows.nbytes:
-            store._unpin = _pin(store, rows, device)
+            store._unpin = pin(store, rows.ctypes.data, rows.nbytes, device)
         return store
 
     @classmethod
@@ -132,20 +131,6 @@ class MemoryStore(RowStore):
             self._give_back()
         if self._mapping is not None:
             self._mapping.close()
-
-
-def _pin(owner: MemoryStore, array: np.ndarray, device: torch.device) -> weakref.finalize | None:
-    """Pin the memory of ``array`` until what comes back is called or ``owner`` is collected; None where it cannot be.
-
-    Memory that were freed while it is registered could never be registered again.
-    """
-    runtime, pointer = torch.cuda.cudart(), array.ctypes.data
-    if int(runtime.cudaHostRegister(pointer, array.nbytes, 0)):
-        # CUDA keeps a refusal as its last error, which the next kernel's check would take for that kernel's own.
-        with contextlib.suppress(RuntimeError):
-            torch.zeros(1, device=device)
-        return None
-    return weakref.finalize(owner, runtime.cudaHostUnregister, pointer)
 
 
 def load_rows(file: TableFile, first_row: int, num_rows: int, rows: np.ndarray | None = None) -> np.ndarray:

@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 
 from scone.models.ancestor_attention import ancestor_attention, padded_ancestor_attention
+from scone.tests.kernels.triton_device import DEVICE, INTERPRETED
 
-from scone.tests.kernels.triton_device import DEVICE, INTERPRETED  # isort: skip (skips where there is none)
-
-from scone.kernels.ancestor_attention_triton import (
+from scone.kernels.ancestor_attention_triton import (  # isort: skip (where Triton is installed, as the last one says)
     attention_backward_triton,
     attention_forward_triton,
 )

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from scone.inference.row_types import ROW_TYPES, RowFormat
-from scone.tests.kernels.triton_device import DEVICE, INTERPRETED
+from scone.tests.kernels.triton_device import DEVICE, INTERPRETED, zeros_beyond_31_bits
 
 
 @pytest.mark.parametrize("row_type", ROW_TYPES)
@@ -25,3 +25,17 @@ def test_triton_equals_torch(row_type: str, width: int, group_size: int) -> None
     halves = gather_rows_triton(table, ranks, row_type, width, row.group_size, torch.bfloat16)
     assert INTERPRETED or torch.equal(halves, expected.to(torch.bfloat16))  # the interpreter cuts where a GPU rounds
     assert gather_rows_triton(table, ranks[:0], row_type, width, row.group_size).shape == (0, width)
+
+
+@pytest.mark.parametrize(("row_type", "width"), [("int8", 1000), ("bf16", 1024)])
+def test_rows_behind_two_to_the_31_numbers_are_read(row_type: str, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from scone.kernels.dequantize_triton import gather_rows_triton
+
+    row = RowFormat.of(row_type, width, 64)
+    stored = row.encode(torch.randn(1, width, generator=torch.Generator().manual_seed(0)))
+    numbers = row.float_dtype or torch.uint8
+    table = zeros_beyond_31_bits(monkeypatch, row.row_bytes // numbers.itemsize, numbers).view(torch.uint8)
+    table[-1] = torch.from_numpy(stored[0]).to(DEVICE)
+    found = gather_rows_triton(table, torch.tensor([0, len(table) - 1], device=DEVICE), row_type, width, row.group_size)
+    assert not found[0].any()
+    assert torch.equal(found[1:].cpu(), row.decode(torch.from_numpy(stored)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numba import njit
@@ -12,6 +13,7 @@ from scone.kernels.child_index import ChildIndex
 from scone.kernels.simd import LANES, largest_match, prefetch
 from scone.tests.tokenization.f_gram_strategies import cases
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
+from scone.utils.errors import SconeError
 
 
 @njit
@@ -127,3 +129,10 @@ def test_links_that_point_forward_are_found():
                 damaged = arrays[name].copy()
                 damaged[rank] = np.array(value).astype(damaged.dtype)
                 assert check(**{name: damaged}) != child_index.NO_F_GRAM, (rank, name, value)
+
+
+def test_more_f_grams_than_32_bits_tell_apart_are_refused() -> None:
+    """Before anything of their size is made; the most that do fit have no bit left for a fingerprint."""
+    assert child_index.rank_bits(child_index.MOST_F_GRAMS) == 32
+    with pytest.raises(SconeError, match=r"found 4,294,967,296 f-grams; expected at most 4,294,967,295"):
+        child_index.empty_slots(2**32)

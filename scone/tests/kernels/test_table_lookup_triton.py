@@ -20,7 +20,7 @@ from scone.kernels.common import GPUReadableRows
 from scone.kernels.longest_match import FIRST_BIT
 from scone.models.table_lookup import DeviceLookup
 from scone.models.token_history import StaticTokenHistory, TokenHistory
-from scone.tests.kernels.triton_device import DEVICE, INTERPRETED
+from scone.tests.kernels.triton_device import DEVICE, INTERPRETED, zeros_beyond_31_bits
 from scone.tests.tokenization.f_gram_strategies import Case, batches, cases
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 
@@ -175,3 +175,21 @@ def test_a_ragged_lookup_is_the_longest_f_grams_row(case: Case, row_type: str, w
         expected[places] = decoded[np.array(ranks)[places]]
     assert torch.equal(output, expected)
     assert lookup.counts.tolist() == ([len(tokens), len(places)] if case.f_grams and len(tokens) else [0, 0])
+
+
+def test_rows_behind_two_to_the_31_numbers_are_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one block and of the second of two."""
+    width = 1 << 16
+    row = RowFormat.of("int8", width, 64)
+    raw = zeros_beyond_31_bits(monkeypatch, row.row_bytes, torch.uint8)
+    size = len(raw)
+    grams = {(rank // 200, rank % 200): size - rank for rank in range(size)}
+    vocabulary = FGramVocabulary.from_counts(grams, vocab_size=200, max_n=2)
+    stored = torch.from_numpy(row.encode(torch.randn(1, width, generator=torch.Generator().manual_seed(0))))
+    raw[-1] = stored[0].to(DEVICE)
+    tokens = torch.tensor([[(size - 1) // 200, (size - 1) % 200]], device=DEVICE)
+    for near, far in ((raw, None), (raw[:0], raw)):
+        lookup = DeviceLookup(vocabulary, GPUReadableRows(near, far, "int8", width, row.group_size), DEVICE)
+        output, found = lookup(torch.ones(1, 2, width, device=DEVICE), tokens, None, None)
+        assert found.tolist() == [[False, True]]
+        assert torch.equal(output[0, 1].cpu(), row.decode(stored)[0])

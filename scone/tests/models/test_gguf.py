@@ -16,7 +16,9 @@ from scone.configs.schema import ModelOptions
 from scone.inference.loading import load_model
 from scone.models.language_model import SconeForCausalLM
 from scone.models.trunk import build_trunk
+from scone.tests.training import runs
 from scone.tokenization.tokenizers import load_tokenizer
+from scone.training.run import train
 from scone.utils.errors import SconeError
 
 gguf = pytest.importorskip("gguf", reason="the extra gguf is not installed")
@@ -27,8 +29,8 @@ VOCABULARY, WIDTH, INNER = len(PIECES), 32, 64
 PIECE_TYPES = [2, 3, 3] + [1] * (VOCABULARY - 3)  # unknown, control, control, normal …
 
 
-def write(path: Path, tokenizer: str = "llama") -> Path:
-    """A random Llama of one layer with its tokenizer."""
+def write(path: Path, tokenizer: str = "llama", packed: bool = False) -> Path:
+    """A random Llama of one layer with its tokenizer; ``packed``: its matrices in eight bits."""
     writer = gguf.GGUFWriter(str(path), "llama")
     sizes = {"context_length": 128, "embedding_length": WIDTH, "block_count": 1, "feed_forward_length": INNER}
     sizes |= {"head_count": 2, "head_count_kv": 2, "layer_norm_rms_eps": 1e-5, "vocab_size": VOCABULARY}
@@ -46,7 +48,9 @@ def write(path: Path, tokenizer: str = "llama") -> Path:
     matrices |= {f"blk.0.attn_{name}": (WIDTH, WIDTH) for name in ("q", "k", "v", "output")}
     matrices |= {"blk.0.ffn_gate": (INNER, WIDTH), "blk.0.ffn_up": (INNER, WIDTH), "blk.0.ffn_down": (WIDTH, INNER)}
     for name, shape in matrices.items():
-        writer.add_tensor(f"{name}.weight", random.normal(size=shape, scale=0.3).astype(np.float32))
+        matrix = random.normal(size=shape, scale=0.3).astype(np.float32)
+        kind = gguf.GGMLQuantizationType.Q8_0 if packed else None
+        writer.add_tensor(f"{name}.weight", gguf.quantize(matrix, kind) if packed else matrix, raw_dtype=kind)
     for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):
         writer.add_tensor(f"{name}.weight", np.ones(WIDTH, np.float32))
     writer.write_header_to_file()
@@ -103,6 +107,25 @@ def test_commands_take_one(
     capsys.readouterr()
     assert main(["evaluate", "--model_path", str(file), *data, "--split", "test", "--device", "cpu", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["perplexity"] > 1
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_plain_trunk_can_be_tuned_and_saved(packed: bool, tmp_path: Path) -> None:
+    """transformers calls a model of such a file quantised, and trains or saves none that is."""
+    name = str(write(tmp_path / "tiny.gguf", packed=packed))
+    trunk = build_trunk(ModelOptions(base_model_name=name, init="pretrained"), None)
+    assert type(trunk.model.layers[0].self_attn.q_proj) is torch.nn.Linear
+    changes = {"model.base_model_name": name, "model.init": "pretrained", "model.tokenizer": None}
+    sizes = {f"model.{size}": None for size in ("hidden_size", "num_hidden_layers", "num_attention_heads")}
+    plain = {"model.use_f_gram_embeddings": False, "training.max_steps": 1, "training.save_steps": 1}
+    run = runs.options(runs.write_corpus(tmp_path), tmp_path / "run", **changes, **sizes, **plain)
+    tuned = AutoModelForCausalLM.from_pretrained(train(run, quiet=True)).state_dict()
+    before = trunk.state_dict()
+    assert before.keys() == tuned.keys()
+    assert not any(torch.equal(before[name], tuned[name]) for name in before)
 
 
 def test_mistakes_get_one_line(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

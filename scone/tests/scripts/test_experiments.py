@@ -32,7 +32,7 @@ from scone.utils.errors import SconeError
 REPOSITORY = Path(__file__).parents[3]
 RUNNER = REPOSITORY / "experiments" / "run.py"
 PATHS = {path.stem: path for path in RUNNER.parent.glob("*.yaml")}
-PATHS |= {name: REPOSITORY / "docs" / "results" / f"{name}.json" for name in ("main_claim", "pretrained")}
+PATHS |= {"main_claim": REPOSITORY / "docs" / "results" / "main_claim.json"}
 EXPERIMENTS = {
     name: yaml.safe_load(path.read_text()) if path.suffix == ".yaml" else json.loads(path.read_text())["experiment"]
     for name, path in PATHS.items()
@@ -138,7 +138,7 @@ def test_runs_of_several_seeds_are_merged_into_one_line(runner, data, tmp_path):
     assert "| both-10k | 1 |" in text
 
 
-@pytest.mark.parametrize("name", ["frozen-both", "both-default-rates"])
+@pytest.mark.parametrize("name", ["frozen-both", "tuned-rows-1e-4"])
 def test_only_a_trunk_that_is_fine_tuned_changes(runner, data, tmp_path, name):
     changes = {"training.weight_decay": 0.1, "model.learned_rows": 100}
     plan = plan_of(runner, "pretrained", data, tmp_path, **changes)
@@ -150,7 +150,27 @@ def test_only_a_trunk_that_is_fine_tuned_changes(runner, data, tmp_path, name):
     after = {key.removeprefix("trunk."): weight for key, weight in after.items()}
     assert before.keys() <= after.keys()
     same = {key for key, weight in before.items() if torch.equal(weight, after[key])}
-    assert same == (set() if name == "both-default-rates" else before.keys())
+    assert same == (set() if name == "tuned-rows-1e-4" else before.keys())
+
+
+@pytest.mark.parametrize("name", ["lora-1e-3", "lora-rows-1e-3"])
+def test_adapters_are_merged_into_what_is_saved(runner, data, tmp_path, name):
+    """Matrices have changed by no more than the adapters' rank, the rest of the trunk not at all; rows train too."""
+    pytest.importorskip("peft", reason="the extra tuning brings PEFT")
+    changes = {"lora_rank": 2, "training.weight_decay": 0.1, "training.learning_rate": 0.1, "model.learned_rows": 100}
+    plan = plan_of(runner, "pretrained", data, tmp_path, **changes)
+    plan.prepare()
+    plan.run(name, keep_model=True)
+    before = load_file(data / "trunk" / "model.safetensors")
+    after = load_file(tmp_path / name / "final_model" / "model.safetensors")
+    after = {key.removeprefix("trunk."): weight for key, weight in after.items()}
+    for key, weight in before.items():
+        rank = torch.linalg.matrix_rank(after[key] - weight, atol=1e-5).item() if weight.ndim == 2 else None
+        assert rank in (1, 2) if "_proj" in key else torch.equal(weight, after[key]), key
+    rows = after.keys() - before.keys()
+    assert [bool(after[key].any()) for key in rows] == [True] * ("rows" in name)
+    result = json.loads((tmp_path / f"{name}.json").read_text())
+    assert result["tests"].keys() == set(EXPERIMENTS["pretrained"]["tests"])
 
 
 def test_results_of_another_experiment_are_not_taken_for_its_own(runner, data, tmp_path):

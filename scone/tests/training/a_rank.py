@@ -12,6 +12,7 @@ import json
 import os
 import signal
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ class Watch(TrainerCallback):
 
 
 if __name__ == "__main__":
+    warnings.filterwarnings("error", ".*([Bb]uffers|DistributedDataParallel|DDP)", FutureWarning)
     run.train = functools.partial(run.train, callbacks=[Watch(Path(sys.argv[1]))])
     main(sys.argv[2:])
     assert not dist.is_initialized(), "gloo's threads may abort the process when it exits with a group"

@@ -165,6 +165,34 @@ def test_rows_on_the_host_stay_there():
     assert rows.weight.dtype == torch.float32
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_on_the_host_learn_as_those_on_the_gpu(dtype):
+    """Bit for bit: the GPU reads and writes them where they lie, and who reads them there waits for it."""
+    learned = []
+    for on_host in (False, True):
+        rows = LearnedRows(100_001, 256, dtype=dtype)
+        rows.on_host = on_host
+        rows.to("cuda")
+        optimizer = AdamWWithRows([], rows=rows, rows_learning_rate=0.1)
+        random = np.random.default_rng(0)
+        for _ in range(5):
+            ids = random.permutation(rows.num_rows)[:20_000]
+            chains = torch.from_numpy(random.integers(0, len(ids) + 1, (6000, 3))).cuda()
+            vectors = rows(ids, chains)
+            direction = torch.from_numpy(random.standard_normal(vectors.shape, np.float32)).cuda()
+            (vectors * direction).sum().backward()
+            optimizer.step()
+        weight = rows.state_dict()["weight"]
+        assert weight.any()
+        assert weight.device.type == ("cpu" if on_host else "cuda")
+        assert rows.are_pinned_for(vectors.device) == on_host
+        learned.append([weight.cpu(), vectors.detach(), optimizer.state[rows.weight]["sums"]])
+        assert not copy.deepcopy(rows).pending
+    assert all(map(torch.equal, *learned))
+
+
 def _learn_as_a_rank(rank: int, backend: str, folder: Path) -> None:
     """Four steps of one of two ranks, which touch different rows, and in two steps one of them none; saves its rows."""
     dist.init_process_group(backend, init_method=f"file://{folder}/{backend}", rank=rank, world_size=2)

@@ -191,12 +191,12 @@ def save(model: Any, optimizer: Any, folder: Path) -> None:
 
 
 def check_many_rows(rank: int) -> None:
-    """Five million rows over four ranks: memory and time are those of what is touched."""
-    rows = LearnedRows(5_000_000, 64)
+    """Five million rows over four ranks, over 2³¹ numbers on each: memory and time are those of what is touched."""
+    rows = LearnedRows(5_000_000, 2048)
     rows.share_out()
     assert is_untouched(rows.weight)
     optimizer = AdamWWithRows([], rows=rows, rows_learning_rate=0.1)
-    ids = np.unique(np.append(np.random.default_rng(rank).integers(0, rows.num_rows, 5000), [0, rows.num_rows - 1]))
+    ids = np.unique(np.append(np.random.default_rng(rank).integers(0, rows.num_rows, 500), [0, rows.num_rows - 1]))
     chains = torch.arange(1, len(ids) + 1)[:, None]
     for _ in range(3):
         rows(ids, chains).sum().backward()
@@ -204,7 +204,7 @@ def check_many_rows(rank: int) -> None:
     found = rows(ids, chains)
     assert (found < 0).all()
     assert torch.equal(found[0], found[-1])  # each was touched by all ranks in all steps
-    assert process_bytes() < 1.28e9, "all rows"
+    assert process_bytes() < 1e9, "a fortieth of all rows"
 
 
 def check_that_a_full_disk_is_everybodys(rank: int, folder: Path) -> None:
@@ -263,14 +263,14 @@ def _touch_on_a_gpu(rank: int, folder: Path) -> None:
             optimizer.step()
         weight = rows.weight.detach()
         assert weight.device.type == ("cpu" if on_host else "cuda")
+        assert rows.are_pinned_for(device) == on_host
         state = optimizer.state[rows.weight]
         learned.append([*seen, *(part.to(device) for part in (weight, state["sums"], state["columns"]))])
     own = rows.shards.own
     *vectors, weight, sums, columns = learned[0]
     for mine, ours in zip([*vectors, own(weight), own(sums), columns], learned[1], strict=True):
         assert torch.equal(mine, ours), "shares and copies"
-    for ours, its in zip(learned[1], learned[2], strict=True):  # a kernel of its own, which adds in another order
-        torch.testing.assert_close(ours, its, atol=1e-4, rtol=1e-4)
+    assert all(map(torch.equal, learned[1], learned[2])), "on the GPU and on the host"
     dist.destroy_process_group()
 
 

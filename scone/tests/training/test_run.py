@@ -284,7 +284,7 @@ class Waiting(TrainerCallback):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("kind", ["plain", "rows", "f-gram model"])
+@pytest.mark.parametrize("kind", ["plain", "rows", "rows on the host", "f-gram model"])
 def test_no_step_waits_for_the_gpu(corpus, tmp_path, kind):
     """Else the host begins each step late, and what the host does is time that the GPU has nothing to do."""
     run = options(
@@ -297,7 +297,8 @@ def test_no_step_waits_for_the_gpu(corpus, tmp_path, kind):
             "training.save_steps": 100,
             "training.eval_steps": 100,
             "model.use_f_gram_embeddings": kind != "plain",
-            "model.f_gram.num_hidden_layers": 0 if kind == "rows" else 1,
+            "model.f_gram.num_hidden_layers": 0 if "rows" in kind else 1,
+            "model.rows_device": "host" if "host" in kind else "accelerator",
         },
     )
     with warnings.catch_warnings(record=True) as found:
@@ -306,8 +307,8 @@ def test_no_step_waits_for_the_gpu(corpus, tmp_path, kind):
             train(run, quiet=True, callbacks=[Waiting()])
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    waits = {f"{each.filename}:{each.lineno}" for each in found if "synchroniz" in str(each.message)}
-    assert not waits
+    waits = {f"{each.filename}:{each.lineno}" for each in found if "called a synchronizing" in str(each.message)}
+    assert not waits  # PyTorch's first warning, that the mode is a prototype, is none
 
 
 VARIANTS = {

@@ -79,7 +79,7 @@ def check(model: Any, outputs: list[Any], greedy: bool = True, tolerance: float 
 
 def check_surface(llm: Any, model: Any, prompt: list[int]) -> None:
     """What else a request may ask for: words to stop at, seeds, several log-probabilities, beams."""
-    from vllm.sampling_params import BeamSearchParams
+    from vllm.sampling_params import BeamSearchParams, StructuredOutputsParams
 
     from scone.tests.vllm import models
 
@@ -94,6 +94,9 @@ def check_surface(llm: Any, model: Any, prompt: list[int]) -> None:
     end = next(n for n, token in enumerate(tokens) if token != tokens[0])
     stopped = answers(llm, [prompt], seed=1, detokenize=True, stop=[f"w{tokens[end]:02}"], **warm)[0].outputs[0]
     assert (stopped.finish_reason, list(stopped.token_ids)) == ("stop", tokens[: end + 1])
+    allowed = [f"w{token:02}" for token in (7, 33)]
+    choice = {"structured_outputs": StructuredOutputsParams(choice=allowed), "detokenize": True, "ignore_eos": False}
+    assert answers(llm, [prompt], **choice)[0].outputs[0].text.strip() in allowed
     beams = llm.beam_search([{"prompt_token_ids": prompt}], BeamSearchParams(3, 8, ignore_eos=True))[0].sequences
     for beam in beams:
         new = list(beam.tokens)[len(prompt) :]
@@ -101,6 +104,28 @@ def check_surface(llm: Any, model: Any, prompt: list[int]) -> None:
         assert abs(beam.cum_logprob - sum(float(row[token]) for row, token in zip(its, new, strict=True))) < 1e-3
     assert len(beams) == 3
     assert [beam.cum_logprob for beam in beams] == sorted((beam.cum_logprob for beam in beams), reverse=True)
+
+
+def check_refusals(llm: Any, model: Any, prompts: list[list[int]]) -> None:
+    """Requests that are refused or leave early, also amid their prompts, harm no other; salt keeps prefixes apart."""
+    import pytest
+    import torch
+
+    from scone.tests.vllm import models
+
+    foreign = [{"prompt_token_ids": tokens} for tokens in ([], [models.VOCAB_SIZE], [-1], [1] * models.POSITIONS)]
+    for bad in [*foreign, {"prompt_embeds": torch.zeros(3, models.WIDTH)}]:
+        with pytest.raises(Exception, match=r"prompt|vocabulary"):  # of what kind they are differs by release
+            llm.generate(bad, sampling(), use_tqdm=False)
+    names = [f"leaves {number}" for number in range(len(prompts))]
+    for name, prompt in zip(names, prompts, strict=True):
+        llm.llm_engine.add_request(name, {"prompt_token_ids": prompt}, sampling())
+    for _ in range(3):
+        llm.llm_engine.step()
+    llm.llm_engine.abort_request(names)
+    assert not llm.llm_engine.has_unfinished_requests()
+    salted = [{"prompt_token_ids": prompt, "cache_salt": salt} for prompt in prompts for salt in "ab"]
+    check(model, llm.generate(salted, sampling(max_tokens=4), use_tqdm=False))
 
 
 def share_in_f_grams(model: Any, outputs: list[Any]) -> float:
@@ -119,10 +144,3 @@ def settings() -> None:
     os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # all in one process starts soonest
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-
-
-def uint8() -> Any:
-    """Bytes, as PyTorch calls them."""
-    import torch
-
-    return torch.uint8

@@ -33,10 +33,12 @@ def second_runner(kernel: bool, asynchronous: bool) -> None:
 
     backends["cpu"] = SimpleNamespace(driver=Nowhere, compiler=None)  # type: ignore[assignment]
     if kernel:
+        import torch
+
         from scone.inference.stores.memory import MemoryStore
         from scone.models.table_lookup import DeviceLookup
 
-        MemoryStore.gpu_blocks = lambda self, device: [self._rows.view(checking.uint8())]  # type: ignore[method-assign]
+        MemoryStore.gpu_blocks = lambda self, device: [self._rows.view(torch.uint8)]  # type: ignore[method-assign]
         DeviceLookup.fits = staticmethod(lambda vocabulary, device: True)  # type: ignore[method-assign]
     if asynchronous:
         from vllm.platforms.cpu import CpuPlatform
@@ -90,6 +92,7 @@ def main(folder: Path, plan: dict[str, Any]) -> dict[str, Any]:
         if hasattr(model, "match"):
             found["share"] = checking.share_in_f_grams(model, outputs)
     if plan.get("surface"):
+        checking.check_refusals(llm, model, prompts)
         checking.check_surface(llm, model, prompts[2])
     if plan.get("adapter"):
         outputs = checking.answers(llm, prompts, plan["adapter"], max_tokens=8)

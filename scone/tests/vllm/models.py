@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from scone.inference.embedding_table import EmbeddingTable
@@ -29,6 +30,10 @@ TRUNKS: dict[str, dict[str, Any]] = {
     "qwen2": {name: value for name, value in SIZES.items() if name != "head_dim"},
     "granite": SIZES | {"embedding_multiplier": 3.0},
     "gemma3_text": SIZES | {"sliding_window": 64, "query_pre_attn_scalar": 32},
+    # as wide as kernels for quantised weights want it, and with layers that say more than the input vectors
+    "wide": SIZES
+    | {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 256}
+    | {"initializer_range": 0.1},
     "gpt_neox": {
         "hidden_size": WIDTH,
         "num_hidden_layers": 2,
@@ -59,6 +64,7 @@ KINDS = {
     "granite": Kind("granite"),
     "gemma3": Kind("gemma3_text"),
     "neox": Kind("gpt_neox", "bf16"),
+    "quantised": Kind("wide", "int8", options={"input_norm": True, "combination": "gate"}),
 }
 
 
@@ -93,7 +99,8 @@ def make(name: str, folder: Path, seed: int = 0) -> Path:
     kind = KINDS[name]
     torch.manual_seed(seed)
     special = {"bos_token_id": SEPARATOR, "eos_token_id": SEPARATOR, "pad_token_id": SEPARATOR}
-    config = AutoConfig.for_model(kind.trunk, vocab_size=VOCAB_SIZE, **special, **TRUNKS[kind.trunk])
+    family = "llama" if kind.trunk == "wide" else kind.trunk
+    config = AutoConfig.for_model(family, vocab_size=VOCAB_SIZE, **special, **TRUNKS[kind.trunk])
     trunk = AutoModelForCausalLM.from_config(config).eval()
     torch.nn.init.normal_(trunk.get_input_embeddings().weight, std=0.5)
     trunk.get_output_embeddings().weight.data.normal_(std=0.5)
@@ -134,14 +141,14 @@ def make(name: str, folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def make_tokenizer(folder: Path) -> None:
+def make_tokenizer(folder: Path, size: int = VOCAB_SIZE) -> None:
     """Words w00 … w47, one a token: texts can be asked for, and words to stop at."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit
     from transformers import PreTrainedTokenizerFast
 
-    words = Tokenizer(WordLevel({f"w{number:02}": number for number in range(VOCAB_SIZE)}, unk_token="w01"))
+    words = Tokenizer(WordLevel({f"w{number:02}": number for number in range(size)}, unk_token="w01"))
     words.pre_tokenizer = WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w01", eos_token="w00").save_pretrained(folder)
 
@@ -162,29 +169,100 @@ def make_adapter(folder: Path, adapter: Path, modules: tuple[str, ...] = ("q_pro
     return adapter
 
 
-def quantise(folder: Path, target: Path) -> Path:
-    """The model in ``folder``, the trunk's layers in int8 with a scale an output, as compressed-tensors saves it."""
+def quantise(folder: Path, form: str, target: Path, plain: Path) -> None:
+    """The model in ``folder`` with the trunk's layers quantised: in ``target``, and what that means in ``plain``.
+
+    Forms, as their libraries save them, with scales that bf16 holds exactly: ``int8`` (compressed-tensors: weights by
+    output, inputs by token), ``gptq`` and ``awq`` (4 bits, groups of 32 inputs), ``fp8`` (blocks of 128 × 128).
+    """
     shutil.copytree(folder, target)
-    found = {}
-    for name, weight in load_file(folder / "model.safetensors").items():
-        if name.startswith("trunk.model.layers.") and weight.ndim == 2:
-            scale = weight.abs().amax(1, keepdim=True) / 127
-            found[name], found[f"{name}_scale"] = (weight / scale).round().to(torch.int8), scale
-        else:
-            found[name] = weight
+    shutil.copytree(folder, plain)
+    weights = load_file(folder / "model.safetensors")
+    found, meant = dict(weights), dict(weights)
+    for name, weight in weights.items():
+        if not name.startswith("trunk.model.layers.") or weight.ndim != 2:
+            continue
+        del found[name]
+        parts, meant[name] = FORMS[form](weight)
+        found |= {name.removesuffix("weight") + part: value.contiguous() for part, value in parts.items()}
     save_file(found, target / "model.safetensors", {"format": "pt"})
-    numbers = {"num_bits": 8, "type": "int", "symmetric": True}
-    weights = numbers | {"strategy": "channel", "dynamic": False}
-    group = {
-        "targets": ["Linear"],
-        "weights": weights,
-        "input_activations": numbers | {"strategy": "token", "dynamic": True},
+    save_file(meant, plain / "model.safetensors", {"format": "pt"})
+    saved = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(saved | {"quantization_config": CONFIGS[form]}))
+
+
+def _int8(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    scale = (weight.abs().amax(1, keepdim=True) / 127).bfloat16().float()
+    numbers = (weight / scale).round().clamp(-127, 127)
+    return {"weight": numbers.to(torch.int8), "weight_scale": scale}, numbers * scale
+
+
+def _fp8(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    blocks = weight.unflatten(0, (-1, 128)).unflatten(2, (-1, 128))
+    scale = (blocks.abs().amax((1, 3), keepdim=True) / 448).bfloat16().float()
+    numbers = (blocks / scale).to(torch.float8_e4m3fn)
+    parts = {"weight": numbers.view_as(weight), "weight_scale_inv": scale[:, 0, :, 0]}
+    return parts, (numbers.float() * scale).view_as(weight)
+
+
+def _gptq(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """Numbers −8 … 7 and a scale, of each output and group; packed by inputs."""
+    grouped = weight.t().unflatten(0, (-1, GROUP))
+    scale = (grouped.abs().amax(1, keepdim=True) / 7).bfloat16().float()
+    numbers = (grouped / scale).round().clamp(-8, 7)
+    inputs, outputs = weight.shape[1], weight.shape[0]
+    parts = {
+        "qweight": _packed((numbers + 8).flatten(0, 1).view(-1, 8, outputs).transpose(1, 2)),
+        "scales": scale[:, 0].half(),
+        "qzeros": torch.full((inputs // GROUP, outputs // 8), 0x77777777, dtype=torch.int32),
+        "g_idx": (torch.arange(inputs) // GROUP).int(),
     }
-    config = {"quant_method": "compressed-tensors", "format": "int-quantized", "quantization_status": "compressed"}
-    saved = json.loads((folder / "config.json").read_text())
-    saved["quantization_config"] = config | {"ignore": ["re:.*lm_head"], "config_groups": {"group_0": group}}
-    (target / "config.json").write_text(json.dumps(saved))
-    return target
+    return parts, (numbers * scale).flatten(0, 1).t()
+
+
+def _awq(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """Numbers 0 … 15, a zero among them and a scale, of each output and group; packed by outputs in an own order."""
+    grouped = weight.t().unflatten(0, (-1, GROUP))
+    least, most = grouped.amin(1, keepdim=True).clamp(max=0), grouped.amax(1, keepdim=True).clamp(min=0)
+    scale = ((most - least) / 15).bfloat16().float()
+    zero = (-least / scale).round().clamp(0, 15)
+    numbers = (grouped / scale + zero).round().clamp(0, 15)
+    order = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])
+    parts = {
+        "qweight": _packed(numbers.flatten(0, 1).unflatten(1, (-1, 8))[..., order]),
+        "qzeros": _packed(zero[:, 0].unflatten(1, (-1, 8))[..., order]),
+        "scales": scale[:, 0].half(),
+    }
+    return parts, ((numbers - zero) * scale).flatten(0, 1).t()
+
+
+def _packed(numbers: Tensor) -> Tensor:
+    """Eight numbers of four bits ``[…, 8]`` in an int32 each, the first one lowest."""
+    bits = numbers.long() << torch.arange(0, 32, 4)
+    return bits.sum(-1).to(torch.int32)
+
+
+GROUP = 32
+FORMS = {"int8": _int8, "fp8": _fp8, "gptq": _gptq, "awq": _awq}
+_NUMBERS = {"num_bits": 8, "type": "int", "symmetric": True}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "int8": {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["re:.*lm_head"],
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": _NUMBERS | {"strategy": "channel", "dynamic": False},
+                "input_activations": _NUMBERS | {"strategy": "token", "dynamic": True},
+            }
+        },
+    },
+    "fp8": {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]},
+    "gptq": {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False, "sym": True},
+    "awq": {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"},
+}
 
 
 def adapt(model: Any, adapter: Path) -> None:

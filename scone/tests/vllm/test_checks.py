@@ -15,6 +15,7 @@ from scone.inference.embedding_table import EmbeddingTable
 from scone.models.configuration import SconeConfig
 from scone.tests.inference.tables import write_table
 from scone.tests.vllm import models
+from scone.tokenization.tokenizers import load_tokenizer, tokenizer_fingerprint
 from scone.utils.errors import SconeError
 from scone.vllm import checks
 from scone.vllm.checks import check_files, check_model_files
@@ -156,13 +157,20 @@ def vllm_config(folder: Path, **changes: Any) -> Any:
         "enable_sleep_mode": False,
         "model": str(folder),
         "revision": None,
+        "skip_tokenizer_init": True,
+        "tokenizer": str(folder),
     }
-    kinds = ("pipeline", "prefill_context", "tensor", "data")
+    kinds = ("pipeline", "prefill_context", "decode_context", "tensor", "data")
+    cache = {"kv_offloading_size": None}
     parallel = {f"{kind}_parallel_size": 1 for kind in kinds}
-    for part in (config, model, parallel):
+    for part in (config, model, cache, parallel):
         part |= {name: value for name, value in changes.items() if name in part}
     model["hf_config"] = SconeConfig.from_pretrained(folder)
-    return SimpleNamespace(**config, model_config=SimpleNamespace(**model), parallel_config=SimpleNamespace(**parallel))
+    parts = {"model_config": model, "cache_config": cache, "parallel_config": parallel}
+    return SimpleNamespace(**config, **{name: SimpleNamespace(**values) for name, values in parts.items()})
+
+
+FIRST = {"use_v2_model_runner": False}
 
 
 @pytest.mark.parametrize(
@@ -176,10 +184,12 @@ def vllm_config(folder: Path, **changes: Any) -> Any:
         ("0.32.0", {"pipeline_parallel_size": 2}, "found --pipeline-parallel-size 2; expected 1"),
         ("0.32.0", {"prefill_context_parallel_size": 2}, "found --prefill-context-parallel-size 2; expected 1"),
         ("0.32.0", {"use_v2_model_runner": False, "platform": "cuda"}, "found vLLM's first model runner"),
+        ("0.32.0", FIRST | {"kv_transfer_config": "a connector"}, "found --kv-transfer-config with vLLM's first"),
+        ("0.32.0", FIRST | {"kv_offloading_size": 1.0}, "found --kv-offloading-size with vLLM's first"),
         (
             "0.32.0",
-            {"use_v2_model_runner": False, "kv_transfer_config": "a connector"},
-            "found --kv-transfer-config with vLLM's first model runner",
+            FIRST | {"decode_context_parallel_size": 2},
+            "found --decode-context-parallel-size with vLLM's first",
         ),
     ],
 )
@@ -210,9 +220,38 @@ def test_the_command_line_gets_the_line_alone(folder: Path, monkeypatch: pytest.
         checks.ChecksOfOurs.verify_and_update_config(vllm_config(folder))
 
 
+def test_rows_on_no_gpu(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = vllm_config(folder, additional_config={"scone": {"placement": "gpu:10,ram"}})
+    monkeypatch.setattr(checks, "_platform", lambda: "cuda")
+    check_files(config)
+    monkeypatch.setattr(checks, "_platform", lambda: "cpu")
+    with pytest.raises(SconeError, match="found placement 'gpu:10,ram' without a GPU"):
+        check_files(config)
+
+
+def test_a_foreign_tokenizer_is_said(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def said(**changes: Any) -> str:
+        caplog.clear()
+        check_files(vllm_config(folder, **changes))
+        return "\n".join(caplog.messages)
+
+    assert said(skip_tokenizer_init=False) == ""  # there is none, as vLLM itself will say
+    models.make_tokenizer(folder)
+    assert said(skip_tokenizer_init=False) == ""  # whose f-grams do not name one
+    other = folder / "other"
+    models.make_tokenizer(other, models.VOCAB_SIZE + 1)
+    assert "found the token 48 in the tokenizer" in said(skip_tokenizer_init=False, tokenizer=str(other))
+    assert said(tokenizer=str(other)) == ""
+    checks.warn_of_tokenizer(str(folder), models.VOCAB_SIZE, tokenizer_fingerprint(load_tokenizer(folder)))
+    assert not caplog.messages
+    checks.warn_of_tokenizer(str(folder), models.VOCAB_SIZE, "0" * 64)
+    assert "is not the one with which the model's f-grams were counted" in caplog.messages[0]
+
+
 @pytest.mark.parametrize("kind", ["tensor", "data"])
 def test_several_processes_share_rows_in_ram(folder: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     monkeypatch.setattr(checks, "check_engine", lambda config: None)
+    monkeypatch.setattr(checks, "_platform", lambda: "cuda")
     for given, expected in {"gpu:10,ram": "gpu:10,shared", "gpu:10, ram:20,disk": "gpu:10,shared:20,disk"}.items():
         additional = {"scone": {"placement": given, "check_weights": False}, "another's": 1}
         config = vllm_config(folder, additional_config=additional)

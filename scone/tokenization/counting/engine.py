@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from scone.kernels import ngram_count
+from scone.kernels.child_index import check_number_of_f_grams
 from scone.kernels.ngram_count import NO_ID
 from scone.tokenization.counting.blocks import FileBlocks, MemoryBlocks, PartitionChunk, page_array
 from scone.tokenization.counting.levels import CandidatePool, FrequentNGrams, IdTable, KeySpace, RisingFloor
@@ -87,6 +88,7 @@ class CountEngine:
             levels.append(level)
             below = (space, level.keys[level.id_indices()])
             num_ids = len(below[1])
+            check_number_of_f_grams(num_ids)
         return token_of_id, levels
 
     def _empty_blocks(self, folder: Path | None) -> MemoryBlocks | FileBlocks:
