@@ -130,9 +130,10 @@ def _pretrained(options: ModelOptions, tokenizer: PreTrainedTokenizerBase | None
             f"cannot load pretrained weights of {name!r} ({_first_line(error)}); expected a model folder, or a hub "
             "name with the hub in reach; give a local folder, or train with --init scratch"
         ) from error
-    if "gguf_file" in where and getattr(trunk, "hf_quantizer", None) is not None:
+    quantizer: Any = getattr(trunk, "hf_quantizer", None)
+    if "gguf_file" in where and quantizer is not None:
         # its weights are ordinary now, but a model that calls itself quantised is neither trained nor saved
-        trunk.hf_quantizer.remove_quantization_config(trunk)
+        quantizer.remove_quantization_config(trunk)
     size = int(trunk.get_input_embeddings().weight.shape[0])  # type: ignore[index, arg-type]
     if tokenizer is not None and vocabulary_size(tokenizer) > size:
         raise SconeError(
