@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import mmap
 import re
 import sys
@@ -20,6 +21,9 @@ from torch import Tensor, nn
 from scone.kernels.common import pin, to_device, triton_is_installed
 from scone.models.row_shards import Exchange, Route, RowShards, number_of_ranks
 from scone.utils.errors import SconeError
+from scone.utils.text import human_bytes
+
+logger = logging.getLogger(__name__)
 
 MOST_PASSES_PER_STEP = 4096
 """How many backward passes may wait for one step of a row optimizer: far more than anybody accumulates."""
@@ -222,6 +226,9 @@ class LearnedRows(nn.Module):
             keep_from_children(weight)
             weight.view(-1)[:: mmap.PAGESIZE // weight.element_size()].mul_(1)  # by all threads; pinning would by one
             self._pinned = (address, pin(self.weight, address, weight.nbytes, device))
+            if self._pinned[1] is None:
+                size = human_bytes(weight.nbytes)
+                logger.warning("this system does not pin the %s of learned rows: every step waits for the host", size)
         return self._pinned[1] is not None
 
     def wait(self) -> None:
