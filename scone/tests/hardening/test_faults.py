@@ -30,7 +30,7 @@ def said(tmp_path_factory) -> list[dict]:
     command += ["--kills", *(f"{job}={kills}" for job, kills in KILLS.items()), "--seed", seed]
     command += ["--folder", str(tmp_path_factory.mktemp("faults"))]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1500, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
