@@ -25,8 +25,8 @@ from lookup_peers import LmdbTable, drop_from_page_cache, fio_reads_per_second
 from workloads import write_table
 
 from scone.inference.embedding_table import EmbeddingTable
-from scone.inference.row_types import ROW_TYPES
 from scone.inference.stores.direct import QUEUE_DEPTH
+from scone.inference.table_format import ROW_TYPES
 
 WIDTH = 1024
 ROW_BYTES = 4 * WIDTH

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from workloads import SEPARATOR, VOCAB_SIZE, TrainingStep, f_grams_of, gpt2_tokens, gpt2_trunk
 
-from scone.data.collator import Collator
+from scone.data.dataset import Collator
 from scone.models.accounting import f_gram_forward_flops, trunk_forward_flops
 from scone.models.configuration import FGramModelConfig
 from scone.models.f_gram_model import FGramModel, padded_f_gram_model

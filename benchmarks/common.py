@@ -27,9 +27,8 @@ from typing import Any, Literal
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "experiments")]
 
-from scone.utils.environment import environment  # noqa: E402
+from scone.utils.environment import PeakMemory, environment  # noqa: E402, F401 (for the benchmarks)
 from scone.utils.files import write_json  # noqa: E402
-from scone.utils.peak_memory import PeakMemory  # noqa: E402, F401 (for the benchmarks)
 from scone.utils.text import markdown_table  # noqa: E402
 
 

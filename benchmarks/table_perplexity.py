@@ -13,9 +13,8 @@ import torch
 from workloads import TrainingStep, f_grams_of, gpt2_tokens, gpt2_trunk, most_frequent
 
 from scone.inference.embedding_table import EmbeddingTable
-from scone.inference.precompute import precompute_table
-from scone.inference.row_types import ROW_TYPES
-from scone.inference.table_tools import convert_table
+from scone.inference.precompute import convert_table, precompute_table
+from scone.inference.table_format import ROW_TYPES
 from scone.models.language_model import SconeForCausalLM
 
 VOCAB_SIZE, MAX_N, LENGTH, BATCH = 4096, 4, 128, 16

@@ -18,8 +18,7 @@ from common import shared_data
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from scone.data.prepare import prepare_corpus
-from scone.inference.row_types import RowFormat
-from scone.inference.table_format import TableLayout
+from scone.inference.table_format import RowFormat, TableLayout
 from scone.inference.table_writer import TablePlan, TableWriter
 from scone.tokenization.counting import count_f_grams
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary

@@ -129,10 +129,10 @@ def kind_of_options(options: Mapping[str, Any]) -> str:
     variants = []
     if _option(options, "model.combination") != "add":
         variants.append(str(_option(options, "model.combination")))
-    if not _option(options, "model.rows_backoff"):
+    if not options.get("model.rows_backoff", True):  # these two are no options any more
         variants.append("no back-off")
-    if _option(options, "model.control") != "none":
-        variants.append(f"{_option(options, 'model.control')} table")
+    if options.get("model.control", "none") != "none":
+        variants.append(f"{options['model.control']} table")
     return ", ".join([kind, *variants])
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,10 @@ from transformers import (
 
 from scone.configs.schema import SconeOptions
 from scone.data.token_file import TokenFile
-from scone.evaluation.perplexity import perplexity
+from scone.evaluation.perplexity import perplexity, sizes_of
 from scone.evaluation.sweep import train_or_resume
-from scone.evaluation.text_size import sizes_of
 from scone.inference.loading import choose_device
 from scone.models.accounting import parameter_counts
-from scone.models.language_model import SconeForCausalLM
 from scone.tokenization.matcher import Matcher
 from scone.training.run import TRAINING_LOG_FILE, Corpus, build_model, evaluation_blocks
 from scone.training.run_folder import FINAL_MODEL, complete_checkpoints
@@ -44,7 +42,6 @@ def measured_run(
     *,
     matcher: Matcher | None,
     stride: int | None = None,
-    shuffled: Sequence[str] = (),
     curve_tokens: int = 0,
     test_tokens: int = 0,
     lora_rank: int = 0,
@@ -56,8 +53,6 @@ def measured_run(
         texts: what it is tested on.
         progress_path: a JSON file that holds the log so far while the model trains, marked as unfinished.
         matcher: groups the losses of every run by the same f-grams, plain ones too.
-        shuffled: texts on which a model with f-grams is also tested with its vectors handed to other f-grams, which
-            tells whether it used what they say or only that they are there.
         curve_tokens: of each text so many tokens are tested on at every evaluation (0: none), after its log line.
         test_tokens: of each text so many tokens are tested on in the end (0: all).
         lora_rank: train adapters of that rank in place of the trunk's weights, and merge them in the end (0: none).
@@ -89,8 +84,7 @@ def measured_run(
     tokens = log["steps"] * log["tokens_per_step"]
     check_model(model, corpus, options, log)
 
-    def tested(name: str, groups: Matcher | None) -> dict[str, Any]:
-        file = texts[name]
+    def tested(file: TokenFile) -> dict[str, Any]:
         read = file.tokens[: test_tokens or None]
         found = perplexity(
             model,
@@ -98,7 +92,7 @@ def measured_run(
             options.data.max_length,
             options.training.batch_size,
             stride,
-            matcher=groups,
+            matcher=matcher,
             separator_id=file.separator_id,
             quiet=True,
             **sizes_of(corpus.tokenizer, read),
@@ -114,14 +108,9 @@ def measured_run(
         "train_seconds": before + log["train_seconds"],
         "cost": log["cost"] | {"training_flops": log["cost"]["training_flops_per_token"] * tokens},
         "parameters": parameter_counts(model).to_dict(),
-        "tests": {name: tested(name, matcher) for name in texts},
+        "tests": {name: tested(file) for name, file in texts.items()},
         "log": log["log"],
     }
-    if isinstance(model, SconeForCausalLM) and model.config.control == "none" and shuffled:
-        assert model.vocabulary is not None
-        model.config.control = "shuffled"
-        model.set_vocabulary(model.vocabulary)
-        result["tests_shuffled"] = {name: tested(name, None) for name in shuffled}
     if not keep_model:
         shutil.rmtree(folder)
     return result | {"seconds": time.perf_counter() - started}

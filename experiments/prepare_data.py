@@ -28,7 +28,7 @@ sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks")]
 from common import shared_data  # noqa: E402
 
 from scone.configs.schema import ModelOptions  # noqa: E402
-from scone.data.encoding import CorpusEncoder  # noqa: E402
+from scone.data.prepare import CorpusEncoder  # noqa: E402
 from scone.data.sources import open_documents  # noqa: E402
 from scone.data.token_file import TokenFile, TokenFileWriter  # noqa: E402
 from scone.models.trunk import build_trunk  # noqa: E402

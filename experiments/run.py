@@ -195,8 +195,7 @@ class Plan:
 
     def prepare(self, names: Sequence[str] | None = None) -> None:
         """Count the vocabularies of ``names`` (None: all), and compile what each worker would compile for itself."""
-        from scone.data.collator import Collator
-        from scone.data.dataset import BlockDataset
+        from scone.data.dataset import BlockDataset, Collator
         from scone.evaluation.sweep import count_once, shared_matcher
 
         for train_tokens in {self.train_tokens[name] for name in (names or self.runs)}:
@@ -228,7 +227,6 @@ class Plan:
             curve_tokens=self.experiment.get("curve_tokens", 0),
             test_tokens=self.experiment.get("test_tokens", 0),
             lora_rank=self.lora_rank[name],
-            shuffled=self.experiment.get("shuffled_tests", ()),
             keep_model=keep_model,
         )
         write_json(path, {"experiment": self.name, "run": run, "changes": changes} | result)
@@ -239,7 +237,7 @@ class Plan:
         for name, result in found.items():
             run, changes = self.runs[name]
             result |= {"run": run, "changes": dict(changes)}
-            for test in [*result.get("tests", {}).values(), *result.get("tests_shuffled", {}).values()]:
+            for test in result.get("tests", {}).values():
                 if windows := test.pop("window_losses", None):
                     test["block_losses"] = block_means(windows)
         return {"experiment": self.experiment, "machine": machine(), "commit": commit(), "runs": found}

@@ -62,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", type=Path, help="model folder")
     parser.add_argument("--data", type=Path, help="folder of the token files")
     parser.add_argument("--task_data", type=Path, help="folder of the tasks' items (default: no tasks)")
+    parser.add_argument("--tasks", default="all", help="of these, separated by commas")
     parser.add_argument("--limit", type=int, help="the first items of each task only")
     parser.add_argument("--max_tokens", type=int, help="the first tokens of each text only")
     parser.add_argument("--batch_size", type=int, default=64)
@@ -88,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.task_data:
         pair["tasks"] = {}
         for kind, engine in engines.items():
-            settings = ("all", arguments.task_data, arguments.limit, 4 * arguments.batch_size)
+            settings = (arguments.tasks, arguments.task_data, arguments.limit, 4 * arguments.batch_size)
             found = evaluate_tasks(engine.model, engine.tokenizer, *settings)
             pair["tasks"][kind] = [result.to_dict() for result in found]
             write_json(arguments.json, report)

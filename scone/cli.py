@@ -17,7 +17,7 @@ VERBS = {
     "hydra-train": ("hydra_train", "train with Hydra overrides and sweeps"),
     "count": ("count", "count the f-grams of a corpus and show their coverage"),
     "precompute": ("precompute_embeddings", "write a model's embedding table"),
-    "table": ("table", "inspect an embedding table, or change its row type or length"),
+    "table": ("table", "change an embedding table's row type or length"),
     "evaluate": ("evaluate", "perplexity and zero-shot accuracy of a model"),
     "generate": ("generate", "continue a prompt"),
     "serve": ("serve", "serve a model over HTTP: an OpenAI-compatible API, metrics, and a page"),
@@ -60,7 +60,7 @@ def help_text() -> str:
         f"commands:\n{verbs}\n\n"
         "scone COMMAND --help explains a command. Every command also runs as python -m scone.scripts.NAME.\n"
         "--version shows the version, --debug the traceback of an error, --quiet nothing but results.\n"
-        "count, evaluate, inspect, table info and verify also take --json."
+        "count, evaluate, inspect and verify also take --json."
     )
 
 

@@ -44,7 +44,7 @@ from scone.data.token_file import TokenFile, TokenFileWriter
 from scone.evaluation.sweep import count_once
 from scone.models.learned_rows import LearnedRows
 from scone.tokenization.tokenizers import load_tokenizer, tokenizer_fingerprint
-from scone.training.processes import destroy_process_group
+from scone.training.distributed import destroy_process_group
 from scone.training.run import Corpus, train
 from scone.utils.command_line import is_first_process
 from scone.utils.files import read_json, write_json

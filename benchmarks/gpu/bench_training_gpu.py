@@ -28,15 +28,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from workloads import TrainingStep, f_grams_of, gpt2_trunk
 
-from scone.data.collator import Collator
-from scone.data.dataset import BlockDataset
+from scone.data.dataset import BlockDataset, Collator
 from scone.data.token_file import TokenFile
 from scone.models.accounting import f_gram_forward_flops, training_flops, trunk_forward_flops
 from scone.models.configuration import FGramModelConfig
 from scone.models.f_gram_model import FGramModel, padded_f_gram_model
 from scone.models.language_model import SconeForCausalLM
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
-from scone.training.compilation import compile_for_training
+from scone.training.distributed import compile_for_training
 
 TRUNKS = {"1024x6": (1024, 6, 16), "gpt2": (768, 12, 12)}
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -35,7 +35,7 @@ from transformers import AutoConfig
 from workloads import pairs_as_f_grams, write_tiled_table
 
 from scone.inference.embedding_table import EmbeddingTable
-from scone.inference.row_types import RowFormat
+from scone.inference.table_format import RowFormat
 from scone.models.configuration import SconeConfig
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 

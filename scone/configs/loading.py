@@ -96,9 +96,7 @@ def _add_option(group: argparse._ArgumentGroup, entry: Entry, default: Any) -> N
     metavar = "{" + ",".join(info.choices) + "}" if info.choices else _METAVARS[entry.type]
     bare = "true" if entry.type is bool else info.bare  # the value of a flag that is given without one
     shape: dict[str, Any] = {"metavar": metavar, "nargs": "?" if bare else None, "const": bare, "default": absent}
-    group.add_argument(
-        f"--{entry.flag}", dest=entry.name, help=absent if info.hidden else text.replace("%", "%%"), **shape
-    )
+    group.add_argument(f"--{entry.flag}", dest=entry.name, help=text.replace("%", "%%"), **shape)
     if entry.type is bool:
         negative: dict[str, Any] = {"action": "store_const", "const": "false", "default": absent, "help": absent}
         group.add_argument(f"--no_{entry.flag}", dest=entry.name, **negative)
@@ -319,18 +317,12 @@ def _leaves(mapping: Mapping[str, Any], group: str, prefix: str) -> Iterator[tup
 
 def suggestion(name: str) -> str:
     """What to do about an unknown dotted name: the nearest known one, in this section or another."""
-    known = entries()
-    if "." not in name:
-        sections = "expected one of " + ", ".join(SECTIONS)
-        owners = [option for option in known if option.rsplit(".", 1)[1] == name]
-        hint = f"did you mean {' or '.join(owners)}?" if owners else did_you_mean(name, SECTIONS)
-        return f"{sections}; {hint}" if hint else sections
-    group, last = name.rsplit(".", 1)
+    known, last = entries(), name.rsplit(".", 1)[-1]
     elsewhere = [option for option in known if option.rsplit(".", 1)[1] == last]
-    if elsewhere:
-        return f"did you mean {' or '.join(elsewhere)}?"
-    same_group = [option for option in known if option.rsplit(".", 1)[0] == group]
-    return did_you_mean(name, same_group) or did_you_mean(name, known) or "see scone train --help for the options"
+    near = f"did you mean {' or '.join(elsewhere)}?" if elsewhere else did_you_mean(name, [*SECTIONS, *known])
+    if "." not in name:
+        return "; ".join(["expected one of " + ", ".join(SECTIONS), near]).removesuffix("; ")
+    return near or "see scone train --help for the options"
 
 
 def _build(values: Mapping[str, Any], given: Mapping[str, str]) -> SconeOptions:

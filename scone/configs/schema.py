@@ -22,7 +22,6 @@ class OptionInfo:
     flag: str | None = None  # the flag's name, if it differs from the field's
     bare: str | None = None  # the value of a flag that is given without one
     check: Callable[[Any], object] | None = None  # raises SconeError on a bad value
-    hidden: bool = False  # not in --help: kept for experiments that are over (docs/experiments)
 
 
 def option(default: Any, help: str, **info: Any) -> Any:
@@ -91,26 +90,11 @@ class FGramModelOptions:
         minimum=1,
         flag="f_gram_intermediate_size",
     )
-    start: str | None = option(
-        None,
-        "initial output. zero: training starts at the plain trunk; random: at the scale of token embeddings; identity: "
-        "the last token's embedding (default: zero; random if the gain or the token embedding is disabled)",
-        choices=("zero", "random", "identity"),
-        flag="f_gram_start",
-        hidden=True,
-    )
-    output_norm: bool = option(
-        True, "normalise the f-gram model's output to a root mean square of one", flag="f_gram_output_norm", hidden=True
-    )
-    output_gain: bool = option(
-        True, "multiply the f-gram model's output by a learned gain", flag="f_gram_output_gain", hidden=True
-    )
     token_embeddings: str = option(
         "shared",
         "shared: the f-gram model's input is the trunk's token embeddings; separate: it has its own",
         choices=("shared", "separate"),
         flag="f_gram_token_embeddings",
-        hidden=True,
     )
 
 
@@ -136,17 +120,14 @@ class ModelOptions:
     combination: str = option(
         "add",
         "add: the token embedding plus a learned correction that starts at zero; replace: the f-gram's vector alone, "
-        "as in the paper; gate: add, with the correction scaled element by element",
-        choices=("add", "replace", "gate"),
+        "as in the paper",
+        choices=("add", "replace"),
     )
     learned_rows: int = option(
         1_000_000,
         "number of f-grams, the most frequent first, that get a learned row (0: none)",
         unit="rows",
         minimum=0,
-    )
-    rows_backoff: bool = option(
-        True, "sum the rows of all suffixes of an f-gram (false: use only the longest one that has a row)"
     )
     rows_device: str = option(
         "accelerator",
@@ -158,24 +139,12 @@ class ModelOptions:
         "type of the learned rows while they train; bfloat16: half the memory, rounded at random (stochastically)",
         choices=("float32", "bfloat16"),
     )
-    control: str = option(
-        "none",
-        "control experiment. shuffled: f-grams of one length swap vectors; single: all f-grams share one vector",
-        choices=("none", "shuffled", "single"),
-        hidden=True,
-    )
     over_encoding_rows: int = option(
         0,
         "baseline: over-encoding (arXiv 2501.16975) with this many rows of hashed 2- and 3-grams, instead of f-grams "
         "(0: off)",
         unit="rows",
         minimum=0,
-    )
-    over_encoding_start: str = option(
-        "zero",
-        "initial over-encoding rows; random: at the scale of token embeddings",
-        choices=("zero", "random"),
-        hidden=True,
     )
     embedding_scale: float = option(
         1.0, "factor by which the input embeddings are multiplied, before position embeddings are added", minimum=0

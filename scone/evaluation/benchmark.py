@@ -13,21 +13,19 @@ import torch
 from omegaconf import OmegaConf
 
 from scone.data.prepare import prepare_corpus
-from scone.evaluation.perplexity import perplexity
+from scone.evaluation.perplexity import perplexity, sizes_of
 from scone.evaluation.report import write_report
 from scone.evaluation.results import OVER_ENCODING, PLAIN, STEM, RunResult, kind_of_parts
 from scone.evaluation.speed import flops_per_token, measure_speed, training_only_parameters
-from scone.evaluation.text_size import sizes_of
 from scone.inference.loading import LoadedModel, choose_device, load_model, position_limit
 from scone.inference.quantization import check_quantization, model_bytes
 from scone.models.accounting import f_gram_model_parameters, parameter_counts
 from scone.models.language_model import SconeForCausalLM
 from scone.models.over_encoding import OverEncodingForCausalLM
 from scone.tokenization.tokenizers import load_tokenizer
-from scone.utils.environment import environment
+from scone.utils.environment import PeakMemory, environment
 from scone.utils.errors import SconeError, library_refusal
 from scone.utils.files import read_json
-from scone.utils.peak_memory import PeakMemory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -141,7 +139,7 @@ def _notes(config: BenchmarkConfig, settings: BenchmarkSettings) -> list[str]:
         "length that the model has positions for, without overlap; the first token of a window is not predicted. "
         "Intervals: 95 %, normal over documents (another sample of texts, not another training run).",
         "Perplexities per token compare models of one tokenizer only; across tokenizers compare bits per byte "
-        f"({STEM}.csv).",
+        f"({STEM}.json).",
         f"Speed: medians of {config.num_runs} runs after {config.warmup_runs} that do not count, models one after the "
         "other. Prefill is one forward pass over the whole prompt; decoding is greedy, as generate does it.",
         "FLOPs: a multiply-add is two; matrix products and attention over all pairs of positions, output head "

@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 
     from scone.tokenization.f_gram_vocabulary import FGramVocabulary
     from scone.tokenization.matcher import Matcher
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 RANK_EDGES = (100, 1_000, 10_000, 100_000, 1_000_000, 10_000_000, 100_000_000)
@@ -167,7 +171,6 @@ def perplexity(
     max_length: int = 512,
     batch_size: int = 8,
     stride: int | None = None,
-    device: str | torch.device | None = None,
     matcher: Matcher | None = None,
     num_bytes: int | None = None,
     quiet: bool = False,
@@ -190,9 +193,7 @@ def perplexity(
     """
     step = max_length if stride is None else stride
     check_windows(model, tokens, max_length, step)
-    where = device_of(model) if device is None else torch.device(device)
-    if device is not None:
-        torch.nn.Module.to(model, where)
+    where = device_of(model)
     was_training = model.training
     model.eval()
     # of each token; a few bytes, for a text may have hundreds of millions
@@ -276,16 +277,11 @@ def _groups(kinds: np.ndarray, losses: np.ndarray, num_f_grams: int) -> tuple[Se
     return grouped(kinds[0], lambda key: {"length": key}), grouped(kinds[1], bucket)
 
 
-def loss_difference(first: PerplexityResult, second: PerplexityResult) -> tuple[float, tuple[float, float]]:
+def paired_difference(first: Sequence[float], second: Sequence[float]) -> tuple[float, tuple[float, float]]:
     """Mean of (second − first) over windows, in nats, with its 95 % interval (normal, paired over the same windows).
 
-    Pairing removes most of the variation between texts. Both results must come from the same tokens and windows.
+    Pairing removes most of the variation between texts. Both are ``window_losses`` of the same tokens and windows.
     """
-    return paired_difference(first.window_losses, second.window_losses)
-
-
-def paired_difference(first: Sequence[float], second: Sequence[float]) -> tuple[float, tuple[float, float]]:
-    """`loss_difference` of two results' ``window_losses``."""
     differences = np.asarray(second) - np.asarray(first)
     mean, half = float(differences.mean()), math.inf
     if len(differences) > 1:
@@ -314,3 +310,22 @@ def check_windows(model: PreTrainedModel, tokens: np.ndarray, max_length: int, s
             f"found token {largest}; the model's vocabulary has {vocab_size} tokens; "
             "use the tokenizer that the model was trained with"
         )
+
+
+def sizes_of(tokenizer: PreTrainedTokenizerBase, tokens: np.ndarray) -> dict[str, Any]:
+    """``num_bytes`` and ``num_words`` (runs without ASCII whitespace) of the text that ``tokens`` [n] encode.
+
+    Special tokens have no bytes, and end a word. None where the tokenizer is not byte-level, whose decoding does not
+    give the text back exactly.
+    """
+    from tokenizers.decoders import ByteLevel
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or not isinstance(backend.decoder, ByteLevel):
+        return {"num_bytes": None, "num_words": None}
+    ids = np.asarray(tokens)
+    num_bytes = num_words = 0
+    for part in np.split(ids, np.flatnonzero(np.isin(ids, tokenizer.all_special_ids))):
+        text = backend.decode(part.tolist(), skip_special_tokens=True).encode("utf-8")
+        num_bytes, num_words = num_bytes + len(text), num_words + len(text.split())
+    return {"num_bytes": num_bytes, "num_words": num_words}

@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from operator import attrgetter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader
 
 import scone
-from scone.evaluation.figures import (
-    PALETTE,
-    PLAIN_COLOR,
-    VARIABLES,
-    Line,
-    Point,
-    line_figure,
-    row_figure,
-    scatter_figure,
-)
-from scone.evaluation.results import PLAIN, STEM, RunResult, Table, csv_text, datasets_of, speed_csv, tables
+from scone.evaluation.figures import PALETTE, PLAIN_COLOR, VARIABLES, Line, Point, scatter_figure
+from scone.evaluation.results import PLAIN, STEM, RunResult, Table, datasets_of, tables
 from scone.utils.files import atomic_path, write_json
 from scone.utils.text import human_bytes, human_count, markdown_table
 
 Part = dict[str, Any]
 """What a section holds, as the template knows it: a figure, table, list, or columns of parts."""
+COSTS = {
+    "inference_flops_per_token": ("inference FLOPs per token", "Down and to the left is better. Dotted: the front."),
+    "training_flops_per_token": ("training FLOPs per token", "What the same quality costs to train."),
+    "num_f_grams": ("number of f-grams S", "More f-grams: a larger table, the same inference FLOPs."),
+}
 
 
 def write_report(
@@ -36,8 +31,7 @@ def write_report(
     facts: Mapping[str, Any] | None = None,
     missing: Sequence[Mapping[str, str]] = (),
 ) -> list[Path]:
-    """Write ``results`` to ``output_dir``: benchmark.json, .csv, .md, a self-contained .html, and benchmark_speed.csv
-    where speeds were measured. Returns what was written.
+    """Write ``results`` to ``output_dir``: benchmark.json, .md and a self-contained .html. Returns what was written.
 
     ``facts`` go into the JSON as they are; of them the page shows ``machine`` (`utils.environment.environment`) and
     ``notes`` (sentences on how it was measured). ``missing``: what could not be measured (``what``) and ``why``.
@@ -46,12 +40,9 @@ def write_report(
     record = {"benchmark": "models", "title": title, "scone_version": scone.__version__, **facts}
     record |= {"records": [result.to_dict() for result in results], "missing": [dict(item) for item in missing]}
     texts = {
-        f"{STEM}.csv": csv_text(results),
         f"{STEM}.md": markdown(results, title, missing, facts),
         f"{STEM}.html": comparison_page(results, title, facts, missing),
     }
-    if any(result.speed for result in results):
-        texts[f"{STEM}_speed.csv"] = speed_csv(results)
     write_json(folder / f"{STEM}.json", record)
     for name, text in texts.items():
         write_text(folder / name, text)
@@ -115,28 +106,20 @@ def table(found: Table, wide: bool = False) -> Part:
     return {"head": found[0], "rows": found[1], "wide": wide}
 
 
-def columns(*found: Part | Sequence[Part | None] | None, style: str = "") -> Part | None:
-    """Parts, or lists of parts, side by side where there is room; None where all are empty."""
-    lists = [[part for part in (each if isinstance(each, Sequence) else [each]) if part] for each in found]
-    kept = [each for each in lists if each]
-    return {"columns": kept, "style": style} if kept else None
+def columns(*found: Part | None) -> Part | None:
+    """Parts side by side where there is room; None where all are empty."""
+    kept = [part for part in found if part]
+    return {"columns": kept} if kept else None
 
 
 def comparison_page(
     results: Sequence[RunResult], title: str, facts: Mapping[str, Any], missing: Sequence[Mapping[str, str]]
 ) -> str:
     """The page of a comparison: tables, and plots of quality against what it costs."""
-    colors = colors_of_kinds(results)
     shown = {heading: section(heading, [table(content, wide=True)]) for heading, content in tables(results).items()}
-    quality = [
-        section(f"Quality on {name}", [_quality_figures(results, name, colors)]) for name in datasets_of(results)
-    ]
+    quality = [section(f"Quality on {name}", [_quality_figures(results, name)]) for name in datasets_of(results)]
     if "Perplexity" in shown:
         quality.insert(0, shown.pop("Perplexity") | {"note": "Lower is better. In brackets the 95 % interval."})
-    if "Memory" in shown:
-        shown["Memory"]["parts"] += filter(None, [_memory_figures(results)])
-    if "Speed" in shown:
-        shown["Speed"]["parts"][:0] = filter(None, [_speed_figures(results)])
     ends = {"Missing": missing, "How this was measured": facts.get("notes")}
     sections = [*quality, *shown.values()]
     sections += [section(heading, [{"list": list(entries)}]) for heading, entries in ends.items() if entries]
@@ -144,139 +127,19 @@ def comparison_page(
     return render("report.html.j2", title, meta, sections=sections)
 
 
-def colors_of_kinds(results: Sequence[RunResult]) -> dict[str, str]:
-    """A colour for each kind of input embedding: plain is grey, the others in order of appearance."""
+def _quality_figures(results: Sequence[RunResult], dataset: str) -> Part | None:
+    """Perplexity on a data set against what it costs; plain is grey."""
     others = [kind for kind in dict.fromkeys(result.kind for result in results) if kind != PLAIN]
-    return {PLAIN: PLAIN_COLOR} | {kind: PALETTE[index % len(PALETTE)] for index, kind in enumerate(others)}
-
-
-def _quality_figures(results: Sequence[RunResult], dataset: str, colors: Mapping[str, str]) -> Part | None:
-    """Perplexity on a data set against what it costs, over S and over the size of the f-gram model."""
+    colors = {PLAIN: PLAIN_COLOR} | {kind: PALETTE[index % len(PALETTE)] for index, kind in enumerate(others)}
     measured = [(result, y) for result in results if (y := result.perplexity_of(dataset)) is not None]
-    label = f"perplexity, {dataset}"
-
-    def scatter(title: str, cost: str, x_label: str, caption: str) -> Part | None:
-        points = []
+    figures = []
+    for cost, (label, caption) in COSTS.items():
+        points, keys = [], {}
         for result, y in measured:
             if x := getattr(result, cost):
                 spread = result.perplexity[dataset].get("perplexity_spread")
+                keys[result.kind] = colors[result.kind]
                 points.append(Point(result.name, x, y, colors[result.kind], tuple(spread) if spread else None))
-        keys = {result.kind: colors[result.kind] for result, _ in measured}
-        return figure(title, scatter_figure(points, x_label, label), caption, keys)
-
-    def lines(title: str, cost: str, name_of: Callable[[RunResult], str], x_label: str, caption: str) -> Part | None:
-        """A line for each name, plain as a level; a kind's first line has its colour of all plots."""
-        found: dict[str, list[tuple[float, float]]] = {}
-        drawn: list[Line] = []
-        for result, y in measured:
-            if result.num_f_grams and (x := getattr(result, cost)):
-                found.setdefault(f"{result.kind}{name_of(result)}", []).append((float(x), y))
-        xs = {x for points in found.values() for x, _ in points}
-        if len(xs) < 2:
-            return None
-        for name, points in found.items():
-            kind = next(kind for kind in sorted(colors, key=len, reverse=True) if name.startswith(kind))
-            taken, free = {line.color for line in drawn}, [each for each in PALETTE if each not in colors.values()]
-            color = next((each for each in (colors[kind], *free) if each not in taken), free[0])
-            drawn.append(Line(name, sorted(points), color, markers=True))
-        for plain, y in [each for each in measured if each[0].kind == PLAIN][:1]:
-            drawn.insert(0, Line(plain.name, [(min(xs), y), (max(xs), y)], PLAIN_COLOR, dashed=True))
-        return figure(title, line_figure(drawn, x_label, label, logarithmic=True), caption, drawn)
-
-    def model_size(result: RunResult) -> str:
-        size = result.f_gram_model_parameters
-        return f", {result.f_gram_model_size or human_count(size)}" if size else ""
-
-    whole = any(result.training_flops for result in results)
-    parts = [
-        scatter(
-            "Against inference FLOPs",
-            "inference_flops_per_token",
-            "inference FLOPs per token",
-            "Down and to the left is better. Dotted: the Pareto front; no model is below and left of it.",
-        ),
-        scatter(
-            "Against training FLOPs",
-            "training_flops" if whole else "training_flops_per_token",
-            "training FLOPs" if whole else "training FLOPs per token",
-            "What the same quality costs to train.",
-        ),
-    ]
-    if dataset == datasets_of(results)[0]:
-        caption = "The table, off the accelerator, is not part of it."
-        x_label = "bytes of the model, on the accelerator"
-        parts.append(scatter("Against memory of the model", "resident_bytes", x_label, caption))
-    parts += [
-        lines(
-            "Against the number of f-grams",
-            "num_f_grams",
-            model_size,
-            "number of f-grams S",
-            "More f-grams: a larger table, the same inference FLOPs.",
-        ),
-        lines(
-            "Against the size of the f-gram model",
-            "f_gram_model_parameters",
-            lambda result: f", S = {human_count(result.num_f_grams or 0)}",
-            "parameters of the f-gram model",
-            "A larger f-gram model costs training, and nothing at inference.",
-        ),
-    ]
-    return columns(*parts)
-
-
-def _bars(
-    results: Sequence[RunResult],
-    title: str,
-    caption: str,
-    series: Mapping[str, Callable[[RunResult], float | None]],
-    label: str,
-    form: Callable[[float], str],
-) -> Part | None:
-    """Horizontal bars for each model; series that no model has are left out."""
-    values = {name: [value_of(result) or None for result in results] for name, value_of in series.items()}
-    colors = {name: (PLAIN_COLOR, *PALETTE)[place % 8] for place, name in enumerate(series) if any(values[name])}
-    bars = [(name, color, values[name]) for name, color in colors.items()]
-    return figure(title, row_figure([result.name for result in results], bars, label, form), caption, colors)
-
-
-def _memory_figures(results: Sequence[RunResult]) -> Part | None:
-    lies = {"model": "resident_bytes", "table in RAM": "table_memory_bytes", "table on disk": "table_bytes"}
-    peaks = {"process": "peak_process_bytes", "accelerator": "peak_accelerator_bytes"}
-    charts = {
-        ("Model and table", "The table lies in RAM or on disk, not on the accelerator."): lies,
-        ("Peaks while it was measured", "The process's peak holds libraries and everything else too."): peaks,
-    }
-    return columns(
-        *(
-            _bars(results, *words, {name: attrgetter(field) for name, field in fields.items()}, "bytes", human_bytes)
-            for words, fields in charts.items()
-        )
-    )
-
-
-def _speed_figures(results: Sequence[RunResult]) -> Part | None:
-    """Tokens a second at the longest sequences that all models can read."""
-    lengths = [{speed["sequence_length"] for speed in result.speed} for result in results if result.speed]
-    if not (common := set.intersection(*lengths)):
-        return None
-    longest, batches = max(common), sorted({speed["batch_size"] for result in results for speed in result.speed})
-
-    def rate_of(rate: str, batch: int) -> Callable[[RunResult], float | None]:
-        where = {"batch_size": batch, "sequence_length": longest}
-        return lambda result: next((speed.get(rate) for speed in result.speed if where.items() <= speed.items()), None)
-
-    charts = {"Prefill": "Reading the prompt", "Decode": "Writing new tokens"}
-    return columns(
-        *(
-            _bars(
-                results,
-                kind,
-                f"{what}; all sequences of the batch together.",
-                {f"batch {batch}": rate_of(f"{kind.lower()}_tokens_per_second", batch) for batch in batches},
-                f"tokens per second, {longest:,} tokens",
-                human_count,
-            )
-            for kind, what in charts.items()
-        )
-    )
+        svg = scatter_figure(points, label, f"perplexity, {dataset}")
+        figures.append(figure(f"Against {label}", svg, caption, keys))
+    return columns(*figures)

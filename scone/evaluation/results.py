@@ -5,8 +5,6 @@ write_report([RunResult("plain", "plain", {"WikiText": {"perplexity": 31.2}}), â
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -82,37 +80,6 @@ def kind_of_parts(f_gram_model: bool, learned_rows: bool) -> str:
 def datasets_of(results: Sequence[RunResult]) -> list[str]:
     """Names of all data sets, in order of appearance."""
     return list(dict.fromkeys(name for result in results for name in result.perplexity))
-
-
-def csv_text(results: Sequence[RunResult]) -> str:
-    """One line a model; columns name their units, a data set's begin with ``perplexity:``."""
-    left_out = ("perplexity", "parameters", "speed", "facts")
-    rows = []
-    for result in results:
-        row = {name: getattr(result, name) for name in RunResult.__dataclass_fields__ if name not in left_out}
-        for name in ("resident", "training_only", "table"):
-            row[f"{name}_parameters"] = (result.parameters or {}).get(name)
-        for name in datasets_of(results):
-            found = result.perplexity.get(name, {})
-            row[f"perplexity:{name}"] = found.get("perplexity")
-            interval = found.get("perplexity_interval") or (None, None)
-            row[f"perplexity_low:{name}"], row[f"perplexity_high:{name}"] = interval
-            row |= {f"{value}:{name}": found.get(value) for value in ("bits_per_byte", "word_perplexity")}
-        rows.append(row)
-    return _csv(rows)
-
-
-def speed_csv(results: Sequence[RunResult]) -> str:
-    """One line for each model, batch size and sequence length."""
-    return _csv([{"name": result.name} | speed for result in results for speed in result.speed])
-
-
-def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
 
 
 def tables(results: Sequence[RunResult]) -> dict[str, Table]:

@@ -105,14 +105,17 @@ def evaluate_tasks(
         positions = position_limit(model)
         settings: dict[str, Any] = {"batch_size": batch_size, "max_length": positions}
         adapter = HFLM(pretrained=model, tokenizer=tokenizer, **settings)  # type: ignore[arg-type]
-        # only in a group does the harness take changes to a task of its own
-        wanted: Any = [{"group": "local", "task": local}] if local else names
         advice = f"the model has {positions} positions: leave out a task whose answers are longer"
-        with library_refusal("the harness cannot evaluate this model", advice):
-            found: Any = simple_evaluate(
-                adapter, tasks=wanted, num_fewshot=0, limit=limit, bootstrap_iters=0, task_manager=manager
-            )
-    return [_result(name, found) for name in names]
+        results = []
+        for place, name in enumerate(names):
+            # only in a group does the harness take changes to a task of its own
+            wanted: Any = [{"group": "local", "task": [local[place]]}] if local else [name]
+            with library_refusal(f"the harness cannot evaluate {name} with this model", advice):
+                found: Any = simple_evaluate(
+                    adapter, tasks=wanted, num_fewshot=0, limit=limit, bootstrap_iters=0, task_manager=manager
+                )
+            results.append(_result(name, found))
+    return results
 
 
 def _from_file(name: str, folder: Path) -> dict[str, Any]:

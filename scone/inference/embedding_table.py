@@ -9,10 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scone.inference.row_types import RowFormat
 from scone.inference.stores.base import RowStore, StoreMemory
 from scone.inference.stores.tiered import open_store
-from scone.inference.table_format import TableFile
+from scone.inference.table_format import RowFormat, TableFile
 from scone.kernels.common import GPUReadableRows, to_device, triton_is_installed
 from scone.kernels.dequantize import dequantize_rows
 from scone.utils.errors import SconeError

@@ -19,14 +19,13 @@ from scone.inference.quantization import model_bytes
 from scone.inference.streaming import (
     GeneratedSequence,
     GenerationStats,
-    RequestStats,
     SequenceStoppingCriteria,
     TableReads,
     counted_reads,
     decode,
 )
+from scone.utils.environment import process_bytes
 from scone.utils.errors import SconeError
-from scone.utils.peak_memory import process_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -122,7 +121,19 @@ class SconeInferenceEngine:
             written = [self.text_of(ids) for ids in token_ids]
             generations.append(Generation(text, written, token_ids, len(own[0].prompt_ids)))
         num_prompt_tokens = sum(one.num_prompt_tokens for one in generations)
-        return generations, self._stats(sequences, num_prompt_tokens, reads, started)
+        table, device = self.loaded.table, device_of(self.model)
+        firsts = [one.first_token_at for one in sequences if one.first_token_at is not None]
+        return generations, GenerationStats(
+            num_prompt_tokens,
+            sum(len(one.token_ids) for one in sequences),
+            max(firsts) - started if firsts and options.num_beams == 1 else None,
+            seconds=time.perf_counter() - started,
+            model_bytes=model_bytes(self.model),
+            table_bytes=0 if table is None else table.num_rows * table.row_bytes,
+            reads=reads,
+            process_bytes=process_bytes(),
+            accelerator_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+        )
 
     def stream(self, prompt: str, options: GenerationOptions | None = None) -> Iterator[str]:
         """The continuation's text (without the prompt), piece by piece as it comes; giving up the iterator ends it.
@@ -291,7 +302,7 @@ class SconeInferenceEngine:
                 for token in ids:
                     sequence.add(token, ends, now)
         for sequence in sequences:
-            sequence.finish("length", now)
+            sequence.finish("length")
 
     def _generation_config(self, options: GenerationOptions, new_tokens: int, shortest: int) -> Any:
         from transformers import GenerationConfig
@@ -320,23 +331,3 @@ class SconeInferenceEngine:
         """Any valid id will do: padded positions are masked out."""
         candidates = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
         return next(int(i) for i in candidates if i is not None and int(i) < self._vocab_size)
-
-    def _stats(
-        self, finished: Sequence[GeneratedSequence], num_prompt_tokens: int, reads: TableReads | None, started: float
-    ) -> GenerationStats:
-        table, device = self.loaded.table, device_of(self.model)
-        requests = []
-        for one in finished:
-            first, last = one.first_token_at, one.finished_at or started
-            first_seconds = None if first is None else first - started
-            requests.append(RequestStats(len(one.prompt_ids), len(one.token_ids), first_seconds, last - started))
-        return GenerationStats(
-            tuple(requests),
-            num_prompt_tokens,
-            seconds=time.perf_counter() - started,
-            model_bytes=model_bytes(self.model),
-            table_bytes=0 if table is None else table.num_rows * table.row_bytes,
-            reads=reads,
-            process_bytes=process_bytes(),
-            accelerator_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
-        )

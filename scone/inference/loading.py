@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from scone.inference.quantization import QuantizationReport, check_quantization, quantize_trunk
-from scone.models.weights_fingerprint import weights_fingerprint
+from scone.models.configuration import weights_fingerprint
 from scone.tokenization.gguf_files import load_arguments
 from scone.utils.errors import SconeError, library_refusal
 from scone.utils.files import read_json

@@ -8,115 +8,48 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
+import secrets
 import signal
 import socket
-import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import uvicorn
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
-from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from scone.inference.engine import SconeInferenceEngine
-from scone.inference.loading import device_of
+from scone.inference.engine import GenerationOptions, SconeInferenceEngine
 from scone.inference.serve_protocol import (
     Answer,
     ChatRequest,
     CompletionRequest,
     GenerationRequest,
+    Question,
     RequestError,
-    ServeLimits,
     error_body,
     finish_reason,
     parse,
     usage,
 )
-from scone.inference.serve_scheduler import GenerationJob, Scheduler
-from scone.tokenization.inspection import inspect_tokens
+from scone.inference.streaming import GeneratedSequence
+from scone.tokenization.matcher import inspect_tokens
 from scone.utils.errors import SconeError
 
-MAX_TEXT_TOKENS, NEXT_TOKENS = 2048, 12
+MAX_TEXT_TOKENS, MAX_BODY_BYTES = 2048, 4 << 20
 FILES = ("/", "/page.css", "/page.js")
-_HEADERS = {
-    "Content-Security-Policy": (
-        "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    ),
-    "Referrer-Policy": "no-referrer",
-    "X-Content-Type-Options": "nosniff",
-    "Cache-Control": "no-cache",
-}
-
-
-class Question(BaseModel):
-    """What the page asks about."""
-
-    text: str
-
-
-async def page_file(request: Request) -> FileResponse:
-    """One of `FILES`."""
-    name = request.url.path.strip("/") or "index.html"
-    return FileResponse(Path(__file__).parent / "page" / name, headers=_HEADERS)
-
-
-def page_facts(engine: SconeInferenceEngine) -> dict[str, Any]:
-    """What the page says of the model."""
-    vocabulary, table = getattr(engine.model, "vocabulary", None), engine.loaded.table
-    return {
-        "f_grams": 0 if vocabulary is None else vocabulary.num_f_grams,
-        "max_n": 1 if vocabulary is None else vocabulary.max_n,
-        "table": None if table is None else table.describe(),
-    }
-
-
-def inspected(engine: SconeInferenceEngine, text: str) -> dict[str, Any]:
-    """The tokens of ``text``, each with the f-gram that ends there. Raises SconeError for too long a text."""
-    ids, matcher, decode = _ids(engine, text), getattr(engine.model, "matcher", None), engine.tokenizer.decode
-    if matcher is None:
-        return {"tokens": [{"text": decode([token]), "match_length": 1} for token in ids]}
-    records = inspect_tokens(np.array(ids, np.int64), matcher)
-    texts = [{"text": decode([one.token]), "f_gram_text": decode(list(one.f_gram))} for one in records]
-    return {"tokens": [asdict(record) | shown for record, shown in zip(records, texts, strict=True)]}
-
-
-@torch.inference_mode()
-def next_tokens(engine: SconeInferenceEngine, text: str, model_lock: threading.Lock) -> list[dict[str, Any]]:
-    """The likeliest tokens after ``text`` with their probabilities. Raises SconeError for none or too long a text."""
-    if not (ids := _ids(engine, text)):
-        raise RequestError("found an empty text; expected some text to continue; write some")
-    tokens = torch.tensor([ids], device=device_of(engine.model))
-    with model_lock:
-        logits = engine.model(input_ids=tokens, use_cache=False).logits[0, -1]
-    best = logits.float().softmax(-1).topk(min(NEXT_TOKENS, len(logits)))
-    return [
-        {"text": engine.tokenizer.decode([token]), "probability": probability}
-        for probability, token in zip(best.values.tolist(), best.indices.tolist(), strict=True)
-    ]
-
-
-def _ids(engine: SconeInferenceEngine, text: str) -> list[int]:
-    ids = list(engine.tokenizer(text, add_special_tokens=False).input_ids)
-    if len(ids) > MAX_TEXT_TOKENS:
-        raise RequestError(f"found {len(ids)} tokens; expected at most {MAX_TEXT_TOKENS}; shorten the text")
-    return engine.prompt_ids(ids) if ids else []
-
-
+_HEADERS = {"Content-Security-Policy": "default-src 'self'; img-src data:; frame-ancestors 'none'"}
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 DISCONNECT_POLL_SECONDS = 0.1
 SHUTDOWN_SECONDS = 5  # what runs may finish for so long; then it is ended, and
@@ -124,23 +57,127 @@ FAREWELL_SECONDS = 5  # so long it may take to tell the clients
 LISTEN_BACKLOG = 2048
 
 
+@dataclass(eq=False)
+class GenerationJob:
+    """The sequences of one request; ``done`` is resolved once all have ended, or fails with what went wrong."""
+
+    sequences: list[GeneratedSequence]
+    options: GenerationOptions
+    seed: int | None = None
+    done: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+    def cancel(self) -> None:
+        """Nobody wants the answer any more: waiting, it is dropped; running, it ends at its next token."""
+        for sequence in self.sequences:
+            sequence.cancel()
+
+    def shares_batch_with(self, other: GenerationJob) -> bool:
+        """Equal options share a batch, except where a seed alone has to decide what is drawn."""
+        return self.options == other.options and not (self.options.do_sample and {self.seed, other.seed} != {None})
+
+
+class Scheduler:
+    """Requests that wait together run as one batch, one batch at a time, in the order in which the oldest of each came.
+    Its methods belong to the event loop.
+    """
+
+    def __init__(self, engine: SconeInferenceEngine, max_batch: int, max_waiting: int) -> None:
+        """``max_batch``: sequences of a batch; ``max_waiting``: jobs that may wait."""
+        self._engine, self._max_batch, self._max_waiting = engine, max_batch, max_waiting
+        self.waiting: list[GenerationJob] = []
+        self.running: list[GenerationJob] = []
+        counted = ("batches", "batch_sequences", "generated_tokens", "disconnects")
+        self.counts: Counter[str] = Counter({f"{name}_total": 0 for name in counted})
+        self._worker: asyncio.Task[None] | None = None
+        self._closed = False
+        self._closing = RequestError("the server is shutting down; try again later", 503, "shutting_down")
+
+    def submit(self, job: GenerationJob) -> None:
+        """Put a job into the queue. Raises RequestError where that is full, or the server is shutting down."""
+        if self._closed:
+            raise self._closing
+        if len(self.waiting) >= self._max_waiting:
+            raise RequestError("found the queue full; try again later", 429, "queue_full")
+        self.waiting.append(job)
+        if self._worker is None or self._worker.done():
+            self._worker = asyncio.create_task(self._work())
+
+    def close(self) -> None:
+        """Refuse what waits, and end what runs at its next token."""
+        self._closed = True
+        _resolve(self.waiting, self._closing)
+        self.waiting = []
+        for job in self.running:
+            job.cancel()
+
+    async def _work(self) -> None:
+        while self.waiting:
+            self.running = self._next_batch()
+            try:
+                await asyncio.to_thread(self._generate, self.running)
+            except Exception as error:  # it belongs to those who asked; the next batch runs
+                _resolve(self.running, error)
+            else:
+                _resolve(self.running)
+            self.running = []
+
+    def _next_batch(self) -> list[GenerationJob]:
+        batch: list[GenerationJob] = []
+        for job in list(self.waiting):
+            size = sum(len(other.sequences) for other in [*batch, job])
+            if not batch or (job.shares_batch_with(batch[0]) and size <= self._max_batch):
+                self.waiting.remove(job)
+                batch.append(job)
+        return batch
+
+    def _generate(self, jobs: list[GenerationJob]) -> None:
+        sequences = [sequence for job in jobs for sequence in job.sequences if not sequence.is_cancelled]
+        seed = jobs[0].seed if jobs[0].seed is not None else secrets.randbits(31)
+        for first in range(0, len(sequences), self._max_batch):  # one request may have more than a batch holds
+            batch = sequences[first : first + self._max_batch]
+            self._engine.run(batch, replace(jobs[0].options, seed=seed))
+            self.counts.update(batches_total=1, batch_sequences_total=len(batch))
+        self.counts["generated_tokens_total"] += sum(len(sequence.token_ids) for sequence in sequences)
+
+
+def _resolve(jobs: list[GenerationJob], error: Exception | None = None) -> None:
+    for job in jobs:
+        if error is None:
+            job.done.set_result(None)
+        else:
+            job.done.set_exception(error)
+            job.done.exception()  # it counts as seen, also when the client has gone
+
+
+async def page_file(request: Request) -> FileResponse:
+    """One of `FILES`."""
+    return FileResponse(
+        Path(__file__).parent / "page" / (request.url.path.strip("/") or "index.html"), headers=_HEADERS
+    )
+
+
 class Service:
-    """The routes, and what they share: the engine, its scheduler, limits, metrics, the key."""
+    """The routes, and what they share: the engine, its scheduler, the longest answer, the key."""
 
     def __init__(
         self,
         engine: SconeInferenceEngine,
         model_name: str,
-        limits: ServeLimits | None = None,
+        *,
+        max_new_tokens: int = 1024,
+        max_batch: int = 16,
+        max_waiting: int = 128,
         api_key: str | None = None,
-        baseline: SconeInferenceEngine | None = None,
     ) -> None:
-        self.engine, self.limits, self.api_key = engine, limits or ServeLimits(), api_key
-        self.scheduler = Scheduler(engine, self.limits.max_batch, self.limits.max_waiting)
+        self.engine, self.max_new_tokens, self.api_key = engine, max_new_tokens, api_key
+        self.scheduler = Scheduler(engine, max_batch, max_waiting)
         self.counts = self.scheduler.counts
-        self.engines = {"scone": engine} | ({"baseline": baseline} if baseline is not None else {})
-        self.model = {"id": model_name, "object": "model", "created": int(time.time()), "owned_by": "scone"}
-        self.model |= page_facts(engine)
+        vocabulary, table = getattr(engine.model, "vocabulary", None), engine.loaded.table
+        self.model = {"id": model_name, "object": "model", "created": int(time.time()), "owned_by": "scone"} | {
+            "f_grams": 0 if vocabulary is None else vocabulary.num_f_grams,  # this and what follows is for the page
+            "max_n": 1 if vocabulary is None else vocabulary.max_n,
+            "table": None if table is None else table.describe(),
+        }
 
     def app(self, hosts: list[str] | None, origins: Sequence[str], announce: Callable[[], None]) -> FastAPI:
         """The application. ``hosts``: names by which it may be called (None: any); ``origins``: web pages elsewhere
@@ -169,7 +206,6 @@ class Service:
         app.post("/v1/completions", **keyed)(self.completions)
         app.post("/v1/chat/completions", **keyed)(self.chat_completions)
         app.post("/page/inspect", **keyed)(self.page_inspect)
-        app.post("/page/next", **keyed)(self.page_next)
         for path in FILES:
             app.get(path)(page_file)
         return app
@@ -197,26 +233,28 @@ class Service:
         return await self._answer(request, parse(ChatRequest, await self._body(request)))
 
     async def page_inspect(self, request: Request) -> Response:
-        """The page's text, token by token."""
+        """The page's text, token by token, each with the f-gram that ends there."""
         text = parse(Question, await self._body(request)).text
-        return JSONResponse(await asyncio.to_thread(inspected, self.engine, text))
+        return JSONResponse({"tokens": await asyncio.to_thread(self._inspected, text)})
 
-    async def page_next(self, request: Request) -> Response:
-        """What each model expects after the page's text."""
-        text, lock = parse(Question, await self._body(request)).text, self.scheduler.model_lock
-        found = {name: await asyncio.to_thread(next_tokens, each, text, lock) for name, each in self.engines.items()}
-        return JSONResponse(found)
+    def _inspected(self, text: str) -> list[dict[str, Any]]:
+        matcher, decode = getattr(self.engine.model, "matcher", None), self.engine.tokenizer.decode
+        ids = list(self.engine.tokenizer(text, add_special_tokens=False).input_ids)
+        if len(ids) > MAX_TEXT_TOKENS:
+            raise RequestError(f"found {len(ids)} tokens; expected at most {MAX_TEXT_TOKENS}; shorten the text")
+        if matcher is None:
+            return [{"text": decode([token]), "match_length": 1} for token in ids]
+        records = inspect_tokens(np.array(ids, np.int64), matcher)
+        texts = [{"text": decode([one.token]), "f_gram_text": decode(list(one.f_gram))} for one in records]
+        return [asdict(record) | shown for record, shown in zip(records, texts, strict=True)]
 
     async def _answer(self, request: Request, asked: GenerationRequest) -> Response:
         await self.model_of(asked.model)
-        deadline = time.perf_counter() + self.limits.max_seconds
-        sequences = await asyncio.to_thread(asked.sequences, self.engine, self.limits, deadline)
+        sequences = await asyncio.to_thread(asked.sequences, self.engine, self.max_new_tokens)
         job = GenerationJob(sequences, asked.generation_options(), asked.seed)
         answer = Answer(asked.model, isinstance(asked, ChatRequest))
-        echo = isinstance(asked, CompletionRequest) and asked.echo
-        echoed = [self.engine.text_of(sequence.prompt_ids) if echo else "" for sequence in sequences]
         if asked.stream:
-            stream = _Stream(job, answer, echoed, asked.stream_options.include_usage, self.counts)
+            stream = _Stream(job, answer, asked.stream_options.include_usage, self.counts)
             self.scheduler.submit(job)
             self.counts['requests_total{status="200"}'] += 1
             return stream
@@ -228,10 +266,8 @@ class Service:
         finally:
             job.cancel()
         job.done.result()
-        if all(sequence.finish_reason == "time" and not sequence.token_ids for sequence in sequences):
-            raise RequestError("found no time to begin before the time limit; try again later", 503)
         self.counts['requests_total{status="200"}'] += 1
-        return JSONResponse(answer.whole(sequences, echoed))
+        return JSONResponse(answer.whole(sequences))
 
     async def _authorize(self, request: Request) -> None:
         given = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
@@ -242,11 +278,11 @@ class Service:
         """The body, read no further than the limit."""
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise RequestError("found another content type; expected application/json", 415)
-        body, limit = bytearray(), self.limits.max_body_bytes
+        body = bytearray()
         async for chunk in request.stream():
             body += chunk
-            if len(body) > limit:
-                raise RequestError(f"found a body of more than {limit:,} bytes; send less at once", 413)
+            if len(body) > MAX_BODY_BYTES:
+                raise RequestError(f"found a body of more than {MAX_BODY_BYTES:,} bytes; send less at once", 413)
         return bytes(body)
 
     async def _refusal(self, request: Request, error: Exception) -> Response:
@@ -270,7 +306,7 @@ class _Stream(StreamingResponse):
     away.
     """
 
-    def __init__(self, job: GenerationJob, answer: Answer, echoed: list[str], with_usage: bool, counts: Counter[str]):
+    def __init__(self, job: GenerationJob, answer: Answer, with_usage: bool, counts: Counter[str]) -> None:
         loop, pieces = asyncio.get_running_loop(), asyncio.Queue[tuple[int, str] | None]()
         self._job, self._counts, self._pieces = job, counts, pieces
 
@@ -281,7 +317,7 @@ class _Stream(StreamingResponse):
         for index, sequence in enumerate(job.sequences):
             sequence.on_text = partial(tell, index)
         job.done.add_done_callback(lambda _: pieces.put_nowait(None))
-        events = self._events(answer, echoed, with_usage)
+        events = self._events(answer, with_usage)
         super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -293,9 +329,9 @@ class _Stream(StreamingResponse):
                 self._counts["disconnects_total"] += 1
             self._job.cancel()
 
-    async def _events(self, answer: Answer, echoed: list[str], with_usage: bool) -> AsyncIterator[str]:
-        for index, text in enumerate(echoed):
-            yield _event(answer.chunk(index, text, first=True))
+    async def _events(self, answer: Answer, with_usage: bool) -> AsyncIterator[str]:
+        for index in range(len(self._job.sequences)):
+            yield _event(answer.chunk(index, "", first=True))
         while (piece := await self._pieces.get()) is not None:
             yield _event(answer.chunk(*piece))
         error = self._job.done.exception()

@@ -6,7 +6,6 @@ import json
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -22,18 +21,6 @@ Stops = Annotated[
     BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
     Field(max_length=8),
 ]
-
-
-@dataclass(frozen=True)
-class ServeLimits:
-    """What one client may ask for, and how much may be under way."""
-
-    max_prompt_tokens: int | None = None
-    max_new_tokens: int = 1024
-    max_batch: int = 16
-    max_waiting: int = 128
-    max_seconds: float = 120.0
-    max_body_bytes: int = 4 << 20
 
 
 class RequestError(SconeError):
@@ -94,30 +81,28 @@ class GenerationRequest(RequestPart):
         names = ("temperature", "top_p", "top_k", "repetition_penalty")
         return GenerationOptions(do_sample=True, **{name: getattr(self, name) for name in names})
 
-    def sequences(self, engine: SconeInferenceEngine, limits: ServeLimits, deadline: float) -> list[GeneratedSequence]:
+    def sequences(self, engine: SconeInferenceEngine, most: int) -> list[GeneratedSequence]:
         """``n`` sequences for each prompt. Raises SconeError for what the engine refuses and what is too long.
 
-        Who asks for no length gets OpenAI's: 16 tokens of a completion, and of a chat all that there is room for.
+        Who asks for no length gets OpenAI's: 16 tokens of a completion, and of a chat all that there is room for, at
+        ``most`` so many.
         """
-        most, is_chat = limits.max_new_tokens, isinstance(self, ChatRequest)
+        is_chat = isinstance(self, ChatRequest)
         wanted = (self.max_completion_tokens if isinstance(self, ChatRequest) else None) or self.max_tokens
         if wanted is not None and wanted > most:
             raise RequestError(f"found max_tokens {wanted}; expected at most {most}; ask for fewer")
         context, sequences = position_limit(engine.model), []
         for ids in self.prompts(engine):
             room = most if context is None else context - len(ids)
-            longest = len(ids) if limits.max_prompt_tokens is None else limits.max_prompt_tokens
-            if room < (wanted or 1) or len(ids) > longest:
-                expected = f"expected at most {longest}" if len(ids) > longest else f"the model has {context} positions"
+            if room < (wanted or 1):
                 raise RequestError(
-                    f"found a prompt of {len(ids)} tokens to be continued by {wanted or 1}; {expected}; shorten the "
-                    "prompt or ask for fewer tokens",
+                    f"found a prompt of {len(ids)} tokens to be continued by {wanted or 1}; the model has {context} "
+                    "positions; shorten the prompt or ask for fewer tokens",
                     code="context_length_exceeded",
                 )
             length = wanted or min(room, most if is_chat else DEFAULT_NEW_TOKENS, most)
-            for _ in range(self.n):
-                stop = tuple(self.stop)
-                sequences.append(GeneratedSequence(ids, length, stop, deadline=deadline, wants_text=True))
+            stop = tuple(self.stop)
+            sequences += [GeneratedSequence(ids, length, stop, wants_text=True) for _ in range(self.n)]
         return sequences
 
     def prompts(self, engine: SconeInferenceEngine) -> list[list[int]]:
@@ -125,11 +110,17 @@ class GenerationRequest(RequestPart):
         raise NotImplementedError
 
 
+class Question(RequestPart):
+    """What the page asks about."""
+
+    text: str
+
+
 class CompletionRequest(GenerationRequest):
     """``POST /v1/completions``: one or several prompts, as text or as token ids."""
 
     prompt: str | list[str] | list[int] | list[list[int]]
-    echo: bool = False
+    echo: Literal[False] = False
 
     def prompts(self, engine: SconeInferenceEngine) -> list[list[int]]:
         """The tokens of each prompt. Raises SconeError for none, too many, and what the engine refuses."""
@@ -213,11 +204,11 @@ class Answer:
         name = ("chatcmpl-" if is_chat else "cmpl-") + uuid.uuid4().hex
         self._fixed = {"id": name, "created": int(time.time()), "model": model}
 
-    def whole(self, sequences: Sequence[GeneratedSequence], echoed: Sequence[str]) -> dict[str, Any]:
-        """The answer to a request that does not stream; ``echoed``: what precedes each sequence's text."""
+    def whole(self, sequences: Sequence[GeneratedSequence]) -> dict[str, Any]:
+        """The answer to a request that does not stream."""
         choices = []
-        for index, (sequence, before) in enumerate(zip(sequences, echoed, strict=True)):
-            text = before + sequence.text
+        for index, sequence in enumerate(sequences):
+            text = sequence.text
             content = {"message": {"role": "assistant", "content": text}} if self._is_chat else {"text": text}
             choices.append({"index": index, "finish_reason": finish_reason(sequence), "logprobs": None} | content)
         kind = "chat.completion" if self._is_chat else "text_completion"
@@ -236,7 +227,7 @@ class Answer:
 
 
 def finish_reason(sequence: GeneratedSequence) -> str:
-    """OpenAI's word for why a sequence ended: running out of time is running out of length."""
+    """OpenAI's word for why a sequence ended."""
     return "stop" if sequence.finish_reason == "stop" else "length"
 
 

@@ -19,7 +19,7 @@ from scone.utils.text import human_bytes
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-FinishReason = Literal["stop", "length", "cancelled", "time"]
+FinishReason = Literal["stop", "length", "cancelled"]
 _CONTEXT_TOKENS = 8  # tokens of the prompt that decide how the first new one is written (a space before it, or none)
 _INCOMPLETE = "\ufffd"  # what tokenizers write for bytes that are not a whole character yet
 
@@ -68,12 +68,10 @@ class GeneratedSequence:
         max_new_tokens: at most so many more.
         stop: strings that end the text before them.
         on_text: called with each new piece of text, on the thread that generates; it must not block.
-        deadline: `time.perf_counter` time after which it ends with what there is.
-
         wants_text: keep the new text in ``text``, also without ``stop`` and ``on_text``.
 
     After it was run: ``token_ids`` are the new tokens (with the end-of-text token), ``finish_reason`` says why it
-    ended; ``first_token_at`` and ``finished_at`` are `time.perf_counter` times.
+    ended; ``first_token_at`` is a `time.perf_counter` time.
     """
 
     prompt_ids: list[int]
@@ -81,12 +79,10 @@ class GeneratedSequence:
     stop: tuple[str, ...] = ()
     on_text: Callable[[str], None] | None = None
     wants_text: bool = False
-    deadline: float | None = None
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
     finish_reason: FinishReason | None = None
     first_token_at: float | None = None
-    finished_at: float | None = None
     _cancelled: bool = False
     _pieces: TextPieces | None = None
     _held_back: str = ""
@@ -95,13 +91,10 @@ class GeneratedSequence:
         """End it at the next token; may be called from any thread."""
         self._cancelled = True
 
-    def has_ended(self, now: float) -> bool:
-        """Whether it is over, by itself, by its deadline or because somebody called it off."""
-        if self._cancelled:
-            self.finish("cancelled", now)
-        elif self.deadline is not None and now > self.deadline:
-            self.finish("time", now)
-        return self.finish_reason is not None
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether somebody called it off."""
+        return self._cancelled
 
     def begin(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Get ready to receive tokens."""
@@ -118,18 +111,18 @@ class GeneratedSequence:
         if self._pieces is not None and token not in ends:
             self._write(self._pieces.add(token))  # may end it at a stop string; then the rest changes nothing
         if token in ends:
-            self.finish("stop", now)
+            self.finish("stop")
         elif len(self.token_ids) >= self.max_new_tokens:
-            self.finish("length", now)
-        else:
-            self.has_ended(now)
+            self.finish("length")
+        elif self._cancelled:
+            self.finish("cancelled")
 
-    def finish(self, reason: FinishReason, now: float) -> None:
+    def finish(self, reason: FinishReason) -> None:
         """End it, for whatever reason; one that has ended stays as it is."""
         if self.finish_reason is None and self._pieces is not None:
             self._write(self._pieces.rest(), last=True)
         if self.finish_reason is None:
-            self.finish_reason, self.finished_at = reason, now
+            self.finish_reason = reason
 
     def _write(self, piece: str, last: bool = False) -> None:
         """Pass text on, up to a stop string; hold back what may be the beginning of one."""
@@ -144,7 +137,7 @@ class GeneratedSequence:
         if fresh and self.on_text is not None:
             self.on_text(fresh)
         if found:
-            self.finish_reason, self.finished_at = "stop", time.perf_counter()
+            self.finish_reason = "stop"
 
 
 def _start_of_stop(text: str, stops: Sequence[str]) -> int:
@@ -179,19 +172,6 @@ class SequenceStoppingCriteria(StoppingCriteria):
         return torch.tensor(done, device=input_ids.device)
 
 
-SHOWN_REQUESTS = 20
-
-
-@dataclass(frozen=True)
-class RequestStats:
-    """One sequence's share. Both times are seconds since the call began, waiting for other prompts included."""
-
-    num_prompt_tokens: int
-    num_new_tokens: int
-    first_token_seconds: float | None
-    seconds: float
-
-
 @dataclass
 class TableReads:
     """Positions that were looked up, ``num_padding`` of padding not counted, and rows that were read for them."""
@@ -213,12 +193,13 @@ class TableReads:
 
 @dataclass(frozen=True)
 class GenerationStats:
-    """What a call of `generate` took. ``reads`` is None without a table; ``accelerator_bytes`` (the peak) without an
-    accelerator.
+    """What a call of `generate` took. ``first_token_seconds``: until every sequence had one (None with beams);
+    ``reads`` is None without a table, ``accelerator_bytes`` (the peak) without an accelerator.
     """
 
-    requests: tuple[RequestStats, ...]
     num_prompt_tokens: int
+    num_new_tokens: int
+    first_token_seconds: float | None
     seconds: float
     model_bytes: int
     table_bytes: int
@@ -227,28 +208,18 @@ class GenerationStats:
     accelerator_bytes: int | None = None
 
     @property
-    def num_new_tokens(self) -> int:
-        """Of all sequences."""
-        return sum(one.num_new_tokens for one in self.requests)
-
-    @property
     def tokens_per_second(self) -> float:
         """New tokens a second, prefill included."""
         return self.num_new_tokens / self.seconds if self.seconds else 0.0
 
     def __str__(self) -> str:
         """A small report, several lines."""
+        first = self.first_token_seconds
         lines = [
-            f"{len(self.requests)} sequence(s), {self.num_prompt_tokens} prompt tokens, "
-            f"{self.num_new_tokens} new tokens in {self.seconds:.2f} s: {self.tokens_per_second:.1f} tokens/s"
+            f"{self.num_prompt_tokens} prompt tokens, {self.num_new_tokens} new tokens in {self.seconds:.2f} s"
+            + ("" if first is None else f", the first after {1000 * first:.0f} ms")
+            + f": {self.tokens_per_second:.1f} tokens/s"
         ]
-        for number, one in enumerate(self.requests[:SHOWN_REQUESTS], 1):
-            first = one.first_token_seconds
-            after = "" if first is None else f"first after {1000 * first:.0f} ms, "
-            tokens = f"{one.num_prompt_tokens} prompt tokens, {one.num_new_tokens} new"
-            lines.append(f"  [{number}] {tokens}: {after}all after {one.seconds:.2f} s")
-        if len(self.requests) > SHOWN_REQUESTS:
-            lines.append(f"  … and {len(self.requests) - SHOWN_REQUESTS} more")
         if self.reads is not None:
             rows, positions = self.reads.num_rows, self.reads.num_positions
             matched = f"an f-gram ended at {rows / max(positions, 1):.1%}"

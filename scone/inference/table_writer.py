@@ -24,8 +24,8 @@ import numpy as np
 from scone.inference.table_format import TableLayout
 from scone.utils.errors import SconeError
 from scone.utils.files import Closing, read_json, sync_folder, translate_disk_full, write_json
+from scone.utils.progress import map_in_order
 from scone.utils.text import human_bytes
-from scone.utils.threads import map_in_order
 
 
 @dataclass(frozen=True)

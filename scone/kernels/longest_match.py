@@ -12,8 +12,17 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from scone.kernels.child_index import BUCKET, NO_F_GRAM, find_child, fingerprint_of, hash_key, home_slot, low_mask_of
-from scone.kernels.simd import largest_match, prefetch
+from scone.kernels.child_index import (
+    BUCKET,
+    NO_F_GRAM,
+    find_child,
+    fingerprint_of,
+    hash_key,
+    home_slot,
+    largest_match,
+    low_mask_of,
+    prefetch,
+)
 
 BLOCK = 512
 """Positions that are matched together: enough independent probes, while their cache lines stay in the first cache."""
@@ -115,7 +124,7 @@ def _match_block(index, vocab_size, longest, token, node, level, is_first, m, sc
 
 
 @njit(cache=True, nogil=True)
-def match_positions(index, vocab_size, longest, tokens, mask, length, start, stop, contexts, nodes):
+def match_positions(index, vocab_size, longest, tokens, mask, length, start, stop, nodes):
     """Match the flat positions ``start`` … ``stop`` of a batch of sequences, reading up to N − 1 tokens to their left.
 
     Args:
@@ -124,7 +133,6 @@ def match_positions(index, vocab_size, longest, tokens, mask, length, start, sto
         tokens: int64 [B · T], sequence after sequence.
         mask: uint8 [B · T], 0 where nothing may match or cross, FIRST where an example begins; or [0] for no mask.
         length: T.
-        contexts: int64 [B, N − 1], tokens before each sequence, right-aligned, -1 where there are none; or [0, 0].
         nodes: int64 [B · T]; ``nodes[start:stop]`` is filled.
 
     Returns:
@@ -151,20 +159,11 @@ def match_positions(index, vocab_size, longest, tokens, mask, length, start, sto
         # A block is a run of sequences or parts of them, each with a break (level 0) and its left context before it.
         m = 0
         while position < stop and m < BLOCK:
-            sequence = position // length
-            sequence_start = sequence * length
+            sequence_start = position // length * length
             token[m] = node[m] = level[m] = 0
             target[m] = -1
             m += 1
             context_start = position - (longest - 1)
-            if context_start < sequence_start and len(contexts) > 0:
-                for k in range(position - sequence_start, longest - 1):
-                    if contexts[sequence, k] >= 0:
-                        token[m] = node[m] = contexts[sequence, k]
-                        level[m] = 1
-                        is_first[m] = False
-                        target[m] = -1
-                        m += 1
             end = min(sequence_start + length, stop, position + max(1, BLOCK - m))
             for p in range(max(context_start, sequence_start), end):
                 value = tokens[p]

@@ -7,8 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from scone.kernels.common import launching_on
-from scone.kernels.longest_match_triton import longest_match
-from scone.kernels.table_lookup_triton import TableKernel, place_vector
+from scone.kernels.table_lookup_triton import TableKernel, longest_match, place_vector
 
 _STARTS = 256
 """Beginnings of requests that a program compares with its place at a time."""

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 
-from scone.kernels.direct_read import PAGE_BYTES, PIECE_PAGES
+from scone.kernels.dequantize import PAGE_BYTES, PIECE_PAGES
 from scone.kernels.trie_batch import TrieBatch
 
 # Counting
@@ -92,7 +92,6 @@ def trie_batch(
     vocab_size: int,
     max_n: int,
     num_rows: int = 0,
-    backoff: bool = True,
 ) -> TrieBatch:
     """What ``build_trie_batch`` returns, up to the order of the nodes within one depth."""
 
@@ -103,8 +102,7 @@ def trie_batch(
         return [] if node < vocab_size else [node - vocab_size, *chain(int(suffixes[node - vocab_size]))]
 
     def rows_of(f_gram: int) -> list[int]:
-        ranks = [rank for rank in chain(f_gram) if rank < num_rows]
-        return ranks if backoff else ranks[:1]
+        return [rank for rank in chain(f_gram) if rank < num_rows]
 
     f_grams = list(dict.fromkeys(int(node) for node in nodes.reshape(-1) if node >= vocab_size))
     f_grams.sort(key=lambda node: len(path(node)))
@@ -240,7 +238,7 @@ def _float32_of_bfloat16(bits: np.ndarray) -> np.ndarray:
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
-# Planning reads: `direct_read`
+# Planning reads: `dequantize`
 
 
 def reference_pieces(ranks: np.ndarray, data_start: int, row_bytes: int) -> tuple[np.ndarray, np.ndarray]:

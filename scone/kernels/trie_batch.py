@@ -8,7 +8,7 @@ instead of each position running its own padded f-gram (docs/design.md).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -53,16 +53,12 @@ def build_trie_batch(
     vocab_size: int,
     max_n: int,
     num_rows: int = 0,
-    round_sizes: bool = False,
-    backoff: bool = True,
 ) -> TrieBatch:
     """The trie batch of ``nodes`` (any shape, integers in 0..V+S-1), the reference implementation of which is
     ``reference.trie_batch``.
 
     ``keys`` [S, 2] (prefix node, last token) and ``suffixes`` [S] (nodes) are the vocabulary's; learned rows exist for
-    the f-grams of rank < ``num_rows``. Without ``backoff`` a chain is its first row alone: that of the longest suffix
-    that has one. With ``round_sizes``, U and M are filled up to one of few sizes (see ``rounded``). Cost: O(P + U·N),
-    serial, so that it is safe in forked data loader workers.
+    the f-grams of rank < ``num_rows``. Cost: O(P + U·N), serial, so that it is safe in forked data loader workers.
     """
     flat = np.ascontiguousarray(nodes, dtype=np.int64).reshape(-1)
     position_index, f_grams = _distinct_f_grams(flat, vocab_size)
@@ -79,8 +75,8 @@ def build_trie_batch(
     is_f_gram = ids >= vocab_size
     tokens = ids.copy()
     tokens[is_f_gram] = keys[ids[is_f_gram] - vocab_size, 1]
-    row_ids, row_chains = _row_chains(f_grams, suffixes, vocab_size, max_n, num_rows, backoff)
-    batch = TrieBatch(
+    row_ids, row_chains = _row_chains(f_grams, suffixes, vocab_size, max_n, num_rows)
+    return TrieBatch(
         position_index=_renumber(position_index, f_gram_order).reshape(nodes.shape),
         f_grams=f_grams,
         f_gram_index=place[f_gram_order],
@@ -91,39 +87,6 @@ def build_trie_batch(
         depth_offsets=offsets.tolist(),
         row_ids=row_ids,
         row_chains=row_chains,
-    )
-    return _with_rounded_sizes(batch) if round_sizes else batch
-
-
-def rounded(size: int) -> int:
-    """The next number of the form (8 … 15) · 2^k, at least 64: a batch's size in few distinct values, at most 1/8 over.
-
-    Code that is compiled for a shape, and matrix units that work on multiples of eight, want such sizes.
-    """
-    unit = 8 << max((size - 1).bit_length() - 7, 0) if size > 64 else 64
-    return -(-size // unit) * unit
-
-
-def _with_rounded_sizes(batch: TrieBatch) -> TrieBatch:
-    """The batch with U and M rounded up. What is added stands last, attends to itself, and no position reads it.
-
-    Rows are not padded: their moments would move if the optimizer saw them touched.
-    """
-    num_nodes, max_n = batch.ancestors.shape
-    extra = rounded(num_nodes) - num_nodes
-    extra_f_grams = rounded(len(batch.f_grams)) - len(batch.f_grams)
-    own_places = np.arange(num_nodes, num_nodes + extra)[:, None]
-    last = num_nodes + extra - 1
-    return replace(
-        batch,
-        f_grams=np.pad(batch.f_grams, (0, extra_f_grams)),
-        f_gram_index=np.pad(batch.f_gram_index, (0, extra_f_grams), constant_values=last),
-        tokens=np.pad(batch.tokens, (0, extra)),
-        depths=np.pad(batch.depths, (0, extra), constant_values=max_n - 1),
-        ancestors=np.concatenate([batch.ancestors, np.broadcast_to(own_places, (extra, max_n))]),
-        f_gram_offsets=[*batch.f_gram_offsets[:-1], len(batch.f_grams) + extra_f_grams],
-        depth_offsets=[*batch.depth_offsets[:-1], num_nodes + extra],
-        row_chains=np.pad(batch.row_chains, ((0, extra_f_grams), (0, 0))),
     )
 
 
@@ -262,7 +225,7 @@ def _renumber(position_index: np.ndarray, order: np.ndarray) -> np.ndarray:
 
 @njit(cache=True)
 def _row_chains(
-    f_grams: np.ndarray, suffixes: np.ndarray, vocab_size: int, max_n: int, num_rows: int, backoff: bool
+    f_grams: np.ndarray, suffixes: np.ndarray, vocab_size: int, max_n: int, num_rows: int
 ) -> tuple[np.ndarray, np.ndarray]:
     chains = np.zeros((len(f_grams), max(max_n - 1, 1)), np.int64)
     limit = len(f_grams) * chains.shape[1] if num_rows > 0 else 0
@@ -284,7 +247,5 @@ def _row_chains(
                         count += 1
                     chains[index, link] = row + 1
                     link += 1
-                    if not backoff:
-                        break
                 node = np.int64(suffixes[rank])
     return row_ids[:count].copy(), chains

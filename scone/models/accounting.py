@@ -124,15 +124,13 @@ def f_gram_forward_flops(
 def input_embedding_flops(
     config: SconeConfig, nodes_by_depth: Sequence[float], f_grams_by_depth: Sequence[float]
 ) -> float:
-    """Operations of one forward pass of a live SCONE's input embedding layer: f-gram model and gate.
+    """Operations of one forward pass of a live SCONE's input embedding layer: those of its f-gram model.
 
     Reading and adding up rows are no products and count nothing, as the token embedding's own lookup does not.
     Arguments as ``f_gram_forward_flops``.
     """
     sizes, width = config.f_gram_model_config, config.hidden_size
-    model = 0.0 if sizes is None else f_gram_forward_flops(sizes, width, nodes_by_depth, f_grams_by_depth)
-    gate = 2 * 2 * width * width if config.combination == "gate" else 0
-    return model + gate * sum(f_grams_by_depth)
+    return 0.0 if sizes is None else f_gram_forward_flops(sizes, width, nodes_by_depth, f_grams_by_depth)
 
 
 def training_flops(forward: float, recomputed: bool = False) -> float:

@@ -1,23 +1,24 @@
-"""What a saved model needs to be built again: SconeConfig, and the configurations of its baselines (no numba)."""
+"""What a saved model needs to be built again, and what its table knows it by (no numba)."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
+
+from scone.utils.errors import SconeError
+from scone.utils.files import fingerprint_of
 
 
 @dataclass
 class FGramModelConfig:
-    """Sizes of the f-gram model, which need not be the trunk's, and what else of it is a choice.
-
-    Args:
-        start: "random", "zero" (the gain starts there), or "identity" (an f-gram's vector starts as its last token's
-            embedding); None: zero, or random where that cannot be (see ``FGramInputEmbedding``).
-        output_norm: the vector that comes out is divided by its root mean square.
-        output_gain: it is multiplied by a learned gain.
-        own_tokens: the model has token embeddings of its own instead of reading the trunk's.
+    """Sizes of the f-gram model, which need not be the trunk's. With ``own_tokens`` it has token embeddings of its own
+    instead of reading the trunk's.
     """
 
     hidden_size: int
@@ -26,9 +27,6 @@ class FGramModelConfig:
     intermediate_size: int
     layer_norm_eps: float = 1e-5
     initializer_range: float = 0.02
-    start: str | None = None
-    output_norm: bool = True
-    output_gain: bool = True
     own_tokens: bool = False
 
     def __post_init__(self) -> None:
@@ -92,10 +90,8 @@ class SconeConfig(EmbeddedTrunkConfig):
     Args:
         f_gram_model: sizes of the f-gram model (``FGramModelConfig``), or None for a model without one.
         learned_rows: how many f-grams, the first by rank, have a learned row.
-        rows_backoff: a vector sums the rows of the whole suffix chain; False: the first of them alone.
         rows_dtype: type of the rows, "float32" or "bfloat16", whatever the model's.
-        combination: "add", "replace" or "gate", see ``FGramInputEmbedding``.
-        control: whose vector an f-gram takes, see ``scone.tokenization.controls``.
+        combination: "add" or "replace", see ``FGramInputEmbedding``.
         max_n: N, the longest f-gram in tokens.
         num_f_grams: S.
         vocabulary_fingerprint: that of the f-gram vocabulary the model was trained with.
@@ -106,10 +102,8 @@ class SconeConfig(EmbeddedTrunkConfig):
 
     f_gram_model: dict | None = None
     learned_rows: int = 0
-    rows_backoff: bool = True
     rows_dtype: str = "float32"
     combination: str = "add"
-    control: str = "none"
     max_n: int = 3
     num_f_grams: int = 0
     vocabulary_fingerprint: str = ""
@@ -118,7 +112,28 @@ class SconeConfig(EmbeddedTrunkConfig):
     @property
     def f_gram_model_config(self) -> FGramModelConfig | None:
         """The f-gram model's sizes, or None."""
-        return FGramModelConfig(**self.f_gram_model) if self.f_gram_model is not None else None
+        if self.f_gram_model is None:
+            return None
+        known = FGramModelConfig.__dataclass_fields__  # version 0.1.0 wrote more; check_live looks at it
+        return FGramModelConfig(**{name: value for name, value in self.f_gram_model.items() if name in known})
+
+    def check_live(self) -> None:
+        """Raise SconeError for a model of version 0.1.0 with a choice that lost its ablations and is gone. Its table
+        holds whole rows, and serves as before.
+        """
+        stated = vars(self) | (self.f_gram_model or {})
+        for name, usual in {"rows_backoff": True, "control": "none", "output_norm": True, "output_gain": True}.items():
+            if stated.get(name, usual) != usual:
+                raise _gone(name, stated[name])
+        if self.combination not in ("add", "replace"):
+            raise _gone("combination", self.combination)
+
+
+def _gone(name: str, value: object) -> SconeError:
+    return SconeError(
+        f"found a model with {name} {value}, which this version cannot compute; expected a table of its rows; serve it "
+        "from the table that was made with it, or use the version that trained it"
+    )
 
 
 class OverEncodingConfig(EmbeddedTrunkConfig):
@@ -127,7 +142,6 @@ class OverEncodingConfig(EmbeddedTrunkConfig):
     Args:
         num_rows: rows of the hashed tables together.
         rows_dtype: as in ``SconeConfig``.
-        start: "zero" or "random", see ``OverEncodingEmbedding``.
         separator_ids: tokens that no hashed n-gram contains.
     """
 
@@ -135,7 +149,6 @@ class OverEncodingConfig(EmbeddedTrunkConfig):
 
     num_rows: int = 0
     rows_dtype: str = "float32"
-    start: str = "zero"
     separator_ids: list[int] | tuple[int, ...] = ()
 
 
@@ -143,3 +156,16 @@ class ScaledTrunkConfig(EmbeddedTrunkConfig):
     """Configuration of ``ScaledTrunkForCausalLM``: the trunk and ``embedding_scale``."""
 
     model_type = "scone_scaled_trunk"
+
+
+def weights_fingerprint(token_embedding: Tensor, f_gram_embedding: Mapping[str, Tensor]) -> str:
+    """Of what a table's rows depend on: the trunk's T ``[V, D]`` and the input embedding layer's state, by name."""
+    parts: list[str | np.ndarray] = ["token embedding", _bytes_of(token_embedding)]
+    for name, tensor in sorted(f_gram_embedding.items()):
+        parts += [name, _bytes_of(tensor)]
+    return fingerprint_of(*parts)
+
+
+def _bytes_of(tensor: Tensor) -> np.ndarray:
+    """The tensor's bytes, whatever its type (NumPy has no bfloat16)."""
+    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().reshape(-1)

@@ -15,9 +15,9 @@ from transformers.masking_utils import create_masks_for_generate
 from transformers.utils import ModelOutput
 
 from scone.models.configuration import EmbeddedTrunkConfig
-from scone.models.host_lookup import Find, looked_up
 from scone.models.learned_rows import LearnedRows
 from scone.models.row_files import ROWS_FOLDER, load_shares
+from scone.models.table_lookup import Find, looked_up
 from scone.models.token_history import TokenHistory, extend_history, known_past, marked, starts_of_examples
 from scone.utils.errors import SconeError
 from scone.utils.files import give_umask_mode

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from scone.models.ancestor_attention import ancestor_attention
+from scone.kernels.ancestor_attention import ancestor_attention
 from scone.models.configuration import FGramModelConfig
 
 
@@ -88,8 +88,7 @@ class FGramModel(nn.Module):
             self.own_tokens.weight[:kept] = old[:kept]
 
     def forward(self, token_vectors: Tensor, trie: Mapping[str, Any]) -> Tensor:
-        """Last hidden states ``[M, D]`` of the batch's distinct f-grams, normalised to a root mean square of one
-        (unless ``output_norm`` is off).
+        """Last hidden states ``[M, D]`` of the batch's distinct f-grams, normalised to a root mean square of one.
 
         Args:
             token_vectors: ``[U, D]`` embeddings of the nodes' last tokens, see ``token_vectors``.
@@ -102,17 +101,14 @@ class FGramModel(nn.Module):
         for block in blocks:
             hidden = block(hidden, ancestors)
         hidden = last_block(hidden, ancestors[wanted], wanted)
-        hidden = self.map_out(hidden)
-        return unit_rms(hidden) if self.config.output_norm else hidden
+        return unit_rms(self.map_out(hidden))
 
     def token_vectors(self, tokens: Tensor, token_embedding: nn.Module) -> Tensor:
         """What the model reads for int64 ``tokens`` [U]: the trunk's embeddings, or its own, ``[U, D]``."""
         return token_embedding(tokens) if self.own_tokens is None else self.own_tokens(tokens)
 
     def init_weights(self) -> None:
-        """GPT-2's scheme: normal weights, residual outputs scaled down by the depth. ``start="identity"``: positions
-        and residual outputs zero and maps the identity, so that a token's vector passes through.
-        """
+        """GPT-2's scheme: normal weights, residual outputs scaled down by the depth."""
         std = self.config.initializer_range
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear | nn.Embedding):
@@ -125,15 +121,6 @@ class FGramModel(nn.Module):
             elif isinstance(module, nn.LayerNorm):
                 nn.init.ones_(module.weight)
                 nn.init.zeros_(module.bias)
-        if self.config.start == "identity":
-            nn.init.zeros_(self.positions.weight)
-            for block in self.blocks:
-                assert isinstance(block, FGramBlock)
-                nn.init.zeros_(block.attention_out.weight)
-                nn.init.zeros_(block.feed_forward_out.weight)
-            for outer in (self.map_in, self.map_out):
-                if isinstance(outer, nn.Linear):
-                    nn.init.eye_(outer.weight)
 
 
 def unit_rms(hidden: Tensor) -> Tensor:
@@ -165,5 +152,4 @@ def padded_f_gram_model(model: FGramModel, token_vectors: Tensor, lengths: Tenso
         inner = nn.functional.gelu(block.feed_forward_in(block.feed_forward_norm(hidden)), approximate="tanh")
         hidden = hidden + block.feed_forward_out(inner)
     last = hidden[torch.arange(num_f_grams, device=hidden.device), lengths - 1]
-    last = model.map_out(last)
-    return unit_rms(last) if model.config.output_norm else last
+    return unit_rms(model.map_out(last))

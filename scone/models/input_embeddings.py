@@ -13,28 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scone.models.configuration import FGramModelConfig
-from scone.models.f_gram_model import FGramModel, unit_rms
+from scone.models.f_gram_model import FGramModel
 from scone.models.learned_rows import LearnedRows
 from scone.models.table_lookup import BY_DEVICE, BY_HOST, RowSource, TableLookup
 from scone.models.token_history import TokenHistory
 from scone.tokenization.matcher import Matcher
-
-COMBINATIONS = ("add", "replace", "gate")
 
 
 class FGramInputEmbedding(nn.Module):
     """The trainable layer: f-gram model, learned rows, or both.
 
     Args:
-        f_gram_model: the paper's f-gram model, or None. Its configuration says how it starts: with a gain of zero;
-            at random, a vector of ``token_scale`` (where it is not normalised, as it comes); or as the identity.
+        f_gram_model: the paper's f-gram model, or None. Its vector is multiplied by a learned gain.
         rows: the learned rows, or None.
         width: D, the trunk's width.
-        combination: "add" corrects the token embedding; "replace" is the paper's literal form, in which a matched
-            position takes the f-gram's vector instead of its token's; "gate" adds each number of the vector times a
-            factor of 0 … 2, 1 at the start, which token and vector decide: a function of the node like all else here,
-            so the table still holds one row for it.
+        combination: "add" corrects the token embedding, from a gain of zero on; "replace" is the paper's literal form,
+            in which a matched position takes the f-gram's vector instead of its token's, from ``token_scale`` on.
         token_scale: the scale of the trunk's token embeddings.
     """
 
@@ -47,27 +41,19 @@ class FGramInputEmbedding(nn.Module):
         token_scale: float = 0.02,
     ) -> None:
         super().__init__()
-        assert combination in COMBINATIONS, combination
         self.f_gram_model = f_gram_model
         self.rows = rows
         self.combination = combination
-        self.scale_at_start = (
-            1.0 if f_gram_model is None else scale_at_start(f_gram_model.config, combination, token_scale)
-        )
-        has_gain = f_gram_model is not None and f_gram_model.config.output_gain
-        self.gain = nn.Parameter(torch.empty(width)) if has_gain else None
-        self.gate = nn.Linear(2 * width, width) if combination == "gate" else None
+        self.initial_gain = token_scale if combination == "replace" else 0.0
+        self.gain = None if f_gram_model is None else nn.Parameter(torch.empty(width))
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Start at the plain trunk, or as the f-gram model's configuration says."""
+        """Start at the plain trunk, or at random where f-grams' vectors replace their tokens'."""
         if self.f_gram_model is not None:
             self.f_gram_model.init_weights()
         if self.gain is not None:
-            nn.init.constant_(self.gain, self.scale_at_start)
-        if self.gate is not None:
-            nn.init.zeros_(self.gate.weight)
-            nn.init.zeros_(self.gate.bias)
+            nn.init.constant_(self.gain, self.initial_gain)
         if self.rows is not None:
             self.rows.reset()
 
@@ -95,39 +81,12 @@ class FGramInputEmbedding(nn.Module):
         total: Tensor | None = None
         if self.f_gram_model is not None:
             token_vectors = self.f_gram_model.token_vectors(trie["tokens"], token_embedding)
-            gain = self.scale_at_start if self.gain is None else self.gain
-            total = gain * self.f_gram_model(token_vectors, trie)
+            total = self.gain * self.f_gram_model(token_vectors, trie)
         if self.rows is not None:
             rows = self.rows(trie["row_ids"], trie["row_chains"])
             total = rows if total is None else total + rows
         assert total is not None, "an f-gram input embedding has an f-gram model, learned rows, or both"
-        if self.gate is not None:
-            last_tokens = token_embedding(trie["tokens"][trie["f_gram_index"]])
-            seen = torch.cat([unit_rms(last_tokens), unit_rms(total)], dim=-1)
-            total = total * (2 * torch.sigmoid(self.gate(seen)))
         return total
-
-
-def scale_at_start(config: FGramModelConfig, combination: str, token_scale: float) -> float:
-    """By what the f-gram model's vector is multiplied at the start: its gain's first value, or what stands for one.
-
-    Raises ValueError for a start that cannot be, with what to do.
-    """
-    can_be_zero = config.output_gain and combination != "replace"
-    start = config.start or ("zero" if can_be_zero else "random")
-    if start == "zero" and not can_be_zero:
-        raise ValueError(
-            "found the start zero without a gain, or with the combination replace, which would leave matched positions "
-            "without a vector; expected the start random or identity"
-        )
-    if start == "identity" and (config.output_norm or config.own_tokens or combination != "replace"):
-        raise ValueError(
-            "found the start identity with an output norm, own token embeddings, or a combination other than replace; "
-            "expected none of them, so that an f-gram's vector starts as its last token's embedding"
-        )
-    if start == "zero":
-        return 0.0
-    return token_scale if config.output_norm else 1.0
 
 
 class TableInputEmbedding(nn.Module):

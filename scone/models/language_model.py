@@ -14,15 +14,13 @@ from transformers.cache_utils import Cache
 from transformers.utils import cached_file
 
 from scone.kernels.trie_batch import build_trie_batch
-from scone.models.configuration import SconeConfig
+from scone.models.configuration import SconeConfig, weights_fingerprint
 from scone.models.embedded_trunk import EmbeddedTrunk
 from scone.models.f_gram_model import FGramBlock, FGramModel
 from scone.models.input_embeddings import FGramInputEmbedding, TableInputEmbedding
 from scone.models.learned_rows import LearnedRows
 from scone.models.table_lookup import RowSource, find_with
 from scone.models.token_history import TokenHistory, known_past, marked
-from scone.models.weights_fingerprint import weights_fingerprint
-from scone.tokenization.controls import permuted_nodes, replaced
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 from scone.tokenization.matcher import Matcher
 from scone.utils.errors import SconeError
@@ -46,13 +44,13 @@ class SconeForCausalLM(EmbeddedTrunk):
         self.table_embedding: TableInputEmbedding | None = None
         self.vocabulary: FGramVocabulary | None = None
         self.matcher: Matcher | None = None
-        self._stand_ins: np.ndarray | None = None
         # the layers that sharding and device maps take as one
         self._no_split_modules = [*(self._no_split_modules or []), FGramBlock.__name__]
         width = self._token_weight().shape[1]
         if config.requires_table:
             self._keys_to_ignore_on_load_unexpected = [r"^f_gram_embedding\."]
         else:
+            config.check_live()
             sizes, dtype = config.f_gram_model_config, getattr(torch, config.rows_dtype)
             self.f_gram_embedding = FGramInputEmbedding(
                 FGramModel(sizes, width, config.max_n, config.vocab_size) if sizes else None,
@@ -73,9 +71,7 @@ class SconeForCausalLM(EmbeddedTrunk):
         *,
         f_gram_model: dict | None,
         learned_rows: int = 0,
-        rows_backoff: bool = True,
         combination: str = "add",
-        control: str = "none",
         embedding_scale: float = 1.0,
         input_norm: bool = False,
     ) -> SconeForCausalLM:
@@ -95,9 +91,7 @@ class SconeForCausalLM(EmbeddedTrunk):
             text_config=copy.deepcopy(trunk.config),  # building the composite resets fields of its part
             f_gram_model=f_gram_model,
             learned_rows=rows,
-            rows_backoff=rows_backoff,
             combination=combination,
-            control=control,
             embedding_scale=embedding_scale,
             input_norm=input_norm,
             max_n=vocabulary.max_n,
@@ -151,7 +145,6 @@ class SconeForCausalLM(EmbeddedTrunk):
             )
         self.vocabulary = vocabulary
         self.matcher = Matcher(vocabulary)
-        self._stand_ins = permuted_nodes(vocabulary, self.config.control, self.config.learned_rows)
         if self.table_embedding is not None:
             self.attach_table(self.table_embedding.table)
 
@@ -248,17 +241,16 @@ class SconeForCausalLM(EmbeddedTrunk):
         return self.look_up(find_with(self.matcher), tokens, history, self.matcher.vocabulary.max_n - 1)
 
     def trie_of(self, nodes: np.ndarray) -> dict[str, Any]:
-        """The trie batch of ``nodes``, in a control of their stand-ins; its arrays as tensors on the model's device."""
+        """The trie batch of ``nodes``; its arrays as tensors on the model's device."""
         assert self.vocabulary is not None
         vocabulary = self.vocabulary
         batch = build_trie_batch(
-            replaced(nodes, vocabulary.vocab_size, self._stand_ins),
+            nodes,
             vocabulary.keys,
             vocabulary.suffixes,
             vocabulary.vocab_size,
             vocabulary.max_n,
             self.config.learned_rows,
-            backoff=self.config.rows_backoff,
         )
         device = self._token_weight().device
         return batch.fields(lambda array: torch.from_numpy(array).to(device))

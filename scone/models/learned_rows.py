@@ -45,7 +45,7 @@ class Pass(NamedTuple):
 class LearnedRows(nn.Module):
     """R rows of width D; an f-gram's vector is the sum over its suffix chain (back-off).
 
-    They start at zero, or from a normal distribution of deviation ``std``.
+    They start at zero.
 
     The weight is a parameter like any other: it gets a dense gradient, and any optimizer in any loop trains it, at the
     price of R rows a step. A row optimizer (``training.optimizer.RowOptimizer``) makes that the price of the rows that
@@ -69,9 +69,8 @@ class LearnedRows(nn.Module):
             row optimizer it is always empty.
     """
 
-    def __init__(self, num_rows: int, width: int, std: float = 0.0, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, num_rows: int, width: int, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.std = std
         self.num_rows = num_rows
         self.shards = RowShards(num_rows)
         self.exchange: Exchange | None = None
@@ -130,9 +129,7 @@ class LearnedRows(nn.Module):
     def reset(self) -> None:
         """Every row at its start. Memory that is zero already is only read: pages that nobody wrote to take no room."""
         self.wait()
-        if self.std:
-            nn.init.normal_(self.weight, std=self.std)
-        elif self.weight.device.type == "meta" or not is_all_zero(self.weight):
+        if self.weight.device.type == "meta" or not is_all_zero(self.weight):
             nn.init.zeros_(self.weight)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LearnedRows:

@@ -14,9 +14,7 @@ from scone.models.configuration import OverEncodingConfig
 from scone.models.embedded_trunk import EmbeddedTrunk
 from scone.models.learned_rows import LearnedRows
 from scone.models.token_history import TokenHistory
-from scone.tokenization.hashed_grams import CONTEXT, HashedGrams
-
-STARTS = ("zero", "random")
+from scone.tokenization.matcher import CONTEXT, HashedGrams
 
 
 class OverEncodingEmbedding(nn.Module):
@@ -28,14 +26,12 @@ class OverEncodingEmbedding(nn.Module):
     Different here, so that it is compared with learned rows at equal parameters and equal treatment: rows are as wide
     as the trunk (the paper cuts tables into narrow slices with other moduli, and maps them up by matrices); ids are
     mixed before the modulus; n-grams do not cross separators or padding; a step updates the rows of its batch alone, by
-    the optimizer and learning rate of the learned rows; and rows start at zero (``random_start``: at ``token_scale``).
+    the optimizer and learning rate of the learned rows; and rows start at zero.
     """
 
     def __init__(self, config: OverEncodingConfig, width: int) -> None:
         super().__init__()
-        assert config.start in STARTS, config.start
-        std = config.initial_token_scale if config.start == "random" else 0.0
-        self.rows = LearnedRows(config.num_rows, width, std, getattr(torch, config.rows_dtype))
+        self.rows = LearnedRows(config.num_rows, width, getattr(torch, config.rows_dtype))
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -66,7 +62,6 @@ class OverEncodingForCausalLM(EmbeddedTrunk):
         trunk: PreTrainedModel,
         *,
         num_rows: int,
-        start: str = "zero",
         separator_ids: Sequence[int] = (),
         embedding_scale: float = 1.0,
         input_norm: bool = False,
@@ -75,7 +70,6 @@ class OverEncodingForCausalLM(EmbeddedTrunk):
         config = OverEncodingConfig(
             text_config=copy.deepcopy(trunk.config),  # building the composite resets fields of its part
             num_rows=num_rows,
-            start=start,
             separator_ids=sorted(int(separator) for separator in separator_ids),
             embedding_scale=embedding_scale,
             input_norm=input_norm,

@@ -17,7 +17,7 @@ EXAMPLES = ("scone benchmark --config scone/configs/benchmark_config.json --outp
 DESCRIPTION = """\
 Measure perplexity, prefill and decode speed, memory, parameters and FLOPs of every model and baseline of a JSON file.
 Missing models and datasets are listed and skipped; the command fails only if no model could be measured. Writes
-benchmark.json, benchmark.csv, benchmark_speed.csv, benchmark.md and benchmark.html, a report with plots."""
+benchmark.json, benchmark.md and benchmark.html, a report with plots."""
 ARGUMENTS = arguments(
     config={"required": True, "metavar": "FILE", "help": "JSON file of models, baselines, datasets and grid"},
     output_dir={"default": "./benchmark_results", "metavar": "FOLDER", "help": "output folder"},

@@ -47,7 +47,7 @@ def read_arguments(argv: Sequence[str] | None) -> tuple[SconeOptions, argparse.N
 def main(argv: Sequence[str] | None = None) -> int:
     """Count and print the result."""
     options, extra = read_arguments(argv)
-    from scone.inference.row_types import RowFormat
+    from scone.inference.table_format import RowFormat
 
     report, vocabulary = _count(options, extra.json or is_quiet())
     trunk = trunk_configuration(options.model.base_model_name)
@@ -64,8 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _count(options: SconeOptions, quiet: bool) -> tuple[dict[str, Any], FGramVocabulary]:
     from scone.data.prepare import default_cache_folder, prepare_corpus, prepare_tokenizer
     from scone.tokenization.counting import count_f_grams
-    from scone.tokenization.inspection import match_statistics
-    from scone.tokenization.matcher import Matcher
+    from scone.tokenization.matcher import Matcher, match_lengths
     from scone.tokenization.tokenizers import separator_ids, tokenizer_fingerprint, vocabulary_size
 
     data, model = options.data, options.model
@@ -89,15 +88,13 @@ def _count(options: SconeOptions, quiet: bool) -> tuple[dict[str, Any], FGramVoc
         quiet=quiet,
     )
     vocabulary = result.vocabulary
-    if not (total := vocabulary.num_f_grams):
+    if not vocabulary.num_f_grams:
         raise SconeError(
             f"found no n-gram of 2 to {data.max_n} tokens that occurs {data.min_freq} times in "
             f"{files['train'].num_tokens:,} tokens; expected at least one; lower --min_freq or give more text"
         )
-    held_out, found = files.get("validation") or files.get("test"), []
-    if held_out:  # for all f-grams, and for the first ½, ¼ …
-        sizes = [total >> halvings for halvings in range(10) if total >> halvings]
-        found = match_statistics(Matcher(vocabulary), held_out.tokens, sizes)
+    held_out = files.get("validation") or files.get("test")
+    lengths = match_lengths(Matcher(vocabulary), held_out.tokens).tolist() if held_out else [0, 0]
     report = {
         "corpus": {
             "dataset_name": data.dataset_name,
@@ -107,28 +104,17 @@ def _count(options: SconeOptions, quiet: bool) -> tuple[dict[str, Any], FGramVoc
         },
         "count": result.statistics.to_json(),
         "fingerprint": vocabulary.fingerprint,
-        "held_out": [
-            {
-                "num_f_grams": each.num_f_grams,
-                "num_positions": each.num_positions,
-                "match_rate": each.match_rate,
-                "mean_match_length": each.mean_match_length,
-                "positions_by_length": dict(enumerate(each.positions_by_length[1:], start=1)),
-            }
-            for each in found
-        ],
+        "held_out_positions_by_length": dict(enumerate(lengths[1:], start=1)),
     }
     return report, vocabulary
 
 
 def _readable(report: dict[str, Any]) -> str:
     """The report as lines for a terminal."""
-    coverage = "no held-out text"
-    for found in report["held_out"][:1]:
-        positions = found["num_positions"]
-        shares = ", ".join(f"{n}: {each / positions:.1%}" for n, each in found["positions_by_length"].items())
-        coverage = f"{found['match_rate']:.1%} of {positions:,} held-out tokens, "
-        coverage += f"mean length {found['mean_match_length']:.2f} (by length {shares})"
+    coverage, lengths = "no held-out text", report["held_out_positions_by_length"]
+    if positions := sum(lengths.values()):
+        shares = ", ".join(f"{n}: {each / positions:.1%}" for n, each in lengths.items())
+        coverage = f"{1 - lengths[1] / positions:.1%} of {positions:,} held-out tokens (by length {shares})"
     corpus, count = report["corpus"], report["count"]
     sizes = ", ".join(f"{row_type} {human_bytes(size)}" for row_type, size in report["table_bytes"].items())
     lines = [

@@ -24,15 +24,10 @@ OWN: dict[str, dict[str, Any]] = {
     },
     "text_column": {"metavar": "NAME", "help": "column or JSON key with the text (default: text)"},
     "output_dir": {"metavar": "FOLDER", "help": "output folder (default: demo)"},
-    "minutes": {
-        "type": at_least(0.01, float),
-        "metavar": "M",
-        "help": "time limit: train fewer steps if they would take longer (default: 8)",
-    },
     "steps": {
         "type": at_least(1),
         "metavar": "N",
-        "help": "training steps of each model (default: 420, or what fits --minutes)",
+        "help": "training steps of each model (default: 420)",
     },
     "seed": {"type": int, "metavar": "N", "help": "random seed of both runs (default: 42)"},
 }
@@ -48,8 +43,7 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo and print the path of the report."""
     extra = read_arguments(argv)
-    from scone.evaluation.demo import run_demo
-    from scone.evaluation.demo_options import QUICK, DemoOptions
+    from scone.evaluation.demo import QUICK, DemoOptions, run_demo
 
     given = {name: value for name in OWN if (value := getattr(extra, name)) is not None}
     page = run_demo(DemoOptions(**((QUICK if extra.quick else {}) | given)), say=partial(print, flush=True))

@@ -113,8 +113,7 @@ def _measure_perplexity(
 ) -> dict[str, object]:
     """Print the perplexity on the dataset; returns what goes into the JSON."""
     from scone.data.prepare import prepare_corpus
-    from scone.evaluation.perplexity import perplexity
-    from scone.evaluation.text_size import sizes_of
+    from scone.evaluation.perplexity import perplexity, sizes_of
     from scone.inference.loading import position_limit
 
     data = options.data
@@ -155,16 +154,8 @@ def _print_perplexity(result: PerplexityResult) -> None:
     for name, value in {"word perplexity": result.word_perplexity, "bits per byte": result.bits_per_byte}.items():
         if value is not None:
             print(f"{name:<18}{value:.4f}")
-    groups = {
-        "no f-gram matched" if each["length"] == 1 else f"f-gram of {each['length']} tokens matched": each
-        for each in result.by_match_length
-    }
-    groups |= {
-        f"f-gram ranks {each['first_rank'] + 1:,} to {each['last_rank'] + 1:,}": each
-        for each in result.by_rank
-        if each["first_rank"] is not None
-    }
-    for name, group in groups.items():
+    for group in result.by_match_length:
+        name = "no f-gram matched" if group["length"] == 1 else f"f-gram of {group['length']} tokens matched"
         print(f"  {name:<34}{group['num_predicted'] / result.num_predicted:6.1%} of tokens, loss {group['loss']:.4f}")
     print(f"speed             {result.tokens_per_second:,.0f} tokens a second, {result.seconds:.1f} s")
 

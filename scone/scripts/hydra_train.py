@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run_jobs(sys.argv[1:] if argv is None else argv, _train)
     finally:
         if "RANK" in os.environ:  # a launcher started this process, and others
-            from scone.training.processes import destroy_process_group
+            from scone.training.distributed import destroy_process_group
 
             destroy_process_group()
     return 0

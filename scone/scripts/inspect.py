@@ -7,57 +7,45 @@ import dataclasses
 import json
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from scone.configs.loading import parse_options
 from scone.scripts.arguments import arguments, check_tokenizer
-from scone.scripts.serve import add_serving_arguments, serve_model
 from scone.utils.command_line import run_main
-from scone.utils.errors import SconeError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from scone.tokenization.inspection import InspectedToken
+    from scone.tokenization.matcher import InspectedToken
 
 EXAMPLES = (
     'scone inspect "Once upon a time" --model_path ./outputs/scone-model/final_model',
     "scone inspect --model_path ./outputs/scone-model/final_model < story.txt",
-    "scone inspect --serve --model_path ./outputs/scone-model/final_model --baseline gpt2",
 )
 
 
-def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    arguments(
-        "model_path",
-        "json",
-        text={"positional": True, "nargs": "?", "metavar": "TEXT", "help": "the text (default: standard input)"},
-        serve={"action": "store_true", "help": "show it in a browser (starts `scone serve`)"},
-    )(parser)
-    add_serving_arguments(parser)
+ARGUMENTS = arguments(
+    "model_path",
+    "tokenizer_path",
+    "json",
+    text={"positional": True, "nargs": "?", "metavar": "TEXT", "help": "the text (default: standard input)"},
+)
 
 
 def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The script's own arguments. Raises SconeError."""
     description = "Show a text's tokens with the longest f-gram that ends at each, its rank and its count."
-    settings: dict[str, Any] = {"examples": EXAMPLES, "add_arguments": _add_arguments, "config_flag": False}
-    extra = parse_options(argv, (), description, **settings)[1]
-    if extra.serve and extra.text is not None:
-        raise SconeError("found --serve with a text; expected a model alone; give the text in the page")
-    return extra
+    return parse_options(argv, (), description, examples=EXAMPLES, add_arguments=ARGUMENTS, config_flag=False)[1]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print one line per token, or JSON."""
     extra = read_arguments(argv)
-    if extra.serve:
-        return serve_model(extra, extra.placement, None)
     import numpy as np
 
     import scone.models.language_model  # noqa: F401 (registers itself: else AutoTokenizer asks to run a folder's code)
     from scone.tokenization.f_gram_vocabulary import FGramVocabulary
-    from scone.tokenization.inspection import inspect_tokens
-    from scone.tokenization.matcher import Matcher
+    from scone.tokenization.matcher import Matcher, inspect_tokens
     from scone.tokenization.tokenizers import load_tokenizer
 
     text = sys.stdin.read() if extra.text is None else extra.text

@@ -31,21 +31,15 @@ def read_arguments(argv: Sequence[str] | None) -> tuple[SconeOptions, argparse.N
         "Serve a model, SCONE (with or without its table) or plain, on a CPU or to try it out: an OpenAI-compatible "
         f"API, metrics, and a page. For many clients or a GPU use vLLM: {VLLM} (docs/how-to/vllm.md).",
         examples=EXAMPLES,
-        add_arguments=_add_arguments,
+        add_arguments=ARGUMENTS,
     )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Serve until stopped by SIGTERM or Ctrl-C."""
+    """Serve until stopped by SIGTERM or Ctrl-C. Raises SconeError; for a missing extra, before loading anything."""
     options, extra = read_arguments(argv)
-    placement = "mmap" if options.inference.use_memory_map else extra.placement
-    return serve_model(extra, placement, options.training.device)
-
-
-def serve_model(extra: argparse.Namespace, placement: str, device: str | None) -> int:
-    """Load model and table and serve them. Raises SconeError; for a missing extra, before loading anything."""
     try:
-        from scone.inference.serve import LOOPBACK, SconeInferenceEngine, ServeLimits, Service, serve
+        from scone.inference.serve import LOOPBACK, SconeInferenceEngine, Service, serve
     except ModuleNotFoundError as error:
         raise SconeError(
             f'found no {error.name}, which serving needs; install with: pip install "scone-lm[serve]"'
@@ -55,11 +49,12 @@ def serve_model(extra: argparse.Namespace, placement: str, device: str | None) -
     if key is not None and not key.strip():
         raise SconeError("found an empty API key; expected some characters; leave --api_key out to serve without one")
     engine = SconeInferenceEngine.from_pretrained(
-        *(extra.model_path, extra.embedding_cache_path, placement, extra.quantization, device, extra.tokenizer_path)
-    )
-    baseline = None if extra.baseline is None else SconeInferenceEngine.from_pretrained(extra.baseline, device=device)
-    limits = ServeLimits(
-        extra.max_prompt_tokens, extra.max_new_tokens, extra.max_batch, extra.max_waiting, extra.max_seconds
+        extra.model_path,
+        extra.embedding_cache_path,
+        "mmap" if options.inference.use_memory_map else extra.placement,
+        extra.quantization,
+        options.training.device,
+        extra.tokenizer_path,
     )
     name = extra.model_name or Path(extra.model_path).resolve().name
     if extra.host not in LOOPBACK and key is None:
@@ -69,7 +64,8 @@ def serve_model(extra: argparse.Namespace, placement: str, device: str | None) -
         page = f"API: {address}/v1, page: {address}/; for many clients or a GPU: {VLLM}"
         print(f"serving {name} at {address}  ({page})", flush=True)
 
-    serve(Service(engine, name, limits, key, baseline), extra.host, extra.port, announce, extra.cors_origin)
+    limits = {limit: getattr(extra, limit) for limit in LIMITS}
+    serve(Service(engine, name, **limits, api_key=key), extra.host, extra.port, announce, extra.cors_origin)
     return 0
 
 
@@ -82,47 +78,34 @@ def _origin(text: str) -> str:
     return text
 
 
-def add_serving_arguments(parser: argparse.ArgumentParser) -> None:
-    """The serving arguments, model aside; `scone inspect --serve` takes them too."""
-    arguments(
-        "embedding_cache_path",
-        "tokenizer_path",
-        "placement",
-        "quantization",
-        baseline={"metavar": "FOLDER", "help": "a plain model whose predictions the page shows for comparison"},
-        model_name={"metavar": "NAME", "help": "model name in the API (default: the folder's name)"},
-        host={"default": "127.0.0.1", "help": "address to listen on (default: 127.0.0.1, this machine only)"},
-        port={"type": at_least(0), "default": 8000, "help": "port to listen on, 0: a free one (default: 8000)"},
-        api_key={"metavar": "KEY", "help": f"ask clients for this key (better: the environment's {KEY_VARIABLE})"},
-        cors_origin={
-            "type": _origin,
-            "action": "append",
-            "default": [],
-            "metavar": "ORIGIN",
-            "help": "a web page elsewhere whose scripts may call the server, such as https://chat.example; * for all; "
-            "may be given several times (default: none)",
-        },
-        max_prompt_tokens={"type": at_least(1), "metavar": "N", "help": "longest prompt (default: the model's)"},
-        **{
-            name: {"type": at_least(1), "default": default, "metavar": "N", "help": f"{text} (default: {default})"}
-            for name, default, text in (
-                ("max_new_tokens", 1024, "new tokens per request"),
-                ("max_batch", 16, "sequences per batch"),
-                ("max_waiting", 128, "length of the request queue"),
-            )
-        },
-        max_seconds={
-            "type": at_least(0.1, float),
-            "default": 120.0,
-            "metavar": "S",
-            "help": "time limit of a request (default: 120)",
-        },
-    )(parser.add_argument_group("serving"))
-
-
-def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    arguments("model_path")(parser)
-    add_serving_arguments(parser)
+LIMITS = {
+    "max_new_tokens": (1024, "new tokens per request"),
+    "max_batch": (16, "sequences per batch"),
+    "max_waiting": (128, "length of the request queue"),
+}
+ARGUMENTS = arguments(
+    "model_path",
+    "embedding_cache_path",
+    "tokenizer_path",
+    "placement",
+    "quantization",
+    model_name={"metavar": "NAME", "help": "model name in the API (default: the folder's name)"},
+    host={"default": "127.0.0.1", "help": "address to listen on (default: 127.0.0.1, this machine only)"},
+    port={"type": at_least(0), "default": 8000, "help": "port to listen on, 0: a free one (default: 8000)"},
+    api_key={"metavar": "KEY", "help": f"ask clients for this key (better: the environment's {KEY_VARIABLE})"},
+    cors_origin={
+        "type": _origin,
+        "action": "append",
+        "default": [],
+        "metavar": "ORIGIN",
+        "help": "a web page elsewhere whose scripts may call the server, such as https://chat.example; * for all; "
+        "may be given several times (default: none)",
+    },
+    **{
+        name: {"type": at_least(1), "default": default, "metavar": "N", "help": f"{text} (default: {default})"}
+        for name, (default, text) in LIMITS.items()
+    },
+)
 
 
 if __name__ == "__main__":

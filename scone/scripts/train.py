@@ -32,7 +32,7 @@ def read_arguments(argv: Sequence[str] | None) -> SconeOptions:
 def main(argv: Sequence[str] | None = None) -> int:
     """Train and print the path of the model."""
     options = read_arguments(argv)
-    from scone.training.processes import destroy_process_group
+    from scone.training.distributed import destroy_process_group
     from scone.training.run import train
 
     final_model = train(options, quiet=is_quiet())

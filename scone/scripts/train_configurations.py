@@ -6,10 +6,9 @@ import argparse
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from scone.configs.loading import (
     Layer,
@@ -26,16 +25,12 @@ from scone.configs.values import entries
 from scone.scripts.arguments import arguments, at_least
 from scone.utils.command_line import did_you_mean, run_main
 from scone.utils.errors import SconeError
-from scone.utils.files import read_json
-
-if TYPE_CHECKING:
-    from scone.evaluation.results import RunResult
 
 DESCRIPTION = """\
 Train one model per named configuration, each in OUTPUT_DIR/scone-NAME/final_model. The corpus is tokenised and
 counted once. A configuration fixes the f-gram model's sizes, max_n, min_freq and max_f_grams; it overrides a --config
-file, and flags override it. Finished configurations are kept: after an interruption run the same command again. A
-report on all of them is written to OUTPUT_DIR: benchmark.html, .md, .csv and .json."""
+file, and flags override it. Finished configurations are kept: after an interruption run the same command again.
+`scone benchmark` compares what was trained."""
 EXAMPLES = (
     "scone train-configurations --base_model_name gpt2 --output_dir ./outputs --configs small-100k medium-100k",
     "scone train-configurations --distributed --num_gpus 4 --fp16 --configs medium-100k medium-500k",
@@ -87,7 +82,7 @@ def read_arguments(argv: Sequence[str] | None) -> tuple[dict[str, SconeOptions],
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train the unfinished configurations, print the models' paths, and write the report."""
+    """Train the unfinished configurations and print the models' paths."""
     options_of, extra = read_arguments(argv)
     processes = _processes(extra) if extra.distributed else 1
     waiting = [options for name, options in options_of.items() if not is_finished(name, options)]
@@ -102,7 +97,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             train_one(name, options, processes)
         else:
             print(f"final model: {Path(options.training.output_dir) / 'final_model'} (finished before)", flush=True)
-    print("\n" + write_family_report(Path(next(iter(options_of.values())).training.output_dir).parent, options_of))
     return 0
 
 
@@ -122,54 +116,6 @@ def is_finished(name: str, options: SconeOptions) -> bool:
                     f"choose another --output_dir, or remove the folder to train {name} again"
                 )
     return (folder / "final_model" / "options.yaml").is_file()  # the last file that a run writes
-
-
-def write_family_report(folder: Path, options_of: Mapping[str, SconeOptions]) -> str:
-    """Write the report on all configurations, of what their training logs say; returns its tables and its path."""
-    from scone.evaluation.report import markdown, write_report
-    from scone.utils.environment import environment
-
-    results: list[RunResult] = []
-    missing: list[dict[str, str]] = []
-    for name, options in options_of.items():
-        try:
-            results.append(_family_member(name, Path(options.training.output_dir)))
-        except SconeError as error:  # a model trained before there were such logs is finished all the same
-            missing.append({"what": f"scone-{name}", "why": str(error)})
-    if not results:
-        return f"no report: {missing[0]['why']}"
-    title = "f-gram configurations"
-    limit = next(iter(options_of.values())).training.max_eval_tokens
-    where = "the validation split" if limit is None else f"the first {limit:,} tokens of the validation split"
-    notes = [f"Perplexity is that of the finished models on {where}, in blocks of --max_length tokens."]
-    facts = {"machine": environment(), "notes": notes}
-    write_report(results, folder, title=title, facts=facts, missing=missing)
-    return f"{markdown(results, title, missing, facts)}\nreport: {folder / 'benchmark.html'}"
-
-
-def _family_member(name: str, run: Path) -> RunResult:
-    """The results in one run's log. Raises SconeError if there is none."""
-    from scone.evaluation.results import RunResult
-    from scone.models.accounting import f_gram_model_parameters
-    from scone.models.configuration import SconeConfig
-
-    log, config = read_json(run / "training_log.json"), read_json(run / "final_model" / "config.json")
-    final, cost, tokens = log["final"], log.get("cost", {}), log["steps"] * log["tokens_per_step"]
-    flops, f_grams = cost.get("training_flops_per_token"), config["model_type"] == SconeConfig.model_type
-    return RunResult(
-        f"scone-{name}",
-        "f-gram model",
-        {"validation": {"perplexity": final["eval_perplexity"]}} if "eval_perplexity" in final else {},
-        num_f_grams=config.get("num_f_grams"),
-        f_gram_model_parameters=f_gram_model_parameters(SconeConfig.from_dict(config)) if f_grams else None,
-        f_gram_model_size=name.split("-")[0],
-        parameters=log.get("parameters"),
-        inference_flops_per_token=cost.get("inference_flops_per_token"),
-        training_flops_per_token=flops,
-        training_flops=None if flops is None else flops * tokens,
-        training_tokens=tokens,
-        facts={figure: cost[figure] for figure in ("match_rate", "nodes_per_position") if figure in cost},
-    )
 
 
 def train_one(name: str, options: SconeOptions, processes: int) -> None:

@@ -116,7 +116,7 @@ def _stated_format(path: Path) -> str:
 
 def _verified_table(path: Path, model_folder: Path | None) -> tuple[Path, str]:
     """A table, and some of its rows against those of the model that it was made from."""
-    from scone.inference.table_tools import verify_table
+    from scone.inference.precompute import verify_table
 
     model = None
     if model_folder:  # a table by itself needs no model's libraries

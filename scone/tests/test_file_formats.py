@@ -14,8 +14,7 @@ import torch
 
 from scone.data.token_file import TokenFile, TokenFileWriter
 from scone.inference.embedding_table import EmbeddingTable
-from scone.inference.row_types import ROW_TYPES, RowFormat
-from scone.inference.table_format import TableLayout
+from scone.inference.table_format import ROW_TYPES, RowFormat, TableLayout
 from scone.inference.table_writer import TablePlan, TableWriter
 from scone.tokenization.counting import count_f_grams
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary

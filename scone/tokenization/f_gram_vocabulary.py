@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from scone.utils.errors import SconeError
 from scone.utils.files import fingerprint_of
 
 
+@dataclass(eq=False, repr=False)
 class FGramVocabulary:
     """S f-grams ranked by (count descending, length ascending, tokens lexicographic).
 
@@ -38,33 +40,23 @@ class FGramVocabulary:
     Nodes are uint32 when V + S ≤ 2³², else uint64.
     """
 
-    def __init__(
-        self,
-        *,
-        keys: np.ndarray,
-        suffixes: np.ndarray,
-        lengths: np.ndarray,
-        counts: np.ndarray,
-        vocab_size: int,
-        max_n: int,
-        separator_ids: Sequence[int] = (),
-        tokenizer_fingerprint: str = "",
-        index: ChildIndex | None = None,
-        fingerprint: str | None = None,
-        path: Path | None = None,
-    ) -> None:
-        """For the classmethods, which make sure that the arrays belong together; takes them as they are."""
-        self.vocab_size = int(vocab_size)
-        self.max_n = int(max_n)
-        self.separator_ids = tuple(sorted(int(separator) for separator in separator_ids))
-        self.tokenizer_fingerprint = tokenizer_fingerprint
-        self.keys = frozen(keys)
-        self.suffixes = frozen(suffixes)
-        self.lengths = frozen(lengths)
-        self.counts = frozen(counts)
-        self.path = path
-        self._index = index
-        self._fingerprint = fingerprint
+    keys: np.ndarray
+    suffixes: np.ndarray
+    lengths: np.ndarray
+    counts: np.ndarray
+    vocab_size: int
+    max_n: int
+    separator_ids: Sequence[int] = ()
+    tokenizer_fingerprint: str = ""
+    path: Path | None = None
+    _index: ChildIndex | None = None
+    _fingerprint: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("keys", "suffixes", "lengths", "counts"):
+            setattr(self, name, frozen(getattr(self, name)))
+        self.vocab_size, self.max_n = int(self.vocab_size), int(self.max_n)
+        self.separator_ids = tuple(sorted(int(separator) for separator in self.separator_ids))
 
     # Making one
 
@@ -106,7 +98,7 @@ class FGramVocabulary:
             max_n=max_n,
             separator_ids=separator_ids,
             tokenizer_fingerprint=tokenizer_fingerprint,
-            index=index,
+            _index=index,
         )
 
     @classmethod
@@ -219,8 +211,8 @@ class FGramVocabulary:
         return FGramVocabulary(**(self._parts() | changes))
 
     def _parts(self) -> dict[str, Any]:
-        parts = ("keys", "suffixes", "lengths", "counts", "vocab_size", "max_n", "separator_ids")
-        return {name: getattr(self, name) for name in (*parts, "tokenizer_fingerprint")}
+        parts = {each.name: getattr(self, each.name) for each in fields(self)}
+        return parts | {"path": None, "_index": None, "_fingerprint": None}
 
     # Asking it
 
@@ -291,18 +283,6 @@ class FGramVocabulary:
         f_gram_trie.unroll_f_grams(self.keys, self.lengths, self.vocab_size, ranks, tokens)
         return tokens
 
-    def node(self, tokens: Sequence[int]) -> int | None:
-        """The node of exactly these tokens; None when they are neither one token nor an f-gram."""
-        if len(tokens) == 0 or min(tokens) < 0 or max(tokens) >= self.vocab_size:
-            return None
-        node = int(tokens[0])
-        for token in tokens[1:]:
-            rank = child_index.find_child(tuple(self.index), node, token)
-            if rank == child_index.NO_F_GRAM:
-                return None
-            node = self.vocab_size + int(rank)
-        return node
-
     def depth_first_order(self) -> np.ndarray:
         """All ranks in trie preorder, int64 [S]: every f-gram after its prefix, subtrees together.
 
@@ -359,8 +339,8 @@ class FGramVocabulary:
             max_n=max_n,
             separator_ids=json.loads(metadata["separator_ids"]),
             tokenizer_fingerprint=metadata["tokenizer_fingerprint"],
-            index=ChildIndex(keys, arrays["slots"], int(metadata["rank_bits"]), int(metadata["max_probes"])),
-            fingerprint=metadata["fingerprint"],
+            _index=ChildIndex(keys, arrays["slots"], int(metadata["rank_bits"]), int(metadata["max_probes"])),
+            _fingerprint=metadata["fingerprint"],
             path=path,
         )
 

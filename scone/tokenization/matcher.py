@@ -1,9 +1,11 @@
-"""The matcher: token ids → node ids, for whole batches and one token at a time."""
+"""What ends at a position: the longest f-gram (its node), for batches and step by step, for people; hashed n-grams."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,6 @@ TOKENS_PER_THREAD = 1 << 17
 
 _NO_MASK = np.zeros(0, np.bool_)
 _NO_KINDS = np.zeros(0, np.uint8)
-_NO_CONTEXTS = np.zeros((0, 0), np.int64)
 
 
 class Matcher:
@@ -38,7 +39,6 @@ class Matcher:
         self,
         tokens: Any,
         mask: Any | None = None,
-        initial_states: Any | None = None,
         num_threads: int | None = None,
         *,
         starts: Any | None = None,
@@ -48,8 +48,6 @@ class Matcher:
         Args:
             tokens: integers [B, T] or [T], each 0 … V − 1.
             mask: same shape, False or 0 at padding: such a position's node is its own token, no f-gram contains it.
-            initial_states: integers [B] (or one for [T]): the node of the position before the first, or -1 for a fresh
-                start. Matching a sequence in pieces equals matching it whole.
             starts: same shape, True or 1 where an example begins, as in packed sequences: no f-gram reaches over it.
             num_threads: default all cores that the process may use; results do not depend on it.
 
@@ -65,15 +63,14 @@ class Matcher:
         if array.ndim not in (1, 2):
             raise ValueError(f"tokens have shape {array.shape}; expected [B, T] or [T]")
         nodes = np.empty(array.shape, np.int64)
-        num_sequences, length = array.shape if array.ndim == 2 else (1, len(array))
+        length = array.shape[-1]
         kinds = _kinds_of(mask, starts, array.shape)
-        contexts = _NO_CONTEXTS if initial_states is None else self._contexts(initial_states, num_sequences)
         flat = array.reshape(-1)
 
         def match_range(start: int, stop: int) -> int:
             return longest_match.match_positions(
                 *(self._index, self.vocabulary.vocab_size, self._longest, flat, kinds),
-                *(length, start, stop, contexts, nodes.reshape(-1)),
+                *(length, start, stop, nodes.reshape(-1)),
             )
 
         num_threads = min(num_threads or _available_cores(), max(1, len(flat) // TOKENS_PER_THREAD))
@@ -116,30 +113,11 @@ class Matcher:
             *(state_array, token_array, known, nodes),
         )
         if wrong >= 0:
-            self._check_state(int(state_array[wrong]))
+            if not longest_match.FRESH <= state_array[wrong] < self.vocabulary.num_nodes:
+                largest = self.vocabulary.num_nodes - 1
+                raise ValueError(f"state {state_array[wrong]} is no node; expected -1 … {largest}")
             raise self._foreign_token(token_array[wrong])
         return nodes
-
-    def _contexts(self, initial_states: Any, num_sequences: int) -> np.ndarray:
-        """The tokens of each state, int64 [B, N − 1], right-aligned, -1 before them.
-
-        They are all of the past that a later f-gram can contain: its part before the boundary is an f-gram or token
-        that ends there, so it is no longer than the longest one.
-        """
-        states = _integers(initial_states, "initial_states").reshape(-1)
-        if len(states) != num_sequences:
-            raise ValueError(f"{len(states)} initial states for {num_sequences} sequences")
-        contexts = np.full((num_sequences, self._longest - 1), -1, np.int64)
-        for context, state in zip(contexts, states.tolist(), strict=True):
-            self._check_state(state)
-            if state != longest_match.FRESH and len(context):
-                tokens = self.vocabulary.tokens(state)[-len(context) :]
-                context[-len(tokens) :] = tokens
-        return contexts
-
-    def _check_state(self, state: int) -> None:
-        if not longest_match.FRESH <= state < self.vocabulary.num_nodes:
-            raise ValueError(f"state {state} is no node; expected -1 … {self.vocabulary.num_nodes - 1}")
 
     def _foreign_token(self, token: int) -> SconeError:
         vocab_size = self.vocabulary.vocab_size
@@ -175,3 +153,109 @@ def _kinds_of(mask: Any | None, starts: Any | None, shape: tuple[int, ...]) -> n
 
 def _available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+_PIECE = 1 << 22
+
+
+@dataclass(frozen=True)
+class InspectedToken:
+    """One position and the longest f-gram that ends at it."""
+
+    position: int
+    token: int
+    node: int
+    match_length: int
+    """Tokens of the node; 1 where no f-gram ends."""
+    f_gram: tuple[int, ...]
+    """The node's tokens: the f-gram, or the one token."""
+    rank: int | None
+    count: int | None
+    """Occurrences in the counted corpus; None, as ``rank``, where no f-gram ends."""
+
+
+def inspect_tokens(tokens: np.ndarray, matcher: Matcher) -> list[InspectedToken]:
+    """One record per position of ``tokens``, integers [T]. Raises SconeError for a token outside the vocabulary."""
+    vocabulary = matcher.vocabulary
+    records = []
+    for position, node in enumerate(matcher.match(tokens).tolist()):
+        f_gram = vocabulary.tokens(node)
+        rank = node - vocabulary.vocab_size if len(f_gram) > 1 else None
+        count = None if rank is None else int(vocabulary.counts[rank])
+        records.append(InspectedToken(position, f_gram[-1], node, len(f_gram), f_gram, rank, count))
+    return records
+
+
+def match_lengths(matcher: Matcher, tokens: np.ndarray) -> np.ndarray:
+    """How many positions of ``tokens`` (integers [T], one sequence) have a longest match of n tokens, int64 [N + 1]; at
+    n = 1 none ends there. In pieces, so that a memory-mapped corpus needs little memory.
+
+    Raises SconeError for a token outside the vocabulary.
+    """
+    vocabulary = matcher.vocabulary
+    found, reach = np.zeros(vocabulary.longest + 1, np.int64), vocabulary.longest - 1
+    for start in range(0, len(tokens), _PIECE):
+        first = max(start - reach, 0)  # what an f-gram that ends in this piece may begin with
+        nodes = matcher.match(tokens[first : start + _PIECE])[start - first :]
+        ranks = nodes[nodes >= vocabulary.vocab_size] - vocabulary.vocab_size
+        found += np.bincount(vocabulary.lengths[ranks], minlength=len(found))
+        found[1] += len(nodes) - len(ranks)
+    return found
+
+
+LENGTHS = (2, 3)
+CONTEXT = max(LENGTHS) - 1
+"""How many tokens before a position decide its rows."""
+
+_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # the golden ratio, as in Fibonacci hashing
+_MIXER = np.uint64(0xBF58476D1CE4E5B9)  # one round of the finaliser of splitmix64
+_SHIFT = np.uint64(31)
+
+
+@dataclass(frozen=True)
+class HashedGrams:
+    """One table of ``num_rows`` rows: its first half for 2-grams, the rest for 3-grams.
+
+    Grams that contain a separator or padding have no row, as f-grams do not.
+    """
+
+    num_rows: int
+    separator_ids: tuple[int, ...] = ()
+
+    def rows(self, tokens: np.ndarray, valid: np.ndarray | None = None, starts: np.ndarray | None = None) -> np.ndarray:
+        """Rows of the 2-gram and the 3-gram that end at each position, int64 ``[..., T, 2]``; -1: none.
+
+        Args:
+            tokens: integers ``[..., T]``.
+            valid: bool, same shape, False at padding.
+            starts: bool, same shape, True where an example begins, over whose beginning no gram reaches.
+        """
+        usable = ~np.isin(tokens, self.separator_ids)
+        if valid is not None:
+            usable &= valid
+        rows = np.full((*tokens.shape, len(LENGTHS)), -1, np.int64)
+        first, key, whole = 0, tokens.astype(np.uint64), usable
+        for column, length in enumerate(LENGTHS):
+            size = self.num_rows // 2 if column == 0 else self.num_rows - self.num_rows // 2
+            before = length - 1
+            if tokens.shape[-1] <= before:
+                break
+            key = key[..., 1:] * _MULTIPLIER + tokens[..., :-before].astype(np.uint64) + np.uint64(1)
+            whole = whole[..., 1:] & usable[..., :-before]
+            if starts is not None:
+                whole &= ~starts[..., 1 : starts.shape[-1] - before + 1]
+            if size:  # of a single row, 2-grams get none
+                mixed = (key ^ (key >> _SHIFT)) * _MIXER
+                hashed = ((mixed ^ (mixed >> _SHIFT)) % np.uint64(size)).astype(np.int64)
+                rows[..., before:, column] = np.where(whole, first + hashed, -1)
+            first += size
+        return rows
+
+    def lookups(self, rows: np.ndarray, convert: Callable[[np.ndarray], Any]) -> dict[str, Any]:
+        """What ``LearnedRows`` reads for ``rows`` ``[..., 2]``: distinct ``row_ids`` [R] on the host, and
+        ``row_chains`` [P, 2], converted (to tensors), 1 + index into them; 0: none.
+        """
+        distinct, inverse = np.unique(rows.reshape(-1), return_inverse=True)
+        missing = int(len(distinct) > 0 and distinct[0] < 0)
+        chains = inverse.reshape(-1, len(LENGTHS)).astype(np.int64) + (1 - missing)
+        return {"row_ids": distinct[missing:], "row_chains": convert(chains)}

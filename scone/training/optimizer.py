@@ -15,7 +15,7 @@ from scone.kernels.common import to_device, triton_is_installed
 from scone.kernels.row_rms import rounded_stochastically, rounding_key, update_rows
 from scone.models.learned_rows import LearnedRows, Pass
 from scone.models.row_shards import RowShards, group_of_hosts, number_of_ranks, sum_parts
-from scone.training.sharding import local
+from scone.training.distributed import local
 from scone.utils.errors import SconeError
 
 logger = logging.getLogger(__name__)

@@ -11,9 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from scone.configs.schema import ModelOptions, SconeOptions
-from scone.models.configuration import FGramModelConfig
 from scone.models.embedded_trunk import EmbeddedTrunk
-from scone.models.input_embeddings import scale_at_start
 from scone.models.trunk import trunk_sizes
 from scone.utils.command_line import did_you_mean
 from scone.utils.errors import SconeError
@@ -46,7 +44,7 @@ def check_input_embedding(options: SconeOptions) -> None:
         )
     if rows_alone and model.combination == "replace" and not plain:
         raise SconeError(
-            "found --combination replace without an f-gram model; expected add or gate: rows start at zero and would "
+            "found --combination replace without an f-gram model; expected add: rows start at zero and would "
             "leave matched positions without a vector; change it, or give the f-gram model layers"
         )
 
@@ -55,11 +53,10 @@ def f_gram_model_settings(options: ModelOptions, trunk: PreTrainedConfig) -> dic
     """The f-gram model's configuration, its sizes the trunk's where the options leave them open; None for no f-gram
     model.
 
-    Raises SconeError: a width that the heads do not divide, or a start that cannot be.
+    Raises SconeError for a width that the heads do not divide.
     """
     asked = options.f_gram
     sizes: dict[str, Any] = trunk_sizes(trunk)
-    trunk_width = sizes["hidden_size"]
     if asked.hidden_size is not None and asked.intermediate_size is None:
         sizes["intermediate_size"] = 4 * asked.hidden_size
     for name in tuple(sizes):
@@ -72,26 +69,8 @@ def f_gram_model_settings(options: ModelOptions, trunk: PreTrainedConfig) -> dic
             f"found an f-gram model of width {sizes['hidden_size']} with {sizes['num_attention_heads']} heads; "
             "expected a multiple of the heads; give --f_gram_hidden_size and --f_gram_num_attention_heads"
         )
-    settings = sizes | {
-        "initializer_range": getattr(trunk, "initializer_range", 0.02),
-        "start": asked.start,
-        "output_norm": asked.output_norm,
-        "output_gain": asked.output_gain,
-        "own_tokens": asked.token_embeddings == "separate",
-    }
-    if asked.start == "identity" and sizes["hidden_size"] < trunk_width:
-        raise SconeError(
-            f"found --f_gram_start identity with an f-gram model of width {sizes['hidden_size']}; expected at least "
-            f"the trunk's {trunk_width}, through which a token's embedding passes unchanged; widen it"
-        )
-    try:
-        scale_at_start(FGramModelConfig(**settings), options.combination, 1.0)
-    except ValueError as error:
-        raise SconeError(
-            f"{error}; change --f_gram_start, --combination, --f_gram_output_norm, --f_gram_output_gain or "
-            "--f_gram_token_embeddings"
-        ) from error
-    return settings
+    own_tokens = asked.token_embeddings == "separate"
+    return sizes | {"initializer_range": getattr(trunk, "initializer_range", 0.02), "own_tokens": own_tokens}
 
 
 def resolve_precision(fp16: bool, bf16: bool, device_type: str) -> str:

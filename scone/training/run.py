@@ -25,19 +25,18 @@ from transformers import (
 
 from scone.configs.loading import save_options
 from scone.configs.schema import SconeOptions, TrainingOptions
-from scone.data.collator import Collator
-from scone.data.dataset import BlockDataset
+from scone.data.dataset import BlockDataset, Collator
 from scone.data.prepare import default_cache_folder, prepare_corpus, prepare_tokenizer
 from scone.data.token_file import TokenFile
 from scone.models.accounting import parameter_counts
 from scone.models.language_model import SconeForCausalLM
-from scone.models.model_card import write_model_card
 from scone.models.over_encoding import OverEncodingForCausalLM
 from scone.models.scaled_trunk import ScaledTrunkForCausalLM
 from scone.models.trunk import alone, build_trunk, longest_sequence
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 from scone.tokenization.tokenizers import separator_ids, tokenizer_fingerprint
-from scone.training.compilation import compile_for_training
+from scone.training.artifacts import prepare_vocabulary, write_model_card
+from scone.training.distributed import compile_for_training, reinit_process_group, report_lost_ranks
 from scone.training.optimizer import learned_rows, rows_learning_rate
 from scone.training.options import (
     all_are_used,
@@ -46,10 +45,8 @@ from scone.training.options import (
     reporter_names,
     resolve_precision,
 )
-from scone.training.processes import reinit_process_group, report_lost_ranks
 from scone.training.run_folder import FINAL_MODEL, OPTIONS_FILE, check_resume, one_run_at_a_time, resume_point
 from scone.training.trainer import SconeTrainer, StopOnSignal, TrainedAlready
-from scone.training.vocabulary import prepare_vocabulary
 from scone.utils.command_line import is_first_process
 from scone.utils.environment import environment
 from scone.utils.errors import SconeError
@@ -183,7 +180,6 @@ def build_model(options: SconeOptions, corpus: Corpus, *, quiet: bool = False) -
             OverEncodingForCausalLM.from_trunk(
                 trunk,
                 num_rows=options.model.over_encoding_rows,
-                start=options.model.over_encoding_start,
                 separator_ids=separator_ids(corpus.tokenizer),
                 embedding_scale=options.model.embedding_scale,
                 input_norm=options.model.input_norm,
@@ -203,9 +199,7 @@ def build_model(options: SconeOptions, corpus: Corpus, *, quiet: bool = False) -
         vocabulary,
         f_gram_model=f_gram_model_settings(options.model, trunk.config),
         learned_rows=options.model.learned_rows,
-        rows_backoff=options.model.rows_backoff,
         combination=options.model.combination,
-        control=options.model.control,
         embedding_scale=options.model.embedding_scale,
         input_norm=options.model.input_norm,
     )
@@ -266,9 +260,6 @@ def build_trainer(
             scone.vocabulary if scone else None,
             scone.config.learned_rows if scone else 0,
             corpus.tokenizer.pad_token_id or 0,
-            round_sizes=training.torch_compile,
-            backoff=options.model.rows_backoff,
-            control=options.model.control,
             hashed=model.grams if isinstance(model, OverEncodingForCausalLM) else None,
         ),
         processing_class=corpus.tokenizer,

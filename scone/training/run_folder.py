@@ -27,9 +27,9 @@ LOCK_FILE = ".lock"
 COMPLETE_MARKER = "complete.json"
 # What decides a model's function and does not show in the shapes of its weights, by the names of configurations.
 _OF_THE_FUNCTION = (
-    *("model_type", "max_n", "rows_backoff", "combination", "control", "embedding_scale", "separator_ids"),
+    *("model_type", "max_n", "combination", "embedding_scale", "separator_ids"),
     *("num_attention_heads", "n_head", "num_key_value_heads", "hidden_act", "activation_function"),
-    *("layer_norm_eps", "layer_norm_epsilon", "rms_norm_eps", "output_norm", "output_gain", "own_tokens"),
+    *("layer_norm_eps", "layer_norm_epsilon", "rms_norm_eps", "own_tokens"),
     # how positions are told apart, and how far attention reaches
     *("rope_type", "rope_theta", "factor", "partial_rotary_factor", "rotary_pct", "rotary_dim", "attention_factor"),
     *("low_freq_factor", "high_freq_factor", "original_max_position_embeddings", "sliding_window", "layer_types"),

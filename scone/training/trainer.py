@@ -27,10 +27,7 @@ from scone.data.dataset import TrainingOrder
 from scone.models.accounting import RunCost
 from scone.models.learned_rows import LearnedRows
 from scone.models.row_files import ROWS_FOLDER, append_rows, load_shares, save_shares
-from scone.training.optimizer import PER_ROW, AdamWWithRows, learned_rows
-from scone.training.passes import RowPasses, RowsStartAgain, once_a_pass
-from scone.training.run_folder import COMPLETE_MARKER, complete_checkpoints
-from scone.training.sharding import (
+from scone.training.distributed import (
     clip_sharded_gradients,
     load_whole_optimizer,
     load_whole_weights,
@@ -38,6 +35,9 @@ from scone.training.sharding import (
     whole_state,
     whole_weights,
 )
+from scone.training.optimizer import PER_ROW, AdamWWithRows, learned_rows
+from scone.training.passes import RowPasses, RowsStartAgain, once_a_pass
+from scone.training.run_folder import COMPLETE_MARKER, complete_checkpoints
 from scone.utils.errors import SconeError, library_refusal
 from scone.utils.files import give_umask_mode, read_json, write_json
 

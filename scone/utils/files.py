@@ -117,15 +117,6 @@ def read_json(path: str | Path) -> Any:
         raise SconeError(f"cannot read {path} as JSON: {error}; check the path, or make the file again") from error
 
 
-def sha256_of_file(path: str | Path) -> str:
-    """Hex SHA-256 of a file's bytes, read in pieces of 4 MiB."""
-    digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
-        while piece := file.read(1 << 22):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
 def fingerprint_of(*parts: str | bytes | np.ndarray) -> str:
     """Hex SHA-256 over ``parts``, each framed by its length so that different splits give different fingerprints."""
     digest = hashlib.sha256()

@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 
 from scone.inference.loading import check_table_weights
-from scone.inference.stores.shared_rows import remove_unused
+from scone.inference.stores.memory import remove_unused
 from scone.inference.table_format import TableFile
 from scone.models.configuration import SconeConfig
 from scone.tokenization.tokenizers import load_tokenizer, tokenizer_fingerprint

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from scone.inference.embedding_table import EmbeddingTable
 from scone.models.table_lookup import TableLookup, find_with
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
-from scone.tokenization.hashed_grams import CONTEXT, HashedGrams
-from scone.tokenization.matcher import Matcher
+from scone.tokenization.matcher import CONTEXT, HashedGrams, Matcher
 from scone.vllm.ragged_lookup import looked_up_in_line
 
 

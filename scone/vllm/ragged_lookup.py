@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from scone.models.host_lookup import Find
+from scone.models.table_lookup import Find
 
 
 def looked_up_in_line(
@@ -13,7 +13,7 @@ def looked_up_in_line(
     """What ``find`` says of the new tokens of R requests, ``[E, …]``; one call, whatever their number.
 
     Args:
-        find: as `host_lookup.looked_up` takes it; here all that it gets has one dimension.
+        find: as `table_lookup.looked_up` takes it; here all that it gets has one dimension.
         tokens: integers ``[P]``, one request behind another. One outside 0 … ``vocab_size`` − 1 is in no n-gram.
         query_starts: integers ``[R + 1]``, where each request begins, and where the last one ends, E ≤ P; what is
             behind it is padding.

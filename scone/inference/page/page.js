@@ -37,8 +37,6 @@ async function ask(path, body, options = {}) {
   return response;
 }
 
-const question = async (name, body) => (await ask(`page/${name}`, body)).json();
-
 // ---------------------------------------------------------------- tokens
 
 function colour(length) {
@@ -85,47 +83,19 @@ function choose(index) {
   );
 }
 
-// ---------------------------------------------------------------- tables with bars
-
-function row(word, share, number) {
-  const bar = element("div", { className: "bar" });
-  bar.style.width = `${100 * share}%`;
-  return element("tr", {},
-    element("td", { className: "word", title: word }, shownInLine(word)),
-    element("td", {}, bar),
-    element("td", { className: "number" }, number));
-}
-
-function table(title, rows) {
-  return element("table", {}, element("thead", {}, element("tr", {}, element("th", { colSpan: 3 }, title))),
-    element("tbody", {}, ...rows));
-}
-
-function drawNext(found) {
-  const names = { scone: "SCONE", baseline: "plain model" };
-  const largest = Math.max(...Object.values(found).flat().map((one) => one.probability));
-  $("next").replaceChildren(...Object.entries(found).map(([name, words]) => element("div", { className: name },
-    element("h3", {}, names[name] ?? name),
-    table("probability of each", words.map((one) =>
-      row(one.text, one.probability / largest, `${(100 * one.probability).toFixed(1)} %`))))));
-}
-
 // ---------------------------------------------------------------- asking
 
 async function look() {
   const mine = ++latest;
   const text = $("text").value;
   try {
-    const found = await question("inspect", { text });
+    const found = await (await ask("page/inspect", { text })).json();
     if (mine !== latest) return;
     complain(null);
     tokens = found.tokens;
     drawTokens();
     const longest = tokens.reduce((best, token, index) => (token.match_length > tokens[best].match_length ? index : best), 0);
     if (tokens.length) choose(longest);
-    if (!text) return $("next").replaceChildren();
-    const next = await question("next", { text });
-    if (mine === latest) drawNext(next);
   } catch (error) { if (mine === latest) complain(error); }
 }
 

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from scone.inference.stores.base import RowStore, StoreMemory
 from scone.inference.table_format import PAGE_BYTES, TableFile, damaged
-from scone.kernels.dequantize import gather_bytes
-from scone.kernels.direct_read import close_queue, open_queue, plan_pieces, read_pieces, read_pieces_queued
+from scone.kernels.dequantize import close_queue, gather_bytes, open_queue, plan_pieces, read_pieces, read_pieces_queued
 from scone.utils.errors import SconeError
 
 QUEUE_DEPTH = 128

@@ -10,10 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scone.inference.stores.base import RowStore, StoreMemory
+from scone.inference.stores.base import RowStore, StoreMemory, Tier, parse_placement
 from scone.inference.stores.direct import DirectStore
 from scone.inference.stores.memory import DeviceStore, MemoryStore
-from scone.inference.stores.placement import Tier, parse_placement
 from scone.inference.table_format import TableFile
 from scone.utils.errors import SconeError
 

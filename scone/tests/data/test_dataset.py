@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from scone.data.collator import Collator
-from scone.data.dataset import BlockDataset, num_blocks
+from scone.data.dataset import BlockDataset, Collator, num_blocks
 from scone.data.token_file import TokenFileWriter
 from scone.utils.errors import SconeError
 

@@ -10,9 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scone.data import encoding, prepare
-from scone.data.encoding import CorpusEncoder, short_pieces
-from scone.data.prepare import prepare_corpus, prepare_tokenizer
+from scone.data import prepare
+from scone.data.prepare import CorpusEncoder, prepare_corpus, prepare_tokenizer, short_pieces
 from scone.data.token_file import TokenFile
 from scone.tokenization.tokenizers import document_separator_id, tokenizer_fingerprint
 from scone.utils.errors import SconeError
@@ -164,7 +163,7 @@ def test_a_trained_tokenizer_is_made_once_per_corpus_and_size(tmp_path):
 @given(st.text(alphabet="ab \né", max_size=200))
 def test_short_pieces_are_the_text(text):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(encoding, "LONGEST_TEXT_CHARACTERS", 20)
+        patch.setattr(prepare, "LONGEST_TEXT_CHARACTERS", 20)
         pieces = list(short_pieces(text))
     assert "".join(pieces) == text
     assert all(len(piece) <= 20 for piece in pieces)
@@ -173,7 +172,7 @@ def test_short_pieces_are_the_text(text):
 def test_a_long_text_has_the_tokens_of_its_whole(tiny_tokenizer, monkeypatch):
     text = "the cat sat on the mat\nand the dog, too. " * 50
     expected = tiny_tokenizer.encode(text, add_special_tokens=False)
-    monkeypatch.setattr(encoding, "LONGEST_TEXT_CHARACTERS", 100)
+    monkeypatch.setattr(prepare, "LONGEST_TEXT_CHARACTERS", 100)
     assert CorpusEncoder(tiny_tokenizer).encode([text, "end"])[0].tolist() == expected
 
 

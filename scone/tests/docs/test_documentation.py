@@ -75,7 +75,7 @@ def test_every_command_of_ours_is_understood(block: Block, workspace: Path, monk
 def understood(script: str, arguments: list[str]) -> None:
     module = importlib.import_module(f"scone.scripts.{script}")
     if script == "table":
-        assert arguments[0] in module._VERBS
+        assert arguments[0] == "convert"
     elif "…" not in arguments:
         module.read_arguments(arguments)
 

@@ -11,12 +11,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from scone.data.sources import stdlib_files
-from scone.evaluation.demo import MIN_STEPS, TRAINING_SHARE, plan_steps, run_demo
-from scone.evaluation.demo_options import DemoOptions
+from scone.evaluation.demo import DemoOptions, run_demo
 from scone.evaluation.demo_page import cost_table, render_demo, steps_in_equal_time, verdict
 from scone.utils.errors import SconeError
 
@@ -60,23 +57,22 @@ def test_demo_measures_both_models_alike(options, report):
     assert scone["evaluation"]["num_predicted"] == plain["evaluation"]["num_predicted"]
     first_losses = [model["training_curve"][0][1] for model in (plain, scone)]
     assert first_losses[0] == pytest.approx(first_losses[1], abs=0.02), "the same start, the same batches"
-    assert report["comparison"]["table_against_live"] < 1e-4
-    assert report["training"]["steps"] == options.steps
+    assert [model["steps"] for model in (plain, scone)] == [options.steps] * 2
     assert 1 <= len(report["samples"]) <= 3
 
 
 def test_report_is_one_page_without_outside_resources(options, report):
     page = (Path(options.output_dir) / "report.html").read_text(encoding="utf-8")
     assert page == render_demo(report), "the page is made of report.json alone"
-    assert page.count("<svg") == 4
+    assert page.count("<svg") == 2
     check_page(page)
 
 
 def test_page_says_what_plain_could_do_in_the_same_time(report):
     changed = copy.deepcopy(report)
-    for plain, scone, steps in [(0.5, 0.6, 29), (0.5, 0.5, 24), (0.5, 0.4, 19)]:
-        changed["models"]["plain"]["seconds_a_step"] = plain
-        changed["models"]["scone"]["seconds_a_step"] = scone
+    for plain, scone, steps in [(5.0, 6.0, 29), (5.0, 5.0, 24), (5.0, 4.0, 19)]:
+        changed["models"]["plain"]["training_seconds"] = plain
+        changed["models"]["scone"]["training_seconds"] = scone
         assert steps_in_equal_time(changed) == steps
         assert f"plain would take {steps} steps in place of 24" in verdict(changed)["detail"]
         assert ["Steps in SCONE's training time", str(steps), "24"] in cost_table(changed)[1]
@@ -121,18 +117,20 @@ def stop_at(pattern):
 
 
 def test_a_second_run_uses_what_was_finished_unless_options_or_text_are_others(options, report, tmp_path):
-    shutil.copytree(options.output_dir, tmp_path / "demo")
-    again = replace(options, output_dir=str(tmp_path / "demo"))
+    again, other = (replace(options, output_dir=str(tmp_path / name)) for name in ("demo", "other"))
+    for each in (again, other):
+        shutil.copytree(options.output_dir, each.output_dir)
     said, found = run(again)
     assert sum("finished before, used again" in line for line in said) == 2
     assert losses(found) == losses(report)
+    trains = r" *step +\d+/"
     with pytest.raises(KeyboardInterrupt):
-        run(replace(again, steps=20), stop_at(".*training again"))
+        run(replace(again, steps=20), stop_at(trains))
     text = Path(options.data).read_text(encoding="utf-8")
     try:  # the path is the same, what is there is not
         Path(options.data).write_text("".join(reversed(text.splitlines(keepends=True))), encoding="utf-8")
         with pytest.raises(KeyboardInterrupt):
-            run(again, stop_at(".*training again"))
+            run(other, stop_at(trains))
     finally:
         Path(options.data).write_text(text, encoding="utf-8")
 
@@ -145,16 +143,6 @@ def test_a_demo_that_is_stopped_goes_on_from_the_middle(options, report, tmp_pat
     steps = [int(step[1]) for line in said if (step := re.match(r" *step +(\d+)/24", line))]
     assert steps[0] == 13
     assert losses(found) == pytest.approx(losses(report), rel=1e-5)
-
-
-@settings(max_examples=100, deadline=None)
-@given(seconds=st.floats(2e-3, 20), minutes=st.floats(0.5, 20))
-def test_plan_fits_into_the_minutes(seconds, minutes):
-    asked = DemoOptions(minutes=minutes)
-    steps = plan_steps(asked, seconds)
-    assert MIN_STEPS <= steps <= asked.steps
-    assert steps * seconds <= 60 * minutes * TRAINING_SHARE or steps == MIN_STEPS
-    assert steps == asked.steps or (steps + 1) * seconds > 60 * minutes * TRAINING_SHARE
 
 
 @pytest.mark.parametrize(
@@ -179,9 +167,7 @@ def test_other_folders_and_too_little_text_are_refused(options, tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(SconeError, match=r"holds something else \(found thesis\.tex\)"):
         run(replace(options, output_dir=str(tmp_path)))
-    with pytest.raises(SconeError, match="found a file"):
-        run(replace(options, output_dir=str(tmp_path / "thesis.tex")))
-    lines = "".join(json.dumps({"text": f"a few words, number {number}"}) + "\n" for number in range(30))
+    lines = "".join(json.dumps({"text": f"a few words, number {number}"}) + "\n" for number in range(3))
     (tmp_path / "small.jsonl").write_text(lines)
     with pytest.raises(SconeError, match="give more text"):
         run(replace(options, data=str(tmp_path / "small.jsonl"), output_dir=str(tmp_path / "demo")))

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scone.evaluation.perplexity import loss_difference, perplexity, windows
+from scone.evaluation.perplexity import paired_difference, perplexity, windows
 from scone.tests import tiny
 from scone.utils.errors import SconeError
 
@@ -116,11 +116,11 @@ def test_what_cannot_be_evaluated_is_refused(model, tokens, max_length, stride, 
 def test_the_difference_of_two_models_is_paired_over_windows(model):
     first = perplexity(model, TOKENS, 16, quiet=True)
     second = perplexity(tiny.trunk("gpt2", seed=1, n_positions=32), TOKENS, 16, quiet=True)
-    difference, (low, high) = loss_difference(first, second)
+    difference, (low, high) = paired_difference(first.window_losses, second.window_losses)
     each = np.array(second.window_losses) - np.array(first.window_losses)
     assert difference == pytest.approx(each.mean())
     assert difference != 0
     half = 1.96 * each.std(ddof=1) / len(each) ** 0.5
     assert (low, high) == pytest.approx((each.mean() - half, each.mean() + half))
-    assert loss_difference(second, first)[0] == pytest.approx(-difference)
-    assert loss_difference(first, first) == (0.0, (0.0, 0.0))
+    assert paired_difference(second.window_losses, first.window_losses)[0] == pytest.approx(-difference)
+    assert paired_difference(first.window_losses, first.window_losses) == (0.0, (0.0, 0.0))

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scone.evaluation.text_size import sizes_of
+from scone.evaluation.perplexity import sizes_of
 from scone.tokenization.tokenizers import train_tokenizer
 
 SAMPLE = "The cat sat on the mat.\n\nThe dog\tran — naïve façade, 日本語 text;  two  spaces \r\n" * 20

@@ -124,13 +124,17 @@ def test_mistakes_get_one_line(folder, argv, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_an_answer_longer_than_the_model_gets_one_line(folder, tmp_path):
+def test_an_answer_longer_than_the_model_gets_one_line_that_names_the_task(folder, tmp_path):
+    from scone.inference.loading import load_model
     from scone.tokenization.tokenizers import load_tokenizer
 
-    long = {"context": "the sun is", "continuation": "hot" * 100}
-    write_items(tmp_path, "lambada_openai", [long])
-    with pytest.raises(SconeError, match=r"cannot evaluate this model .*the model has 64 positions"):
-        evaluate_tasks(tiny.trunk(), load_tokenizer(folder), ["lambada_openai"], tmp_path)
+    model = load_model(folder, device="cpu").model
+    write_items(tmp_path, "arc_easy", arc_items(["A"]))
+    write_items(tmp_path, "lambada_openai", [{"context": "the sun is", "continuation": "hot" * 2000}])
+    with pytest.raises(
+        SconeError, match=r"cannot evaluate lambada_openai with this model .*the model has \d+ positions"
+    ):
+        evaluate_tasks(model, load_tokenizer(folder), ["arc_easy", "lambada_openai"], tmp_path)
 
 
 def test_missing_harness_gets_one_line(monkeypatch):

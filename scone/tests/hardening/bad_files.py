@@ -24,7 +24,7 @@ from scone.data.readers import read_documents
 from scone.data.token_file import METADATA_NAME, TokenFile, TokenFileWriter, _metadata_checksum
 from scone.inference import table_format
 from scone.inference.embedding_table import EmbeddingTable
-from scone.inference.table_tools import verify_table
+from scone.inference.precompute import verify_table
 from scone.scripts.verify import verify
 from scone.tests import tiny
 from scone.tests.hardening.hostile import HOSTILE_VALUES, damaged, deep_json, forged

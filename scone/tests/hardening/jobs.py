@@ -144,7 +144,6 @@ def preload() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import scone.data.prepare
     import scone.inference.precompute
-    import scone.inference.table_tools
     import scone.scripts.precompute_embeddings
     import scone.scripts.table
     import scone.scripts.train

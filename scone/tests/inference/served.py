@@ -49,12 +49,10 @@ def make_model(folder: Path, text: str = TEXT, max_n: int = 4, positions: int = 
 
 
 @contextmanager
-def server(
-    folder: Path, *options: str, script: str = "serve", key: str | None = None
-) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+def server(folder: Path, *options: str, key: str | None = None) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """The address of a server process over `make_model`'s folder, and the process; stopped at the end."""
     table = ["--embedding_cache_path", str(folder / "embeddings.cache")]
-    command = [sys.executable, "-m", f"scone.scripts.{script}", "--model_path", str(folder), *table, "--port", "0"]
+    command = [sys.executable, "-m", "scone.scripts.serve", "--model_path", str(folder), *table, "--port", "0"]
     environment = {name: value for name, value in os.environ.items() if name != "SCONE_API_KEY"}
     environment |= {} if key is None else {"SCONE_API_KEY": key}
     with subprocess.Popen(

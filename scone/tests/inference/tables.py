@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from scone.inference.row_types import RowFormat
-from scone.inference.table_format import TableLayout
+from scone.inference.table_format import RowFormat, TableLayout
 from scone.inference.table_writer import TablePlan, TableWriter
 
 

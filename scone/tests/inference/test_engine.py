@@ -266,9 +266,8 @@ def test_stats_count_what_was_read(tmp_path, tokenizer):
     assert stats.reads is not None
     assert (stats.reads.num_positions, stats.reads.num_rows) == (4 + 3 + 2 * 3, matches)
     assert matches >= 2
-    assert [request.num_new_tokens for request in stats.requests] == [4, 4]
-    for request in stats.requests:
-        assert request.first_token_seconds is not None
-        assert 0 < request.first_token_seconds <= request.seconds <= stats.seconds
+    assert stats.num_new_tokens == 4 + 4
+    assert stats.first_token_seconds is not None
+    assert 0 < stats.first_token_seconds <= stats.seconds
     assert "table reads: " in str(stats)
     assert "an f-gram ended at" in str(stats)

@@ -10,8 +10,8 @@ import torch
 from transformers import DynamicCache
 
 from scone.inference.embedding_table import EmbeddingTable
-from scone.inference.row_types import ROW_TYPES
 from scone.inference.streaming import counted_reads
+from scone.inference.table_format import ROW_TYPES
 from scone.models.language_model import SconeForCausalLM
 from scone.tests import tiny
 from scone.tests.inference.tables import write_table

@@ -13,10 +13,8 @@ import torch
 
 from scone.inference import precompute
 from scone.inference.embedding_table import EmbeddingTable
-from scone.inference.precompute import precompute_table
-from scone.inference.row_types import ROW_TYPES, RowFormat
-from scone.inference.table_format import TableLayout
-from scone.inference.table_tools import verify_table
+from scone.inference.precompute import precompute_table, verify_table
+from scone.inference.table_format import ROW_TYPES, RowFormat, TableLayout
 from scone.inference.table_writer import TablePlan, TableWriter
 from scone.tests import tiny
 from scone.utils.errors import SconeError

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from scone.inference.row_types import ROW_TYPES, RowFormat
+from scone.inference.table_format import ROW_TYPES, RowFormat
 from scone.utils.errors import SconeError
 
 FINITE = st.floats(-(2.0**100), 2.0**100, width=32)
@@ -70,7 +70,7 @@ def test_numbers_that_no_row_can_hold_are_refused(row_type):
 
 @pytest.mark.parametrize("row_type", ROW_TYPES)
 def test_a_row_is_the_same_bytes_whatever_is_stored_with_it(row_type, monkeypatch):
-    monkeypatch.setattr("scone.inference.row_types._NUMBERS_ON_A_HOST", 3 * 101 + 5)  # three rows at a time
+    monkeypatch.setattr("scone.inference.table_format._NUMBERS_ON_A_HOST", 3 * 101 + 5)  # three rows at a time
     row, rows = RowFormat.of(row_type, 101), torch.randn(10, 101, generator=torch.Generator().manual_seed(0))
     np.testing.assert_array_equal(row.encode(rows), np.concatenate([row.encode(one) for one in rows.split(1)]))
     assert row.encode(rows[:0]).shape == (0, row.row_bytes)

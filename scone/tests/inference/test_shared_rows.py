@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from scone.inference.embedding_table import EmbeddingTable
-from scone.inference.stores import shared_rows
+from scone.inference.stores import memory
 from scone.tests.inference.tables import write_table
 from scone.utils.errors import SconeError
 
-pytestmark = pytest.mark.skipif(not shared_rows.FOLDER.is_dir(), reason="this system has no /dev/shm")
+pytestmark = pytest.mark.skipif(not memory.FOLDER.is_dir(), reason="this system has no /dev/shm")
 READER = """
 import sys, torch
 from scone.inference.embedding_table import EmbeddingTable
@@ -37,7 +37,7 @@ def path(tmp_path: Path) -> Path:
 
 def segments(path: Path) -> list[Path]:
     with EmbeddingTable.open(path, "mmap") as table:
-        return sorted(shared_rows.FOLDER.glob(f"scone-*-{table.layout.rows_checksum[:32]}-*"))
+        return sorted(memory.FOLDER.glob(f"scone-*-{table.layout.rows_checksum[:32]}-*"))
 
 
 def reader(path: Path) -> subprocess.Popen[str]:

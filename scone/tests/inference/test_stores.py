@@ -14,13 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scone.inference.embedding_table import EmbeddingTable
-from scone.inference.row_types import ROW_TYPES, RowFormat
 from scone.inference.stores.base import RowStore
 from scone.inference.stores.direct import DirectStore
 from scone.inference.stores.memory import DeviceStore, MemoryStore
-from scone.inference.stores.placement import Tier, parse_placement
-from scone.inference.stores.tiered import TieredStore
-from scone.inference.table_format import TableFile
+from scone.inference.stores.tiered import Tier, TieredStore, parse_placement
+from scone.inference.table_format import ROW_TYPES, RowFormat, TableFile
 from scone.tests.inference.tables import write_table
 from scone.utils.errors import SconeError
 

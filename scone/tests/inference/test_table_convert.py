@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from scone.inference.embedding_table import EmbeddingTable
-from scone.inference.row_types import ROW_TYPES
-from scone.inference.table_tools import convert_table, verify_table
+from scone.inference.precompute import convert_table, verify_table
+from scone.inference.table_format import ROW_TYPES, TableFile
 from scone.scripts.table import main
 from scone.tests.inference.tables import write_table
 from scone.utils.errors import SconeError
@@ -76,14 +76,13 @@ def test_bad_choices_are_one_line(table: Path, tmp_path: Path) -> None:
         convert_table(table, tmp_path / "output", row_type="int3")
 
 
-def test_the_command_shows_and_converts(table: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_the_command_converts(table: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     output = tmp_path / "int4"
     assert main(["convert", str(table), str(output), "--row_type", "int4", "--group_size", "100"]) == 0
     assert "9,000 rows × 300 int4" in capsys.readouterr().out
-    assert main(["info", str(output)]) == 0
-    shown = capsys.readouterr().out
-    assert "int4, groups of 100, 156 bytes a row" in shown
-    assert "aa" * 32 in shown
+    with TableFile(output) as file:
+        assert (file.layout.row_format.group_size, file.layout.row_bytes) == (100, 156)
+        assert file.layout.fingerprints["weights"] == "aa" * 32
     assert main([]) == 0
-    with pytest.raises(SconeError, match="did you mean convert"):
+    with pytest.raises(SconeError, match="expected scone table convert"):
         main(["convrt"])

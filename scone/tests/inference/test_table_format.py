@@ -15,9 +15,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from scone.inference.embedding_table import EmbeddingTable
-from scone.inference.row_types import ROW_TYPES
-from scone.inference.table_format import PAGE_BYTES, TableFile
-from scone.inference.table_tools import verify_table
+from scone.inference.precompute import verify_table
+from scone.inference.table_format import PAGE_BYTES, ROW_TYPES, TableFile
 from scone.tests.inference.tables import write_table
 from scone.utils.errors import SconeError
 

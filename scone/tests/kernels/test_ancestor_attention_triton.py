@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from scone.models.ancestor_attention import ancestor_attention, padded_ancestor_attention
+from scone.kernels.ancestor_attention import ancestor_attention, padded_ancestor_attention
 from scone.tests.kernels.triton_device import DEVICE, INTERPRETED
 
 from scone.kernels.ancestor_attention_triton import (  # isort: skip (where Triton is installed, as the last one says)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scone.inference.row_types import ROW_TYPES, RowFormat
+from scone.inference.table_format import ROW_TYPES, RowFormat
 from scone.kernels.dequantize import dequantize_rows, gather_bytes
 from scone.kernels.reference import reference_rows
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from scone.inference.row_types import ROW_TYPES, RowFormat
+from scone.inference.table_format import ROW_TYPES, RowFormat
 from scone.tests.kernels.triton_device import DEVICE, INTERPRETED, zeros_beyond_31_bits
 
 

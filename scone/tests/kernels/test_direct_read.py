@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scone.kernels.direct_read import (
+from scone.kernels.dequantize import (
     PAGE_BYTES,
     PIECE_PAGES,
     close_queue,

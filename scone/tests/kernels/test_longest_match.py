@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from numba import njit
 
 from scone.kernels import child_index, f_gram_trie, longest_match, reference
-from scone.kernels.child_index import ChildIndex
-from scone.kernels.simd import LANES, largest_match, prefetch
+from scone.kernels.child_index import LANES, ChildIndex, largest_match, prefetch
 from scone.tests.tokenization.f_gram_strategies import cases
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 from scone.utils.errors import SconeError
@@ -78,9 +77,9 @@ def long_case() -> tuple[FGramVocabulary, np.ndarray]:
 
 
 def match_range(vocabulary: FGramVocabulary, tokens: np.ndarray, start: int, stop: int) -> np.ndarray:
-    nodes, no_states = np.full(len(tokens), -7, np.int64), np.zeros((0, 0), np.int64)
+    nodes = np.full(len(tokens), -7, np.int64)
     sizes, row = (vocabulary.vocab_size, vocabulary.longest), (tokens, np.zeros(0, bool), len(tokens))
-    wrong = longest_match.match_positions(tuple(vocabulary.index), *sizes, *row, start, stop, no_states, nodes)
+    wrong = longest_match.match_positions(tuple(vocabulary.index), *sizes, *row, start, stop, nodes)
     assert wrong == -1
     return nodes
 
@@ -109,7 +108,7 @@ def test_a_damaged_index_is_harmless(seed):
     slots = random.integers(0, 2**32, len(index.slots), dtype=np.uint32) | np.uint32(1)
     names = ("keys", "suffixes", "lengths", "counts", "vocab_size", "max_n")
     same = {name: getattr(vocabulary, name) for name in names}
-    damaged = FGramVocabulary(**same, index=index._replace(slots=slots))
+    damaged = FGramVocabulary(**same, _index=index._replace(slots=slots))
     nodes = match_range(damaged, tokens[:600], 0, 600)
     assert ((nodes >= 0) & (nodes < vocabulary.num_nodes)).all()
 

@@ -14,7 +14,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers.cache_utils import StaticLayer
 
-from scone.inference.row_types import ROW_TYPES, RowFormat
+from scone.inference.table_format import ROW_TYPES, RowFormat
 from scone.kernels import reference
 from scone.kernels.common import GPUReadableRows
 from scone.kernels.longest_match import FIRST_BIT

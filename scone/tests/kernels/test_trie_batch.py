@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scone.kernels import reference
-from scone.kernels.trie_batch import build_trie_batch, rounded
+from scone.kernels.trie_batch import build_trie_batch
 from scone.tests import tiny
 from scone.tokenization.matcher import Matcher
 
@@ -20,13 +20,12 @@ from scone.tokenization.matcher import Matcher
     min_freq=st.sampled_from([1, 3, 10, 10**6]),
     shape=st.tuples(st.integers(1, 4), st.integers(1, 40)),
     num_rows=st.sampled_from([0, 1, 7, 10**6]),
-    backoff=st.booleans(),
 )
-def test_trie_batch_equals_its_plain_reference(seed, max_n, min_freq, shape, num_rows, backoff):
+def test_trie_batch_equals_its_plain_reference(seed, max_n, min_freq, shape, num_rows):
     vocabulary = tiny.vocabulary(tiny.corpus(300, seed), max_n, min_freq)
     nodes = Matcher(vocabulary).match(tiny.corpus(shape[0] * shape[1], seed).reshape(shape))  # so that much matches
     inputs = (nodes, vocabulary.keys, vocabulary.suffixes, vocabulary.vocab_size, max_n, num_rows)
-    fast, plain = build_trie_batch(*inputs, backoff=backoff), reference.trie_batch(*inputs, backoff)
+    fast, plain = build_trie_batch(*inputs), reference.trie_batch(*inputs)
     for name in ("position_index", "f_grams", "f_gram_offsets", "depths", "depth_offsets", "row_ids", "row_chains"):
         np.testing.assert_array_equal(getattr(fast, name), getattr(plain, name), err_msg=name)
     assert (np.diff(fast.f_gram_index) > 0).all()
@@ -52,15 +51,3 @@ def test_a_batch_without_f_grams_still_has_one_node(nodes):
     assert not batch.position_index.any()
     assert len(batch.f_grams) == 1
     assert len(batch.tokens) >= 1
-
-
-@settings(max_examples=100, deadline=None)
-@given(size=st.integers(1, 10**7))
-def test_rounded_sizes_are_few_and_near(size):
-    assert size <= rounded(size) <= max(64, size + size // 8)
-    assert rounded(rounded(size)) == rounded(size)
-    assert rounded(size) % 8 == 0
-
-
-def test_there_are_eight_sizes_between_powers_of_two():
-    assert len({rounded(size) for size in range(2**10 + 1, 2**11 + 1)}) == 8

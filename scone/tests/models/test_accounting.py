@@ -9,7 +9,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from scone.data.collator import Collator
+from scone.data.dataset import Collator
 from scone.models.accounting import (
     RunCost,
     f_gram_forward_flops,
@@ -57,13 +57,12 @@ def test_f_gram_flops_equal_counted_flops_of_the_padded_model():
 
 
 @pytest.mark.parametrize("whole_layer", [False, True])
-def test_a_layer_costs_its_f_gram_model_and_its_gate(whole_layer):
+def test_a_layer_costs_its_f_gram_model(whole_layer):
     """The operations that torch counts in the f-gram model itself, and in the whole layer, attention besides, which is
     no matrix product there. The last layer counts only what positions read; own tokens are looked up, not mapped.
     """
     sizes = tiny.F_GRAM_SIZES | ({"own_tokens": True} if whole_layer else {})
-    gate = {"combination": "gate"} if whole_layer else {}
-    model = SconeForCausalLM.from_trunk(tiny.trunk(), tiny.vocabulary(), f_gram_model=sizes, learned_rows=20, **gate)
+    model = SconeForCausalLM.from_trunk(tiny.trunk(), tiny.vocabulary(), f_gram_model=sizes, learned_rows=20)
     layer, tokens = model.eval().f_gram_embedding, torch.from_numpy(tiny.corpus(60)[None])
     trie = model.trie_of(model.match(tokens))
     nodes, f_grams = (

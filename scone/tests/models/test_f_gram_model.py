@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.utils import counters
 
+from scone.kernels.ancestor_attention import ancestor_attention, padded_ancestor_attention
 from scone.kernels.trie_batch import build_trie_batch
-from scone.models.ancestor_attention import ancestor_attention, padded_ancestor_attention
 from scone.models.configuration import FGramModelConfig
 from scone.models.f_gram_model import FGramModel, padded_f_gram_model
 from scone.tests import tiny
@@ -23,9 +23,9 @@ MAX_N = 4
 VOCABULARY = tiny.vocabulary(tiny.corpus(2000), MAX_N, 3)
 
 
-def trie_of(tokens: np.ndarray, round_sizes: bool = False) -> dict[str, Any]:
+def trie_of(tokens: np.ndarray) -> dict[str, Any]:
     nodes = Matcher(VOCABULARY).match(tokens)
-    batch = build_trie_batch(nodes, VOCABULARY.keys, VOCABULARY.suffixes, VOCABULARY.vocab_size, MAX_N, 0, round_sizes)
+    batch = build_trie_batch(nodes, VOCABULARY.keys, VOCABULARY.suffixes, VOCABULARY.vocab_size, MAX_N, 0)
     return batch.fields(torch.from_numpy)
 
 
@@ -64,27 +64,6 @@ def test_trie_batch_equals_padded_batch(dtype, budget, seed, length):
         assert error <= 4 * budget * scale, f"{name}: gradients differ by {error} at scale {scale}"
 
 
-@settings(max_examples=15, deadline=None)
-@given(seed=st.integers(0, 10_000), length=st.integers(1, 60))
-def test_a_trie_of_rounded_size_changes_nothing(seed, length):
-    """Values and gradients are those of the trie without what was added to reach one of few sizes."""
-    torch.manual_seed(seed)
-    model = FGramModel(FGramModelConfig(**tiny.F_GRAM_SIZES), tiny.WIDTH, MAX_N).double()
-    model.init_weights()
-    table = torch.randn(tiny.VOCAB_SIZE, tiny.WIDTH, dtype=torch.float64, requires_grad=True)
-    results = []
-    for round_sizes in (False, True):
-        trie = trie_of(tiny.corpus(length, seed)[None], round_sizes)
-        model.zero_grad()
-        table.grad = None
-        output = torch.cat([torch.zeros(1, tiny.WIDTH), model(table[trie["tokens"]], trie)])[trie["position_index"]]
-        (output * torch.linspace(-1, 1, tiny.WIDTH)).square().sum().backward()
-        gradients = [parameter.grad.clone() for parameter in model.parameters()]
-        results.append([output.detach(), table.grad.clone(), *gradients])
-    assert len(trie["tokens"]) % 8 == len(trie["f_grams"]) % 8 == 0
-    torch.testing.assert_close(*results, atol=1e-10, rtol=1e-10)
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_ancestor_attention_equals_padded_attention(dtype, seed):
@@ -118,7 +97,7 @@ def test_one_compiled_graph_serves_tries_of_all_sizes():
     counters.clear()
     model.compile(dynamic=True, fullgraph=True, backend="aot_eager")
     for length in (100, 150, 300):
-        trie = trie_of(tiny.corpus(length, length)[None], round_sizes=True)
+        trie = trie_of(tiny.corpus(length, length)[None])
         vectors = torch.randn(len(trie["tokens"]), tiny.WIDTH)
         outputs = [each(vectors, trie) for each in (model, plain)]
         torch.testing.assert_close(*outputs)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from scone.models.model_card import CARD_FILE, write_model_card
 from scone.tests import tiny
 from scone.tests.training.runs import options
+from scone.training.artifacts import CARD_FILE, write_model_card
 from scone.utils.environment import environment
 
 

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DataCollatorWithFlattening, DynamicCache, StaticCache, Trainer
 
-from scone.data.collator import Collator
+from scone.data.dataset import Collator
 from scone.models.embedded_trunk import EmbeddedTrunk
 from scone.models.token_history import starts_of_examples
 from scone.tests import tiny

@@ -179,9 +179,6 @@ def test_train_configurations(workspace, name):
     run(f"python -m scone.scripts.train_configurations {command}", smaller)
     output = Path("outputs") if name == "plain" else Path("outputs", name)
     check_models(*(str(output / f"scone-{configuration}" / "final_model") for configuration in configurations))
-    report = (output / "benchmark.md").read_text(encoding="utf-8")
-    assert all(f"scone-{configuration}" in report for configuration in configurations)
-    assert (output / "benchmark.html").is_file()
 
 
 def test_evaluate(model, capsys):
@@ -257,4 +254,4 @@ def test_benchmark(model, capsys):
     assert {"SCONE-Small-1M", "C4 for GPT2-Small", "GPT2-Small at 2048 tokens"} <= missing
     assert "## Missing" in Path("benchmark_results/benchmark.md").read_text()
     written = {path.name for path in Path("benchmark_results").iterdir()}
-    assert written == {f"benchmark{end}" for end in (".json", ".csv", "_speed.csv", ".md", ".html")}
+    assert written == {f"benchmark{end}" for end in (".json", ".md", ".html")}

@@ -13,8 +13,7 @@ from scone.kernels import longest_match
 from scone.tests.tokenization.f_gram_strategies import batches, cases
 from scone.tokenization import matcher as matcher_module
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
-from scone.tokenization.inspection import inspect_tokens, match_statistics
-from scone.tokenization.matcher import Matcher
+from scone.tokenization.matcher import Matcher, inspect_tokens, match_lengths
 from scone.utils.errors import SconeError
 
 
@@ -87,22 +86,6 @@ def test_incremental_match_equals_batch_match(data):
 
 @settings(max_examples=60, deadline=None)
 @given(st.data())
-def test_match_in_pieces_equals_match_in_one(data):
-    case = data.draw(cases())
-    rows, _ = data.draw(batches(case.alphabet))
-    tokens = as_array(rows)
-    cuts = sorted(data.draw(st.lists(st.integers(0, tokens.shape[1]), max_size=4)))
-    matcher = Matcher(case.vocabulary)
-    states = np.full(len(tokens), longest_match.FRESH)
-    pieces = []
-    for piece in np.split(tokens, cuts, axis=1):
-        pieces.append(matcher.match(piece, initial_states=states))
-        states = pieces[-1][:, -1] if piece.shape[1] else states
-    assert (np.concatenate(pieces, axis=1) == matcher.match(tokens)).all()
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.data())
 def test_no_match_crosses_a_separator(data):
     case = data.draw(cases())
     separators = case.vocabulary.separator_ids
@@ -118,23 +101,12 @@ def test_no_match_crosses_a_separator(data):
 def test_truncated_vocabulary_matches_as_the_smaller_one_in_one_pass(data):
     case = data.draw(cases())
     row = data.draw(st.lists(st.sampled_from(case.alphabet), max_size=60))
-    sizes = data.draw(st.lists(st.integers(0, 70), max_size=4))
-    tokens = np.array(row, np.int64)
-    for size, found in zip(sizes, match_statistics(Matcher(case.vocabulary), tokens, sizes), strict=True):
-        smaller = case.vocabulary.truncated(size)
-        lengths = [len(smaller.tokens(node)) for node in Matcher(smaller).match(tokens).tolist()]
-        matched = [length for length in lengths if length > 1]
-        assert found.num_f_grams == smaller.num_f_grams
-        assert found.num_positions == len(row)
-        assert found.match_rate == (len(matched) / len(row) if row else 0)
-        assert found.mean_match_length == (sum(matched) / len(matched) if matched else 0)
-
-
-def test_statistics_are_taken_in_pieces_that_f_grams_reach_over():
-    tokens = np.zeros((1 << 22) + 1, np.uint8)
-    tokens[-2:] = 1, 2  # the piece ends between them
-    (found,) = match_statistics(small_matcher(), tokens, [3])
-    assert found.num_matched == 1
+    matcher, tokens = Matcher(case.vocabulary), np.array(row, np.int64)
+    lengths = [len(case.vocabulary.tokens(node)) for node in matcher.match(tokens).tolist()]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(matcher_module, "_PIECE", 7)  # f-grams reach over its ends
+        found = match_lengths(matcher, tokens).tolist()
+    assert found == [lengths.count(length) for length in range(case.vocabulary.longest + 1)]
 
 
 def small_matcher() -> Matcher:
@@ -146,11 +118,10 @@ def small_matcher() -> Matcher:
 def test_threads_do_not_change_the_result(monkeypatch):
     monkeypatch.setattr(matcher_module, "TOKENS_PER_THREAD", 16)
     tokens = np.random.default_rng(0).integers(0, 5, (3, 401))
-    states = [-1, 5, 7]
     matcher = small_matcher()
-    one = matcher.match(tokens, initial_states=states, num_threads=1)
+    one = matcher.match(tokens, num_threads=1)
     for num_threads in (2, 5):
-        assert (matcher.match(tokens, initial_states=states, num_threads=num_threads) == one).all()
+        assert (matcher.match(tokens, num_threads=num_threads) == one).all()
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32, np.int64, np.uint64])
@@ -160,7 +131,6 @@ def test_any_integer_type_is_taken(dtype):
     assert matcher.match(tokens).tolist() == [[1, 5, 7], [4, 2, 6]]
     assert matcher.match(tokens.tolist(), mask=[[1, 1, 1], [1, 0, 1]]).tolist() == [[1, 5, 7], [4, 2, 3]]
     assert matcher.step(np.array([5, 5], dtype), tokens[:, 2]).tolist() == [7, 7]
-    assert matcher.match(tokens[0, 1:], initial_states=1).tolist() == [5, 7]
 
 
 @pytest.mark.parametrize("token", [5, -1, 2**40])
@@ -180,13 +150,9 @@ def test_wrong_calls_are_refused():
         matcher.match(np.zeros((1, 1, 1), np.int64))
     with pytest.raises(ValueError, match="mask has shape"):
         matcher.match(np.array([1, 2]), mask=[1])
-    with pytest.raises(ValueError, match="1 initial states for 2"):
-        matcher.match(np.array([[1], [2]]), initial_states=[-1])
     for state in (8, -2):
         with pytest.raises(ValueError, match=f"state {state} is no node"):
             matcher.step([state], [1])
-        with pytest.raises(ValueError, match=f"state {state} is no node"):
-            matcher.match(np.array([1]), initial_states=state)
 
 
 def test_a_pickled_matcher_matches_alike(tmp_path_factory):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from scone.data.encoding import CorpusEncoder
+from scone.data.prepare import CorpusEncoder
 from scone.tokenization.tokenizers import (
     document_separator_id,
     load_tokenizer,

@@ -94,7 +94,7 @@ def join(rank: int, port: int) -> None:
 def run_command(rank: int, port: int, flags: list[str], folder: Path) -> None:
     """`scone train` as one of two ranks; its exit status and what it says of errors are in ``folder``."""
     from scone.scripts.train import main
-    from scone.training.processes import destroy_process_group
+    from scone.training.distributed import destroy_process_group
     from scone.utils.command_line import run_main
 
     join(rank, port)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from scone.tests import tiny
-from scone.training.compilation import compile_for_training
+from scone.training.distributed import compile_for_training
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")  # the compiler's own

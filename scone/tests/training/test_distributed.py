@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from scone.tests.training.runs import STILL, assert_same_weights, command_line, free_port, options
-from scone.training.processes import is_lost_rank, report_lost_ranks
+from scone.training.distributed import is_lost_rank, report_lost_ranks
 from scone.training.run import train
 from scone.training.run_folder import complete_checkpoints
 from scone.utils.errors import SconeError

@@ -20,7 +20,7 @@ from scone.tests.training.runs import (
     run_command,
     run_ranks,
 )
-from scone.training.processes import destroy_process_group
+from scone.training.distributed import destroy_process_group
 from scone.training.run import train
 from scone.training.run_folder import complete_checkpoints
 

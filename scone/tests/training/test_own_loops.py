@@ -68,7 +68,7 @@ def fresh() -> SconeForCausalLM:
 
 
 def over_encoding() -> OverEncodingForCausalLM:
-    return OverEncodingForCausalLM.from_trunk(tiny.trunk("llama"), num_rows=ROWS, start="random")
+    return OverEncodingForCausalLM.from_trunk(tiny.trunk("llama"), num_rows=ROWS)
 
 
 def batch(number: int) -> torch.Tensor:

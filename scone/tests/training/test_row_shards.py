@@ -25,11 +25,17 @@ from scone.models.row_files import ROWS_FOLDER, append_rows, save_shares
 from scone.models.row_shards import RowShards
 from scone.tests import tiny
 from scone.tests.training.runs import run_ranks
+from scone.training.distributed import (
+    clip_sharded_gradients,
+    load_whole_weights,
+    local,
+    report_lost_ranks,
+    shard,
+    whole_weights,
+)
 from scone.training.optimizer import PER_ROW, AdamWWithRows, learned_rows
-from scone.training.processes import report_lost_ranks
-from scone.training.sharding import clip_sharded_gradients, load_whole_weights, local, shard, whole_weights
+from scone.utils.environment import process_bytes
 from scone.utils.errors import SconeError
-from scone.utils.peak_memory import process_bytes
 
 ROWS = 41  # no multiple of 2, 3 or 4
 WIDTH = 16

@@ -313,13 +313,10 @@ def test_no_step_waits_for_the_gpu(corpus, tmp_path, kind):
 
 VARIANTS = {
     "over-encoding": {"model.over_encoding_rows": 500},
-    "over-encoding, random start": {"model.over_encoding_rows": 500, "model.over_encoding_start": "random"},
-    "gate, no back-off": {"model.combination": "gate", "model.rows_backoff": False, "model.learned_rows": 20},
     "plain, scaled": {"model.use_f_gram_embeddings": False, "model.embedding_scale": 2.0},
-    "shuffled": {"model.control": "shuffled", "model.embedding_scale": 2.0},
-    "single": {"model.control": "single", "model.learned_rows": 1},
-    "identity": {"model.combination": "replace", "model.f_gram.start": "identity", "model.f_gram.output_norm": False},
-    "own tokens, no gain": {"model.f_gram.token_embeddings": "separate", "model.f_gram.output_gain": False},
+    "one row, scaled": {"model.learned_rows": 1, "model.embedding_scale": 2.0},
+    "the paper's": {"model.combination": "replace", "model.learned_rows": 0},
+    "own tokens": {"model.f_gram.token_embeddings": "separate"},
 }
 
 
@@ -367,8 +364,7 @@ def test_options_that_contradict_each_other_are_refused_in_one_line(corpus, tmp_
     for changes, message in [
         ({"model.use_f_gram_embeddings": False, "model.over_encoding_rows": 5}, "at most one of these baselines"),
         ({"model.combination": "replace", "model.f_gram.num_hidden_layers": 0}, "without an f-gram model"),
-        ({"model.f_gram.start": "identity"}, "change --f_gram_start"),
-        (VARIANTS["identity"] | {"model.f_gram.hidden_size": 8}, "at least the trunk's 16"),
+        ({"model.f_gram.hidden_size": 9}, "expected a multiple of the heads"),
     ]:
         with pytest.raises(SconeError, match=message):
             train(options(corpus, tmp_path / "run", **changes), quiet=True)

@@ -16,7 +16,7 @@ TEXTS = {"f-grams": torch.from_numpy(tiny.corpus()[:64].reshape(2, 32)), "none":
 
 
 def models() -> dict[str, Any]:
-    kinds = {"add": {}, "gate": {"combination": "gate"}, "replace": {"combination": "replace"}}
+    kinds = {"add": {}, "replace": {"combination": "replace"}}
     kinds |= {"rows": {"f_gram_model": False}, "model": {"learned_rows": 0}}
     made: dict[str, Any] = {name: tiny.scone(**changes) for name, changes in kinds.items()}
     made |= {kind: tiny.trunk(kind) for kind in tiny.TRUNKS}

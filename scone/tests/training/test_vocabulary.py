@@ -10,7 +10,7 @@ import pytest
 from scone.data.token_file import TokenFile, TokenFileWriter
 from scone.tokenization.f_gram_file import FILE_NAME
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
-from scone.training.vocabulary import prepare_vocabulary
+from scone.training.artifacts import prepare_vocabulary
 from scone.utils.errors import SconeError
 
 V = 20

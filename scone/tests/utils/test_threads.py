@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scone.utils.threads import map_in_order
+from scone.utils.progress import map_in_order
 
 
 @settings(max_examples=20, deadline=None)

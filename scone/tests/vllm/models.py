@@ -59,12 +59,12 @@ KINDS = {
     # what is trained by default: a trunk of Qwen3's form, an input norm, learned rows and no f-gram model
     "modern": Kind("qwen3", options={"input_norm": True}),
     "gpt2": Kind("gpt2", f_gram_model=True),
-    "llama": Kind("llama", "int8", f_gram_model=True, options={"combination": "gate", "embedding_scale": 2.0}),
+    "llama": Kind("llama", "int8", f_gram_model=True, options={"embedding_scale": 2.0}),
     "over-encoding": Kind("qwen2", over_encoding=True, options={"embedding_scale": 0.5}),
     "granite": Kind("granite"),
     "gemma3": Kind("gemma3_text"),
     "neox": Kind("gpt_neox", "bf16"),
-    "quantised": Kind("wide", "int8", options={"input_norm": True, "combination": "gate"}),
+    "quantised": Kind("wide", "int8", options={"input_norm": True}),
 }
 
 
@@ -129,9 +129,8 @@ def make(name: str, folder: Path, seed: int = 0) -> Path:
         )
         embedding = model.f_gram_embedding
         rows = embedding.rows
-        for part in (embedding.gain, None if embedding.gate is None else embedding.gate.weight):
-            if part is not None:
-                torch.nn.init.normal_(part, std=0.3)
+        if embedding.gain is not None:
+            torch.nn.init.normal_(embedding.gain, std=0.3)
     torch.nn.init.normal_(rows.weight, std=0.5)
     if model.input_norm is not None:
         torch.nn.init.normal_(model.input_norm.weight, mean=1.0, std=0.3)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from scone.inference.stores import shared_rows
+from scone.inference.stores import memory
 from scone.inference.table_format import TableFile
 from scone.tests.vllm import models
 
@@ -124,7 +124,7 @@ def test_vllm_equals_full_forward(name: str, tmp_path: Path) -> None:
     if "tensor_parallel_size" in plan["options"]:
         with TableFile(folder / "embeddings.cache") as table:
             ours = f"scone-*-{table.layout.rows_checksum[:32]}-*"
-        assert not [*shared_rows.FOLDER.glob(ours)], "rows stayed in shared memory"
+        assert not [*memory.FOLDER.glob(ours)], "rows stayed in shared memory"
     assert ("adapted" in found) == ("adapter" in plan)
     if "adapter" in plan:
         assert "expected target modules in" in found["refused"]

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from scone.models.table_lookup import find_with
 from scone.tests.tokenization.f_gram_strategies import Case, cases
-from scone.tokenization.hashed_grams import CONTEXT, HashedGrams
-from scone.tokenization.matcher import Matcher
+from scone.tokenization.matcher import CONTEXT, HashedGrams, Matcher
 from scone.vllm.ragged_lookup import looked_up_in_line
 
 

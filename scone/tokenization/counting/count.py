@@ -16,10 +16,10 @@ from typing import Any
 import filelock
 import numpy as np
 
+from scone.tokenization.counting.blocks import TokenStream
 from scone.tokenization.counting.engine import CountEngine
 from scone.tokenization.counting.levels import FrequentNGrams, rank_survivors
 from scone.tokenization.counting.plan import CountingPlan, CountTask, plan_count
-from scone.tokenization.counting.tokens import TokenStream
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 from scone.utils.errors import SconeError
 from scone.utils.files import fingerprint_of, translate_disk_full

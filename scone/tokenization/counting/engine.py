@@ -14,13 +14,11 @@ import numpy as np
 from scone.kernels import ngram_count
 from scone.kernels.child_index import check_number_of_f_grams
 from scone.kernels.ngram_count import NO_ID
-from scone.tokenization.counting.blocks import FileBlocks, MemoryBlocks, PartitionChunk, page_array
+from scone.tokenization.counting.blocks import FileBlocks, MemoryBlocks, PartitionChunk, TokenStream, page_array
 from scone.tokenization.counting.levels import CandidatePool, FrequentNGrams, IdTable, KeySpace, RisingFloor
 from scone.tokenization.counting.plan import CountingPlan, CountTask
-from scone.tokenization.counting.tokens import TokenStream
 from scone.utils.files import atomic_path
-from scone.utils.progress import Progress
-from scone.utils.threads import map_in_order
+from scone.utils.progress import Progress, map_in_order
 
 _FIRST_TABLE_SIZE = 1 << 13
 _NO_KEY = np.uint64(2**64 - 1)  # of a position where no n-gram ends; no pair of ids has this key

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from scone.tokenization.counting.blocks import file_offset
 from scone.tokenization.counting.count import CountResult, result_of_levels
 from scone.tokenization.counting.levels import CandidatePool, FrequentNGrams, RisingFloor
 from scone.tokenization.counting.plan import CountTask
-from scone.tokenization.counting.tokens import file_offset
 from scone.utils.errors import SconeError
 
 if TYPE_CHECKING:

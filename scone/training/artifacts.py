@@ -1,18 +1,26 @@
-"""The f-gram vocabulary of a training corpus: counted once, then cached."""
+"""What a run makes once or leaves beside the model: the f-gram vocabulary of its corpus, cached; the model card."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from filelock import FileLock
+from huggingface_hub import ModelCard, ModelCardData
 
+from scone.configs.schema import SconeOptions
 from scone.data.token_file import TokenFile
 from scone.tokenization.counting import count_f_grams
 from scone.tokenization.f_gram_file import FILE_NAME
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 from scone.utils.errors import SconeError
-from scone.utils.files import fingerprint_of, write_json
+from scone.utils.files import atomic_path, fingerprint_of, write_json
+from scone.utils.text import human_count
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 CACHE_VERSION = 2
 STATISTICS_FILE = "counting.json"
@@ -91,3 +99,61 @@ def truncate_cached_vocabulary(shelf: Path, min_freq: int, max_f_grams: int) -> 
         if limit >= max_f_grams or larger.num_f_grams < limit:  # the latter holds all that reach its floor
             return larger.truncated(min(max_f_grams, int((larger.counts >= min_freq).sum())))
     return None
+
+
+CARD_FILE = "README.md"
+TEMPLATE = Path(__file__).with_name("model_card.md.j2")
+
+
+def write_model_card(
+    folder: str | Path,
+    options: SconeOptions,
+    model: PreTrainedModel,
+    train_tokens: int,
+    steps: int,
+    metrics: Mapping[str, float],
+) -> Path:
+    """Write ``README.md`` into the model's folder, unless somebody wrote one there; returns its path.
+
+    ``train_tokens``: of the training split. ``metrics``: the trainer's last evaluation, empty where there was none.
+    """
+    path = Path(folder) / CARD_FILE
+    made_by = TEMPLATE.read_text(encoding="utf-8").splitlines()[-1]
+    if path.exists() and made_by not in path.read_text(encoding="utf-8", errors="replace"):
+        return path
+    config, data, pretrained = model.config, options.data, options.model.init == "pretrained"
+    scone, trunk, text_config = hasattr(config, "num_f_grams"), getattr(model, "trunk", model), config.get_text_config()
+    of_trunk, of_model = (sum(weight.numel() for weight in each.parameters()) for each in (trunk, model))
+    corpus = Path(data.dataset_name).name if Path(data.dataset_name).exists() else data.dataset_name
+    limit = options.training.max_eval_tokens
+    where = "" if limit is None else f" (first {limit:,} tokens)"
+    facts = {
+        "parameters of the trunk": human_count(of_trunk),
+        "f-grams": f"{config.num_f_grams:,} of 2 to {config.max_n} tokens" if scone else "",
+        "learned rows": f"{config.learned_rows:,}" if scone else "",
+        "parameters of f-gram model and rows": human_count(of_model - of_trunk) if scone else "",
+        "corpus": " ".join(filter(None, (corpus, data.dataset_config_name))),
+        "trained for": f"{steps:,} steps on {train_tokens:,} tokens, {data.max_length:,} a sequence",
+        "all options": "`options.yaml`",
+        **{
+            f"validation {name}{where}": f"{metrics[f'eval_{name}']:.4f}"
+            for name in ("loss", "perplexity")
+            if f"eval_{name}" in metrics
+        },
+    }
+    card = ModelCard.from_template(
+        ModelCardData(
+            library_name="transformers",
+            pipeline_tag="text-generation",
+            tags=["scone", "f-grams"] if scone else ["baseline"],
+            base_model=options.model.base_model_name if pretrained else None,
+        ),
+        template_path=str(TEMPLATE),
+        name=Path(options.training.output_dir).name,
+        f_grams=f"{config.num_f_grams:,}" if scone else "",
+        trunk=f"{text_config.model_type} model, trained from {'pretrained weights' if pretrained else 'scratch'}",
+        facts={name: value for name, value in facts.items() if value},
+    )
+    with atomic_path(path) as temporary:
+        temporary.write_text(str(card), encoding="utf-8")
+    return path

@@ -1,1 +1,0 @@
-"""The page that the server shows: HTML, CSS and JavaScript."""
