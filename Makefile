@@ -72,11 +72,11 @@ bare-root: $(VENV)/installed-$(EXTRAS)
 
 # kills, full disks, two runs at once …: for minutes to hours; stopped and started again it goes on
 faults: $(VENV)/installed-$(EXTRAS)
-	nice -n 19 $(BIN)/python benchmarks/fault_injection.py --json docs/results/fault_injection.json
+	nice -n 19 $(BIN)/python benchmarks/hardening.py faults --json docs/results/fault_injection.json
 
 # tens of thousands of bad inputs for every reader, in minutes
 bad-inputs: $(VENV)/installed-$(EXTRAS)
-	nice -n 19 $(BIN)/python benchmarks/bad_inputs.py --json docs/results/bad_inputs.json
+	nice -n 19 $(BIN)/python benchmarks/hardening.py bad_inputs --json docs/results/bad_inputs.json
 
 # torch first and pinned: a later range would be free to fetch another build of it
 $(VENV)/bin/pip:

@@ -85,9 +85,9 @@ def _zipf(num_rows: int, count: int, random: np.random.Generator) -> torch.Tenso
 def measure_sizes(report: Report, table: Path, peer: Path, num_rows: int) -> None:
     """Bytes of the files against the rows alone, and against LMDB's."""
     size, payload = table.stat().st_size, num_rows * ROW_BYTES
-    report.add("bytes_vs_payload", "bytes", size, payload, "rows alone", target=1.01, better="lower")
+    report.add("bytes_vs_payload", "bytes", size, payload, "rows alone", most=1.01)
     lmdb_bytes = peer.stat().st_blocks * 512 if peer.exists() else None
-    report.add("disk_vs_lmdb", "bytes", size, lmdb_bytes, "LMDB", target=0.55, better="lower")
+    report.add("disk_vs_lmdb", "bytes", size, lmdb_bytes, "LMDB", most=0.55)
 
 
 def measure_warm(report: Report, table: Path, peer: Path, num_rows: int) -> None:
@@ -116,19 +116,11 @@ def measure_warm(report: Report, table: Path, peer: Path, num_rows: int) -> None
                 run["lmdb"] = lambda ranks=ranks, out=out: database.rows_into(ranks.numpy(), out.numpy())
             rates = _rates(run, batch, repeats=200 if batch <= 16 else 5 if report.quick else 20)
             suffix = "" if batch == BATCHES[-1] else f"_b{batch}"
-            for name, store, target in (
-                ("ram_vs_index_select", "ram", 0.8),
-                ("mmap_warm_vs_index_select", "mmap", 0.6),
-            ):  # one row is a few microseconds of Python in a step of milliseconds: a figure, not a target
-                report.add(
-                    name + suffix,
-                    "rows/s",
-                    rates[store],
-                    rates["index_select"],
-                    "torch.index_select",
-                    bound=rates["copy"],
-                    target=None if batch == 1 else target,
-                )
+            named = {"peer": rates["index_select"], "peer_name": "torch.index_select", "bound": rates["copy"]}
+            for name, store, target in (("ram_vs", "ram", 0.8), ("mmap_warm_vs", "mmap", 0.6)):
+                # one row is a few microseconds of Python in a step of milliseconds: a figure, not a target
+                named["target"] = None if batch == 1 else target
+                report.add(f"{name}_index_select{suffix}", "rows/s", rates[store], **named)
             report.add(f"mmap_warm_vs_lmdb{suffix}", "rows/s", rates["mmap"], rates.get("lmdb"), "LMDB")
             report.add(f"direct_rows_per_second{suffix}", "rows/s", rates["direct"], ratio=None)
         if database:
@@ -254,15 +246,7 @@ def measure_perplexity(report: Report) -> None:
     found = in_child(Path(__file__).with_name("table_perplexity.py"), size)
     report.config["perplexity"] = found["config"]
     for row_type, target in (("bf16", None), ("int8", 1.001), ("int4", None)):
-        report.add(
-            f"{row_type}_perplexity",
-            "perplexity",
-            found[row_type],
-            found["fp32"],
-            "fp32 table",
-            target=target,
-            better="lower",
-        )
+        report.add(f"{row_type}_perplexity", "perplexity", found[row_type], found["fp32"], "fp32 table", most=target)
 
 
 if __name__ == "__main__":

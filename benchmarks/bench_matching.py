@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         opening_seconds = time.perf_counter() - start
         report.config["largest_num_f_grams"] = vocabulary.num_f_grams
         measure_size(report, "10m", vocabulary, held_out, with_aho_corasick=False)
-        report.add("open_seconds_10m", "s", opening_seconds, ratio="ours", target=1.0, better="lower")
+        report.add("open_seconds_10m", "s", opening_seconds, ratio="ours", most=1.0)
         measure_memory_and_step(report, vocabulary, held_out)
     report.finish()
 
@@ -70,55 +70,34 @@ def measure_size(
     few = tokens[: PEER_TOKENS // 10 if report.quick else PEER_TOKENS]
     slots, ranks = lines_read(tokens, nodes, vocabulary)
     index = vocabulary.index
-    f_grams = [
-        tuple(row[:length])
-        for row, length in zip(
-            vocabulary.token_matrix(np.arange(vocabulary.num_f_grams)).tolist(),
-            vocabulary.lengths.tolist(),
-            strict=True,
-        )
-    ]
+    matrix = vocabulary.token_matrix(np.arange(vocabulary.num_f_grams)).tolist()
+    f_grams = [tuple(row[:length]) for row, length in zip(matrix, vocabulary.lengths.tolist(), strict=True)]
     results: dict[str, list[int]] = {}
-    peers = {"dictionary probing": dictionary_matcher(f_grams, vocabulary.vocab_size)}
+    matchers = {"dictionary probing": dictionary_matcher(f_grams, vocabulary.vocab_size)}
     if with_aho_corasick:
-        peers["pyahocorasick"] = aho_corasick_matcher(f_grams, vocabulary.vocab_size)
+        matchers["pyahocorasick"] = aho_corasick_matcher(f_grams, vocabulary.vocab_size)
     runs: dict[str, Callable[[], object]] = {
         "ours": lambda: matcher.match(tokens, num_threads=1),
         "bound": lambda: read_lines(index.slots, vocabulary.keys.reshape(-1), slots, ranks),
     }
-    for peer, match in peers.items():
+    for peer, match in matchers.items():
         runs[peer] = lambda peer=peer, match=match: results.update({peer: match(tuple(few.tolist()))})
     seconds = interleaved(runs, repeats=report.config["repeats"])
     for peer, result in results.items():
         assert result == nodes[: len(few)].tolist(), f"{peer} found other matches"
-    speed = {run: (len(few) if run in peers else len(tokens)) / seconds[run] for run in runs}
+    speed = {run: (len(few) if run in matchers else len(tokens)) / seconds[run] for run in runs}
     report.config |= {f"match_rate_{name}": float((nodes >= vocabulary.vocab_size).mean())}
-    report.add(
-        f"tokens_per_second_{name}",
-        "tokens/s",
-        speed["ours"],
-        speed["dictionary probing"],
-        "dictionary probing",
-        bound=speed["bound"],
-        target=50,
-    )
-    if with_aho_corasick:
-        report.add(
-            "speed_vs_aho_corasick",
-            "tokens/s",
-            speed["ours"],
-            speed["pyahocorasick"],
-            "pyahocorasick",
-            bound=speed["bound"],
-            target=3,
-        )
+    peers = {f"tokens_per_second_{name}": ("dictionary probing", 50), "speed_vs_aho_corasick": ("pyahocorasick", 3)}
+    for metric, (peer, target) in peers.items():
+        if peer in speed:
+            report.add(metric, "tokens/s", speed["ours"], speed[peer], peer, bound=speed["bound"], target=target)
 
 
 def measure_memory_and_step(report: Report, vocabulary: FGramVocabulary, tokens: np.ndarray) -> None:
     """Bytes of everything that matching and training keep in memory; microseconds of a decode step."""
     arrays = (vocabulary.keys, vocabulary.suffixes, vocabulary.lengths, vocabulary.index.slots)
     bytes_each = sum(array.nbytes for array in arrays) / vocabulary.num_f_grams
-    report.add("index_bytes_per_f_gram", "bytes", bytes_each, ratio="ours", target=20, better="lower")
+    report.add("index_bytes_per_f_gram", "bytes", bytes_each, ratio="ours", most=20)
     matcher = Matcher(vocabulary)
     columns = tokens[: len(tokens) // BATCH * BATCH].reshape(BATCH, -1).T.copy()
     states = np.full(BATCH, -1)
@@ -128,7 +107,7 @@ def measure_memory_and_step(report: Report, vocabulary: FGramVocabulary, tokens:
         states = matcher.step(states, column)
         microseconds.append(1e6 * (time.perf_counter() - start))
     step = statistics.median(microseconds[100:])
-    report.add("decode_step_us_batch64", "µs", step, ratio="ours", target=50, better="lower")
+    report.add("decode_step_us_batch64", "µs", step, ratio="ours", most=50)
 
 
 def dictionary_matcher(f_grams: list[tuple[int, ...]], vocab_size: int) -> Callable[[tuple[int, ...]], list[int]]:
@@ -175,17 +154,8 @@ def lines_read(tokens: np.ndarray, nodes: np.ndarray, vocabulary: FGramVocabular
     """Slots and ranks that matching has to look at, in order: every probe reads a bucket, every hit a key."""
     room = MAX_N * len(tokens)
     slots, ranks = np.empty(room, np.int64), np.empty(room, np.int64)
-    num_slots, num_ranks = _trace(
-        tokens,
-        nodes,
-        vocabulary.suffixes,
-        vocabulary.lengths,
-        vocabulary.vocab_size,
-        MAX_N,
-        len(vocabulary.index.slots),
-        slots,
-        ranks,
-    )
+    sizes = (vocabulary.vocab_size, MAX_N, len(vocabulary.index.slots))
+    num_slots, num_ranks = _trace(tokens, nodes, vocabulary.suffixes, vocabulary.lengths, *sizes, slots, ranks)
     return slots[:num_slots], ranks[:num_ranks]
 
 

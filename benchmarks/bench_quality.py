@@ -148,7 +148,7 @@ def measure(
         value = None if loss is None else math.exp(loss)
         own = math.exp(mean_loss(ours, tests))
         metric = f"perplexity_vs_{name}{suffix}"
-        report.add(metric, "perplexity", own, value, peer_name, target=target, better="lower")
+        report.add(metric, "perplexity", own, value, peer_name, most=target)
 
 
 def measure_ladder(report: Report, ladder: Mapping[str, Any]) -> None:
@@ -184,7 +184,7 @@ def measure_ladder(report: Report, ladder: Mapping[str, Any]) -> None:
     for metric, losses in pairs.items():
         ours, peer, name = max(losses, key=lambda pair: pair[0] - pair[1], default=(None, None, NOT_RUN))
         values = [None if loss is None else math.exp(loss) for loss in (ours, peer)]
-        report.add(metric, "perplexity", *values, name, target=1.0, better="lower")
+        report.add(metric, "perplexity", *values, name, most=1.0)
 
 
 def _where(rung: Rung) -> str:

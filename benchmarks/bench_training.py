@@ -91,7 +91,7 @@ def measure_sharing(
     some = list(itertools.islice(source, 4))
     positions = some[0]["input_ids"].numel()
     nodes = statistics.mean(len(batch["trie"]["tokens"]) / positions for batch in some)
-    report.add("nodes_per_position_16k", "nodes", nodes, ratio="ours", target=0.7, better="lower")
+    report.add("nodes_per_position_16k", "nodes", nodes, ratio="ours", most=0.7)
     torch.manual_seed(0)
     model = FGramModel(FGramModelConfig(**sizes), sizes["hidden_size"], MAX_N)
     model.init_weights()
@@ -113,25 +113,14 @@ def measure_sharing(
         return run(lambda: padded_f_gram_model(model, table[its_tokens], lengths))
 
     ours = run(lambda: model(table[trie["tokens"]], trie))
-    runs = {"ours": ours, "padded": padded("position"), "distinct": padded("distinct")}
+    runs = {"ours": ours, "position": padded("position"), "distinct": padded("distinct")}
     seconds = interleaved(runs, 1 if report.quick else 2)
-    report.add(
-        "f_gram_forward_backward_speedup_16k",
-        "s",
-        seconds["ours"],
-        seconds["padded"],
-        "padded, every position",
-        ratio="peer/ours",
-        target=6.0,
-    )
-    report.add(
-        "f_gram_speedup_over_padded_distinct_16k",
-        "s",
-        seconds["ours"],
-        seconds["distinct"],
-        "padded, every distinct f-gram",
-        ratio="peer/ours",
-    )
+    for metric, peer, target in (
+        ("f_gram_forward_backward_speedup_16k", "position", 6.0),
+        ("f_gram_speedup_over_padded_distinct_16k", "distinct", None),
+    ):
+        which = "padded, every position" if peer == "position" else "padded, every distinct f-gram"
+        report.add(metric, "s", seconds["ours"], seconds[peer], which, ratio="peer/ours", target=target)
     peaks = []
     for step in (ours, padded("position")):
         with PeakMemory() as peak:
@@ -171,27 +160,14 @@ def measure_steps(
     plain_source = batches(tokens, None, positions)
     steps["tokens"] = lambda: next(plain_source)
     seconds = interleaved(steps, 2 if report.quick else 3)
+    suffix = "" if positions == report.config["positions"][0] else f"_{positions}"
     for scale, expected in predicted.items():
-        name = "step_vs_flops" if scale == 1.0 else f"step_vs_flops_{scale}x"
+        name = ("step_vs_flops" if scale == 1.0 else f"step_vs_flops_{scale}x") + suffix
+        peer = (expected, f"predicted from FLOPs, {positions:,} positions")
         measured = seconds[f"{scale}x"] / seconds["plain"]
-        report.add(
-            name if positions == report.config["positions"][0] else f"{name}_{positions}",
-            "plain steps",
-            measured,
-            expected,
-            f"predicted from FLOPs, {positions:,} positions",
-            target=1.15 if scale == 1.0 else None,
-            better="lower",
-        )
-    report.add(
-        "trie_build_share" if positions == report.config["positions"][0] else f"trie_build_share_{positions}",
-        "s",
-        seconds["trie"] - seconds["tokens"],
-        seconds["1.0x"],
-        f"step of {positions:,} positions",
-        target=0.05,
-        better="lower",
-    )
+        report.add(name, "plain steps", measured, *peer, most=1.15 if scale == 1.0 else None)
+    trie, peer = seconds["trie"] - seconds["tokens"], (seconds["1.0x"], f"step of {positions:,} positions")
+    report.add(f"trie_build_share{suffix}", "s", trie, *peer, most=0.05)
 
 
 def _f_gram_flops(sizes: dict[str, int], prepared: list[Batch]) -> float:
@@ -220,18 +196,8 @@ def measure_rows(report: Report, tokens: np.ndarray, large: FGramVocabulary, tru
             model = SconeForCausalLM.from_trunk(model, vocabulary, f_gram_model=None, learned_rows=num_rows)
         steps[str(num_rows)] = TrainingStep(model, prepared, rows_learning_rate=1e-3)
     seconds = interleaved(steps, repeats)
-    report.add(
-        "rows_step_overhead", "s", seconds[str(NUM_F_GRAMS)], seconds["0"], "plain step", target=1.1, better="lower"
-    )
-    report.add(
-        "rows_step_growth",
-        "s",
-        seconds[str(MOST_ROWS)],
-        seconds["100000"],
-        "step with 100,000 rows",
-        target=1.1,
-        better="lower",
-    )
+    report.add("rows_step_overhead", "s", seconds[str(NUM_F_GRAMS)], seconds["0"], "plain step", most=1.1)
+    report.add("rows_step_growth", "s", seconds[str(MOST_ROWS)], seconds["100000"], "step with 100,000 rows", most=1.1)
 
 
 if __name__ == "__main__":

@@ -87,17 +87,19 @@ class Report:
         bound: float | None = None,
         ratio: float | Literal["ours/peer", "peer/ours", "ours"] | None = "ours/peer",
         target: float | None = None,
-        better: Literal["higher", "lower"] = "higher",
+        most: float | None = None,
     ) -> Record:
         """Add a record and print it. ``ratio`` is a number or says how it comes from ``ours`` and ``peer``.
 
-        ``bound`` is what the hardware allows, in the unit of ``ours``; ``better`` says on which side of ``target``
-        the ratio must lie.
+        ``bound`` is what the hardware allows, in the unit of ``ours``; the target of the ratio is ``target`` or more,
+        or it is ``most`` or less.
         """
         if isinstance(ratio, str):
             ratio = _ratio(ratio, ours, peer)
-        met = None if target is None or ratio is None else (ratio >= target if better == "higher" else ratio <= target)
-        record = Record(metric, unit, ours, peer, peer_name, bound, ratio, target, met)
+        met = None
+        if ratio is not None and (target is not None or most is not None):
+            met = ratio >= target if target is not None else ratio <= most
+        record = Record(metric, unit, ours, peer, peer_name, bound, ratio, target if most is None else most, met)
         self.records.append(record)
         print("  ".join(_cells(asdict(record))), flush=True)
         if self.json_path:  # what is measured is kept, should the rest not come to its end

@@ -1,14 +1,13 @@
-"""Decoding on one GPU: a plain trunk, one twice as deep, and SCONE with its table in every placement and without one.
+"""Compiled decoding on one GPU: a plain trunk, and SCONE with its table in every placement.
 
-    python benchmarks/gpu/bench_generation_gpu.py --tokens TOKEN_FOLDER [--json FILE] [--compiled | --only_compiled]
+    python benchmarks/gpu/bench_generation_gpu.py --tokens TOKEN_FOLDER [--json FILE] [--trunk 1b]
 
-GPT2-Small's shape in bf16 with random weights (speed does not depend on them), 1 M f-grams counted on the tokens, a
-bf16 table. Every step feeds the next token of real text, so that matches are those of text; the host waits for each
-step's choice, as it does to stream it. Milliseconds a step, medians of interleaved rounds. ``--compiled`` also decodes
-over static caches through the call that ``generate(cache_implementation="static")`` of transformers compiles (CUDA
-graphs in it): waiting for every choice, and ``queued``, where choices stay on the GPU and the host launches the next
-step while this one runs. ``--trunk 1b`` takes a trunk of a billion parameters. What
-fails is named, and the rest goes on. ``--tiny`` rehearses on a CPU.
+GPT2-Small's shape (or a billion parameters) in bf16 with random weights (speed does not depend on them), 1 M f-grams
+counted on the tokens, a bf16 table. Static caches, and the call that ``generate(cache_implementation="static")`` of
+transformers compiles, CUDA graphs in it. Every step feeds the next token of real text, so that matches are those of
+text. The host waits for every choice, as it does to stream it; or, ``queued``, choices stay on the GPU and the host
+launches the next step while this one runs. Milliseconds a step, medians of interleaved rounds. What fails is named, and
+the rest goes on. ``--tiny`` rehearses on a CPU. Not compiled: ``bench_generation.py --device cuda``.
 """
 
 from __future__ import annotations
@@ -29,12 +28,11 @@ import numpy as np
 import torch
 from common import Report
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers import PreTrainedModel, StaticCache
 from workloads import f_grams_of, gpt2_trunk, write_table
 
 from scone.data.token_file import TokenFile
 from scone.inference.embedding_table import EmbeddingTable
-from scone.models.configuration import FGramModelConfig
 from scone.models.language_model import SconeForCausalLM
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 
@@ -61,10 +59,7 @@ def main() -> None:
         text = torch.from_numpy(file.tokens[: 4_000_000 if not tiny else 40_000].astype(np.int64))
         options["failed"] = []
         for batch in batches:
-            if not options["only_compiled"]:
-                measure(report, models, text, batch, prompt, steps, rounds=2 if tiny else 5)
-            if options["compiled"] or options["only_compiled"]:
-                measure_compiled(report, models, text, batch, prompt, steps, rounds=2 if tiny else 5)
+            measure(report, models, text, batch, prompt, steps, rounds=2 if tiny else 5)
     report.finish()
 
 
@@ -73,42 +68,26 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dir", type=Path, default=Path(), help="where the table goes: the disk that is measured")
     parser.add_argument("--tiny", action="store_true", help="a rehearsal at toy size, on any device")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 32, 128], help="in this order")
-    parser.add_argument("--compiled", action="store_true", help="also with the compiled steps of transformers")
-    parser.add_argument("--only_compiled", action="store_true", help="that alone")
     parser.add_argument("--models", nargs="+", help="these alone, beside plain (default: all)")
     parser.add_argument("--trunk", choices=["gpt2", "1b"], default="gpt2", help="its size")
-
-
-def trunk_of(width: int, layers: int, heads: int) -> PreTrainedModel:
-    """A GPT-2 trunk with random weights."""
-    with DEVICE:  # where random numbers come faster
-        return gpt2_trunk(width, layers, heads).to(DEVICE, DTYPE).eval()
 
 
 def build_all(
     vocabulary: FGramVocabulary, path: Path, width: int, layers: int, heads: int, chosen: list[str] | None = None
 ) -> dict[str, PreTrainedModel]:
-    """The ``chosen`` models by name (None: all), "plain" first; those with a table share nothing but the file."""
-    sizes = FGramModelConfig(width, layers, heads, 4 * width).to_dict()
+    """The ``chosen`` models by name (None: all), "plain" first; they share nothing but the table's file."""
     placements = {"ram": "ram", "mmap": "mmap", "direct": "direct"}
     if DEVICE.type == "cuda":
         placements |= {"gpu": "gpu", "tiered": "gpu:100k,ram:400k,disk"}
-    wanted = {"doubled", "live", *placements} if chosen is None else set(chosen)
-    models: dict[str, PreTrainedModel] = {"plain": trunk_of(width, layers, heads)}
-    if "doubled" in wanted:
-        models["doubled"] = trunk_of(width, 2 * layers, heads)
-    for name, placement in placements.items():
-        if name not in wanted:
-            continue
-        model = SconeForCausalLM.from_trunk(
-            trunk_of(width, layers, heads), vocabulary, f_gram_model=None, learned_rows=1
-        )
-        model.f_gram_embedding = None
-        model.attach_table(EmbeddingTable.open(path, placement, device=DEVICE))
-        models[name] = model.eval()
-    if "live" in wanted:
-        live = SconeForCausalLM.from_trunk(trunk_of(width, layers, heads), vocabulary, f_gram_model=sizes)
-        models["live"] = live.to(DEVICE, DTYPE).eval()
+    models: dict[str, PreTrainedModel] = {}
+    for name in ["plain", *(name for name in placements if chosen is None or name in chosen)]:
+        with DEVICE:  # where random numbers come faster
+            models[name] = gpt2_trunk(width, layers, heads).to(DEVICE, DTYPE).eval()
+        if name != "plain":
+            model = SconeForCausalLM.from_trunk(models[name], vocabulary, f_gram_model=None, learned_rows=1)
+            model.f_gram_embedding = None
+            model.attach_table(EmbeddingTable.open(path, placements[name], device=DEVICE))
+            models[name] = model.eval()
     return models
 
 
@@ -128,76 +107,42 @@ def decode(
     model: PreTrainedModel,
     tokens: Tensor,
     prompt: int,
-    cache: Any,
+    cache: StaticCache,
+    call: Callable[..., Any],
     waits: bool = True,
-    call: Callable[..., Any] | None = None,
-) -> tuple[float, float]:
-    """Seconds of the prefill and of one decoding step; the host ``waits`` for each choice, or for the last alone.
+) -> float:
+    """Seconds of a decoding step by ``call``, after a prefill; the host ``waits`` for each choice, or for the last.
 
-    Waiting, a step is the median of all; else they cannot be told apart, and it is their mean. ``call``: what takes a
-    step (the model, where there is none).
+    Waiting, it is the median of all; else they cannot be told apart, and it is their mean.
     """
-    call = model if call is None else call
-    synchronize()
-    start = time.perf_counter()
     logits = model(input_ids=tokens[:, :prompt], past_key_values=cache, use_cache=True, logits_to_keep=1).logits
     synchronize()
-    prefilled = time.perf_counter()
-    ends = [prefilled]
+    times = [time.perf_counter()]
     for place in range(prompt, tokens.shape[1]):
         # the real next token, once the model has chosen its own
         following = torch.where(logits[:, -1:].argmax(-1) >= 0, tokens[:, place : place + 1], 0)
         logits = call(input_ids=following, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
         if waits:
             logits[:, -1].argmax(-1).cpu()
-            ends.append(time.perf_counter())
+            times.append(time.perf_counter())
     synchronize()
     if waits:
-        return prefilled - start, statistics.median(end - begin for begin, end in itertools.pairwise(ends))
-    return prefilled - start, (time.perf_counter() - prefilled) / (tokens.shape[1] - prompt)
-
-
-def measure(
-    report: Report,
-    models: dict[str, PreTrainedModel],
-    text: Tensor,
-    batch: int,
-    prompt: int,
-    steps: int,
-    rounds: int,
-) -> None:
-    """Decoding and prefill of every model at one batch size, in turn."""
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
-    for turn in range(rounds + 1):
-        tokens = some_text(text, batch, prompt + steps, seed=turn)
-        for name, model in models.items():
-            taken = decode(model, tokens, prompt, DynamicCache())
-            if turn:
-                times[name].append(taken)
-    middle = {
-        name: [statistics.median(part) * 1e3 for part in zip(*taken, strict=True)] for name, taken in times.items()
-    }
-    add_times(report, {name: values[1] for name, values in middle.items()}, f"decode_ms_b{batch}")
-    add_times(report, {name: values[0] for name, values in middle.items()}, f"prefill_ms_b{batch}")
+        return statistics.median(end - begin for begin, end in itertools.pairwise(times))
+    return (time.perf_counter() - times[0]) / (tokens.shape[1] - prompt)
 
 
 def add_times(report: Report, milliseconds: dict[str, float], metric: str) -> None:
     """One record a model; the ratio is plain's time ÷ its own, that is its speed in plain's."""
-    plain = milliseconds["plain"]
+    plain = milliseconds.pop("plain")
+    report.add(f"{metric}_plain", "ms", plain, ratio=None)
     for name, value in milliseconds.items():
-        if name == "plain":
-            report.add(f"{metric}_plain", "ms", value, ratio=None)
-            continue
-        from_table = name not in ("doubled", "live")
-        report.add(
-            f"{metric}_{name}", "ms", value, plain, "plain", ratio="peer/ours", target=0.97 if from_table else None
-        )
+        report.add(f"{metric}_{name}", "ms", value, plain, "plain", ratio="peer/ours", target=0.97)
 
 
-def measure_compiled(
+def measure(
     report: Report, models: dict[str, PreTrainedModel], text: Tensor, batch: int, prompt: int, steps: int, rounds: int
 ) -> None:
-    """The same over static caches, by the call that ``generate`` of transformers compiles."""
+    """A step of every model at one batch size, in turn, by the call that ``generate`` of transformers compiles."""
     calls: dict[str, tuple[Callable[..., Any], StaticCache]] = {}
     tokens = some_text(text, batch, prompt + steps, seed=0)
     for name, model in models.items():
@@ -205,7 +150,7 @@ def measure_compiled(
         call: Callable[..., Any] = model.get_compiled_call(None)
         try:  # compile, and whatever is done once more
             for _ in range(2):
-                decode(model, tokens, prompt, cache, call=call)
+                decode(model, tokens, prompt, cache, call)
                 reset(cache)
             calls[name] = call, cache
         except Exception as error:  # of the compiler, or out of memory
@@ -219,7 +164,7 @@ def measure_compiled(
             tokens = some_text(text, batch, prompt + steps, seed=turn)
             for name, (call, cache) in calls.items():
                 reset(cache)
-                taken[name].append(decode(models[name], tokens, prompt, cache, waits, call)[1] * 1e3)
+                taken[name].append(decode(models[name], tokens, prompt, cache, call, waits) * 1e3)
         add_times(report, {name: statistics.median(times) for name, times in taken.items()}, f"{metric}_b{batch}")
 
 

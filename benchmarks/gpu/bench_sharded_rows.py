@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import gc
 import os
+import resource
 import shutil
 import signal
 import sys
@@ -32,17 +33,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from common import REPOSITORY, Report
 from side_by_side import Program, last_words, run_side_by_side
-from timed_training import measure, read_corpus
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from scone.configs.loading import from_mapping, load_options, save_options
 from scone.configs.schema import SconeOptions
-from scone.data.token_file import TokenFileWriter
+from scone.data.token_file import TokenFile, TokenFileWriter
 from scone.evaluation.sweep import count_once
 from scone.models.learned_rows import LearnedRows
-from scone.tokenization.tokenizers import tokenizer_fingerprint
+from scone.tokenization.tokenizers import load_tokenizer, tokenizer_fingerprint
 from scone.training.distributed import destroy_process_group
+from scone.training.run import Corpus, train
 from scone.utils.command_line import is_first_process
 from scone.utils.files import read_json, write_json
 
@@ -107,7 +110,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--warmup", type=int, default=10, help="steps before the time is taken")
     parser.add_argument("--steps", type=int, default=40, help="steps whose time is taken")
     parser.add_argument("--workers", type=int, default=4, help="processes that prepare batches, per GPU")
-    parser.add_argument("--profile", action="store_true", help="tell in the logs what the first rank did")
     parser.add_argument("--timeout", type=float, default=150, help="seconds after which everything is ended")
 
 
@@ -187,7 +189,7 @@ def prepare(folder: Path, options: dict[str, Any]) -> None:
     count_once(list(settings.values()), corpus, quiet=True)
     for (variant, count), its in settings.items():
         save_options(its, folder / f"{variant}_{count}.yaml")
-    plan = {name: options[name] for name in ("warmup", "tiny", "profile")} | {"data": str(data)}
+    plan = {name: options[name] for name in ("warmup", "tiny")} | {"data": str(data)}
     for count in options["gpus"]:
         write_json(folder / f"plan_{count}.json", plan | {"variants": variants_on(count, options)})
     options["num_tokens"] = corpus.train.num_tokens
@@ -236,9 +238,7 @@ def work(folder: Path, count: int) -> None:
         LearnedRows.share_out = (lambda rows: None) if variant == "copies" else share_out  # type: ignore[method-assign]
         started = time.monotonic()
         try:
-            measured = (
-                profiled(folder, variant, count, plan) if plan["profile"] else timed(folder, variant, count, plan)
-            )
+            measured = measure(folder / f"{variant}_{count}.yaml", Path(plan["data"]), plan["warmup"])
             if is_first_process():
                 write_json(folder / f"{variant}_{count}.json", measured)
                 print(f"{variant}: {time.monotonic() - started:.0f} s, {measured}", flush=True)
@@ -250,27 +250,6 @@ def work(folder: Path, count: int) -> None:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     destroy_process_group()
-
-
-def timed(folder: Path, variant: str, count: int, plan: dict[str, Any]) -> dict[str, float]:
-    options = folder / f"{variant}_{count}.yaml"
-    measured = measure(options, Path(plan["data"]), plan["warmup"])
-    settings = load_options(options)
-    positions = settings.training.batch_size * settings.data.max_length * count
-    return measured | {"step_seconds": positions / measured["per_second"]}
-
-
-def profiled(folder: Path, variant: str, count: int, plan: dict[str, Any]) -> dict[str, float]:
-    """As `timed`; the times of operators, the GPU's and the host's, go to the log."""
-    from torch.profiler import ProfilerActivity, profile
-
-    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])
-    with profile(activities=activities) as found:
-        measured = timed(folder, variant, count, plan)
-    if is_first_process():
-        for column in ("self_cuda_time_total", "self_cpu_time_total"):
-            print(f"{variant}_{count} by {column}\n{found.key_averages().table(sort_by=column, row_limit=25)}")
-    return measured
 
 
 def add_records(report: Report, folder: Path) -> None:
@@ -288,11 +267,7 @@ def add_records(report: Report, folder: Path) -> None:
         target = STEP_TARGET if variant in ("shared", "bf16", "host") else None
         milliseconds = plain and 1000 * plain["step_seconds"]
         report.add(
-            *(f"step_{name}", "ms", 1000 * now["step_seconds"]),
-            peer=milliseconds,
-            peer_name="plain step",
-            target=target,
-            better="lower",
+            *(f"step_{name}", "ms", 1000 * now["step_seconds"]), peer=milliseconds, peer_name="plain step", most=target
         )
         report.add(f"peak_memory_{name}", "GiB", now["peak_bytes"] / gib, ratio=None)
         if count > 1 and one is not None:
@@ -307,6 +282,64 @@ def add_records(report: Report, folder: Path) -> None:
             a_row = count * (now["peak_bytes"] - plain["peak_bytes"]) / options["rows"]
             bound = (2 if variant == "bf16" else 4) * width + 8
             report.add(f"memory_a_row_{name}", "bytes over all GPUs", a_row, bound=bound, ratio=a_row / bound)
+
+
+# ---------------------------------------------------------------------- how fast a run's steps are
+
+
+def measure(options_path: Path, data: Path, warmup: int) -> dict[str, float]:
+    """Tokens a second of all ranks, seconds a step of the slowest, peak bytes of the one with most; the same on every
+    rank. Timed are the steps after ``warmup`` others, and there the run ends: gigabytes are not saved.
+    """
+    options = load_options(options_path)
+    try:
+        train(options, corpus=read_corpus(data), quiet=True, callbacks=[StepTimer(warmup)])
+    except StepsTimed as timed:
+        steps = (options.training.max_steps - warmup) * options.training.gradient_accumulation_steps
+        tokens = steps * options.training.batch_size * options.data.max_length * timed.world_size
+        seconds = {"per_second": tokens / timed.seconds, "step_seconds": timed.seconds / steps}
+        return seconds | {"peak_bytes": timed.peak_bytes, "processes": timed.world_size}
+    raise AssertionError("the run ended before its last step was timed")
+
+
+def read_corpus(data: Path) -> Corpus:
+    """What the experiments read too (``experiments/prepare_data.py``), without a validation split."""
+    return Corpus(load_tokenizer(data / "tokenizer"), TokenFile.open(data / "train"), None)
+
+
+class StepsTimed(Exception):
+    """The last step is through; with the seconds and peak bytes of the rank with most, and the number of ranks."""
+
+    def __init__(self, seconds: float, peak_bytes: float, world_size: int) -> None:
+        super().__init__(seconds, peak_bytes, world_size)
+        self.seconds, self.peak_bytes, self.world_size = seconds, peak_bytes, world_size
+
+
+class StepTimer(TrainerCallback):
+    """Times the steps after ``warmup`` others, and raises ``StepsTimed`` on every rank after the last."""
+
+    def __init__(self, warmup: int) -> None:
+        self.warmup = warmup
+        self.started = 0.0
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.global_step not in (self.warmup, state.max_steps):
+            return
+        on_gpu = args.device.type == "cuda"
+        if on_gpu:
+            torch.cuda.synchronize()
+        if state.global_step == self.warmup:
+            if on_gpu:
+                torch.cuda.reset_peak_memory_stats()
+            self.started = time.perf_counter()
+            return
+        seconds = time.perf_counter() - self.started
+        resident = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # of the whole run, to have one on a CPU
+        peak_bytes = torch.cuda.max_memory_allocated() if on_gpu else resident
+        most = torch.tensor([seconds, peak_bytes], dtype=torch.float64, device=args.device)
+        if args.world_size > 1:
+            dist.all_reduce(most, dist.ReduceOp.MAX)
+        raise StepsTimed(*most.tolist(), args.world_size)
 
 
 if __name__ == "__main__":

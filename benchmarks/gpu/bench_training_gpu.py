@@ -260,9 +260,9 @@ def report_variant(report: Report, name: str, now: Measured, plain: Measured | N
     expected = {"peer": now.flops / plain.flops, "peer_name": "predicted from FLOPs"}
     target = 1.15 if "shared" in name else None
     steps = now.at_hand / plain.at_hand
-    report.add(f"{name}_step_vs_flops", "plain steps", steps, **expected, target=target, better="lower")
+    report.add(f"{name}_step_vs_flops", "plain steps", steps, **expected, most=target)
     at_hand = {"peer": now.at_hand, "peer_name": "step on prepared batches"}
-    report.add(f"{name}_loader_hidden", "s", now.loaded, **at_hand, target=1.05, better="lower")
+    report.add(f"{name}_loader_hidden", "s", now.loaded, **at_hand, most=1.05)
 
 
 if __name__ == "__main__":

@@ -20,8 +20,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+# what accelerate, transformers and PyTorch's loader say of themselves in a run
+OF_A_RUN = ("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore:.*pin_memory.*:UserWarning")
+RUNS = ("training", "scripts", "docs")
+
+
 def pytest_collection_modifyitems(items):
     """Files with slow tests first: whole files are handed to processes, and none should begin a long one at the end."""
+    for item in items:
+        for words in OF_A_RUN if item.path.parent.name in RUNS else ():
+            item.add_marker(pytest.mark.filterwarnings(words), append=False)
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 

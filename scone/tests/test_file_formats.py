@@ -45,16 +45,8 @@ def write_tokens(folder: Path) -> None:
 
 
 def count(tokens: np.ndarray) -> FGramVocabulary:
-    return count_f_grams(
-        [tokens],
-        vocab_size=VOCAB_SIZE,
-        max_n=4,
-        min_freq=2,
-        max_f_grams=100,
-        separator_ids=[SEPARATOR],
-        tokenizer_fingerprint=TOKENIZER,
-        quiet=True,
-    ).vocabulary
+    limits = {"vocab_size": VOCAB_SIZE, "max_n": 4, "min_freq": 2, "max_f_grams": 100, "quiet": True}
+    return count_f_grams([tokens], separator_ids=[SEPARATOR], tokenizer_fingerprint=TOKENIZER, **limits).vocabulary
 
 
 def write_table(path: Path, vocabulary: FGramVocabulary, row_type: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, TrainingArguments
 
 from scone.models.language_model import SconeForCausalLM
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
@@ -17,33 +17,13 @@ SEPARATOR = 0
 WIDTH = 16
 F_GRAM_SIZES = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 
+SIZES: dict[str, Any] = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2}
+SIZES |= {"intermediate_size": 32, "max_position_embeddings": 64}
 TRUNKS: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": WIDTH, "n_layer": 2, "n_head": 2, "n_positions": 64},
-    "bert": {
-        "hidden_size": WIDTH,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 32,
-        "max_position_embeddings": 64,
-        "is_decoder": True,
-    },
-    "llama": {
-        "hidden_size": WIDTH,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "intermediate_size": 32,
-        "max_position_embeddings": 64,
-    },
-    "qwen2": {
-        "hidden_size": WIDTH,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "intermediate_size": 32,
-        "max_position_embeddings": 64,
-        "tie_word_embeddings": True,
-    },
+    "bert": SIZES | {"is_decoder": True},
+    "llama": SIZES | {"num_key_value_heads": 1},
+    "qwen2": SIZES | {"num_key_value_heads": 1, "tie_word_embeddings": True},
 }
 
 
@@ -101,6 +81,12 @@ def scone(
         if embedding.rows is not None:
             torch.nn.init.normal_(embedding.rows.weight, std=0.5)
     return model
+
+
+def training_arguments(folder: object, **options: Any) -> TrainingArguments:
+    """Of transformers' trainer, for a few steps here that leave nothing."""
+    quiet = {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "save_strategy": "no"}
+    return TrainingArguments(output_dir=str(folder), **(quiet | options))
 
 
 class RowsInMemory:

@@ -19,12 +19,9 @@ import yaml
 from scone.configs.values import entries
 from scone.tests.docs.blocks import REPOSITORY, Block, blocks_of, pages, run, script_of
 
-pytestmark = [
-    pytest.mark.skipif(not (REPOSITORY / "mkdocs.yml").exists(), reason="an installed package has no documentation"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
-]
+pytestmark = pytest.mark.skipif(
+    not (REPOSITORY / "mkdocs.yml").exists(), reason="an installed package has no documentation"
+)
 # In the order in which a reader would: the tutorial makes what the guides use. Pages that are not named here are of
 # fixed commands (README.md: the same as those that scone/tests/scripts runs) and are checked by parsing.
 RUN = (

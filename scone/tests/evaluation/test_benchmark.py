@@ -25,14 +25,14 @@ pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning")]
 def config(served_model: Path, tmp_path: Path) -> dict:
     text = "".join(json.dumps({"text": WORDS[start : start + 400]}) + "\n" for start in range(0, 2400, 400))
     (tmp_path / "text.jsonl").write_text(text)
-    model, table = str(served_model), str(served_model.parent / "table")
+    model, table = str(served_model), str(served_model / "embeddings.cache")
     return {
         "model_configs": [
             {"name": "from the table", "model_path": model, "embedding_cache_path": table, "f_gram_model_size": "tiny"},
             {"name": "without its table", "model_path": model, "embedding_cache_path": str(tmp_path / "nowhere")},
             {"name": "nowhere", "model_path": str(tmp_path / "nowhere")},
         ],
-        "baseline_configs": [{"name": "plain", "model_name": str(served_model.parent / "plain")}],
+        "baseline_configs": [{"name": "plain", "model_name": str(served_model / "plain")}],
         "dataset_configs": [
             {"name": "words", "dataset_name": str(tmp_path / "text.jsonl"), "split": "all"},
             {"name": "lost", "dataset_name": str(tmp_path / "lost.jsonl"), "split": "all"},
@@ -108,7 +108,7 @@ def test_training_only_parameters_are_those_of_the_live_model(served_model: Path
     live = load_model(served_model, device="cpu").model
     expected = sum(parameter.numel() for parameter in live.f_gram_embedding.parameters())
     assert training_only_parameters(served_model) == expected
-    assert training_only_parameters(served_model.parent / "plain") == 0
+    assert training_only_parameters(served_model / "plain") == 0
     assert training_only_parameters("gpt2-somewhere-else") is None
 
 

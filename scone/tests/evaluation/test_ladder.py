@@ -35,7 +35,7 @@ def law(a: float, b: float, exponent: float, flops: float) -> float:
     cost=st.floats(1, 2.5),
     rungs=st.integers(3, 5),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_a_multiplier_is_that_of_the_law(a, b, exponent, times, cost, rungs):
     """Whatever a step costs: the FLOPs count, not the tokens."""
     budgets = [1e15 * 2**rung for rung in range(rungs)]
@@ -46,12 +46,12 @@ def test_a_multiplier_is_that_of_the_law(a, b, exponent, times, cost, rungs):
     found = ladder.multipliers(ladder.rungs_of({"runs": runs}), draws=20)
     assert [each.rung.per_weight for each in found] == [str(place) for place in range(rungs)]
     for place, each in enumerate(found):
-        assert each.value == pytest.approx(times, rel=0.03)
+        assert each.value == pytest.approx(times, rel=0.1 if each.beyond else 0.03)
         assert each.beyond == (not 1 - 1e-9 <= times * cost * 2**place <= 2 ** (rungs - 1) + 1e-9) or times == 1
         # every run has the same windows and no seeds differ: nothing is left to chance
         assert (each.low, each.high) == pytest.approx((each.value, each.value), rel=1e-6)
     for each in ladder.savings(ladder.rungs_of({"runs": runs}), draws=20):  # the same, read on the other curve
-        assert (each.rung.kind, each.value) == ("plain", pytest.approx(times, rel=0.03))
+        assert (each.rung.kind, each.value) == ("plain", pytest.approx(times, rel=0.1 if each.beyond else 0.03))
         assert each.low == pytest.approx(each.high, rel=1e-6)
 
 
@@ -80,19 +80,14 @@ def test_an_interval_has_windows_and_seeds_in_it():
     assert spread(shared, (-0.01, 0.0, 0.01)) > 5 * alone
 
 
-def test_fewer_than_three_budgets_of_plain_are_no_curve():
-    runs = {str(each): run(f"7m-{each}-plain", each * 1e15, 4 - each / 10) for each in (1, 2)}
-    runs["rows"] = run("7m-1-rows", 1e15, 3.85)
-    assert ladder.multipliers(ladder.rungs_of({"runs": runs})) == []
-
-
-def test_a_loss_that_plain_never_reaches_has_no_end():
+def test_fewer_than_three_budgets_of_plain_are_no_curve_and_a_loss_it_never_reaches_has_no_end():
     budgets = [1e15, 2e15, 4e15]
     runs = {str(each): run(f"7m-{place}-plain", each, law(3, 1, 0.5, each)) for place, each in enumerate(budgets)}
     runs["rows"] = run("7m-1-rows", 2e15, 2.9)
     (found,) = ladder.multipliers(ladder.rungs_of({"runs": runs}), draws=10)
-    assert found.value == np.inf
-    assert found.beyond
+    assert (found.value, found.beyond) == (np.inf, True)
+    del runs["1000000000000000.0"]
+    assert ladder.multipliers(ladder.rungs_of({"runs": runs})) == []
 
 
 def test_results_are_put_together(tmp_path, capsys):
@@ -125,7 +120,7 @@ def test_results_are_put_together(tmp_path, capsys):
 
 
 def test_tables_and_picture_say_what_the_losses_are():
-    tables, plot = experiments.module("ladder_table"), experiments.module("plot_ladder")
+    tables, plot = experiments.module("ladder_table"), experiments.module("plots")
     runs = {}
     for place, flops in ((5, 1e15), (10, 2e15), (20, 4e15)):
         for kind, times in (("plain", 1.0), ("rows", 1.5)):
@@ -140,4 +135,4 @@ def test_tables_and_picture_say_what_the_losses_are():
     assert f"| 7 M | 0 M | 10 | `rows` | 1 | {change} | {change} | {change} |" in lines["texts"]
     assert "| 7 M | 20 | `rows` |" + " −0.05 |" * 10 in lines["curves"]
     assert tables.ladder_table({"runs": {}}, "texts") == "*Not run yet.*\n"
-    assert len(plot.draw(ladder.rungs_of({"runs": runs})).axes[0].lines) == 2
+    assert len(plot.draw_ladder({"runs": runs}).axes[0].lines) == 2

@@ -79,7 +79,7 @@ def test_table_and_live_model_agree_on_the_command_line(folder, tmp_path, capsys
     assert main([*command, "--output", str(tmp_path / "live.json")]) == 0
     live = capsys.readouterr().out
     assert "perplexity        " not in live, "no data set was named"
-    table = ["--embedding_cache_path", str(folder.parent / "table")]
+    table = ["--embedding_cache_path", str(folder / "embeddings.cache")]
     assert main([*command, *table, "--output", str(tmp_path / "table.json")]) == 0
     shown = capsys.readouterr().out
     assert [line for line in shown.splitlines() if not line.startswith("embedding table")] == live.splitlines()
@@ -96,7 +96,7 @@ def test_every_task_runs_on_real_items(folder, shared_data):
     from scone.inference.loading import load_model
     from scone.tokenization.tokenizers import load_tokenizer
 
-    model = load_model(folder, folder.parent / "table", device="cpu").model
+    model = load_model(folder, folder / "embeddings.cache", device="cpu").model
     results = evaluate_tasks(model, load_tokenizer(folder), "all", shared_data / "evals", limit=2)
     assert [result.task for result in results] == list(TASKS)
     assert all(result.num_items == 2 for result in results)

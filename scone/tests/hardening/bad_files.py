@@ -1,4 +1,4 @@
-"""Every reader of the package with the bad inputs that it must survive; for the tests and benchmarks/bad_inputs.py.
+"""Every reader of the package with the bad inputs that it must survive; for the tests and benchmarks/hardening.py.
 
 A ``Reader`` has a good input, a strategy for each kind of bad one, and what programs do with it. An input is the
 files of a folder by name.

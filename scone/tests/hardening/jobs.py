@@ -6,7 +6,6 @@ Each is run by a forked process (``spawned``), so that a kill costs no imports. 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import sys
 import traceback
@@ -16,12 +15,11 @@ from pathlib import Path
 
 from scone.utils.command_line import run_main
 
-WORDS = tuple("the cat sat on the mat and the dog ran to the old red house by the sea while it rained all day".split())  # noqa: SIM905
 TRAINING_FLAGS = (
     *("--max_length", "32", "--min_freq", "3", "--tokenizer", "train", "--vocab_size", "300", "--hidden_size", "16"),
     *("--num_hidden_layers", "1", "--num_attention_heads", "2", "--learning_rate", "0.01", "--num_workers", "0"),
-    *("--report_to", "none", "--device", "cpu", "--batch_size", "2", "--max_steps", "8", "--save_steps", "1"),
-    *("--eval_steps", "4", "--logging_steps", "2", "--resume_from_checkpoint"),
+    *("--report_to", "none", "--device", "cpu", "--batch_size", "2", "--max_steps", "6", "--save_steps", "1"),
+    *("--eval_steps", "3", "--logging_steps", "2", "--resume_from_checkpoint"),
 )
 VOLATILE = ("training_log.json", "environment.json", "README.md")
 """Files of a run that tell of this run alone: seconds, machine, versions."""
@@ -50,12 +48,10 @@ def make_inputs(inputs: Path) -> None:
     """A corpus of 60 documents, its tokens as an array, a trained model and a table in many chunks."""
     import numpy as np
 
+    from scone.tests.training.runs import write_corpus
+
     inputs.mkdir(parents=True, exist_ok=True)
-    lines = []
-    for document in range(60):
-        words = [WORDS[(document * 7 + i * i) % len(WORDS)] for i in range(120)]
-        lines.append(json.dumps({"text": " ".join(words)}))
-    (inputs / "corpus.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    write_corpus(inputs)
     tokens = np.minimum(np.random.default_rng(0).zipf(1.4, 60_000) - 1, 999).astype(np.uint16)
     np.save(inputs / "tokens.npy", tokens)
     train(inputs, inputs / "trained")
@@ -100,7 +96,7 @@ COUNT_BUDGET = 1_700_000
 
 
 def train(inputs: Path, work: Path) -> int:
-    """`scone train`, eight steps, a checkpoint after each."""
+    """`scone train`, six steps, a checkpoint after each."""
     from scone.scripts.train import main
 
     flags = ["--dataset_name", str(inputs / "corpus.jsonl"), "--cache_dir", str(inputs / "cache")]
@@ -134,7 +130,7 @@ JOBS = {
     for job in (
         Job("tokenise", tokenise, ("tokens/*/corpus.json", "tokens/*/*/tokens.*")),
         Job("count", count, ("f_grams.safetensors",)),
-        Job("train", train, ("run/final_model/*", "run/checkpoint-8/model.safetensors")),
+        Job("train", train, ("run/final_model/*", "run/checkpoint-6/model.safetensors")),
         Job("precompute", precompute, ("embeddings.cache",)),
         Job("convert", convert, ("embeddings.int8",)),
     )

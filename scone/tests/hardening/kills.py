@@ -52,7 +52,7 @@ def run_kills(job: Job, kills: int, seed: int, folder: Path) -> dict[str, Any]:
     was never disturbed. Returns what happened; ``failures`` is empty where nothing was lost.
     """
     inputs, log = folder / "inputs", folder / f"{job.name}.log"
-    whole, seconds, changes = _undisturbed(job, inputs, folder / "whole", log)
+    whole, seconds, changes = _undisturbed(job, inputs, folder / "whole" / job.name, log)
     random_of_trial = random.Random(f"{job.name} {seed}")
     moments: Counter[str] = Counter()
     failures: list[str] = []

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from scone.tests.hardening.jobs import JOBS, Job, finished, nothing, preload, spawned
-from scone.tests.hardening.kills import inputs_of
+from scone.tests.hardening.kills import inputs_of, run_kills
 
 SURVIVED = "survived"
 UNREADABLE = Path("/proc/self/mem")
@@ -117,7 +117,7 @@ def _same_in_the_end(job: Job, folder: Path, work: Path) -> str:
 
 
 def _whole(job: Job, folder: Path) -> str:
-    """The digest of an undisturbed run's results, made once."""
+    """The digest of an undisturbed run's results, made once, as kills make it too."""
     work = folder / "whole" / job.name
     if not work.exists():
         work.mkdir(parents=True)
@@ -150,9 +150,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--only", nargs="+", help="names such as two_at_once_train")
+    parser.add_argument("--kills", nargs="*", default=[], metavar="JOB=N", help="kills before that, as of `kills`")
+    parser.add_argument("--seed", type=int, default=0, help="of the kills")
     chosen = parser.parse_args()
     preload()
     inputs_of(chosen.folder)
+    for job, count in (kill.split("=") for kill in chosen.kills):
+        print(json.dumps(run_kills(JOBS[job], int(count), chosen.seed, chosen.folder)), flush=True)
     outcomes: dict[str, str] = {}
     for name, scenario in SCENARIOS.items():
         for job in JOBS.values():

@@ -1,4 +1,4 @@
-"""A slice of benchmarks/fault_injection.py: some kills of every long job, and the scenarios of a moment."""
+"""A slice of benchmarks/hardening.py: some kills of every long job, and the scenarios of a moment."""
 
 from __future__ import annotations
 
@@ -15,35 +15,34 @@ SCENARIOS = (
 )
 
 
+KILLS = {"tokenise": 4, "convert": 4, "count": 1, "precompute": 1, "train": 1}
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="system calls are watched and fail as on Linux"),
+]
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("faults")
-
-
-def results(module: str, *arguments: str) -> list[dict]:
-    """The JSON lines that a module prints; processes are forked in there, not here among pytest's threads."""
-    command = [sys.executable, "-m", f"scone.tests.hardening.{module}", *arguments]
+def said(tmp_path_factory) -> list[dict]:
+    """The JSON lines of one process, which imports once and forks; not here, among pytest's threads."""
+    command = [sys.executable, "-m", "scone.tests.hardening.scenarios", "--only", *SCENARIOS]
+    seed = str(int.from_bytes(os.urandom(2), "little")) if not os.environ.get("CI") else "0"
+    command += ["--kills", *(f"{job}={kills}" for job, kills in KILLS.items()), "--seed", seed]
+    command += ["--folder", str(tmp_path_factory.mktemp("faults"))]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1500, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="processes are watched through Linux's system calls")
-@pytest.mark.parametrize(("jobs", "kills"), [(("tokenise", "convert"), 4), (("count", "precompute", "train"), 1)])
-def test_killed_jobs_go_on_to_the_same_bytes(folder, jobs, kills):
-    seed = str(int.from_bytes(os.urandom(2), "little")) if not os.environ.get("CI") else "0"
-    batches = results("kills", *jobs, "--kills", str(kills), "--seed", seed, "--folder", str(folder))
-    assert [batch["job"] for batch in batches] == list(jobs)
+def test_killed_jobs_go_on_to_the_same_bytes(said):
+    *batches, _ = said
+    assert [batch["job"] for batch in batches] == list(KILLS)
     for batch in batches:
         assert not batch["failures"], batch
-        assert sum(batch["kills"].values()) >= kills
+        assert sum(batch["kills"].values()) >= KILLS[batch["job"]]
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="read errors come from Linux's /proc")
-def test_other_faults_are_survived(folder):
-    (outcomes,) = results("scenarios", "--folder", str(folder), "--only", *SCENARIOS)
-    assert outcomes == dict.fromkeys(outcomes, "survived")
-    assert len(outcomes) == len(SCENARIOS)
+def test_other_faults_are_survived(said):
+    assert said[-1] == dict.fromkeys(said[-1], "survived")
+    assert len(said[-1]) == len(SCENARIOS)

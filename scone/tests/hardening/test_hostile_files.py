@@ -12,11 +12,7 @@ from hypothesis import HealthCheck, given, settings
 
 from scone.data.token_file import METADATA_NAME, TokenFileWriter, _metadata_checksum
 from scone.scripts.verify import verify
-from scone.tests.hardening.bad_files import (
-    READERS,
-    good_tokens,
-    use_tokens,
-)
+from scone.tests.hardening.bad_files import READERS, good_tokens, use_tokens
 from scone.tests.hardening.bad_inputs import READ, REFUSED, judge_files
 from scone.utils.errors import SconeError
 
@@ -30,7 +26,7 @@ def test_bad_inputs_are_refused_or_read(tmp_path, name, kind):
     good = reader.good(tmp_path / "good")
     judge = judge_files(reader, kind, good, tmp_path / "input")
 
-    examples = 80 if kind.startswith("forged") else 40
+    examples = 40 if kind.startswith("forged") else 25
 
     @settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck))
     @given(reader.kinds[kind](good))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import fcntl
 import json
 import os
@@ -24,7 +23,7 @@ BECOME = (  # the browser reads from descriptor 3 and writes to 4
 class Browser:
     """One page of a browser process. Use in a ``with`` block; skips the test where there is no Chromium."""
 
-    def __init__(self, profile: Path, *, dark: bool = False) -> None:
+    def __init__(self, profile: Path) -> None:
         path = next((found for found in map(shutil.which, NAMES) if found), None)
         if path is None:
             pytest.skip("found no Chromium on this machine (Debian: apt-get install chromium)")
@@ -40,8 +39,6 @@ class Browser:
         self._number, self._buffer, self._session = 0, b"", ""
         target = self.send("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        feature = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self.send("Emulation.setEmulatedMedia", features=[feature])
 
     def __enter__(self) -> Browser:
         return self
@@ -70,6 +67,10 @@ class Browser:
                 assert "error" not in answer, answer["error"]
                 return answer["result"]
 
+    def prefer(self, scheme: str) -> None:
+        """Be somebody who likes pages "dark" or "light"."""
+        self.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+
     def evaluate(self, expression: str) -> Any:
         """The value of a JavaScript expression in the page."""
         answer = self.send("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
@@ -94,7 +95,3 @@ class Browser:
         box = self.evaluate(f"(({expression}).getBoundingClientRect()).toJSON()")
         place = {"x": box["x"] + box["width"] / 2, "y": box["y"] + box["height"] / 2}
         self.send("Input.dispatchMouseEvent", type="mouseMoved", **place)
-
-    def screenshot(self, path: Path) -> None:
-        """Save what is seen as PNG."""
-        path.write_bytes(base64.b64decode(self.send("Page.captureScreenshot", captureBeyondViewport=True)["data"]))

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,22 +24,26 @@ TEXT = "the cat sat on the mat and the dog ran under the hill; then it slept. é
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 
 
-def make_model(folder: Path) -> Path:
-    """A random SCONE with a chat template, and its table."""
-    tokenizer = train_tokenizer(iter([TEXT]), 300, folder)
+def make_model(folder: Path, text: str = TEXT, max_n: int = 4, positions: int = 256, f_gram_model: Any = None) -> Path:
+    """A random SCONE that knows the text, with a chat template and its table, and its trunk alone in ``plain``."""
+    tokenizer = train_tokenizer(iter([text]), 300, folder)
     tokenizer.chat_template = TEMPLATE
-    tokens = np.array(tokenizer(TEXT).input_ids, np.int64)
-    vocabulary = count_f_grams([tokens], vocab_size=300, max_n=4, min_freq=2, separator_ids=[0], quiet=True).vocabulary
+    tokens = np.array(tokenizer(text).input_ids, np.int64)
+    limits = {"vocab_size": 300, "max_n": max_n, "min_freq": 2, "separator_ids": [0], "quiet": True}
+    vocabulary = count_f_grams([tokens], **limits).vocabulary
     torch.manual_seed(0)
     config = GPT2Config(
-        vocab_size=300, n_embd=32, n_layer=2, n_head=2, n_positions=256, bos_token_id=0, eos_token_id=0,
+        vocab_size=300, n_embd=32, n_layer=2, n_head=2, n_positions=positions, bos_token_id=0, eos_token_id=0,
         initializer_range=0.4,
     )  # fmt: skip
-    model = SconeForCausalLM.from_trunk(GPT2LMHeadModel(config), vocabulary, f_gram_model=None, learned_rows=10**6)
+    trunk = GPT2LMHeadModel(config)
+    model = SconeForCausalLM.from_trunk(trunk, vocabulary, f_gram_model=f_gram_model, learned_rows=10**6)
     assert model.f_gram_embedding is not None
     torch.nn.init.normal_(model.f_gram_embedding.rows.weight, std=0.5)
     model.eval().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    model.trunk.save_pretrained(folder / "plain")
+    for place in (folder, folder / "plain"):
+        tokenizer.save_pretrained(place)
     precompute_table(model, folder / "embeddings.cache", quiet=True)
     return folder
 

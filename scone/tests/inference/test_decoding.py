@@ -90,7 +90,7 @@ def generate(model: SconeForCausalLM, prompts: dict[str, torch.Tensor], **argume
 CACHES = st.sampled_from([{}, {"cache_implementation": "static"}, {"prefill_chunk_size": 3}, {"use_cache": False}])
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(model=models, seed=seeds, lengths=st.lists(st.integers(1, 9), min_size=1, max_size=4), caching=CACHES)
 def test_cached_decoding_equals_full_forward_greedy(model, seed, lengths, caching):
     """Batches of prompts of any length (shorter than N too), dynamic and static caches, prefill in chunks."""
@@ -111,7 +111,7 @@ def test_cached_decoding_equals_full_forward_speculative(model, seed, length, ho
     assert generate(model, left_padded(rows), **speculation) == greedy(model, rows)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     model=models,
     seed=seeds,
@@ -188,7 +188,7 @@ class ByHand:
         self.mask = self.mask[rows]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(model=models, data=st.data(), num_rows=st.integers(1, 3))
 def test_cached_decoding_equals_full_forward_by_hand(model, data, num_rows):
     """Any sequence of feeding, cropping, selecting, reordering and repeating; padding left, right and in between."""

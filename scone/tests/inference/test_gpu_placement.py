@@ -13,7 +13,8 @@ from scone.inference.embedding_table import EmbeddingTable
 from scone.inference.streaming import counted_reads
 from scone.inference.table_format import ROW_TYPES
 from scone.models.language_model import SconeForCausalLM
-from scone.tests.inference.tables import VOCAB_SIZE, small_model, write_table
+from scone.tests import tiny
+from scone.tests.inference.tables import write_table
 
 pytestmark = [
     pytest.mark.gpu,
@@ -45,8 +46,8 @@ def test_the_accelerator_looks_up_what_the_host_does(tmp_path: Path, placement: 
     """The same vectors, bit for bit, for a prompt and for the steps that continue it, wherever padding lies; and the
     same numbers of positions and rows.
     """
-    model = small_model()
-    rows = model.embed_nodes(torch.arange(VOCAB_SIZE, VOCAB_SIZE + model.config.num_f_grams))
+    model = tiny.scone()
+    rows = model.embed_nodes(torch.arange(tiny.VOCAB_SIZE, tiny.VOCAB_SIZE + model.config.num_f_grams))
     path = tmp_path / "embeddings.cache"
     write_table(path, rows, "bf16")
     text = torch.randint(0, 6, (3, 24), generator=torch.Generator().manual_seed(0))
@@ -81,7 +82,7 @@ def vectors_of(model: SconeForCausalLM, text: torch.Tensor, mask: torch.Tensor |
 
 def test_gradients_pass_by_the_rows(tmp_path: Path) -> None:
     """With a table, the token embedding of a position that reads a row has no part in it."""
-    model = small_model()
+    model = tiny.scone()
     size = model.config.num_f_grams
     path = tmp_path / "embeddings.cache"
     write_table(path, torch.randn(size, model.config.hidden_size))

@@ -16,20 +16,20 @@ from scone.inference.embedding_table import EmbeddingTable
 from scone.inference.precompute import precompute_table, verify_table
 from scone.inference.table_format import ROW_TYPES, RowFormat, TableLayout
 from scone.inference.table_writer import TablePlan, TableWriter
-from scone.tests.inference.tables import VOCAB_SIZE, small_model
+from scone.tests import tiny
 from scone.utils.errors import SconeError
 
-NUM_ROWS = 354
+NUM_ROWS = tiny.vocabulary().num_f_grams
 QUICK = {"batch_size": 1, "quiet": True}
 
 
 def live_rows(model) -> torch.Tensor:
-    return model.embed_nodes(torch.arange(NUM_ROWS) + VOCAB_SIZE)
+    return model.embed_nodes(torch.arange(NUM_ROWS) + tiny.VOCAB_SIZE)
 
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    """Eleven chunks for the small vocabulary's f-grams."""
+    """Eight chunks for the small vocabulary's f-grams."""
     monkeypatch.setattr(precompute, "ROWS_PER_BATCH_UNIT", 33)
 
 
@@ -41,7 +41,7 @@ def path(tmp_path):
 @pytest.mark.parametrize(("f_gram_model", "learned_rows"), [(True, 0), (False, 40), (True, 40)])
 def test_table_row_equals_live_model(path, f_gram_model, learned_rows):
     """Every f-gram's row, for each kind of input embedding; and whose rows they are."""
-    model = small_model(f_gram_model, learned_rows)
+    model = tiny.scone(f_gram_model=f_gram_model, learned_rows=learned_rows)
     assert precompute_table(model, path, **QUICK)
     with EmbeddingTable.open(path, expected_fingerprints=model.table_fingerprints()) as table:
         assert {name: table.fingerprints[name] for name in ("weights", "vocabulary")} == model.table_fingerprints()
@@ -54,24 +54,23 @@ def test_table_row_equals_live_model(path, f_gram_model, learned_rows):
 @torch.no_grad()
 def test_table_model_equals_live_model(path, placement):
     """Logits, with padding, from the table as from the live layer."""
-    model = small_model()
+    model = tiny.scone()
     precompute_table(model, path, quiet=True)
-    random = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, VOCAB_SIZE, (3, 30), generator=random) // 3  # the frequent tokens, so that much matches
+    tokens = torch.from_numpy(tiny.corpus(90).reshape(3, 30))
     mask = torch.ones_like(tokens)
     mask[1, :7] = 0
     live = model(tokens, attention_mask=mask).logits
     with EmbeddingTable.open(path, placement) as table:
         model.attach_table(table)
         served = model(tokens, attention_mask=mask).logits
-    assert (model.match(tokens) >= VOCAB_SIZE).mean() > 0.3
+    assert (model.match(tokens) >= tiny.VOCAB_SIZE).mean() > 0.3
     torch.testing.assert_close(served, live, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("row_type", ROW_TYPES)
 def test_precompute_split_or_resumed_equals_precompute_in_one_go(tmp_path, row_type):
     """Any number of ranks, in any order of finishing, even where the number changes in between; any threads."""
-    model, whole, split = small_model(), tmp_path / "whole", tmp_path / "split"
+    model, whole, split = tiny.scone(), tmp_path / "whole", tmp_path / "split"
     assert precompute_table(model, whole, row_type=row_type, **QUICK)
     assert not precompute_table(model, split, row_type=row_type, rank=2, world_size=3, **QUICK)
     assert not precompute_table(model, split, row_type=row_type, rank=0, world_size=2, **QUICK)
@@ -87,7 +86,7 @@ def test_precompute_split_or_resumed_equals_precompute_in_one_go(tmp_path, row_t
 
 @pytest.mark.parametrize("state", ["empty folder", "no plan", "torn line", "folder left behind"])
 def test_cut_off_between_any_two_steps_it_goes_on(tmp_path, path, state):
-    model, whole, folder = small_model(), tmp_path / "whole", path.with_name(path.name + ".part")
+    model, whole, folder = tiny.scone(), tmp_path / "whole", path.with_name(path.name + ".part")
     precompute_table(model, whole, **QUICK)
     ranks = {"rank": 0, "world_size": 1}
     if state == "torn line":
@@ -108,18 +107,18 @@ def test_cut_off_between_any_two_steps_it_goes_on(tmp_path, path, state):
 
 
 def test_an_unfinished_table_of_another_model_is_started_over(path, capsys):
-    other = small_model(seed=1)
-    assert not precompute_table(small_model(), path, batch_size=1, world_size=2)
+    other = tiny.scone(seed=1)
+    assert not precompute_table(tiny.scone(), path, batch_size=1, world_size=2)
     assert precompute_table(other, path, batch_size=1)
     assert "starting over" in (notices := capsys.readouterr().err)
     assert "fingerprints {" in notices
     verify_table(path, other)
     with pytest.raises(SconeError, match="made from other weights"):
-        verify_table(path, small_model())
+        verify_table(path, tiny.scone())
 
 
 def test_a_finished_table_is_kept_or_replaced_but_nothing_else_is(path, capsys):
-    model = small_model()
+    model = tiny.scone()
     precompute_table(model, path)
     before = path.stat().st_ino
     assert precompute_table(model, path)
@@ -141,7 +140,7 @@ def plan_of(model, tmp_path) -> TablePlan:
 
 
 def test_two_runs_with_other_settings_do_not_mix(tmp_path, path):
-    model = small_model()
+    model = tiny.scone()
     refusal = pytest.raises(SconeError, match=r"another process .* \(.*row_type fp32 instead of int8")
     with TableWriter(path, plan_of(model, tmp_path)), refusal:
         precompute_table(model, path, row_type="int8", **QUICK)
@@ -156,7 +155,7 @@ def test_a_disk_too_small_is_said_before_any_work(path):
 
 
 def test_a_model_that_diverged_is_refused(path):
-    model = small_model()
+    model = tiny.scone()
     with torch.no_grad():
         model.f_gram_embedding.gain[3] = float("nan")
     with pytest.raises(SconeError, match="not finite"):
@@ -164,7 +163,7 @@ def test_a_model_that_diverged_is_refused(path):
 
 
 def test_half_precision_rows_are_near_and_say_so(path):
-    model = small_model()
+    model = tiny.scone()
     precompute_table(model, path, compute_dtype="bf16", quiet=True)
     assert verify_table(path, model).layout.compute_dtype == "bf16"
     with EmbeddingTable.open(path) as table:
@@ -173,11 +172,11 @@ def test_half_precision_rows_are_near_and_say_so(path):
 
 def test_a_row_that_is_not_the_models_is_found(tmp_path, path):
     """Checksums fit, fingerprints fit, and yet a row is wrong: only the live model can tell."""
-    model = small_model()
+    model = tiny.scone()
     rows = live_rows(model)
     rows[17] *= 1.01
     with TableWriter(path, plan_of(model, tmp_path)) as writer:
-        writer.write(np.arange(NUM_ROWS), RowFormat.of("fp32", 32).encode(rows))
+        writer.write(np.arange(NUM_ROWS), RowFormat.of("fp32", tiny.WIDTH).encode(rows))
         writer.mark_finished(0)
         writer.finish()
     with pytest.raises(SconeError, match=r"row 17 of .* differs from the model's"):

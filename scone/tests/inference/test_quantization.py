@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers.pytorch_utils import Conv1D
 
 from scone.inference.quantization import HalfStorageLinear, computes_in_fp16, model_bytes, quantize_trunk
-from scone.tests.inference.tables import small_model
+from scone.tests import tiny
 from scone.utils.errors import SconeError
 
 # The largest relative error of the logits, and the layers' size relative to fp32 (scales included).
@@ -70,7 +70,7 @@ def test_fp16_with_a_live_f_gram_model_on_processors_with_fp16_and_without(monke
     """Without, it is stored in fp16. The f-gram model stays as it is, and its width is not the trunk's."""
     monkeypatch.setattr("scone.inference.quantization.computes_in_fp16", lambda device: computes)
     assert computes_in_fp16(torch.device("cuda"))
-    live = small_model()
+    live = tiny.scone()
     quantised = copy.deepcopy(live)
     report = quantize_trunk(quantised, "fp16")
     assert ("no fp16" in report.computes_in) == (not computes)

@@ -31,18 +31,29 @@ def rows():
     return torch.randn(NUM_ROWS, WIDTH, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(scope="module", params=ROW_TYPES)
-def table(request, rows, tmp_path_factory):
-    path = tmp_path_factory.mktemp("tables") / f"{request.param}.cache"
-    write_table(path, rows, request.param)
-    return path
+@pytest.fixture(scope="module")
+def tables(rows, tmp_path_factory):
+    """One of each row type."""
+    folder = tmp_path_factory.mktemp("tables")
+    for row_type in ROW_TYPES:
+        write_table(folder / f"{row_type}.cache", rows, row_type)
+    return folder
+
+
+@pytest.fixture(params=ROW_TYPES)
+def table(request, tables):
+    return tables / f"{request.param}.cache"
 
 
 class StoreContract:
-    """What every store does; a subclass says how to open it."""
+    """What every store does; a subclass says how to open it. Stores read bytes, whatever they mean: many or few."""
 
     def open(self, file: TableFile) -> RowStore:
         raise NotImplementedError
+
+    @pytest.fixture(params=["fp32", "int4"])
+    def table(self, request, tables):
+        return tables / f"{request.param}.cache"
 
     @pytest.fixture
     def store(self, table):

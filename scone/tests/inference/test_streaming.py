@@ -41,7 +41,7 @@ def test_pieces_join_to_the_whole(kind: str) -> None:
     tokenizer = tokenizer_of(kind)
     size = len(tokenizer)
 
-    @settings(max_examples=300, deadline=None)
+    @settings(max_examples=100, deadline=None)
     @given(st.lists(st.integers(0, size - 1), max_size=30), st.integers(1, 8))
     @example([1, 2, 3, 4, 5, 6], 1)
     @example([4, 7, 2, 8, 6], 1)

@@ -56,7 +56,7 @@ def test_file_is_safetensors_with_rows_on_a_page(tmp_path: Path, rows: torch.Ten
             assert torch.equal(stored, rows)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_damaged_file_is_refused(table: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     """A changed byte anywhere, a cut, an appended byte: refused when opened (header, size, checksums, rows in RAM)."""

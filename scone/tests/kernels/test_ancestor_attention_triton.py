@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 from torch import Tensor
 
 from scone.kernels.ancestor_attention import ancestor_attention, padded_ancestor_attention
+from scone.tests.kernels.triton_device import DEVICE, INTERPRETED
 
-pytest.importorskip("triton", reason="Triton is not installed")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-if not (INTERPRETED or torch.cuda.is_available()):
-    pytest.skip("no CUDA device (set TRITON_INTERPRET=1 to interpret the kernel)", allow_module_level=True)
-
-from scone.kernels.ancestor_attention_triton import (  # noqa: E402
+from scone.kernels.ancestor_attention_triton import (  # isort: skip (where Triton is installed, as the last one says)
     attention_backward_triton,
     attention_forward_triton,
 )
-
-DEVICE = "cpu" if INTERPRETED else "cuda"
 
 
 def random_trie(num_nodes: int, max_n: int, seed: int) -> Tensor:

@@ -55,29 +55,19 @@ def lookups() -> Iterator[tuple[tuple[str, str], str, bool, int, int]]:
 
 
 @pytest.mark.parametrize(("stored", "vectors", "has_places", "longest", "num_blocks"), list(lookups()))
-def test_the_lookup_compiles(
+def test_the_lookups_compile(
     stored: tuple[str, str], vectors: str, has_places: bool, longest: int, num_blocks: int
 ) -> None:
     row_type, rows = stored
-    pointers = {"vectors": vectors, "output": vectors, "near": rows, "far": rows, "found": "u8"}
-    pointers |= dict.fromkeys(("tokens", "past", "places", "counts"), "i64") | dict.fromkeys(("keys", "slots"), "i32")
-    constants = {"has_places": has_places, "longest": longest, "row_type": row_type}
-    constants |= {"context_size": triton.next_power_of_2(longest), "num_blocks": num_blocks, "block": 1024}
-    kernel_compiles(table_lookup_triton._look_up, pointers, constants, HOPPER)
-
-
-@pytest.mark.parametrize(("stored", "vectors", "has_places", "longest", "num_blocks"), list(lookups()))
-def test_the_ragged_lookup_compiles(
-    stored: tuple[str, str], vectors: str, has_places: bool, longest: int, num_blocks: int
-) -> None:
-    row_type, rows = stored
-    pointers = {"vectors": vectors, "output": vectors, "near": rows, "far": rows, "counts": "i64"}
-    pointers |= dict.fromkeys(("tokens", "query_starts", "histories", "num_computed"), "i32")
-    # request slots are of 32 or 64 bits, by the version of the server
-    pointers |= {"slots": "i64" if has_places else "i32"} | dict.fromkeys(("keys", "slots_of_index"), "i32")
-    constants = {"longest": longest, "row_type": row_type, "starts_size": 256}
-    constants |= {"context_size": triton.next_power_of_2(longest), "num_blocks": num_blocks, "block": 1024}
-    kernel_compiles(ragged_lookup_triton._look_up, pointers, constants, HOPPER)
+    shared = {"vectors": vectors, "output": vectors, "near": rows, "far": rows, "counts": "i64", "keys": "i32"}
+    constants = {"longest": longest, "row_type": row_type, "num_blocks": num_blocks, "block": 1024}
+    constants |= {"context_size": triton.next_power_of_2(longest)}
+    pointers = shared | {"found": "u8", "slots": "i32"} | dict.fromkeys(("tokens", "past", "places"), "i64")
+    kernel_compiles(table_lookup_triton._look_up, pointers, constants | {"has_places": has_places}, HOPPER)
+    # ragged; request slots are of 32 or 64 bits, by the version of the server
+    pointers = shared | dict.fromkeys(("tokens", "query_starts", "histories", "num_computed", "slots_of_index"), "i32")
+    pointers |= {"slots": "i64" if has_places else "i32"}
+    kernel_compiles(ragged_lookup_triton._look_up, pointers, constants | {"starts_size": 256}, HOPPER)
 
 
 @pytest.mark.parametrize("out", ["fp32", "bf16"])

@@ -78,17 +78,8 @@ def long_case() -> tuple[FGramVocabulary, np.ndarray]:
 
 def match_range(vocabulary: FGramVocabulary, tokens: np.ndarray, start: int, stop: int) -> np.ndarray:
     nodes = np.full(len(tokens), -7, np.int64)
-    wrong = longest_match.match_positions(
-        tuple(vocabulary.index),
-        vocabulary.vocab_size,
-        vocabulary.longest,
-        tokens,
-        np.zeros(0, bool),
-        len(tokens),
-        start,
-        stop,
-        nodes,
-    )
+    sizes, row = (vocabulary.vocab_size, vocabulary.longest), (tokens, np.zeros(0, bool), len(tokens))
+    wrong = longest_match.match_positions(tuple(vocabulary.index), *sizes, *row, start, stop, nodes)
     assert wrong == -1
     return nodes
 
@@ -115,15 +106,9 @@ def test_a_damaged_index_is_harmless(seed):
     random = np.random.default_rng(seed)
     index = vocabulary.index
     slots = random.integers(0, 2**32, len(index.slots), dtype=np.uint32) | np.uint32(1)
-    damaged = FGramVocabulary(
-        keys=vocabulary.keys,
-        suffixes=vocabulary.suffixes,
-        lengths=vocabulary.lengths,
-        counts=vocabulary.counts,
-        vocab_size=vocabulary.vocab_size,
-        max_n=vocabulary.max_n,
-        _index=index._replace(slots=slots),
-    )
+    names = ("keys", "suffixes", "lengths", "counts", "vocab_size", "max_n")
+    same = {name: getattr(vocabulary, name) for name in names}
+    damaged = FGramVocabulary(**same, _index=index._replace(slots=slots))
     nodes = match_range(damaged, tokens[:600], 0, 600)
     assert ((nodes >= 0) & (nodes < vocabulary.num_nodes)).all()
 

@@ -26,7 +26,7 @@ from scone.utils.errors import SconeError
 # ------------------------------------------------------------------ the body
 
 
-@pytest.mark.parametrize("trunk", ["gpt2", "llama", "qwen2"])
+@pytest.mark.parametrize("trunk", ["gpt2", "llama"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_head_of_the_body_equals_the_logits(kind, trunk):
     """What losses that never make whole logits compute: padded, and step by step with a cache."""
@@ -140,8 +140,7 @@ def test_a_resized_vocabulary_is_the_one_counted_over_so_many_tokens(seed, added
     assert found.resized(tiny.VOCAB_SIZE).fingerprint == old.fingerprint
 
 
-@pytest.mark.parametrize("mean_resizing", [False, True])
-@pytest.mark.parametrize("trunk", ["gpt2", "llama", "qwen2"])
+@pytest.mark.parametrize(("trunk", "mean_resizing"), [("gpt2", True), ("llama", False), ("qwen2", False)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_added_tokens_leave_everything_else_as_it_was(kind, trunk, mean_resizing, tmp_path):
     """Tied (gpt2, qwen2) and untied; old texts keep their logits, and a new token is no f-gram's node."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pty
-import stat
 import subprocess
 import sys
 
@@ -62,10 +61,9 @@ def test_it_loads_by_auto_classes_without_our_import(folder, tmp_path):
     ("code", "words"),
     [
         (None, ["which cannot be imported here", "pip install scone-lm"]),
-        ('__version__ = "0.2.0"', ["No module named 'scone.models'", "pip uninstall scone"]),
         ("print 'of Python 2'", ["Missing parentheses", "pip uninstall scone"]),
     ],
-    ids=["no package", "a stranger's", "a broken one"],
+    ids=["no package", "a stranger's"],
 )
 def test_without_our_package_one_line_says_what_to_install(folder, tmp_path, code, words):
     """Where there is none, and where a stranger's has our name."""
@@ -82,18 +80,6 @@ def test_without_our_package_one_line_says_what_to_install(folder, tmp_path, cod
     assert last.startswith("ImportError: this model needs SCONE")
     assert all(word in last for word in words), last
     assert "Run `pip" not in done.stderr  # what transformers would say of an import that it finds missing
-
-
-@pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
-def test_files_have_the_mode_of_new_files(tmp_path, mask):
-    before = os.umask(mask)
-    try:
-        tiny.scone().save_pretrained(tmp_path / "model")
-    finally:
-        os.umask(before)
-    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "model").iterdir()}
-    assert modes == dict.fromkeys(modes, 0o666 & ~mask)
-    assert {"model.safetensors", "f_grams.safetensors", "modeling_scone.py", "config.json"} <= modes.keys()
 
 
 AUTO = "from transformers import AutoTokenizer as T; print(len(T.from_pretrained({!r}{}).encode('some text')))"
@@ -120,8 +106,8 @@ def at_a_terminal(program):
 
 @pytest.mark.parametrize(
     "program",
-    ["from scone import SconeForCausalLM; " + AUTO, AUTO.replace("{}", ", trust_remote_code=False"), OURS],
-    ids=["with our class", "without", "ours"],
+    ["from scone import SconeForCausalLM; " + AUTO, OURS],
+    ids=["with our class", "ours"],
 )
 def test_a_tokenizer_asks_nothing_at_a_terminal(folder, program):
     """Where nothing of ours was imported, transformers asks for the *configuration's* code unless told not to."""

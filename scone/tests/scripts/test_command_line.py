@@ -216,81 +216,57 @@ def test_output_that_cannot_show_a_character_is_one_line(encoding, text):
 
 # ------------------------------------------------------------------ what is read: the documented flags
 
-READ = [
-    # for every option of the schema configs/test_loading.py has the law; these are the documented names and defaults
-    (
-        "train --config configs/base_config.yaml --dataset_name wikitext --dataset_config_name wikitext-103-v1 "
-        "--text_column content --output_dir out --base_model_name gpt2 --max_length 256 --batch_size 8 --num_epochs 3 "
-        "--learning_rate 5e-5 --max_n 4 --min_freq 50 --max_f_grams 5000000 --weight_decay 0.1 --warmup_steps 10 "
-        "--max_grad_norm 0.5 --logging_steps 1 --save_steps 2 --eval_steps 3 --seed 7 --gradient_accumulation_steps 4 "
-        "--fp16 --resume_from_checkpoint ./out/checkpoint-2 --max_steps 100 --init pretrained --device cpu",
-        {"data.dataset_name": "wikitext", "data.dataset_config_name": "wikitext-103-v1", "data.text_column": "content",
-         "data.max_length": 256, "data.max_n": 4, "data.min_freq": 50, "data.max_f_grams": 5_000_000,
-         "model.base_model_name": "gpt2", "model.init": "pretrained", "model.layer_norm_eps": 1e-12,
-         "model.intermediate_size": 3072, "training.output_dir": "out", "training.batch_size": 8,
-         "training.num_epochs": 3, "training.learning_rate": 5e-5, "training.weight_decay": 0.1,
-         "training.warmup_steps": 10, "training.max_grad_norm": 0.5, "training.logging_steps": 1,
-         "training.save_steps": 2, "training.eval_steps": 3, "training.seed": 7,
-         "training.gradient_accumulation_steps": 4, "training.fp16": True, "training.max_steps": 100,
-         "training.resume_from_checkpoint": "./out/checkpoint-2", "training.device": "cpu"},
-    ),
-    (
-        "train --config configs/large_config.yaml --tokenizer train --vocab_size 8192 --learned_rows 0 "
-        "--f_gram_hidden_size 64 --f_gram_num_hidden_layers 2 --f_gram_num_attention_heads 4 "
-        "--f_gram_intermediate_size 128",
-        {"model.base_model_name": "gpt2-large", "training.fp16": True, "model.tokenizer": "train",
-         "model.vocab_size": 8192, "model.learned_rows": 0, "model.f_gram.hidden_size": 64,
-         "model.f_gram.num_hidden_layers": 2, "model.f_gram.num_attention_heads": 4,
-         "model.f_gram.intermediate_size": 128},
-    ),
-    (
-        "precompute_embeddings --model_path m --output_path t --batch_size 16 --use_memory_map --device cpu --seed 1 "
-        "--tokenizer_path y",
-        {"model_path": "m", "output_path": "t", "inference.batch_size": 16, "inference.use_memory_map": True,
-         "training.seed": 1, "training.device": "cpu", "tokenizer_path": "y"},
-    ),
-    ("precompute_embeddings --model_path m --output_path t", {"inference.batch_size": 32}),
-    (
-        "evaluate --model_path m --embedding_cache_path t --dataset_name c4 --dataset_config_name en "
-        "--split test --batch_size 4 --text_column text --max_length 256 --device cpu --seed 1 --tokenizer_path y",
-        {"model_path": "m", "embedding_cache_path": "t", "data.dataset_name": "c4", "split": "test",
-         "inference.batch_size": 4, "data.max_length": 256, "tokenizer_path": "y"},
-    ),
-    (
-        "evaluate --model_path m",
-        {"embedding_cache_path": None, "inference.batch_size": 8, "data.max_length": 512},
-    ),
-    (
-        'generate --model_path m --embedding_cache_path t --prompt "Once upon a time" --max_length 90 --do_sample '
-        "--temperature 0.7 --top_p 0.9 --min_length 3 --num_beams 2 --top_k 5 --repetition_penalty 1.1 "
-        "--num_return_sequences 2 --seed 1 --tokenizer_path y --quantization int8",
-        {"embedding_cache_path": "t", "prompt": ["Once upon a time"], "max_length": 90, "do_sample": True,
-         "temperature": 0.7, "top_p": 0.9, "min_length": 3, "num_beams": 2, "top_k": 5, "repetition_penalty": 1.1,
-         "num_return_sequences": 2, "training.seed": 1, "tokenizer_path": "y", "quantization": "int8"},
-    ),
-    (
-        "generate --model_path m --prompt x",
-        {"embedding_cache_path": None, "do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50,
-         "num_beams": 1, "num_return_sequences": 1, "training.seed": 42, "quantization": None},
-    ),
-    (
-        "benchmark --config scone/configs/benchmark_config.json --output_dir ./benchmark_results",
-        {"config": "scone/configs/benchmark_config.json", "output_dir": "./benchmark_results"},
-    ),
-]  # fmt: skip
+READ = {
+    # the documented names and, of what a command does not say, defaults; flags of the schema: see configs/ too
+    "train --config configs/base_config.yaml --dataset_name wikitext --dataset_config_name wikitext-103-v1 "
+    "--text_column content --output_dir out --base_model_name gpt2 --max_length 256 --batch_size 8 --num_epochs 3 "
+    "--learning_rate 5e-5 --max_n 4 --min_freq 50 --max_f_grams 5000000 --weight_decay 0.1 --warmup_steps 10 "
+    "--max_grad_norm 0.5 --logging_steps 1 --save_steps 2 --eval_steps 3 --seed 7 --gradient_accumulation_steps 4 "
+    "--fp16 --resume_from_checkpoint ./out/checkpoint-2 --max_steps 100 --init pretrained --device cpu": {
+        "model.layer_norm_eps": 1e-12, "model.intermediate_size": 3072,
+    },
+    "train --config configs/large_config.yaml --tokenizer train --vocab_size 8192 --learned_rows 0 "
+    "--f_gram_hidden_size 64 --f_gram_num_hidden_layers 2 --f_gram_num_attention_heads 4 "
+    "--f_gram_intermediate_size 128": {"model.base_model_name": "gpt2-large", "training.fp16": True},
+    "precompute_embeddings --model_path m --output_path t --batch_size 16 --use_memory_map --device cpu --seed 1 "
+    "--tokenizer_path y": {},
+    "precompute_embeddings --model_path m --output_path t": {"inference.batch_size": 32},
+    "evaluate --model_path m --embedding_cache_path t --dataset_name c4 --dataset_config_name en --split test "
+    "--batch_size 4 --text_column text --max_length 256 --device cpu --seed 1 --tokenizer_path y": {},
+    "evaluate --model_path m": {"embedding_cache_path": None, "inference.batch_size": 8, "data.max_length": 512},
+    "generate --model_path m --embedding_cache_path t --prompt Once --max_length 90 --do_sample --temperature 0.7 "
+    "--top_p 0.9 --min_length 3 --num_beams 2 --top_k 5 --repetition_penalty 1.1 --num_return_sequences 2 --seed 1 "
+    "--tokenizer_path y --quantization int8": {},
+    "generate --model_path m --prompt x": {
+        "embedding_cache_path": None, "do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50,
+        "num_beams": 1, "num_return_sequences": 1, "training.seed": 42, "quantization": None,
+    },
+    "benchmark --config scone/configs/benchmark_config.json --output_dir ./benchmark_results": {},
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(("command", "expected"), READ, ids=[command[:40] for command, _ in READ])
-def test_documented_flags_are_read_as_written(command, expected, monkeypatch):
+@pytest.mark.parametrize("command", READ, ids=lambda command: command[:40])
+def test_documented_flags_are_read_as_written(command, monkeypatch):
     if "configs/" in command and not (REPOSITORY / "configs").is_dir():
         pytest.skip("the ready YAML files are in the repository, not in an installed package")
     monkeypatch.chdir(REPOSITORY)
     script, *argv = shlex.split(command)
     result = import_module(f"scone.scripts.{script}").read_arguments(argv)
     options, extra = result if isinstance(result, tuple) else (result, None)
-    for name, value in expected.items():
-        found = get_option(options, name) if name in entries() else vars(extra)[name]
-        assert found == value, name
+    by_flag = {entry.flag: name for name, entry in entries().items() if entry.section != "inference"}
+    by_flag |= {"batch_size": "training.batch_size" if script == "train" else "inference.batch_size"}
+    by_flag |= {"use_memory_map": "inference.use_memory_map"}
+
+    def found(name):
+        return get_option(options, name) if name in entries() else vars(extra)[name]
+
+    for at, flag in enumerate(argv):
+        if flag.startswith("--") and flag != "--config":
+            is_own = extra is not None and flag[2:] in vars(extra)
+            value = found(flag[2:] if is_own else by_flag[flag[2:]])
+            said = [*argv, "--"][at + 1]
+            assert value is True if said.startswith("--") else value in ([said], type(value)(said)), flag
+    assert {name: found(name) for name in READ[command]} == READ[command]
 
 
 @pytest.mark.parametrize(

@@ -26,12 +26,6 @@ from scone.data.sources import stdlib_files
 from scone.inference.quantization import computes_in_fp16
 from scone.tokenization.tokenizers import train_tokenizer
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
-]
-
 REPOSITORY = Path(scone.__file__).parents[1]
 SMALL = "--max_steps 2 --num_workers 0 --report_to none --device cpu"
 TINY_TRUNK = (
@@ -170,20 +164,10 @@ CONFIGURATION_COMMANDS = {
         "",
         ["small-100k", "small-500k", "medium-100k"],
     ),
-    "checkpointing": (
-        "--gradient_checkpointing --batch_size 2 --gradient_accumulation_steps 8 --configs large-100k",
-        "--dataset_name wikitext --output_dir ./outputs/checkpointing",
-        ["large-100k"],
-    ),
     "distributed": (
         "--distributed --num_gpus 4 --fp16 --gradient_accumulation_steps 2 --configs medium-100k medium-500k",
         "--num_gpus 2 --configs medium-500k --dataset_name wikitext --output_dir ./outputs/distributed",
         ["medium-500k"],
-    ),
-    "azure": (
-        "--distributed --num_gpus 4 --fp16 --gradient_checkpointing --configs medium-100k medium-500k medium-1m",
-        "--num_gpus 1 --dataset_name wikitext --output_dir ./outputs/azure",
-        ["medium-100k", "medium-500k", "medium-1m"],
     ),
 }
 
@@ -217,7 +201,6 @@ def test_evaluate(model, capsys):
         "--max_length 100 --do_sample --temperature 0.7 --top_p 0.9",
         "--quantization int8",
         "--quantization int4",
-        "--quantization fp16",
         "--min_length 30 --max_length 40 --num_beams 2 --num_return_sequences 2 --repetition_penalty 1.2 --seed 3",
         "--do_sample --top_k 5 --top_p 1.0 --temperature 1.0 --max_length 20 --device cpu --tokenizer_path gpt2",
     ],

@@ -5,7 +5,7 @@ That kills at any moment and full disks lose nothing is tested with all long job
 
 from __future__ import annotations
 
-import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -24,13 +24,6 @@ from scone.utils.errors import SconeError
 
 LIMITS: dict = {"vocab_size": 1000, "max_n": 4, "min_freq": 2, "max_f_grams": 500}
 OPTIONS: dict = LIMITS | {"separator_ids": [999], "quiet": True}
-CHILD = """
-import json, sys
-import numpy as np
-from scone.tokenization.counting import count_f_grams
-arguments = json.loads(sys.argv[1])
-count_f_grams([np.load(arguments.pop("tokens"), mmap_mode="r")], **arguments)
-"""
 
 
 def skewed(length: int) -> np.ndarray:
@@ -102,17 +95,23 @@ def arguments_of(folder: Path, tokens: np.ndarray) -> dict:
     return OPTIONS | budget | {"tokens": str(folder / "tokens.npy"), "work_dir": str(folder / "work")}
 
 
+def count_in_a_child(tokens: str, **arguments: object) -> None:
+    count_f_grams([np.load(tokens, mmap_mode="r")], **arguments)  # type: ignore[arg-type]
+
+
 def kill_when(arguments: dict, pattern: str) -> list[Path]:
     """Start a count, kill it as soon as its work folder has a file like ``pattern``; returns what files are left."""
-    command, work = [sys.executable, "-c", CHILD, json.dumps(arguments)], Path(arguments["work_dir"])
-    with subprocess.Popen(command) as child:
-        deadline = time.monotonic() + 60
-        while child.poll() is None and time.monotonic() < deadline:
-            if list(work.glob(f"count-*/{pattern}")):
-                child.send_signal(signal.SIGKILL)
-                break
-            time.sleep(0.0005)
-    assert child.returncode == -signal.SIGKILL, f"the count ended before {pattern} was seen"
+    multiprocessing.set_forkserver_preload(["scone.tokenization.counting"])
+    child = multiprocessing.get_context("forkserver").Process(target=count_in_a_child, kwargs=arguments)
+    child.start()
+    work, deadline = Path(arguments["work_dir"]), time.monotonic() + 60
+    while child.is_alive() and time.monotonic() < deadline:
+        if list(work.glob(f"count-*/{pattern}")):
+            child.kill()
+            break
+        time.sleep(0.0005)
+    child.join()
+    assert child.exitcode == -signal.SIGKILL, f"the count ended before {pattern} was seen"
     return sorted(path for path in left_in(work) if path.is_file())
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -81,6 +83,31 @@ def run_ranks(rank: Callable[..., None], num_ranks: int, *arguments: object) -> 
     """Run ``rank(number, *arguments)`` in processes, forked from one that has imported what they need."""
     multiprocessing.set_forkserver_preload(["scone.training.run", rank.__module__])
     torch.multiprocessing.start_processes(rank, args=arguments, nprocs=num_ranks, start_method="forkserver")
+
+
+def join(rank: int, port: int) -> None:
+    """Be one of two ranks, as a launcher says it."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+def run_command(rank: int, port: int, flags: list[str], folder: Path) -> None:
+    """`scone train` as one of two ranks; its exit status and what it says of errors are in ``folder``."""
+    from scone.scripts.train import main
+    from scone.training.distributed import destroy_process_group
+    from scone.utils.command_line import run_main
+
+    join(rank, port)
+    with (folder / f"{rank}.err").open("w") as errors:
+        os.dup2(errors.fileno(), 2)
+        status = run_main(main, ["--quiet", *flags])
+    (folder / f"{rank}.status").write_text(str(status))
+    destroy_process_group()
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return int(free.getsockname()[1])
 
 
 def command_line(corpus: Path, output_dir: Path, *flags: str) -> list[str]:

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
 from scone.models import learned_rows as learned_rows_module
 from scone.models.language_model import SconeForCausalLM
@@ -141,17 +141,8 @@ def checkpointed(model: nn.Module, folder: Path) -> None:
 
 def trainer(model: nn.Module, folder: Path) -> None:
     options = {"learning_rate": 1e-2, "adam_epsilon": 1e-3, "weight_decay": 0.0, "max_grad_norm": 0.5}
-    arguments = TrainingArguments(
-        str(folder),
-        max_steps=STEPS,
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=2,
-        use_cpu=True,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-        **options,
-    )
+    options |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    arguments = tiny.training_arguments(folder, max_steps=STEPS, **options)
     rows = [{"input_ids": ids, "labels": ids} for step in range(4) for ids in batch(step)]
     Trainer(model, arguments, train_dataset=rows).train()
 

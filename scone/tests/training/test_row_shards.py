@@ -24,6 +24,7 @@ from scone.models.learned_rows import LearnedRows, is_untouched
 from scone.models.row_files import ROWS_FOLDER, append_rows, save_shares
 from scone.models.row_shards import RowShards
 from scone.tests import tiny
+from scone.tests.training.runs import run_ranks
 from scone.training.distributed import (
     clip_sharded_gradients,
     load_whole_weights,
@@ -328,7 +329,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What 2, 3 and 4 ranks saved: checkpoints, finished models, and what is expected of them."""
     folder = tmp_path_factory.mktemp("saved")
     (folder / "bf16").mkdir()
-    torch.multiprocessing.spawn(_as_ranks, args=(folder,), nprocs=4)
+    run_ranks(_as_ranks, 4, folder)
     return folder
 
 

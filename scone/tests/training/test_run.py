@@ -24,12 +24,6 @@ from scone.training.run import build_model, build_trainer, prepare_run_corpus, t
 from scone.training.run_folder import complete_checkpoints
 from scone.utils.errors import SconeError
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
-]
-
 
 def test_a_run_leaves_a_complete_model_and_learns(corpus, tmp_path):
     final_model = train(options(corpus, tmp_path / "run", **{"training.max_steps": 30}), quiet=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -265,11 +264,3 @@ def test_several_processes_share_rows_in_ram(folder: Path, monkeypatch: pytest.M
     config = vllm_config(folder, **{f"{kind}_parallel_size": 2})
     checks.ChecksOfOurs.verify_and_update_config(config)
     assert serving_options(config.additional_config).placement == "shared"
-
-
-@pytest.mark.parametrize("module", ["scone.vllm", "scone.vllm.checks", "scone.vllm.options"])
-def test_what_runs_first_loads_no_compiler(module: str) -> None:
-    """Workers of vLLM on CPUs fail where llvmlite was loaded before their model is."""
-    program = f"import sys, {module}; print([name for name in ('numba', 'llvmlite', 'vllm') if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
