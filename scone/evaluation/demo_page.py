@@ -52,9 +52,10 @@ def verdict(report: Report) -> dict[str, str]:
     detail = (
         f"Both saw the same {human_count(report['training']['tokens'])} training tokens in the same order, with the "
         f"same trunk and schedule. SCONE takes {_ratio(report, 'inference_flops_per_token'):.2f}× the FLOPs a token at "
-        f"inference, and {_ratio(report, 'training_seconds'):.2f}× the time to train: in SCONE's training time plain "
-        f"would take {steps_in_equal_time(report):,} steps in place of {report['models']['plain']['steps']:,}. One run "
-        "each of small models: a demonstration, not evidence for large ones."
+        f"inference, and took {_ratio(report, 'training_seconds'):.2f}× the time to train: in it plain would take "
+        f"{steps_in_equal_time(report):,} steps in place of {report['models']['plain']['steps']:,}. (One was trained "
+        "after the other, so what else this machine did meanwhile is in that figure.) One run each of small models: a "
+        "demonstration, not evidence for large ones."
     )
     numbers = f"perplexity {perplexities[1]:.2f} against {perplexities[0]:.2f} on held-out text"
     kind, headline = "even", f"No clear difference here: {numbers} ({change:+.1%})"
