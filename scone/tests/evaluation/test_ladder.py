@@ -117,22 +117,3 @@ def test_results_are_put_together(tmp_path, capsys):
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(ladder.SconeError, match="found no runs in"):
         ladder.main([str(tmp_path / "other.json")])
-
-
-def test_tables_and_picture_say_what_the_losses_are():
-    tables, plot = experiments.module("ladder_table"), experiments.module("plots")
-    runs = {}
-    for place, flops in ((5, 1e15), (10, 2e15), (20, 4e15)):
-        for kind, times in (("plain", 1.0), ("rows", 1.5)):
-            name = f"7m-{place}-{kind}"
-            runs[name] = run(name, flops, law(3, 1, 0.5, times * flops))
-            texts = [dict.fromkeys(TEXTS, 5.0 - tenth / 10 - times / 10) for tenth in range(10)]
-            runs[name]["curve"] = [{"step": step, "validation": 5.0, "texts": each} for step, each in enumerate(texts)]
-    lines = {view: tables.ladder_table({"runs": runs}, view).split("\n") for view in ("multipliers", "texts", "curves")}
-    assert "| 7 M | 0 M | 10 | 3.707 | 1.50 (1.50 to 1.50) | 1.50 (1.50 to 1.50) |" in lines["multipliers"]
-    assert any("1.50* (1.50 to 1.50)" in line for line in lines["multipliers"]), "rows end below plain's last loss"
-    change = f"−{100 * (1 - np.exp(law(3, 1, 0.5, 3e15) - law(3, 1, 0.5, 2e15))):.1f} %"
-    assert f"| 7 M | 0 M | 10 | `rows` | 1 | {change} | {change} | {change} |" in lines["texts"]
-    assert "| 7 M | 20 | `rows` |" + " −0.05 |" * 10 in lines["curves"]
-    assert tables.ladder_table({"runs": {}}, "texts") == "*Not run yet.*\n"
-    assert len(plot.draw_ladder({"runs": runs}).axes[0].lines) == 2
