@@ -222,15 +222,6 @@ def test_cached_decoding_equals_full_forward_by_hand_in_a_static_cache(model, se
         hand.reorder([1, 0])
 
 
-@settings(max_examples=8, deadline=None)
-@given(kind=kinds, parts=parts, max_n=lengths, seed=seeds, beams=st.sampled_from([1, 3]))
-def test_table_model_equals_live_model_through_generate(kind, parts, max_n, seed, beams):
-    prompts = left_padded(rows_of(seed, [1, 5, 9]))
-    live, served = (random_model(kind, parts, max_n, served) for served in (False, True))
-    found = generate(served, prompts, num_beams=beams)
-    assert found == generate(live, prompts, num_beams=beams)
-
-
 def test_generated_text_has_f_grams():
     """Or the laws above would say little."""
     model = random_model("llama", (True, 40), 3, False)

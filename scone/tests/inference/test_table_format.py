@@ -90,14 +90,6 @@ def test_well_made_but_wrong_headers_are_refused(
         EmbeddingTable.open(path)
 
 
-def test_another_models_table_is_refused(table: Path) -> None:
-    EmbeddingTable.open(table, expected_fingerprints={"weights": "aa" * 32, "tokenizer": "cc" * 32}).close()
-    with pytest.raises(
-        SconeError, match=r"made from other weights \(fingerprint aaaaaaaaaaaa…\); expected dddddddddddd"
-    ):
-        EmbeddingTable.open(table, expected_fingerprints={"weights": "dd" * 32})
-
-
 def test_a_missing_file_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(SconeError, match=r"cannot open .*nowhere: No such file or directory; check the path"):
         EmbeddingTable.open(tmp_path / "nowhere")

@@ -27,9 +27,9 @@ def touch(rows: LearnedRows, chains: torch.Tensor, direction: torch.Tensor) -> N
 
 
 @settings(max_examples=30, deadline=None)
-@given(seed=st.integers(0, 1000), steps=st.integers(1, 6), passes=st.integers(1, 3))
+@given(seed=st.integers(0, 1000), steps=st.integers(1, 6), passes=st.integers(0, 3))
 def test_rows_learn_as_row_rms_teaches_them(seed, steps, passes):
-    """Equal to row-RMS of an embedding whose gradient is summed by autograd, accumulation included."""
+    """Equal to row-RMS of an embedding whose gradient is summed by autograd; accumulated, or none at all."""
     torch.manual_seed(seed)
     num_rows, width = 9, 4
     rows = LearnedRows(num_rows, width)
@@ -38,7 +38,7 @@ def test_rows_learn_as_row_rms_teaches_them(seed, steps, passes):
     reference = DenseRowRMS(num_rows, width, 0.1)
     for _ in range(steps):
         ours.zero_grad()
-        plain.zero_grad()
+        plain.weight.grad = torch.zeros_like(plain.weight)
         for _ in range(passes):
             chains = torch.randint(-1, num_rows, (5, 2))
             direction = torch.randn(5, width)
@@ -111,19 +111,6 @@ def test_state_of_adam_is_replaced_and_said(caplog):
     optimizer.step()
     assert set(optimizer.state[rows.weight]) == {"step", "sums", "visits", "columns", "mean"}
     assert "row-RMS starts anew" in caplog.text
-
-
-def test_untouched_rows_and_their_moments_stay():
-    rows = LearnedRows(6, 3)
-    optimizer = AdamWWithRows([{"params": [torch.nn.Parameter(torch.zeros(1))]}], rows=rows, rows_learning_rate=0.1)
-    touch(rows, torch.tensor([[1], [4]]), torch.ones(2, 3))
-    optimizer.step()
-    assert rows.weight[[0, 2, 3, 5]].eq(0).all()
-    assert rows.weight[[1, 4]].ne(0).all()
-    optimizer.zero_grad()
-    before = rows.weight.clone()
-    optimizer.step()  # nothing was touched: nothing moves, moments included
-    assert torch.equal(rows.weight, before)
 
 
 def test_loss_scale_is_taken_out_of_the_rows_gradients():

@@ -20,8 +20,6 @@ trl = pytest.importorskip("trl", reason="the extra tuning brings TRL")
 
 pytestmark = [
     # what the libraries say of each other and of themselves
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning"),
 ]
 
