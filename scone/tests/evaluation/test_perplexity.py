@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scone.evaluation.perplexity import paired_difference, perplexity, windows
+from scone.evaluation.perplexity import paired_difference, perplexity, sizes_of, windows
 from scone.tests import tiny
+from scone.tokenization.tokenizers import train_tokenizer
 from scone.utils.errors import SconeError
 
 V = tiny.VOCAB_SIZE
@@ -124,3 +125,35 @@ def test_the_difference_of_two_models_is_paired_over_windows(model):
     assert (low, high) == pytest.approx((each.mean() - half, each.mean() + half))
     assert paired_difference(second.window_losses, first.window_losses)[0] == pytest.approx(-difference)
     assert paired_difference(first.window_losses, first.window_losses) == (0.0, (0.0, 0.0))
+
+
+# ------------------------------------------------------------------ bytes and words of a text
+
+SAMPLE = "The cat sat on the mat.\n\nThe dog\tran — naïve façade, 日本語 text;  two  spaces \r\n" * 20
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return train_tokenizer(iter([SAMPLE]), 400, tmp_path_factory.mktemp("tokenizer"))
+
+
+@settings(max_examples=150, deadline=None)
+@given(text=st.text(st.sampled_from("abc the\n\t\r éß日—.  "), max_size=60))
+def test_size_equals_that_of_the_text(tokenizer, text):
+    tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not tokens:
+        return
+    assert sizes_of(tokenizer, tokens) == {"num_bytes": len(text.encode("utf-8")), "num_words": len(text.split())}
+
+
+def test_special_tokens_have_no_bytes_and_end_words(tokenizer):
+    word = tokenizer("cat", add_special_tokens=False)["input_ids"]
+    special = tokenizer.all_special_ids[0]
+    assert sizes_of(tokenizer, [*word, special, *word, *word]) == {"num_bytes": 9, "num_words": 2}
+
+
+def test_other_tokenizers_have_no_size(tmp_path):
+    from transformers import BertTokenizerFast
+
+    vocabulary = {token: index for index, token in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the"])}
+    assert set(sizes_of(BertTokenizerFast(vocab=vocabulary), [5, 5]).values()) == {None}

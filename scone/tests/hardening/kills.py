@@ -99,16 +99,13 @@ def _killed_once(
 
 
 def _undisturbed(job: Job, inputs: Path, work: Path, log: Path) -> tuple[str, float, int]:
-    """The digest of the job's results; the seconds that it took, the second time (the first compiles kernels); and how
-    often it touched its files.
-    """
-    for _ in range(2):
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-        started = time.monotonic()
-        code = finished(spawned(job.run, inputs, work, log, kill_at_change(0, work)))
-        seconds = time.monotonic() - started
-        assert code == 0, (job.name, code, _last_line(log))
+    """The digest of the job's results, the seconds that it took, and how often it touched its files."""
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    started = time.monotonic()
+    code = finished(spawned(job.run, inputs, work, log, kill_at_change(0, work)))
+    seconds = time.monotonic() - started
+    assert code == 0, (job.name, code, _last_line(log))
     digest = job.digest(work)
     assert digest, f"{job.name} left no result"
     return digest, seconds, touches()

@@ -15,13 +15,17 @@ from scone.models.language_model import SconeForCausalLM
 from scone.tests import tiny
 from scone.training.optimizer import RowOptimizer, learned_rows
 
-peft = pytest.importorskip("peft", reason="the extra tuning brings PEFT")
-trl = pytest.importorskip("trl", reason="the extra tuning brings TRL")
+pytestmark = pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")  # PEFT's own
+peft: Any = None
+trl: Any = None
 
-pytestmark = [
-    # what the libraries say of each other and of themselves
-    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning"),
-]
+
+@pytest.fixture(scope="module", autouse=True)
+def libraries() -> None:
+    """Imported where these tests run, since it takes seconds, and every process of a parallel run collects them."""
+    global peft, trl
+    peft = pytest.importorskip("peft", reason="the extra tuning brings PEFT")
+    trl = pytest.importorskip("trl", reason="the extra tuning brings TRL")
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
