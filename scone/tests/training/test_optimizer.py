@@ -180,29 +180,32 @@ def test_rows_on_the_host_learn_as_those_on_the_gpu(dtype):
     assert all(map(torch.equal, *learned))
 
 
-def _learn_as_a_rank(rank: int, backend: str, folder: Path) -> None:
+BACKENDS = ("gloo", "cpu:gloo")
+
+
+def _learn_as_a_rank(rank: int, folder: Path) -> None:
     """Four steps of one of two ranks, which touch different rows, and in two steps one of them none; saves its rows."""
-    dist.init_process_group(backend, init_method=f"file://{folder}/{backend}", rank=rank, world_size=2)
-    rows = LearnedRows(50, 8)
-    optimizer = AdamWWithRows([], rows=rows, rows_learning_rate=0.1)
-    random = np.random.default_rng(rank)
-    for count in ((5, 0, 7, 3), (3, 4, 0, 3))[rank]:
-        if count:
-            chains = torch.from_numpy(random.choice(50, (count, 1), replace=False))
-            touch(rows, chains, torch.from_numpy(random.standard_normal((count, 8), np.float32)))
-        optimizer.step()
-        optimizer.zero_grad()
-    assert (optimizer._hosts is None) == (backend == "gloo")
-    torch.save(rows.weight.detach(), folder / f"{backend}.{rank}")
-    del optimizer
-    dist.destroy_process_group()
+    for number, backend in enumerate(BACKENDS):
+        dist.init_process_group(backend, init_method=f"file://{folder}/{number}", rank=rank, world_size=2)
+        rows = LearnedRows(50, 8)
+        optimizer = AdamWWithRows([], rows=rows, rows_learning_rate=0.1)
+        random = np.random.default_rng(rank)
+        for count in ((5, 0, 7, 3), (3, 4, 0, 3))[rank]:
+            if count:
+                chains = torch.from_numpy(random.choice(50, (count, 1), replace=False))
+                touch(rows, chains, torch.from_numpy(random.standard_normal((count, 8), np.float32)))
+            optimizer.step()
+            optimizer.zero_grad()
+        assert (optimizer._hosts is None) == (backend == "gloo")
+        torch.save(rows.weight.detach(), folder / f"{backend}.{rank}")
+        del optimizer
+        dist.destroy_process_group()
 
 
 def test_ranks_agree_whatever_their_default_group(tmp_path):
     """On GPUs it is not one in which hosts talk, and the optimizer makes one: "cpu:gloo" is not known to be one."""
-    found = []
-    for backend in ("gloo", "cpu:gloo"):
-        run_ranks(_learn_as_a_rank, 2, backend, tmp_path)
-        found += [torch.load(tmp_path / f"{backend}.{rank}", weights_only=True) for rank in range(2)]
+    run_ranks(_learn_as_a_rank, 2, tmp_path)
+    saved = [tmp_path / f"{backend}.{rank}" for backend in BACKENDS for rank in range(2)]
+    found = [torch.load(path, weights_only=True) for path in saved]
     assert found[0].abs().sum() > 1
     assert all(torch.equal(rows, found[0]) for rows in found)
