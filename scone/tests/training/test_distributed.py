@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from scone.tests.training.runs import STILL, assert_same_weights, command_line, free_port, options
+from scone.tests.training.a_rank import run_watched
+from scone.tests.training.runs import STILL, assert_same_weights, command_line, free_port, join, options, run_ranks
 from scone.training.distributed import is_lost_rank, report_lost_ranks
 from scone.training.run import train
 from scone.training.run_folder import complete_checkpoints
@@ -30,23 +31,19 @@ LAW = {"atol": 2e-4, "rtol": 2e-3}
 """How far sums in another order may move the weights of six steps."""
 
 
-def launch(folder: Path, *launchers: tuple[str, ...], flags: list[str]) -> None:
-    """Run launchers side by side, as on several machines, whose processes are all `a_rank.py`."""
+def launch(folder: Path, flags: list[str]) -> None:
+    """Run ranks, all `a_rank.py`, by accelerate's launcher, which runs torchrun."""
     port = str(free_port())  # accelerate 1.4 does not look for one itself
-    program = [str(Path(__file__).with_name("a_rank.py")), str(folder), *flags]
+    words = [word.replace("{free_port}", port) for word in ACCELERATE_LAUNCH]
+    command = [sys.executable, "-m", *words, str(Path(__file__).with_name("a_rank.py")), str(folder), *flags]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    started = []
-    for number, launcher in enumerate(launchers):
-        words = [word.replace("{free_port}", port) for word in launcher]
-        with (folder / f"{number}.log").open("w") as log:
-            command = [sys.executable, "-m", *words, *program]
-            started.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment))
-    try:
-        codes = [process.wait(timeout=300) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    assert not any(codes), [log.read_text()[-3000:] for log in folder.glob("*.log")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert not done.returncode, done.stderr[-3000:]
+
+
+def _node(rank: int, port: int, folder: Path, flags: list[str]) -> None:
+    join(rank, port, num_nodes=2)
+    run_watched(folder, flags)
 
 
 @pytest.fixture(scope="module")
@@ -62,16 +59,9 @@ def flags_of(corpus: Path, run: Path, *more: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def two(corpus, tmp_path_factory) -> Path:
-    """The run of two nodes of a process each (DDP), with addresses of their own and one file system."""
+    """The run of two nodes of a process each (DDP), with one file system."""
     folder = tmp_path_factory.mktemp("two")
-    nodes = [
-        (
-            *("torch.distributed.run", "--nnodes=2", f"--node_rank={rank}", "--nproc_per_node=1"),
-            *("--master_addr=127.0.0.1", "--master_port={free_port}", f"--local_addr=127.0.0.{rank + 1}"),
-        )
-        for rank in range(2)
-    ]
-    launch(folder, *nodes, flags=flags_of(corpus, folder / "run", "--save_steps", "3"))
+    run_ranks(_node, 2, free_port(), folder, flags_of(corpus, folder / "run", "--save_steps", "3"))
     return folder / "run"
 
 
@@ -83,7 +73,7 @@ def sharded(corpus, two, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("sharded")
     (folder / "kill").touch()
     flags = flags_of(corpus, as_if_killed(two, folder / "run"), "--save_steps", "1", "--fsdp", "full_shard")
-    launch(folder, ACCELERATE_LAUNCH, flags=[*flags, "--resume_from_checkpoint"])
+    launch(folder, [*flags, "--resume_from_checkpoint"])
     assert not (folder / "kill").exists()
     return folder / "run"
 

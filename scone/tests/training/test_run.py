@@ -135,7 +135,7 @@ def test_resumed_training_equals_uninterrupted(corpus, whole, tmp_path, name):
         shutil.copytree(whole.parent, tmp_path / "run")
     else:
         train(options(corpus, tmp_path / "run", **changes), quiet=True)
-    uninterrupted = shutil.move(tmp_path / "run" / "final_model", tmp_path)
+    uninterrupted = (tmp_path / "run" / "final_model").rename(tmp_path / "uninterrupted")
     last = complete_checkpoints(tmp_path / "run")[-1]
     assert last.name == "checkpoint-6"
     (last / "complete.json").unlink()  # as if killed while the last checkpoint was written
