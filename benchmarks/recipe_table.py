@@ -118,7 +118,7 @@ def _changes(runs: Mapping[str, Any]) -> str:
                 cells = [*(f"{math.exp(loss):.1f}" for loss in theirs), "–"]
             lines.append([f"{tokens} M", f"`{name.removeprefix(f'{tokens}M-')}`", *cells])
     note = "Perplexity of plain, and the change from it; one seed, H100."
-    return f"{markdown_table(['tokens', '', *TEXTS.values(), 'mean of four'], lines)}\n\n*{note}*\n"
+    return f"{markdown_table(['tokens', '', *TEXTS.values(), 'mean of four'], lines, words=2)}\n\n*{note}*\n"
 
 
 def _matches(runs: Mapping[str, Any]) -> str:
@@ -134,7 +134,7 @@ def _matches(runs: Mapping[str, Any]) -> str:
             cells = [nats(entry["loss"] - other["loss"]) for entry, other in zip(ours, theirs, strict=True)]
             lines.append([f"`{name}`", TEXTS[text], *cells])
     head = ["", "text", "none ends", *(f"{length} tokens" for length in range(2, len(lines[0]) - 1))]
-    return f"{markdown_table(head, lines)}\n\n*Change of the loss to `plain`, in nats a token.*\n"
+    return f"{markdown_table(head, lines, words=2)}\n\n*Change of the loss to `plain`, in nats a token.*\n"
 
 
 def _validation(runs: Mapping[str, Any]) -> str:
