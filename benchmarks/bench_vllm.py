@@ -4,8 +4,10 @@
 
 In the environment that `make test-vllm` makes. A random trunk of the modern form (Qwen3's) with an input norm and a
 table reads Python's standard library; every request has a prompt of its own of 32 to 96 tokens and gets 32 new ones.
-All three servers are up at the same time and take turns, round by round, so that a machine that drifts does for all.
-Rates are of new tokens over all clients, times those until the first token; both are medians of the rounds.
+All three servers are up at the same time and answer the same prompts in turn, round by round, so that a machine that
+drifts does for all. Rates are of new tokens over all clients, times those until the first token of a client that is
+alone; both are medians. A ratio is the median over rounds (first tokens: over prompts) of the ratio within one, with
+the 95 % interval of its bootstrap.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import argparse
 import asyncio
 import statistics
 import tempfile
+import time
 from collections import defaultdict
 from contextlib import ExitStack
 from importlib.metadata import version
@@ -35,6 +38,12 @@ from scone.tokenization.tokenizers import train_tokenizer
 
 CLIENTS = (1, 8, 32, 64)
 VOCAB_SIZE, NEW = 4096, 32
+LEAST_PROMPTS, FEW_CLIENTS = 4, 8
+"""Of a round. With few clients a round is short, and neighbours on the same machine come and go: there are twice as
+many of them.
+"""
+IDLE_SECONDS = 1.5
+"""Between two servers: processes of vLLM spin for a second after their last step, on the cores of the next server."""
 TARGETS = {"decode": 0.97, "ttft": 1.05}
 
 
@@ -47,7 +56,7 @@ def main() -> None:
     options = report.config
     options["width"] = options["width"] or (256 if report.quick else 768)
     options["layers"] = options["layers"] or (4 if report.quick else 12)
-    options["rounds"] = options["rounds"] or (2 if report.quick else 5)
+    options["rounds"] = options["rounds"] or (3 if report.quick else 9)
     options |= {"vllm": version("vllm"), "threads": torch.get_num_threads()}
     with tempfile.TemporaryDirectory(prefix="bench_vllm.") as name, ExitStack() as servers:
         folder = Path(name)
@@ -67,7 +76,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--eager", action="store_true", help="vLLM compiles nothing")
     parser.add_argument("--width", type=int, help="of the trunk (768; quick: 256)")
     parser.add_argument("--layers", type=int, help="of the trunk (12; quick: 4)")
-    parser.add_argument("--rounds", type=int, help="turns of every server at every number of clients (5; quick: 2)")
+    parser.add_argument("--rounds", type=int, help="turns, twice as many with few clients (9; quick: 3)")
     parser.add_argument("--clients", type=int, nargs="*", default=list(CLIENTS), help="at a time")
 
 
@@ -107,33 +116,33 @@ def measure(report: Report, subjects: dict[str, Server], tokens: np.ndarray) -> 
     firsts: dict[str, list[float]] = defaultdict(list)
     for clients in report.config["clients"]:
         rates: dict[str, list[float]] = defaultdict(list)
-        for number in range(report.config["rounds"] + 1):
+        for number in range(report.config["rounds"] * (2 if clients <= FEW_CLIENTS else 1) + 1):
             prompts = []
-            for _ in range(max(4, clients)):
+            for _ in range(max(LEAST_PROMPTS, clients)):
                 start = int(random.integers(0, len(tokens) - 100))
                 prompts.append(tokens[start : start + int(random.integers(32, 97))].tolist())
-            order = list(subjects) if number % 2 else list(reversed(subjects))
-            for name in order:
+            for name in random.permutation(list(subjects)):
+                time.sleep(IDLE_SECONDS)
                 answers, seconds = asyncio.run(gather(subjects[name], prompts, NEW, clients))
                 if number:  # the first round warms up
                     rates[name].append(sum(answer.num_tokens for answer in answers) / seconds)
                     if clients == min(report.config["clients"]):
-                        firsts[name] += [answer.first for answer in answers if answer.first is not None]
-        found = {name: statistics.median(values) for name, values in rates.items()}
+                        firsts[name] += [1000 * (answer.first or answer.last) for answer in answers]
+        _add(report, f"decode_vs_{{}}_{clients}", "tokens/s", rates, target=TARGETS["decode"])
+    _add(report, "ttft_vs_{}", "ms", firsts, most=TARGETS["ttft"])
+
+
+def _add(report: Report, name: str, unit: str, found: dict[str, list[float]], **target: float) -> None:
+    """Records of vLLM against the others, of numbers that were measured together."""
+    for peer, peer_name in (("plain", "plain trunk in vLLM"), ("serve", "scone serve")):
+        ratios = np.array(found["vllm"]) / np.array(found[peer])
+        drawn = np.random.default_rng(0).choice(ratios, (10_000, len(ratios)))
+        low, high = np.quantile(np.median(drawn, axis=1), [0.025, 0.975])
         report.add(
-            f"vllm_decode_vs_plain_{clients}", "tokens/s", found["vllm"],
-            peer=found["plain"], peer_name="plain trunk in vLLM", target=TARGETS["decode"],
+            "vllm_" + name.format("plain" if peer == "plain" else "scone_serve"), unit,
+            statistics.median(found["vllm"]), peer=statistics.median(found[peer]), peer_name=peer_name,
+            ratio=float(np.median(ratios)), interval=(float(low), float(high)), **(target if peer == "plain" else {}),
         )  # fmt: skip
-        report.add(
-            f"vllm_decode_vs_scone_serve_{clients}", "tokens/s", found["vllm"],
-            peer=found["serve"], peer_name="scone serve",
-        )  # fmt: skip
-    first = {name: 1000 * statistics.median(values) for name, values in firsts.items()}
-    report.add(
-        "vllm_ttft_vs_plain", "ms", first["vllm"], peer=first["plain"], peer_name="plain trunk in vLLM",
-        most=TARGETS["ttft"],
-    )  # fmt: skip
-    report.add("vllm_ttft_vs_scone_serve", "ms", first["vllm"], peer=first["serve"], peer_name="scone serve")
 
 
 if __name__ == "__main__":
