@@ -6,8 +6,8 @@ In the environment that `make test-vllm` makes. A random trunk of the modern for
 table reads Python's standard library; every request has a prompt of its own of 32 to 96 tokens and gets 32 new ones.
 All three servers are up at the same time and answer the same prompts in turn, round by round, so that a machine that
 drifts does for all. Rates are of new tokens over all clients, times those until the first token of a client that is
-alone; both are medians. A ratio is the median over rounds (first tokens: over prompts) of the ratio within one, with
-the 95 % interval of its bootstrap.
+alone; both are medians. A ratio is the median over rounds of the ratio within one, with the 95 % interval of its
+bootstrap, which knows nothing of how one start of a server differs from the next.
 
 Machines that are shared change their own speed within seconds by more than the targets ask: one plain server against
 another was at 0.8 to 1.35 of it in a round. ``--steps`` measures what does not depend on that: how much of the forward
@@ -134,7 +134,7 @@ def measure(report: Report, subjects: dict[str, Server], tokens: np.ndarray) -> 
                 if number:  # the first round warms up
                     rates[name].append(sum(answer.num_tokens for answer in answers) / seconds)
                     if clients == min(report.config["clients"]):
-                        firsts[name] += [1000 * (answer.first or answer.last) for answer in answers]
+                        firsts[name].append(1000 * statistics.median(answer.first or answer.last for answer in answers))
         _add(report, f"decode_vs_{{}}_{clients}", "tokens/s", rates, target=TARGETS["decode"])
     _add(report, "ttft_vs_{}", "ms", firsts, most=TARGETS["ttft"])
 
