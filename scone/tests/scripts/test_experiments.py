@@ -156,7 +156,7 @@ def test_runs_of_several_seeds_are_merged_into_one_line(runner, data, tmp_path):
     assert "| both-10k | 1 |" in text
 
 
-@pytest.mark.parametrize("name", ["untouched", "frozen-rows", "frozen-both", "tuned-rows-1e-4"])
+@pytest.mark.parametrize("name", ["untouched", "frozen-both", "tuned-rows-1e-4"])
 def test_only_a_trunk_that_is_fine_tuned_changes(runner, data, tmp_path, name):
     changes = {"training.weight_decay": 0.1, "model.learned_rows": 100}
     plan = plan_of(runner, "pretrained", data, tmp_path, **changes)
