@@ -1,4 +1,4 @@
-"""Tables of docs/results/recipe.json that docs show as they are measured: the README's runs, and losses over a run."""
+"""The README's table, of docs/results/recipe.json; and how tables write changes."""
 
 from __future__ import annotations
 
@@ -21,15 +21,6 @@ SUMMARY = {
 """The six runs of the README, of screen 4, and what they are called there."""
 
 
-def recipe_table(report: Mapping[str, Any], view: str) -> str:
-    """``summary``: the README's runs. ``validation_N``: losses on the validation text in the course of the runs of
-    screen N, the first of which is plain.
-    """
-    if view == "summary":
-        return _summary(runs_of(report, "4"))
-    return _validation(report["screens"][view.removeprefix("validation_")]["runs"])
-
-
 def mean_perplexity(run: Mapping[str, Any]) -> float:
     """The geometric mean over the four texts."""
     return math.exp(sum(run["tests"][text]["loss"] for text in TEXTS) / len(TEXTS))
@@ -49,7 +40,9 @@ def _mean(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {**runs[0], "tests": tests, "seeds": len(runs), "means": [mean_perplexity(run) for run in runs]}
 
 
-def _summary(runs: Mapping[str, Any]) -> str:
+def recipe_table(report: Mapping[str, Any]) -> str:
+    """The README's runs: costs, perplexities, and the change of their mean from plain's."""
+    runs = runs_of(report, "4")
     plain = runs["plain"]
     lines = []
     for run, name in SUMMARY.items():
@@ -64,22 +57,6 @@ def _summary(runs: Mapping[str, Any]) -> str:
     seeds = f"one seed, or the mean of several where ± is their standard deviation (plain: {plain['seeds']})"
     note = f"Perplexity after {plain['tokens'] / 1e6:.0f} M training tokens; 4 layers × 256; {seeds}; 4 × H100."
     return f"{markdown_table(head, lines)}\n\n*{note}*\n"
-
-
-def _validation(runs: Mapping[str, Any]) -> str:
-    plain = next(iter(runs.values()))
-    tokens, lines = plain["tokens"] / plain["steps"], []
-    for name, run in runs.items():
-        cost = run["cost"]["training_flops_per_token"] / plain["cost"]["training_flops_per_token"]
-        losses = dict(run["validation_losses"])
-        cells = [f"{losses[step]:.3f}" for step, _ in plain["validation_losses"]]
-        last, loss = plain["validation_losses"][-1]
-        end = "–" if run is plain else percent(math.exp(losses[last] - loss) - 1)
-        lines.append([f"`{name}`", f"{cost:.2f}×", *cells, end])
-    steps = [f"{step * tokens / 1e6:.0f} M" for step, _ in plain["validation_losses"]]
-    note = "Loss on the validation text (Wikipedia) after so many training tokens; one seed, H100."
-    table = markdown_table(["", "training FLOPs", *steps, "perplexity, to plain"], lines)
-    return f"{table}\n\n*{note}*\n"
 
 
 def percent(change: float) -> str:
