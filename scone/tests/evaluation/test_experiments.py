@@ -1,4 +1,4 @@
-"""Experiments as results, and the quality benchmark on a made-up ladder: every ratio is what the losses say."""
+"""Experiments as a table, and the quality benchmark on a made-up ladder: every ratio is what the losses say."""
 
 from __future__ import annotations
 
@@ -7,39 +7,26 @@ import math
 
 import pytest
 import yaml
-from hypothesis import given
-from hypothesis import strategies as st
 
 from scone.tests.evaluation import experiments
 
-experiment_results, bench = experiments.module("experiment_results"), experiments.module("bench_quality")
-mean_loss = experiment_results.mean_loss
-plain_loss_at, run_results = experiment_results.plain_loss_at, experiment_results.run_results
+bench, runner = experiments.module("bench_quality"), experiments.module("run")
 
 
-@pytest.fixture
-def results():
-    return {result.name: result for result in run_results(experiments.experiment())}
+def test_seeds_are_one_line_and_unfinished_runs_stand_last():
+    def done(name, loss, flops, seed=1):
+        cost = {"inference_flops_per_token": 1e6, "training_flops": flops}
+        facts = {"run": name, "finished": True, "seed": seed, "cost": cost, "train_seconds": 4.0 + seed}
+        return facts | {"tests": {"novels": {"loss": loss, "bits_per_byte": loss / 4}}}
 
-
-def test_seeds_are_averaged_and_unfinished_runs_left_out(results):
-    assert "late" not in results
-    plain = results["plain"].perplexity["validation"]
-    assert plain["perplexity"] == pytest.approx(math.exp(4.0))
-    assert plain["perplexity_spread"] == pytest.approx([math.exp(3.99), math.exp(4.01)])
-    assert "perplexity_spread" not in results["rows-1k"].perplexity["validation"]
-    assert results["plain"].facts["seeds"] == [1, 2]
-    assert mean_loss(results["plain"], ["novels", "news"]) == pytest.approx(4.15)
-    assert results["rows-1k-shuffled"].kind == "learned rows, shuffled table"
-    assert [results[name].num_f_grams for name in ("plain", "rows-100", "over-encoding-1k")] == [None, 100, 1000]
-    assert [results[f"{name}-1k"].f_gram_model_parameters for name in ("model", "both", "rows")] == [8500, 500, 0]
-
-
-@given(doublings=st.floats(0, 2) | st.floats(-1, -0.02) | st.floats(2.02, 3))  # nearly a budget is that budget
-def test_plain_between_budgets_is_interpolated_in_log_flops_and_not_beyond(doublings):
-    flops = 1e12 * 2**doublings
-    found = plain_loss_at(run_results(experiments.experiment()), flops, ["validation"])
-    assert found == (pytest.approx(4.0 - 0.1 * doublings, abs=2e-4) if 0 <= doublings <= 2 else None)
+    late = {"run": "late", "finished": False, "steps": 3, "max_steps": 10, "log": [{"eval_loss": 5.0, "step": 2}]}
+    runs = {"late": late, "plain-seed1": done("plain", 4.0, 1e12), "plain-seed2": done("plain", 4.2, 1e12, 2)}
+    report = {"experiment": {"tests": ["novels"]}, "runs": runs | {"rows": done("rows", 3.9, 2e12)}}
+    _, _, plain, rows, *rest = runner.table(report).split("\n")
+    spread = (math.exp(4.2) - math.exp(4.0)) / 2
+    assert plain == f"| plain | 2 | {math.exp(4.1):.2f} ± {spread:.2f} | 1.0250 | 1.00× | 1.00× | 6 |"
+    assert rows == f"| rows | 1 | {math.exp(3.9):.2f} | 0.9750 | 1.00× | 2.00× | 5 |"
+    assert rest[-1] == "unfinished: late, 3 of 10 steps, validation loss 5.000 at step 2"
 
 
 # ------------------------------------------------------------------ the benchmark
