@@ -3,7 +3,8 @@
 Nothing is trained here without --quick: the numbers come from the ladder's JSON (experiments/ladder.yaml, put together
 by experiments/ladder_fit.py). Of learned rows: how many times our training FLOPs plain needs for the same loss; the
 worst ratio of a text's perplexity to plain's at any size and budget, and of all texts' to over-encoding's; and to
-plain's after four passes. What has no run is null. A ratio of perplexities below 1 says that ours is better.
+plain's after four passes (docs/results/epochs.json, experiments/epochs.yaml). What has no run is null. A ratio of
+perplexities below 1 says that ours is better.
 
 --quick runs a ladder of one tiny size first (experiments/quick.yaml, on Python's standard library).
 """
@@ -25,7 +26,7 @@ from ladder_fit import Rung, beside, multipliers, rungs_of, savings
 
 from scone.utils.files import read_json
 
-LADDER = REPOSITORY / "docs" / "results" / "ladder.json"
+LADDER = [REPOSITORY / "docs" / "results" / f"{name}.json" for name in ("ladder", "epochs")]
 QUICK = REPOSITORY / "experiments" / "quick.yaml"
 MULTIPLIERS = {"7m": ("20", 1.5), "27m": ("20", 1.3), "92m": ("10", 1.2)}
 """Size → at how many tokens per weight, and the target."""
@@ -41,17 +42,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         with tempfile.TemporaryDirectory(prefix="scone-quality-") as folder:
             measure(report, quick_ladder(Path(folder)), QUICK_MULTIPLIERS)
     else:
-        path: Path = report.config["ladder"]
-        if not path.exists():
-            print(f"no {path}: run experiments/run.py experiments/ladder.yaml and ladder_fit.py first, or use --quick")
+        parts = [read_json(path)["runs"] for path in report.config["ladder"] if path.exists()]
+        if not parts:
+            print("no ladder: run experiments/run.py experiments/ladder.yaml and ladder_fit.py first, or use --quick")
             return 1
-        measure(report, read_json(path), MULTIPLIERS)
+        measure(report, {"runs": {name: run for runs in parts for name, run in runs.items()}}, MULTIPLIERS)
     report.finish()
     return 0
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--ladder", type=Path, default=LADDER, metavar="FILE", help="experiments/ladder_fit.py's JSON")
+    help_ = "JSONs of experiments/ladder_fit.py"
+    parser.add_argument("--ladder", type=Path, nargs="+", default=LADDER, metavar="FILE", help=help_)
 
 
 def measure(report: Report, ladder: Mapping[str, Any], targets: Mapping[str, tuple[str, float | None]]) -> None:

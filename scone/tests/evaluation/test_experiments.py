@@ -88,6 +88,22 @@ def test_the_ladders_metrics_are_those_of_its_losses(records):
         assert (found[metric]["ratio"], found[metric]["peer_name"]) == (None, "not run")
 
 
+def test_ladder_and_passes_are_read_from_files_of_their_own(tmp_path):
+    """A file that is not there is a run that was not made."""
+    folder = {name: tmp_path / f"{name}.json" for name in ("ladder", "epochs", "report")}
+    runs = {f"epochs4-{kind}": {"run": kind, "finished": True, "curve": [{"validation": loss}]}
+            for kind, loss in (("plain", 4.0), ("rows", 4.1))}  # fmt: skip
+    folder["epochs"].write_text(json.dumps({"runs": runs}), encoding="utf-8")
+    arguments = ["--ladder", folder["ladder"], folder["epochs"], "--json", folder["report"]]
+    assert bench.main([str(each) for each in arguments]) == 0
+    report = json.loads(folder["report"].read_text(encoding="utf-8"))
+    found = {record["metric"]: record for record in report["records"]}
+    assert report["config"]["ladder"] == ["ladder.json", "epochs.json"]
+    assert found["rows_overfit_4_epochs"]["ratio"] == pytest.approx(math.exp(0.1))
+    assert not found["rows_overfit_4_epochs"]["met"]
+    assert found["worst_text_vs_plain"]["peer_name"] == "not run"
+
+
 def test_the_quick_ladder_says_what_the_benchmark_needs(tmp_path, capsys):
     """Its runs are three budgets of plain and one of each peer; without a ladder the benchmark says what to do."""
     names = [name.split("-", 2) for name in yaml.safe_load(bench.QUICK.read_text())["runs"]]

@@ -154,3 +154,16 @@ def test_tables_and_picture_say_what_the_losses_are():
     assert "| 7 M | 20 | `rows` |" + " −0.05 |" * 10 in lines["curves"]
     assert tables.ladder_table({"runs": {}}, "texts") == "*Not run yet.*\n"
     assert len(plot.draw_ladder({"runs": runs}).axes[0].lines) == 2
+
+
+def test_passes_are_shown_in_their_order_beside_the_plain_run_of_as_many():
+    shifts = {"epochs4-plain": 0.0, "epochs4-rows": -0.1, "epochs1-plain": 0.5, "epochs1-rows": 0.3}
+    runs = {name: run(name, 1.0, 3.0 + shift) | {"tokens": 40_000_000} for name, shift in shifts.items()}
+    table = experiments.module("ladder_table").ladder_table({"runs": runs}, "passes")
+    lines = [line for line in table.splitlines() if "`" in line]
+    assert lines == [
+        "| 1 | 40 M | `plain` | 30.0 | 36.6 | – |",
+        "| 1 | 40 M | `rows` | −18.1 % | −18.1 % | −18.1 % |",
+        "| 4 | 40 M | `plain` | 18.2 | 22.2 | – |",
+        "| 4 | 40 M | `rows` | −9.5 % | −9.5 % | −9.5 % |",
+    ]
