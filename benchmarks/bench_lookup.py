@@ -12,7 +12,11 @@ need 13 KB of disk a row.
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import shutil
 import statistics
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -20,13 +24,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import Report, has_peer, in_child, interleaved
-from lookup_peers import LmdbTable, drop_from_page_cache, fio_reads_per_second
-from workloads import write_table
+from common import Report, has_peer, interleaved
+from workloads import TrainingStep, f_grams_of, gpt2_tokens, gpt2_trunk, most_frequent, write_table
 
+from scone.evaluation.perplexity import perplexity
 from scone.inference.embedding_table import EmbeddingTable
+from scone.inference.precompute import convert_table, precompute_table
 from scone.inference.stores.direct import QUEUE_DEPTH
 from scone.inference.table_format import ROW_TYPES
+from scone.models.language_model import SconeForCausalLM
 
 WIDTH = 1024
 ROW_BYTES = 4 * WIDTH
@@ -238,15 +244,114 @@ def measure_row_types(report: Report) -> None:
             table.close()
 
 
+# ---------------------------------------------------------------------- quality by row type
+
+VOCAB_SIZE, LENGTH, BATCH = 4096, 128, 16
+
+
 def measure_perplexity(report: Report) -> None:
-    """Perplexity of one trained model reading its table in each row type, ÷ that of the fp32 table."""
+    """Perplexity of one small trained model reading its table in each row type, ÷ that of the fp32 table."""
     if report.config["skip_perplexity"]:
         return
-    size = ["--steps", "20", "--parts", "1"] if report.quick else ["--steps", "1000", "--parts", "2"]
-    found = in_child(Path(__file__).with_name("table_perplexity.py"), size)
-    report.config["perplexity"] = found["config"]
+    steps, parts = (20, 1) if report.quick else (1000, 2)
+    tokens = most_frequent(gpt2_tokens(parts)[0], VOCAB_SIZE)
+    train, held_out = np.split(tokens, [-max(8_000, 40 * steps)])
+    vocabulary = f_grams_of(train, 100 * steps, (), vocab_size=VOCAB_SIZE, max_n=4, min_freq=10)
+    trunk = gpt2_trunk(128, 3, 4, vocab_size=VOCAB_SIZE, n_positions=LENGTH)
+    sizes = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 512}
+    model = SconeForCausalLM.from_trunk(trunk, vocabulary, f_gram_model=sizes, learned_rows=vocabulary.num_f_grams)
+    train_model(model, train, steps)
+    report.config["perplexity"] = {"steps": steps, "f_grams": vocabulary.num_f_grams, "tokens": len(train)}
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        whole = Path(folder) / "fp32"
+        precompute_table(model, whole, quiet=True)
+        for row_type in ROW_TYPES:
+            path = Path(folder) / row_type
+            if row_type != "fp32":
+                convert_table(whole, path, row_type=row_type, quiet=True)
+            with EmbeddingTable.open(path) as table:
+                model.attach_table(table)
+                found[row_type] = perplexity(model, held_out, LENGTH, BATCH, quiet=True).perplexity
     for row_type, target in (("bf16", None), ("int8", 1.001), ("int4", None)):
         report.add(f"{row_type}_perplexity", "perplexity", found[row_type], found["fp32"], "fp32 table", most=target)
+
+
+def train_model(model: SconeForCausalLM, tokens: np.ndarray, steps: int) -> None:
+    """A short plain run: what counts is that the rows are trained ones."""
+    random, step = np.random.default_rng(0), TrainingStep(model, rows_learning_rate=3e-3)
+    for group in step.optimizer.param_groups:
+        group["lr"] = 1e-3
+    for _ in range(steps):
+        starts = random.integers(0, len(tokens) - LENGTH, BATCH)
+        batch = torch.from_numpy(np.stack([tokens[start : start + LENGTH] for start in starts]))
+        step({"input_ids": batch, "labels": batch})
+    model.eval()
+
+
+# ---------------------------------------------------------------------- peers
+
+
+def drop_from_page_cache(path: Path) -> None:
+    """Make the next read of ``path`` come from the disk. Pages that a process has mapped stay: unmap them first."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fdatasync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)
+
+
+def fio_reads_per_second(
+    path: Path, block_bytes: int, depth: int, seconds: float, in_batches: bool = False
+) -> float | None:
+    """Random aligned reads a second that fio reaches past the page cache (libaio); None where fio is not installed.
+
+    ``depth`` reads are under way at a time, each replaced as it ends; ``in_batches``, when all have ended.
+    """
+    if shutil.which("fio") is None:
+        return None
+    command = ["fio", "--name=reads", f"--filename={path}", "--rw=randread", f"--bs={block_bytes}", "--direct=1"]
+    command += ["--ioengine=libaio", f"--iodepth={depth}", f"--runtime={seconds}", "--time_based", "--readonly"]
+    command += ["--size=" + str(path.stat().st_size // block_bytes * block_bytes), "--output-format=json"]
+    if in_batches:
+        command += [f"--iodepth_batch_submit={depth}", f"--iodepth_batch_complete_min={depth}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return float(json.loads(done.stdout[done.stdout.index("{") :])["jobs"][0]["read"]["iops"])
+
+
+class LmdbTable:
+    """Rows in LMDB: key = rank (8 bytes, big-endian, so that keys are in order), value = the row's bytes."""
+
+    def __init__(self, path: Path) -> None:
+        import lmdb
+
+        self.path = path
+        self._environment = lmdb.open(str(path), subdir=False, readonly=True, lock=False, readahead=False)
+
+    @staticmethod
+    def write(path: Path, rows: Iterator[np.ndarray], num_rows: int, row_bytes: int) -> None:
+        """Store ``rows`` (blocks of float32 [n, D] in order of rank)."""
+        import lmdb
+
+        environment = lmdb.open(str(path), subdir=False, map_size=4 * num_rows * row_bytes + (64 << 20), sync=False)
+        rank = 0
+        for block in rows:
+            with environment.begin(write=True) as transaction:
+                for row in block:
+                    transaction.put(rank.to_bytes(8, "big"), row.tobytes(), append=True)
+                    rank += 1
+        environment.sync(True)
+        environment.close()
+
+    def rows_into(self, ranks: np.ndarray, out: np.ndarray) -> None:
+        """Fill ``out`` (float32 [n, D]) with the rows ``ranks``."""
+        with self._environment.begin(buffers=True) as transaction:
+            for place, rank in enumerate(ranks.tolist()):
+                out[place] = np.frombuffer(transaction.get(rank.to_bytes(8, "big")), dtype=np.float32)
+
+    def close(self) -> None:
+        self._environment.close()
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
 """Matching tokens to f-grams: tokens per second per core against a dictionary and Aho–Corasick.
 
 Real tokens (Wikipedia, GPT-2's tokenizer) where the maintainers' data is present, else synthetic Zipf tokens. The
-f-grams are counted on one part, matching is timed on the rest, on one thread. The bound is the time to read the cache
-lines that the probes of level-wise matching touch, in order, with nothing else to do. `--quick` counts on a tenth, and
-has 2.5 M f-grams where 10 M are said.
+f-grams are counted on one part, matching is timed on the rest, on one thread. `--quick` counts on a tenth, and has
+2.5 M f-grams where 10 M are said.
 """
 
 from __future__ import annotations
@@ -16,10 +15,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 from common import Report, has_peer, interleaved
-from numba import njit
 from workloads import f_grams_of, gpt2_tokens
 
-from scone.kernels.child_index import hash_key, home_slot
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 from scone.tokenization.matcher import Matcher
 
@@ -68,18 +65,13 @@ def measure_size(
     matcher = Matcher(vocabulary)
     nodes = matcher.match(tokens)
     few = tokens[: PEER_TOKENS // 10 if report.quick else PEER_TOKENS]
-    slots, ranks = lines_read(tokens, nodes, vocabulary)
-    index = vocabulary.index
     matrix = vocabulary.token_matrix(np.arange(vocabulary.num_f_grams)).tolist()
     f_grams = [tuple(row[:length]) for row, length in zip(matrix, vocabulary.lengths.tolist(), strict=True)]
     results: dict[str, list[int]] = {}
     matchers = {"dictionary probing": dictionary_matcher(f_grams, vocabulary.vocab_size)}
     if with_aho_corasick:
         matchers["pyahocorasick"] = aho_corasick_matcher(f_grams, vocabulary.vocab_size)
-    runs: dict[str, Callable[[], object]] = {
-        "ours": lambda: matcher.match(tokens, num_threads=1),
-        "bound": lambda: read_lines(index.slots, vocabulary.keys.reshape(-1), slots, ranks),
-    }
+    runs: dict[str, Callable[[], object]] = {"ours": lambda: matcher.match(tokens, num_threads=1)}
     for peer, match in matchers.items():
         runs[peer] = lambda peer=peer, match=match: results.update({peer: match(tuple(few.tolist()))})
     seconds = interleaved(runs, repeats=report.config["repeats"])
@@ -90,7 +82,7 @@ def measure_size(
     peers = {f"tokens_per_second_{name}": ("dictionary probing", 50), "speed_vs_aho_corasick": ("pyahocorasick", 3)}
     for metric, (peer, target) in peers.items():
         if peer in speed:
-            report.add(metric, "tokens/s", speed["ours"], speed[peer], peer, bound=speed["bound"], target=target)
+            report.add(metric, "tokens/s", speed["ours"], speed[peer], peer, target=target)
 
 
 def measure_memory_and_step(report: Report, vocabulary: FGramVocabulary, tokens: np.ndarray) -> None:
@@ -148,47 +140,6 @@ def aho_corasick_matcher(f_grams: list[tuple[int, ...]], vocab_size: int) -> Cal
         return nodes
 
     return match
-
-
-def lines_read(tokens: np.ndarray, nodes: np.ndarray, vocabulary: FGramVocabulary) -> tuple[np.ndarray, np.ndarray]:
-    """Slots and ranks that matching has to look at, in order: every probe reads a bucket, every hit a key."""
-    room = MAX_N * len(tokens)
-    slots, ranks = np.empty(room, np.int64), np.empty(room, np.int64)
-    sizes = (vocabulary.vocab_size, MAX_N, len(vocabulary.index.slots))
-    num_slots, num_ranks = _trace(tokens, nodes, vocabulary.suffixes, vocabulary.lengths, *sizes, slots, ranks)
-    return slots[:num_slots], ranks[:num_ranks]
-
-
-@njit
-def _trace(tokens, nodes, suffixes, lengths, vocab_size, max_n, slots_length, slots, ranks):
-    before = np.empty(max_n + 1, np.int64)
-    num_slots = num_ranks = 0
-    length_before = 0
-    for position in range(len(tokens)):
-        node = nodes[position]
-        length = 1 if node < vocab_size else np.int64(lengths[node - vocab_size])
-        for level in range(1, min(length_before, length, max_n - 1) + 1):
-            slots[num_slots] = home_slot(hash_key(before[level], tokens[position]), slots_length)
-            num_slots += 1
-        for level in range(length, 0, -1):
-            before[level] = node
-            if node >= vocab_size:
-                ranks[num_ranks] = node - vocab_size
-                num_ranks += 1
-                node = np.int64(suffixes[node - vocab_size])
-        length_before = length
-    return num_slots, num_ranks
-
-
-@njit
-def read_lines(slots, flat_keys, slot_indices, ranks):
-    """Read one word of every cache line; the sum keeps the compiler from leaving it out."""
-    total = np.uint64(0)
-    for index in slot_indices:
-        total += slots[index]
-    for rank in ranks:
-        total += flat_keys[2 * rank]
-    return total
 
 
 if __name__ == "__main__":

@@ -1,19 +1,28 @@
 """The cost of training: prefix sharing against the padded f-gram model, steps against their operations, learned rows.
 
     python benchmarks/bench_training.py [--quick] [--json FILE] [--positions 4096 16384 65536] [--tokens FILE.npy]
+    python benchmarks/bench_training.py --gpu TOKEN_FOLDER [--quick] [--json FILE] [--trunks gpt2] [--variants rows]
 
 f-grams (N = 5, the 1,000,000 most frequent; 4,000,000 for the rows) are counted on Wikipedia in GPT-2's tokens. The
 padded peer is the paper's: every matched position runs its own f-gram, padded to N tokens, in one batch.
+
+``--gpu``: steps in bf16 autocast, compiled, on batches from a loader with workers; trunks of the paper's GPT-2
+experiments (width 1,024 × 6 layers) and of GPT2-Small. Where there are several ``--positions``, the largest stands in
+the names without a number. What fails, or does not fit the memory, is named in the configuration's ``failed``.
+Utilisation is the formula's operations a second, attention over all pairs, against an H100's peak. With ``--quick`` a
+rehearsal at toy size, on any device.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,22 +31,34 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from workloads import SEPARATOR, VOCAB_SIZE, TrainingStep, f_grams_of, gpt2_tokens, gpt2_trunk
 
-from scone.data.dataset import Collator
-from scone.models.accounting import f_gram_forward_flops, trunk_forward_flops
+from scone.data.dataset import BlockDataset, Collator
+from scone.data.token_file import TokenFile
+from scone.evaluation.speed import timed
+from scone.models.accounting import f_gram_forward_flops, training_flops, trunk_forward_flops
 from scone.models.configuration import FGramModelConfig
 from scone.models.f_gram_model import FGramModel, padded_f_gram_model
 from scone.models.language_model import SconeForCausalLM
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
+from scone.training.distributed import compile_for_training
 
 MAX_N, NUM_F_GRAMS, MOST_ROWS = 5, 1_000_000, 4_000_000
 SEQUENCE_LENGTH = 512
 Batch = dict[str, Any]
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+GPU_TRUNKS = {"1024x6": (1024, 6, 16), "gpt2": (768, 12, 12)}
+GPU_VARIANTS = ("plain", "shared", "rows", "both", "padded")
+H100_BF16_FLOPS = 989e12
+"""Dense bf16 of an H100 SXM, NVIDIA's data sheet."""
 
 
 def main() -> None:
     """Measure, print the table of records, write the JSON."""
     report = Report.from_arguments("training", __doc__, add_options=_add_options)
     options = report.config
+    if options["gpu"]:
+        measure_gpu(report)
+        report.finish()
+        return
     tokens, source = gpt2_tokens(1 if report.quick else None, options["tokens"])
     print(f"{len(tokens):,} tokens ({source})", flush=True)
     started = time.perf_counter()
@@ -59,9 +80,12 @@ def main() -> None:
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--positions", type=int, nargs="+", help="batch sizes of the steps (4096; not quick: and 16384)"
+        "--positions", type=int, nargs="+", help="batch sizes of the steps (4096 16384; quick: 2048; GPU: 16384 65536)"
     )
     parser.add_argument("--tokens", metavar="FILE", help="a .npy file of GPT-2 token ids instead of the corpus")
+    parser.add_argument("--gpu", type=Path, metavar="TOKEN_FOLDER", help="whole steps on one GPU, on this token file")
+    parser.add_argument("--trunks", nargs="+", choices=GPU_TRUNKS, default=list(GPU_TRUNKS), help="on the GPU")
+    parser.add_argument("--variants", nargs="+", choices=GPU_VARIANTS, default=GPU_VARIANTS, help="on the GPU")
 
 
 def _f_gram_sizes(trunk: dict[str, int], scale: float) -> dict[str, int]:
@@ -170,14 +194,16 @@ def measure_steps(
     report.add(f"trie_build_share{suffix}", "s", trie, *peer, most=0.05)
 
 
-def _f_gram_flops(sizes: dict[str, int], prepared: list[Batch]) -> float:
-    """Forward operations of the f-gram model per position."""
+def _f_gram_flops(sizes: dict[str, int], prepared: list[Batch], padded: bool = False) -> float:
+    """Forward operations of the f-gram model per position; ``padded``: of every matched position's own N tokens."""
     config, total, positions = FGramModelConfig(**sizes), 0.0, 0
     for batch in prepared:
         counts = [
             [float(stop - start) for start, stop in itertools.pairwise(batch["trie"][name])]
             for name in ("depth_offsets", "f_gram_offsets")
         ]
+        if padded:
+            counts = [[float((batch["trie"]["position_index"] > 0).sum())] * MAX_N]
         total += f_gram_forward_flops(config, config.hidden_size, *counts)
         positions += batch["input_ids"].numel()
     return total / positions
@@ -198,6 +224,156 @@ def measure_rows(report: Report, tokens: np.ndarray, large: FGramVocabulary, tru
     seconds = interleaved(steps, repeats)
     report.add("rows_step_overhead", "s", seconds[str(NUM_F_GRAMS)], seconds["0"], "plain step", most=1.1)
     report.add("rows_step_growth", "s", seconds[str(MOST_ROWS)], seconds["100000"], "step with 100,000 rows", most=1.1)
+
+
+# ---------------------------------------------------------------------- whole steps on a GPU
+
+
+class Measured(NamedTuple):
+    """What one variant took: seconds a step from the loader and from batches at hand, bytes, operations."""
+
+    loaded: float
+    at_hand: float
+    peak_bytes: int
+    flops: float
+    tokens: int
+
+
+def measure_gpu(report: Report) -> None:
+    """Every variant of every trunk at every batch size, the smallest first."""
+    options = report.config
+    file, length = TokenFile.open(options["gpu"]), 64 if report.quick else 1024
+    vocabulary = f_grams_of(file.tokens, 10_000 if report.quick else NUM_F_GRAMS, [file.separator_id])
+    positions = sorted(options["positions"] or ([256, 1024] if report.quick else [16_384, 65_536]))
+    options |= {"f_grams": vocabulary.num_f_grams, "max_n": MAX_N, "length": length, "positions": positions}
+    options |= {"num_tokens": file.num_tokens, "tokenizer_tokens": file.vocab_size, "failed": []}
+    trunks = {"tiny": (32, 2, 2)} if report.quick else {name: GPU_TRUNKS[name] for name in options["trunks"]}
+    for name, trunk in trunks.items():
+        plain: dict[int, Measured] = {}
+        for variant in options["variants"]:
+            model, sizes = _gpu_model(variant, trunk, vocabulary)
+            if DEVICE.type == "cuda":
+                compile_for_training(model, dynamic=True)  # one compilation for all batch sizes
+            step = TrainingStep(model)
+            for count in positions:
+                try:
+                    now = _gpu_steps(variant, step, file, (count // length, length), sizes, report.quick)
+                except Exception as error:  # of the compiler, or out of memory: the others go on
+                    what = f"{variant} of {name} at {count} positions: {str(error).partition(chr(10))[0]}"
+                    options["failed"].append(what)
+                    step.optimizer.zero_grad()
+                    print(f"failed: {what}", flush=True)
+                    continue
+                number = "" if count == positions[-1] else f"_{count}"
+                _report_variant(report, f"{name}_{variant}{number}", now, plain.get(count))
+                if variant == "plain":
+                    plain[count] = now
+            del model, step
+            gc.collect()
+            torch.cuda.empty_cache()
+
+
+def _gpu_model(
+    variant: str, trunk: tuple[int, int, int], vocabulary: FGramVocabulary
+) -> tuple[PreTrainedModel, dict[str, int]]:
+    """The model of a variant on the device, in fp32 weights, and the sizes of an f-gram model as large as the trunk."""
+    width, layers, heads = trunk
+    sizes = _f_gram_sizes({"n_embd": width, "n_layer": layers, "n_head": heads}, 1.0)
+    model = gpt2_trunk(*trunk, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    if variant != "plain":
+        rows = vocabulary.num_f_grams if variant in ("rows", "both") else 0
+        f_gram_model = None if variant == "rows" else sizes
+        model = SconeForCausalLM.from_trunk(model, vocabulary, f_gram_model=f_gram_model, learned_rows=rows)
+    if variant == "padded":
+        assert model.f_gram_embedding is not None
+        padded = PaddedFGramModel(FGramModelConfig(**sizes), width, vocabulary.max_n)
+        padded.init_weights()
+        model.f_gram_embedding.f_gram_model = padded
+    return model.to(DEVICE).train(), sizes
+
+
+class PaddedFGramModel(FGramModel):
+    """The paper's way behind the same interface: every matched position runs its own f-gram, padded to N tokens.
+
+    Positions that read the same f-gram get the same vector, so their mean is exact, in values and in gradients.
+    """
+
+    def compile(self, *_: Any, **__: Any) -> None:
+        """Only the padded pass is compiled, in ``forward``."""
+
+    def forward(self, token_vectors: Tensor, trie: Mapping[str, Any]) -> Tensor:
+        which = trie["position_index"].reshape(-1)
+        which = which[which > 0] - 1
+        wanted = trie["f_gram_index"][which]
+        padded = torch.compile(padded_f_gram_model, dynamic=True) if DEVICE.type == "cuda" else padded_f_gram_model
+        vectors = padded(self, token_vectors[trie["ancestors"][wanted]], trie["depths"][wanted] + 1)
+        count = torch.bincount(which, minlength=len(trie["f_gram_index"])).clamp(min=1)[:, None]
+        total = vectors.new_zeros(len(count), vectors.shape[1]).index_add(0, which, vectors)
+        return total / count
+
+
+def _gpu_steps(
+    variant: str, step: TrainingStep, file: TokenFile, shape: tuple[int, int], sizes: dict[str, int], quick: bool
+) -> Measured:
+    """Warm up, then time steps on prepared batches, then on batches from the loader; sequences × length in a batch."""
+    scone = step.model if isinstance(step.model, SconeForCausalLM) else None
+    rows, on_gpu, workers = scone.config.learned_rows if scone else 0, DEVICE.type == "cuda", 0 if quick else 6
+    loader = torch.utils.data.DataLoader(
+        BlockDataset(file, shape[1], drop_last=True),
+        batch_size=shape[0],
+        shuffle=True,
+        generator=torch.Generator().manual_seed(0),
+        collate_fn=Collator(scone.vocabulary if scone else None, rows),
+        num_workers=workers,
+        pin_memory=on_gpu,
+        prefetch_factor=4 if workers else None,
+    )
+    batches = map(_to_device, loader)
+    some, steps = list(itertools.islice(batches, 4)), 2 if quick else 12
+    for batch in [*some, *some[:2]]:
+        step(batch)
+
+    def seconds_a_step(source: Iterator[Batch]) -> float:
+        """After one that is not counted."""
+
+        def run() -> None:
+            for batch in itertools.islice(source, steps):
+                step(batch)
+
+        step(next(source))
+        return timed(run, DEVICE) / steps
+
+    at_hand = seconds_a_step(itertools.cycle(some))
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    loaded = seconds_a_step(batches)
+    peak = torch.cuda.max_memory_allocated() if on_gpu else 0
+    forward = trunk_forward_flops((scone.trunk if scone else step.model).config, shape[1])
+    if scone is not None and scone.config.f_gram_model_config is not None:
+        forward += _f_gram_flops(sizes, some, variant == "padded")
+    tokens = shape[0] * shape[1]
+    return Measured(loaded, at_hand, peak, training_flops(forward * tokens), tokens)
+
+
+def _to_device(value: Any) -> Any:
+    """Tensors to the device; what a trie keeps on the host stays there."""
+    if isinstance(value, Mapping):
+        return {name: _to_device(inner) for name, inner in value.items()}
+    return value.to(DEVICE, non_blocking=True) if isinstance(value, Tensor) else value
+
+
+def _report_variant(report: Report, name: str, now: Measured, plain: Measured | None) -> None:
+    """Records of one variant at one batch size, against the plain model where there is one."""
+    speed = now.tokens / now.loaded
+    report.add(f"{name}_tokens_per_second", "tokens/s", speed, plain and plain.tokens / plain.loaded, "plain")
+    report.add(f"{name}_utilisation", "of peak", now.flops / now.at_hand / H100_BF16_FLOPS, ratio=None)
+    report.add(f"{name}_peak_memory", "GiB", now.peak_bytes / 2**30, ratio=None)
+    if plain is not None:
+        expected = {"peer": now.flops / plain.flops, "peer_name": "predicted from FLOPs"}
+        target = 1.15 if "shared" in name else None
+        report.add(f"{name}_step_vs_flops", "plain steps", now.at_hand / plain.at_hand, **expected, most=target)
+        at_hand = {"peer": now.at_hand, "peer_name": "step on prepared batches"}
+        report.add(f"{name}_loader_hidden", "s", now.loaded, **at_hand, most=1.05)
 
 
 if __name__ == "__main__":

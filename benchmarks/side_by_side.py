@@ -1,9 +1,8 @@
-"""Programs at the same time, each with a log of its own, under a time limit; and what a failed one said."""
+"""Programs at the same time, each with a log of its own, under a time limit."""
 
 from __future__ import annotations
 
 import os
-import re
 import signal
 import subprocess
 import time
@@ -89,33 +88,7 @@ def start(program: Program, gpu: int | None) -> Running:
     return Running(program, process, time.monotonic(), gpu)
 
 
-def run_side_by_side(programs: Sequence[Program], timeout_seconds: float) -> None:
-    """Run all at once to their end, or to ``timeout_seconds``; logs tell of that, and of signals."""
-
-    def note(program: Program, text: str) -> None:
-        with program.log.open("a", encoding="utf-8") as log:
-            log.write(f"\n{text}\n")
-
-    def ended(program: Program, status: int, seconds: float) -> None:
-        if status < 0:
-            note(program, f"Signal {-status} ended it")
-
-    last_start = time.monotonic() + timeout_seconds
-    for program in run_programs(programs, len(programs), last_start=last_start, ended=ended):
-        note(program, f"TimeoutError: not through after {timeout_seconds:g} s")
-
-
 def gpu_for(place: int) -> dict[str, str]:
     """The environment in which a program sees one GPU: the ``place``-th of those that we were given."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return {"CUDA_VISIBLE_DEVICES": visible.split(",")[place] if visible else str(place)}
-
-
-def last_words(log: str) -> str:
-    """The line of a log that says why its program failed: the last of a Python error, else a signal, else any."""
-    lines = [line.strip() for line in log.splitlines() if line.strip()]
-    of_torchrun = r"torch\.distributed\.elastic"
-    for pattern in (rf"(\[rank\d+\]: ?)?(?!{of_torchrun})[\w.]*(Error|Exception): .*|error: .*", r".*\bSignal \d+ .*"):
-        if said := [line for line in lines if re.fullmatch(pattern, line)]:
-            return said[-1]
-    return lines[-1] if lines else "no output"

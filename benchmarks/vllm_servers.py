@@ -12,12 +12,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 
 
 @dataclass
@@ -30,23 +31,10 @@ class Server:
 
     def resident_bytes(self) -> int:
         """Memory of the process and of those that it started, pages that they share counted once for each."""
-        parents = {}
-        for status in Path("/proc").glob("[0-9]*/stat"):
-            try:
-                fields = status.read_text().rsplit(")", 1)[1].split()
-            except OSError:
-                continue
-            parents[int(status.parent.name)] = int(fields[1])
-        family = {self.process.pid}
-        while more := {child for child, parent in parents.items() if parent in family} - family:
-            family |= more
-        total = 0
-        for member in family:
-            try:
-                lines = Path(f"/proc/{member}/status").read_text().splitlines()
-            except OSError:
-                continue
-            total += sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS:"))
+        total, root = 0, psutil.Process(self.process.pid)
+        for member in [root, *root.children(recursive=True)]:
+            with suppress(psutil.NoSuchProcess):
+                total += member.memory_info().rss
         return total
 
     def call(self, method: str) -> Any:

@@ -16,8 +16,10 @@ is one JSON with configuration, machine and commit, and a table, last.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import signal
+import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -31,7 +33,6 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks")]
 
 from common import commit, machine  # noqa: E402
-from experiment_results import table  # noqa: E402
 from side_by_side import Program, run_programs  # noqa: E402
 
 from scone.configs.loading import from_mapping  # noqa: E402
@@ -39,6 +40,7 @@ from scone.configs.schema import SconeOptions  # noqa: E402
 from scone.utils.command_line import run_main  # noqa: E402
 from scone.utils.errors import SconeError  # noqa: E402
 from scone.utils.files import read_json, write_json  # noqa: E402
+from scone.utils.text import markdown_table  # noqa: E402
 
 if TYPE_CHECKING:
     from scone.data.token_file import TokenFile
@@ -271,6 +273,38 @@ def beginning(file: TokenFile, tokens: int, folder: Path) -> TokenFile:
         writer.finish({"tokenizer_fingerprint": file.metadata["tokenizer_fingerprint"]})
         part.rename(folder)
     return TokenFile.open(folder, check_content=False)
+
+
+def table(experiment: Mapping[str, Any]) -> str:
+    """Markdown: one line a run, its seeds taken together. FLOPs are those of the first run times; unfinished runs stand
+    last. Bits a byte: the mean over tests, where all have them; it compares runs of different tokenizers too.
+    """
+    tests, groups = experiment["experiment"]["tests"], dict[str, list[Mapping[str, Any]]]()
+    for name, run in experiment["runs"].items():
+        if run.get("finished", True):
+            groups.setdefault(run.get("run", name), []).append(run)
+    rows: list[list[Any]] = []
+    for name, runs in groups.items():
+        cells = [perplexity_text([run["tests"][test]["loss"] for run in runs]) for test in tests]
+        bits = [test.get("bits_per_byte") for run in runs for test in run["tests"].values()]
+        cells.append(f"{statistics.fmean(bits):.4f}" if all(bits) else "–")
+        base, costs = next(iter(groups.values()))[0]["cost"], ("inference_flops_per_token", "training_flops")
+        cells += [f"{runs[0]['cost'][cost] / base[cost]:.2f}×" for cost in costs]
+        rows.append([name, len(runs), *cells, f"{statistics.fmean(run['train_seconds'] for run in runs):.0f}"])
+    head = ["run", "seeds", *tests, "bits a byte", "inference FLOPs", "training FLOPs", "training s"]
+    lines = [markdown_table(head, rows)]
+    for name, run in experiment["runs"].items():
+        if not run.get("finished", True):
+            last = [entry for entry in run["log"] if "eval_loss" in entry][-1:]
+            loss = f"validation loss {last[0]['eval_loss']:.3f} at step {last[0]['step']}" if last else "no loss"
+            lines.append(f"\nunfinished: {name}, {run['steps']} of {run['max_steps']} steps, {loss}")
+    return "\n".join(lines)
+
+
+def perplexity_text(losses: Sequence[float]) -> str:
+    """exp of the mean loss over seeds, with ± half the range of perplexities where there are several."""
+    text = f"{math.exp(statistics.fmean(losses)):.2f}"
+    return text + (f" ± {(math.exp(max(losses)) - math.exp(min(losses))) / 2:.2f}" if len(losses) > 1 else "")
 
 
 def chosen(name: str, only: Sequence[str] | None, skip: Sequence[str]) -> bool:

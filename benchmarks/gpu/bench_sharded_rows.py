@@ -6,8 +6,8 @@ On each number of GPUs the same processes train one variant after the other, as 
 compiled: the plain trunk with DDP; with rows that are shared out over the GPUs, in fp32, in bf16 and in host memory;
 with a copy of all rows on every GPU; the plain trunk with FSDP (weights shared out, or moments and gradients alone);
 and an f-gram model as deep as the trunk, with DDP and with FSDP. Each GPU has ``--positions`` of its own; the time is
-that of ``--steps`` steps after ``--warmup`` others. Where the GPUs suffice, runs on different numbers of them go side
-by side. Results are written as they come, and after ``--timeout`` what still runs is ended.
+that of ``--steps`` steps after ``--warmup`` others. Results are written as they come, and what still
+runs after ``--timeout`` is ended.
 
 DATA has the folders tokenizer and train (``experiments/prepare_data.py`` makes them); without it tokens are synthetic,
 Zipf-distributed phrases. ``--tiny`` rehearses everything in processes on a CPU.
@@ -35,7 +35,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from common import REPOSITORY, Report
-from side_by_side import Program, last_words, run_side_by_side
+from side_by_side import Program, run_programs
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from scone.configs.loading import from_mapping, load_options, save_options
@@ -81,16 +81,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         prepare(folder, options)
         print(f"counted after {time.monotonic() - started:.0f} s", flush=True)
-        for counts in rounds(options["gpus"], available):
-            programs = [program(count, place, folder, options) for count, place in counts]
-            run_side_by_side(programs, max(1.0, options["timeout"] - (time.monotonic() - started)))
-            print(f"{[count for count, _ in counts]} GPUs after {time.monotonic() - started:.0f} s", flush=True)
-            for (count, _), its_program in zip(counts, programs, strict=True):
-                log = its_program.log.read_text(encoding="utf-8", errors="replace")
-                for variant in variants_on(count, options):
-                    if not (folder / f"{variant}_{count}.json").exists():
-                        options["failed"][f"{variant}_{count}"] = last_words(log)
-                        print(f"{variant}_{count} failed; its log ends:\n{log[-2000:]}", file=sys.stderr, flush=True)
+        for count in options["gpus"]:
+            its_program = program(count, folder, options)
+            late = run_programs([its_program], 1, last_start=started + options["timeout"])
+            print(f"{count} GPUs after {time.monotonic() - started:.0f} s", flush=True)
+            log = its_program.log.read_text(encoding="utf-8", errors="replace") if its_program.log.exists() else ""
+            for variant in variants_on(count, options):
+                if not (folder / f"{variant}_{count}.json").exists():
+                    options["failed"][f"{variant}_{count}"] = "not through in time" if late else last_error(log)
+                    print(f"{variant}_{count} failed; its log ends:\n{log[-2000:]}", file=sys.stderr, flush=True)
             report.records.clear()
             add_records(report, folder)
     finally:
@@ -113,16 +112,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--timeout", type=float, default=150, help="seconds after which everything is ended")
 
 
-def rounds(gpus: Sequence[int], available: int) -> list[list[tuple[int, int]]]:
-    """Numbers of GPUs and the first of each, those in one list at once."""
-    found: list[list[tuple[int, int]]] = []
-    for count in gpus:
-        taken = sum(number for number, _ in found[-1]) if found else available
-        if taken + count > available:
-            found.append([(count, 0)])
-        else:
-            found[-1].append((count, taken))
-    return found
+def last_error(log: str) -> str:
+    """The last line of a log that names an error, not torchrun's own; else the last line."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    errors = [line for line in lines if "Error: " in line and "torch.distributed.elastic" not in line]
+    return (errors or lines or ["no output"])[-1]
 
 
 def variants_on(count: int, options: dict[str, Any]) -> list[str]:
@@ -213,8 +207,8 @@ def make_data(folder: Path, num_tokens: int) -> None:
     writer.finish({"tokenizer_fingerprint": tokenizer_fingerprint(tokenizer)})
 
 
-def program(count: int, place: int, folder: Path, options: dict[str, Any]) -> Program:
-    """What times all variants on ``count`` GPUs, from the ``place``-th on."""
+def program(count: int, folder: Path, options: dict[str, Any]) -> Program:
+    """What times all variants on the first ``count`` GPUs."""
     command = [sys.executable]
     if count > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
@@ -224,7 +218,7 @@ def program(count: int, place: int, folder: Path, options: dict[str, Any]) -> Pr
     environment = {
         "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // max(options["gpus"]))),
         "TOKENIZERS_PARALLELISM": "false",
-        "CUDA_VISIBLE_DEVICES": "" if options["tiny"] else ",".join(devices[place : place + count]),
+        "CUDA_VISIBLE_DEVICES": "" if options["tiny"] else ",".join(devices[:count]),
         "PYTHONPATH": os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH")))),
     }
     return Program(command, folder / f"log_{count}.txt", environment)

@@ -7,42 +7,36 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import filelock
+import numpy as np
 
 import scone
 from scone.data.sources import Source, SplitGroup, empty_split, open_documents, open_source, plan
 from scone.data.splits import ALL, SPLITS
-from scone.data.token_file import METADATA_NAME, TokenFile, TokenFileWriter
+from scone.data.token_file import METADATA_NAME, TokenFile, TokenFileWriter, token_type
 from scone.tokenization.tokenizers import (
     document_separator_id,
     load_tokenizer,
+    one_thread_per_call,
     tokenizer_fingerprint,
     train_tokenizer,
     vocabulary_size,
 )
-from scone.utils.errors import SconeError
+from scone.utils.errors import SconeError, library_refusal
 from scone.utils.files import fingerprint_of, read_json, write_json
-from scone.utils.progress import progress
+from scone.utils.progress import map_in_order, progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, TypeVar
-
-import numpy as np
-
-from scone.data.token_file import token_type
-from scone.tokenization.tokenizers import one_thread_per_call
-from scone.utils.errors import library_refusal
-from scone.utils.progress import map_in_order
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 # One call encodes at most this much at once: the tokenizers library keeps some 100 bytes a token until it returns.
 LONGEST_TEXT_CHARACTERS = 1 << 20
@@ -105,8 +99,6 @@ def short_pieces(text: str) -> Iterator[str]:
         start = end
     yield text[start:]
 
-
-logger = logging.getLogger(__name__)
 
 BATCH_CHARACTERS = 1 << 18
 COMMIT_CHARACTERS = 1 << 23  # what a kill loses at most, in text

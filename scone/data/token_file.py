@@ -43,12 +43,18 @@ class TokenFile:
     """An opened token file. Documents stand one after the other, each followed by ``separator_id``.
 
     Pickles as its path, so that the workers of a data loader map the same file and copy nothing.
+
+    Attributes: ``tokens`` [num_tokens], uint16 or uint32, read-only, memory-mapped; ``num_tokens`` (separators
+    included), ``num_documents``, ``separator_id`` (which ends every document), ``vocab_size`` (V: every token is below
+    it); ``folder``, ``metadata``.
     """
 
     def __init__(self, folder: Path, metadata: Mapping[str, Any], tokens: np.ndarray) -> None:
-        self.folder = folder
-        self.metadata = metadata
-        self.tokens = tokens  # [num_tokens], uint16 or uint32, read-only, memory-mapped
+        self.folder, self.metadata, self.tokens = folder, metadata, tokens
+        self.num_tokens: int = metadata["num_tokens"]
+        self.num_documents: int = metadata["num_documents"]
+        self.separator_id: int = metadata["separator_id"]
+        self.vocab_size: int = metadata["vocab_size"]
 
     @classmethod
     def open(cls, path: str | Path, check_content: bool | None = None) -> TokenFile:
@@ -69,26 +75,6 @@ class TokenFile:
         if check_content:
             token_file.verify()
         return token_file
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens, separators included."""
-        return self.metadata["num_tokens"]
-
-    @property
-    def num_documents(self) -> int:
-        """Documents, and so separators written by us."""
-        return self.metadata["num_documents"]
-
-    @property
-    def separator_id(self) -> int:
-        """The token that ends every document."""
-        return self.metadata["separator_id"]
-
-    @property
-    def vocab_size(self) -> int:
-        """V: every token is below it."""
-        return self.metadata["vocab_size"]
 
     @property
     def fingerprint(self) -> str:

@@ -12,7 +12,7 @@ from scone.utils.text import human_bytes, human_count
 
 NAMES = {"plain": "plain", "scone": "SCONE"}
 COLORS = {"plain": PLAIN_COLOR, "scone": PALETTE[0]}
-KEYS = [Line(name, [], COLORS[key]) for key, name in NAMES.items()]
+KEYS = {name: COLORS[key] for key, name in NAMES.items()}
 LOSS = "loss, nats per token"
 Report = Mapping[str, Any]
 

@@ -49,13 +49,12 @@ class Line:
 
 @dataclass(frozen=True)
 class Point:
-    """A named point (x, y). ``spread``: lowest and highest y over seeds, drawn as a whisker."""
+    """A named point (x, y)."""
 
     name: str
     x: float
     y: float
     color: str
-    spread: tuple[float, float] | None = None
 
 
 Bars = tuple[str, str, Sequence[float | None]]
@@ -84,8 +83,8 @@ def line_figure(lines: Sequence[Line], x_label: str, y_label: str) -> str:
 
 
 def scatter_figure(points: Sequence[Point], x_label: str, y_label: str) -> str:
-    """The SVG of named points over a logarithmic x, with their whiskers and the Pareto front (low x and low y are
-    good); empty for fewer than two.
+    """The SVG of named points over a logarithmic x, with the Pareto front (low x and low y are good); empty for fewer
+    than two.
     """
     points = [each for each in points if math.isfinite(each.x) and math.isfinite(each.y) and each.x > 0]
     if len(points) < 2:
@@ -94,8 +93,6 @@ def scatter_figure(points: Sequence[Point], x_label: str, y_label: str) -> str:
     axes.set_xscale("log")
     axes.minorticks_off()
     for point in points:
-        if point.spread:
-            axes.vlines(point.x, *point.spread, color=point.color, linewidth=1.6)
         axes.plot([point.x], [point.y], "o", color=point.color, markersize=9, markeredgecolor=CARD, zorder=3)
     low, high = axes.get_xlim()
     axes.set_xlim(low, high)
@@ -153,8 +150,9 @@ def svg_of(figure: Any, description: str = "") -> str:
     return head + svg[svg.index(">") + 1 :].strip()
 
 
-def _axes(left: float = 58, right: float = 16, top: float = 14, bottom: float = 46) -> Any:
+def _axes(right: float = 16) -> Any:
     """Axes in a new figure; margins in pixels."""
+    left, top, bottom = 58.0, 14.0, 46.0
     figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72), dpi=72)  # a point is a pixel
     figure.patch.set_visible(False)
     size = ((WIDTH - left - right) / WIDTH, (HEIGHT - top - bottom) / HEIGHT)

@@ -22,15 +22,10 @@ from scone.utils.errors import SconeError
 from scone.utils.progress import progress
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from scone.tokenization.f_gram_vocabulary import FGramVocabulary
     from scone.tokenization.matcher import Matcher
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 
 RANK_EDGES = (100, 1_000, 10_000, 100_000, 1_000_000, 10_000_000, 100_000_000)
 """Where rank buckets end: ranks below 100, 100 to 999, and so on."""

@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader
 
 import scone
-from scone.evaluation.figures import PALETTE, PLAIN_COLOR, VARIABLES, Line, Point, scatter_figure
+from scone.evaluation.figures import PALETTE, PLAIN_COLOR, VARIABLES, Point, scatter_figure
 from scone.evaluation.results import PLAIN, STEM, RunResult, Table, datasets_of, tables
 from scone.utils.files import atomic_path, write_json
 from scone.utils.text import human_bytes, human_count, markdown_table
@@ -88,16 +88,11 @@ def section(heading: str, parts: Sequence[Part | None], note: str = "") -> dict[
     return {"heading": heading, "parts": [part for part in parts if part], "note": note}
 
 
-def figure(title: str, svg: str, caption: str = "", keys: Mapping[str, str] | Sequence[Line] = ()) -> Part | None:
-    """A figure with a legend: of points by name and colour, or of lines; None where there is nothing to see."""
+def figure(title: str, svg: str, caption: str, keys: Mapping[str, str], style: str = "") -> Part | None:
+    """A figure with a legend of names and colours, lines or another ``style``; None where there is nothing to see."""
     if not svg:
         return None
-    named = (
-        [(name, color, "dot") for name, color in keys.items()]
-        if isinstance(keys, Mapping)
-        else [(line.name, line.color, "dashed" if line.dashed else "") for line in keys]
-    )
-    legend = [{"name": name, "color": f"var({VARIABLES[color]})", "style": style} for name, color, style in named]
+    legend = [{"name": name, "color": f"var({VARIABLES[color]})", "style": style} for name, color in keys.items()]
     return {"title": title, "svg": svg, "caption": caption, "keys": legend}
 
 
@@ -137,9 +132,8 @@ def _quality_figures(results: Sequence[RunResult], dataset: str) -> Part | None:
         points, keys = [], {}
         for result, y in measured:
             if x := getattr(result, cost):
-                spread = result.perplexity[dataset].get("perplexity_spread")
                 keys[result.kind] = colors[result.kind]
-                points.append(Point(result.name, x, y, colors[result.kind], tuple(spread) if spread else None))
+                points.append(Point(result.name, x, y, colors[result.kind]))
         svg = scatter_figure(points, label, f"perplexity, {dataset}")
-        figures.append(figure(f"Against {label}", svg, caption, keys))
+        figures.append(figure(f"Against {label}", svg, caption, keys, "dot"))
     return columns(*figures)

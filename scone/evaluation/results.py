@@ -32,12 +32,11 @@ class RunResult:
 
     ``kind``: its input embedding in words, "plain" for a model without f-grams; models of one kind share a colour.
     ``perplexity``: per data set at least ``perplexity``, and where known what `PerplexityResult.to_dict` has
-    (``perplexity_interval``, ``bits_per_byte`` …); ``perplexity_spread``, lowest and highest over seeds.
+    (``perplexity_interval``, ``bits_per_byte`` …).
     ``num_f_grams``: S. ``f_gram_model_parameters``: size of the f-gram model, 0 without one.
     ``parameters``: ``resident`` (on the accelerator when it serves), ``training_only``, ``table`` (values off it).
-    FLOPs: a multiply-add is two; ``training_flops`` are those of the whole training. ``speed``: one entry of
-    `measure_speed` per ``batch_size`` and ``sequence_length``. ``facts``: anything else, for the JSON; ``served``
-    ("live" or "table") is shown.
+    FLOPs: a multiply-add is two. ``speed``: one entry of `measure_speed` per ``batch_size`` and ``sequence_length``.
+    ``facts``: anything else, for the JSON; ``served`` ("live" or "table") is shown.
     """
 
     name: str
@@ -49,8 +48,6 @@ class RunResult:
     parameters: dict[str, int] | None = None
     inference_flops_per_token: float | None = None
     training_flops_per_token: float | None = None
-    training_flops: float | None = None
-    training_tokens: int | None = None
     resident_bytes: int | None = None
     table_bytes: int | None = None
     table_memory_bytes: int | None = None
@@ -111,7 +108,6 @@ def tables(results: Sequence[RunResult]) -> dict[str, Table]:
         "in training only": parameters("training_only"),
         "inference FLOPs/token": flops("inference_flops_per_token"),
         "training FLOPs/token": flops("training_flops_per_token"),
-        "training FLOPs": flops("training_flops"),
     }
     memory = {
         "model": sized("resident_bytes", human_bytes),
@@ -132,12 +128,12 @@ def tables(results: Sequence[RunResult]) -> dict[str, Table]:
 
 
 def _perplexity(dataset: str, result: RunResult) -> str:
-    """With its interval, or its spread over seeds."""
+    """With its interval."""
     found = result.perplexity.get(dataset, {})
     if found.get("perplexity") is None:
         return "–"
-    spread = found.get("perplexity_spread") or found.get("perplexity_interval")
-    return f"{found['perplexity']:.2f}" + (f" ({spread[0]:.2f}–{spread[1]:.2f})" if spread else "")
+    interval = found.get("perplexity_interval")
+    return f"{found['perplexity']:.2f}" + (f" ({interval[0]:.2f}–{interval[1]:.2f})" if interval else "")
 
 
 def _speed_cells(speed: Mapping[str, Any]) -> list[str]:

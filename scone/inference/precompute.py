@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,15 @@ import numpy as np
 import torch
 
 from scone.inference.loading import device_of
-from scone.inference.table_format import FINGERPRINT_NAMES, RowFormat, TableLayout, layout_in_the_way
+from scone.inference.stores.memory import MemoryStore, load_rows
+from scone.inference.table_format import (
+    FINGERPRINT_NAMES,
+    RowFormat,
+    TableFile,
+    TableLayout,
+    check_fingerprints,
+    layout_in_the_way,
+)
 from scone.inference.table_writer import TablePlan, TableWriter, discard_partial
 from scone.utils.errors import SconeError
 from scone.utils.progress import map_in_order, progress
@@ -21,10 +29,6 @@ from scone.utils.text import human_bytes, human_count
 
 if TYPE_CHECKING:
     from scone.models.language_model import SconeForCausalLM
-from dataclasses import dataclass
-
-from scone.inference.stores.memory import MemoryStore, load_rows
-from scone.inference.table_format import TableFile, check_fingerprints
 
 # f-grams computed together, for each unit of batch_size. A chunk repeats the ancestors of its first f-gram and shares
 # everything else, so larger chunks gain nothing and hold more memory.
@@ -162,6 +166,7 @@ def _say(line: str) -> None:
 # Largest difference, relative to the row's largest number, between rows that the same weights gave in batches of
 # different shapes. The stored type's own rounding comes on top.
 _COMPUTE_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}
+_COMPARED_ROWS = 1000
 _CHUNKS_AT_A_TIME = 16  # some 64 MiB
 _ROUNDING = {"fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8}
 
@@ -174,8 +179,8 @@ class TableCheck:
     sampled_rows: int
 
 
-def verify_table(path: str | Path, model: SconeForCausalLM | None = None, sample: int = 1000) -> TableCheck:
-    """Read the whole file and compare every checksum; with ``model`` also ``sample`` random rows with its live ones.
+def verify_table(path: str | Path, model: SconeForCausalLM | None = None) -> TableCheck:
+    """Read the whole file and compare every checksum; with ``model`` also some random rows with its live ones.
 
     Raises SconeError at the first thing that is wrong: damage, another model's fingerprints, a row that differs.
     """
@@ -192,7 +197,7 @@ def verify_table(path: str | Path, model: SconeForCausalLM | None = None, sample
                 f"found {layout.num_rows:,} rows in {path}; expected at most the model's "
                 f"{vocabulary.num_f_grams:,} f-grams; give the table that belongs to the model"
             )
-        count = min(sample, layout.num_rows)
+        count = min(_COMPARED_ROWS, layout.num_rows)
         ranks = np.sort(np.random.default_rng(0).choice(layout.num_rows, count, replace=False)).astype(np.int64)
         _compare(file, model, torch.from_numpy(ranks), vocabulary.vocab_size)
     return TableCheck(layout, count)

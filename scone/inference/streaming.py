@@ -83,18 +83,13 @@ class GeneratedSequence:
     text: str = ""
     finish_reason: FinishReason | None = None
     first_token_at: float | None = None
-    _cancelled: bool = False
+    is_cancelled: bool = False
     _pieces: TextPieces | None = None
     _held_back: str = ""
 
     def cancel(self) -> None:
         """End it at the next token; may be called from any thread."""
-        self._cancelled = True
-
-    @property
-    def is_cancelled(self) -> bool:
-        """Whether somebody called it off."""
-        return self._cancelled
+        self.is_cancelled = True
 
     def begin(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Get ready to receive tokens."""
@@ -114,7 +109,7 @@ class GeneratedSequence:
             self.finish("stop")
         elif len(self.token_ids) >= self.max_new_tokens:
             self.finish("length")
-        elif self._cancelled:
+        elif self.is_cancelled:
             self.finish("cancelled")
 
     def finish(self, reason: FinishReason) -> None:

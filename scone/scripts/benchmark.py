@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 from scone.configs.loading import parse_options
-from scone.configs.schema import SconeOptions
 from scone.scripts.arguments import SHARED, arguments, at_least
 from scone.utils.command_line import run_main
 
@@ -35,12 +33,14 @@ ARGUMENTS = arguments(
         "help": "also measure every model with its trunk quantised: fp16, int8, int4",
     },
 )
-
-
-def read_arguments(argv: Sequence[str] | None) -> tuple[SconeOptions, argparse.Namespace]:
-    """The options on the command line, and the script's own arguments. Raises SconeError."""
-    shown = ("data.cache_dir", "training.device", "training.seed")
-    return parse_options(argv, shown, DESCRIPTION, examples=EXAMPLES, add_arguments=ARGUMENTS, config_flag=False)
+read_arguments = partial(
+    parse_options,
+    sections=("data.cache_dir", "training.device", "training.seed"),
+    description=DESCRIPTION,
+    examples=EXAMPLES,
+    add_arguments=ARGUMENTS,
+    config_flag=False,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

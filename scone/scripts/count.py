@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,12 +36,10 @@ ARGUMENTS = arguments(
     output={"metavar": "PATH", "help": "file or folder to write the vocabulary to"},
     width={"type": int, "metavar": "D", "help": "row width of the table (default: base_model_name's)"},
 )
-
-
-def read_arguments(argv: Sequence[str] | None) -> tuple[SconeOptions, argparse.Namespace]:
-    """The options on the command line, and the script's own arguments. Raises SconeError."""
-    description = "Count the most frequent n-grams of a corpus and show what they cover on held-out text."
-    return parse_options(argv, OPTIONS, description, examples=EXAMPLES, add_arguments=ARGUMENTS)
+DESCRIPTION = "Count the most frequent n-grams of a corpus and show what they cover on held-out text."
+read_arguments = partial(
+    parse_options, sections=OPTIONS, description=DESCRIPTION, examples=EXAMPLES, add_arguments=ARGUMENTS
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -32,17 +31,19 @@ OWN: dict[str, dict[str, Any]] = {
     "seed": {"type": int, "metavar": "N", "help": "random seed of both runs (default: 42)"},
 }
 QUICKLY = {"action": "store_true", "help": "run everything in about a minute, with a smaller gain"}
-
-
-def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The script's own arguments. Raises SconeError."""
-    added = arguments(**OWN, quick=QUICKLY)
-    return parse_options(argv, (), DESCRIPTION, examples=EXAMPLES, add_arguments=added, config_flag=False)[1]
+read_arguments = partial(
+    parse_options,
+    sections=(),
+    description=DESCRIPTION,
+    examples=EXAMPLES,
+    add_arguments=arguments(**OWN, quick=QUICKLY),
+    config_flag=False,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo and print the path of the report."""
-    extra = read_arguments(argv)
+    _, extra = read_arguments(argv)
     from scone.evaluation.demo import QUICK, DemoOptions, run_demo
 
     given = {name: value for name in OWN if (value := getattr(extra, name)) is not None}

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from scone.configs.loading import parse_options
@@ -22,25 +22,21 @@ EXAMPLES = (
     'scone inspect "Once upon a time" --model_path ./outputs/scone-model/final_model',
     "scone inspect --model_path ./outputs/scone-model/final_model < story.txt",
 )
-
-
 ARGUMENTS = arguments(
     "model_path",
     "tokenizer_path",
     "json",
     text={"positional": True, "nargs": "?", "metavar": "TEXT", "help": "the text (default: standard input)"},
 )
-
-
-def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The script's own arguments. Raises SconeError."""
-    description = "Show a text's tokens with the longest f-gram that ends at each, its rank and its count."
-    return parse_options(argv, (), description, examples=EXAMPLES, add_arguments=ARGUMENTS, config_flag=False)[1]
+DESCRIPTION = "Show a text's tokens with the longest f-gram that ends at each, its rank and its count."
+read_arguments = partial(
+    parse_options, sections=(), description=DESCRIPTION, examples=EXAMPLES, add_arguments=ARGUMENTS, config_flag=False
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print one line per token, or JSON."""
-    extra = read_arguments(argv)
+    _, extra = read_arguments(argv)
     import numpy as np
 
     import scone.models.language_model  # noqa: F401 (registers itself: else AutoTokenizer asks to run a folder's code)

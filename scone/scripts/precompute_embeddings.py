@@ -6,9 +6,9 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 from scone.configs.loading import parse_options
-from scone.configs.schema import SconeOptions
 from scone.scripts.arguments import ROW_TYPES, arguments, check_tokenizer
 from scone.utils.command_line import run_main
 from scone.utils.errors import SconeError
@@ -19,7 +19,6 @@ EXAMPLES = (
     "scone precompute --model_path outputs/scone-model/final_model --output_path table.int8 --row_type int8",
     "torchrun --nproc_per_node 4 -m scone.scripts.precompute_embeddings --model_path … --output_path …",
 )
-
 ARGUMENTS = arguments(
     "model_path",
     "group_size",
@@ -29,17 +28,13 @@ ARGUMENTS = arguments(
     tokenizer_path={"help": "tokenizer to check against the one that the f-grams were counted with"},
     local_rank={"type": int, "default": 0, "help": argparse.SUPPRESS},  # torch.distributed.launch passes it
 )
-
-
-def read_arguments(argv: Sequence[str] | None) -> tuple[SconeOptions, argparse.Namespace]:
-    """The options on the command line. Raises SconeError."""
-    return parse_options(
-        argv,
-        ("inference", "training.device", "training.seed"),
-        "Run the f-gram model over every f-gram and write one row for each into an embedding table.",
-        examples=EXAMPLES,
-        add_arguments=ARGUMENTS,
-    )
+read_arguments = partial(
+    parse_options,
+    sections=("inference", "training.device", "training.seed"),
+    description="Run the f-gram model over every f-gram and write one row for each into an embedding table.",
+    examples=EXAMPLES,
+    add_arguments=ARGUMENTS,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

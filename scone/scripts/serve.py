@@ -7,66 +7,23 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from scone.configs.loading import parse_options
-from scone.configs.schema import SconeOptions
 from scone.scripts.arguments import arguments, at_least
 from scone.utils.command_line import run_main
 from scone.utils.errors import SconeError
 
 KEY_VARIABLE = "SCONE_API_KEY"
 VLLM = "vllm serve MODEL"
+DESCRIPTION = f"""\
+Serve a model, SCONE (with or without its table) or plain, on a CPU or to try it out: an OpenAI-compatible API, metrics,
+and a page. For many clients or a GPU use vLLM: {VLLM} (docs/how-to/vllm.md)."""
 EXAMPLES = (
     "scone serve --model_path ./outputs/scone-model/final_model --embedding_cache_path embeddings.cache",
     "SCONE_API_KEY=secret scone serve --model_path ./outputs/scone-model/final_model --host 0.0.0.0 --port 8000",
 )
-
-
-def read_arguments(argv: Sequence[str] | None) -> tuple[SconeOptions, argparse.Namespace]:
-    """The options on the command line, and the script's own arguments. Raises SconeError."""
-    return parse_options(
-        argv,
-        ("training.device", "inference.use_memory_map"),
-        "Serve a model, SCONE (with or without its table) or plain, on a CPU or to try it out: an OpenAI-compatible "
-        f"API, metrics, and a page. For many clients or a GPU use vLLM: {VLLM} (docs/how-to/vllm.md).",
-        examples=EXAMPLES,
-        add_arguments=ARGUMENTS,
-    )
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Serve until stopped by SIGTERM or Ctrl-C. Raises SconeError; for a missing extra, before loading anything."""
-    options, extra = read_arguments(argv)
-    try:
-        from scone.inference.serve import LOOPBACK, SconeInferenceEngine, Service, serve
-    except ModuleNotFoundError as error:
-        raise SconeError(
-            f'found no {error.name}, which serving needs; install with: pip install "scone-lm[serve]"'
-        ) from error
-
-    key = extra.api_key if extra.api_key is not None else os.environ.get(KEY_VARIABLE)
-    if key is not None and not key.strip():
-        raise SconeError("found an empty API key; expected some characters; leave --api_key out to serve without one")
-    engine = SconeInferenceEngine.from_pretrained(
-        extra.model_path,
-        extra.embedding_cache_path,
-        "mmap" if options.inference.use_memory_map else extra.placement,
-        extra.quantization,
-        options.training.device,
-        extra.tokenizer_path,
-    )
-    name = extra.model_name or Path(extra.model_path).resolve().name
-    if extra.host not in LOOPBACK and key is None:
-        print(f"warning: {extra.host} can be reached by others, and there is no --api_key", file=sys.stderr)
-
-    def announce(address: str) -> None:
-        page = f"API: {address}/v1, page: {address}/; for many clients or a GPU: {VLLM}"
-        print(f"serving {name} at {address}  ({page})", flush=True)
-
-    limits = {limit: getattr(extra, limit) for limit in LIMITS}
-    serve(Service(engine, name, **limits, api_key=key), extra.host, extra.port, announce, extra.cors_origin)
-    return 0
 
 
 def _origin(text: str) -> str:
@@ -106,6 +63,47 @@ ARGUMENTS = arguments(
         for name, (default, text) in LIMITS.items()
     },
 )
+read_arguments = partial(
+    parse_options,
+    sections=("training.device", "inference.use_memory_map"),
+    description=DESCRIPTION,
+    examples=EXAMPLES,
+    add_arguments=ARGUMENTS,
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serve until stopped by SIGTERM or Ctrl-C. Raises SconeError; for a missing extra, before loading anything."""
+    options, extra = read_arguments(argv)
+    try:
+        from scone.inference.serve import LOOPBACK, SconeInferenceEngine, Service, serve
+    except ModuleNotFoundError as error:
+        raise SconeError(
+            f'found no {error.name}, which serving needs; install with: pip install "scone-lm[serve]"'
+        ) from error
+
+    key = extra.api_key if extra.api_key is not None else os.environ.get(KEY_VARIABLE)
+    if key is not None and not key.strip():
+        raise SconeError("found an empty API key; expected some characters; leave --api_key out to serve without one")
+    engine = SconeInferenceEngine.from_pretrained(
+        extra.model_path,
+        extra.embedding_cache_path,
+        "mmap" if options.inference.use_memory_map else extra.placement,
+        extra.quantization,
+        options.training.device,
+        extra.tokenizer_path,
+    )
+    name = extra.model_name or Path(extra.model_path).resolve().name
+    if extra.host not in LOOPBACK and key is None:
+        print(f"warning: {extra.host} can be reached by others, and there is no --api_key", file=sys.stderr)
+
+    def announce(address: str) -> None:
+        page = f"API: {address}/v1, page: {address}/; for many clients or a GPU: {VLLM}"
+        print(f"serving {name} at {address}  ({page})", flush=True)
+
+    limits = {limit: getattr(extra, limit) for limit in LIMITS}
+    serve(Service(engine, name, **limits, api_key=key), extra.host, extra.port, announce, extra.cors_origin)
+    return 0
 
 
 if __name__ == "__main__":

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from scone.configs.loading import load_options, parse_options
@@ -32,16 +32,14 @@ _BY_MEMBER = {"config.json": "model", "tokens.json": "tokens", "corpus.json": "c
 _BY_MEMBER |= {VOCABULARY: "vocabulary", "final_model": "run"}
 _BY_FORMAT = {"scone-f-gram-vocabulary": "vocabulary", "scone-embedding-table": "table"}
 _BY_NAME = {VOCABULARY: "vocabulary", "tokens.npy": "tokens", "tokens.json": "tokens", ".cache": "table"}
-
-
-def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The paths to check. Raises SconeError."""
-    return parse_options(argv, (), DESCRIPTION, examples=EXAMPLES, add_arguments=ARGUMENTS, config_flag=False)[1]
+read_arguments = partial(
+    parse_options, sections=(), description=DESCRIPTION, examples=EXAMPLES, add_arguments=ARGUMENTS, config_flag=False
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Check every path and print one line per intact file. Raises SconeError at the first damaged one."""
-    extra = read_arguments(argv)
+    _, extra = read_arguments(argv)
     found: dict[str, list[str]] = {}
     for path in extra.paths:
         found[path] = verify(Path(path), Path(extra.model_path) if extra.model_path else None)

@@ -83,7 +83,7 @@ def test_labels_do_not_overlap(points: list[tuple[float, float]]) -> None:
 
 def test_points_that_cannot_be_drawn_are_left_out() -> None:
     assert scatter_figure([], "x", "y") == ""
-    points = [Point("a & b", 2.0, 1.0, PLAIN_COLOR, (0.5, 1.5)), Point("c" * 40, 3.0, 2.0, PLAIN_COLOR)]
+    points = [Point("a & b", 2.0, 1.0, PLAIN_COLOR), Point("c" * 40, 3.0, 2.0, PLAIN_COLOR)]
     svg = scatter_figure([*points, Point("d", math.nan, 1.0, PLAIN_COLOR), Point("e", 0.0, 1.0, PLAIN_COLOR)], "x", "y")
     shown = [text.text or "" for text in parsed(svg).iter("text")]
     assert {"a & b", "c" * 21 + "…"} <= set(shown)

@@ -85,8 +85,8 @@ def test_what_nobody_measured_is_left_out(tmp_path: Path) -> None:
     assert "## Memory" not in (tmp_path / "benchmark.md").read_text(encoding="utf-8")
 
 
-def test_seeds_are_a_range(results: list[RunResult]) -> None:
-    results[0].perplexity["Wiki & Text"]["perplexity_spread"] = [30.5, 31.5]
+def test_an_interval_is_in_brackets(results: list[RunResult]) -> None:
+    results[0].perplexity["Wiki & Text"]["perplexity_interval"] = [30.5, 31.5]
     page = comparison_page(results, "t", {}, ())
     assert "31.00 (30.50–31.50)" in page
 

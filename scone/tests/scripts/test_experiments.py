@@ -279,15 +279,15 @@ def _flags(data: Path, output_dir: Path) -> list[str]:
 
 def test_a_run_of_fewer_tokens_trains_and_counts_on_whole_documents_of_the_beginning(runner, data, tmp_path):
     plan = plan_of(runner, "ladder", data, tmp_path, train_tokens=2000)
-    plan.prepare(["7m-5-rows"])
+    plan.prepare(["7m-5-rows-seed1"])
     whole, part = plan.corpus().train, plan.corpus(2000).train
     ends = np.flatnonzero(whole.tokens == whole.separator_id) + 1
     assert part.num_tokens == ends[ends >= 2000][0] < whole.num_tokens
     assert np.array_equal(part.tokens, whole.tokens[: part.num_tokens])
-    plan.run("7m-5-rows", keep_model=True)
-    result = json.loads((tmp_path / "7m-5-rows.json").read_text())
+    plan.run("7m-5-rows-seed1", keep_model=True)
+    result = json.loads((tmp_path / "7m-5-rows-seed1.json").read_text())
     assert result["train_tokens"] == part.num_tokens
-    vocabulary = AutoModelForCausalLM.from_pretrained(tmp_path / "7m-5-rows" / "final_model").vocabulary
+    vocabulary = AutoModelForCausalLM.from_pretrained(tmp_path / "7m-5-rows-seed1" / "final_model").vocabulary
     f_gram = vocabulary.tokens(vocabulary.vocab_size)
     windows = np.lib.stride_tricks.sliding_window_view(np.asarray(part.tokens), len(f_gram))
     assert int((windows == f_gram).all(1).sum()) == vocabulary.counts[0], "counted in the beginning alone"
@@ -298,9 +298,9 @@ def test_a_run_of_fewer_tokens_trains_and_counts_on_whole_documents_of_the_begin
 def test_at_every_evaluation_each_text_is_tested(runner, data, tmp_path):
     """A curve's last point is the finished model's loss on the same tokens."""
     plan = plan_of(runner, "ladder", data, tmp_path, train_tokens=0)
-    plan.prepare(["7m-5-rows"])
-    plan.run("7m-5-rows", keep_model=True)
-    result = plan.merge()["runs"]["7m-5-rows"]
+    plan.prepare(["7m-5-rows-seed1"])
+    plan.run("7m-5-rows-seed1", keep_model=True)
+    result = plan.merge()["runs"]["7m-5-rows-seed1"]
     curve = [entry for entry in result["log"] if "eval_loss" in entry]
     assert [entry["step"] for entry in curve] == [1, 2]
     for name, test in result["tests"].items():
@@ -310,8 +310,8 @@ def test_at_every_evaluation_each_text_is_tested(runner, data, tmp_path):
 
     from measured_run import check_model
 
-    options, corpus = plan.options["7m-5-rows"], plan.corpus()
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "7m-5-rows" / "final_model")
+    options, corpus = plan.options["7m-5-rows-seed1"], plan.corpus()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "7m-5-rows-seed1" / "final_model")
     check_model(model, corpus, options, {"log": result["log"], "steps": 2})
     model.get_output_embeddings().weight.data.mul_(1000)
     with pytest.raises(SconeError, match="with which training ended"):
