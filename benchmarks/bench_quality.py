@@ -4,7 +4,8 @@ Nothing is trained here without --quick: the numbers come from the ladder's JSON
 by experiments/ladder_fit.py). Of learned rows: how many times our training FLOPs plain needs for the same loss; the
 worst ratio of a text's perplexity to plain's at any size and budget, and of all texts' to over-encoding's; and to
 plain's after four passes (docs/results/epochs.json, experiments/epochs.yaml). What has no run is null. A ratio of
-perplexities below 1 says that ours is better.
+perplexities below 1 says that ours is better. ``perplexity_vs_…`` are history, of a GPT-2 trunk that was far from
+converged, as they once were (docs/results/quality_history.json).
 
 --quick runs a ladder of one tiny size first (experiments/quick.yaml, on Python's standard library).
 """
@@ -21,12 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import REPOSITORY, Report
+from common import REPOSITORY, Record, Report
 from ladder_fit import Rung, beside, multipliers, rungs_of, savings
 
 from scone.utils.files import read_json
 
 LADDER = [REPOSITORY / "docs" / "results" / f"{name}.json" for name in ("ladder", "epochs")]
+HISTORY = REPOSITORY / "docs" / "results" / "quality_history.json"
 QUICK = REPOSITORY / "experiments" / "quick.yaml"
 MULTIPLIERS = {"7m": ("20", 1.5), "27m": ("20", 1.3), "92m": ("10", 1.2)}
 """Size → at how many tokens per weight, and the target."""
@@ -47,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("no ladder: run experiments/run.py experiments/ladder.yaml and ladder_fit.py first, or use --quick")
             return 1
         measure(report, {"runs": {name: run for runs in parts for name, run in runs.items()}}, MULTIPLIERS)
+        report.records += [Record(**each) for each in read_json(HISTORY)["records"]]
     report.finish()
     return 0
 
