@@ -25,8 +25,9 @@ from workloads import SEPARATOR, VOCAB_SIZE, TrainingStep, f_grams_of, gpt2_toke
 from scone.data.dataset import Collator
 from scone.models.accounting import f_gram_forward_flops, trunk_forward_flops
 from scone.models.configuration import FGramModelConfig
-from scone.models.f_gram_model import FGramModel, padded_f_gram_model
+from scone.models.f_gram_model import FGramModel
 from scone.models.language_model import SconeForCausalLM
+from scone.tests.models.padded_f_gram_model import padded_f_gram_model
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 
 MAX_N, NUM_F_GRAMS, MOST_ROWS = 5, 1_000_000, 4_000_000

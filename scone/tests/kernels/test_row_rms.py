@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scone.kernels import reference, row_rms
+from scone.kernels import row_rms
+from scone.tests.kernels import reference
 
 
 def problem(seed: int, num_rows: int, width: int, share: float) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:

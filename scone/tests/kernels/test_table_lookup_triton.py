@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from transformers.cache_utils import StaticLayer
 
 from scone.inference.table_format import ROW_TYPES, RowFormat
-from scone.kernels import reference
 from scone.kernels.common import GPUReadableRows
 from scone.kernels.longest_match import FIRST_BIT
 from scone.models.table_lookup import DeviceLookup
 from scone.models.token_history import StaticTokenHistory, TokenHistory
+from scone.tests.kernels import reference
 from scone.tests.kernels.triton_device import DEVICE, INTERPRETED, zeros_beyond_31_bits
 from scone.tests.tokenization.f_gram_strategies import Case, batches, cases
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary

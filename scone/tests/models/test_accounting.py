@@ -19,11 +19,12 @@ from scone.models.accounting import (
     trunk_forward_flops,
 )
 from scone.models.configuration import FGramModelConfig
-from scone.models.f_gram_model import FGramModel, padded_f_gram_model
+from scone.models.f_gram_model import FGramModel
 from scone.models.language_model import SconeForCausalLM
 from scone.models.over_encoding import OverEncodingForCausalLM
 from scone.models.scaled_trunk import ScaledTrunkForCausalLM
 from scone.tests import tiny
+from scone.tests.models.padded_f_gram_model import padded_f_gram_model
 
 
 def counted(run) -> int:
