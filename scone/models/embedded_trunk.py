@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from scone.utils.files import give_umask_mode
 class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
     """``trunk``, an ordinary causal language model, whose input vectors come from a layer of ours.
 
-    A subclass gives ``vectors_of``, and the layer.
+    A subclass has the layer, and ``vectors_of`` of it.
     """
 
     config_class = EmbeddedTrunkConfig
@@ -48,14 +48,24 @@ class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
         self.input_norm = nn.RMSNorm(self._token_weight().shape[1], eps=1e-6) if config.input_norm else None
         self._body: list[TrunkBody] = []  # in a list it is no part of the model: its parts are ours
 
-    @abstractmethod
+    @classmethod
+    def from_trunk(cls, trunk: PreTrainedModel, **settings: Any) -> Self:
+        """A model around ``trunk``, which keeps its weights; ``settings`` are its configuration's."""
+        # a copy: building the composite resets fields of its part
+        config = cls.config_class(text_config=copy.deepcopy(trunk.config), **settings)
+        model = cls(config, trunk=trunk)
+        model.generation_config = trunk.generation_config
+        return model
+
     def vectors_of(
         self, input_ids: Tensor, tokens: Tensor, history: TokenHistory | None, trie: dict[str, Any] | None
     ) -> Tensor:
-        """Input vectors ``[B, T, D]``, not scaled yet, of ``input_ids`` that follow ``history``.
+        """Input vectors ``[B, T, D]``, not scaled yet, of ``input_ids`` that follow ``history``: here T of each token.
 
         ``tokens`` are the same as `marked` writes them; ``trie`` is what the data loader has looked up already.
         """
+        vectors: Tensor = self.get_input_embeddings()(input_ids)
+        return vectors
 
     def embed(
         self,
@@ -111,6 +121,10 @@ class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
         if kwargs.get("is_main_process", True):
             write_remote_code(Path(save_directory), *names.values())
             give_umask_mode(Path(save_directory), "*.safetensors")
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, LearnedRows):
+            module.reset()
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has a body of its own."""

@@ -52,7 +52,7 @@ class FGramInputEmbedding(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Start at the plain trunk, or at random where f-grams' vectors replace their tokens'."""
+        """Start at the plain trunk (rows are zero), or at random where f-grams' vectors replace their tokens'."""
         if self.f_gram_model is not None:
             self.f_gram_model.init_weights()
         if self.gain is not None:
@@ -60,8 +60,6 @@ class FGramInputEmbedding(nn.Module):
         if self.gate is not None:
             nn.init.zeros_(self.gate.weight)
             nn.init.zeros_(self.gate.bias)
-        if self.rows is not None:
-            self.rows.reset()
 
     def forward(self, token_ids: Tensor, token_embedding: nn.Module, trie: Mapping[str, Any]) -> Tensor:
         """Vectors of a batch of positions.
@@ -119,11 +117,6 @@ class TableInputEmbedding(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> TableInputEmbedding:
         """A copy makes a lookup of its own: it holds compiled kernels, which cannot be copied."""
         return TableInputEmbedding(copy.deepcopy(self.table, memo), self._lookup.matcher)
-
-    @property
-    def accelerator_index_bytes(self) -> int:
-        """Accelerator memory that finding f-grams takes there: 0 where the host does it."""
-        return 0 if self._lookup.on_device is None else self._lookup.on_device.nbytes
 
     def reads(self) -> list[Tensor]:
         """See `TableLookup.reads`."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -64,19 +63,17 @@ class SconeForCausalLM(EmbeddedTrunk):
     # ------------------------------------------------------------------ building, loading, saving
 
     @classmethod
-    def from_trunk(
+    def from_trunk(  # type: ignore[override]
         cls,
         trunk: PreTrainedModel,
         vocabulary: FGramVocabulary,
         *,
         f_gram_model: dict | None,
         learned_rows: int = 0,
-        combination: str = "add",
-        embedding_scale: float = 1.0,
-        input_norm: bool = False,
-    ) -> SconeForCausalLM:
+        **settings: Any,
+    ) -> Self:
         """A SCONE model around ``trunk``, which keeps its weights. ``learned_rows`` is capped at the number of f-grams.
-        For the rest see ``SconeConfig``.
+        ``settings``: ``combination``, ``rows_dtype``, ``embedding_scale`` and ``input_norm`` of `SconeConfig`.
 
         Raises SconeError when the vocabulary was counted for another number of tokens, or nothing would be learned.
         """
@@ -87,20 +84,16 @@ class SconeForCausalLM(EmbeddedTrunk):
                 "give --f_gram_num_hidden_layers or --learned_rows, or train the plain model with "
                 "--use_f_gram_embeddings false"
             )
-        config = SconeConfig(
-            text_config=copy.deepcopy(trunk.config),  # building the composite resets fields of its part
+        model = super().from_trunk(
+            trunk,
             f_gram_model=f_gram_model,
             learned_rows=rows,
-            combination=combination,
-            embedding_scale=embedding_scale,
-            input_norm=input_norm,
             max_n=vocabulary.max_n,
             num_f_grams=vocabulary.num_f_grams,
             vocabulary_fingerprint=vocabulary.fingerprint,
+            **settings,
         )
-        model = cls(config, trunk=trunk)
         model.set_vocabulary(vocabulary)
-        model.generation_config = trunk.generation_config
         return model
 
     @classmethod
@@ -198,6 +191,7 @@ class SconeForCausalLM(EmbeddedTrunk):
         return {"vocabulary": self.vocabulary.fingerprint, "weights": weights}
 
     def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
         if isinstance(module, FGramInputEmbedding):
             module.init_weights()
 
@@ -225,11 +219,6 @@ class SconeForCausalLM(EmbeddedTrunk):
         if trie is None:
             trie = self.trie_of(self._nodes_of(tokens, history))
         return self.f_gram_embedding(input_ids, self.get_input_embeddings(), trie)
-
-    @property
-    def accelerator_index_bytes(self) -> int:
-        """Accelerator memory that finding f-grams takes there: 0 where the host does it."""
-        return 0 if self.table_embedding is None else self.table_embedding.accelerator_index_bytes
 
     def match(self, input_ids: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> np.ndarray:
         """Node ids int64 ``[B, T]``: the longest f-gram ending at each position, which may begin in the cached past."""

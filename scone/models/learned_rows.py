@@ -51,7 +51,7 @@ class LearnedRows(nn.Module):
     price of R rows a step. A row optimizer (``training.optimizer.RowOptimizer``) makes that the price of the rows that
     a step touches: it has the rows `collect_for` it, and finds in ``pending`` what each backward pass left.
 
-    Rows may be kept in bf16 (`keep_as`), which halves them; they are summed in fp32, and a row optimizer rounds them
+    Rows may be kept in bf16, which halves them; they are summed in fp32, and a row optimizer rounds them
     stochastically. With ``on_host`` they stay in host memory wherever the model goes: a GPU reads and writes there what
     a step touches.
 
@@ -79,14 +79,6 @@ class LearnedRows(nn.Module):
         self._pinned: tuple[int, Any] | None = None
         self.pending: list[Pass] = []
         self._optimizer: weakref.ref[Any] | None = None
-
-    def keep_as(self, dtype: torch.dtype) -> None:
-        """Keep the rows in another type, before anything holds the weight."""
-        if is_untouched(self.weight):
-            kept = untouched_zeros(len(self.weight), self.weight.shape[1], self.weight.device, dtype)
-        else:
-            kept = self.weight.detach().to(dtype)
-        self.weight = nn.Parameter(kept, self.weight.requires_grad)
 
     def share_out(self) -> None:
         """Share the rows out over the processes of the default group, all of which have to do so.

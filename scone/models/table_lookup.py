@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -21,6 +21,9 @@ from scone.kernels.longest_match import FIRST_BIT
 from scone.models.token_history import check_count
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 from scone.tokenization.matcher import Matcher
+
+if TYPE_CHECKING:
+    from scone.kernels.table_lookup_triton import DeviceLookup
 
 LARGEST_SHARE = 0.02
 """Of an accelerator's memory that the index may take (about 15 bytes an f-gram): beyond it, the host matches."""
@@ -57,8 +60,11 @@ class TableLookup:
         self.device = device
         # now, since within a compiled call its memory would belong to the call
         rows = table.gpu_rows(device)
-        fits = rows is not None and DeviceLookup.fits(vocabulary, device)
-        self.on_device = DeviceLookup(vocabulary, rows, device) if rows is not None and fits else None
+        self.on_device: DeviceLookup | None = None
+        if rows is not None and fits_on(device, vocabulary):
+            from scone.kernels.table_lookup_triton import DeviceLookup
+
+            self.on_device = DeviceLookup(vocabulary.index, vocabulary.vocab_size, vocabulary.longest, rows, device)
         self.handle = next(_HANDLES)
         _LOOKUPS[self.handle] = self
         self._num_positions = self._num_rows = 0
@@ -93,54 +99,12 @@ class TableLookup:
         return counts if self.on_device is None else [*counts, self.on_device.counts.clone()]
 
 
-class DeviceLookup:
-    """Finds the longest f-gram that ends at each position, as `Matcher` does, and reads its row, on one device.
-
-    Attributes: ``nbytes``, the accelerator memory that its index of f-grams takes; ``counts``, int64 ``[2]`` on the
-    device: positions looked up and rows read so far.
-    """
-
-    def __init__(self, vocabulary: FGramVocabulary, rows: GPUReadableRows, device: torch.device) -> None:
-        from scone.kernels.table_lookup_triton import TableKernel
-
-        assert vocabulary.keys.dtype == np.uint32, "nodes beyond 32 bits are matched on the host"
-        index = vocabulary.index
-        keys, slots = _bits(vocabulary.keys, device), _bits(index.slots, device)
-        numbers = (index.rank_bits, index.max_probes, vocabulary.vocab_size, vocabulary.longest)
-        self._is_empty = not len(vocabulary.keys)  # for which Triton compiles no kernel
-        self._kernel = TableKernel(keys, slots, *numbers, rows)
-        self.nbytes = keys.nbytes + slots.nbytes
-        self.counts = self._kernel.counts
-
-    @staticmethod
-    def fits(vocabulary: FGramVocabulary, device: torch.device) -> bool:
-        """Whether the index can and may lie on ``device``: a CUDA device with Triton, and memory to spare."""
-        if device.type != "cuda" or not triton_is_installed() or vocabulary.keys.dtype != np.uint32:
-            return False
-        size = vocabulary.keys.nbytes + vocabulary.index.slots.nbytes
-        return size <= LARGEST_SHARE * torch.cuda.get_device_properties(device).total_memory
-
-    def __call__(
-        self, vectors: Tensor, tokens: Tensor, past: Tensor | None = None, places: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """As `table_lookup`. Tokens are not checked (the host would have to wait for that): one outside the vocabulary
-        is in no f-gram.
-        """
-        output = torch.empty_like(vectors, memory_format=torch.contiguous_format)
-        found = torch.empty(tokens.shape, dtype=torch.bool, device=tokens.device)
-        if self._is_empty:
-            return output.copy_(vectors), found.zero_()
-        self._kernel(vectors.contiguous(), tokens, past, places, output, found)
-        return output, found
-
-    def look_up_ragged(self, vectors: Tensor, output: Tensor, *requests: Tensor) -> None:
-        """As `ragged_lookup_triton.look_up_ragged`, whose last arguments are ``requests``."""
-        from scone.kernels.ragged_lookup_triton import look_up_ragged
-
-        if self._is_empty:
-            output.copy_(vectors)
-        else:
-            look_up_ragged(self._kernel, vectors, output, *requests)
+def fits_on(device: torch.device, vocabulary: FGramVocabulary) -> bool:
+    """Whether the index can and may lie on ``device``: a CUDA device with Triton, and memory to spare."""
+    if device.type != "cuda" or not triton_is_installed() or vocabulary.keys.dtype != np.uint32:
+        return False
+    size = vocabulary.keys.nbytes + vocabulary.index.slots.nbytes
+    return size <= LARGEST_SHARE * torch.cuda.get_device_properties(device).total_memory
 
 
 _LOOKUPS: weakref.WeakValueDictionary[int, TableLookup] = weakref.WeakValueDictionary()
@@ -202,11 +166,6 @@ def find_with(matcher: Matcher) -> Find:
         return matcher.match(tokens, None if valid.all() else valid, starts=starts if starts.any() else None)
 
     return find
-
-
-def _bits(array: np.ndarray, device: torch.device) -> Tensor:
-    """uint32 as int32, which PyTorch does more with; the bits are the same."""
-    return torch.from_numpy(array.view(np.int32).copy()).to(device)
 
 
 Find = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]

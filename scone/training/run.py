@@ -29,6 +29,7 @@ from scone.data.dataset import BlockDataset, Collator
 from scone.data.prepare import default_cache_folder, prepare_corpus, prepare_tokenizer
 from scone.data.token_file import TokenFile
 from scone.models.accounting import parameter_counts
+from scone.models.embedded_trunk import EmbeddedTrunk
 from scone.models.language_model import SconeForCausalLM
 from scone.models.over_encoding import OverEncodingForCausalLM
 from scone.models.scaled_trunk import ScaledTrunkForCausalLM
@@ -172,46 +173,38 @@ def build_model(options: SconeOptions, corpus: Corpus, *, quiet: bool = False) -
         )
     if options.training.freeze_trunk:
         trunk.requires_grad_(False)
+    settings: dict[str, Any] = {
+        "embedding_scale": options.model.embedding_scale,
+        "input_norm": options.model.input_norm,
+    }
     if not options.model.use_f_gram_embeddings:
-        scale, norm = options.model.embedding_scale, options.model.input_norm
-        return alone(trunk) if scale == 1.0 and not norm else ScaledTrunkForCausalLM.from_trunk(trunk, scale, norm)
+        is_bare = options.model.embedding_scale == 1.0 and not options.model.input_norm
+        return alone(trunk) if is_bare else ScaledTrunkForCausalLM.from_trunk(trunk, **settings)
+    settings["rows_dtype"] = options.model.rows_dtype
+    model: EmbeddedTrunk
     if options.model.over_encoding_rows:
-        return _place_rows(
-            OverEncodingForCausalLM.from_trunk(
-                trunk,
-                num_rows=options.model.over_encoding_rows,
-                separator_ids=separator_ids(corpus.tokenizer),
-                embedding_scale=options.model.embedding_scale,
-                input_norm=options.model.input_norm,
-            ),
-            options,
+        separators, num_rows = separator_ids(corpus.tokenizer), options.model.over_encoding_rows
+        model = OverEncodingForCausalLM.from_trunk(trunk, num_rows=num_rows, separator_ids=separators, **settings)
+    else:
+        vocabulary = run_vocabulary(options, corpus, trunk.config.vocab_size, quiet=quiet)
+        if vocabulary.num_f_grams < options.data.max_f_grams:
+            logger.info(
+                "found %s f-grams that occur at least %s times, fewer than --max_f_grams %s",
+                f"{vocabulary.num_f_grams:,}",
+                options.data.min_freq,
+                f"{options.data.max_f_grams:,}",
+            )
+        model = SconeForCausalLM.from_trunk(
+            trunk,
+            vocabulary,
+            f_gram_model=f_gram_model_settings(options.model, trunk.config),
+            learned_rows=options.model.learned_rows,
+            combination=options.model.combination,
+            **settings,
         )
-    vocabulary = run_vocabulary(options, corpus, trunk.config.vocab_size, quiet=quiet)
-    if vocabulary.num_f_grams < options.data.max_f_grams:
-        logger.info(
-            "found %s f-grams that occur at least %s times, fewer than --max_f_grams %s",
-            f"{vocabulary.num_f_grams:,}",
-            options.data.min_freq,
-            f"{options.data.max_f_grams:,}",
-        )
-    model = SconeForCausalLM.from_trunk(
-        trunk,
-        vocabulary,
-        f_gram_model=f_gram_model_settings(options.model, trunk.config),
-        learned_rows=options.model.learned_rows,
-        combination=options.model.combination,
-        embedding_scale=options.model.embedding_scale,
-        input_norm=options.model.input_norm,
-    )
-    return _place_rows(model, options)
-
-
-def _place_rows(model: PreTrainedModel, options: SconeOptions) -> PreTrainedModel:
     rows = learned_rows(model)
     if rows is not None:
         rows.on_host = options.model.rows_device == "host"
-        rows.keep_as(getattr(torch, options.model.rows_dtype))
-        model.config.rows_dtype = options.model.rows_dtype
     return model
 
 

@@ -92,7 +92,7 @@ def test_parameters_are_counted_where_they_live():
     for normed in (
         SconeForCausalLM.from_trunk(tiny.trunk(), model.vocabulary, f_gram_model=None, learned_rows=9, input_norm=True),
         OverEncodingForCausalLM.from_trunk(tiny.trunk(), num_rows=50, separator_ids=[], input_norm=True),
-        ScaledTrunkForCausalLM.from_trunk(tiny.trunk(), 1.0, input_norm=True),
+        ScaledTrunkForCausalLM.from_trunk(tiny.trunk(), input_norm=True),
     ):
         assert parameter_counts(normed).resident == plain.resident + tiny.WIDTH
 

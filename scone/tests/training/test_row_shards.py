@@ -68,7 +68,7 @@ def trained(
     model = model_with_rows()
     rows = learned_rows(model)
     rows.on_host = on_host
-    rows.keep_as(dtype)
+    rows.weight = torch.nn.Parameter(rows.weight.detach().to(dtype))
     model.config.rows_dtype = str(dtype).removeprefix("torch.")
     if shared:
         rows.share_out()
