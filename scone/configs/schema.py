@@ -19,7 +19,6 @@ class OptionInfo:
     minimum: float | None = None
     maximum: float | None = None
     choices: tuple[str, ...] | None = None
-    flag: str | None = None  # the flag's name, if it differs from the field's
     bare: str | None = None  # the value of a flag that is given without one
     check: Callable[[Any], object] | None = None  # raises SconeError on a bad value
 
@@ -72,29 +71,22 @@ class DataOptions:
 class FGramModelOptions:
     """The f-gram model: the transformer that embeds f-grams."""
 
-    hidden_size: int | None = option(
-        None, "width of the f-gram model (default: the trunk's)", minimum=1, flag="f_gram_hidden_size"
-    )
+    hidden_size: int | None = option(None, "width of the f-gram model (default: the trunk's)", minimum=1)
     num_hidden_layers: int | None = option(
         0,
         "layers of the f-gram model (none: as many as the trunk; 0: no f-gram model, learned rows only)",
         minimum=0,
-        flag="f_gram_num_hidden_layers",
     )
     num_attention_heads: int | None = option(
-        None, "attention heads of the f-gram model (default: the trunk's)", minimum=1, flag="f_gram_num_attention_heads"
+        None, "attention heads of the f-gram model (default: the trunk's)", minimum=1
     )
     intermediate_size: int | None = option(
-        None,
-        "feed-forward width of the f-gram model (default: the trunk's)",
-        minimum=1,
-        flag="f_gram_intermediate_size",
+        None, "feed-forward width of the f-gram model (default: the trunk's)", minimum=1
     )
     token_embeddings: str = option(
         "shared",
         "shared: the f-gram model's input is the trunk's token embeddings; separate: it has its own",
         choices=("shared", "separate"),
-        flag="f_gram_token_embeddings",
     )
 
 

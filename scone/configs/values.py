@@ -34,7 +34,7 @@ class Entry:
 
     @property
     def flag(self) -> str:
-        return self.info.flag or self.name.rsplit(".", 1)[1]
+        return "_".join(self.name.split(".")[1:])
 
 
 @functools.cache

@@ -25,9 +25,8 @@ _FAST = {"reassoc", "contract", "arcp", "nsz"}
 
 
 @njit(cache=True, nogil=True, fastmath=_FAST)
-def _forward(
-    query, query_step, key, key_step, value, value_step, ancestors, scale, output, weights, first_head, last_head
-):
+def _forward(queries, keys, values, ancestors, scale, output, weights, first_head, last_head):
+    (query, query_step), (key, key_step), (value, value_step) = queries, keys, values
     size = output.shape[1] // weights.shape[1]
     zero = scale - scale
     for node in range(len(output)):
@@ -65,23 +64,10 @@ def _forward(
 
 @njit(cache=True, nogil=True, fastmath=_FAST)
 def _backward(
-    grad_output,
-    grad_step,
-    query,
-    query_step,
-    key,
-    key_step,
-    value,
-    value_step,
-    weights,
-    ancestors,
-    scale,
-    grad_query,
-    grad_key,
-    grad_value,
-    first_head,
-    last_head,
+    gradients, queries, keys, values, weights, ancestors, scale, grad_query, grad_key, grad_value, first_head, last_head
 ):
+    (query, query_step), (key, key_step), (value, value_step) = queries, keys, values
+    grad_output, grad_step = gradients
     size = grad_query.shape[1] // weights.shape[1]
     zero = scale - scale
     grad_scores = np.empty(ancestors.shape[1], weights.dtype)
@@ -122,14 +108,11 @@ def ancestor_attention(query: Tensor, key: Tensor, value: Tensor, ancestors: Ten
     """Scaled dot-product attention of M trie nodes to their ancestors and themselves, which are among U nodes.
 
     Args:
-        query: ``[M, heads, d]``.
-        key: ``[U, heads, d]``.
-        value: ``[U, heads, d]``.
+        query: ``[M, heads, d]``; key and value: ``[U, heads, d]``.
         ancestors: int64 ``[M, N]``, node m's ancestor at depth j for j below its own depth, its own place from there.
 
     Returns:
-        ``[M, heads, d]``. Reference implementation: ``padded_ancestor_attention``. Gathers are recomputed in the
-        backward pass, so the memory kept for it is the inputs and the weights ``[M, heads, N]``.
+        ``[M, heads, d]``. The memory kept for the backward pass is the inputs and the weights ``[M, heads, N]``.
     """
     if query.device.type != "cpu" and not _has_triton_kernel(query):
         return padded_ancestor_attention(query, key, value, ancestors)
@@ -138,7 +121,9 @@ def ancestor_attention(query: Tensor, key: Tensor, value: Tensor, ancestors: Ten
 
 
 def padded_ancestor_attention(query: Tensor, key: Tensor, value: Tensor, ancestors: Tensor) -> Tensor:
-    """Reference of ``ancestor_attention``: gathers N places of every node, masks those beyond its depth."""
+    """The same on devices without a kernel, and the kernels' reference: gathers N places of every node, masks those
+    beyond its depth.
+    """
     wide = torch.promote_types(query.dtype, torch.float32)
     scores = torch.einsum("uhd,ujhd->uhj", query.to(wide), key[ancestors].to(wide)) * query.shape[-1] ** -0.5
     beyond = torch.nn.functional.pad(ancestors.diff(dim=1) == 0, (1, 0))  # a node's own place once more
@@ -148,7 +133,7 @@ def padded_ancestor_attention(query: Tensor, key: Tensor, value: Tensor, ancesto
 
 def _run(kernel: Any, query: Tensor, flat: Iterable[Tensor], whole: Iterable[Tensor], out: Iterable[Tensor]) -> None:
     """Call ``kernel`` with the memory of the tensors ``flat``, other inputs, the scale, and ``out``; heads in parts."""
-    arguments = [part for tensor in flat for part in _memory_of(tensor)] + [tensor.numpy() for tensor in whole]
+    arguments = [*map(_memory_of, flat), *(tensor.numpy() for tensor in whole)]
     scale = query.numpy().dtype.type(query.shape[2] ** -0.5)
     parts = min(torch.get_num_threads(), query.numel() // VALUES_PER_THREAD)
     run_in_parts(kernel, [*arguments, scale, *(tensor.numpy() for tensor in out)], query.shape[1], parts)

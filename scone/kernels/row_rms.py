@@ -47,31 +47,16 @@ def update_rows(
     Reference implementation: ``reference.rms_rows``; of the rounding, `rounded_stochastically`.
     """
     factors = (1.0 / columns).astype(np.float32)
-    numbers = [np.float32(number) for number in (prior * mean, prior, learning_rate)]
-    place = (weight.dtype == np.uint16, _U(key), np.uint64(stride), np.uint64(first))
-    arguments = [weight, sums, visits, row_ids, gradients, factors, np.sqrt(factors), *numbers, *place]
+    rule = (np.float32(prior * mean), np.float32(prior), np.float32(learning_rate))
+    noise = (weight.dtype == np.uint16, _U(key), np.uint64(stride), np.uint64(first))
+    arguments = [weight, sums, visits, row_ids, gradients, factors, np.sqrt(factors), rule, noise]
     run_in_parts(_update, arguments, len(row_ids), min(num_threads, gradients.size // VALUES_PER_THREAD))
 
 
 @njit(cache=True, nogil=True)
-def _update(
-    weight,
-    sums,
-    visits,
-    row_ids,
-    gradients,
-    factors,
-    roots,
-    prior_sum,
-    prior,
-    rate,
-    is_rounded,
-    key,
-    stride,
-    offset,
-    first,
-    last,
-):
+def _update(weight, sums, visits, row_ids, gradients, factors, roots, rule, noise, first, last):
+    prior_sum, prior, rate = rule
+    is_rounded, key, stride, offset = noise
     width = weight.shape[1]
     for index in range(first, last):
         row = row_ids[index]

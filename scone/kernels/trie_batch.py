@@ -47,12 +47,7 @@ class TrieBatch:
 
 
 def build_trie_batch(
-    nodes: np.ndarray,
-    keys: np.ndarray,
-    suffixes: np.ndarray,
-    vocab_size: int,
-    max_n: int,
-    num_rows: int = 0,
+    nodes: np.ndarray, keys: np.ndarray, suffixes: np.ndarray, vocab_size: int, max_n: int, num_rows: int = 0
 ) -> TrieBatch:
     """The trie batch of ``nodes`` (any shape, integers in 0..V+S-1), the reference implementation of which is
     ``reference.trie_batch``.
@@ -62,9 +57,8 @@ def build_trie_batch(
     """
     flat = np.ascontiguousarray(nodes, dtype=np.int64).reshape(-1)
     position_index, f_grams = _distinct_f_grams(flat, vocab_size)
-    if not len(
-        f_grams
-    ):  # one unused f-gram, or a lone token where the vocabulary is empty, keeps every parameter in use
+    if not len(f_grams):
+        # one unused f-gram, or a lone token where the vocabulary is empty, keeps every parameter in use
         f_grams = np.array([vocab_size if len(keys) else 0], dtype=np.int64)
     node_ids, depths, parents = _prefix_closure(f_grams, keys, vocab_size)
     order, offsets = _sort_by_depth(depths, max_n)

@@ -26,7 +26,7 @@ from transformers import (
 from scone.configs.loading import save_options
 from scone.configs.schema import SconeOptions, TrainingOptions
 from scone.data.dataset import BlockDataset, Collator
-from scone.data.prepare import default_cache_folder, prepare_corpus, prepare_tokenizer
+from scone.data.prepare import prepare_corpus, prepare_tokenizer
 from scone.data.token_file import TokenFile
 from scone.models.accounting import parameter_counts
 from scone.models.embedded_trunk import EmbeddedTrunk
@@ -53,7 +53,6 @@ from scone.utils.environment import environment
 from scone.utils.errors import SconeError
 from scone.utils.files import write_json
 from scone.utils.progress import bars_are_visible, hide_library_bars
-from scone.utils.text import parse_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -210,17 +209,12 @@ def build_model(options: SconeOptions, corpus: Corpus, *, quiet: bool = False) -
 
 def run_vocabulary(options: SconeOptions, corpus: Corpus, vocab_size: int, *, quiet: bool = False) -> FGramVocabulary:
     """The f-grams of the run's training split, counted or from the cache."""
-    data = options.data
     return prepare_vocabulary(
         corpus.train,
+        options.data,
         vocab_size=vocab_size,
-        max_n=data.max_n,
-        min_freq=data.min_freq,
-        max_f_grams=data.max_f_grams,
         separator_ids=separator_ids(corpus.tokenizer),
         tokenizer_fingerprint=tokenizer_fingerprint(corpus.tokenizer),
-        cache_dir=Path(data.cache_dir).expanduser() if data.cache_dir else default_cache_folder(),
-        memory_budget_bytes=parse_bytes(data.memory_budget) if data.memory_budget else None,
         quiet=quiet,
     )
 
