@@ -65,13 +65,15 @@ def build_trie_batch(
     ancestors, place = _ancestors(order, depths, parents, max_n)
     f_gram_order, f_gram_offsets = _sort_by_depth(depths[: len(f_grams)], max_n)
     f_grams = f_grams[f_gram_order]
+    number = np.zeros(len(f_grams) + 1, np.int64)  # what each is called after they were put in order; 0 stays
+    number[1 + f_gram_order] = np.arange(1, len(number))
     ids = node_ids[order]
     is_f_gram = ids >= vocab_size
     tokens = ids.copy()
     tokens[is_f_gram] = keys[ids[is_f_gram] - vocab_size, 1]
     row_ids, row_chains = _row_chains(f_grams, suffixes, vocab_size, max_n, num_rows)
     return TrieBatch(
-        position_index=_renumber(position_index, f_gram_order).reshape(nodes.shape),
+        position_index=number[position_index].reshape(nodes.shape),
         f_grams=f_grams,
         f_gram_index=place[f_gram_order],
         f_gram_offsets=f_gram_offsets.tolist(),
@@ -206,15 +208,6 @@ def _ancestors(order: np.ndarray, depths: np.ndarray, parents: np.ndarray, max_n
             ancestors[new, :depth] = ancestors[place[parents[old]], :depth]
         ancestors[new, depth:] = new
     return ancestors, place
-
-
-@njit(cache=True)
-def _renumber(position_index: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """``position_index`` after the f-grams were put into ``order``."""
-    number = np.zeros(len(order) + 1, np.int64)
-    for new in range(len(order)):
-        number[1 + order[new]] = 1 + new
-    return number[position_index]
 
 
 @njit(cache=True)

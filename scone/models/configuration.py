@@ -124,14 +124,10 @@ class SconeConfig(EmbeddedTrunkConfig):
         stated = vars(self) | (self.f_gram_model or {})
         for name, usual in {"rows_backoff": True, "control": "none", "output_norm": True, "output_gain": True}.items():
             if stated.get(name, usual) != usual:
-                raise _gone(name, stated[name])
-
-
-def _gone(name: str, value: object) -> SconeError:
-    return SconeError(
-        f"found a model with {name} {value}, which this version cannot compute; expected a table of its rows; serve it "
-        "from the table that was made with it, or use the version that trained it"
-    )
+                raise SconeError(
+                    f"found a model with {name} {stated[name]}, which this version cannot compute; expected a table of "
+                    "its rows; serve it from the table that was made with it, or use the version that trained it"
+                )
 
 
 class OverEncodingConfig(EmbeddedTrunkConfig):

@@ -254,16 +254,17 @@ class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
     def _run(
         self,
         part: Any,
-        input_ids: Tensor | None,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        cache: Cache | None,
-        inputs_embeds: Tensor | None,
-        trie: dict[str, Any] | None,
-        token_mask: Tensor | None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        trie: dict[str, Any] | None = None,
+        token_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """The output of ``part``, the trunk or its body, for our input vectors; arguments are those of `forward`."""
+        cache = past_key_values
         if input_ids is None:
             raise ValueError("found no input_ids; expected tokens" if inputs_embeds is None else _NO_TOKENS)
         if "write_index" in kwargs:
@@ -312,22 +313,10 @@ class TrunkBody(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        trie: dict[str, Any] | None = None,
-        token_mask: Tensor | None = None,
-        return_dict: bool | None = None,
-        **kwargs: Any,
-    ) -> Any:
+    def forward(self, *args: Any, return_dict: bool | None = None, **kwargs: Any) -> Any:
         """``last_hidden_state`` ``[B, T, D]`` and what else the trunk's body gives; see `EmbeddedTrunk.forward`."""
         model = self.model
-        inputs = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, trie, token_mask)
-        return model._returned(model._run(model.trunk.base_model, *inputs, **kwargs), return_dict)
+        return model._returned(model._run(model.trunk.base_model, *args, **kwargs), return_dict)
 
     def get_decoder(self) -> nn.Module:
         return self

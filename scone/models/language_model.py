@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.cache_utils import Cache
 from transformers.utils import cached_file
 
 from scone.kernels.trie_batch import build_trie_batch
@@ -19,7 +18,7 @@ from scone.models.f_gram_model import FGramBlock, FGramModel
 from scone.models.input_embeddings import FGramInputEmbedding, TableInputEmbedding
 from scone.models.learned_rows import LearnedRows
 from scone.models.table_lookup import RowSource, find_with
-from scone.models.token_history import TokenHistory, known_past, marked
+from scone.models.token_history import TokenHistory, marked
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 from scone.tokenization.matcher import Matcher
 from scone.utils.errors import SconeError
@@ -220,9 +219,9 @@ class SconeForCausalLM(EmbeddedTrunk):
             trie = self.trie_of(self._nodes_of(tokens, history))
         return self.f_gram_embedding(input_ids, self.get_input_embeddings(), trie)
 
-    def match(self, input_ids: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> np.ndarray:
-        """Node ids int64 ``[B, T]``: the longest f-gram ending at each position, which may begin in the cached past."""
-        return self._nodes_of(marked(input_ids, mask), known_past(cache))
+    def match(self, input_ids: Tensor, mask: Tensor | None = None) -> np.ndarray:
+        """Node ids int64 ``[B, T]``: the longest f-gram ending at each position."""
+        return self._nodes_of(marked(input_ids, mask), None)
 
     def _nodes_of(self, tokens: Tensor, history: TokenHistory | None) -> np.ndarray:
         assert self.matcher is not None, "the model has no f-gram vocabulary: call set_vocabulary"

@@ -121,7 +121,7 @@ class LearnedRows(nn.Module):
     def reset(self) -> None:
         """Every row at its start. Memory that is zero already is only read: pages that nobody wrote to take no room."""
         self.wait()
-        if self.weight.device.type == "meta" or not is_all_zero(self.weight):
+        if self.weight.device.type == "meta" or (not is_untouched(self.weight) and self.weight.any()):
             nn.init.zeros_(self.weight)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LearnedRows:
@@ -264,10 +264,6 @@ def keep_from_children(weight: Tensor) -> None:
         first = -(-weight.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
         size = (weight.data_ptr() + weight.nbytes - first) // mmap.PAGESIZE * mmap.PAGESIZE
         ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(max(size, 0)), mmap.MADV_DONTFORK)
-
-
-def is_all_zero(weight: Tensor) -> bool:
-    return is_untouched(weight) or not bool(weight.any())
 
 
 def is_untouched(weight: Tensor) -> bool:

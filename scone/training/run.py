@@ -282,6 +282,13 @@ def evaluation_blocks(tokens: TokenFile, length: int, max_tokens: int | None = N
     return BlockDataset(tokens, length, available >= length, available)
 
 
+_NAMED_ALIKE = (
+    *("output_dir", "max_steps", "gradient_accumulation_steps", "learning_rate", "weight_decay", "warmup_steps"),
+    *("lr_scheduler_type", "max_grad_norm", "logging_steps", "save_steps", "eval_steps", "seed"),
+)
+"""Options that Hugging Face's arguments have under the same name."""
+
+
 def training_arguments(training: TrainingOptions, num_workers: int, evaluate: bool, quiet: bool) -> TrainingArguments:
     """Hugging Face's arguments for our options."""
     if training.device:
@@ -300,25 +307,14 @@ def training_arguments(training: TrainingOptions, num_workers: int, evaluate: bo
         "activation_checkpointing" if renamed else "gradient_checkpointing": training.gradient_checkpointing
     }
     arguments = TrainingArguments(
-        output_dir=training.output_dir,
+        **{name: getattr(training, name) for name in _NAMED_ALIKE},
         num_train_epochs=training.num_epochs,
-        max_steps=training.max_steps,
         per_device_train_batch_size=training.batch_size,
         per_device_eval_batch_size=training.batch_size,
-        gradient_accumulation_steps=training.gradient_accumulation_steps,
-        learning_rate=training.learning_rate,
-        weight_decay=training.weight_decay,
-        warmup_steps=training.warmup_steps,
-        lr_scheduler_type=training.lr_scheduler_type,
-        max_grad_norm=training.max_grad_norm,
-        logging_steps=training.logging_steps,
         # it hides that a loss is no number, and to ask for that has the host wait for the accelerator at every step
         logging_nan_inf_filter=False,
-        save_steps=training.save_steps,
         eval_strategy="steps" if evaluate else "no",
-        eval_steps=training.eval_steps,
         prediction_loss_only=True,
-        seed=training.seed,
         fp16=precision == "fp16",
         bf16=precision == "bf16",
         **checkpointing,

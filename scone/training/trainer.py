@@ -77,9 +77,9 @@ class SconeTrainer(Trainer):
         self.rows_learning_rate = rows_learning_rate
         self.muon = muon
         assert self.model is not None
-        rows = learned_rows(self.model)
-        if rows is not None:
-            self.add_callback(DropSkippedGradients(rows))
+        self.rows = learned_rows(self.model)
+        if self.rows is not None:
+            self.add_callback(DropSkippedGradients(self.rows))
             self.add_callback(RowsStartAgain(lambda state: self._row_passes(state.max_steps)))
         self.run_cost = RunCost(self.model)
         self.add_callback(CheckpointKeeper(checkpoints_kept, self.run_cost, facts or {}))
@@ -119,7 +119,7 @@ class SconeTrainer(Trainer):
                     {"params": params, "lr": rate, "weight_decay": decay} | ({"muon": True} if muon else {})
                     for (rate, decay, muon), params in groups.items()
                 ],
-                rows=learned_rows(model),
+                rows=self.rows,
                 rows_learning_rate=self.rows_learning_rate,
                 gradient_scale=self._gradient_scale,
                 lr=self.args.learning_rate,
@@ -131,7 +131,7 @@ class SconeTrainer(Trainer):
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         is_new = self.lr_scheduler is None
         scheduler: Any = super().create_scheduler(num_training_steps, optimizer)
-        if is_new and self.model is not None and learned_rows(self.model) is not None:
+        if is_new and self.rows is not None:
             once_a_pass(scheduler, self._row_passes(num_training_steps))
         return scheduler
 
@@ -140,15 +140,13 @@ class SconeTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As Hugging Face's. Before and after it the learned rows are parameters that any other loop may train."""
-        assert self.model is not None
-        rows = learned_rows(self.model)
         try:
-            if rows is not None and self.optimizer is not None:  # trained before
-                rows.collect_for(getattr(self.optimizer, "optimizer", self.optimizer))
+            if self.rows is not None and self.optimizer is not None:  # trained before
+                self.rows.collect_for(getattr(self.optimizer, "optimizer", self.optimizer))
             return super().train(*args, **kwargs)
         finally:
-            if rows is not None:
-                rows.release()
+            if self.rows is not None:
+                self.rows.release()
 
     def _get_train_sampler(self, train_dataset: Any = None) -> TrainingOrder:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
@@ -197,9 +195,7 @@ class SconeTrainer(Trainer):
 
     @property
     def _shared_rows(self) -> LearnedRows | None:
-        assert self.model is not None
-        rows = learned_rows(self.model)
-        return rows if rows is not None and rows.exchange is not None else None
+        return self.rows if self.rows is not None and self.rows.exchange is not None else None
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         rows = self._shared_rows
@@ -247,7 +243,7 @@ class SconeTrainer(Trainer):
         with _loading(checkpoint):
             load_whole_optimizer(self.optimizer, Path(checkpoint) / OPTIMIZER_NAME)
             self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
-            rows = learned_rows(self.model) if self.model is not None else None
+            rows = self.rows
             if rows is not None and (Path(checkpoint) / ROWS_FOLDER).exists():
                 state = self.optimizer.state[rows.weight]
                 # a run that met no f-gram yet has no state of rows
