@@ -33,7 +33,10 @@ class FGramModelConfig:
         if self.num_hidden_layers < 1:
             raise ValueError(f"{self.num_hidden_layers=} must be at least 1")
         if self.hidden_size % self.num_attention_heads:
-            raise ValueError(f"{self.hidden_size=} must be a multiple of {self.num_attention_heads=}")
+            raise SconeError(
+                f"found an f-gram model of width {self.hidden_size} with {self.num_attention_heads} heads; expected a "
+                "multiple of the heads; give --f_gram_hidden_size and --f_gram_num_attention_heads"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -78,11 +78,7 @@ class SconeForCausalLM(EmbeddedTrunk):
         """
         rows = min(learned_rows, vocabulary.num_f_grams)
         if f_gram_model is None and rows == 0:
-            raise SconeError(
-                "found neither an f-gram model nor learned rows; expected at least one; "
-                "give --f_gram_num_hidden_layers or --learned_rows, or train the plain model with "
-                "--use_f_gram_embeddings false"
-            )
+            raise SconeError("found neither an f-gram model nor learned rows; expected at least one; give one")
         model = super().from_trunk(
             trunk,
             f_gram_model=f_gram_model,
