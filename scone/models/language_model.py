@@ -15,9 +15,9 @@ from scone.kernels.trie_batch import build_trie_batch
 from scone.models.configuration import SconeConfig, weights_fingerprint
 from scone.models.embedded_trunk import EmbeddedTrunk
 from scone.models.f_gram_model import FGramBlock, FGramModel
-from scone.models.input_embeddings import FGramInputEmbedding, TableInputEmbedding
+from scone.models.input_embeddings import FGramInputEmbedding
 from scone.models.learned_rows import LearnedRows
-from scone.models.table_lookup import RowSource, find_with
+from scone.models.table_lookup import RowSource, TableLookup, find_with
 from scone.models.token_history import TokenHistory, marked
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 from scone.tokenization.matcher import Matcher
@@ -39,7 +39,7 @@ class SconeForCausalLM(EmbeddedTrunk):
     def __init__(self, config: SconeConfig, trunk: PreTrainedModel | None = None) -> None:
         super().__init__(config, trunk)
         self.f_gram_embedding: FGramInputEmbedding | None = None
-        self.table_embedding: TableInputEmbedding | None = None
+        self.table_embedding: TableLookup | None = None
         self.vocabulary: FGramVocabulary | None = None
         self.matcher: Matcher | None = None
         # the layers that sharding and device maps take as one
@@ -173,7 +173,7 @@ class SconeForCausalLM(EmbeddedTrunk):
                 f"expected {expected[0]} rows of width {expected[1]}; precompute it again from this model"
             )
         assert self.matcher is not None, "a table belongs to a vocabulary: call set_vocabulary"
-        self.table_embedding = TableInputEmbedding(table, self.matcher)
+        self.table_embedding = TableLookup(table, self.matcher)
 
     def table_fingerprints(self) -> dict[str, str]:
         """What a table made from this model must carry: the f-gram vocabulary, and the weights that rows depend on.

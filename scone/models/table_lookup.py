@@ -7,6 +7,7 @@ the compiler takes for a constant.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import weakref
 from collections.abc import Callable
@@ -14,11 +15,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from scone.kernels.common import GPUReadableRows, to_device, triton_is_installed
 from scone.kernels.longest_match import FIRST_BIT
-from scone.models.token_history import check_count
+from scone.models.token_history import TokenHistory, check_count
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 from scone.tokenization.matcher import Matcher
 
@@ -45,14 +46,15 @@ class RowSource(Protocol):
         ...
 
 
-class TableLookup:
-    """Looks tokens up in ``table``, by the f-grams of ``matcher``.
+class TableLookup(nn.Module):
+    """The serving layer: a matched position reads one precomputed row, any other keeps its token's own embedding.
 
-    Attributes: ``handle``, by which the operator finds it while it lives; ``device``, the table's; ``on_device``, what
-    looks up there by itself, None where the host has to.
+    Looks tokens up in ``table``, by the f-grams of ``matcher``. Attributes: ``handle``, by which the operator finds it
+    while it lives; ``device``, the table's; ``on_device``, what looks up there by itself, None where the host has to.
     """
 
     def __init__(self, table: RowSource, matcher: Matcher) -> None:
+        super().__init__()
         self.table, self.matcher = table, matcher
         vocabulary, device = matcher.vocabulary, table.device
         if device.type == "cuda" and device.index is None:
@@ -65,11 +67,22 @@ class TableLookup:
             from scone.kernels.table_lookup_triton import DeviceLookup
 
             self.on_device = DeviceLookup(vocabulary.index, vocabulary.vocab_size, vocabulary.longest, rows, device)
+        self.is_by_device = self.on_device is not None  # what a compiled call guards on, as on the handle
         self.handle = next(_HANDLES)
         _LOOKUPS[self.handle] = self
         self._num_positions = self._num_rows = 0
 
-    def __call__(self, vectors: Tensor, tokens: Tensor, *history: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(self, vectors: Tensor, tokens: Tensor, history: TokenHistory | None) -> Tensor:
+        """Token embeddings ``[B, T, D]`` of ``tokens`` int64 ``[B, T]``, as `marked` writes them → input vectors."""
+        past = (None, None, None) if history is None else (history.all(), history.places, history.count)
+        output, _ = (BY_DEVICE if self.is_by_device else BY_HOST)(vectors, tokens, *past, self.handle)
+        return output  # type: ignore[no-any-return]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TableLookup:
+        """A copy looks up by itself: this one holds compiled kernels, which cannot be copied."""
+        return TableLookup(copy.deepcopy(self.table, memo), self.matcher)
+
+    def look_up(self, vectors: Tensor, tokens: Tensor, *history: Tensor | None) -> tuple[Tensor, Tensor]:
         """As `table_lookup`."""
         if self.on_device is not None and vectors.device == self.device:
             return self.on_device(vectors, tokens, *history[:2])
@@ -130,7 +143,7 @@ def table_lookup(
     Returns:
         ``[B, T, D]`` and bool ``[B, T]``.
     """
-    return _LOOKUPS[handle](vectors, tokens, past, places, count)
+    return _LOOKUPS[handle].look_up(vectors, tokens, past, places, count)
 
 
 def _fake(vectors: Tensor, tokens: Tensor, *others: Any) -> tuple[Tensor, Tensor]:

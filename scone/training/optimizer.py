@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from scone.kernels.common import to_device
 from scone.kernels.row_rms import rounding_key, update_rows
-from scone.models.learned_rows import LearnedRows, Pass
-from scone.models.row_shards import RowShards, group_of_hosts, number_of_ranks, sum_parts
+from scone.models.learned_rows import LearnedRows, Pass, RowShards, group_of_hosts, number_of_ranks, sum_parts
 from scone.training.distributed import local
 from scone.utils.errors import SconeError
 
@@ -38,6 +37,11 @@ class _StepsRows:
         self.rows = rows
         if rows is not None:
             rows.collect_for(self)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)  # type: ignore[misc]
+        if self.rows is not None:
+            self.rows.pending.clear()
 
     @torch.no_grad()
     def _step_rows(self, group: dict[str, Any], state: dict[str, Any], scale: float | None) -> None:
@@ -73,7 +77,7 @@ class _StepsRows:
 
     def start_rows_again(self) -> None:
         """Put the rows, and what is known of each, back to their start: wherever a text is read from the beginning
-        again (`scone.training.passes` says why). What is known of the columns stays.
+        again (`trainer.RowPasses` says why). What is known of the columns stays.
         """
         assert self.rows is not None
         self.rows.pending.clear()
@@ -179,11 +183,6 @@ class RowOptimizer(_StepsRows, torch.optim.Optimizer):
         self._step_rows(group, state, None if scale is None else float(scale))
         return loss
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        super().zero_grad(set_to_none)
-        assert self.rows is not None
-        self.rows.pending.clear()
-
 
 class AdamWWithRows(_StepsRows, torch.optim.AdamW):
     """AdamW for everything dense and `RowOptimizer` for the rows in one: one schedule, one state dictionary.
@@ -248,11 +247,6 @@ class AdamWWithRows(_StepsRows, torch.optim.AdamW):
         for tensors in lists:
             tensors[:] = map(local, tensors)
         return has_complex
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        super().zero_grad(set_to_none)
-        if self.rows is not None:
-            self.rows.pending.clear()
 
 
 def muon_for(groups: Sequence[dict[str, Any]]) -> Any:

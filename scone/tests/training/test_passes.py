@@ -13,9 +13,9 @@ from scone.data.dataset import BlockDataset
 from scone.tests import tiny
 from scone.tests.training.runs import assert_same_weights, options
 from scone.training.optimizer import RowOptimizer, learned_rows
-from scone.training.passes import RowPasses
 from scone.training.run import prepare_run_corpus, train
 from scone.training.run_folder import complete_checkpoints
+from scone.training.trainer import RowPasses
 
 
 @given(st.integers(1, 400), st.integers(1, 60))
