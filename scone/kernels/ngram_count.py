@@ -141,21 +141,11 @@ def count_partition(remainders, starts, stops, table, distinct):
     return table, distinct
 
 
-@njit(nogil=True, cache=True)
-def collect_counts(table, floor):
+def collect_counts(table: np.ndarray, floor: int) -> tuple[np.ndarray, np.ndarray]:
     """(remainders, counts) uint64 [K] of those that occur at least ``floor`` >= 1 times, in no promised order."""
-    kept = 0
-    for slot in range(1, table.size, 2):
-        kept += table[slot] >= floor
-    kept_remainders = np.empty(kept, np.uint64)
-    kept_counts = np.empty(kept, np.uint64)
-    kept = 0
-    for slot in range(1, table.size, 2):
-        if table[slot] >= floor:
-            kept_remainders[kept] = table[slot - 1]
-            kept_counts[kept] = table[slot]
-            kept += 1
-    return kept_remainders, kept_counts
+    pairs = table.reshape(-1, 2)
+    remainders, counts = np.ascontiguousarray(pairs[pairs[:, 1] >= floor].T, np.uint64)
+    return remainders, counts
 
 
 @njit(nogil=True, cache=True)
@@ -214,23 +204,12 @@ def _table_shift(table):
     return shift
 
 
-@njit(nogil=True, cache=True)
-def histogram_counts(counts, histogram):
-    """Add how many ``counts`` uint64 [K] have each size to ``histogram`` int64 [H]; its last element takes the rest."""
-    last = np.uint64(histogram.size - 1)
-    for i in range(counts.size):
-        histogram[min(counts[i], last)] += 1
-
-
-@njit(nogil=True, cache=True)
-def keys_of_remainders(remainders, partition, inverse, key_bits, remainder_bits):
+def keys_of_remainders(
+    remainders: np.ndarray, partition: int, inverse: np.uint64, key_bits: int, remainder_bits: int
+) -> np.ndarray:
     """Undo the shuffle: the keys uint64 [K] of one partition's ``remainders`` [K]."""
-    mask = _low_bits(key_bits)
-    upper = np.uint64(partition) << np.uint64(remainder_bits)
-    keys = np.empty(remainders.size, np.uint64)
-    for i in range(remainders.size):
-        keys[i] = ((upper | np.uint64(remainders[i])) * inverse) & mask
-    return keys
+    shuffled = remainders.astype(np.uint64) | np.uint64(int(partition) << remainder_bits)
+    return (shuffled * inverse) & np.uint64(_low_bits(key_bits))
 
 
 @njit(nogil=True, cache=True)

@@ -172,17 +172,14 @@ class Pass(NamedTuple):
 
 
 class LearnedRows(nn.Module):
-    """R rows of width D; an f-gram's vector is the sum over its suffix chain (back-off).
-
-    They start at zero.
+    """R rows of width D, zero at the start; an f-gram's vector is the sum over its suffix chain (back-off).
 
     The weight is a parameter like any other: it gets a dense gradient, and any optimizer in any loop trains it, at the
     price of R rows a step. A row optimizer (``training.optimizer.RowOptimizer``) makes that the price of the rows that
     a step touches: it has the rows `collect_for` it, and finds in ``pending`` what each backward pass left.
 
-    Rows may be kept in bf16, which halves them; they are summed in fp32, and a row optimizer rounds them
-    stochastically. With ``on_host`` they stay in host memory wherever the model goes: a GPU reads and writes there what
-    a step touches.
+    Rows in bf16 are summed in fp32, and a row optimizer rounds them stochastically. With ``on_host`` they stay in host
+    memory wherever the model goes: a GPU reads and writes there what a step touches.
 
     Once they are `share_out` over the processes of a run, each holds every W-th row. A pass fetches the rows of its
     batch from their owners, so all processes have to make as many passes; only a row optimizer trains them; and a state
@@ -194,8 +191,7 @@ class LearnedRows(nn.Module):
             updates them.
         shards: which of the rows ``weight`` has.
         exchange: with the other processes; None where this one has all rows.
-        pending: each backward pass since the last step of the row optimizer. Whoever takes a step empties it; without a
-            row optimizer it is always empty.
+        pending: each backward pass since the last step of the row optimizer, which empties it.
     """
 
     def __init__(self, num_rows: int, width: int, dtype: torch.dtype = torch.float32) -> None:
