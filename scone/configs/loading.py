@@ -246,9 +246,7 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
 
 def load_options(path: str | Path) -> SconeOptions:
     """The options in a YAML file over the defaults. Raises SconeError."""
-    options, notices = merge([Layer(str(path), flatten(load_yaml(path), str(path)))])
-    print_notices(notices)
-    return options
+    return from_mapping(load_yaml(path), str(path))
 
 
 def from_mapping(mapping: Mapping[str, Any], source: str = "") -> SconeOptions:

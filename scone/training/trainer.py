@@ -78,12 +78,8 @@ class SconeTrainer(Trainer):
         self.muon = muon
         assert self.model is not None
         self.rows = learned_rows(self.model)
-        if self.rows is not None:
-            self.add_callback(DropSkippedGradients(self.rows))
-            self.add_callback(RowsStartAgain(lambda state: self._row_passes(state.max_steps)))
         self.run_cost = RunCost(self.model)
-        self.add_callback(CheckpointKeeper(checkpoints_kept, self.run_cost, facts or {}))
-        self.add_callback(NothingLeftToTrain())
+        self.add_callback(CourseOfTheRun(self, checkpoints_kept, facts or {}))
         if self.accelerator.ddp_handler is not None:  # gradients are reduced where they are, and not copied for it
             self.accelerator.ddp_handler.gradient_as_bucket_view = True
             self.accelerator.prepare_model = partial(_leaving_buffers, self.accelerator.prepare_model)
@@ -132,10 +128,10 @@ class SconeTrainer(Trainer):
         is_new = self.lr_scheduler is None
         scheduler: Any = super().create_scheduler(num_training_steps, optimizer)
         if is_new and self.rows is not None:
-            once_a_pass(scheduler, self._row_passes(num_training_steps))
+            once_a_pass(scheduler, self.row_passes(num_training_steps))
         return scheduler
 
-    def _row_passes(self, max_steps: int) -> RowPasses:
+    def row_passes(self, max_steps: int) -> RowPasses:
         return RowPasses(max_steps, self._get_train_sampler().steps_per_epoch)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -328,26 +324,6 @@ class RowPasses:
         return (step - first) * self.max_steps / (end - first)
 
 
-class RowsStartAgain(TrainerCallback):
-    """Puts rows and their optimizer's state back to the start where a pass begins, after a resume too."""
-
-    def __init__(self, passes: Callable[[TrainerState], RowPasses]) -> None:
-        self.passes = passes
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        number = self.passes(state).number
-        if number > 1 and state.is_world_process_zero:
-            logger.warning("the text is read %d times; the learned rows start again each time", number)
-
-    @torch.no_grad()
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any = None, **_: Any
-    ) -> None:
-        if self.passes(state).begins_at(state.global_step):
-            own: AdamWWithRows = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
-            own.start_rows_again()
-
-
 def once_a_pass(scheduler: LambdaLR, passes: RowPasses) -> None:
     """Have the last group, the rows, go through the run's schedule once in every pass."""
     whole_run = scheduler.lr_lambdas[-1]
@@ -356,35 +332,36 @@ def once_a_pass(scheduler: LambdaLR, passes: RowPasses) -> None:
         scheduler.lr_lambdas[-1] = lambda step: whole_run(passes.in_the_run(step))  # type: ignore[arg-type]
 
 
-class DropSkippedGradients(TrainerCallback):
-    """An fp16 step that overflowed is skipped; the rows' gradients of that step must not reach the next one."""
-
-    def __init__(self, rows: LearnedRows) -> None:
-        self.rows = rows
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.rows.pending.clear()
-
-
 class TrainedAlready(Exception):
     """The checkpoint to resume from is that of the last step."""
 
 
-class NothingLeftToTrain(TrainerCallback):
-    """Ends a run that is resumed after its last step; transformers' loop would take one more step."""
+class CourseOfTheRun(TrainerCallback):
+    """What happens between a run's steps: rows start again with each pass, after a resume too; a checkpoint is marked as
+    complete once all of it is on disk, and old ones are removed only after that.
+    """
+
+    def __init__(self, trainer: SconeTrainer, checkpoints_kept: int | None, facts: Mapping[str, str]) -> None:
+        self.trainer, self.checkpoints_kept, self.facts = trainer, checkpoints_kept, dict(facts)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if 0 < state.max_steps <= state.global_step:
+        if 0 < state.max_steps <= state.global_step:  # resumed after its last step, it would take one more
             raise TrainedAlready
+        if self.trainer.rows is not None and state.is_world_process_zero:
+            number = self.trainer.row_passes(state.max_steps).number
+            if number > 1:
+                logger.warning("the text is read %d times; the learned rows start again each time", number)
 
+    @torch.no_grad()
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        trainer = self.trainer
+        if trainer.rows is not None and trainer.row_passes(state.max_steps).begins_at(state.global_step):
+            own: Any = getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # accelerate wraps it
+            own.start_rows_again()
 
-class CheckpointKeeper(TrainerCallback):
-    """Marks each checkpoint as complete once all of it is on disk, and removes old ones only after that."""
-
-    def __init__(self, limit: int | None, run_cost: RunCost, facts: Mapping[str, str]) -> None:
-        self.limit = limit
-        self.run_cost = run_cost
-        self.facts = dict(facts)
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.trainer.rows is not None:
+            self.trainer.rows.pending.clear()  # of an fp16 step that overflowed, and was skipped
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if dist.is_initialized():
@@ -392,9 +369,10 @@ class CheckpointKeeper(TrainerCallback):
         if not state.is_world_process_zero:
             return
         folder = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        write_json(folder / COMPLETE_MARKER, {"step": state.global_step, "cost": self.run_cost.counts()} | self.facts)
-        if self.limit is not None:
-            for old in complete_checkpoints(folder.parent)[: -self.limit]:
+        cost = self.trainer.run_cost.counts()
+        write_json(folder / COMPLETE_MARKER, {"step": state.global_step, "cost": cost} | self.facts)
+        if self.checkpoints_kept is not None:
+            for old in complete_checkpoints(folder.parent)[: -self.checkpoints_kept]:
                 shutil.rmtree(old)
 
 
