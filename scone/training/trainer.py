@@ -337,8 +337,8 @@ class TrainedAlready(Exception):
 
 
 class CourseOfTheRun(TrainerCallback):
-    """What happens between a run's steps: rows start again with each pass, after a resume too; a checkpoint is marked as
-    complete once all of it is on disk, and old ones are removed only after that.
+    """What happens between a run's steps: rows start again with each pass, after a resume too; a checkpoint is marked
+    as complete once all of it is on disk, and old ones are removed only after that.
     """
 
     def __init__(self, trainer: SconeTrainer, checkpoints_kept: int | None, facts: Mapping[str, str]) -> None:
