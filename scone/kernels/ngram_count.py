@@ -141,11 +141,21 @@ def count_partition(remainders, starts, stops, table, distinct):
     return table, distinct
 
 
-def collect_counts(table: np.ndarray, floor: int) -> tuple[np.ndarray, np.ndarray]:
+@njit(nogil=True, cache=True)
+def collect_counts(table, floor):
     """(remainders, counts) uint64 [K] of those that occur at least ``floor`` >= 1 times, in no promised order."""
-    pairs = table.reshape(-1, 2)
-    remainders, counts = np.ascontiguousarray(pairs[pairs[:, 1] >= floor].T, np.uint64)
-    return remainders, counts
+    kept = 0
+    for slot in range(1, table.size, 2):
+        kept += table[slot] >= floor
+    kept_remainders = np.empty(kept, np.uint64)
+    kept_counts = np.empty(kept, np.uint64)
+    kept = 0
+    for slot in range(1, table.size, 2):
+        if table[slot] >= floor:
+            kept_remainders[kept] = table[slot - 1]
+            kept_counts[kept] = table[slot]
+            kept += 1
+    return kept_remainders, kept_counts
 
 
 @njit(nogil=True, cache=True)
@@ -204,12 +214,15 @@ def _table_shift(table):
     return shift
 
 
-def keys_of_remainders(
-    remainders: np.ndarray, partition: int, inverse: np.uint64, key_bits: int, remainder_bits: int
-) -> np.ndarray:
+@njit(nogil=True, cache=True)
+def keys_of_remainders(remainders, partition, inverse, key_bits, remainder_bits):
     """Undo the shuffle: the keys uint64 [K] of one partition's ``remainders`` [K]."""
-    shuffled = remainders.astype(np.uint64) | np.uint64(int(partition) << remainder_bits)
-    return (shuffled * inverse) & np.uint64(_low_bits(key_bits))
+    mask = _low_bits(key_bits)
+    upper = np.uint64(partition) << np.uint64(remainder_bits)
+    keys = np.empty(remainders.size, np.uint64)
+    for i in range(remainders.size):
+        keys[i] = ((upper | np.uint64(remainders[i])) * inverse) & mask
+    return keys
 
 
 @njit(nogil=True, cache=True)
