@@ -178,10 +178,20 @@ def _prefix_closure(
     return node_ids[:count].copy(), depths[:count].copy(), parents[:count].copy()
 
 
+@njit(cache=True)
 def _sort_by_depth(depths: np.ndarray, max_n: int) -> tuple[np.ndarray, np.ndarray]:
-    """A stable order by depth (below 255, which numpy sorts by radix), and the first place of each depth."""
-    offsets = np.concatenate([[0], np.cumsum(np.bincount(depths, minlength=max_n))])
-    return np.argsort(depths.astype(np.uint8), kind="stable"), offsets
+    """Stable counting sort; the offsets give the first place of each depth."""
+    offsets = np.zeros(max_n + 1, np.int64)
+    for depth in depths:
+        offsets[depth + 1] += 1
+    for depth in range(max_n):
+        offsets[depth + 1] += offsets[depth]
+    fill = offsets.copy()
+    order = np.empty(len(depths), np.int64)
+    for index in range(len(depths)):
+        order[fill[depths[index]]] = index
+        fill[depths[index]] += 1
+    return order, offsets
 
 
 @njit(cache=True)
