@@ -13,7 +13,8 @@ perplexity is that of several texts, the geometric mean, and of all seeds of a r
 
 * The ladder (docs/results/ladder.json, experiments/ladder.yaml), learned rows against its peers: how many times our
   training FLOPs plain needs for the same loss; the worst ratio of a text's perplexity to plain's at any size and
-  budget, and of all texts' to over-encoding's; and to plain's after four passes. What has no run is null.
+  budget, and of all texts' to over-encoding's; and to plain's after four passes (docs/results/epochs.json,
+  experiments/epochs.yaml). What has no run is null.
 
 --quick runs a tiny version of the experiment first (models of about a million weights on Python's standard library).
 """
@@ -51,7 +52,7 @@ from scone.evaluation.results import RunResult
 from scone.utils.files import read_json
 
 RESULTS = REPOSITORY / "docs" / "results" / "main_claim_best.json"
-LADDER = REPOSITORY / "docs" / "results" / "ladder.json"
+LADDER = [REPOSITORY / "docs" / "results" / f"{name}.json" for name in ("ladder", "epochs")]
 MULTIPLIERS = {"7m": ("20", 1.5), "27m": ("20", 1.3), "92m": ("10", 1.2)}
 """Size → at how many tokens per weight, and the target."""
 NOT_RUN = "not run"
@@ -74,15 +75,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         experiment = read_json(path)
     compare(report, experiment)
     if not report.quick:
-        ladder: Path = report.config["ladder"]
-        measure_ladder(report, read_json(ladder) if ladder.exists() else {"runs": {}})
+        parts = [read_json(path)["runs"] for path in report.config["ladder"] if path.exists()]
+        measure_ladder(report, {"runs": {name: run for runs in parts for name, run in runs.items()}})
     report.finish()
     return 0 if report.records else 1
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FILE", help="the experiment's JSON")
-    parser.add_argument("--ladder", type=Path, default=LADDER, metavar="FILE", help="experiments/ladder_fit.py's JSON")
+    help_ = "JSONs of experiments/ladder_fit.py"
+    parser.add_argument("--ladder", type=Path, nargs="+", default=LADDER, metavar="FILE", help=help_)
 
 
 def compare(report: Report, experiment: dict[str, Any]) -> None:

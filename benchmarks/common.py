@@ -34,7 +34,9 @@ from scone.utils.text import markdown_table  # noqa: E402
 
 @dataclass
 class Record:
-    """One measured number. ``ratio`` is what ``target`` speaks of; ``met`` is None where there is no target."""
+    """One measured number. ``ratio`` is what ``target`` speaks of; ``met`` is None where there is no target.
+    ``interval``: where the ratio lies with 95 % confidence, for a benchmark that scatters by as much as it asks for.
+    """
 
     metric: str
     unit: str
@@ -45,6 +47,7 @@ class Record:
     ratio: float | None = None
     target: float | None = None
     met: bool | None = None
+    interval: tuple[float, float] | None = None
 
 
 @dataclass
@@ -88,6 +91,7 @@ class Report:
         ratio: float | Literal["ours/peer", "peer/ours", "ours"] | None = "ours/peer",
         target: float | None = None,
         most: float | None = None,
+        interval: tuple[float, float] | None = None,
     ) -> Record:
         """Add a record and print it. ``ratio`` is a number or says how it comes from ``ours`` and ``peer``.
 
@@ -99,7 +103,8 @@ class Report:
         met = None
         if ratio is not None and (target is not None or most is not None):
             met = ratio >= target if target is not None else ratio <= most
-        record = Record(metric, unit, ours, peer, peer_name, bound, ratio, target if most is None else most, met)
+        target = target if most is None else most
+        record = Record(metric, unit, ours, peer, peer_name, bound, ratio, target, met, interval)
         self.records.append(record)
         print("  ".join(_cells(asdict(record))), flush=True)
         if self.json_path:  # what is measured is kept, should the rest not come to its end
@@ -155,11 +160,12 @@ def benchmark_table(report: Mapping[str, Any]) -> str:
 
 def _cells(record: Mapping[str, Any]) -> list[str]:
     name = f" ({record['peer_name']})" if record["peer_name"] else ""
+    interval = record.get("interval")  # reports of before have none
     return [
         f"`{record['metric']}`",
         f"{_number(record['ours'])} {record['unit']}".strip() if record["ours"] is not None else "",
         f"{_number(record['peer'])}{name}" if record["peer"] is not None else name[2:-1],
-        _number(record["ratio"]),
+        _number(record["ratio"]) + (f" ({_number(interval[0])} to {_number(interval[1])})" if interval else ""),
         _number(record["target"]),
         {None: "", True: "met", False: "**missed**"}[record["met"]],
     ]

@@ -2,9 +2,9 @@
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->`` and is made from ``docs/results/NAME.json``:
 a benchmark's report (``benchmarks/common.py``) or what else is named here.
-``recipe__VIEW`` see `recipe_table`, ``ladder__VIEW`` `ladder_table`, ``what_users_ask__VIEW`` and ``vocabularies``
-`users_table`, ``pretrained__VIEW`` `pretrained_table`, ``bench_vllm_gpu__VIEW`` `placement_table`. Tables of finished
-experiments have no such marks: nothing measures them again.
+``recipe__VIEW`` and ``paper_regime__VIEW`` see `recipe_table`, ``ladder__VIEW`` `ladder_table`,
+``what_users_ask__VIEW`` and ``vocabularies`` `users_table`, ``pretrained__VIEW`` `pretrained_table`,
+``bench_vllm_gpu__VIEW`` `placement_table`. Tables of older experiments have no such marks: nothing measures them again.
 
     python benchmarks/fill_tables.py            fill them
     python benchmarks/fill_tables.py --check    exit 1 if one is out of date

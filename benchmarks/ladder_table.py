@@ -24,8 +24,11 @@ NAMES = {
 
 def ladder_table(report: Mapping[str, Any], view: str) -> str:
     """``multipliers``: of each run that is not plain. ``texts``: perplexity of plain, and each kind's change from it.
-    ``curves``: change of the mean loss to plain's after each tenth of the run.
+    ``curves``: change of the mean loss to plain's after each tenth of the run. ``passes``: texts of
+    docs/results/epochs.json (experiments/epochs.yaml).
     """
+    if view == "passes":
+        return _passes(report["runs"])
     if not rungs_of(report):
         return "*Not run yet.*\n"
     return {"multipliers": _multipliers, "texts": _texts, "curves": _curves}[view](report)
@@ -100,6 +103,23 @@ def _curves(report: Mapping[str, Any]) -> str:
         "Lines that end early are runs that were cut off."
     )
     return f"{markdown_table(head, lines)}\n\n*{note}*\n"
+
+
+def _passes(runs: Mapping[str, Mapping[str, Any]]) -> str:
+    """Perplexity of plain after so many passes over one text, and each kind's change from it."""
+    lines, texts = [], list(next(iter(runs.values()))["tests"])
+    places = {tuple(name.removeprefix("epochs").split("-", 1)): run for name, run in runs.items()}
+    for (passes, kind), run in sorted(places.items(), key=lambda item: int(item[0][0])):
+        plain = places[passes, PLAIN]
+        losses, others = ([each["tests"][text]["loss"] for text in texts] for each in (run, plain))
+        if kind == PLAIN:
+            cells = [f"{math.exp(loss):.1f}" for loss in losses] + ["–"]
+        else:
+            changes = [own - other for own, other in zip(losses, others, strict=True)]
+            cells = [percent(math.expm1(change)) for change in [*changes, statistics.fmean(changes)]]
+        lines.append([passes, f"{run['tokens'] / 1e6:.0f} M", f"`{kind}`", *cells])
+    head = ["passes", "tokens", "", *(NAMES.get(text, text) for text in texts), "mean"]
+    return f"{markdown_table(head, lines)}\n\n*Perplexity of plain, and the change from it; one seed, H100.*\n"
 
 
 def _in_order(report: Mapping[str, Any]) -> list[Rung]:

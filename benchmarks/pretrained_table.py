@@ -27,8 +27,10 @@ PAIRS = {
 
 def pretrained_table(report: Mapping[str, Any], view: str) -> str:
     """``texts``: bits per byte and perplexity. ``changes``: of perplexity, to the model before it was trained.
-    ``rows``: of perplexity, by the rows alone.
+    ``rows``: of perplexity, by the rows alone. ``course``: losses on the validation text, also of runs without a test.
     """
+    if view == "course":
+        return _course(report["runs"])
     runs = {name: run for name, run in report["runs"].items() if run.get("finished", True)}
     tests = report["experiment"]["tests"]
     head = ["", *(NAMES[test] for test in tests)]
@@ -50,8 +52,24 @@ def pretrained_table(report: Mapping[str, Any], view: str) -> str:
     return f"{markdown_table(head, lines)}\n\n*{note}*\n"
 
 
+def _course(runs: Mapping[str, Any]) -> str:
+    losses = {
+        name: {each["step"]: each["eval_loss"] for each in run["log"] if "eval_loss" in each}
+        for name, run in runs.items()
+    }
+    before = next(iter(losses.pop("untouched").values()))
+    steps = sorted({step for each in losses.values() for step in each})
+    lines = [[f"`{name}`", *(_loss(each, step) for step in steps)] for name, each in losses.items()]
+    note = f"Nats a token on other court opinions; `untouched`: {before:.3f}."
+    return f"{markdown_table(['steps', *(f'{step:,}' for step in steps)], lines)}\n\n*{note}*\n"
+
+
 def _level(test: Mapping[str, Any]) -> str:
     return f"{test['bits_per_byte']:.4f} ({test['perplexity']:.2f})"
+
+
+def _loss(losses: Mapping[int, float], step: int) -> str:
+    return f"{losses[step]:.3f}" if step in losses else ""
 
 
 def _change(run: Mapping[str, Any], base: Mapping[str, Any], test: str) -> str:

@@ -55,78 +55,98 @@ def vocabularies_table(report: Mapping[str, Any]) -> str:
 
 
 def _tasks(pairs: Sequence[Mapping[str, Any]]) -> str:
-    """Of all pairs the mean, with the spread over seeds (of the difference) and over items (of each)."""
-    found = [{kind: _by_task(pair["tasks"][kind]) for kind in ("plain", "rows")} for pair in pairs if "tasks" in pair]
-    lines, differences = [], []
-    for task, first in found[0]["plain"].items():
-        means = {kind: statistics.fmean(each[kind][task]["accuracy"] for each in found) for kind in ("plain", "rows")}
-        differences.append([each["rows"][task]["accuracy"] - each["plain"][task]["accuracy"] for each in found])
-        cells = [f"{mean:.3f} ± {_over_items(mean, first['num_items']):.3f}" for mean in means.values()]
-        lines.append([task, f"{first['num_items']:,}", f"{first['chance']:.3f}", *cells, _spread(differences[-1], 3)])
-    by_seed = [statistics.fmean(each) for each in zip(*differences, strict=True)]
-    means = [statistics.fmean(task["accuracy"] for each in found for task in each[kind].values()) for kind in found[0]]
-    lines.append(["mean", "", "", *(f"{mean:.3f}" for mean in means), _spread(by_seed, 3)])
-    for task, first in found[0]["plain"].items():
+    """Accuracies by run, and their difference; ±: 95 % over items, of the difference as if the items were others."""
+    groups = _groups([pair for pair in pairs if "tasks" in pair])
+    found = {
+        name: [{kind: _by_task(pair["tasks"][kind]) for kind in ("plain", "rows")} for pair in group]
+        for name, group in groups.items()
+    }
+    accuracies, perplexities = [], []
+    for task, first in next(iter(found.values()))[0]["plain"].items():
+        number = first["num_items"]
+        line, perplexity = [task, f"{number:,}", f"{first['chance']:.3f}"], [f"{task}, perplexity", f"{number:,}", ""]
+        for seeds in found.values():
+            plain, rows = (
+                statistics.fmean(each[kind][task]["accuracy"] for each in seeds) for kind in ("plain", "rows")
+            )
+            errors = [_over_items(accuracy, number) for accuracy in (plain, rows)]
+            difference = f"{rows - plain:+.3f}".replace("-", "−")
+            line += [f"{plain:.3f} ± {errors[0]:.3f}", f"{rows:.3f}", f"{difference} ± {math.hypot(*errors):.3f}"]
+            if first["perplexity"] is not None:
+                logs = [
+                    statistics.fmean(math.log(each[kind][task]["perplexity"]) for each in seeds)
+                    for kind in ("plain", "rows")
+                ]
+                perplexity += [*(f"{math.exp(each):,.0f}" for each in logs), percent(math.expm1(logs[1] - logs[0]))]
+        accuracies.append(line)
         if first["perplexity"] is not None:
-            logs = {kind: [math.log(each[kind][task]["perplexity"]) for each in found] for kind in ("plain", "rows")}
-            changes = [rows - plain for plain, rows in zip(logs["plain"], logs["rows"], strict=True)]
-            cells = [f"{math.exp(statistics.fmean(each)):,.0f}" for each in logs.values()]
-            change = percent(math.expm1(statistics.fmean(changes)))
-            lines.append([f"{task}, perplexity", f"{first['num_items']:,}", "", *cells, change])
-    head = ["task", "items", "chance", "plain", "rows", "difference"]
-    note = f"{_seeds(found)} ±: 95 % over items. In brackets: least and most of the seeds."
-    return f"{markdown_table(head, lines)}\n\n*{note}*\n"
+            perplexities.append(perplexity)
+    head = ["task", "items", "chance"]
+    for name in found:
+        head += [f"{name}: plain", "rows", "difference"]
+    note = f"{_told(groups)} ±: 95 % over items; a difference's is that of two draws of items, wider than its own."
+    return f"{markdown_table(head, accuracies + perplexities)}\n\n*{note}*\n"
 
 
 def _silenced(pairs: Sequence[Mapping[str, Any]]) -> str:
-    """Perplexity of plain, and what rows and silenced rows change."""
-    texts, lines = list(pairs[0]["by_text"]), []
-    changes: dict[str, list[list[float]]] = {"rows": [], "silenced": []}
-    for text in texts:
-        of_text = [pair["by_text"][text] for pair in pairs]
-        cells = [f"{math.exp(statistics.fmean(each['plain'] for each in of_text)):.1f}"]
-        for kind, collected in changes.items():
-            collected.append([each[kind] - each["plain"] for each in of_text])
-            low, high = (
-                statistics.fmean(each[f"{kind}_minus_plain"]["interval"][end] for each in of_text) for end in (0, 1)
-            )
-            cells.append(f"{percent(math.expm1(statistics.fmean(collected[-1])))} ({_change(low)} to {_change(high)})")
-        lines.append([NAMES.get(text, text), *cells])
-    means = [percent(math.expm1(statistics.fmean(map(statistics.fmean, each)))) for each in changes.values()]
-    lines.append(["mean", "", *means])
-    head = ["text", "plain", "rows", "rows silenced"]
-    note = f"Perplexity of plain, and the change from it (95 % over windows). {_seeds(pairs)}"
-    return f"{markdown_table(head, lines)}\n\n*{note}*\n"
+    """Perplexity of plain, and what rows and silenced rows change, by run."""
+    groups = _groups(pairs)
+    texts, widest = list(pairs[0]["by_text"]), 0.0
+    lines = [[NAMES.get(text, text)] for text in texts]
+    means = ["mean"]
+    for group in groups.values():
+        changes: dict[str, list[float]] = {"rows": [], "silenced": []}
+        for line, text in zip(lines, texts, strict=True):
+            of_text = [pair["by_text"][text] for pair in group]
+            line.append(f"{math.exp(statistics.fmean(each['plain'] for each in of_text)):.1f}")
+            for kind, collected in changes.items():
+                collected.append(statistics.fmean(each[kind] - each["plain"] for each in of_text))
+                line.append(percent(math.expm1(collected[-1])))
+                for each in of_text:
+                    low, high = each[f"{kind}_minus_plain"]["interval"]
+                    widest = max(widest, (math.exp(high) - math.exp(low)) / 2)
+        means += ["", *(percent(math.expm1(statistics.fmean(each))) for each in changes.values())]
+    head = ["text"]
+    for name in groups:
+        head += [f"{name}: plain", "rows", "silenced"]
+    note = (
+        f"Perplexity of plain, and the change from it: 95 % over windows are within ± {100 * widest:.1f} points. "
+        f"{_told(groups)}"
+    )
+    return f"{markdown_table(head, [*lines, means])}\n\n*{note}*\n"
 
 
 def _visits(pairs: Sequence[Mapping[str, Any]]) -> str:
-    """Loss by how often the f-gram was seen."""
-    by_first = {each["first"]: [] for pair in pairs for each in pair["by_visits"]}
-    for pair in pairs:
-        for each in pair["by_visits"]:
-            by_first[each["first"]].append(each)
-    firsts, lines = sorted(by_first), []
-    for place, first in enumerate(firsts):
-        mean = {
-            key: statistics.fmean(each[key] for each in by_first[first])
-            for key in ("share", "plain", "rows", "silenced")
-        }
-        last = firsts[place + 1] - 1 if place + 1 < len(firsts) else None
-        name = "no f-gram" if first == 0 else f"{first:,} and more" if last is None else f"{first:,} to {last:,}"
-        changes = [nats(mean[kind] - mean["plain"]) for kind in ("rows", "silenced")]
-        lines.append([name, f"{100 * mean['share']:.1f} %", f"{mean['plain']:.2f}", *changes])
-    head = ["visits", "share of predictions", "plain", "rows", "rows silenced"]
+    """Change of the loss by how often the f-gram was seen, by run."""
+    groups = _groups(pairs)
+    firsts = sorted({each["first"] for pair in pairs for each in pair["by_visits"]})
+    lines = []
+    for first, following in zip(firsts, [*firsts[1:], None], strict=True):
+        last = f" to {following - 1:,}" if following else " and more"
+        line = ["no f-gram" if first == 0 else f"{first:,}{last}"]
+        for group in groups.values():
+            found = [each for pair in group for each in pair["by_visits"] if each["first"] == first]
+            if not found:
+                line += ["", "", ""]
+                continue
+            share = statistics.fmean(each["share"] for each in found)
+            changes = (statistics.fmean(each[kind] - each["plain"] for each in found) for kind in ("rows", "silenced"))
+            line += [f"{100 * share:.0f} %", *map(nats, changes)]
+        lines.append(line)
+    head = ["visits"]
+    for name in groups:
+        head += [f"{name}: share", "rows", "silenced"]
     note = (
-        "Loss of plain in nats a token, and the change from it, by how often the training text has the longest f-gram "
-        f"that a token is predicted from. Six texts together. {_seeds(pairs)}"
+        "Share of predictions, and the change from plain's loss in nats a token, by how often the training text has "
+        f"the longest f-gram that a token is predicted from. Six texts together. {_told(groups)}"
     )
     return f"{markdown_table(head, lines)}\n\n*{note}*\n"
 
 
 def _generations(pairs: Sequence[Mapping[str, Any]]) -> str:
-    """All prompts of the first pair, as they came."""
+    """All prompts of the last pair, as they came."""
     parts = []
-    for number, each in enumerate(pairs[0]["generations"], 1):
+    for number, each in enumerate(pairs[-1]["generations"], 1):
         parts.append(f"{number}. **{_escaped(each['prompt'])}**")
         parts += [f"    * *{kind}*: {_escaped(each[kind])}" for kind in ("plain", "rows")]
     return "\n".join(parts) + "\n"
@@ -179,20 +199,19 @@ def _half(interval: Sequence[float]) -> float:
     return (interval[1] - interval[0]) / 2
 
 
-def _spread(values: Sequence[float], digits: int) -> str:
-    """The mean, and the least and most where there are several."""
-    mean, *ends = (
-        f"{each:+.{digits}f}".replace("-", "−") for each in (statistics.fmean(values), min(values), max(values))
-    )
-    return mean if len(values) == 1 else f"{mean} ({ends[0]} to {ends[1]})"
+def _groups(pairs: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """Pairs by run: the ladder's ``27m-5-plain`` is "27 M × 5", of 27 M weights and 5 tokens for each."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for pair in pairs:
+        run = pair["plain"].partition("-plain")[0]
+        groups.setdefault(re.sub(r"^(\d+)m-(\d+)$", r"\1 M × \2", run), []).append(pair)
+    return groups
 
 
-def _change(loss: float) -> str:
-    return percent(math.expm1(loss)).removesuffix(" %")
-
-
-def _seeds(pairs: Sequence[object]) -> str:
-    return "One seed." if len(pairs) == 1 else f"Means of {len(pairs)} seeds."
+def _told(groups: Mapping[str, Sequence[object]]) -> str:
+    """How many seeds each run has."""
+    seeds = (f"{name}: {len(group)} seed{'s' * (len(group) > 1)}" for name, group in groups.items())
+    return f"{'; '.join(seeds)}."
 
 
 def _escaped(text: str) -> str:

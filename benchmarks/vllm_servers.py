@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -48,16 +49,27 @@ class Server:
             total += sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS:"))
         return total
 
+    def call(self, method: str) -> Any:
+        """What a method of `vllm_step_times.StepTimes` says in the worker."""
+        answer = httpx.post(f"{self.address}/collective_rpc", json={"method": method}, timeout=60)
+        answer.raise_for_status()
+        return answer.json()["results"][0] if answer.content else None
+
 
 @contextmanager
-def vllm_server(folder: Path, *options: str) -> Iterator[Server]:
-    """`vllm serve` over a folder, once it answers; stopped at the end. Raises RuntimeError where it does not start."""
+def vllm_server(folder: Path, *options: str, timed: bool = False) -> Iterator[Server]:
+    """`vllm serve` over a folder, once it answers; stopped at the end. ``timed``: its worker times its steps. Raises
+    RuntimeError where it does not start.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [Path(sys.executable).with_name("vllm"), "serve", folder, "--port", str(port), "--dtype", "float32"]
     command += ["--no-enable-log-requests", "--disable-uvicorn-access-log", *options]
     settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    if timed:
+        command += ["--worker-extension-cls", "vllm_step_times.StepTimes"]
+        settings |= {"VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": str(Path(__file__).parent)}
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
             [str(part) for part in command], stdout=log, stderr=log, env=os.environ | settings, start_new_session=True
@@ -69,6 +81,8 @@ def vllm_server(folder: Path, *options: str) -> Iterator[Server]:
                     log.seek(0)
                     raise RuntimeError(f"vllm serve {folder.name} ended: {log.read()[-3000:]}")
                 time.sleep(1)
+            if timed:
+                server.call("watch_steps")
             try:
                 yield server
             except httpx.HTTPError as error:  # it went away: what it said last says why

@@ -5,7 +5,9 @@
 puts the results of experiments/run.py together (later files add runs), with what a reader may want of each; everything
 else is computed from that file. Of each size plain's loss is fitted by a + b·C^−β over training FLOPs C; a run's
 multiplier is the C at which plain has its loss, divided by the run's own. Intervals draw the texts' blocks of windows
-again, the same ones for all runs, and move each run by the spread of seeds.
+again, the same ones for all runs, and move each run by the spread of its seeds (of one seed: by that of all that have
+several). Between two runs of plain alone the curve is a straight line in log C, which asks beyond them for less compute
+than a curve would.
 """
 
 from __future__ import annotations
@@ -89,7 +91,7 @@ def _rung(size: str, per_weight: str, kind: str, runs: Sequence[Mapping[str, Any
 
 
 def multipliers(rungs: Sequence[Rung], draws: int = DRAWS, curve: str = PLAIN) -> list[Multiplier]:
-    """Of every rung that is not plain, where its size has three plain rungs or more (else there is no curve).
+    """Of every rung that is not plain, where its size has two plain rungs or more (else there is no curve).
 
     With another ``curve`` than plain's: of the rungs of all other kinds, plain's too, on that kind's curve.
     """
@@ -108,7 +110,7 @@ def savings(rungs: Sequence[Rung], draws: int = DRAWS) -> list[Multiplier]:
 def _of_size(rungs: Sequence[Rung], size: str, draws: int, curve: str) -> list[Multiplier]:
     plain = sorted((rung for rung in rungs if (rung.size, rung.kind) == (size, curve)), key=lambda rung: rung.flops)
     others = [rung for rung in rungs if rung.size == size and rung.kind != curve]
-    if len(plain) < 3 or not others:
+    if len(plain) < 2 or not others:
         return []
     flops = np.array([rung.flops for rung in plain])
     drawn = drawn_losses([*plain, *others], seed_spread(rungs), draws)  # [1 + draws, rungs], the first as measured
@@ -137,7 +139,8 @@ def drawn_losses(rungs: Sequence[Rung], spread: float, draws: int) -> np.ndarray
         blocks = np.stack([rung.blocks[text] for rung in rungs])  # [rungs, n]
         again = generator.integers(blocks.shape[1], size=(draws, blocks.shape[1]))
         result[1:] += (blocks[:, again].mean(-1).T - blocks.mean(-1)) / len(texts)
-    result[1:] += generator.normal(size=(draws, len(rungs))) * spread / np.sqrt([rung.seeds for rung in rungs])
+    noise = np.array([spread if rung.spread is None else rung.spread for rung in rungs])
+    result[1:] += generator.normal(size=(draws, len(rungs))) * noise / np.sqrt([rung.seeds for rung in rungs])
     return result
 
 
@@ -145,7 +148,11 @@ def flops_of_loss(flops: np.ndarray, losses: np.ndarray, wanted: np.ndarray) -> 
     """Training FLOPs [k] at which the curve through ``losses`` [k, n] at ``flops`` [n] comes down to ``wanted`` [k].
 
     The curve is a + b·C^−β of least squares, β from a grid, a never below zero; infinity where it never comes there.
+    Of two runs it is the straight line in log C, which falls for longer than a curve would: it asks for less compute.
     """
+    if len(flops) == 2:
+        slope = np.log(flops[1] / flops[0]) / (losses[:, 1] - losses[:, 0])
+        return np.where(slope < 0, flops[0] * np.exp((wanted - losses[:, 0]) * slope), np.inf)
     a, b, exponents = fit(flops, losses)
     with np.errstate(divide="ignore", invalid="ignore"):
         reached = flops[0] * ((wanted - a) / b) ** (-1 / exponents)

@@ -103,6 +103,9 @@ def draw_ladder(report: dict[str, Any]) -> Figure:
             if points:
                 look = {"color": color, "linewidth": 2.5, "marker": "o", "markersize": 7, "label": name}
                 axes.plot(*zip(*points, strict=True), stroke, **look)
+            if points and kind == PLAIN:
+                place = {"xytext": (10, 4), "textcoords": "offset points", "fontsize": 13, "color": SOFT}
+                axes.annotate(size.replace("m", " M weights"), points[0], **place)
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(FixedLocator(sorted({rung.flops for rung in rungs if rung.kind == PLAIN})))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda flops, _: f"{flops / 1e15:.3g}"))

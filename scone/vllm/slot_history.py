@@ -67,24 +67,28 @@ class SlotHistory:
 
         Raises SconeError where slots are not those of the blocks: a lookup would be silently wrong.
         """
-        has_new = np.diff(query_starts) > 0
-        first = _slots_of(num_computed[has_new, None], block_table[has_new], block_size)[:, 0]
-        if not np.array_equal(first, slots[query_starts[:-1][has_new]]):
+        # the last column is the first new token: all that is asked of the blocks, at once
+        at = num_computed[:, None] + np.arange(-self._context, 1)
+        block = np.minimum(np.maximum(at, 0) // block_size, block_table.shape[1] - 1)
+        asked = block_table[np.arange(len(at))[:, None], block].astype(np.int64) * block_size + at % block_size
+        has_new = query_starts[1:] > query_starts[:-1]
+        if (asked[has_new, -1] != slots[query_starts[:-1][has_new]]).any():
             raise SconeError(
                 f"found KV slots that do not lie in blocks of {block_size}; expected them there, since their tokens "
                 "are looked up by block; this release of scone does not know this vLLM: install one of 0.26 … 0.32"
             )
-        if len(slots) and slots.max() >= len(self._tokens):
-            more = np.full(max(int(slots.max()) + 1, 2 * len(self._tokens)), -1, np.int32)
+        highest = int(slots.max()) if len(slots) else -1
+        if highest >= len(self._tokens):
+            more = np.full(max(highest + 1, 2 * len(self._tokens)), -1, np.int32)
             more[: len(self._tokens)] = self._tokens
             self._tokens = more
         self._tokens[slots] = tokens
-        at = num_computed[:, None] + np.arange(-self._context, 0)
-        before_slots = _slots_of(np.maximum(at, 0), block_table, block_size)
-        before = self._tokens[np.minimum(before_slots, len(self._tokens) - 1)] if len(self._tokens) else at
-        if (before[at >= 0] < 0).any():
+        exists = at[:, :-1] >= 0
+        before = self._tokens.take(asked[:, :-1], mode="clip") if len(self._tokens) else at[:, :-1]
+        before = np.where(exists, before, -1)
+        if ((before < 0) & exists).any():
             raise SconeError("found KV slots that were filled without their tokens; expected those that this filled")
-        return Step(tokens, query_starts, np.where(at >= 0, before, -1))
+        return Step(tokens, query_starts, before)
 
     def _of_one_layer(self, metadata: Any, vllm_config: Any) -> Any:
         """Of a layer that keeps all positions, or at least those that are asked for."""
@@ -105,12 +109,6 @@ class SlotHistory:
         if not all(hasattr(ours, name) for name in needed):
             raise _unknown(ours)
         return ours
-
-
-def _slots_of(positions: np.ndarray, block_table: np.ndarray, block_size: int) -> np.ndarray:
-    """Slots of each request's ``positions`` ``[R, K]``."""
-    blocks = np.take_along_axis(block_table, positions // block_size, axis=1).astype(np.int64)
-    return blocks * block_size + positions % block_size
 
 
 def _array(values: Tensor) -> np.ndarray:

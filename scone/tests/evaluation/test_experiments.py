@@ -158,13 +158,30 @@ def test_the_ladders_metrics_are_those_of_its_losses(records):
     assert found["rows_overfit_4_epochs"]["ratio"] == pytest.approx(math.exp(-0.1))
     del runs["7m-40-plain"], runs["7m-5-over-encoding"], runs["7m-20-over-encoding"]
     runs["epochs4-rows"]["finished"] = False
-    for words, gone in (("on the curve of rows", "7m-5-rows"), ("beyond", "7m-10-rows")):
+    for words, gone in (("on the curve of rows", ()), ("beyond", ("7m-5-rows", "7m-10-rows"))):  # one run is no curve
+        runs = {name: run for name, run in runs.items() if name not in gone}
         found = records(experiments.experiment(), {"runs": runs})
         assert found["compute_multiplier_7m"]["ratio"] == pytest.approx(1.6, rel=0.01)
         assert words in found["compute_multiplier_7m"]["peer_name"]
-        del runs[gone]
     for metric in ("vs_over_encoding", "rows_overfit_4_epochs"):
         assert (found[metric]["ratio"], found[metric]["peer_name"]) == (None, "not run")
+
+
+def test_ladder_and_passes_are_read_from_files_of_their_own(tmp_path):
+    """A file that is not there is a run that was not made."""
+    folder = {name: tmp_path / f"{name}.json" for name in ("results", "ladder", "epochs", "report")}
+    folder["results"].write_text(json.dumps(experiments.experiment()), encoding="utf-8")
+    runs = {f"epochs4-{kind}": {"run": kind, "finished": True, "curve": [{"validation": loss}]}
+            for kind, loss in (("plain", 4.0), ("rows", 4.1))}  # fmt: skip
+    folder["epochs"].write_text(json.dumps({"runs": runs}), encoding="utf-8")
+    arguments = ["--results", folder["results"], "--ladder", folder["ladder"], folder["epochs"], "--json"]
+    assert bench.main([str(each) for each in (*arguments, folder["report"])]) == 0
+    report = json.loads(folder["report"].read_text(encoding="utf-8"))
+    found = {record["metric"]: record for record in report["records"]}
+    assert report["config"]["ladder"] == ["ladder.json", "epochs.json"]
+    assert found["rows_overfit_4_epochs"]["ratio"] == pytest.approx(math.exp(0.1))
+    assert not found["rows_overfit_4_epochs"]["met"]
+    assert found["worst_text_vs_plain"]["peer_name"] == "not run"
 
 
 def test_the_quick_experiment_says_what_the_benchmark_needs(tmp_path, capsys):

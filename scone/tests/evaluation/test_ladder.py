@@ -80,13 +80,31 @@ def test_an_interval_has_windows_and_seeds_in_it():
     assert spread(shared, (-0.01, 0.0, 0.01)) > 5 * alone
 
 
-def test_fewer_than_three_budgets_of_plain_are_no_curve_and_a_loss_it_never_reaches_has_no_end():
+def test_the_noise_of_seeds_is_a_rungs_own_where_it_has_several():
+    shifts = {"1": (-0.02, 0.0, 0.02), "2": (-0.001, 0.0, 0.001), "4": (0.0,)}
+    runs = {f"{place}{seed}": run(f"7m-{place}-plain", float(place), 4 + shift, seed=seed)
+            for place, each in shifts.items() for seed, shift in enumerate(each)}  # fmt: skip
+    rungs = ladder.rungs_of({"runs": runs})
+    drawn = ladder.drawn_losses(rungs, ladder.seed_spread(rungs), 4000)[1:].std(0)
+    pooled = ((0.02**2 + 0.001**2) / 2) ** 0.5
+    assert drawn == pytest.approx([0.02 / 3**0.5, 0.001 / 3**0.5, pooled], rel=0.05)
+
+
+def test_one_budget_of_plain_is_no_curve_two_are_a_line_and_a_loss_it_never_reaches_has_no_end():
     budgets = [1e15, 2e15, 4e15]
     runs = {str(each): run(f"7m-{place}-plain", each, law(3, 1, 0.5, each)) for place, each in enumerate(budgets)}
     runs["rows"] = run("7m-1-rows", 2e15, 2.9)
     (found,) = ladder.multipliers(ladder.rungs_of({"runs": runs}), draws=10)
     assert (found.value, found.beyond) == (np.inf, True)
     del runs["1000000000000000.0"]
+    runs["rows"] = run("7m-1-rows", 2e15, (law(3, 1, 0.5, 2e15) + law(3, 1, 0.5, 4e15)) / 2)
+    (found,) = ladder.multipliers(ladder.rungs_of({"runs": runs}), draws=10)
+    assert (found.value, found.beyond) == (pytest.approx(2**0.5), False), "half way, in log C"
+    runs["rows"] = run("7m-1-rows", 2e15, law(3, 1, 0.5, 8e15))
+    (found,) = ladder.multipliers(ladder.rungs_of({"runs": runs}), draws=10)
+    assert found.beyond
+    assert 2 < found.value < 4, "a line asks for less than the curve does"
+    del runs["2000000000000000.0"]
     assert ladder.multipliers(ladder.rungs_of({"runs": runs})) == []
 
 
@@ -136,3 +154,16 @@ def test_tables_and_picture_say_what_the_losses_are():
     assert "| 7 M | 20 | `rows` |" + " −0.05 |" * 10 in lines["curves"]
     assert tables.ladder_table({"runs": {}}, "texts") == "*Not run yet.*\n"
     assert len(plot.draw_ladder({"runs": runs}).axes[0].lines) == 2
+
+
+def test_passes_are_shown_in_their_order_beside_the_plain_run_of_as_many():
+    shifts = {"epochs4-plain": 0.0, "epochs4-rows": -0.1, "epochs1-plain": 0.5, "epochs1-rows": 0.3}
+    runs = {name: run(name, 1.0, 3.0 + shift) | {"tokens": 40_000_000} for name, shift in shifts.items()}
+    table = experiments.module("ladder_table").ladder_table({"runs": runs}, "passes")
+    lines = [line for line in table.splitlines() if "`" in line]
+    assert lines == [
+        "| 1 | 40 M | `plain` | 30.0 | 36.6 | – |",
+        "| 1 | 40 M | `rows` | −18.1 % | −18.1 % | −18.1 % |",
+        "| 4 | 40 M | `plain` | 18.2 | 22.2 | – |",
+        "| 4 | 40 M | `rows` | −9.5 % | −9.5 % | −9.5 % |",
+    ]

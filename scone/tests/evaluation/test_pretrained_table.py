@@ -34,6 +34,18 @@ def test_changes_are_those_of_the_losses():
     assert "frozen" not in texts + changes + rows
 
 
+def test_the_course_has_runs_that_were_cut_off_before_their_test():
+    def run(**losses: float) -> dict[str, object]:
+        return {"log": [{"loss": 9.0}, *({"step": int(step[1:]), "eval_loss": loss} for step, loss in losses.items())]}
+
+    runs = {"untouched": run(_1=3.0), "tuned": run(_200=2.5, _400=2.25), "lora": run(_200=2.75) | {"finished": False}}
+    course = experiments.module("pretrained_table").pretrained_table({"experiment": {}, "runs": runs}, "course")
+    assert "| steps | 200 | 400 |" in course
+    assert "| `tuned` | 2.500 | 2.250 |" in course
+    assert "| `lora` | 2.750 |  |" in course
+    assert "`untouched`: 3.000." in course
+
+
 def test_each_run_with_rows_has_one_that_differs_in_them_alone():
     pairs = experiments.module("pretrained_table").PAIRS
     path = experiments.REPOSITORY / "experiments" / "pretrained.yaml"
