@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import TrainerCallback
 
@@ -18,6 +18,7 @@ from scone.training.run_folder import complete_checkpoints
 from scone.training.trainer import RowPasses
 
 
+@settings(deadline=None)
 @given(st.integers(1, 400), st.integers(1, 60))
 def test_passes_divide_a_run_evenly_and_none_is_shorter_than_half(max_steps, steps_per_pass):
     passes = RowPasses(max_steps, steps_per_pass)
