@@ -60,8 +60,9 @@ def faults(chosen: argparse.Namespace, results: dict[str, Any], fewer: int) -> A
         for seed in range(-(-chosen.kills // fewer // KILLS_OF_A_BATCH)):
             for job in chosen.jobs:
                 if not any(batch["job"] == job and batch["seed"] == seed for batch in batches):
-                    words = [job, "--kills", KILLS_OF_A_BATCH, "--seed", seed, "--folder", f"{scratch}/kills"]
-                    batches.append(last_line(child("kills", *words, check=True)) | {"commit": commit()})
+                    words = ["--only", "--kills", f"{job}={KILLS_OF_A_BATCH}", "--seed", seed]
+                    said = child("scenarios", *words, "--folder", f"{scratch}/kills", check=True).stdout
+                    batches.append(json.loads(said.splitlines()[0]) | {"commit": commit()})
                     print(f"{job} {seed}: {'; '.join(batches[-1]['failures']) or 'nothing lost'}", flush=True)
                     yield of_faults(results)
         if "scenarios" not in results:

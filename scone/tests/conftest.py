@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from pathlib import Path
 
@@ -16,8 +17,12 @@ if os.environ.get("CI"):
 # one thread a process: the tests run in several processes, and spinning threads of one slow the others down
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no processes that import PyTorch to compile one graph
+os.environ.setdefault("TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS", "0")  # for one graph it costs more than it saves
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# processes of a test are forked from one that has imported what any of them needs
+multiprocessing.set_forkserver_preload(["scone.training.run", "scone.tokenization.counting"])
 
 
 # what accelerate, transformers and PyTorch's loader say of themselves in a run

@@ -49,26 +49,6 @@ def test_the_fingerprint_is_of_tokens_tokenizer_and_separator(tmp_path):
     assert len({other.fingerprint for other in [first, *others]}) == 4
 
 
-def test_damaged_file_is_refused(tmp_path):
-    write(tmp_path, [[1, 2, 3], [4]])
-    for name in ("tokens.npy", "tokens.json"):
-        path = tmp_path / name
-        content = path.read_bytes()
-        for position in range(len(content)):
-            path.write_bytes(content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :])
-            with pytest.raises(SconeError, match="delete its folder to make it again"):
-                TokenFile.open(tmp_path)
-        for wrong in (b"", content[:-1], content + b"\0", content[: len(content) // 2]):
-            path.write_bytes(wrong)
-            if name == "tokens.json" and wrong == content[:-1]:
-                TokenFile.open(tmp_path)  # only the last line end is gone
-                continue
-            with pytest.raises(SconeError, match="delete its folder to make it again"):
-                TokenFile.open(tmp_path)
-        path.write_bytes(content)
-    TokenFile.open(tmp_path)
-
-
 def test_content_of_a_large_file_is_checked_when_asked(tmp_path):
     write(tmp_path, [[1, 2, 3]])
     content = bytearray((tmp_path / "tokens.npy").read_bytes())

@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scone.evaluation.perplexity import paired_difference, perplexity, windows
+from scone.evaluation.perplexity import paired_difference, perplexity, sizes_of, windows
 from scone.tests import tiny
+from scone.tokenization.tokenizers import train_tokenizer
 from scone.utils.errors import SconeError
 
 V = tiny.VOCAB_SIZE
@@ -39,18 +40,18 @@ def disjoint(max_length: int) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("max_length", [2, 7, 16, 32])
-@pytest.mark.parametrize("batch_size", [1, 3, 8])
-def test_perplexity_equals_the_textbook_loop(model, max_length, batch_size):
+def test_perplexity_equals_the_textbook_loop(model, max_length):
     losses = textbook_losses(model, disjoint(max_length))
-    result = perplexity(model, TOKENS, max_length, batch_size, num_bytes=300, num_words=75, quiet=True)
-    assert result.num_predicted == len(losses)
-    assert result.loss_sum == pytest.approx(losses.sum(), rel=1e-5)
-    assert result.perplexity == pytest.approx(math.exp(losses.mean()), rel=1e-5)
-    assert result.bits_per_byte == pytest.approx(losses.mean() * len(TOKENS) / math.log(2) / 300, rel=1e-5)
-    assert result.word_perplexity == pytest.approx(math.exp(losses.mean() * len(TOKENS) / 75), rel=1e-5)
-    same = perplexity(model, TOKENS, max_length, batch_size, stride=max_length, quiet=True)
-    assert (same.loss_sum, same.num_predicted) == (result.loss_sum, result.num_predicted)
-    assert (same.word_perplexity, same.bits_per_byte, same.perplexity_interval) == (None, None, None)
+    for batch_size in (1, 3, 8):
+        result = perplexity(model, TOKENS, max_length, batch_size, num_bytes=300, num_words=75, quiet=True)
+        assert result.num_predicted == len(losses)
+        assert result.loss_sum == pytest.approx(losses.sum(), rel=1e-5)
+        assert result.perplexity == pytest.approx(math.exp(losses.mean()), rel=1e-5)
+        assert result.bits_per_byte == pytest.approx(losses.mean() * len(TOKENS) / math.log(2) / 300, rel=1e-5)
+        assert result.word_perplexity == pytest.approx(math.exp(losses.mean() * len(TOKENS) / 75), rel=1e-5)
+        same = perplexity(model, TOKENS, max_length, batch_size, stride=max_length, quiet=True)
+        assert (same.loss_sum, same.num_predicted) == (result.loss_sum, result.num_predicted)
+        assert (same.word_perplexity, same.bits_per_byte, same.perplexity_interval) == (None, None, None)
 
 
 def test_sliding_windows_give_each_prediction_more_context(model):
@@ -124,3 +125,35 @@ def test_the_difference_of_two_models_is_paired_over_windows(model):
     assert (low, high) == pytest.approx((each.mean() - half, each.mean() + half))
     assert paired_difference(second.window_losses, first.window_losses)[0] == pytest.approx(-difference)
     assert paired_difference(first.window_losses, first.window_losses) == (0.0, (0.0, 0.0))
+
+
+# ------------------------------------------------------------------ bytes and words of a text
+
+SAMPLE = "The cat sat on the mat.\n\nThe dog\tran — naïve façade, 日本語 text;  two  spaces \r\n" * 20
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return train_tokenizer(iter([SAMPLE]), 400, tmp_path_factory.mktemp("tokenizer"))
+
+
+@settings(max_examples=150, deadline=None)
+@given(text=st.text(st.sampled_from("abc the\n\t\r éß日—.  "), max_size=60))
+def test_size_equals_that_of_the_text(tokenizer, text):
+    tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not tokens:
+        return
+    assert sizes_of(tokenizer, tokens) == {"num_bytes": len(text.encode("utf-8")), "num_words": len(text.split())}
+
+
+def test_special_tokens_have_no_bytes_and_end_words(tokenizer):
+    word = tokenizer("cat", add_special_tokens=False)["input_ids"]
+    special = tokenizer.all_special_ids[0]
+    assert sizes_of(tokenizer, [*word, special, *word, *word]) == {"num_bytes": 9, "num_words": 2}
+
+
+def test_other_tokenizers_have_no_size(tmp_path):
+    from transformers import BertTokenizerFast
+
+    vocabulary = {token: index for index, token in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the"])}
+    assert set(sizes_of(BertTokenizerFast(vocab=vocabulary), [5, 5]).values()) == {None}

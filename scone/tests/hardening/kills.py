@@ -1,9 +1,7 @@
-"""Kill −9 at random moments: `python -m scone.tests.hardening.kills JOB --kills N --seed S --folder F` prints JSON."""
+"""Kill −9 at random moments (a process of `scenarios` does it)."""
 
 from __future__ import annotations
 
-import argparse
-import json
 import mmap
 import os
 import random
@@ -16,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from scone.tests.hardening.jobs import JOBS, Job, finished, make_inputs, nothing, preload, spawned
+from scone.tests.hardening.jobs import Job, finished, make_inputs, nothing, spawned
 
 _seen = mmap.mmap(-1, 8)  # shared with the forked processes: how many touches of its files the last one came to
 _CHANGES = ("open", "os.rename", "os.remove", "os.mkdir", "os.truncate", "shutil.rmtree")
@@ -99,16 +97,13 @@ def _killed_once(
 
 
 def _undisturbed(job: Job, inputs: Path, work: Path, log: Path) -> tuple[str, float, int]:
-    """The digest of the job's results; the seconds that it took, the second time (the first compiles kernels); and how
-    often it touched its files.
-    """
-    for _ in range(2):
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-        started = time.monotonic()
-        code = finished(spawned(job.run, inputs, work, log, kill_at_change(0, work)))
-        seconds = time.monotonic() - started
-        assert code == 0, (job.name, code, _last_line(log))
+    """The digest of the job's results, the seconds that it took, and how often it touched its files."""
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    started = time.monotonic()
+    code = finished(spawned(job.run, inputs, work, log, kill_at_change(0, work)))
+    seconds = time.monotonic() - started
+    assert code == 0, (job.name, code, _last_line(log))
     digest = job.digest(work)
     assert digest, f"{job.name} left no result"
     return digest, seconds, touches()
@@ -135,20 +130,3 @@ def inputs_of(folder: Path) -> Path:
         )
         (inputs / "complete").touch()
     return inputs
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("jobs", nargs="+", choices=sorted(JOBS))
-    parser.add_argument("--kills", type=int, default=10)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", type=Path, required=True)
-    chosen = parser.parse_args()
-    preload()
-    inputs_of(chosen.folder)
-    for name in chosen.jobs:
-        print(json.dumps(run_kills(JOBS[name], chosen.kills, chosen.seed, chosen.folder)), flush=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -149,8 +149,8 @@ def _fresh(folder: Path, name: str) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--only", nargs="+", help="names such as two_at_once_train")
-    parser.add_argument("--kills", nargs="*", default=[], metavar="JOB=N", help="kills before that, as of `kills`")
+    parser.add_argument("--only", nargs="*", help="names such as two_at_once_train; all where it is left out")
+    parser.add_argument("--kills", nargs="*", default=[], metavar="JOB=N", help="kills of a job before that")
     parser.add_argument("--seed", type=int, default=0, help="of the kills")
     chosen = parser.parse_args()
     preload()
@@ -160,9 +160,9 @@ def main() -> None:
     outcomes: dict[str, str] = {}
     for name, scenario in SCENARIOS.items():
         for job in JOBS.values():
-            if not chosen.only or f"{name}_{job.name}" in chosen.only:
+            if chosen.only is None or f"{name}_{job.name}" in chosen.only:
                 outcomes[f"{name}_{job.name}"] = scenario(job, chosen.folder)
-    if not chosen.only or "read_error" in chosen.only:
+    if chosen.only is None or "read_error" in chosen.only:
         outcomes["read_error"] = read_error(chosen.folder)
     print(json.dumps(outcomes))
 

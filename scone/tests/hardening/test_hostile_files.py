@@ -36,6 +36,22 @@ def test_bad_inputs_are_refused_or_read(tmp_path, name, kind):
     law()
 
 
+@pytest.mark.parametrize("name", [name for name, reader in READERS.items() if reader.sealed])
+def test_damaged_file_is_refused(tmp_path, name):
+    """A bit changed anywhere, in steps through every region of each file; cut anywhere; longer."""
+    reader = READERS[name]
+    (tmp_path / "good").mkdir()
+    good = reader.good(tmp_path / "good")
+    judge = judge_files(reader, "damaged", good, tmp_path / "input")
+    for file, content in good.items():
+        size = len(content)
+        for at in sorted({*range(16), *range(0, size, max(1, size // 120)), *range(size - 8, size)}):
+            changed = content[:at] + bytes([content[at] ^ 1 << at % 8]) + content[at + 1 :]
+            assert judge(good | {file: changed}) == REFUSED, (file, at)
+        for changed in (*(content[:length] for length in (0, 1, 7, 8, 200, size // 2, size - 2)), content + b"\0"):
+            assert judge(good | {file: changed}) == REFUSED, (file, len(changed))
+
+
 def test_tokens_beyond_the_vocabulary_are_refused_wherever_they_would_index_memory(tmp_path):
     """The file's checksums fit; its vocabulary is smaller than its tokens."""
     writer = TokenFileWriter(tmp_path, vocab_size=60_000, separator_id=0)

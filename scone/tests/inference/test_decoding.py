@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import DynamicCache, NoRepeatNGramLogitsProcessor, StaticCache
+from transformers import DynamicCache, NoRepeatNGramLogitsProcessor
 
 from scone.models.language_model import SconeForCausalLM
 from scone.tests import tiny
@@ -210,25 +210,6 @@ def test_cached_decoding_equals_full_forward_by_hand(model, data, num_rows):
             hand.repeat(2)
         elif step in ("select", "reorder"):
             getattr(hand, step)(data.draw(order))
-
-
-@settings(max_examples=10, deadline=None)
-@given(model=models, seed=seeds, cuts=st.lists(st.integers(1, 5), min_size=1, max_size=5))
-def test_cached_decoding_equals_full_forward_by_hand_in_a_static_cache(model, seed, cuts):
-    hand = ByHand(model, StaticCache(config=model.config.get_text_config(), max_cache_len=30), 2)
-    for number, width in enumerate(cuts):
-        tokens = torch.from_numpy(tiny.corpus(2 * width, seed + number).reshape(2, width))
-        hand.feed(tokens, torch.ones_like(tokens))
-        hand.reorder([1, 0])
-
-
-@settings(max_examples=8, deadline=None)
-@given(kind=kinds, parts=parts, max_n=lengths, seed=seeds, beams=st.sampled_from([1, 3]))
-def test_table_model_equals_live_model_through_generate(kind, parts, max_n, seed, beams):
-    prompts = left_padded(rows_of(seed, [1, 5, 9]))
-    live, served = (random_model(kind, parts, max_n, served) for served in (False, True))
-    found = generate(served, prompts, num_beams=beams)
-    assert found == generate(live, prompts, num_beams=beams)
 
 
 def test_generated_text_has_f_grams():

@@ -1,4 +1,4 @@
-"""The server as its clients see it: a real process, the `openai` package, bad requests, clients that leave."""
+"""The server as its clients see it: a real process, the `openai` package, a browser, bad requests, who leaves."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ import pytest
 
 from scone.inference.engine import GenerationOptions, SconeInferenceEngine
 from scone.scripts import serve as serve_script
+from scone.tests.inference.chromium import Browser
 from scone.tests.inference.served import TEMPLATE, make_model, server
 from scone.utils.errors import SconeError
 
@@ -312,6 +313,55 @@ def test_who_asks_for_no_length_gets_16_tokens_of_a_completion_and_all_of_a_chat
         used, end = answer["usage"], answer["choices"][0]["finish_reason"]
         assert end == "stop" or used["completion_tokens"] == min(200, 256 - used["prompt_tokens"])
         assert end == "length" or used["completion_tokens"] > 0
+
+
+TEXT = "the cat sat on the mat"
+HOSTILE = '<b>bold</b> & <script>document.title="owned"</script><img src=x onerror=document.title="owned">'
+TOKENS = "[...document.querySelectorAll('#tokens .token')]"
+
+
+def type_text(browser: Browser, text: str) -> None:
+    browser.evaluate(f"(() => {{ const t = $('text'); t.value = {json.dumps(text)}; "
+                     "t.dispatchEvent(new Event('input')); })()")  # fmt: skip
+    browser.wait_for(f"{TOKENS}.map((one) => one.textContent).join('') === {json.dumps(text)}")
+
+
+def test_the_page_shows_what_the_model_sees(address: str, engine: SconeInferenceEngine, tmp_path: Path) -> None:
+    """In a real browser: tokens with their f-grams, generating, hostile text."""
+    with Browser(tmp_path / "profile") as browser:
+        browser.open(f"{address}/")
+        type_text(browser, TEXT)
+
+        # tokens are coloured by the length of their match
+        ids = engine.tokenizer(TEXT).input_ids
+        vocabulary = engine.model.vocabulary
+        nodes = engine.model.matcher.match(ids).tolist()
+        lengths = [len(vocabulary.tokens(node)) for node in nodes]
+        assert max(lengths) > 2
+        classes = browser.evaluate(f"{TOKENS}.map((one) => one.className)")
+        assert [f"length-{length}" in name for length, name in zip(lengths, classes, strict=True)] == [True] * len(ids)
+        for scheme, color in {"light": "rgb(251, 227, 200)", "dark": "rgb(74, 53, 36)"}.items():
+            browser.prefer(scheme)
+            legend = "getComputedStyle(document.querySelector('#legend .length-2')).backgroundColor"
+            assert browser.evaluate(legend) == color
+
+        # pointing at one shows its f-gram, rank and count
+        place = lengths.index(max(lengths))
+        browser.point_at(f"{TOKENS}[{place}]")
+        rank = nodes[place] - vocabulary.vocab_size
+        browser.wait_for(f"$('f-gram').innerText.includes('rank {rank} · {vocabulary.counts[rank]} times')")
+        assert browser.evaluate(f"{TOKENS}.filter((one) => one.classList.contains('part')).length") == lengths[place]
+
+        # generating
+        browser.evaluate("$('generate').click()")
+        continued = "".join(engine.stream(TEXT, GenerationOptions(max_new_tokens=40)))
+        browser.wait_for(f"$('written')?.textContent === {json.dumps(continued)} && !$('take').disabled")
+
+        # text is text, whatever it looks like
+        type_text(browser, HOSTILE)
+        assert browser.evaluate("document.querySelectorAll('main img, main script, main b').length") == 0
+        assert browser.evaluate("document.title") == "SCONE"
+        assert browser.evaluate("$('error').hidden")
 
 
 def test_key_and_shutdown_while_a_client_is_served(folder: Path) -> None:

@@ -83,6 +83,3 @@ def test_the_command_converts(table: Path, tmp_path: Path, capsys: pytest.Captur
     with TableFile(output) as file:
         assert (file.layout.row_format.group_size, file.layout.row_bytes) == (100, 156)
         assert file.layout.fingerprints["weights"] == "aa" * 32
-    assert main([]) == 0
-    with pytest.raises(SconeError, match="expected scone table convert"):
-        main(["convrt"])

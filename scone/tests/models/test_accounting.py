@@ -24,6 +24,7 @@ from scone.models.language_model import SconeForCausalLM
 from scone.models.over_encoding import OverEncodingForCausalLM
 from scone.models.scaled_trunk import ScaledTrunkForCausalLM
 from scone.tests import tiny
+from scone.tests.models.kinds import HASHED_ROWS, over_encoding
 from scone.tests.models.padded_f_gram_model import padded_f_gram_model
 
 
@@ -88,6 +89,8 @@ def test_parameters_are_counted_where_they_live():
     assert counts.table == model.vocabulary.num_f_grams * tiny.WIDTH
     plain = parameter_counts(model.trunk)
     assert (plain.resident, plain.training_only, plain.table) == (counts.resident, 0, 0)
+    hashed = parameter_counts(over_encoding())
+    assert (hashed.resident, hashed.training_only, hashed.table) == (counts.resident, 0, HASHED_ROWS * tiny.WIDTH)
     # a norm in front of the trunk serves too, whatever gives the vectors
     for normed in (
         SconeForCausalLM.from_trunk(tiny.trunk(), model.vocabulary, f_gram_model=None, learned_rows=9, input_norm=True),

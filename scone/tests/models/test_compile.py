@@ -7,7 +7,6 @@ Trunks have one layer: compiling costs seconds a layer, and the laws are about w
 from __future__ import annotations
 
 import copy
-import itertools
 import logging
 from functools import cache
 from typing import Any
@@ -81,8 +80,8 @@ def test_the_operator_is_what_it_says(operator, past, is_static):
 @pytest.mark.parametrize(
     ("kind", "how"),
     [
-        *itertools.product(["live", "table"], ["padded", "packed"]),
-        ("live", "any length"),
+        *(("live", how) for how in ("padded", "packed", "any length")),
+        ("table", "packed"),  # padded: from a prompt on, below
         ("over-encoding", "packed"),
         ("scaled", "padded"),
     ],
@@ -125,7 +124,7 @@ def test_compiled_steps_equal_a_full_forward():
 
 @pytest.mark.parametrize(
     ("kind", "trunk", "is_padded"),
-    [("table", "gpt2", False), ("scaled", "gpt2", False), *((kind, "llama", True) for kind in KINDS[:3])],
+    [("table", "gpt2", False), *((kind, "llama", True) for kind in KINDS[:3])],
 )
 def test_generate_compiles_its_steps_over_a_static_cache(kind, trunk, is_padded):
     """The compiled steps of transformers give the tokens of full forward passes; all steps are one compilation."""
@@ -205,10 +204,10 @@ def test_a_trainer_may_compile(tmp_path):
 
 @pytest.mark.slow
 def test_generated_code_equals_eager():
-    """To float32's precision: in it, whatever the model's, its trunk takes norms and turns positions into angles, and
-    generated code rounds there in another order (2e-8 here). A row of another f-gram would change logits by 0.01.
-    """
-    model = model_of("table")
-    compiled: Any = torch.compile(model, fullgraph=True)
+    """Of what is in front of the trunk, which is the library's own. A row of another f-gram would be 0.1 away."""
+    model, text = model_of("table"), tokens(2, 12)
+    plainest = {"cpp.simdlen": 1}  # else a program is compiled that tries the processor's vectors
+    compiled: Any = torch.compile(model.input_vectors, fullgraph=True, options=plainest)
     with torch.no_grad():
-        same(compiled(tokens(2, 12)).logits, model(tokens(2, 12)).logits, 1e-6)
+        same(compiled(text), model.input_vectors(text), 1e-6)
+        assert (model.match(text) >= tiny.VOCAB_SIZE).any()

@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.utils import counters
 
-from scone.kernels.ancestor_attention import ancestor_attention, padded_ancestor_attention
 from scone.kernels.trie_batch import build_trie_batch
 from scone.models.configuration import FGramModelConfig
 from scone.models.f_gram_model import FGramModel
@@ -36,7 +35,10 @@ def padded_tokens(f_grams: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.tensor([[*path, *[5] * (MAX_N - len(path))] for path in paths]), lengths
 
 
-@pytest.mark.parametrize(("dtype", "budget"), [(torch.float64, 1e-10), (torch.float32, 2e-5), (torch.bfloat16, 0.05)])
+BUDGETS = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 0.01, torch.bfloat16: 0.05}
+
+
+@pytest.mark.parametrize(("dtype", "budget"), BUDGETS.items())
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 10_000), length=st.integers(1, 60))
 def test_trie_batch_equals_padded_batch(dtype, budget, seed, length):
@@ -63,23 +65,6 @@ def test_trie_batch_equals_padded_batch(dtype, budget, seed, length):
         scale = max(float(gradient.float().abs().max()), 1e-3)
         error = float((shared_gradients[name] - gradient).float().abs().max())
         assert error <= 4 * budget * scale, f"{name}: gradients differ by {error} at scale {scale}"
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("seed", [0, 1])
-def test_ancestor_attention_equals_padded_attention(dtype, seed):
-    """The kernel against gathers, in any precision; for all nodes and for some."""
-    trie = trie_of(tiny.corpus(200, seed)[None])
-    for ancestors in (trie["ancestors"], trie["ancestors"][trie["f_gram_index"]]):
-        query = torch.randn(len(ancestors), 2, 5, dtype=dtype, requires_grad=True)
-        key, value = (torch.randn(len(trie["tokens"]), 2, 5, dtype=dtype, requires_grad=True) for _ in range(2))
-        results = []
-        for attend in (ancestor_attention, padded_ancestor_attention):
-            output = attend(query, key, value, ancestors)
-            results.append([output, *torch.autograd.grad(output.square().sum(), (query, key, value))])
-        budget = 16 * torch.finfo(dtype).eps
-        for ours, theirs in zip(*results, strict=True):
-            torch.testing.assert_close(ours, theirs, atol=budget * float(ours.detach().abs().max()), rtol=budget)
 
 
 def test_the_operators_are_sound():

@@ -16,6 +16,7 @@ from scone.configs.schema import ModelOptions
 from scone.inference.loading import load_model
 from scone.models.language_model import SconeForCausalLM
 from scone.models.trunk import build_trunk
+from scone.tests.conftest import OF_A_RUN
 from scone.tests.training import runs
 from scone.tokenization.tokenizers import load_tokenizer
 from scone.training.run import train
@@ -23,6 +24,7 @@ from scone.utils.errors import SconeError
 
 gguf = pytest.importorskip("gguf", reason="the extra gguf is not installed")
 
+as_in_a_run = pytest.mark.filterwarnings(*OF_A_RUN)
 WORDS = "the cat sat on mat and dog ran to old red house by sea while it rained all day".split()  # noqa: SIM905
 PIECES = ["<unk>", "<s>", "</s>", "\u2581", *("\u2581" + word for word in WORDS), *"abcdefghijklmnopqrstuvwxyz"]
 VOCABULARY, WIDTH, INNER = len(PIECES), 32, 64
@@ -88,9 +90,7 @@ def test_from_scratch_it_gives_its_architecture(file: Path) -> None:
     assert (trunk.config.hidden_size, trunk.config.num_hidden_layers) == (WIDTH, 2)
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
+@as_in_a_run
 def test_commands_take_one(
     file: Path, logits: torch.Tensor, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -109,9 +109,7 @@ def test_commands_take_one(
     assert json.loads(capsys.readouterr().out)["perplexity"] > 1
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
+@as_in_a_run
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_plain_trunk_can_be_tuned_and_saved(packed: bool, tmp_path: Path) -> None:
     """transformers calls a model of such a file quantised, and trains or saves none that is."""

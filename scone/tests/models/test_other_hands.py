@@ -173,18 +173,6 @@ def test_added_tokens_leave_everything_else_as_it_was(kind, trunk, mean_resizing
         assert torch.equal(again(added).logits, model(added).logits)
 
 
-def test_generation_with_added_tokens_equals_full_passes():
-    model = tiny.scone("llama", min_freq=1)
-    model.resize_token_embeddings(tiny.VOCAB_SIZE + 3, pad_to_multiple_of=4)
-    assert model.config.vocab_size == 28
-    prompt = torch.tensor([[24, 3, 1, 2, 25, 1, 4, 1]])
-    arguments = {"max_new_tokens": 12, "do_sample": False, "attention_mask": torch.ones_like(prompt)}
-    arguments["no_repeat_ngram_size"] = 2
-    cached = model.generate(prompt, **arguments)
-    assert cached.tolist() == model.generate(prompt, use_cache=False, **arguments).tolist()
-    assert (model.match(cached) >= 28).any()
-
-
 def test_a_table_is_precomputed_again_after_tokens_were_added(tmp_path):
     model, ids = tiny.scone("llama"), tokens(2, 30)
     precompute_table(model, tmp_path / "old.cache", quiet=True)

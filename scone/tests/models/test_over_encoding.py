@@ -1,4 +1,4 @@
-"""Over-encoding, the peer: hashed rows in training, caches, generation and files."""
+"""The peers: rows of hashed grams, and a plain trunk with scaled embeddings."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from scone.data.dataset import Collator
-from scone.models.accounting import parameter_counts
 from scone.models.scaled_trunk import ScaledTrunkForCausalLM
 from scone.tests import tiny
-from scone.tests.models.kinds import HASHED_ROWS, over_encoding, tokens
+from scone.tests.models.kinds import tokens
 from scone.tokenization.matcher import HashedGrams
 
 
@@ -35,21 +33,6 @@ def test_equal_grams_share_a_row_and_none_crosses_a_separator_padding_or_start(s
             assert row_of.setdefault(gram, row) == row
             assert (row < num_rows // 2) == (column == 0)
             assert row < num_rows
-
-
-def test_what_the_loader_looked_up_equals_what_the_model_looks_up():
-    model = over_encoding()
-    ids = tokens(3, 17)
-    batch = Collator(None, hashed=model.grams)([{"input_ids": row} for row in ids])
-    with torch.no_grad():
-        assert torch.equal(model(ids).logits, model(ids, trie=batch["trie"]).logits)
-
-
-def test_its_rows_count_as_a_table():
-    counts = parameter_counts(over_encoding())
-    assert counts.table == HASHED_ROWS * tiny.WIDTH
-    assert counts.training_only == 0
-    assert counts.resident == parameter_counts(tiny.trunk()).resident
 
 
 def test_a_scaled_plain_trunk_scales_its_token_embeddings_and_nothing_else(tmp_path):

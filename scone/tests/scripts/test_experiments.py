@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -74,11 +75,6 @@ SMALL = {
     "train_tokens": 0,
 }
 SMALL_TRUNK = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
-]
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +122,9 @@ def test_every_run_can_be_built_and_computes_a_loss(runner, experiment, data, tm
     plan = plan_of(runner, experiment, data, tmp_path)
     corpus = plan.corpus()
     plan.prepare()
-    distinct = {repr(options).replace(options.training.output_dir, ""): name for name, options in plan.options.items()}
+    # one of those that differ in numbers alone; 0 is not merely a number
+    shapes = {name: repr(options).replace(options.training.output_dir, "") for name, options in plan.options.items()}
+    distinct = {re.sub(r"[1-9][\d_]*(\.\d+)?(e[+-]?\d+)?", "n", shape): name for name, shape in shapes.items()}
     for name in distinct.values():
         options = plan.options[name]
         model = build_model(options, corpus, quiet=True)
@@ -158,7 +156,7 @@ def test_runs_of_several_seeds_are_merged_into_one_line(runner, data, tmp_path):
     assert "| both-10k | 1 |" in text
 
 
-@pytest.mark.parametrize("name", ["untouched", "frozen-rows", "frozen-both", "tuned-rows-1e-4"])
+@pytest.mark.parametrize("name", ["untouched", "frozen-both", "tuned-rows-1e-4"])
 def test_only_a_trunk_that_is_fine_tuned_changes(runner, data, tmp_path, name):
     changes = {"training.weight_decay": 0.1, "model.learned_rows": 100}
     plan = plan_of(runner, "pretrained", data, tmp_path, **changes)

@@ -82,14 +82,6 @@ def test_shards_in_any_order_give_the_same_vocabulary(shards, random, num_thread
     assert dataclasses.replace(other.statistics, **how) == dataclasses.replace(first.statistics, **how)
 
 
-@settings(max_examples=25, deadline=None)
-@given(corpora(), st.integers(0, 400), st.integers(0, 400))
-def test_truncated_vocabulary_is_the_smaller_vocabulary(shards, size, other_size):
-    larger, smaller = max(size, other_size), min(size, other_size)
-    whole = count(shards, max_f_grams=larger).vocabulary
-    assert_same(whole.truncated(smaller), count(shards, max_f_grams=smaller).vocabulary)
-
-
 @settings(max_examples=15, deadline=None)
 @given(corpora(), st.sampled_from([2**18, 2**20]), st.sampled_from([1, 2]))
 def test_token_ids_may_be_large(shards, vocab_size, min_freq):

@@ -101,7 +101,6 @@ def count_in_a_child(tokens: str, **arguments: object) -> None:
 
 def kill_when(arguments: dict, pattern: str) -> list[Path]:
     """Start a count, kill it as soon as its work folder has a file like ``pattern``; returns what files are left."""
-    multiprocessing.set_forkserver_preload(["scone.tokenization.counting"])
     child = multiprocessing.get_context("forkserver").Process(target=count_in_a_child, kwargs=arguments)
     child.start()
     work, deadline = Path(arguments["work_dir"]), time.monotonic() + 60

@@ -42,8 +42,13 @@ class Watch(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-if __name__ == "__main__":
+def run_watched(folder: Path, flags: list[str]) -> None:
+    """`scone train`, watched."""
     warnings.filterwarnings("error", ".*([Bb]uffers|DistributedDataParallel|DDP)", FutureWarning)
-    run.train = functools.partial(run.train, callbacks=[Watch(Path(sys.argv[1]))])
-    main(sys.argv[2:])
+    run.train = functools.partial(run.train, callbacks=[Watch(folder)])
+    main(flags)
     assert not dist.is_initialized(), "gloo's threads may abort the process when it exits with a group"
+
+
+if __name__ == "__main__":
+    run_watched(Path(sys.argv[1]), sys.argv[2:])

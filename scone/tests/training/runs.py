@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import socket
 from collections.abc import Callable
@@ -81,13 +80,13 @@ def assert_same_weights(left: Path, right: Path, **tolerance: float) -> None:
 
 def run_ranks(rank: Callable[..., None], num_ranks: int, *arguments: object) -> None:
     """Run ``rank(number, *arguments)`` in processes, forked from one that has imported what they need."""
-    multiprocessing.set_forkserver_preload(["scone.training.run", rank.__module__])
     torch.multiprocessing.start_processes(rank, args=arguments, nprocs=num_ranks, start_method="forkserver")
 
 
-def join(rank: int, port: int) -> None:
-    """Be one of two ranks, as a launcher says it."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+def join(rank: int, port: int, num_nodes: int = 1) -> None:
+    """Be one of two ranks, as a launcher says it, on one node or two."""
+    local = (str(rank), "2") if num_nodes == 1 else ("0", "1")
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": local[0], "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": local[1]}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 

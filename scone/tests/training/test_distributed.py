@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from scone.tests.training.runs import STILL, assert_same_weights, command_line, free_port, options
+from scone.tests.training.a_rank import run_watched
+from scone.tests.training.runs import STILL, assert_same_weights, command_line, free_port, join, options, run_ranks
 from scone.training.distributed import is_lost_rank, report_lost_ranks
 from scone.training.run import train
 from scone.training.run_folder import complete_checkpoints
@@ -22,32 +23,27 @@ from scone.utils.errors import SconeError
 
 pytestmark = pytest.mark.slow
 
-TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max_restarts=1")
 ACCELERATE_LAUNCH = (
     *("accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no"),
-    *("--dynamo_backend=no", "--main_process_port={free_port}", "--num_cpu_threads_per_process=1"),
+    *("--dynamo_backend=no", "--main_process_port={free_port}", "--num_cpu_threads_per_process=1", "--max_restarts=1"),
 )
 LAW = {"atol": 2e-4, "rtol": 2e-3}
 """How far sums in another order may move the weights of six steps."""
 
 
-def launch(folder: Path, *launchers: tuple[str, ...], flags: list[str]) -> None:
-    """Run launchers side by side, as on several machines, whose processes are all `a_rank.py`."""
+def launch(folder: Path, flags: list[str]) -> None:
+    """Run ranks, all `a_rank.py`, by accelerate's launcher, which runs torchrun."""
     port = str(free_port())  # accelerate 1.4 does not look for one itself
-    program = [str(Path(__file__).with_name("a_rank.py")), str(folder), *flags]
+    words = [word.replace("{free_port}", port) for word in ACCELERATE_LAUNCH]
+    command = [sys.executable, "-m", *words, str(Path(__file__).with_name("a_rank.py")), str(folder), *flags]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    started = []
-    for number, launcher in enumerate(launchers):
-        words = [word.replace("{free_port}", port) for word in launcher]
-        with (folder / f"{number}.log").open("w") as log:
-            command = [sys.executable, "-m", *words, *program]
-            started.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment))
-    try:
-        codes = [process.wait(timeout=300) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    assert not any(codes), [log.read_text()[-3000:] for log in folder.glob("*.log")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert not done.returncode, done.stderr[-3000:]
+
+
+def _node(rank: int, port: int, folder: Path, flags: list[str]) -> None:
+    join(rank, port, num_nodes=2)
+    run_watched(folder, flags)
 
 
 @pytest.fixture(scope="module")
@@ -63,36 +59,21 @@ def flags_of(corpus: Path, run: Path, *more: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def two(corpus, tmp_path_factory) -> Path:
-    """The run of two nodes of a process each (DDP), with addresses of their own and one file system."""
+    """The run of two nodes of a process each (DDP), with one file system."""
     folder = tmp_path_factory.mktemp("two")
-    nodes = [
-        (
-            *("torch.distributed.run", "--nnodes=2", f"--node_rank={rank}", "--nproc_per_node=1"),
-            *("--master_addr=127.0.0.1", "--master_port={free_port}", f"--local_addr=127.0.0.{rank + 1}"),
-        )
-        for rank in range(2)
-    ]
-    launch(folder, *nodes, flags=flags_of(corpus, folder / "run", "--save_steps", "3"))
+    run_ranks(_node, 2, free_port(), folder, flags_of(corpus, folder / "run", "--save_steps", "3"))
     return folder / "run"
 
 
 @pytest.fixture(scope="module")
 def sharded(corpus, two, tmp_path_factory) -> Path:
-    """The sharded run of two processes that goes on from the other's checkpoint at half-time (FSDP)."""
-    folder = tmp_path_factory.mktemp("sharded")
-    flags = flags_of(corpus, as_if_killed(two, folder / "run"), "--save_steps", "1", "--fsdp", "full_shard")
-    launch(folder, ACCELERATE_LAUNCH, flags=[*flags, "--resume_from_checkpoint"])
-    return folder / "run"
-
-
-@pytest.fixture(scope="module")
-def restarted(corpus, tmp_path_factory) -> Path:
-    """A run whose second rank is killed once. A fresh folder with --resume_from_checkpoint simply starts; after the
-    kill torchrun starts the same command again.
+    """The sharded run of two processes that goes on from the other's checkpoint at half-time (FSDP). Its second rank
+    is killed once, and the launcher starts the same command again.
     """
-    folder = tmp_path_factory.mktemp("restarted")
+    folder = tmp_path_factory.mktemp("sharded")
     (folder / "kill").touch()
-    launch(folder, TORCHRUN, flags=flags_of(corpus, folder / "run", "--save_steps", "2", "--resume_from_checkpoint"))
+    flags = flags_of(corpus, as_if_killed(two, folder / "run"), "--save_steps", "1", "--fsdp", "full_shard")
+    launch(folder, [*flags, "--resume_from_checkpoint"])
     assert not (folder / "kill").exists()
     return folder / "run"
 
@@ -105,9 +86,9 @@ def as_if_killed(run: Path, copy: Path) -> Path:
     return copy
 
 
-@pytest.mark.parametrize("run", ["two", "sharded", "restarted"])
+@pytest.mark.parametrize("run", ["two", "sharded"])
 def test_two_ranks_equal_one_rank_with_twice_the_batch(one, run, request):
-    """Of the learned rows too, which DDP does not know; whether plainly, sharded from a checkpoint that was not, or
+    """Of the learned rows too, which DDP does not know; whether plainly, or sharded from a checkpoint that was not and
     brought back to the last checkpoint after a kill. Ranks assert that they leave without a process group: else some
     abort as they exit, and torchrun ends the others while they save.
     """

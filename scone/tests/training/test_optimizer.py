@@ -27,19 +27,19 @@ def touch(rows: LearnedRows, chains: torch.Tensor, direction: torch.Tensor) -> N
 
 
 @settings(max_examples=30, deadline=None)
-@given(seed=st.integers(0, 1000), steps=st.integers(1, 6), passes=st.integers(1, 3))
-def test_rows_learn_as_row_rms_teaches_them(seed, steps, passes):
-    """Equal to row-RMS of an embedding whose gradient is summed by autograd, accumulation included."""
+@given(seed=st.integers(0, 1000), passes=st.lists(st.integers(0, 3), min_size=1, max_size=6))
+def test_rows_learn_as_row_rms_teaches_them(seed, passes):
+    """Equal to row-RMS of an embedding whose gradient is summed by autograd; accumulated, or none in a step."""
     torch.manual_seed(seed)
     num_rows, width = 9, 4
     rows = LearnedRows(num_rows, width)
     ours = AdamWWithRows([{"params": [torch.nn.Parameter(torch.zeros(1))]}], rows=rows, rows_learning_rate=0.1)
     plain = torch.nn.Embedding(num_rows, width, dtype=torch.float64)
     reference = DenseRowRMS(num_rows, width, 0.1)
-    for _ in range(steps):
+    for count in passes:
         ours.zero_grad()
-        plain.zero_grad()
-        for _ in range(passes):
+        plain.weight.grad = torch.zeros_like(plain.weight)
+        for _ in range(count):
             chains = torch.randint(-1, num_rows, (5, 2))
             direction = torch.randn(5, width)
             touch(rows, chains, direction)
@@ -113,19 +113,6 @@ def test_state_of_adam_is_replaced_and_said(caplog):
     assert "row-RMS starts anew" in caplog.text
 
 
-def test_untouched_rows_and_their_moments_stay():
-    rows = LearnedRows(6, 3)
-    optimizer = AdamWWithRows([{"params": [torch.nn.Parameter(torch.zeros(1))]}], rows=rows, rows_learning_rate=0.1)
-    touch(rows, torch.tensor([[1], [4]]), torch.ones(2, 3))
-    optimizer.step()
-    assert rows.weight[[0, 2, 3, 5]].eq(0).all()
-    assert rows.weight[[1, 4]].ne(0).all()
-    optimizer.zero_grad()
-    before = rows.weight.clone()
-    optimizer.step()  # nothing was touched: nothing moves, moments included
-    assert torch.equal(rows.weight, before)
-
-
 def test_loss_scale_is_taken_out_of_the_rows_gradients():
     """One that changes: the update itself divides out a scale that stays."""
     results = []
@@ -193,29 +180,32 @@ def test_rows_on_the_host_learn_as_those_on_the_gpu(dtype):
     assert all(map(torch.equal, *learned))
 
 
-def _learn_as_a_rank(rank: int, backend: str, folder: Path) -> None:
+BACKENDS = ("gloo", "cpu:gloo")
+
+
+def _learn_as_a_rank(rank: int, folder: Path) -> None:
     """Four steps of one of two ranks, which touch different rows, and in two steps one of them none; saves its rows."""
-    dist.init_process_group(backend, init_method=f"file://{folder}/{backend}", rank=rank, world_size=2)
-    rows = LearnedRows(50, 8)
-    optimizer = AdamWWithRows([], rows=rows, rows_learning_rate=0.1)
-    random = np.random.default_rng(rank)
-    for count in ((5, 0, 7, 3), (3, 4, 0, 3))[rank]:
-        if count:
-            chains = torch.from_numpy(random.choice(50, (count, 1), replace=False))
-            touch(rows, chains, torch.from_numpy(random.standard_normal((count, 8), np.float32)))
-        optimizer.step()
-        optimizer.zero_grad()
-    assert (optimizer._hosts is None) == (backend == "gloo")
-    torch.save(rows.weight.detach(), folder / f"{backend}.{rank}")
-    del optimizer
-    dist.destroy_process_group()
+    for number, backend in enumerate(BACKENDS):
+        dist.init_process_group(backend, init_method=f"file://{folder}/{number}", rank=rank, world_size=2)
+        rows = LearnedRows(50, 8)
+        optimizer = AdamWWithRows([], rows=rows, rows_learning_rate=0.1)
+        random = np.random.default_rng(rank)
+        for count in ((5, 0, 7, 3), (3, 4, 0, 3))[rank]:
+            if count:
+                chains = torch.from_numpy(random.choice(50, (count, 1), replace=False))
+                touch(rows, chains, torch.from_numpy(random.standard_normal((count, 8), np.float32)))
+            optimizer.step()
+            optimizer.zero_grad()
+        assert (optimizer._hosts is None) == (backend == "gloo")
+        torch.save(rows.weight.detach(), folder / f"{backend}.{rank}")
+        del optimizer
+        dist.destroy_process_group()
 
 
 def test_ranks_agree_whatever_their_default_group(tmp_path):
     """On GPUs it is not one in which hosts talk, and the optimizer makes one: "cpu:gloo" is not known to be one."""
-    found = []
-    for backend in ("gloo", "cpu:gloo"):
-        run_ranks(_learn_as_a_rank, 2, backend, tmp_path)
-        found += [torch.load(tmp_path / f"{backend}.{rank}", weights_only=True) for rank in range(2)]
+    run_ranks(_learn_as_a_rank, 2, tmp_path)
+    saved = [tmp_path / f"{backend}.{rank}" for backend in BACKENDS for rank in range(2)]
+    found = [torch.load(path, weights_only=True) for path in saved]
     assert found[0].abs().sum() > 1
     assert all(torch.equal(rows, found[0]) for rows in found)

@@ -25,6 +25,12 @@ from scone.training.run_folder import complete_checkpoints
 from scone.utils.errors import SconeError
 
 
+@pytest.fixture(scope="module")
+def whole(corpus, tmp_path_factory):
+    """The final model of the plainest run."""
+    return train(options(corpus, tmp_path_factory.mktemp("whole") / "run"), quiet=True)
+
+
 def test_a_run_leaves_a_complete_model_and_learns(corpus, tmp_path):
     final_model = train(options(corpus, tmp_path / "run", **{"training.max_steps": 30}), quiet=True)
     names = {path.name for path in final_model.iterdir()}
@@ -112,26 +118,32 @@ MODERN = {"model.base_model_name": "scone-modern", "model.input_norm": True, "tr
 needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon (2.9 has)")
 
 
-@pytest.mark.parametrize(
-    ("accumulation", "more"), [(1, {}), (2, {}), pytest.param(1, MODERN, marks=needs_muon)], ids=str
-)
-def test_resumed_training_equals_uninterrupted(corpus, tmp_path, accumulation, more):
-    """Dropout, order, optimizer, learned rows and schedule all go on where they were."""
-    changes = more | {
-        "training.gradient_accumulation_steps": accumulation,
-        "training.batch_size": 4 // accumulation,
-    }
-    whole = train(options(corpus, tmp_path / "whole", **changes), quiet=True)
-    train(options(corpus, tmp_path / "cut", **changes), quiet=True)
-    last = complete_checkpoints(tmp_path / "cut")[-1]
+RESUMED = {
+    "plain": {},
+    "accumulated": {"training.gradient_accumulation_steps": 2, "training.batch_size": 2},
+    "modern": MODERN,
+    "rows on the host": {"model.rows_device": "host"},
+    "rows in bf16": {"model.rows_dtype": "bfloat16"},
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=needs_muon if name == "modern" else ()) for name in RESUMED])
+def test_resumed_training_equals_uninterrupted(corpus, whole, tmp_path, name):
+    """Dropout, order, optimizer, learned rows, how they are rounded, and schedule all go on where they were."""
+    changes = RESUMED[name]
+    if name == "plain":
+        shutil.copytree(whole.parent, tmp_path / "run")
+    else:
+        train(options(corpus, tmp_path / "run", **changes), quiet=True)
+    uninterrupted = (tmp_path / "run" / "final_model").rename(tmp_path / "uninterrupted")
+    last = complete_checkpoints(tmp_path / "run")[-1]
     assert last.name == "checkpoint-6"
-    for path in (last / "complete.json", *(tmp_path / "cut" / "final_model").iterdir()):
-        path.unlink()  # as if killed while the last checkpoint was written
-    (tmp_path / "cut" / "final_model").rmdir()
-    resumed = train(
-        options(corpus, tmp_path / "cut", **changes, **{"training.resume_from_checkpoint": "true"}), quiet=True
-    )
-    assert_same_weights(whole, resumed, atol=0.0, rtol=0.0)
+    (last / "complete.json").unlink()  # as if killed while the last checkpoint was written
+    resume = {"training.resume_from_checkpoint": "true"}
+    resumed = train(options(corpus, tmp_path / "run", **changes, **resume), quiet=True)
+    assert_same_weights(uninterrupted, resumed, atol=0.0, rtol=0.0)
+    if name == "rows on the host":
+        assert_same_weights(whole, resumed, atol=0.0, rtol=0.0)
 
 
 def test_a_run_resumed_at_its_end_is_that_run(corpus, tmp_path, caplog):
@@ -198,6 +210,10 @@ def test_ctrl_c_leaves_a_run_that_resumes(corpus, tmp_path):
         ({"training.report_to": "tensorbord"}, r"did you mean tensorboard"),
         ({"training.freeze_trunk": True, "model.use_f_gram_embeddings": False}, r"nothing to train"),
         ({"model.init": "pretrained", "model.base_model_name": "gpt2"}, r"cannot load pretrained weights"),
+        # options that contradict each other
+        ({"model.use_f_gram_embeddings": False, "model.over_encoding_rows": 5}, "at most one of these baselines"),
+        ({"model.combination": "replace", "model.f_gram.num_hidden_layers": 0}, "without an f-gram model"),
+        ({"model.f_gram.hidden_size": 9}, "expected a multiple of the heads"),
     ],
 )
 def test_mistakes_get_one_line(corpus, tmp_path, changes, message):
@@ -242,29 +258,15 @@ def test_a_frozen_trunk_keeps_its_weights(corpus, tmp_path):
         assert moved == (not name.startswith("trunk.")) or name.endswith((".bias", "map_in.weight")), name
 
 
-def test_rows_on_the_host_give_the_same_run_and_resume(corpus, tmp_path):
-    on_host = {"model.rows_device": "host"}
-    plain = train(options(corpus, tmp_path / "plain"), quiet=True)
-    host = train(options(corpus, tmp_path / "host", **on_host), quiet=True)
-    assert_same_weights(plain, host, atol=0.0, rtol=0.0)
-    checkpoint = str(complete_checkpoints(tmp_path / "host")[0])
-    resumed = options(corpus, tmp_path / "again", **on_host, **{"training.resume_from_checkpoint": checkpoint})
-    assert_same_weights(plain, train(resumed, quiet=True), atol=0.0, rtol=0.0)
-
-
-def test_rows_in_bf16_resume_as_they_went_on_and_load_as_they_are(corpus, tmp_path):
-    """Nothing but the rows is rounded; a seed decides how; a table made of them has the live rows."""
-    in_bf16 = {"model.rows_dtype": "bfloat16"}
-    final = train(options(corpus, tmp_path / "run", **in_bf16), quiet=True)
-    checkpoint = str(complete_checkpoints(tmp_path / "run")[0])
-    resumed = options(corpus, tmp_path / "again", **in_bf16, **{"training.resume_from_checkpoint": checkpoint})
-    assert_same_weights(final, train(resumed, quiet=True), atol=0.0, rtol=0.0)
+def test_rows_in_bf16_load_as_they_are(corpus, whole, tmp_path):
+    """Nothing but the rows is rounded; a table made of them has the live rows."""
+    final = train(options(corpus, tmp_path / "run", **RESUMED["rows in bf16"]), quiet=True)
     saved = weights(final)
     rows = saved.pop("f_gram_embedding.rows.weight")
     assert rows.dtype == torch.bfloat16
     assert rows.any()
     assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
-    exact = weights(train(options(corpus, tmp_path / "exact"), quiet=True))["f_gram_embedding.rows.weight"]
+    exact = weights(whole)["f_gram_embedding.rows.weight"]
     assert 0 < (rows.float() - exact).abs().mean() < 0.01 * exact.abs().mean()
     model = load_model(final, device="cpu").model
     assert {parameter.dtype for parameter in model.trunk.parameters()} == {torch.float32}
@@ -359,13 +361,3 @@ def test_every_input_embedding_trains_and_loads(corpus, tmp_path, variant):
     rows = [weight for name, weight in model.named_parameters() if name.endswith("rows.weight")]
     assert all(weight.any() for weight in rows), "rows were trained"
     assert getattr(model.config, "embedding_scale", 1.0) == VARIANTS[variant].get("model.embedding_scale", 1.0)
-
-
-def test_options_that_contradict_each_other_are_refused_in_one_line(corpus, tmp_path):
-    for changes, message in [
-        ({"model.use_f_gram_embeddings": False, "model.over_encoding_rows": 5}, "at most one of these baselines"),
-        ({"model.combination": "replace", "model.f_gram.num_hidden_layers": 0}, "without an f-gram model"),
-        ({"model.f_gram.hidden_size": 9}, "expected a multiple of the heads"),
-    ]:
-        with pytest.raises(SconeError, match=message):
-            train(options(corpus, tmp_path / "run", **changes), quiet=True)

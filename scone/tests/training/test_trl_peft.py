@@ -15,15 +15,17 @@ from scone.models.language_model import SconeForCausalLM
 from scone.tests import tiny
 from scone.training.optimizer import RowOptimizer, learned_rows
 
-peft = pytest.importorskip("peft", reason="the extra tuning brings PEFT")
-trl = pytest.importorskip("trl", reason="the extra tuning brings TRL")
+pytestmark = pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")  # PEFT's own
+peft: Any = None
+trl: Any = None
 
-pytestmark = [
-    # what the libraries say of each other and of themselves
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning"),
-]
+
+@pytest.fixture(scope="module", autouse=True)
+def libraries() -> None:
+    """Imported where these tests run, since it takes seconds, and every process of a parallel run collects them."""
+    global peft, trl
+    peft = pytest.importorskip("peft", reason="the extra tuning brings PEFT")
+    trl = pytest.importorskip("trl", reason="the extra tuning brings TRL")
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -132,24 +134,31 @@ def moved(model: Any) -> Any:
     return model.eval()
 
 
+def check_saved_and_merged(tuned: Any, fresh: Any, ids: torch.Tensor, folder: Path) -> tuple[Any, Any]:
+    """The adapter loads onto the ``fresh`` model, and merged and saved again it is the same; returns both models."""
+    with torch.no_grad():
+        expected = tuned(input_ids=ids).logits
+        tuned.save_pretrained(folder / "adapter")
+        loaded = peft.PeftModel.from_pretrained(copy.deepcopy(fresh), folder / "adapter").eval()
+        torch.testing.assert_close(loaded(input_ids=ids).logits, expected)
+        merged = tuned.merge_and_unload()
+        merged.save_pretrained(folder / "merged")
+        again = SconeForCausalLM.from_pretrained(folder / "merged").eval()
+        for each in (merged, again):
+            torch.testing.assert_close(each(ids).logits, expected, atol=1e-4, rtol=1e-4)
+    return loaded, again
+
+
 @pytest.mark.parametrize("targets", TARGETS, ids=str)
 def test_an_adapter_saved_loaded_and_merged_gives_the_same_logits(targets, tmp_path):
     base, ids = tiny.scone("llama"), torch.from_numpy(tiny.corpus(40, 3).reshape(2, 20))
     fresh = copy.deepcopy(base)
     tuned = moved(lora(base, targets))
     with torch.no_grad():
-        expected = tuned(input_ids=ids).logits
-        assert not torch.allclose(expected, fresh(ids).logits, atol=1e-2)
-        tuned.save_pretrained(tmp_path / "adapter")
-        loaded = peft.PeftModel.from_pretrained(copy.deepcopy(fresh), tmp_path / "adapter").eval()
-        torch.testing.assert_close(loaded(input_ids=ids).logits, expected)
-        merged = tuned.merge_and_unload()
-        torch.testing.assert_close(merged(ids).logits, expected, atol=1e-4, rtol=1e-4)
-        merged.save_pretrained(tmp_path / "merged")
-        again = SconeForCausalLM.from_pretrained(tmp_path / "merged").eval()
-        torch.testing.assert_close(again(ids).logits, expected, atol=1e-4, rtol=1e-4)
-        greedy = {"max_new_tokens": 4, "do_sample": False, "attention_mask": torch.ones_like(ids)}
-        assert torch.equal(again.generate(ids, **greedy), loaded.generate(input_ids=ids, **greedy))
+        assert not torch.allclose(tuned(input_ids=ids).logits, fresh(ids).logits, atol=1e-2)
+    loaded, again = check_saved_and_merged(tuned, fresh, ids, tmp_path)
+    greedy = {"max_new_tokens": 4, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    assert torch.equal(again.generate(ids, **greedy), loaded.generate(input_ids=ids, **greedy))
 
 
 def test_sft_trainer_with_an_adapter_trains_the_adapter_alone(tmp_path):
@@ -186,15 +195,9 @@ def test_rows_learn_beside_an_adapter(with_row_optimizer, tmp_path):
     rows = learned_rows(tuned)
     assert (rows.weight != before).any(1).sum() > 10
     assert not rows.pending
-    ids = torch.from_numpy(tiny.corpus(20, 9))[None]
-    with torch.no_grad():
-        expected = tuned.eval()(input_ids=ids).logits
-        tuned.save_pretrained(tmp_path)
-        loaded = peft.PeftModel.from_pretrained(fresh, tmp_path).eval()
-        torch.testing.assert_close(loaded(input_ids=ids).logits, expected)
-        merged = tuned.merge_and_unload()
-        assert torch.equal(learned_rows(merged).weight, rows.weight)
-        torch.testing.assert_close(merged(ids).logits, expected, atol=1e-4, rtol=1e-4)
+    trained = rows.weight.detach().clone()
+    _, again = check_saved_and_merged(tuned.eval(), fresh, torch.from_numpy(tiny.corpus(20, 9))[None], tmp_path)
+    assert torch.equal(learned_rows(again).weight, trained)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
@@ -211,15 +214,6 @@ def test_added_tokens_learn_beside_an_adapter(kind, tmp_path):
         tuned(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    with torch.no_grad():
-        expected = tuned.eval()(input_ids=ids).logits
-        tuned.save_pretrained(tmp_path / "adapter")
-        loaded = peft.PeftModel.from_pretrained(fresh, tmp_path / "adapter").eval()
-        torch.testing.assert_close(loaded(input_ids=ids).logits, expected)
-        merged = tuned.merge_and_unload()
-        torch.testing.assert_close(merged(ids).logits, expected, atol=1e-4, rtol=1e-4)
-        merged.save_pretrained(tmp_path / "merged")
-        again = SconeForCausalLM.from_pretrained(tmp_path / "merged").eval()
-        torch.testing.assert_close(again(ids).logits, expected, atol=1e-4, rtol=1e-4)
+    _, again = check_saved_and_merged(tuned.eval(), fresh, ids, tmp_path)
     old = tiny.trunk(kind).get_input_embeddings().weight
     assert torch.equal(again.get_input_embeddings().weight[: tiny.VOCAB_SIZE], old)
