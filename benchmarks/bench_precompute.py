@@ -22,8 +22,8 @@ from common import Report, in_child, interleaved
 from workloads import f_grams_of, gpt2_tokens, gpt2_trunk, most_frequent
 
 from scone.inference.precompute import ROWS_PER_BATCH_UNIT, precompute_table
-from scone.models.f_gram_model import padded_f_gram_model
 from scone.models.language_model import SconeForCausalLM
+from scone.tests.models.padded_f_gram_model import padded_f_gram_model
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 
 VOCAB_SIZE, MAX_N = 16_384, 5

@@ -47,8 +47,7 @@ def pages() -> dict[str, str]:
 
 def options_page() -> str:
     """All options of the schema: flag, type, bounds, default, help, by section."""
-    from scone.configs.schema import SECTIONS
-    from scone.configs.values import entries, expectation
+    from scone.configs.schema import SECTIONS, entries, expectation
 
     lines = [
         "# Options",

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from scone.configs.presets import MODERN_RECIPE, MODERN_TRUNK
-from scone.configs.schema import SECTIONS, TRUNK_SIZES, SconeOptions
-from scone.configs.values import Entry, convert, entries, shortened, shown
+from scone.configs.schema import SECTIONS, TRUNK_SIZES, Entry, SconeOptions, convert, entries, shortened, shown
 from scone.utils.command_line import did_you_mean, is_first_process
 from scone.utils.errors import SconeError, library_refusal
 from scone.utils.files import atomic_path
@@ -247,9 +246,7 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
 
 def load_options(path: str | Path) -> SconeOptions:
     """The options in a YAML file over the defaults. Raises SconeError."""
-    options, notices = merge([Layer(str(path), flatten(load_yaml(path), str(path)))])
-    print_notices(notices)
-    return options
+    return from_mapping(load_yaml(path), str(path))
 
 
 def from_mapping(mapping: Mapping[str, Any], source: str = "") -> SconeOptions:

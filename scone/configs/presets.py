@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -53,25 +52,17 @@ MODERN_RECIPE: Mapping[str, Any] = MappingProxyType(
 """What is not given of these has these values where that trunk is trained from scratch (docs/experiments)."""
 
 
-@dataclass(frozen=True)
-class TrunkConfiguration:
-    """An architecture by its ``model_type`` in transformers and the ``fields`` of its configuration."""
-
-    model_type: str
-    fields: Mapping[str, Any]
+def _gpt2(width: int, layers: int, heads: int) -> dict[str, Any]:
+    return {"model_type": "gpt2", "n_embd": width, "n_layer": layers, "n_head": heads}
 
 
-def _gpt2(width: int, layers: int, heads: int) -> TrunkConfiguration:
-    return TrunkConfiguration("gpt2", {"n_embd": width, "n_layer": layers, "n_head": heads})
-
-
-def _sized(model_type: str, width: int, layers: int, heads: int, inner: int, **rest: Any) -> TrunkConfiguration:
+def _sized(model_type: str, width: int, layers: int, heads: int, inner: int, **rest: Any) -> dict[str, Any]:
     fields = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
-    return TrunkConfiguration(model_type, fields | {"intermediate_size": inner} | rest)
+    return {"model_type": model_type, **fields, "intermediate_size": inner, **rest}
 
 
 _MODERN = {"max_position_embeddings": 2048, "num_key_value_heads": 8, "head_dim": 64}
-TRUNK_CONFIGURATIONS: Mapping[str, TrunkConfiguration] = MappingProxyType(
+TRUNK_CONFIGURATIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "openai-community/gpt2": _gpt2(768, 12, 12),
         "openai-community/gpt2-medium": _gpt2(1024, 24, 16),
@@ -83,10 +74,12 @@ TRUNK_CONFIGURATIONS: Mapping[str, TrunkConfiguration] = MappingProxyType(
         f"scone/{MODERN_TRUNK}": _sized("qwen3", 512, 8, 8, 1408, **_MODERN),
     }
 )
-"""Hub name → architecture, for training from scratch where the hub cannot be reached. Others need it, or a folder."""
+"""Hub name → ``model_type`` in transformers and fields of its configuration, for training from scratch where the hub
+cannot be reached. Others need it, or a folder.
+"""
 
 
-def trunk_configuration(name: str) -> TrunkConfiguration | None:
+def trunk_configuration(name: str) -> Mapping[str, Any] | None:
     """The built-in architecture of a hub name or its short form ("gpt2"); None when there is none."""
     by_name = {full.lower(): trunk for full, trunk in TRUNK_CONFIGURATIONS.items()}
     by_short_name = {full.split("/")[1]: trunk for full, trunk in by_name.items()}

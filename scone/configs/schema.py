@@ -1,12 +1,19 @@
-"""Every option, declared once: name, type, default, help, unit, bounds. Flags, YAML and Hydra are derived from it."""
+"""Every option, declared once: name, type, default, help, unit, bounds; the flat list of them; a value's conversion.
+
+Flags, YAML and Hydra are derived from it.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import functools
+import math
+import typing
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from scone.utils.errors import SconeError
 from scone.utils.text import parse_bytes
 
 
@@ -19,24 +26,18 @@ class OptionInfo:
     minimum: float | None = None
     maximum: float | None = None
     choices: tuple[str, ...] | None = None
-    flag: str | None = None  # the flag's name, if it differs from the field's
     bare: str | None = None  # the value of a flag that is given without one
     check: Callable[[Any], object] | None = None  # raises SconeError on a bad value
 
 
 def option(default: Any, help: str, **info: Any) -> Any:
-    """A dataclass field that carries an :class:`OptionInfo` (read it with :func:`option_info`)."""
+    """A dataclass field that carries an :class:`OptionInfo`."""
     return field(default=default, metadata={"option": OptionInfo(help, **info)})
 
 
 def of_the_trunk(help: str, **info: Any) -> Any:
     """An option of the trunk's configuration, whose default is that of its base model."""
     return option(None, f"{help} (default: base_model_name's)", **info)
-
-
-def option_info(item: dataclasses.Field[Any]) -> OptionInfo | None:
-    """The information of a field made by :func:`option`; None for a nested group of options."""
-    return item.metadata.get("option")
 
 
 @dataclass
@@ -72,29 +73,22 @@ class DataOptions:
 class FGramModelOptions:
     """The f-gram model: the transformer that embeds f-grams."""
 
-    hidden_size: int | None = option(
-        None, "width of the f-gram model (default: the trunk's)", minimum=1, flag="f_gram_hidden_size"
-    )
+    hidden_size: int | None = option(None, "width of the f-gram model (default: the trunk's)", minimum=1)
     num_hidden_layers: int | None = option(
         0,
         "layers of the f-gram model (none: as many as the trunk; 0: no f-gram model, learned rows only)",
         minimum=0,
-        flag="f_gram_num_hidden_layers",
     )
     num_attention_heads: int | None = option(
-        None, "attention heads of the f-gram model (default: the trunk's)", minimum=1, flag="f_gram_num_attention_heads"
+        None, "attention heads of the f-gram model (default: the trunk's)", minimum=1
     )
     intermediate_size: int | None = option(
-        None,
-        "feed-forward width of the f-gram model (default: the trunk's)",
-        minimum=1,
-        flag="f_gram_intermediate_size",
+        None, "feed-forward width of the f-gram model (default: the trunk's)", minimum=1
     )
     token_embeddings: str = option(
         "shared",
         "shared: the f-gram model's input is the trunk's token embeddings; separate: it has its own",
         choices=("shared", "separate"),
-        flag="f_gram_token_embeddings",
     )
 
 
@@ -174,8 +168,6 @@ TRUNK_SIZES = [f"model.{item.name}" for item in dataclasses.fields(ModelOptions)
 
 
 def _check_max_steps(value: int) -> None:
-    from scone.utils.errors import SconeError
-
     if value == 0:
         raise SconeError("found 0; expected -1 (use --num_epochs) or at least 1; leave the option out")
 
@@ -264,3 +256,148 @@ class SconeOptions:
 
 
 SECTIONS = ("data", "model", "training", "inference")
+
+_BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+_NONES = ("none", "null")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One option: ``name`` is dotted ("model.f_gram.hidden_size"), ``type`` is bool, int, float or str."""
+
+    name: str
+    type: type
+    optional: bool  # None is a value
+    default: Any
+    info: OptionInfo
+
+    @property
+    def section(self) -> str:
+        return self.name.split(".", 1)[0]
+
+    @property
+    def flag(self) -> str:
+        return "_".join(self.name.split(".")[1:])
+
+
+@functools.cache
+def entries() -> dict[str, Entry]:
+    """Every option by its dotted name, in the order of the schema."""
+    return {entry.name: entry for entry in _entries_of(SconeOptions, "")}
+
+
+def _entries_of(group: type, prefix: str) -> Iterator[Entry]:
+    hints = typing.get_type_hints(group)
+    for item in dataclasses.fields(group):
+        name, hint, info = f"{prefix}{item.name}", hints[item.name], item.metadata.get("option")
+        if info is not None:
+            kinds = typing.get_args(hint) or (hint,)
+            yield Entry(name, kinds[0], type(None) in kinds, item.default, info)
+        elif dataclasses.is_dataclass(hint):
+            yield from _entries_of(hint, f"{name}.")  # type: ignore[arg-type]
+
+
+def convert(entry: Entry, value: Any, shown_as: str, from_text: bool = False) -> Any:
+    """``value`` as the option's type, within its bounds.
+
+    ``shown_as`` names the option in errors ("--max_n", "base.yaml: data.max_n"); ``from_text`` says that the value
+    was typed in a shell, where ``none`` is the only way to write None. Raises SconeError.
+    """
+    if from_text and entry.optional and isinstance(value, str) and value.lower() in _NONES:
+        value = None
+    if value is None and entry.optional:
+        return None
+    try:
+        converted: Any = _CONVERTERS[entry.type](entry, value)
+    except (TypeError, ValueError, OverflowError):
+        raise _refusal(entry, value, shown_as) from None
+    info, low, high = entry.info, entry.info.minimum, entry.info.maximum
+    if converted is not None and (
+        (info.choices is not None and converted not in info.choices)
+        or (low is not None and converted < low)
+        or (high is not None and converted > high)
+    ):
+        raise _refusal(entry, value, shown_as)
+    if entry.info.check is not None and converted is not None:
+        try:
+            entry.info.check(converted)
+        except SconeError as error:
+            raise SconeError(f"{shown_as}: {error}") from None
+    return converted
+
+
+def expectation(entry: Entry) -> str:
+    """What the option takes, in words: "a whole number of at least 2"."""
+    info = entry.info
+    if info.choices:
+        return "one of " + ", ".join(info.choices)
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[entry.type]
+    if info.minimum is not None and info.maximum is not None:
+        words += f" from {info.minimum:g} to {info.maximum:g}"
+    elif info.minimum is not None:
+        words += f" of at least {info.minimum:g}"
+    return words + (" or none" if entry.optional else "")
+
+
+def _refusal(entry: Entry, value: Any, shown_as: str) -> SconeError:
+    meaning = entry.info.help + (f" ({entry.info.unit})" if entry.info.unit else "")
+    hint = "; put it in quotes" if entry.type is str and not isinstance(value, (str, dict, list, type(None))) else ""
+    return SconeError(f"{shown_as}: found {shown(value)}; expected {expectation(entry)}{hint}; meaning: {meaning}")
+
+
+def shown(value: Any) -> str:
+    """A value that was found, as a message shows it: never longer than a line."""
+    if isinstance(value, str) and value and " " not in value:
+        return shortened(value)
+    try:
+        return shortened(repr(value))
+    except ValueError:  # a number that Python refuses to write out
+        return f"a {type(value).__name__}"
+
+
+def shortened(text: str) -> str:
+    """``text``, its middle left out where it is longer than 200 characters."""
+    return text if len(text) <= 200 else f"{text[:150]} … {text[-30:]}"
+
+
+def _to_bool(entry: Entry, value: Any) -> bool:
+    if str(value).lower() not in _BOOLEANS:
+        raise ValueError(value)
+    return _BOOLEANS[str(value).lower()]
+
+
+def _to_int(entry: Entry, value: Any) -> int:
+    if isinstance(value, (bool, bytes)):
+        raise ValueError(value)
+    if isinstance(value, int):
+        return value
+    if isinstance(value, str):
+        try:
+            return int(value)
+        except ValueError:
+            value = float(value)  # "1e6" is a whole number too
+    if not isinstance(value, float) or value != math.floor(value):
+        raise ValueError(value)
+    return int(value)
+
+
+def _to_float(entry: Entry, value: Any) -> float:
+    if not isinstance(value, (int, float, str)) or isinstance(value, bool):
+        raise ValueError(value)
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(value)
+    return number
+
+
+def _to_text(entry: Entry, value: Any) -> str | None:
+    if entry.info.bare is not None and isinstance(value, bool):
+        return entry.info.bare if value else None  # `resume_from_checkpoint: true` in a file
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)  # a configuration named 2020
+    if not isinstance(value, str) or not value:
+        raise ValueError(value)
+    return value
+
+
+_CONVERTERS = {bool: _to_bool, int: _to_int, float: _to_float, str: _to_text}

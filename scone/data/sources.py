@@ -25,8 +25,8 @@ from scone.data.readers import (
     unknown_column,
 )
 from scone.data.splits import ALL, SPLITS, split_of_name, split_of_path, split_of_single_file, split_rule
+from scone.utils.environment import why_hub_is_unreachable
 from scone.utils.errors import SconeError, library_refusal
-from scone.utils.hub import why_hub_is_unreachable
 
 STDLIB = "python-stdlib"
 """The built-in corpus: the sources of the running interpreter's standard library, which are on every machine."""

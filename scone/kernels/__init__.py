@@ -1,1 +1,1 @@
-"""The hot loops, each with a plain reference beside it."""
+"""The hot loops. Their reference implementations are in ``scone/tests/kernels/reference.py``."""

@@ -1,12 +1,13 @@
-"""Attention of trie nodes to their ancestors on the CPU: one pass over the nodes, forward and backward.
+"""Attention of trie nodes to their ancestors, as an operator; on the CPU one pass over the nodes each way.
 
 At a few ancestors a node, plain tensor operations spend their time on gathered copies; here every key and value is read
 where it lies. Each thread works on heads of its own, so nothing is summed by two threads and the result does not depend
-on how many there are. The reference implementations are in ``reference``.
+on how many there are.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -23,71 +24,9 @@ VALUES_PER_THREAD = 1 << 17
 _FAST = {"reassoc", "contract", "arcp", "nsz"}
 
 
-def attention_forward(
-    num_threads: int, query: np.ndarray, key: np.ndarray, value: np.ndarray, ancestors: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Softmax attention of M nodes to the places on their paths.
-
-    Args:
-        num_threads: at most so many threads share the heads.
-        query: ``[M, heads, d]``, float32 or float64, the last two dimensions contiguous, as for key and value.
-        key: ``[U, heads, d]``.
-        value: ``[U, heads, d]``.
-        ancestors: int64 ``[M, N]``, node m's ancestor at each depth; its own place from its own depth on.
-
-    Returns:
-        Output ``[M, heads, d]`` and the weights ``[M, heads, N]`` for the backward pass (0 beyond a node's depth).
-    """
-    num_nodes, heads, size = query.shape
-    output = np.empty((num_nodes, heads * size), query.dtype)
-    weights = np.zeros((num_nodes, heads, ancestors.shape[1]), query.dtype)
-    inputs = [*_flat(query), *_flat(key), *_flat(value), ancestors, query.dtype.type(size**-0.5)]
-    run_in_parts(_forward, [*inputs, output, weights], heads, min(num_threads, query.size // VALUES_PER_THREAD))
-    return output.reshape(query.shape), weights
-
-
-def attention_backward(
-    num_threads: int,
-    grad_output: np.ndarray,
-    query: np.ndarray,
-    key: np.ndarray,
-    value: np.ndarray,
-    weights: np.ndarray,
-    ancestors: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Gradients of query ``[M, heads, d]``, key and value ``[U, heads, d]``, from that of the output and the weights
-    that the forward pass returned.
-    """
-    width = query.shape[1] * query.shape[2]
-    grad_query = np.empty((len(query), width), query.dtype)
-    grad_key, grad_value = np.zeros((len(key), width), key.dtype), np.zeros((len(value), width), value.dtype)
-    inputs = [*_flat(grad_output), *_flat(query), *_flat(key), *_flat(value), weights, ancestors]
-    inputs += [query.dtype.type(query.shape[2] ** -0.5), grad_query, grad_key, grad_value]
-    run_in_parts(_backward, inputs, query.shape[1], min(num_threads, query.size // VALUES_PER_THREAD))
-    return grad_query.reshape(query.shape), grad_key.reshape(key.shape), grad_value.reshape(value.shape)
-
-
-def _flat(array: np.ndarray) -> tuple[np.ndarray, int]:
-    """The memory of ``array`` [rows, heads, d] from its first value on, and the values from row to row.
-
-    Rows may lie apart (queries, keys and values come out of one projection), which a compiler that sees a strided
-    array would take as a reason not to vectorise.
-    """
-    rows, heads, size = array.shape
-    item = array.itemsize
-    if not array.size:
-        return np.empty(0, array.dtype), 0
-    wanted = (size * item if heads > 1 else array.strides[1], item if size > 1 else array.strides[2])
-    assert array.strides[1:] == wanted, f"heads must be contiguous: {array.strides=} {array.shape=}"
-    step = array.strides[0] // item
-    length = (rows - 1) * step + heads * size
-    return np.lib.stride_tricks.as_strided(array, (length,), (item,)), step
-
-
 @njit(cache=True, nogil=True, fastmath=_FAST)
-def _forward(
-    query, query_step, key, key_step, value, value_step, ancestors, scale, output, weights, first_head, last_head
-):
+def _forward(queries, keys, values, ancestors, scale, output, weights, first_head, last_head):
+    (query, query_step), (key, key_step), (value, value_step) = queries, keys, values
     size = output.shape[1] // weights.shape[1]
     zero = scale - scale
     for node in range(len(output)):
@@ -125,23 +64,10 @@ def _forward(
 
 @njit(cache=True, nogil=True, fastmath=_FAST)
 def _backward(
-    grad_output,
-    grad_step,
-    query,
-    query_step,
-    key,
-    key_step,
-    value,
-    value_step,
-    weights,
-    ancestors,
-    scale,
-    grad_query,
-    grad_key,
-    grad_value,
-    first_head,
-    last_head,
+    gradients, queries, keys, values, weights, ancestors, scale, grad_query, grad_key, grad_value, first_head, last_head
 ):
+    (query, query_step), (key, key_step), (value, value_step) = queries, keys, values
+    grad_output, grad_step = gradients
     size = grad_query.shape[1] // weights.shape[1]
     zero = scale - scale
     grad_scores = np.empty(ancestors.shape[1], weights.dtype)
@@ -182,14 +108,11 @@ def ancestor_attention(query: Tensor, key: Tensor, value: Tensor, ancestors: Ten
     """Scaled dot-product attention of M trie nodes to their ancestors and themselves, which are among U nodes.
 
     Args:
-        query: ``[M, heads, d]``.
-        key: ``[U, heads, d]``.
-        value: ``[U, heads, d]``.
+        query: ``[M, heads, d]``; key and value: ``[U, heads, d]``.
         ancestors: int64 ``[M, N]``, node m's ancestor at depth j for j below its own depth, its own place from there.
 
     Returns:
-        ``[M, heads, d]``. Reference implementation: ``padded_ancestor_attention``. Gathers are recomputed in the
-        backward pass, so the memory kept for it is the inputs and the weights ``[M, heads, N]``.
+        ``[M, heads, d]``. The memory kept for the backward pass is the inputs and the weights ``[M, heads, N]``.
     """
     if query.device.type != "cpu" and not _has_triton_kernel(query):
         return padded_ancestor_attention(query, key, value, ancestors)
@@ -198,7 +121,9 @@ def ancestor_attention(query: Tensor, key: Tensor, value: Tensor, ancestors: Ten
 
 
 def padded_ancestor_attention(query: Tensor, key: Tensor, value: Tensor, ancestors: Tensor) -> Tensor:
-    """Reference of ``ancestor_attention``: gathers N places of every node, masks those beyond its depth."""
+    """The same on devices without a kernel, and the kernels' reference: gathers N places of every node, masks those
+    beyond its depth.
+    """
     wide = torch.promote_types(query.dtype, torch.float32)
     scores = torch.einsum("uhd,ujhd->uhj", query.to(wide), key[ancestors].to(wide)) * query.shape[-1] ** -0.5
     beyond = torch.nn.functional.pad(ancestors.diff(dim=1) == 0, (1, 0))  # a node's own place once more
@@ -206,17 +131,39 @@ def padded_ancestor_attention(query: Tensor, key: Tensor, value: Tensor, ancesto
     return torch.einsum("uhj,ujhd->uhd", weights, value[ancestors].to(wide)).to(value.dtype)
 
 
+def _run(kernel: Any, query: Tensor, flat: Iterable[Tensor], whole: Iterable[Tensor], out: Iterable[Tensor]) -> None:
+    """Call ``kernel`` with the memory of the tensors ``flat``, other inputs, the scale, and ``out``; heads in parts."""
+    arguments = [*map(_memory_of, flat), *(tensor.numpy() for tensor in whole)]
+    scale = query.numpy().dtype.type(query.shape[2] ** -0.5)
+    parts = min(torch.get_num_threads(), query.numel() // VALUES_PER_THREAD)
+    run_in_parts(kernel, [*arguments, scale, *(tensor.numpy() for tensor in out)], query.shape[1], parts)
+
+
+def _memory_of(tensor: Tensor) -> tuple[np.ndarray, int]:
+    """The memory of ``tensor`` [rows, heads, d] from its first value on, and the values from row to row.
+
+    Rows may lie apart (queries, keys and values come out of one projection), which a compiler that sees a strided
+    array would take as a reason not to vectorise.
+    """
+    rows, heads, size = tensor.shape
+    if not tensor.numel():
+        return tensor.flatten().numpy(), 0
+    step = tensor.stride(0)
+    return tensor.as_strided(((rows - 1) * step + heads * size,), (1,)).numpy(), step
+
+
 @torch.library.custom_op("scone::ancestor_attention", mutates_args=())
 def _attention(query: Tensor, key: Tensor, value: Tensor, ancestors: Tensor) -> tuple[Tensor, Tensor]:
-    """The output, and the weights ``[M, heads, N]`` as the implementation's own backward pass wants them."""
+    """The output, and the weights ``[M, heads, N]`` for the backward pass, 0 beyond a node's depth."""
     dtype = query.dtype
     query, key, value = _with_whole_heads(query, key, value)
     if _has_triton_kernel(query):
         from scone.kernels.ancestor_attention_triton import attention_forward_triton
 
         return attention_forward_triton(query, key, value, ancestors)
-    arrays = [tensor.numpy() for tensor in (query, key, value, ancestors)]
-    output, weights = map(torch.from_numpy, attention_forward(torch.get_num_threads(), *arrays))
+    output = torch.empty(query.shape, dtype=query.dtype)
+    weights = torch.zeros((*query.shape[:2], ancestors.shape[1]), dtype=query.dtype)
+    _run(_forward, query, (query, key, value), (ancestors,), (output.flatten(1), weights))
     return output.to(dtype), weights
 
 
@@ -225,14 +172,15 @@ def _attention_backward(
     grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, weights: Tensor, ancestors: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value."""
-    inputs: Any = [*_with_whole_heads(grad_output, query, key, value), weights, ancestors]
+    dtype = query.dtype
+    inputs = [*_with_whole_heads(grad_output, query, key, value), weights, ancestors]
     if _has_triton_kernel(query):
         from scone.kernels.ancestor_attention_triton import attention_backward_triton
 
         return attention_backward_triton(*inputs)
-    gradients = attention_backward(torch.get_num_threads(), *(tensor.numpy() for tensor in inputs))
-    of_query, of_key, of_value = (torch.from_numpy(gradient).to(query.dtype) for gradient in gradients)
-    return of_query, of_key, of_value
+    gradients = [torch.zeros(tensor.shape, dtype=tensor.dtype) for tensor in inputs[1:4]]
+    _run(_backward, inputs[1], inputs[:4], inputs[4:], [gradient.flatten(1) for gradient in gradients])
+    return gradients[0].to(dtype), gradients[1].to(dtype), gradients[2].to(dtype)
 
 
 @_attention.register_fake

@@ -14,18 +14,9 @@ _NODES = 16
 
 
 def attention_forward_triton(query: Tensor, key: Tensor, value: Tensor, ancestors: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax attention of M nodes to the places on their paths, and the weights for the backward pass.
+    """Output ``[M, heads, d]`` and fp32 weights ``[M, heads, N]``, 0 beyond a node's depth, as `ancestor_attention`.
 
-    Args:
-        query: ``[M, heads, d]`` fp32, fp16 or bf16 on a CUDA device, the last two dimensions contiguous, as for key
-            and value; sums are fp32.
-        key: ``[U, heads, d]``.
-        value: ``[U, heads, d]``.
-        ancestors: int64 ``[M, N]``, node m's ancestor at each depth; its own place from its own depth on.
-
-    Returns:
-        Output ``[M, heads, d]`` and fp32 weights ``[M, heads, N]``, 0 beyond a node's depth. The reference is
-        ``padded_ancestor_attention``.
+    Query, key and value are fp32, fp16 or bf16, their last two dimensions contiguous; sums are fp32.
     """
     num_nodes, heads, size = query.shape
     output = query.new_empty(query.shape)

@@ -43,17 +43,7 @@ def gather_rows_triton(
 
 
 @triton.jit
-def _gather(
-    source,
-    ranks,
-    out,
-    row_length,
-    width,
-    group_size,
-    num_groups,
-    row_type: tl.constexpr,
-    block: tl.constexpr,
-):
+def _gather(source, ranks, out, row_length, width, group_size, num_groups, row_type: tl.constexpr, block: tl.constexpr):
     i = tl.program_id(0).to(tl.int64)
     j = tl.program_id(1) * block + tl.arange(0, block)
     inside = j < width

@@ -215,14 +215,6 @@ def _table_shift(table):
 
 
 @njit(nogil=True, cache=True)
-def histogram_counts(counts, histogram):
-    """Add how many ``counts`` uint64 [K] have each size to ``histogram`` int64 [H]; its last element takes the rest."""
-    last = np.uint64(histogram.size - 1)
-    for i in range(counts.size):
-        histogram[min(counts[i], last)] += 1
-
-
-@njit(nogil=True, cache=True)
 def keys_of_remainders(remainders, partition, inverse, key_bits, remainder_bits):
     """Undo the shuffle: the keys uint64 [K] of one partition's ``remainders`` [K]."""
     mask = _low_bits(key_bits)

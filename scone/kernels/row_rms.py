@@ -1,4 +1,4 @@
-"""Row-RMS on the CPU: one step of the learned rows that a batch touched, in place and in one pass."""
+"""Row-RMS: one step of the learned rows that a batch touched, in place; on the CPU in one pass, as on a GPU."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from scone.kernels.common import run_in_parts
+from scone.kernels.common import run_in_parts, triton_is_installed
 
 VALUES_PER_THREAD = 1 << 18
 """Below this many values a further thread costs more than it saves."""
@@ -15,30 +15,28 @@ _U = np.uint32
 
 
 def update_rows(
-    num_threads: int,
-    weight: np.ndarray,
-    sums: np.ndarray,
-    visits: np.ndarray,
-    row_ids: np.ndarray,
-    gradients: np.ndarray,
-    columns: np.ndarray,
+    weight: Tensor,
+    sums: Tensor,
+    visits: Tensor,
+    row_ids: Tensor,
+    gradients: Tensor,
+    columns: Tensor,
+    mean: Tensor,
     *,
-    mean: float,
     prior: float,
     learning_rate: float,
     key: int = 0,
     stride: int = 1,
     first: int = 0,
 ) -> None:
-    """Move the distinct rows ``row_ids`` int64 [n] against ``gradients`` float32 [n, D].
+    """Move the distinct rows ``row_ids`` int64 [n] against ``gradients`` float32 [n, D], all on one device.
 
     Args:
-        num_threads: at most so many share the rows.
-        weight: float32 [R, D], or uint16, the bits of bfloat16, which are rounded stochastically; changed in place.
+        weight: [R, D], changed in place; bfloat16 is rounded stochastically. May lie in pinned memory of the host.
         sums: float32 [R], of each row's second moments over its visits, changed in place.
         visits: float32 [R], changed in place.
         columns: float32 [D], second moments of the columns, mean one, above zero.
-        mean: the second moment of a mean row.
+        mean: float32 [1], the second moment of a mean row.
         prior: how many visits ``mean`` counts for.
         learning_rate: the root mean square of a mean step.
         key: `rounding_key` of the step. Where ``weight`` is a share, its row r is number r · ``stride`` + ``first`` of
@@ -46,32 +44,44 @@ def update_rows(
 
     Reference implementation: ``reference.rms_rows``; of the rounding, `rounded_stochastically`.
     """
-    factors = (1.0 / columns).astype(np.float32)
-    numbers = [np.float32(number) for number in (prior * mean, prior, learning_rate)]
-    place = (weight.dtype == np.uint16, _U(key), np.uint64(stride), np.uint64(first))
-    arguments = [weight, sums, visits, row_ids, gradients, factors, np.sqrt(factors), *numbers, *place]
-    run_in_parts(_update, arguments, len(row_ids), min(num_threads, gradients.size // VALUES_PER_THREAD))
+    has_kernel = weight.dtype in (torch.float32, torch.bfloat16)
+    if gradients.device.type == "cpu" and has_kernel:
+        is_rounded = weight.dtype == torch.bfloat16
+        factors = columns.reciprocal()
+        tensors = (weight.view(torch.uint16) if is_rounded else weight, sums, visits, row_ids, gradients, factors)
+        rule = (np.float32(prior * mean.item()), np.float32(prior), np.float32(learning_rate))
+        noise = (is_rounded, _U(key), np.uint64(stride), np.uint64(first))
+        arguments = [*(tensor.numpy() for tensor in (*tensors, factors.sqrt())), rule, noise]
+        parts = min(torch.get_num_threads(), gradients.numel() // VALUES_PER_THREAD)
+        run_in_parts(_update, arguments, len(row_ids), parts)
+    elif gradients.device.type == "cuda" and has_kernel and triton_is_installed():
+        from scone.kernels.row_rms_triton import update_rows_triton
+
+        update_rows_triton(
+            *(weight, sums, visits, row_ids, gradients, columns, mean),
+            prior=prior,
+            learning_rate=learning_rate,
+            key=key,
+            stride=stride,
+            first=first,
+        )
+    else:
+        visits.index_add_(0, row_ids, visits.new_ones(len(row_ids)))
+        sums.index_add_(0, row_ids, (gradients.square() / columns).mean(1))
+        variance = (prior * mean + sums[row_ids]) / (prior + visits[row_ids])
+        steps = torch.where(variance > 0, learning_rate * variance.rsqrt(), 0.0)
+        moves = gradients * steps[:, None] / columns.sqrt()
+        if weight.dtype == torch.bfloat16:
+            numbers = row_ids * stride + first
+            weight[row_ids] = rounded_stochastically(weight[row_ids].float() - moves, numbers, key)
+        else:
+            weight.index_add_(0, row_ids, moves.to(weight.dtype), alpha=-1.0)
 
 
 @njit(cache=True, nogil=True)
-def _update(
-    weight,
-    sums,
-    visits,
-    row_ids,
-    gradients,
-    factors,
-    roots,
-    prior_sum,
-    prior,
-    rate,
-    is_rounded,
-    key,
-    stride,
-    offset,
-    first,
-    last,
-):
+def _update(weight, sums, visits, row_ids, gradients, factors, roots, rule, noise, first, last):
+    prior_sum, prior, rate = rule
+    is_rounded, key, stride, offset = noise
     width = weight.shape[1]
     for index in range(first, last):
         row = row_ids[index]

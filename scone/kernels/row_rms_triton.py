@@ -11,29 +11,16 @@ from scone.kernels.common import launching_on
 
 
 def update_rows_triton(
-    weight: Tensor,
-    sums: Tensor,
-    visits: Tensor,
-    row_ids: Tensor,
-    gradients: Tensor,
-    columns: Tensor,
-    mean: Tensor,
-    *,
-    prior: float,
-    learning_rate: float,
-    key: int = 0,
-    stride: int = 1,
-    first: int = 0,
+    *tensors: Tensor, prior: float, learning_rate: float, key: int = 0, stride: int = 1, first: int = 0
 ) -> None:
-    """As ``row_rms.update_rows``, which see; everything on one device, ``mean`` float32 of one element. ``weight`` is
-    float32 or bfloat16, and may lie in pinned memory of the host.
-    """
+    """As ``row_rms.update_rows``, which see."""
+    weight, _, _, row_ids, *_ = tensors
     width = weight.shape[1]
     if not len(row_ids):
         return
     with launching_on(row_ids.device):
         _update[(len(row_ids),)](
-            *(weight, sums, visits, row_ids, gradients, columns, mean),
+            *tensors,
             *(width, float(prior), float(learning_rate)),
             *(key - (key >> 31 << 32), stride, first),  # as int32, so that every step has the same kernel
             is_rounded=weight.dtype == torch.bfloat16,

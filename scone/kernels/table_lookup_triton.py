@@ -1,15 +1,17 @@
-"""Match f-grams and put their rows in place of token embeddings in one kernel (Triton): nothing waits for the host."""
+"""Match f-grams and put their rows in place of token embeddings in one kernel (Triton): nothing waits for the host.
+
+Two kernels, over the same parts: of a batch with its past, and of requests of any lengths, one behind another.
+"""
 
 from __future__ import annotations
 
-from typing import Any
-
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from scone.kernels.child_index import BUCKET
+from scone.kernels.child_index import BUCKET, ChildIndex
 from scone.kernels.common import GPUReadableRows, launching_on
 from scone.kernels.dequantize_triton import decoded, typed_rows
 from scone.kernels.longest_match import FIRST_BIT
@@ -23,30 +25,17 @@ _MIX_FACTOR: tl.constexpr = tl.constexpr(0xD6E8FEB86659FD93)
 
 
 @triton.jit
-def longest_match(
-    keys,
-    slots,
-    num_f_grams,
-    num_buckets,
-    rank_bits,
-    max_probes,
-    vocab_size,
-    tokens,
-    past,
-    column,
-    past_length,
-    longest: tl.constexpr,
-    context_size: tl.constexpr,
-):
+def _longest_match(index, tokens, past, column, past_length, longest: tl.constexpr, context_size: tl.constexpr):
     """Rank of the longest f-gram ending at ``column`` of one sequence, int64; -1 for none, and at padding.
 
-    ``tokens`` and ``past`` point at the sequence's first; ``context_size`` ≥ ``longest`` is a power of two. What they
-    are says `table_lookup_triton.TableKernel`.
+    ``tokens`` and ``past`` point at the sequence's first, as in `DeviceLookup`; ``context_size`` ≥ ``longest`` is a
+    power of two. ``index``: f-grams' keys, slots, number of f-grams, of buckets, rank bits, most probes, V.
     """
     context, known = _context(tokens, past, column, past_length, longest, context_size)
     # Walk b begins b tokens back and comes here through the prefixes, under which the vocabulary is closed. All walk at
     # the same time: how long this takes is how many reads must wait for one another.
     back = tl.arange(0, context_size)
+    vocab_size = index[6]
     is_token = (context >= 0) & (context < vocab_size)
     growing = (back == 0) | ((back <= known) & (back < longest) & is_token)
     node = context
@@ -54,9 +43,7 @@ def longest_match(
         ahead = back - 1 - step
         token = tl.sum(tl.where(back[None, :] == ahead[:, None], context[None, :], 0), 1)
         moving = growing & (ahead >= 0)
-        rank = _find_child(
-            keys, slots, num_f_grams, num_buckets, rank_bits, max_probes, node, token, moving, context_size
-        )
+        rank = _find_child(index, node, token, moving, context_size)
         growing = growing & ((ahead < 0) | (rank >= 0))
         node = tl.where(moving, vocab_size + rank, node)
     best = tl.max(tl.where(growing, back, 0), 0)
@@ -65,14 +52,7 @@ def longest_match(
 
 
 @triton.jit
-def _context(
-    tokens,
-    past,
-    column,
-    past_length,
-    longest: tl.constexpr,
-    context_size: tl.constexpr,
-):
+def _context(tokens, past, column, past_length, longest: tl.constexpr, context_size: tl.constexpr):
     """Tokens int64 ``[context_size]``, the own first, then those before it; and how many before it are known.
 
     They are read ``context_size`` at a time, nearest first; padding is stepped over, and the first of an example is the
@@ -100,19 +80,9 @@ def _context(
 
 
 @triton.jit
-def _find_child(
-    keys,
-    slots,
-    num_f_grams,
-    num_buckets,
-    rank_bits,
-    max_probes,
-    prefix,
-    token,
-    searching,
-    size: tl.constexpr,
-):
+def _find_child(index, prefix, token, searching, size: tl.constexpr):
     """Ranks of the f-grams (``prefix``, ``token``), -1 for none and where not ``searching``; a bucket at a time."""
+    keys, slots, num_f_grams, num_buckets, rank_bits, max_probes, _ = index
     mixed = prefix.to(tl.uint64) * _PREFIX_FACTOR + token.to(tl.uint64) * _TOKEN_FACTOR
     hashed = (mixed ^ (mixed >> 32)) * _MIX_FACTOR
     bucket = (((hashed >> 32) * num_buckets.to(tl.uint64)) >> 32).to(tl.int64)
@@ -140,86 +110,114 @@ def _find_child(
 
 _BLOCK = 1024
 """Numbers of a row that the four warps of a program write at a time."""
+_STARTS = 256
+"""Beginnings of requests that a program compares with its place at a time."""
 
 
-class TableKernel:
-    """Looks tokens up in a table, with everything on one CUDA device or within its reach.
+class DeviceLookup:
+    """Finds the longest f-gram that ends at each position and reads its row, all on one CUDA device or in its reach.
 
-    Attributes: ``counts``, int64 ``[2]`` on the device: positions looked up and rows written so far. The kernel counts.
-    ``constants`` and ``choices``: what kernels that look up in this table take last, as `_look_up` does.
+    No token is checked, for which the host would have to wait: one outside 0 … V − 1 is in no f-gram.
+
+    Attributes: ``counts``, int64 ``[2]`` on the device: positions looked up and rows read so far.
     """
 
     def __init__(
-        self,
-        keys: Tensor,
-        slots: Tensor,
-        rank_bits: int,
-        max_probes: int,
-        vocab_size: int,
-        longest: int,
-        rows: GPUReadableRows,
+        self, index: ChildIndex, vocab_size: int, longest: int, rows: GPUReadableRows, device: torch.device
     ) -> None:
         """
         Args:
-            keys: int32 ``[S, 2]``, the bits of uint32: prefix node and last token of every rank.
-            slots: int32 ``[M]``, the bits of uint32; with ``rank_bits`` and ``max_probes`` the index of `child_index`.
+            index: of f-grams with uint32 keys.
             longest: N ≥ 2, the length of the longest f-gram.
             rows: of all ranks.
         """
-        self.counts = torch.zeros(2, dtype=torch.int64, device=keys.device)
+        # uint32 as int32, which PyTorch does more with; the bits are the same
+        keys, slots = (torch.from_numpy(part.view(np.int32).copy()).to(device) for part in (index.keys, index.slots))
+        self.counts = torch.zeros(2, dtype=torch.int64, device=device)
+        self._is_empty = not len(keys)  # for which Triton compiles no kernel
         near = typed_rows(rows.near, rows.row_type)
         far = near if rows.far is None else typed_rows(rows.far, rows.row_type)
         group_size = max(rows.group_size, 1)
-        self.constants: tuple[Any, ...] = (
-            *(keys, slots, len(keys), len(slots) // BUCKET, rank_bits, max_probes, vocab_size),
+        block = min(_BLOCK, triton.next_power_of_2(rows.width))
+        # what both kernels take
+        self._constants = (
+            *(keys, slots, len(keys), len(slots) // BUCKET, index.rank_bits, index.max_probes, vocab_size),
             *(near, far, len(near), near.shape[1], rows.width, group_size, triton.cdiv(rows.width, group_size)),
             self.counts,
         )
-        block = min(_BLOCK, triton.next_power_of_2(rows.width))
-        is_float = near.dtype != torch.uint8
-        self.choices: tuple[Any, ...] = (
+        self._choices = (
             *(longest, triton.next_power_of_2(longest)),
-            *("" if is_float else rows.row_type, triton.cdiv(rows.width, block), block),
+            *("" if near.dtype != torch.uint8 else rows.row_type, triton.cdiv(rows.width, block), block),
         )
 
     def __call__(
-        self,
-        vectors: Tensor,
-        tokens: Tensor,
-        past: Tensor | None,
-        places: Tensor | None,
-        output: Tensor,
-        found: Tensor,
-    ) -> None:
-        """Write the row of each position at which an f-gram ends into ``output``, and the vectors of all others.
+        self, vectors: Tensor, tokens: Tensor, past: Tensor | None = None, places: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Vectors with the row of each position at which an f-gram ends in place of its own, and which these are.
 
         Args:
-            vectors: float ``[B, T, D]``, contiguous; ``output`` alike, of another memory.
+            vectors: float ``[B, T, D]``.
             tokens: int64 ``[B, T]``. Padding is its complement (-1 − token): it is not there, and the tokens on both
-                sides of it are neighbours. A token with ``FIRST_BIT`` has none before it. None is checked: one outside
-                0 … V − 1 is in no f-gram.
+                sides of it are neighbours. A token with ``FIRST_BIT`` has none before it.
             past: int64 ``[B, P]``, the tokens before those, likewise.
             places: int64 ``[]`` on the device: only the first ``places`` tokens of ``past`` are there (None: all).
-            found: bool ``[B, T]``, whether a row was written.
 
-        Reference implementation: `reference.longest_matches` of each sequence without its padding, and
-        `RowFormat.decode`.
+        Returns:
+            ``[B, T, D]`` and bool ``[B, T]``. Reference implementation: `reference.longest_matches` of each sequence
+            without its padding, and `RowFormat.decode`.
         """
-        num_programs = tokens.numel()
-        if not num_programs:
-            return
+        output = torch.empty_like(vectors, memory_format=torch.contiguous_format)
+        found = torch.empty(tokens.shape, dtype=torch.bool, device=tokens.device)
+        if self._is_empty or not tokens.numel():
+            return output.copy_(vectors), found.zero_()
         tokens, token_row = _with_row_stride(tokens)
         past_, past_row, past_length = tokens, 0, 0
         if past is not None and past.shape[1]:
             past_, past_row = _with_row_stride(past)
             past_length = past.shape[1]
         with launching_on(vectors.device):
-            _look_up[num_programs,](
-                *(vectors, output, found.view(torch.uint8), tokens, past_, tokens.shape[1], past_length),
+            _look_up[tokens.numel(),](
+                *(vectors.contiguous(), output, found.view(torch.uint8), tokens, past_, tokens.shape[1], past_length),
                 *(token_row, past_row, self.counts if places is None else places),
-                *self.constants,
+                *self._constants,
                 places is not None,
-                *self.choices,
+                *self._choices,
+                num_warps=4,
+            )
+        return output, found
+
+    def look_up_ragged(
+        self,
+        vectors: Tensor,
+        output: Tensor,
+        tokens: Tensor,
+        query_starts: Tensor,
+        slots: Tensor,
+        histories: Tensor,
+        num_computed: Tensor,
+    ) -> None:
+        """The same of a step of continuous batching, into ``output``. Nothing is copied together first.
+
+        Args:
+            vectors: float ``[P, D]``, contiguous; ``output`` alike, of another memory.
+            tokens: integers ``[P]``, the new tokens of R requests, one request behind another.
+            query_starts: integers ``[R + 1]``, where each begins, and where the last one ends; what is behind it is
+                padding, and keeps its vectors.
+            slots: integers ``[R]``, where each request's history is.
+            histories: integers ``[M, L]``, tokens of request slots from their first one on; those that count are
+            num_computed: integers ``[M]``, how many there were before the new ones.
+        """
+        if self._is_empty or not len(vectors):
+            output.copy_(vectors)
+            return
+        assert histories.stride(1) == 1, "a request's tokens lie side by side"
+        with launching_on(vectors.device):
+            _look_up_ragged[len(vectors),](
+                *(vectors, output, tokens, query_starts, slots, histories, num_computed),
+                *(len(slots), histories.stride(0)),
+                *self._constants,
+                *self._choices,
+                starts_size=_STARTS,
                 num_warps=4,
             )
 
@@ -280,60 +278,84 @@ def _look_up(
         past_length = tl.load(places)
     if place == 0:
         tl.atomic_add(counts, tl.num_programs(0).to(tl.int64), sem="relaxed")
-    rank = longest_match(
-        keys,
-        slots,
-        num_f_grams,
-        num_buckets,
-        rank_bits,
-        max_probes,
-        vocab_size,
-        tokens + sequence * token_row,
-        past + sequence * past_row,
-        column,
-        past_length,
-        longest,
-        context_size,
-    )
+    index = (keys, slots, num_f_grams, num_buckets, rank_bits, max_probes, vocab_size)
+    at, before = tokens + sequence * token_row, past + sequence * past_row
+    rank = _longest_match(index, at, before, column, past_length, longest, context_size)
     tl.store(found + place, (rank >= 0).to(tl.uint8))
-    place_vector(
-        output,
-        vectors,
-        place,
-        rank,
-        near,
-        far,
-        num_near,
-        row_length,
-        width,
-        group_size,
-        num_groups,
-        counts,
-        row_type,
-        num_blocks,
-        block,
-    )
+    rows = (near, far, num_near, row_length, width, group_size, num_groups)
+    _place_vector(output, vectors, place, rank, rows, counts, row_type, num_blocks, block)
 
 
-@triton.jit
-def place_vector(
-    output,
+@triton.jit(
+    do_not_specialize=[
+        *("num_requests", "history_stride"),
+        *("num_f_grams", "num_buckets", "rank_bits", "max_probes", "vocab_size", "num_near"),
+    ],
+    do_not_specialize_on_alignment=["tokens", "query_starts", "slots", "histories"],
+)
+def _look_up_ragged(
     vectors,
-    place,
-    rank,
+    output,
+    tokens,
+    query_starts,
+    slots,
+    histories,
+    num_computed,
+    num_requests: tl.int64,
+    history_stride: tl.int64,
+    keys,
+    slots_of_index,
+    num_f_grams: tl.int64,
+    num_buckets: tl.int64,
+    rank_bits: tl.int64,
+    max_probes: tl.int64,
+    vocab_size: tl.int64,
     near,
     far,
-    num_near,
+    num_near: tl.int64,
     row_length,
     width,
     group_size,
     num_groups,
     counts,
+    longest: tl.constexpr,
+    context_size: tl.constexpr,
     row_type: tl.constexpr,
     num_blocks: tl.constexpr,
     block: tl.constexpr,
+    starts_size: tl.constexpr,
 ):
-    """Write the row of ``rank`` to ``output`` at ``place``, or for -1 the vector that is there in ``vectors``."""
+    place = tl.program_id(0).to(tl.int64)
+    if place == 0:
+        tl.atomic_add(counts, tl.num_programs(0).to(tl.int64), sem="relaxed")
+    # the requests that end before this place are those in front of its own
+    request = tl.full((), 0, tl.int64)
+    first = 0
+    while first < num_requests:
+        number = first + 1 + tl.arange(0, starts_size)
+        ends = tl.load(query_starts + number, mask=number <= num_requests, other=2147483647).to(tl.int64)
+        request += tl.sum((ends <= place).to(tl.int64), 0)
+        first += starts_size
+    rank = tl.full((), -1, tl.int64)
+    if request < num_requests:
+        begin = tl.load(query_starts + request).to(tl.int64)
+        slot = tl.load(slots + request).to(tl.int64)
+        index = (keys, slots_of_index, num_f_grams, num_buckets, rank_bits, max_probes, vocab_size)
+        history, num_before = histories + slot * history_stride, tl.load(num_computed + slot).to(tl.int64)
+        rank = _longest_match(index, tokens + begin, history, place - begin, num_before, longest, context_size)
+    rows = (near, far, num_near, row_length, width, group_size, num_groups)
+    _place_vector(output, vectors, place, rank, rows, counts, row_type, num_blocks, block)
+
+
+@triton.jit
+def _place_vector(
+    output, vectors, place, rank, rows, counts, row_type: tl.constexpr, num_blocks: tl.constexpr, block: tl.constexpr
+):
+    """Write the row of ``rank`` to ``output`` at ``place``, or for -1 the vector that is there in ``vectors``.
+
+    ``rows``: the two blocks, how many rows the first has, numbers of a stored row, D, those of a group, groups.
+    """
+    near, far, num_near, row_length, width, group_size, num_groups = rows
     target = output + place * width
     if rank >= 0:
         tl.atomic_add(counts + 1, 1, sem="relaxed")

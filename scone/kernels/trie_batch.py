@@ -47,12 +47,7 @@ class TrieBatch:
 
 
 def build_trie_batch(
-    nodes: np.ndarray,
-    keys: np.ndarray,
-    suffixes: np.ndarray,
-    vocab_size: int,
-    max_n: int,
-    num_rows: int = 0,
+    nodes: np.ndarray, keys: np.ndarray, suffixes: np.ndarray, vocab_size: int, max_n: int, num_rows: int = 0
 ) -> TrieBatch:
     """The trie batch of ``nodes`` (any shape, integers in 0..V+S-1), the reference implementation of which is
     ``reference.trie_batch``.
@@ -62,22 +57,23 @@ def build_trie_batch(
     """
     flat = np.ascontiguousarray(nodes, dtype=np.int64).reshape(-1)
     position_index, f_grams = _distinct_f_grams(flat, vocab_size)
-    if not len(
-        f_grams
-    ):  # one unused f-gram, or a lone token where the vocabulary is empty, keeps every parameter in use
+    if not len(f_grams):
+        # one unused f-gram, or a lone token where the vocabulary is empty, keeps every parameter in use
         f_grams = np.array([vocab_size if len(keys) else 0], dtype=np.int64)
     node_ids, depths, parents = _prefix_closure(f_grams, keys, vocab_size)
     order, offsets = _sort_by_depth(depths, max_n)
     ancestors, place = _ancestors(order, depths, parents, max_n)
     f_gram_order, f_gram_offsets = _sort_by_depth(depths[: len(f_grams)], max_n)
     f_grams = f_grams[f_gram_order]
+    number = np.zeros(len(f_grams) + 1, np.int64)  # what each is called after they were put in order; 0 stays
+    number[1 + f_gram_order] = np.arange(1, len(number))
     ids = node_ids[order]
     is_f_gram = ids >= vocab_size
     tokens = ids.copy()
     tokens[is_f_gram] = keys[ids[is_f_gram] - vocab_size, 1]
     row_ids, row_chains = _row_chains(f_grams, suffixes, vocab_size, max_n, num_rows)
     return TrieBatch(
-        position_index=_renumber(position_index, f_gram_order).reshape(nodes.shape),
+        position_index=number[position_index].reshape(nodes.shape),
         f_grams=f_grams,
         f_gram_index=place[f_gram_order],
         f_gram_offsets=f_gram_offsets.tolist(),
@@ -212,15 +208,6 @@ def _ancestors(order: np.ndarray, depths: np.ndarray, parents: np.ndarray, max_n
             ancestors[new, :depth] = ancestors[place[parents[old]], :depth]
         ancestors[new, depth:] = new
     return ancestors, place
-
-
-@njit(cache=True)
-def _renumber(position_index: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """``position_index`` after the f-grams were put into ``order``."""
-    number = np.zeros(len(order) + 1, np.int64)
-    for new in range(len(order)):
-        number[1 + order[new]] = 1 + new
-    return number[position_index]
 
 
 @njit(cache=True)

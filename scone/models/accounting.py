@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from typing import Any
 
 import torch
@@ -145,31 +145,27 @@ class RunCost:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.positions = 0
-        self.length = 0
-        self._matched: torch.Tensor | int = 0
-        self._nodes: list[float] = []
-        self._f_grams: list[float] = []
+        self._counts: dict[str, Any] = {"positions": 0, "length": 0, "matched": 0, "nodes": [], "f_grams": []}
 
     def count(self, inputs: Mapping[str, Any]) -> None:
         """Add a training batch. Matches stay on the device, so that nothing waits for it."""
-        self.positions += inputs["input_ids"].numel()
-        self.length = max(self.length, inputs["input_ids"].shape[1])
+        counts = self._counts
+        counts["positions"] += inputs["input_ids"].numel()
+        counts["length"] = max(counts["length"], inputs["input_ids"].shape[1])
         if isinstance(self.model, SconeForCausalLM):
             trie = inputs["trie"]
-            self._matched = self._matched + trie["position_index"].count_nonzero()
-            self._nodes = _sum(self._nodes, _by_depth(trie["depth_offsets"]))
-            self._f_grams = _sum(self._f_grams, _by_depth(trie["f_gram_offsets"]))
+            counts["matched"] = counts["matched"] + trie["position_index"].count_nonzero()
+            for name, offsets in (("nodes", trie["depth_offsets"]), ("f_grams", trie["f_gram_offsets"])):
+                by_depth = [float(after - before) for before, after in pairwise(offsets)]
+                counts[name] = [sum(pair) for pair in zip_longest(counts[name], by_depth, fillvalue=0.0)]
 
     def counts(self) -> dict[str, Any]:
         """What was added up so far, JSON-ready: for a checkpoint."""
-        counted = {"positions": self.positions, "length": self.length, "matched": int(self._matched)}
-        return counted | {"nodes": self._nodes, "f_grams": self._f_grams}
+        return self._counts | {"matched": int(self._counts["matched"])}
 
     def go_on_from(self, counts: Mapping[str, Any]) -> None:
         """Go on from the `counts` of a checkpoint."""
-        self.positions, self.length, self._matched = (counts[name] for name in ("positions", "length", "matched"))
-        self._nodes, self._f_grams = list(counts["nodes"]), list(counts["f_grams"])
+        self._counts = dict(counts)
 
     def to_dict(self, recomputed: bool = False) -> dict[str, Any]:
         """Operations per token, and of a SCONE model what it matched and computed per position; JSON-ready.
@@ -177,27 +173,18 @@ class RunCost:
         ``recomputed``: with gradient checkpointing. Serving costs the trunk's forward operations alone: the input
         embedding is a row read. Attention counts whole blocks, as ``trunk_forward_flops`` says.
         """
-        model = self.model
+        model, counts = self.model, self.counts()
         trunk_config: Any = model.trunk.config if isinstance(model, EmbeddedTrunk) else model.config
-        trunk = trunk_forward_flops(trunk_config, self.length)
+        trunk = trunk_forward_flops(trunk_config, counts["length"])
         figures: dict[str, Any] = {"inference_flops_per_token": trunk, "f_gram_flops_per_token": 0.0}
         if isinstance(model, SconeForCausalLM):
-            nodes = [count / self.positions for count in self._nodes]
-            f_grams = [count / self.positions for count in self._f_grams]
+            nodes, f_grams = ([count / counts["positions"] for count in counts[name]] for name in ("nodes", "f_grams"))
             figures["f_gram_flops_per_token"] = input_embedding_flops(model.config, nodes, f_grams)  # type: ignore[arg-type]
             figures |= {
-                "match_rate": int(self._matched) / self.positions,
+                "match_rate": counts["matched"] / counts["positions"],
                 "nodes_per_position": sum(nodes),
                 "nodes_per_position_by_depth": nodes,
                 "f_grams_per_position_by_depth": f_grams,
             }
         forward = trunk + figures["f_gram_flops_per_token"]
         return figures | {"training_flops_per_token": training_flops(forward, recomputed)}
-
-
-def _sum(left: list[float], right: list[float]) -> list[float]:
-    return [a + b for a, b in zip(left, right, strict=True)] if left else right
-
-
-def _by_depth(offsets: list[int]) -> list[float]:
-    return [float(after - before) for before, after in pairwise(offsets)]

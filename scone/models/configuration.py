@@ -33,7 +33,10 @@ class FGramModelConfig:
         if self.num_hidden_layers < 1:
             raise ValueError(f"{self.num_hidden_layers=} must be at least 1")
         if self.hidden_size % self.num_attention_heads:
-            raise ValueError(f"{self.hidden_size=} must be a multiple of {self.num_attention_heads=}")
+            raise SconeError(
+                f"found an f-gram model of width {self.hidden_size} with {self.num_attention_heads} heads; expected a "
+                "multiple of the heads; give --f_gram_hidden_size and --f_gram_num_attention_heads"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -124,14 +127,10 @@ class SconeConfig(EmbeddedTrunkConfig):
         stated = vars(self) | (self.f_gram_model or {})
         for name, usual in {"rows_backoff": True, "control": "none", "output_norm": True, "output_gain": True}.items():
             if stated.get(name, usual) != usual:
-                raise _gone(name, stated[name])
-
-
-def _gone(name: str, value: object) -> SconeError:
-    return SconeError(
-        f"found a model with {name} {value}, which this version cannot compute; expected a table of its rows; serve it "
-        "from the table that was made with it, or use the version that trained it"
-    )
+                raise SconeError(
+                    f"found a model with {name} {stated[name]}, which this version cannot compute; expected a table of "
+                    "its rows; serve it from the table that was made with it, or use the version that trained it"
+                )
 
 
 class OverEncodingConfig(EmbeddedTrunkConfig):

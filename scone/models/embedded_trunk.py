@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from scone.utils.files import give_umask_mode
 class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
     """``trunk``, an ordinary causal language model, whose input vectors come from a layer of ours.
 
-    A subclass gives ``vectors_of``, and the layer.
+    A subclass has the layer, and ``vectors_of`` of it.
     """
 
     config_class = EmbeddedTrunkConfig
@@ -48,14 +48,24 @@ class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
         self.input_norm = nn.RMSNorm(self._token_weight().shape[1], eps=1e-6) if config.input_norm else None
         self._body: list[TrunkBody] = []  # in a list it is no part of the model: its parts are ours
 
-    @abstractmethod
+    @classmethod
+    def from_trunk(cls, trunk: PreTrainedModel, **settings: Any) -> Self:
+        """A model around ``trunk``, which keeps its weights; ``settings`` are its configuration's."""
+        # a copy: building the composite resets fields of its part
+        config = cls.config_class(text_config=copy.deepcopy(trunk.config), **settings)
+        model = cls(config, trunk=trunk)
+        model.generation_config = trunk.generation_config
+        return model
+
     def vectors_of(
         self, input_ids: Tensor, tokens: Tensor, history: TokenHistory | None, trie: dict[str, Any] | None
     ) -> Tensor:
-        """Input vectors ``[B, T, D]``, not scaled yet, of ``input_ids`` that follow ``history``.
+        """Input vectors ``[B, T, D]``, not scaled yet, of ``input_ids`` that follow ``history``: here T of each token.
 
         ``tokens`` are the same as `marked` writes them; ``trie`` is what the data loader has looked up already.
         """
+        vectors: Tensor = self.get_input_embeddings()(input_ids)
+        return vectors
 
     def embed(
         self,
@@ -111,6 +121,10 @@ class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
         if kwargs.get("is_main_process", True):
             write_remote_code(Path(save_directory), *names.values())
             give_umask_mode(Path(save_directory), "*.safetensors")
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, LearnedRows):
+            module.reset()
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has a body of its own."""
@@ -240,16 +254,17 @@ class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
     def _run(
         self,
         part: Any,
-        input_ids: Tensor | None,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        cache: Cache | None,
-        inputs_embeds: Tensor | None,
-        trie: dict[str, Any] | None,
-        token_mask: Tensor | None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        trie: dict[str, Any] | None = None,
+        token_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """The output of ``part``, the trunk or its body, for our input vectors; arguments are those of `forward`."""
+        cache = past_key_values
         if input_ids is None:
             raise ValueError("found no input_ids; expected tokens" if inputs_embeds is None else _NO_TOKENS)
         if "write_index" in kwargs:
@@ -298,22 +313,10 @@ class TrunkBody(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        trie: dict[str, Any] | None = None,
-        token_mask: Tensor | None = None,
-        return_dict: bool | None = None,
-        **kwargs: Any,
-    ) -> Any:
+    def forward(self, *args: Any, return_dict: bool | None = None, **kwargs: Any) -> Any:
         """``last_hidden_state`` ``[B, T, D]`` and what else the trunk's body gives; see `EmbeddedTrunk.forward`."""
         model = self.model
-        inputs = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, trie, token_mask)
-        return model._returned(model._run(model.trunk.base_model, *inputs, **kwargs), return_dict)
+        return model._returned(model._run(model.trunk.base_model, *args, **kwargs), return_dict)
 
     def get_decoder(self) -> nn.Module:
         return self

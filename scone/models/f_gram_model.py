@@ -128,28 +128,3 @@ def unit_rms(hidden: Tensor) -> Tensor:
     return nn.functional.rms_norm(
         hidden.to(torch.promote_types(hidden.dtype, torch.float32)), hidden.shape[-1:], eps=1e-6
     )
-
-
-def padded_f_gram_model(model: FGramModel, token_vectors: Tensor, lengths: Tensor) -> Tensor:
-    """The paper's way, oracle and peer of ``FGramModel.forward``: every f-gram runs alone, padded to N tokens.
-
-    Args:
-        model: the f-gram model.
-        token_vectors: ``[M, N, D]`` trunk embeddings of each f-gram's tokens, anything beyond its length.
-        lengths: int64 ``[M]``, tokens in each f-gram.
-
-    Returns:
-        ``[M, D]``, as ``FGramModel.forward``.
-    """
-    num_f_grams, max_n = token_vectors.shape[:2]
-    hidden = model.map_in(token_vectors) + model.positions.weight[:max_n]
-    for block in model.blocks:
-        assert isinstance(block, FGramBlock)
-        projected = block.attention_in(block.attention_norm(hidden))
-        query, key, value = projected.view(num_f_grams, max_n, 3, block.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        mixed = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
-        hidden = hidden + block.attention_out(mixed.transpose(1, 2).reshape(num_f_grams, max_n, -1))
-        inner = nn.functional.gelu(block.feed_forward_in(block.feed_forward_norm(hidden)), approximate="tanh")
-        hidden = hidden + block.feed_forward_out(inner)
-    last = hidden[torch.arange(num_f_grams, device=hidden.device), lengths - 1]
-    return unit_rms(model.map_out(last))

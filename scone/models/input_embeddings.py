@@ -6,7 +6,6 @@ The gain and the rows start at zero, so an untrained SCONE is its trunk, bit for
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,9 +14,6 @@ from torch import Tensor, nn
 
 from scone.models.f_gram_model import FGramModel, unit_rms
 from scone.models.learned_rows import LearnedRows
-from scone.models.table_lookup import BY_DEVICE, BY_HOST, RowSource, TableLookup
-from scone.models.token_history import TokenHistory
-from scone.tokenization.matcher import Matcher
 
 
 class FGramInputEmbedding(nn.Module):
@@ -52,7 +48,7 @@ class FGramInputEmbedding(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Start at the plain trunk, or at random where f-grams' vectors replace their tokens'."""
+        """Start at the plain trunk (rows are zero), or at random where f-grams' vectors replace their tokens'."""
         if self.f_gram_model is not None:
             self.f_gram_model.init_weights()
         if self.gain is not None:
@@ -60,8 +56,6 @@ class FGramInputEmbedding(nn.Module):
         if self.gate is not None:
             nn.init.zeros_(self.gate.weight)
             nn.init.zeros_(self.gate.bias)
-        if self.rows is not None:
-            self.rows.reset()
 
     def forward(self, token_ids: Tensor, token_embedding: nn.Module, trie: Mapping[str, Any]) -> Tensor:
         """Vectors of a batch of positions.
@@ -97,34 +91,3 @@ class FGramInputEmbedding(nn.Module):
             seen = torch.cat([unit_rms(last_tokens), unit_rms(total)], dim=-1)
             total = total * (2 * torch.sigmoid(self.gate(seen)))
         return total
-
-
-class TableInputEmbedding(nn.Module):
-    """The serving layer: a matched position reads one precomputed row, any other its token's own embedding."""
-
-    def __init__(self, table: RowSource, matcher: Matcher) -> None:
-        super().__init__()
-        self.table = table
-        self._lookup = TableLookup(table, matcher)
-        # what a compiled call guards on
-        self._handle, self._is_by_device = self._lookup.handle, self._lookup.on_device is not None
-
-    def forward(self, vectors: Tensor, tokens: Tensor, history: TokenHistory | None) -> Tensor:
-        """Token embeddings ``[B, T, D]`` of ``tokens`` int64 ``[B, T]``, as `marked` writes them → input vectors."""
-        past = (None, None, None) if history is None else (history.all(), history.places, history.count)
-        operator = BY_DEVICE if self._is_by_device else BY_HOST
-        output, _ = operator(vectors, tokens, *past, self._handle)
-        return output  # type: ignore[no-any-return]
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> TableInputEmbedding:
-        """A copy makes a lookup of its own: it holds compiled kernels, which cannot be copied."""
-        return TableInputEmbedding(copy.deepcopy(self.table, memo), self._lookup.matcher)
-
-    @property
-    def accelerator_index_bytes(self) -> int:
-        """Accelerator memory that finding f-grams takes there: 0 where the host does it."""
-        return 0 if self._lookup.on_device is None else self._lookup.on_device.nbytes
-
-    def reads(self) -> list[Tensor]:
-        """See `TableLookup.reads`."""
-        return self._lookup.reads()

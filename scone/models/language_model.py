@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.cache_utils import Cache
 from transformers.utils import cached_file
 
 from scone.kernels.trie_batch import build_trie_batch
 from scone.models.configuration import SconeConfig, weights_fingerprint
 from scone.models.embedded_trunk import EmbeddedTrunk
 from scone.models.f_gram_model import FGramBlock, FGramModel
-from scone.models.input_embeddings import FGramInputEmbedding, TableInputEmbedding
+from scone.models.input_embeddings import FGramInputEmbedding
 from scone.models.learned_rows import LearnedRows
-from scone.models.table_lookup import RowSource, find_with
-from scone.models.token_history import TokenHistory, known_past, marked
+from scone.models.table_lookup import RowSource, TableLookup, find_with
+from scone.models.token_history import TokenHistory, marked
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 from scone.tokenization.matcher import Matcher
 from scone.utils.errors import SconeError
@@ -41,7 +39,7 @@ class SconeForCausalLM(EmbeddedTrunk):
     def __init__(self, config: SconeConfig, trunk: PreTrainedModel | None = None) -> None:
         super().__init__(config, trunk)
         self.f_gram_embedding: FGramInputEmbedding | None = None
-        self.table_embedding: TableInputEmbedding | None = None
+        self.table_embedding: TableLookup | None = None
         self.vocabulary: FGramVocabulary | None = None
         self.matcher: Matcher | None = None
         # the layers that sharding and device maps take as one
@@ -64,43 +62,33 @@ class SconeForCausalLM(EmbeddedTrunk):
     # ------------------------------------------------------------------ building, loading, saving
 
     @classmethod
-    def from_trunk(
+    def from_trunk(  # type: ignore[override]
         cls,
         trunk: PreTrainedModel,
         vocabulary: FGramVocabulary,
         *,
         f_gram_model: dict | None,
         learned_rows: int = 0,
-        combination: str = "add",
-        embedding_scale: float = 1.0,
-        input_norm: bool = False,
-    ) -> SconeForCausalLM:
+        **settings: Any,
+    ) -> Self:
         """A SCONE model around ``trunk``, which keeps its weights. ``learned_rows`` is capped at the number of f-grams.
-        For the rest see ``SconeConfig``.
+        ``settings``: ``combination``, ``rows_dtype``, ``embedding_scale`` and ``input_norm`` of `SconeConfig`.
 
         Raises SconeError when the vocabulary was counted for another number of tokens, or nothing would be learned.
         """
         rows = min(learned_rows, vocabulary.num_f_grams)
         if f_gram_model is None and rows == 0:
-            raise SconeError(
-                "found neither an f-gram model nor learned rows; expected at least one; "
-                "give --f_gram_num_hidden_layers or --learned_rows, or train the plain model with "
-                "--use_f_gram_embeddings false"
-            )
-        config = SconeConfig(
-            text_config=copy.deepcopy(trunk.config),  # building the composite resets fields of its part
+            raise SconeError("found neither an f-gram model nor learned rows; expected at least one; give one")
+        model = super().from_trunk(
+            trunk,
             f_gram_model=f_gram_model,
             learned_rows=rows,
-            combination=combination,
-            embedding_scale=embedding_scale,
-            input_norm=input_norm,
             max_n=vocabulary.max_n,
             num_f_grams=vocabulary.num_f_grams,
             vocabulary_fingerprint=vocabulary.fingerprint,
+            **settings,
         )
-        model = cls(config, trunk=trunk)
         model.set_vocabulary(vocabulary)
-        model.generation_config = trunk.generation_config
         return model
 
     @classmethod
@@ -185,7 +173,7 @@ class SconeForCausalLM(EmbeddedTrunk):
                 f"expected {expected[0]} rows of width {expected[1]}; precompute it again from this model"
             )
         assert self.matcher is not None, "a table belongs to a vocabulary: call set_vocabulary"
-        self.table_embedding = TableInputEmbedding(table, self.matcher)
+        self.table_embedding = TableLookup(table, self.matcher)
 
     def table_fingerprints(self) -> dict[str, str]:
         """What a table made from this model must carry: the f-gram vocabulary, and the weights that rows depend on.
@@ -198,6 +186,7 @@ class SconeForCausalLM(EmbeddedTrunk):
         return {"vocabulary": self.vocabulary.fingerprint, "weights": weights}
 
     def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
         if isinstance(module, FGramInputEmbedding):
             module.init_weights()
 
@@ -226,14 +215,9 @@ class SconeForCausalLM(EmbeddedTrunk):
             trie = self.trie_of(self._nodes_of(tokens, history))
         return self.f_gram_embedding(input_ids, self.get_input_embeddings(), trie)
 
-    @property
-    def accelerator_index_bytes(self) -> int:
-        """Accelerator memory that finding f-grams takes there: 0 where the host does it."""
-        return 0 if self.table_embedding is None else self.table_embedding.accelerator_index_bytes
-
-    def match(self, input_ids: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> np.ndarray:
-        """Node ids int64 ``[B, T]``: the longest f-gram ending at each position, which may begin in the cached past."""
-        return self._nodes_of(marked(input_ids, mask), known_past(cache))
+    def match(self, input_ids: Tensor, mask: Tensor | None = None) -> np.ndarray:
+        """Node ids int64 ``[B, T]``: the longest f-gram ending at each position."""
+        return self._nodes_of(marked(input_ids, mask), None)
 
     def _nodes_of(self, tokens: Tensor, history: TokenHistory | None) -> np.ndarray:
         assert self.matcher is not None, "the model has no f-gram vocabulary: call set_vocabulary"

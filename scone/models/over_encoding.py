@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -32,10 +31,6 @@ class OverEncodingEmbedding(nn.Module):
     def __init__(self, config: OverEncodingConfig, width: int) -> None:
         super().__init__()
         self.rows = LearnedRows(config.num_rows, width, getattr(torch, config.rows_dtype))
-        self.init_weights()
-
-    def init_weights(self) -> None:
-        self.rows.reset()
 
     def forward(self, token_ids: Tensor, token_embedding: nn.Module, lookups: Mapping[str, Any]) -> Tensor:
         """``token_ids`` int64 [B, T] and what ``HashedGrams.lookups`` found for them → ``[B, T, D]``."""
@@ -55,32 +50,6 @@ class OverEncodingForCausalLM(EmbeddedTrunk):
         self.hashed_embedding = OverEncodingEmbedding(config, width)
         self.grams = HashedGrams(config.num_rows, tuple(config.separator_ids))
         self.post_init()
-
-    @classmethod
-    def from_trunk(
-        cls,
-        trunk: PreTrainedModel,
-        *,
-        num_rows: int,
-        separator_ids: Sequence[int] = (),
-        embedding_scale: float = 1.0,
-        input_norm: bool = False,
-    ) -> OverEncodingForCausalLM:
-        """A model around ``trunk``, which keeps its weights."""
-        config = OverEncodingConfig(
-            text_config=copy.deepcopy(trunk.config),  # building the composite resets fields of its part
-            num_rows=num_rows,
-            separator_ids=sorted(int(separator) for separator in separator_ids),
-            embedding_scale=embedding_scale,
-            input_norm=input_norm,
-        )
-        model = cls(config, trunk=trunk)
-        model.generation_config = trunk.generation_config
-        return model
-
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, OverEncodingEmbedding):
-            module.init_weights()
 
     @torch.compiler.disable(reason="the number of distinct hashed rows of a batch depends on the tokens")
     def vectors_of(

@@ -19,8 +19,7 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor
 
-from scone.models.learned_rows import LearnedRows
-from scone.models.row_shards import RowShards
+from scone.models.learned_rows import LearnedRows, RowShards
 from scone.utils.files import atomic_path, read_json, write_json
 
 ROWS_FOLDER = "rows"
@@ -70,12 +69,12 @@ def load_shares(folder: Path, tensors: Mapping[str, Tensor], shards: RowShards) 
                     share[(ids[ours] // shards.world_size).to(share.device)] = block[ours].to(share)
 
 
-def saved_shape(folder: Path, name: str = "weight") -> tuple[int, ...]:
-    """Of all shares of ``name`` together, ``(R, …)``."""
+def saved_shape(folder: Path) -> tuple[int, ...]:
+    """Of all shares of the weight together, ``(R, D)``."""
     shapes = []
     for path in _files(folder):
         with safe_open(path, "pt") as file:
-            shapes.append(file.get_slice(name).get_shape())
+            shapes.append(file.get_slice("weight").get_shape())
     return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
 

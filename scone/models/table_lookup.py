@@ -7,20 +7,24 @@ the compiler takes for a constant.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import weakref
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from scone.kernels.common import GPUReadableRows, to_device, triton_is_installed
 from scone.kernels.longest_match import FIRST_BIT
-from scone.models.token_history import check_count
+from scone.models.token_history import TokenHistory, check_count
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 from scone.tokenization.matcher import Matcher
+
+if TYPE_CHECKING:
+    from scone.kernels.table_lookup_triton import DeviceLookup
 
 LARGEST_SHARE = 0.02
 """Of an accelerator's memory that the index may take (about 15 bytes an f-gram): beyond it, the host matches."""
@@ -42,14 +46,15 @@ class RowSource(Protocol):
         ...
 
 
-class TableLookup:
-    """Looks tokens up in ``table``, by the f-grams of ``matcher``.
+class TableLookup(nn.Module):
+    """The serving layer: a matched position reads one precomputed row, any other keeps its token's own embedding.
 
-    Attributes: ``handle``, by which the operator finds it while it lives; ``device``, the table's; ``on_device``, what
-    looks up there by itself, None where the host has to.
+    Looks tokens up in ``table``, by the f-grams of ``matcher``. Attributes: ``handle``, by which the operator finds it
+    while it lives; ``device``, the table's; ``on_device``, what looks up there by itself, None where the host has to.
     """
 
     def __init__(self, table: RowSource, matcher: Matcher) -> None:
+        super().__init__()
         self.table, self.matcher = table, matcher
         vocabulary, device = matcher.vocabulary, table.device
         if device.type == "cuda" and device.index is None:
@@ -57,13 +62,27 @@ class TableLookup:
         self.device = device
         # now, since within a compiled call its memory would belong to the call
         rows = table.gpu_rows(device)
-        fits = rows is not None and DeviceLookup.fits(vocabulary, device)
-        self.on_device = DeviceLookup(vocabulary, rows, device) if rows is not None and fits else None
+        self.on_device: DeviceLookup | None = None
+        if rows is not None and fits_on(device, vocabulary):
+            from scone.kernels.table_lookup_triton import DeviceLookup
+
+            self.on_device = DeviceLookup(vocabulary.index, vocabulary.vocab_size, vocabulary.longest, rows, device)
+        self.is_by_device = self.on_device is not None  # what a compiled call guards on, as on the handle
         self.handle = next(_HANDLES)
         _LOOKUPS[self.handle] = self
         self._num_positions = self._num_rows = 0
 
-    def __call__(self, vectors: Tensor, tokens: Tensor, *history: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(self, vectors: Tensor, tokens: Tensor, history: TokenHistory | None) -> Tensor:
+        """Token embeddings ``[B, T, D]`` of ``tokens`` int64 ``[B, T]``, as `marked` writes them → input vectors."""
+        past = (None, None, None) if history is None else (history.all(), history.places, history.count)
+        output, _ = (BY_DEVICE if self.is_by_device else BY_HOST)(vectors, tokens, *past, self.handle)
+        return output  # type: ignore[no-any-return]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TableLookup:
+        """A copy looks up by itself: this one holds compiled kernels, which cannot be copied."""
+        return TableLookup(copy.deepcopy(self.table, memo), self.matcher)
+
+    def look_up(self, vectors: Tensor, tokens: Tensor, *history: Tensor | None) -> tuple[Tensor, Tensor]:
         """As `table_lookup`."""
         if self.on_device is not None and vectors.device == self.device:
             return self.on_device(vectors, tokens, *history[:2])
@@ -93,54 +112,12 @@ class TableLookup:
         return counts if self.on_device is None else [*counts, self.on_device.counts.clone()]
 
 
-class DeviceLookup:
-    """Finds the longest f-gram that ends at each position, as `Matcher` does, and reads its row, on one device.
-
-    Attributes: ``nbytes``, the accelerator memory that its index of f-grams takes; ``counts``, int64 ``[2]`` on the
-    device: positions looked up and rows read so far.
-    """
-
-    def __init__(self, vocabulary: FGramVocabulary, rows: GPUReadableRows, device: torch.device) -> None:
-        from scone.kernels.table_lookup_triton import TableKernel
-
-        assert vocabulary.keys.dtype == np.uint32, "nodes beyond 32 bits are matched on the host"
-        index = vocabulary.index
-        keys, slots = _bits(vocabulary.keys, device), _bits(index.slots, device)
-        numbers = (index.rank_bits, index.max_probes, vocabulary.vocab_size, vocabulary.longest)
-        self._is_empty = not len(vocabulary.keys)  # for which Triton compiles no kernel
-        self._kernel = TableKernel(keys, slots, *numbers, rows)
-        self.nbytes = keys.nbytes + slots.nbytes
-        self.counts = self._kernel.counts
-
-    @staticmethod
-    def fits(vocabulary: FGramVocabulary, device: torch.device) -> bool:
-        """Whether the index can and may lie on ``device``: a CUDA device with Triton, and memory to spare."""
-        if device.type != "cuda" or not triton_is_installed() or vocabulary.keys.dtype != np.uint32:
-            return False
-        size = vocabulary.keys.nbytes + vocabulary.index.slots.nbytes
-        return size <= LARGEST_SHARE * torch.cuda.get_device_properties(device).total_memory
-
-    def __call__(
-        self, vectors: Tensor, tokens: Tensor, past: Tensor | None = None, places: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """As `table_lookup`. Tokens are not checked (the host would have to wait for that): one outside the vocabulary
-        is in no f-gram.
-        """
-        output = torch.empty_like(vectors, memory_format=torch.contiguous_format)
-        found = torch.empty(tokens.shape, dtype=torch.bool, device=tokens.device)
-        if self._is_empty:
-            return output.copy_(vectors), found.zero_()
-        self._kernel(vectors.contiguous(), tokens, past, places, output, found)
-        return output, found
-
-    def look_up_ragged(self, vectors: Tensor, output: Tensor, *requests: Tensor) -> None:
-        """As `ragged_lookup_triton.look_up_ragged`, whose last arguments are ``requests``."""
-        from scone.kernels.ragged_lookup_triton import look_up_ragged
-
-        if self._is_empty:
-            output.copy_(vectors)
-        else:
-            look_up_ragged(self._kernel, vectors, output, *requests)
+def fits_on(device: torch.device, vocabulary: FGramVocabulary) -> bool:
+    """Whether the index can and may lie on ``device``: a CUDA device with Triton, and memory to spare."""
+    if device.type != "cuda" or not triton_is_installed() or vocabulary.keys.dtype != np.uint32:
+        return False
+    size = vocabulary.keys.nbytes + vocabulary.index.slots.nbytes
+    return size <= LARGEST_SHARE * torch.cuda.get_device_properties(device).total_memory
 
 
 _LOOKUPS: weakref.WeakValueDictionary[int, TableLookup] = weakref.WeakValueDictionary()
@@ -166,7 +143,7 @@ def table_lookup(
     Returns:
         ``[B, T, D]`` and bool ``[B, T]``.
     """
-    return _LOOKUPS[handle](vectors, tokens, past, places, count)
+    return _LOOKUPS[handle].look_up(vectors, tokens, past, places, count)
 
 
 def _fake(vectors: Tensor, tokens: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
@@ -202,11 +179,6 @@ def find_with(matcher: Matcher) -> Find:
         return matcher.match(tokens, None if valid.all() else valid, starts=starts if starts.any() else None)
 
     return find
-
-
-def _bits(array: np.ndarray, device: torch.device) -> Tensor:
-    """uint32 as int32, which PyTorch does more with; the bits are the same."""
-    return torch.from_numpy(array.view(np.int32).copy()).to(device)
 
 
 Find = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]

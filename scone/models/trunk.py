@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +17,9 @@ from scone.configs.schema import ModelOptions
 from scone.models.configuration import EmbeddedTrunkConfig
 from scone.tokenization.gguf_files import load_arguments, unpacked
 from scone.tokenization.tokenizers import vocabulary_size
-from scone.utils.errors import SconeError
-from scone.utils.hub import why_hub_is_unreachable
+from scone.utils.command_line import one_line
+from scone.utils.environment import why_hub_is_unreachable
+from scone.utils.errors import SconeError, library_refusal
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +39,7 @@ TRUNK_SIZE_FIELDS: dict[str, tuple[str, ...]] = {
 }
 
 
-def build_trunk(options: ModelOptions, tokenizer: PreTrainedTokenizerBase | None, dtype: Any = None) -> PreTrainedModel:
+def build_trunk(options: ModelOptions, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedModel:
     """A trunk for ``tokenizer``: random weights (``init="scratch"``, seeded by the caller) or pretrained ones.
 
     From scratch the embedding has exactly the tokenizer's tokens; a pretrained one keeps its own size.
@@ -48,7 +47,7 @@ def build_trunk(options: ModelOptions, tokenizer: PreTrainedTokenizerBase | None
     name has no built-in configuration, or the tokenizer has more tokens than a pretrained trunk.
     """
     if options.init == "pretrained":
-        return _pretrained(options, tokenizer, dtype)
+        return _pretrained(options, tokenizer)
     config = trunk_configuration(options)
     if tokenizer is not None:
         config.vocab_size = vocabulary_size(tokenizer)
@@ -109,10 +108,11 @@ def longest_sequence(config: PreTrainedConfig) -> int | None:
     return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
 
 
-def _pretrained(options: ModelOptions, tokenizer: PreTrainedTokenizerBase | None, dtype: Any) -> PreTrainedModel:
+def _pretrained(options: ModelOptions, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedModel:
     name = options.base_model_name
     where = load_arguments(name)
-    try:
+    advice = "expected a folder, or a hub name with the hub in reach; give a folder, or train with --init scratch"
+    with library_refusal(f"cannot load pretrained weights of {name!r}", advice):
         config = AutoConfig.from_pretrained(**where, local_files_only=_only_local(name))
         if isinstance(config, EmbeddedTrunkConfig):
             raise SconeError(
@@ -121,15 +121,7 @@ def _pretrained(options: ModelOptions, tokenizer: PreTrainedTokenizerBase | None
                 "its model.trunk and give that"
             )
         _check_pretrained_sizes(config, options)
-        asked = {} if dtype is None else {"dtype": dtype}
-        trunk = AutoModelForCausalLM.from_pretrained(**where, **unpacked(where), config=config, **asked)
-    except SconeError:
-        raise
-    except _unreadable(where) as error:
-        raise SconeError(
-            f"cannot load pretrained weights of {name!r} ({_first_line(error)}); expected a model folder, or a hub "
-            "name with the hub in reach; give a local folder, or train with --init scratch"
-        ) from error
+        trunk = AutoModelForCausalLM.from_pretrained(**where, **unpacked(where), config=config)
     quantizer: Any = getattr(trunk, "hf_quantizer", None)
     if "gguf_file" in where and quantizer is not None:
         # its weights are ordinary now, but a model that calls itself quantised is neither trained nor saved
@@ -166,41 +158,37 @@ def _named_configuration(name: str) -> PreTrainedConfig:
     """From a folder, the hub, the built-in configurations, or an architecture's bare name, in this order."""
     where = load_arguments(name)
     if Path(where["pretrained_model_name_or_path"]).is_dir():
-        try:
+        advice = "expected config.json of a transformers model; check --base_model_name"
+        with library_refusal(f"cannot read a model configuration in {name}", advice):
             return AutoConfig.from_pretrained(**where)
-        except _unreadable(where) as error:
-            raise SconeError(
-                f"cannot read a model configuration in {name} ({_first_line(error)}); expected config.json of a "
-                "transformers model; check --base_model_name"
-            ) from error
     built_in = built_in_configuration(name)
     if name in CONFIG_MAPPING_NAMES and built_in is None:
         return AutoConfig.for_model(name)
     if name == MODERN_TRUNK and built_in is not None:  # ours: the hub knows nothing of it
-        return AutoConfig.for_model(built_in.model_type, **built_in.fields)
+        return AutoConfig.for_model(**built_in)
     try:
         return AutoConfig.from_pretrained(name, local_files_only=_only_local(name))
     except (OSError, ValueError) as error:
         if built_in is None:
             raise SconeError(
-                f"cannot find the model {name!r} ({_first_line(error)}); expected a folder, a hub name with the hub in "
-                "reach, or an architecture such as gpt2 or llama; check --base_model_name"
+                f"cannot find the model {name!r} ({one_line(str(error))[:300]}); expected a folder, a hub name with "
+                "the hub in reach, or an architecture such as gpt2 or llama; check --base_model_name"
             ) from error
         logger.warning("the hub is out of reach: using the built-in configuration of %s", name)
-        return AutoConfig.for_model(built_in.model_type, **built_in.fields)
+        return AutoConfig.for_model(**built_in)
 
 
 def _apply_sizes(config: PreTrainedConfig, options: ModelOptions) -> None:
     had_all_heads = getattr(config, "num_key_value_heads", None) == getattr(config, "num_attention_heads", None)
-    for item in dataclasses.fields(options):
-        value = getattr(options, item.name)
-        if item.name not in TRUNK_SIZE_FIELDS or value is None:
+    for name, fields in TRUNK_SIZE_FIELDS.items():
+        value = getattr(options, name)
+        if value is None:
             continue
-        known = [name for name in TRUNK_SIZE_FIELDS[item.name] if hasattr(config, name)]
-        for name in known:
-            setattr(config, name, value)
+        known = [field for field in fields if hasattr(config, field)]
+        for field in known:
+            setattr(config, field, value)
         if not known:
-            logger.warning("%s=%s has no meaning for a %s trunk: ignored", item.name, value, config.model_type)
+            logger.warning("%s=%s has no meaning for a %s trunk: ignored", name, value, config.model_type)
     heads = config.num_attention_heads
     if options.num_attention_heads is not None and hasattr(config, "num_key_value_heads"):
         shared = config.num_key_value_heads
@@ -235,13 +223,3 @@ def _check_heads(config: PreTrainedConfig) -> None:
 def _only_local(name: str) -> bool:
     """Whether to look only on this machine: a folder, or the hub does not answer (its client would retry for long)."""
     return Path(name).exists() or why_hub_is_unreachable() is not None
-
-
-def _unreadable(where: Mapping[str, Any]) -> tuple[type[Exception], ...]:
-    """What libraries raise for files that they cannot read; those that read GGUF raise anything."""
-    return (Exception,) if "gguf_file" in where else (OSError, ValueError)
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return text[0].rstrip(".") if text else type(error).__name__

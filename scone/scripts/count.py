@@ -48,8 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from scone.inference.table_format import RowFormat
 
     report, vocabulary = _count(options, extra.json or is_quiet())
-    trunk = trunk_configuration(options.model.base_model_name)
-    fields = trunk.fields if trunk else {}
+    fields = trunk_configuration(options.model.base_model_name) or {}
     width = extra.width or int(fields.get("hidden_size") or fields.get("n_embd") or DEFAULT_WIDTH)
     rows = vocabulary.num_f_grams
     report["table_bytes"] = {kind: rows * RowFormat.of(kind, width).row_bytes for kind in ROW_TYPES}

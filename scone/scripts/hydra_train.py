@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from scone.configs.loading import Layer, flatten, merge, print_notices, suggestion, to_mapping
-from scone.configs.schema import SconeOptions
-from scone.configs.values import entries
+from scone.configs.schema import SconeOptions, entries
 from scone.utils.command_line import describe_error, is_first_process, one_line, run_main
 from scone.utils.errors import SconeError, library_refusal
 

@@ -20,8 +20,7 @@ from scone.configs.loading import (
     save_options,
 )
 from scone.configs.presets import F_GRAM_CONFIGURATIONS
-from scone.configs.schema import SconeOptions
-from scone.configs.values import entries
+from scone.configs.schema import SconeOptions, entries
 from scone.scripts.arguments import arguments, at_least
 from scone.utils.command_line import did_you_mean, run_main
 from scone.utils.errors import SconeError

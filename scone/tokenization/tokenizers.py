@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scone.tokenization.gguf_files import load_arguments
+from scone.utils.environment import why_hub_is_unreachable
 from scone.utils.errors import SconeError, library_refusal
 from scone.utils.files import fingerprint_of
-from scone.utils.hub import why_hub_is_unreachable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

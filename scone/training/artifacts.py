@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from filelock import FileLock
 from huggingface_hub import ModelCard, ModelCardData
 
-from scone.configs.schema import SconeOptions
+from scone.configs.schema import DataOptions, SconeOptions
+from scone.data.prepare import default_cache_folder
 from scone.data.token_file import TokenFile
 from scone.tokenization.counting import count_f_grams
 from scone.tokenization.f_gram_file import FILE_NAME
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 from scone.utils.errors import SconeError
 from scone.utils.files import atomic_path, fingerprint_of, write_json
-from scone.utils.text import human_count
+from scone.utils.text import human_count, parse_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,22 +30,21 @@ STATISTICS_FILE = "counting.json"
 
 def prepare_vocabulary(
     tokens: TokenFile,
+    data: DataOptions,
     *,
     vocab_size: int,
-    max_n: int,
-    min_freq: int,
-    max_f_grams: int,
     separator_ids: Sequence[int],
     tokenizer_fingerprint: str,
-    cache_dir: Path,
-    memory_budget_bytes: int | None = None,
     quiet: bool = False,
 ) -> FGramVocabulary:
-    """The vocabulary of ``tokens``; from ``cache_dir`` where it was counted before, or one that it is the beginning of.
+    """The vocabulary of ``tokens``; from ``data.cache_dir`` where it was counted before, or one that it is the
+    beginning of.
 
     Several processes may ask at once: one counts, the others wait for it. Raises SconeError when no n-gram occurs
-    ``min_freq`` times.
+    ``data.min_freq`` times.
     """
+    max_n, min_freq, max_f_grams = data.max_n, data.min_freq, data.max_f_grams
+    cache_dir = Path(data.cache_dir).expanduser() if data.cache_dir else default_cache_folder()
     key = fingerprint_of(
         f"{CACHE_VERSION} {tokens.fingerprint} {vocab_size} {max_n}",
         " ".join(map(str, sorted(separator_ids))),
@@ -63,7 +64,7 @@ def prepare_vocabulary(
                     min_freq=min_freq,
                     max_f_grams=max_f_grams,
                     separator_ids=separator_ids,
-                    memory_budget_bytes=memory_budget_bytes,
+                    memory_budget_bytes=parse_bytes(data.memory_budget) if data.memory_budget else None,
                     work_dir=folder / "work",
                     tokenizer_fingerprint=tokenizer_fingerprint,
                     quiet=quiet,
@@ -76,14 +77,9 @@ def prepare_vocabulary(
                     "tokens; expected at least one f-gram; lower --min_freq or give more text"
                 )
             vocabulary.save(folder)
-            remove_empty_folder(folder / "work")
+            with suppress(OSError):  # counting leaves it empty
+                (folder / "work").rmdir()
     return FGramVocabulary.load(folder)
-
-
-def remove_empty_folder(folder: Path) -> None:
-    """Remove the working folder that counting leaves empty."""
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
 
 
 def truncate_cached_vocabulary(shelf: Path, min_freq: int, max_f_grams: int) -> FGramVocabulary | None:

@@ -11,10 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from scone.kernels.common import to_device, triton_is_installed
-from scone.kernels.row_rms import rounded_stochastically, rounding_key, update_rows
-from scone.models.learned_rows import LearnedRows, Pass
-from scone.models.row_shards import RowShards, group_of_hosts, number_of_ranks, sum_parts
+from scone.kernels.common import to_device
+from scone.kernels.row_rms import rounding_key, update_rows
+from scone.models.learned_rows import LearnedRows, Pass, RowShards, group_of_hosts, number_of_ranks, sum_parts
 from scone.training.distributed import local
 from scone.utils.errors import SconeError
 
@@ -38,6 +37,11 @@ class _StepsRows:
         self.rows = rows
         if rows is not None:
             rows.collect_for(self)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)  # type: ignore[misc]
+        if self.rows is not None:
+            self.rows.pending.clear()
 
     @torch.no_grad()
     def _step_rows(self, group: dict[str, Any], state: dict[str, Any], scale: float | None) -> None:
@@ -73,7 +77,7 @@ class _StepsRows:
 
     def start_rows_again(self) -> None:
         """Put the rows, and what is known of each, back to their start: wherever a text is read from the beginning
-        again (`scone.training.passes` says why). What is known of the columns stays.
+        again (`trainer.RowPasses` says why). What is known of the columns stays.
         """
         assert self.rows is not None
         self.rows.pending.clear()
@@ -179,11 +183,6 @@ class RowOptimizer(_StepsRows, torch.optim.Optimizer):
         self._step_rows(group, state, None if scale is None else float(scale))
         return loss
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        super().zero_grad(set_to_none)
-        assert self.rows is not None
-        self.rows.pending.clear()
-
 
 class AdamWWithRows(_StepsRows, torch.optim.AdamW):
     """AdamW for everything dense and `RowOptimizer` for the rows in one: one schedule, one state dictionary.
@@ -249,11 +248,6 @@ class AdamWWithRows(_StepsRows, torch.optim.AdamW):
             tensors[:] = map(local, tensors)
         return has_complex
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        super().zero_grad(set_to_none)
-        if self.rows is not None:
-            self.rows.pending.clear()
-
 
 def muon_for(groups: Sequence[dict[str, Any]]) -> Any:
     """Muon over those of ``groups`` that ask for it, whose settings it completes; None where none does."""
@@ -297,8 +291,6 @@ def update_with_rms(
     Rows in bfloat16 are computed in fp32 and rounded up or down at random: rounded to the nearest, a step below 1/512
     of a number would leave it as it is for ever. The noise is a hash of step, row and column, so a resumed run, and a
     row that another process owns (``shards``: which of all rows these are), have the same.
-
-    Reference implementation: ``kernels.reference.rms_rows``.
     """
     device = gradients.device
     if "sums" not in state:
@@ -318,29 +310,14 @@ def update_with_rms(
     now = gradients.square().mean(0) if now is None else now
     columns.lerp_((now / now.mean().clamp_min(1e-30)), fresh).clamp_min_(1e-8)
     mean.lerp_((now / columns).mean(), fresh)
-    weight, key = weight.detach(), rounding_key(int(state["step"]))
-    rule: dict[str, Any] = {"prior": PRIOR_VISITS, "learning_rate": learning_rate, "key": key}
-    rule |= {"stride": shards.world_size, "first": shards.rank}
-    has_kernel = weight.dtype in (torch.float32, torch.bfloat16)
-    if device.type == "cpu" and has_kernel:
-        bits = weight if weight.dtype == torch.float32 else weight.view(torch.uint16)
-        arrays = [tensor.numpy() for tensor in (bits, sums, visits, row_ids, gradients, columns)]
-        update_rows(torch.get_num_threads(), *arrays, mean=mean.item(), **rule)
-    elif device.type == "cuda" and has_kernel and triton_is_installed():
-        from scone.kernels.row_rms_triton import update_rows_triton
-
-        update_rows_triton(weight, sums, visits, row_ids, gradients.contiguous(), columns, mean, **rule)
-    else:
-        visits.index_add_(0, row_ids, visits.new_ones(len(row_ids)))
-        sums.index_add_(0, row_ids, (gradients.square() / columns).mean(1))
-        variance = (PRIOR_VISITS * mean + sums[row_ids]) / (PRIOR_VISITS + visits[row_ids])
-        steps = torch.where(variance > 0, learning_rate * variance.rsqrt(), 0.0)
-        moves = gradients * steps[:, None] / columns.sqrt()
-        if weight.dtype == torch.bfloat16:
-            numbers = row_ids * shards.world_size + shards.rank
-            weight[row_ids] = rounded_stochastically(weight[row_ids].float() - moves, numbers, key)
-        else:
-            weight.index_add_(0, row_ids, moves.to(weight.dtype), alpha=-1.0)
+    update_rows(
+        *(weight.detach(), sums, visits, row_ids, gradients.contiguous(), columns, mean),
+        prior=PRIOR_VISITS,
+        learning_rate=learning_rate,
+        key=rounding_key(int(state["step"])),
+        stride=shards.world_size,
+        first=shards.rank,
+    )
 
 
 def rows_learning_rate(tokens_of_a_pass: int) -> float:

@@ -52,8 +52,6 @@ def check_input_embedding(options: SconeOptions) -> None:
 def f_gram_model_settings(options: ModelOptions, trunk: PreTrainedConfig) -> dict[str, Any] | None:
     """The f-gram model's configuration, its sizes the trunk's where the options leave them open; None for no f-gram
     model.
-
-    Raises SconeError for a width that the heads do not divide.
     """
     asked = options.f_gram
     sizes: dict[str, Any] = trunk_sizes(trunk)
@@ -64,11 +62,6 @@ def f_gram_model_settings(options: ModelOptions, trunk: PreTrainedConfig) -> dic
             sizes[name] = getattr(asked, name)
     if sizes["num_hidden_layers"] == 0:
         return None
-    if sizes["hidden_size"] % sizes["num_attention_heads"]:
-        raise SconeError(
-            f"found an f-gram model of width {sizes['hidden_size']} with {sizes['num_attention_heads']} heads; "
-            "expected a multiple of the heads; give --f_gram_hidden_size and --f_gram_num_attention_heads"
-        )
     own_tokens = asked.token_embeddings == "separate"
     return sizes | {"initializer_range": getattr(trunk, "initializer_range", 0.02), "own_tokens": own_tokens}
 

@@ -26,9 +26,10 @@ from transformers import (
 from scone.configs.loading import save_options
 from scone.configs.schema import SconeOptions, TrainingOptions
 from scone.data.dataset import BlockDataset, Collator
-from scone.data.prepare import default_cache_folder, prepare_corpus, prepare_tokenizer
+from scone.data.prepare import prepare_corpus, prepare_tokenizer
 from scone.data.token_file import TokenFile
 from scone.models.accounting import parameter_counts
+from scone.models.embedded_trunk import EmbeddedTrunk
 from scone.models.language_model import SconeForCausalLM
 from scone.models.over_encoding import OverEncodingForCausalLM
 from scone.models.scaled_trunk import ScaledTrunkForCausalLM
@@ -52,7 +53,6 @@ from scone.utils.environment import environment
 from scone.utils.errors import SconeError
 from scone.utils.files import write_json
 from scone.utils.progress import bars_are_visible, hide_library_bars
-from scone.utils.text import parse_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -172,62 +172,49 @@ def build_model(options: SconeOptions, corpus: Corpus, *, quiet: bool = False) -
         )
     if options.training.freeze_trunk:
         trunk.requires_grad_(False)
+    settings: dict[str, Any] = {
+        "embedding_scale": options.model.embedding_scale,
+        "input_norm": options.model.input_norm,
+    }
     if not options.model.use_f_gram_embeddings:
-        scale, norm = options.model.embedding_scale, options.model.input_norm
-        return alone(trunk) if scale == 1.0 and not norm else ScaledTrunkForCausalLM.from_trunk(trunk, scale, norm)
+        is_bare = options.model.embedding_scale == 1.0 and not options.model.input_norm
+        return alone(trunk) if is_bare else ScaledTrunkForCausalLM.from_trunk(trunk, **settings)
+    settings["rows_dtype"] = options.model.rows_dtype
+    model: EmbeddedTrunk
     if options.model.over_encoding_rows:
-        return _place_rows(
-            OverEncodingForCausalLM.from_trunk(
-                trunk,
-                num_rows=options.model.over_encoding_rows,
-                separator_ids=separator_ids(corpus.tokenizer),
-                embedding_scale=options.model.embedding_scale,
-                input_norm=options.model.input_norm,
-            ),
-            options,
+        separators, num_rows = separator_ids(corpus.tokenizer), options.model.over_encoding_rows
+        model = OverEncodingForCausalLM.from_trunk(trunk, num_rows=num_rows, separator_ids=separators, **settings)
+    else:
+        vocabulary = run_vocabulary(options, corpus, trunk.config.vocab_size, quiet=quiet)
+        if vocabulary.num_f_grams < options.data.max_f_grams:
+            logger.info(
+                "found %s f-grams that occur at least %s times, fewer than --max_f_grams %s",
+                f"{vocabulary.num_f_grams:,}",
+                options.data.min_freq,
+                f"{options.data.max_f_grams:,}",
+            )
+        model = SconeForCausalLM.from_trunk(
+            trunk,
+            vocabulary,
+            f_gram_model=f_gram_model_settings(options.model, trunk.config),
+            learned_rows=options.model.learned_rows,
+            combination=options.model.combination,
+            **settings,
         )
-    vocabulary = run_vocabulary(options, corpus, trunk.config.vocab_size, quiet=quiet)
-    if vocabulary.num_f_grams < options.data.max_f_grams:
-        logger.info(
-            "found %s f-grams that occur at least %s times, fewer than --max_f_grams %s",
-            f"{vocabulary.num_f_grams:,}",
-            options.data.min_freq,
-            f"{options.data.max_f_grams:,}",
-        )
-    model = SconeForCausalLM.from_trunk(
-        trunk,
-        vocabulary,
-        f_gram_model=f_gram_model_settings(options.model, trunk.config),
-        learned_rows=options.model.learned_rows,
-        combination=options.model.combination,
-        embedding_scale=options.model.embedding_scale,
-        input_norm=options.model.input_norm,
-    )
-    return _place_rows(model, options)
-
-
-def _place_rows(model: PreTrainedModel, options: SconeOptions) -> PreTrainedModel:
     rows = learned_rows(model)
     if rows is not None:
         rows.on_host = options.model.rows_device == "host"
-        rows.keep_as(getattr(torch, options.model.rows_dtype))
-        model.config.rows_dtype = options.model.rows_dtype
     return model
 
 
 def run_vocabulary(options: SconeOptions, corpus: Corpus, vocab_size: int, *, quiet: bool = False) -> FGramVocabulary:
     """The f-grams of the run's training split, counted or from the cache."""
-    data = options.data
     return prepare_vocabulary(
         corpus.train,
+        options.data,
         vocab_size=vocab_size,
-        max_n=data.max_n,
-        min_freq=data.min_freq,
-        max_f_grams=data.max_f_grams,
         separator_ids=separator_ids(corpus.tokenizer),
         tokenizer_fingerprint=tokenizer_fingerprint(corpus.tokenizer),
-        cache_dir=Path(data.cache_dir).expanduser() if data.cache_dir else default_cache_folder(),
-        memory_budget_bytes=parse_bytes(data.memory_budget) if data.memory_budget else None,
         quiet=quiet,
     )
 
@@ -295,6 +282,13 @@ def evaluation_blocks(tokens: TokenFile, length: int, max_tokens: int | None = N
     return BlockDataset(tokens, length, available >= length, available)
 
 
+_NAMED_ALIKE = (
+    *("output_dir", "max_steps", "gradient_accumulation_steps", "learning_rate", "weight_decay", "warmup_steps"),
+    *("lr_scheduler_type", "max_grad_norm", "logging_steps", "save_steps", "eval_steps", "seed"),
+)
+"""Options that Hugging Face's arguments have under the same name."""
+
+
 def training_arguments(training: TrainingOptions, num_workers: int, evaluate: bool, quiet: bool) -> TrainingArguments:
     """Hugging Face's arguments for our options."""
     if training.device:
@@ -313,25 +307,14 @@ def training_arguments(training: TrainingOptions, num_workers: int, evaluate: bo
         "activation_checkpointing" if renamed else "gradient_checkpointing": training.gradient_checkpointing
     }
     arguments = TrainingArguments(
-        output_dir=training.output_dir,
+        **{name: getattr(training, name) for name in _NAMED_ALIKE},
         num_train_epochs=training.num_epochs,
-        max_steps=training.max_steps,
         per_device_train_batch_size=training.batch_size,
         per_device_eval_batch_size=training.batch_size,
-        gradient_accumulation_steps=training.gradient_accumulation_steps,
-        learning_rate=training.learning_rate,
-        weight_decay=training.weight_decay,
-        warmup_steps=training.warmup_steps,
-        lr_scheduler_type=training.lr_scheduler_type,
-        max_grad_norm=training.max_grad_norm,
-        logging_steps=training.logging_steps,
         # it hides that a loss is no number, and to ask for that has the host wait for the accelerator at every step
         logging_nan_inf_filter=False,
-        save_steps=training.save_steps,
         eval_strategy="steps" if evaluate else "no",
-        eval_steps=training.eval_steps,
         prediction_loss_only=True,
-        seed=training.seed,
         fp16=precision == "fp16",
         bf16=precision == "bf16",
         **checkpointing,

@@ -167,7 +167,7 @@ def _refusal(checkpoint: Path, found: str, expected: str) -> SconeError:
 
 def _settings(config: PreTrainedConfig) -> dict[str, Any]:
     """The configuration as a mapping, an f-gram model's settings with its defaults."""
-    settings = config.to_dict()
+    settings = json.loads(config.to_json_string(use_diff=False))  # JSON has no tuples, a configuration that is made may
     f_gram_model = getattr(config, "f_gram_model_config", None)
     return settings | ({"f_gram_model": f_gram_model.to_dict()} if f_gram_model is not None else {})
 
@@ -177,13 +177,8 @@ def _differences(now: Mapping[str, Any], before: Mapping[str, Any], part: str = 
         ours, theirs = now.get(name), before.get(name)
         if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
             yield from _differences(ours, theirs, f"{part}{name}.")
-        elif name in _OF_THE_FUNCTION and ours != theirs and not _same_list(ours, theirs):
+        elif name in _OF_THE_FUNCTION and ours != theirs:
             yield f"{part}{name}", ours, theirs
-
-
-def _same_list(ours: Any, theirs: Any) -> bool:
-    """JSON has no tuples."""
-    return isinstance(ours, (list, tuple)) and isinstance(theirs, (list, tuple)) and list(ours) == list(theirs)
 
 
 def _other_weights(checkpoint: Path, model: PreTrainedModel) -> Iterator[tuple[str, Any, str]]:

@@ -16,7 +16,7 @@ from scone.utils.errors import SconeError
 
 
 class Step(NamedTuple):
-    """New tokens of a step, as `ragged_lookup.looked_up_in_line` takes them."""
+    """New tokens of a step, as `lookups.looked_up_in_line` takes them."""
 
     tokens: np.ndarray
     query_starts: np.ndarray

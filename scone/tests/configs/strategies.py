@@ -6,7 +6,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from scone.configs.values import Entry, entries
+from scone.configs.schema import Entry, entries
 
 # Options that are checked together, or by a rule of their own, get values that always agree.
 _SPECIAL: dict[str, st.SearchStrategy[Any]] = {

@@ -17,8 +17,7 @@ from scone.configs.loading import (
     save_options,
     to_mapping,
 )
-from scone.configs.schema import SconeOptions
-from scone.configs.values import convert, entries
+from scone.configs.schema import SconeOptions, convert, entries
 from scone.tests.configs.strategies import option_values, values_of
 from scone.utils.errors import SconeError
 

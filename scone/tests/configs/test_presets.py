@@ -46,7 +46,7 @@ def test_known_trunks_have_their_sizes(name, width, layers, heads):
 
     trunk = trunk_configuration(name)
     assert trunk is not None
-    config = AutoConfig.for_model(trunk.model_type, **trunk.fields)
+    config = AutoConfig.for_model(**trunk)
     assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (width, layers, heads)
 
 

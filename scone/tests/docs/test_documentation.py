@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from scone.configs.values import entries
+from scone.configs.schema import entries
 from scone.tests.docs.blocks import REPOSITORY, Block, blocks_of, pages, run, script_of
 
 pytestmark = pytest.mark.skipif(

@@ -39,7 +39,7 @@ def model(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[SconeForCa
     with EmbeddingTable.open(path, request.param, device="cuda") as table:
         model.attach_table(table)
         assert model.table_embedding is not None
-        assert model.table_embedding._is_by_device == (request.param in BY_ITSELF)
+        assert model.table_embedding.is_by_device == (request.param in BY_ITSELF)
         yield model.cuda()
 
 

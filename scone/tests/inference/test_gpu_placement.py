@@ -63,7 +63,7 @@ def test_the_accelerator_looks_up_what_the_host_does(tmp_path: Path, placement: 
                 found.append(list(vectors_of(model, text, mask)))
             assert reads is not None
             counts.append((reads.num_positions, reads.num_rows))
-        assert model.accelerator_index_bytes > 0
+        assert model.table_embedding.is_by_device
     assert counts[0] == counts[1]
     for expected, vectors in zip(*found, strict=True):
         assert torch.equal(expected, vectors)

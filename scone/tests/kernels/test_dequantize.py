@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from scone.inference.table_format import ROW_TYPES, RowFormat
 from scone.kernels.dequantize import dequantize_rows, gather_bytes
-from scone.kernels.reference import reference_rows
+from scone.tests.kernels.reference import reference_rows
 
 
 def _bits(values: np.ndarray) -> np.ndarray:

@@ -20,7 +20,7 @@ from scone.kernels.dequantize import (
     read_pieces,
     read_pieces_queued,
 )
-from scone.kernels.reference import reference_pieces
+from scone.tests.kernels.reference import reference_pieces
 
 
 @settings(max_examples=150, deadline=None)

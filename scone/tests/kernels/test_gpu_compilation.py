@@ -16,7 +16,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from scone.kernels import ancestor_attention_triton, dequantize_triton, ragged_lookup_triton, table_lookup_triton  # noqa: E402
+from scone.kernels import ancestor_attention_triton, dequantize_triton, table_lookup_triton  # noqa: E402
 
 AMPERE, HOPPER = 80, 90
 STORED = [("", "fp32"), ("", "fp16"), ("", "bf16"), ("int8", "u8"), ("int4", "u8")]
@@ -67,7 +67,7 @@ def test_the_lookups_compile(
     # ragged; request slots are of 32 or 64 bits, by the version of the server
     pointers = shared | dict.fromkeys(("tokens", "query_starts", "histories", "num_computed", "slots_of_index"), "i32")
     pointers |= {"slots": "i64" if has_places else "i32"}
-    kernel_compiles(ragged_lookup_triton._look_up, pointers, constants | {"starts_size": 256}, HOPPER)
+    kernel_compiles(table_lookup_triton._look_up_ragged, pointers, constants | {"starts_size": 256}, HOPPER)
 
 
 @pytest.mark.parametrize("out", ["fp32", "bf16"])

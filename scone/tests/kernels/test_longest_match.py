@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numba import njit
 
-from scone.kernels import child_index, f_gram_trie, longest_match, reference
+from scone.kernels import child_index, f_gram_trie, longest_match
 from scone.kernels.child_index import LANES, ChildIndex, largest_match, prefetch
+from scone.tests.kernels import reference
 from scone.tests.tokenization.f_gram_strategies import cases
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 from scone.utils.errors import SconeError

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scone.kernels import reference, row_rms
+from scone.kernels import row_rms
+from scone.tests.kernels import reference
 
 
 def problem(seed: int, num_rows: int, width: int, share: float) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
@@ -31,12 +32,20 @@ def numbers(seed: int, width: int) -> dict[str, object]:
     return {"columns": (rng.random(width) + 0.1).astype(np.float32), "mean": mean, "prior": 4.0, "learning_rate": 0.1}
 
 
+def update(arrays: list[np.ndarray], touched: np.ndarray, gradients: np.ndarray, **options: object) -> None:
+    """`update_rows` of arrays, in place; rows may be a tensor."""
+    columns, mean = torch.from_numpy(options.pop("columns")), torch.tensor([options.pop("mean")])
+    tensors = [array if isinstance(array, torch.Tensor) else torch.from_numpy(array) for array in arrays]
+    rows = (torch.from_numpy(touched), torch.from_numpy(gradients))
+    row_rms.update_rows(*tensors, *rows, columns, mean, **options)
+
+
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 1000), num_rows=st.integers(1, 30), width=st.integers(1, 9), share=st.floats(0, 1))
 def test_row_update_equals_its_reference(seed, num_rows, width, share):
     ours, touched, gradients = problem(seed, num_rows, width, share)
     theirs, before = [array.astype(np.float64) for array in ours], [array.copy() for array in ours]
-    row_rms.update_rows(1, *ours, touched, gradients, **numbers(seed, width))
+    update(ours, touched, gradients, **numbers(seed, width))
     reference.rms_rows(*theirs, touched, gradients.astype(np.float64), **numbers(seed, width))
     untouched = np.setdiff1d(np.arange(num_rows), touched)
     for our, their, old in zip(ours, theirs, before, strict=True):
@@ -49,7 +58,8 @@ def test_any_number_of_threads_gives_the_same_bits(monkeypatch):
     results = []
     for num_threads in (1, 2, 7):
         arrays, touched, gradients = problem(1, 50, 8, 0.5)
-        row_rms.update_rows(num_threads, *arrays, touched, gradients, **numbers(1, 8))
+        monkeypatch.setattr(torch, "get_num_threads", lambda n=num_threads: n)
+        update(arrays, touched, gradients, **numbers(1, 8))
         results.append(arrays)
     for other in results[1:]:
         for first, again in zip(results[0], other, strict=True):
@@ -63,10 +73,10 @@ def test_bf16_rows_are_the_fp32_update_rounded_at_random():
     weight = torch.from_numpy(weight).bfloat16()
     options = numbers(1, 9) | {"key": row_rms.rounding_key(7)}
     exact = weight.float().numpy()
-    row_rms.update_rows(1, exact, sums.copy(), visits.copy(), touched, gradients, **options)
+    update([exact, sums.copy(), visits.copy()], touched, gradients, **options)
     expected = row_rms.rounded_stochastically(torch.from_numpy(exact), torch.arange(40), options["key"])
     whole = weight.clone()
-    row_rms.update_rows(1, whole.view(torch.uint16).numpy(), sums.copy(), visits.copy(), touched, gradients, **options)
+    update([whole, sums.copy(), visits.copy()], touched, gradients, **options)
     assert expected[touched[0]].isfinite().tolist() == [False] * 3 + [True] * 6
     assert torch.equal(whole.view(torch.int16), expected.view(torch.int16))
     for rank in range(3):
@@ -74,8 +84,7 @@ def test_bf16_rows_are_the_fp32_update_rounded_at_random():
         ours = touched % 3 == rank
         arguments = [array[rank::3].copy() for array in (sums, visits)]
         place = {"stride": 3, "first": rank}
-        bits = share.view(torch.uint16).numpy()
-        row_rms.update_rows(1, bits, *arguments, touched[ours] // 3, gradients[ours], **options, **place)
+        update([share, *arguments], touched[ours] // 3, gradients[ours], **options, **place)
         assert torch.equal(share.view(torch.int16), whole[rank::3].view(torch.int16))
 
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from scone.kernels import reference, row_rms
+from scone.kernels import row_rms
+from scone.tests.kernels import reference
 from scone.tests.kernels.test_row_rms import numbers, problem
 from scone.tests.kernels.triton_device import DEVICE, zeros_beyond_31_bits
 

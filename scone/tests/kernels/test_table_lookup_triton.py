@@ -15,14 +15,15 @@ from hypothesis import strategies as st
 from transformers.cache_utils import StaticLayer
 
 from scone.inference.table_format import ROW_TYPES, RowFormat
-from scone.kernels import reference
 from scone.kernels.common import GPUReadableRows
 from scone.kernels.longest_match import FIRST_BIT
-from scone.models.table_lookup import DeviceLookup
 from scone.models.token_history import StaticTokenHistory, TokenHistory
+from scone.tests.kernels import reference
 from scone.tests.kernels.triton_device import DEVICE, INTERPRETED, zeros_beyond_31_bits
 from scone.tests.tokenization.f_gram_strategies import Case, batches, cases
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
+
+from scone.kernels.table_lookup_triton import DeviceLookup  # isort: skip (where Triton is installed)
 
 pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
 
@@ -37,7 +38,11 @@ def lookup_of(case: Case, row_type: str, width: int, split: int | None) -> tuple
     # apart in memory, so that reading beyond a block gives no row of the other
     near, far = (raw, None) if split is None else (raw[:split].clone(), raw[split:].clone())
     rows = GPUReadableRows(near, far, row_type, width, row_format.group_size)
-    return DeviceLookup(case.vocabulary, rows, DEVICE), row_format.decode(raw, row_format.float_dtype or torch.float32)
+    return lookup_in(case.vocabulary, rows), row_format.decode(raw, row_format.float_dtype or torch.float32)
+
+
+def lookup_in(vocabulary: FGramVocabulary, rows: GPUReadableRows) -> DeviceLookup:
+    return DeviceLookup(vocabulary.index, vocabulary.vocab_size, vocabulary.longest, rows, DEVICE)
 
 
 def history_of(past: torch.Tensor, room: int | None) -> TokenHistory:
@@ -189,7 +194,7 @@ def test_rows_behind_two_to_the_31_numbers_are_looked_up(monkeypatch: pytest.Mon
     raw[-1] = stored[0].to(DEVICE)
     tokens = torch.tensor([[(size - 1) // 200, (size - 1) % 200]], device=DEVICE)
     for near, far in ((raw, None), (raw[:0], raw)):
-        lookup = DeviceLookup(vocabulary, GPUReadableRows(near, far, "int8", width, row.group_size), DEVICE)
+        lookup = lookup_in(vocabulary, GPUReadableRows(near, far, "int8", width, row.group_size))
         output, found = lookup(torch.ones(1, 2, width, device=DEVICE), tokens, None, None)
         assert found.tolist() == [[False, True]]
         assert torch.equal(output[0, 1].cpu(), row.decode(stored)[0])

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scone.kernels import reference
 from scone.kernels.trie_batch import build_trie_batch
 from scone.tests import tiny
+from scone.tests.kernels import reference
 from scone.tokenization.matcher import Matcher
 
 

@@ -20,7 +20,7 @@ def model_of(kind: str, trunk: str = "llama", min_freq: int = 1, **trunk_changes
     if kind == "over-encoding":
         return over_encoding(trunk, trunk_changes)
     if kind == "scaled":
-        return ScaledTrunkForCausalLM.from_trunk(tiny.trunk(trunk, **trunk_changes), 3.0).eval()
+        return ScaledTrunkForCausalLM.from_trunk(tiny.trunk(trunk, **trunk_changes), embedding_scale=3.0).eval()
     model = tiny.scone(trunk, f_gram_model=kind != "rows", min_freq=min_freq, **trunk_changes)
     if kind == "table":
         model.attach_table(tiny.RowsInMemory(model))

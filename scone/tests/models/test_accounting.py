@@ -19,12 +19,13 @@ from scone.models.accounting import (
     trunk_forward_flops,
 )
 from scone.models.configuration import FGramModelConfig
-from scone.models.f_gram_model import FGramModel, padded_f_gram_model
+from scone.models.f_gram_model import FGramModel
 from scone.models.language_model import SconeForCausalLM
 from scone.models.over_encoding import OverEncodingForCausalLM
 from scone.models.scaled_trunk import ScaledTrunkForCausalLM
 from scone.tests import tiny
 from scone.tests.models.kinds import HASHED_ROWS, over_encoding
+from scone.tests.models.padded_f_gram_model import padded_f_gram_model
 
 
 def counted(run) -> int:
@@ -94,7 +95,7 @@ def test_parameters_are_counted_where_they_live():
     for normed in (
         SconeForCausalLM.from_trunk(tiny.trunk(), model.vocabulary, f_gram_model=None, learned_rows=9, input_norm=True),
         OverEncodingForCausalLM.from_trunk(tiny.trunk(), num_rows=50, separator_ids=[], input_norm=True),
-        ScaledTrunkForCausalLM.from_trunk(tiny.trunk(), 1.0, input_norm=True),
+        ScaledTrunkForCausalLM.from_trunk(tiny.trunk(), input_norm=True),
     ):
         assert parameter_counts(normed).resident == plain.resident + tiny.WIDTH
 

@@ -160,7 +160,7 @@ def test_another_table_is_seen():
 def test_a_copy_has_a_lookup_of_its_own():
     model = copy.deepcopy(model_of("table"))
     original = model_of("table").table_embedding
-    assert model.table_embedding._handle != original._handle
+    assert model.table_embedding.handle != original.handle
     with torch.no_grad():
         same(model(tokens(1, 12)).logits, model_of("table")(tokens(1, 12)).logits)
 

@@ -117,7 +117,7 @@ def test_a_folder_that_asks_for_tuples_can_be_run(wrapped, tmp_path):
 
 def test_a_trunk_that_gives_tuples_is_wrapped_in_a_model_that_does():
     trunk = tiny.trunk("gpt2", return_dict=False)
-    model = ScaledTrunkForCausalLM.from_trunk(trunk, 2.0)
+    model = ScaledTrunkForCausalLM.from_trunk(trunk, embedding_scale=2.0)
     assert isinstance(model(tokens(1, 9)), tuple)
     assert model(tokens(1, 9), return_dict=True).logits.shape == (1, 9, tiny.VOCAB_SIZE)
 

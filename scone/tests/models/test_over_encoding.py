@@ -38,7 +38,7 @@ def test_equal_grams_share_a_row_and_none_crosses_a_separator_padding_or_start(s
 def test_a_scaled_plain_trunk_scales_its_token_embeddings_and_nothing_else(tmp_path):
     trunk = tiny.trunk("llama")
     ids = tokens(2, 20)
-    model = ScaledTrunkForCausalLM.from_trunk(trunk, 4.0).eval()
+    model = ScaledTrunkForCausalLM.from_trunk(trunk, embedding_scale=4.0).eval()
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     with torch.no_grad():

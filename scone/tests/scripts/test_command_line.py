@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from scone import __version__
 from scone.cli import VERBS, main
 from scone.configs.loading import get_option
-from scone.configs.values import entries
+from scone.configs.schema import entries
 from scone.scripts import hydra_train, train_configurations
 from scone.utils.command_line import describe_error, run_main
 from scone.utils.errors import SconeError

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from hypothesis import strategies as st
 
-from scone.kernels import reference
+from scone.tests.kernels import reference
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 
 LARGEST_VOCABULARY = 2**32 - 1

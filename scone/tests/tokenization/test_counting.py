@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from scone.kernels.reference import count_n_grams
+from scone.tests.kernels.reference import count_n_grams
 from scone.tokenization.counting import CountResult, count_f_grams
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 from scone.utils.errors import SconeError

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from scone.kernels import reference
+from scone.tests.kernels import reference
 from scone.tests.tokenization.f_gram_strategies import LARGEST_VOCABULARY, cases
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 from scone.tokenization.matcher import Matcher

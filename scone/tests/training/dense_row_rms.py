@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from scone.kernels.reference import rms_rows
+from scone.tests.kernels.reference import rms_rows
 from scone.training.optimizer import MEMORY, PRIOR_VISITS
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import TrainerCallback
 
@@ -13,11 +13,12 @@ from scone.data.dataset import BlockDataset
 from scone.tests import tiny
 from scone.tests.training.runs import assert_same_weights, options
 from scone.training.optimizer import RowOptimizer, learned_rows
-from scone.training.passes import RowPasses
 from scone.training.run import prepare_run_corpus, train
 from scone.training.run_folder import complete_checkpoints
+from scone.training.trainer import RowPasses
 
 
+@settings(deadline=None)
 @given(st.integers(1, 400), st.integers(1, 60))
 def test_passes_divide_a_run_evenly_and_none_is_shorter_than_half(max_steps, steps_per_pass):
     passes = RowPasses(max_steps, steps_per_pass)

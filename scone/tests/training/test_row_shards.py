@@ -20,9 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from scone.inference.loading import load_model
 from scone.models import row_files
-from scone.models.learned_rows import LearnedRows, is_untouched
+from scone.models.learned_rows import LearnedRows, RowShards, is_untouched
 from scone.models.row_files import ROWS_FOLDER, append_rows, save_shares
-from scone.models.row_shards import RowShards
 from scone.tests import tiny
 from scone.tests.training.runs import run_ranks
 from scone.training.distributed import (
@@ -68,7 +67,7 @@ def trained(
     model = model_with_rows()
     rows = learned_rows(model)
     rows.on_host = on_host
-    rows.keep_as(dtype)
+    rows.weight = torch.nn.Parameter(rows.weight.detach().to(dtype))
     model.config.rows_dtype = str(dtype).removeprefix("torch.")
     if shared:
         rows.share_out()

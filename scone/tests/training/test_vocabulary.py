@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from scone.configs.schema import DataOptions
 from scone.data.token_file import TokenFile, TokenFileWriter
 from scone.tokenization.f_gram_file import FILE_NAME
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
@@ -28,17 +29,8 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> TokenFile:
 
 
 def prepare(tokens: TokenFile, cache: Path, min_freq: int, max_f_grams: int) -> FGramVocabulary:
-    return prepare_vocabulary(
-        tokens,
-        vocab_size=V,
-        max_n=3,
-        min_freq=min_freq,
-        max_f_grams=max_f_grams,
-        separator_ids=(0,),
-        tokenizer_fingerprint="t",
-        cache_dir=cache,
-        quiet=True,
-    )
+    data = DataOptions(max_n=3, min_freq=min_freq, max_f_grams=max_f_grams, cache_dir=str(cache))
+    return prepare_vocabulary(tokens, data, vocab_size=V, separator_ids=(0,), tokenizer_fingerprint="t", quiet=True)
 
 
 @pytest.mark.parametrize(

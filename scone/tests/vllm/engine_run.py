@@ -36,10 +36,10 @@ def second_runner(kernel: bool, asynchronous: bool) -> None:
         import torch
 
         from scone.inference.stores.memory import MemoryStore
-        from scone.models.table_lookup import DeviceLookup
+        from scone.models import table_lookup
 
         MemoryStore.gpu_blocks = lambda self, device: [self._rows.view(torch.uint8)]  # type: ignore[method-assign]
-        DeviceLookup.fits = staticmethod(lambda vocabulary, device: True)  # type: ignore[method-assign]
+        table_lookup.fits_on = lambda device, vocabulary: True
     if asynchronous:
         from vllm.platforms.cpu import CpuPlatform
 
@@ -52,15 +52,17 @@ def second_runner(kernel: bool, asynchronous: bool) -> None:
         CpuPlatform.check_and_update_config = staticmethod(keep)
 
 
-def forget() -> None:
-    """Lose what was before each chunk: the law must not hold then."""
+def forget(kernel: bool) -> None:
+    """Lose what was before each chunk: the law must not hold then. ``kernel``: of ours too."""
     import numpy as np
 
-    from scone.models.table_lookup import DeviceLookup
     from scone.vllm import lookups
 
-    on_device = DeviceLookup.look_up_ragged
-    DeviceLookup.look_up_ragged = lambda self, *most: on_device(self, *most[:-1], most[-1] * 0)  # type: ignore[method-assign]
+    if kernel:
+        from scone.kernels.table_lookup_triton import DeviceLookup
+
+        on_device = DeviceLookup.look_up_ragged
+        DeviceLookup.look_up_ragged = lambda self, *most: on_device(self, *most[:-1], most[-1] * 0)  # type: ignore[method-assign]
 
     look_up = lookups.looked_up_in_line
     lookups.looked_up_in_line = lambda find, tokens, starts, before, size: look_up(
@@ -106,7 +108,7 @@ def main(folder: Path, plan: dict[str, Any]) -> dict[str, Any]:
         if metric.name in ("vllm:num_preemptions", "vllm:spec_decode_num_accepted_tokens"):
             found[metric.name.removeprefix("vllm:")] = metric.value
     if plan.get("forgets"):
-        forget()
+        forget(plan.get("second_runner", {}).get("kernel", False))
         llm.reset_prefix_cache()
         try:
             checking.check(model, checking.answers(llm, prompts, max_tokens=4), tolerance=tolerance)

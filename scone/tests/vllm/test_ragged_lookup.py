@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scone.models.table_lookup import find_with
 from scone.tests.tokenization.f_gram_strategies import Case, cases
 from scone.tokenization.matcher import CONTEXT, HashedGrams, Matcher
-from scone.vllm.ragged_lookup import looked_up_in_line
+from scone.vllm.lookups import looked_up_in_line
 
 
 @st.composite

@@ -78,7 +78,8 @@ class RisingFloor:
         if self._max_f_grams is None:
             return self.value
         with self._lock:
-            ngram_count.histogram_counts(counts, self._histogram)
+            sizes = np.minimum(counts, np.uint64(_HISTOGRAM_SIZE - 1)).astype(np.int64)  # the last takes the rest
+            self._histogram += np.bincount(sizes, minlength=_HISTOGRAM_SIZE)
             at_least = np.cumsum(self._histogram[::-1])[::-1]
             enough = np.flatnonzero(at_least >= self._max_f_grams)
             if len(enough):
