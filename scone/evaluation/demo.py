@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -50,6 +52,7 @@ TEXT = "held-out text"
 SAMPLING = {"temperature": 0.7, "top_p": 0.9, "max_new_tokens": 96}
 STDLIB_IN_WORDS = "the Python standard library's sources"
 NUM_SAMPLES, PROMPT_TOKENS, NUM_EXAMPLES = 3, 24, 9
+STEP_SECONDS_FILE = "step_seconds.json"
 MAX_EVAL_TOKENS = 65_536
 """Validation text that a training reads each time: its cost must not depend on the corpus."""
 
@@ -158,8 +161,11 @@ def run_demo(options: DemoOptions, say: Callable[[str], None] = print) -> Path:
             if (runs[name] / TRAINING_LOG_FILE).is_file():
                 notes.append("finished before, used again")
             else:
-                train_or_resume(run, quiet=True, callbacks=[ProgressLines(say, options.steps)])
+                progress = ProgressLines(say, options.steps, runs[name] / STEP_SECONDS_FILE)
+                train_or_resume(run, quiet=True, callbacks=[progress])
             logs[name] = read_json(runs[name] / TRAINING_LOG_FILE)
+            if (runs[name] / STEP_SECONDS_FILE).is_file():
+                logs[name] |= read_json(runs[name] / STEP_SECONDS_FILE)
             notes.append(f"validation loss {logs[name]['final']['eval_loss']:.4f}")
     table_path = folder / "embeddings.cache"
     with step("Table: sum the learned rows of every f-gram") as notes:
@@ -221,12 +227,25 @@ def run_demo(options: DemoOptions, say: Callable[[str], None] = print) -> Path:
 
 
 class ProgressLines(TrainerCallback):
-    """Says where a training is, eight times in all."""
+    """Says where a training is, eight times in all, and writes the median seconds of a step to ``step_seconds``.
 
-    def __init__(self, say: Callable[[str], None], num_steps: int) -> None:
+    From the end of a step to that of the next, so that reading and matching are in it. Evaluations, and what the first
+    step compiles (14 s for rows on a new machine, beside 18 s of training with --quick), are not.
+    """
+
+    def __init__(self, say: Callable[[str], None], num_steps: int, step_seconds: Path) -> None:
         self.say = say
         self.every = max(1, num_steps // 8)
         self.next = self.every
+        self.step_seconds, self._ends = step_seconds, list[float]()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._ends.append(time.perf_counter())
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        seconds = [end - begin for begin, end in itertools.pairwise(self._ends)]
+        if seconds:
+            write_json(self.step_seconds, {"step_seconds": statistics.median(seconds)})
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
@@ -279,7 +298,7 @@ def _model_facts(result: RunResult, log: Mapping[str, Any]) -> dict[str, Any]:
         "trained_parameters": log["parameters"]["resident"] + log["parameters"]["training_only"],
         "inference_flops_per_token": result.inference_flops_per_token,
         "training_flops_per_token": log["cost"]["training_flops_per_token"],
-        "training_seconds": log["train_seconds"],
+        "training_seconds": log["steps"] * log["step_seconds"] if "step_seconds" in log else log["train_seconds"],
         "steps": log["steps"],
         "generation_tokens_per_second": result.speed[0]["decode_tokens_per_second"],
         "training_curve": curve("loss"),

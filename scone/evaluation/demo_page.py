@@ -53,9 +53,9 @@ def verdict(report: Report) -> dict[str, str]:
         f"Both saw the same {human_count(report['training']['tokens'])} training tokens in the same order, with the "
         f"same trunk and schedule. SCONE takes {_ratio(report, 'inference_flops_per_token'):.2f}× the FLOPs a token at "
         f"inference, and took {_ratio(report, 'training_seconds'):.2f}× the time to train: in it plain would take "
-        f"{steps_in_equal_time(report):,} steps in place of {report['models']['plain']['steps']:,}. (One was trained "
-        "after the other, so what else this machine did meanwhile is in that figure.) One run each of small models: a "
-        "demonstration, not evidence for large ones."
+        f"{steps_in_equal_time(report):,} steps in place of {report['models']['plain']['steps']:,}. (By the median "
+        "step; one was trained after the other, so what else this machine did meanwhile is in that figure.) One run "
+        "each of small models: a demonstration, not evidence for large ones."
     )
     numbers = f"perplexity {perplexities[1]:.2f} against {perplexities[0]:.2f} on held-out text"
     kind, headline = "even", f"No clear difference here: {numbers} ({change:+.1%})"
@@ -130,7 +130,7 @@ def cost_table(report: Report) -> Table:
         row("Parameters resident at inference", "resident_parameters", human_count),
         row("Parameters trained", "trained_parameters", human_count),
         ["Embedding table, off the accelerator", "–", human_bytes(report["table_bytes"])],
-        row("Training time, evaluations included", "training_seconds", "{:.0f} s".format),
+        row("Training time of all steps, by the median", "training_seconds", "{:.0f} s".format),
         ["Steps in SCONE's training time", *steps],
         row("Generation, one sequence, tokens/s", "generation_tokens_per_second", "{:.0f}".format),
     ]

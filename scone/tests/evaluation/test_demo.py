@@ -68,6 +68,16 @@ def test_report_is_one_page_without_outside_resources(options, report):
     check_page(page)
 
 
+def test_training_time_is_that_of_the_median_step(options, report):
+    """What the first step compiles and what evaluations take is in the log's seconds alone."""
+    for name, model in report["models"].items():
+        (folder,) = Path(options.output_dir).glob(f"{name}-*")
+        step = json.loads((folder / "step_seconds.json").read_text(encoding="utf-8"))["step_seconds"]
+        whole = json.loads((folder / "training_log.json").read_text(encoding="utf-8"))["train_seconds"]
+        assert model["training_seconds"] == options.steps * step
+        assert 0 < model["training_seconds"] < whole
+
+
 def test_page_says_what_plain_could_do_in_the_same_time(report):
     changed = copy.deepcopy(report)
     for plain, scone, steps in [(5.0, 6.0, 29), (5.0, 5.0, 24), (5.0, 4.0, 19)]:
