@@ -1,10 +1,8 @@
 """Fill the tables of README.md and docs/ from the JSON of real runs, so that no number is typed by hand.
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->`` and is made from ``docs/results/NAME.json``:
-a benchmark's report (``benchmarks/common.py``) or what else is named here.
-``recipe__VIEW`` and ``paper_regime__VIEW`` see `recipe_table`, ``ladder__VIEW`` `ladder_table`,
-``what_users_ask__VIEW`` and ``vocabularies`` `users_table`, ``pretrained__VIEW`` `pretrained_table`,
-``bench_vllm_gpu__VIEW`` `placement_table`. Tables of older experiments have no such marks: nothing measures them again.
+a benchmark's report (``benchmarks/common.py``), perplexities (`quality_table`) or what else is named here. Tables of
+finished experiments have no such marks: nothing measures them again.
 
     python benchmarks/fill_tables.py            fill them
     python benchmarks/fill_tables.py --check    exit 1 if one is out of date
@@ -24,10 +22,7 @@ RESULTS = REPOSITORY / "docs" / "results"
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks"), str(REPOSITORY / "experiments")]
 
 from common import benchmark_table  # noqa: E402
-from ladder_table import ladder_table  # noqa: E402
-from pretrained_table import pretrained_table  # noqa: E402
-from recipe_table import recipe_table  # noqa: E402
-from users_table import users_table, vocabularies_table  # noqa: E402
+from quality_tables import quality_table  # noqa: E402
 
 from scone.utils.text import markdown_table  # noqa: E402
 
@@ -58,16 +53,8 @@ def table(name: str) -> str:
     if not path.exists():
         return f"*Not measured yet: no {path.relative_to(REPOSITORY)}.*\n"
     report = json.loads(path.read_text(encoding="utf-8"))
-    if "screens" in report:
-        return recipe_table(report, view)
-    if "users" in report:
-        return users_table(report, view)
-    if base == "vocabularies":
-        return vocabularies_table(report)
-    if base == "pretrained":
-        return pretrained_table(report, view)
-    if "ladder" in report:
-        return ladder_table(report, view)
+    if "screens" in report or "ladder" in report:
+        return quality_table(report, view)
     if view:
         return placement_table(report, view)
     if "records" in report:

@@ -8,6 +8,7 @@ dark pages; a point is a pixel.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ RESULTS = REPOSITORY / "docs" / "results"
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks"), str(REPOSITORY / "experiments")]
 
 from ladder_fit import DOUBLED, OVER_ENCODING, PLAIN, ROWS, Rung, rungs_of  # noqa: E402
-from recipe_table import TEXTS, mean_perplexity, percent, runs_of  # noqa: E402
+from quality_tables import percent, recipe_runs  # noqa: E402
 
 from scone.evaluation.figures import CARD, GRID, INK, SERIES, SOFT, svg_of  # noqa: E402
 from scone.utils.files import atomic_path, read_json  # noqa: E402
@@ -70,16 +71,15 @@ def picture(height: float, place: tuple[float, float, float, float], lines: Sequ
 
 
 def draw_recipe(report: dict[str, Any]) -> Figure:
-    runs = runs_of(report, "4")
+    runs = recipe_runs(report)
     plain = runs["plain"]
     caveats = "bars: mean of four texts, dots: each text; all at plain's inference FLOPs except the last"
     lines = ((0.93, "Perplexity against the plain model: further right is better"), (0.855, caveats))
     axes = picture(292, (0.28, 0.09, 0.60, 0.72), lines)
     for place, (name, run, color) in enumerate(RUNS):
-        change = 100 * (mean_perplexity(runs[run]) / mean_perplexity(plain) - 1)
-        pairs = [(runs[run]["tests"][text]["perplexity"], plain["tests"][text]["perplexity"]) for text in TEXTS]
+        change = 100 * (runs[run]["mean"] / plain["mean"] - 1)
         axes.barh(place, change, height=0.62, color=color)
-        by_text = [100 * (ours / theirs - 1) for ours, theirs in pairs]
+        by_text = [100 * math.expm1(loss - plain["losses"][text]) for text, loss in runs[run]["losses"].items()]
         axes.plot(by_text, [place] * len(by_text), "o", markersize=5, markerfacecolor=CARD, markeredgecolor=INK)
         look = {"transform": axes.get_yaxis_transform(), "color": INK, "fontsize": 14, "va": "center"}
         axes.text(-0.02, place, name, ha="right", **look)

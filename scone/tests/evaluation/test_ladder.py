@@ -138,7 +138,7 @@ def test_results_are_put_together(tmp_path, capsys):
 
 
 def test_tables_and_picture_say_what_the_losses_are():
-    tables, plot = experiments.module("ladder_table"), experiments.module("plots")
+    tables, plot = experiments.module("quality_tables"), experiments.module("plots")
     runs = {}
     for place, flops in ((5, 1e15), (10, 2e15), (20, 4e15)):
         for kind, times in (("plain", 1.0), ("rows", 1.5)):
@@ -146,20 +146,21 @@ def test_tables_and_picture_say_what_the_losses_are():
             runs[name] = run(name, flops, law(3, 1, 0.5, times * flops))
             texts = [dict.fromkeys(TEXTS, 5.0 - tenth / 10 - times / 10) for tenth in range(10)]
             runs[name]["curve"] = [{"step": step, "validation": 5.0, "texts": each} for step, each in enumerate(texts)]
-    lines = {view: tables.ladder_table({"runs": runs}, view).split("\n") for view in ("multipliers", "texts", "curves")}
+    lines = {
+        view: tables.quality_table({"runs": runs}, view).split("\n") for view in ("multipliers", "texts", "curves")
+    }
     assert "| 7 M | 0 M | 10 | 3.707 | 1.50 (1.50 to 1.50) | 1.50 (1.50 to 1.50) |" in lines["multipliers"]
     assert any("1.50* (1.50 to 1.50)" in line for line in lines["multipliers"]), "rows end below plain's last loss"
     change = f"−{100 * (1 - np.exp(law(3, 1, 0.5, 3e15) - law(3, 1, 0.5, 2e15))):.1f} %"
     assert f"| 7 M | 0 M | 10 | `rows` | 1 | {change} | {change} | {change} |" in lines["texts"]
     assert "| 7 M | 20 | `rows` |" + " −0.05 |" * 10 in lines["curves"]
-    assert tables.ladder_table({"runs": {}}, "texts") == "*Not run yet.*\n"
     assert len(plot.draw_ladder({"runs": runs}).axes[0].lines) == 2
 
 
 def test_passes_are_shown_in_their_order_beside_the_plain_run_of_as_many():
     shifts = {"epochs4-plain": 0.0, "epochs4-rows": -0.1, "epochs1-plain": 0.5, "epochs1-rows": 0.3}
     runs = {name: run(name, 1.0, 3.0 + shift) | {"tokens": 40_000_000} for name, shift in shifts.items()}
-    table = experiments.module("ladder_table").ladder_table({"runs": runs}, "passes")
+    table = experiments.module("quality_tables").quality_table({"runs": runs}, "passes")
     lines = [line for line in table.splitlines() if "`" in line]
     assert lines == [
         "| 1 | 40 M | `plain` | 30.0 | 36.6 | – |",

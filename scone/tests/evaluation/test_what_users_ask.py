@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -127,39 +126,3 @@ def test_visits_are_how_often_the_counted_text_has_the_longest_f_gram():
 def test_pairs_are_collected():
     parts = [{"users": True, "pairs": [1]}, {"users": True, "pairs": [2]}, {"users": True, "long": 3}]
     assert users.collected(parts) == {"users": True, "pairs": [1, 2], "long": 3}
-
-
-def made_up_pair(plain: str, gap: float, accuracy: float = 0.0) -> dict:
-    """Rows ``gap`` nats and ``accuracy`` better than plain, silenced ten times as much worse."""
-    losses = {"plain": 4.0, "rows": 4.0 - gap, "silenced": 4.0 + 10 * gap}
-    intervals = {f"{kind}_minus_plain": {"interval": [-gap, gap]} for kind in ("rows", "silenced")}
-    visits = [{"first": first, "share": 0.5} | losses for first in ((0, 10) if plain.startswith("7m") else (0, 30))]
-    scores = {"plain": (0.5, 100.0), "rows": (0.5 + accuracy, 100.0 * math.exp(-gap))}
-    tasks = {
-        kind: [
-            {"task": "a", "accuracy": score, "num_items": 100, "chance": 0.25, "perplexity": None},
-            {"task": "b", "accuracy": 0.5, "num_items": 100, "chance": 0.0, "perplexity": perplexity},
-        ]
-        for kind, (score, perplexity) in scores.items()
-    }
-    texts = [{"prompt": plain, "plain": "x", "rows": "y"}]
-    pair = {"plain": plain, "by_text": {"c4": losses | intervals}, "by_visits": visits, "generations": texts}
-    return pair | ({"tasks": tasks} if accuracy else {})
-
-
-def test_tables_show_each_run_by_itself_and_its_seeds_together():
-    table = experiments.module("users_table").users_table
-    settings = ("7m-10-plain-seed2", 0.1), ("7m-10-plain-seed3", 0.3), ("27m-5-plain", 0.4, 0.2)
-    report = {"users": True, "pairs": [made_up_pair(*each) for each in settings]}
-    tasks, silenced, visits = (table(report, view) for view in ("tasks", "silenced", "visits"))
-    assert "| task | items | chance | 27 M × 5: plain | rows | difference |" in tasks
-    assert "| a | 100 | 0.250 | 0.500 ± 0.098 | 0.700 | +0.200 ± 0.133 |" in tasks  # of two draws of 100 items
-    assert "| b, perplexity | 100 |  | 100 | 67 | −33.0 % |" in tasks
-    assert "7 M × 10" not in tasks, "it has none"
-    changes = "−18.1 % | +638.9 %", "−33.0 % | +5359.8 %"  # 0.2 and 2 nats, the means of two seeds; 0.4 and 4
-    assert f"| C4 | 54.6 | {changes[0]} | 54.6 | {changes[1]} |" in silenced
-    assert "within ± 41.1 points. 7 M × 10: 2 seeds; 27 M × 5: 1 seed." in silenced
-    assert "| no f-gram | 50 % | −0.20 | +2.00 | 50 % | −0.40 | +4.00 |" in visits
-    assert "| 10 to 29 | 50 % | −0.20 | +2.00 |  |  |  |" in visits
-    assert "| 30 and more |  |  |  | 50 % | −0.40 | +4.00 |" in visits
-    assert "**27m-5-plain**" in table(report, "generations")
