@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import REPOSITORY, Record, Report
+from common import REPOSITORY, Report
 from ladder_fit import Rung, beside, multipliers, rungs_of, savings
 
 from scone.utils.files import read_json
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("no ladder: run experiments/run.py experiments/ladder.yaml and ladder_fit.py first, or use --quick")
             return 1
         measure(report, {"runs": {name: run for runs in parts for name, run in runs.items()}}, MULTIPLIERS)
-        report.records += [Record(**each) for each in read_json(HISTORY)["records"]]
+        report.records += read_json(HISTORY)["records"]
     report.finish()
     return 0
 

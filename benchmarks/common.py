@@ -19,7 +19,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -33,24 +33,6 @@ from scone.utils.text import markdown_table  # noqa: E402
 
 
 @dataclass
-class Record:
-    """One measured number. ``ratio`` is what ``target`` speaks of; ``met`` is None where there is no target.
-    ``interval``: where the ratio lies with 95 % confidence, for a benchmark that scatters by as much as it asks for.
-    """
-
-    metric: str
-    unit: str
-    ours: float | None
-    peer: float | None = None
-    peer_name: str | None = None
-    bound: float | None = None
-    ratio: float | None = None
-    target: float | None = None
-    met: bool | None = None
-    interval: tuple[float, float] | None = None
-
-
-@dataclass
 class Report:
     """All records of one run of one benchmark, with what they were measured on."""
 
@@ -58,7 +40,7 @@ class Report:
     quick: bool = False
     json_path: Path | None = None
     config: dict[str, Any] = field(default_factory=dict)
-    records: list[Record] = field(default_factory=list)
+    records: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
     def from_arguments(
@@ -75,9 +57,7 @@ class Report:
         if add_options:
             add_options(parser)
         options = vars(parser.parse_args(argv))
-        report = cls(benchmark, options.pop("quick"), options.pop("json"))
-        report.config = {"quick": report.quick} | options
-        return report
+        return cls(benchmark, options["quick"], options.pop("json"), options)
 
     def add(
         self,
@@ -92,56 +72,43 @@ class Report:
         target: float | None = None,
         most: float | None = None,
         interval: tuple[float, float] | None = None,
-    ) -> Record:
+    ) -> None:
         """Add a record and print it. ``ratio`` is a number or says how it comes from ``ours`` and ``peer``.
 
         ``bound`` is what the hardware allows, in the unit of ``ours``; the target of the ratio is ``target`` or more,
-        or it is ``most`` or less.
+        or it is ``most`` or less. ``interval``: where the ratio lies with 95 % confidence, for a benchmark that
+        scatters by as much as it asks for.
         """
         if isinstance(ratio, str):
-            ratio = _ratio(ratio, ours, peer)
+            above, below = {"ours/peer": (ours, peer), "peer/ours": (peer, ours), "ours": (ours, 1)}[ratio]
+            ratio = above / below if above is not None and below else None
         met = None
         if ratio is not None and (target is not None or most is not None):
             met = ratio >= target if target is not None else ratio <= most
-        target = target if most is None else most
-        record = Record(metric, unit, ours, peer, peer_name, bound, ratio, target, met, interval)
+        record = {"metric": metric, "unit": unit, "ours": ours, "peer": peer, "peer_name": peer_name, "bound": bound}
+        record |= {"ratio": ratio, "target": target if most is None else most, "met": met, "interval": interval}
         self.records.append(record)
-        print("  ".join(_cells(asdict(record))), flush=True)
-        if self.json_path:  # what is measured is kept, should the rest not come to its end
-            write_json(self.json_path, self.to_json())
-        return record
+        print("  ".join(_cells(record)), flush=True)
+        self.write()  # what is measured is kept, should the rest not come to its end
 
     def finish(self) -> None:
         """Print the table; write the JSON where one was asked for."""
         print(f"\n{benchmark_table(self.to_json())}")
+        self.write()
+
+    def write(self) -> None:
         if self.json_path:
             write_json(self.json_path, self.to_json())
-            print(f"\nwritten to {self.json_path}")
 
     def to_json(self) -> dict[str, Any]:
         """The form that ``BENCHMARKS`` fixes: benchmark, machine, commit, config, records."""
-        return {
-            "benchmark": self.benchmark,
-            "machine": machine(),
-            "commit": commit(),
-            "config": json.loads(json.dumps(self.config, default=_shown)),
-            "records": [asdict(record) for record in self.records],
-        }
+        config = json.loads(json.dumps(self.config, default=_shown))
+        return {"benchmark": self.benchmark, **measured_on(), "config": config, "records": self.records}
 
 
 def _shown(value: object) -> str:
     """A path by its name alone: folders of the measuring machine say nothing to a reader."""
     return value.name if isinstance(value, Path) else str(value)
-
-
-def _ratio(rule: str, ours: float | None, peer: float | None) -> float | None:
-    if ours is None or (peer is None and rule != "ours"):
-        return None
-    if rule == "ours":
-        return ours
-    assert peer is not None
-    above, below = (ours, peer) if rule == "ours/peer" else (peer, ours)
-    return above / below if below else None
 
 
 def benchmark_table(report: Mapping[str, Any]) -> str:
@@ -179,16 +146,13 @@ def _number(value: float | None) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
-def machine() -> dict[str, Any]:
-    """What the numbers were measured on; the commit stands beside it."""
+def measured_on() -> dict[str, Any]:
+    """``machine``, and the ``commit`` of the working tree: with ``-dirty`` when tracked files differ from it, "unknown"
+    outside git.
+    """
     found = environment()
-    del found["commit"]
-    return found
-
-
-def commit() -> str:
-    """The commit of the working tree, with ``-dirty`` when tracked files differ from it; "unknown" outside git."""
-    return environment()["commit"] or "unknown"
+    commit = found.pop("commit") or "unknown"
+    return {"machine": found, "commit": commit}
 
 
 def interleaved(runs: dict[str, Callable[[], object]], repeats: int, warmup: int = 1) -> dict[str, float]:

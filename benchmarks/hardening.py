@@ -19,10 +19,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-from common import REPOSITORY, commit, machine
+from common import REPOSITORY, measured_on
 
 from scone.tests.hardening.bad_files import READERS
 from scone.tests.hardening.bad_inputs import MEMORY_LIMIT_BYTES, SECONDS_LIMIT
@@ -30,7 +32,6 @@ from scone.utils.files import write_json
 
 JOBS = ("tokenise", "count", "train", "precompute", "convert")
 KILLS_OF_A_BATCH = 10
-Batch = dict[str, Any]
 
 
 def main() -> int:
@@ -46,7 +47,7 @@ def main() -> int:
     results = json.loads(chosen.json.read_text()) if chosen.json and chosen.json.exists() else {}
     tell = faults if chosen.what == "faults" else bad_inputs
     for summary in tell(chosen, results, 10 if chosen.quick else 1):  # after each batch, so that none is lost
-        results |= {"summary": summary, "machine": machine(), "commit": commit()}
+        results |= {"summary": summary} | measured_on()
         if chosen.json:
             write_json(chosen.json, results)
     print(json.dumps(results["summary"], indent=2))
@@ -57,14 +58,13 @@ def faults(chosen: argparse.Namespace, results: dict[str, Any], fewer: int) -> A
     """Kills of the jobs in batches, in turn, then the other scenarios; yields the summary so far."""
     batches = results.setdefault("batches", [])
     with tempfile.TemporaryDirectory(prefix="scone-faults-") as scratch:
-        for seed in range(-(-chosen.kills // fewer // KILLS_OF_A_BATCH)):
-            for job in chosen.jobs:
-                if not any(batch["job"] == job and batch["seed"] == seed for batch in batches):
-                    words = ["--only", "--kills", f"{job}={KILLS_OF_A_BATCH}", "--seed", seed]
-                    said = child("scenarios", *words, "--folder", f"{scratch}/kills", check=True).stdout
-                    batches.append(json.loads(said.splitlines()[0]) | {"commit": commit()})
-                    print(f"{job} {seed}: {'; '.join(batches[-1]['failures']) or 'nothing lost'}", flush=True)
-                    yield of_faults(results)
+        for seed, job in product(range(-(-chosen.kills // fewer // KILLS_OF_A_BATCH)), chosen.jobs):
+            if (job, seed) not in [(batch["job"], batch["seed"]) for batch in batches]:
+                words = ["--only", "--kills", f"{job}={KILLS_OF_A_BATCH}", "--seed", seed]
+                said = child("scenarios", *words, "--folder", f"{scratch}/kills", check=True).stdout
+                batches.append(json.loads(said.splitlines()[0]))
+                print(f"{job} {seed}: {'; '.join(batches[-1]['failures']) or 'nothing lost'}", flush=True)
+                yield of_faults(results)
         if "scenarios" not in results:
             results["scenarios"] = last_line(child("scenarios", "--folder", f"{scratch}/scenarios", check=True))
     yield of_faults(results)
@@ -72,20 +72,18 @@ def faults(chosen: argparse.Namespace, results: dict[str, Any], fewer: int) -> A
 
 def of_faults(results: dict[str, Any]) -> dict[str, Any]:
     """Kills by job and moment, trials, and everything that was lost."""
-    by_job = {}
-    for job in JOBS:
-        its = [batch for batch in results["batches"] if batch["job"] == job]
-        moments = {moment: sum(batch["kills"][moment] for batch in its) for moment in ("before", "while", "after")}
-        by_job[job] = {"trials": sum(batch["trials"] for batch in its)} | moments
+    by_job = {job: Counter(dict.fromkeys(("trials", "before", "while", "after"), 0)) for job in JOBS}
+    for batch in results["batches"]:
+        by_job[batch["job"]].update({"trials": batch["trials"], **batch["kills"]})
+    total = sum(by_job.values(), Counter())
     scenarios = results.get("scenarios", {})
     failures = [f"{batch['job']}: {failure}" for batch in results["batches"] for failure in batch["failures"]]
     failures += [f"{name}: {outcome}" for name, outcome in scenarios.items() if outcome != "survived"]
-    at_work = sum(jobs["while"] for jobs in by_job.values())
     return {
-        "kills": at_work + sum(jobs["before"] for jobs in by_job.values()),
-        "kills_at_work": at_work,
-        "came_too_late": sum(jobs["after"] for jobs in by_job.values()),
-        "trials": sum(jobs["trials"] for jobs in by_job.values()),
+        "kills": total["while"] + total["before"],
+        "kills_at_work": total["while"],
+        "came_too_late": total["after"],
+        "trials": total["trials"],
         "by_job": by_job,
         "scenarios_survived": sum(outcome == "survived" for outcome in scenarios.values()),
         "failures": failures,
@@ -96,13 +94,13 @@ def bad_inputs(chosen: argparse.Namespace, results: dict[str, Any], fewer: int) 
     """All kinds of bad inputs, reader by reader; yields the summary so far."""
     batches = results.setdefault("bad_inputs", [])
     for name in READERS:
-        if not any(batch["reader"] == name and batch["seed"] == chosen.seed for batch in batches):
+        if (name, chosen.seed) not in [(batch["reader"], batch["seed"]) for batch in batches]:
             batches.append(batch_of_inputs(name, chosen.inputs // fewer, chosen.seed))
             yield of_inputs(batches)
     yield of_inputs(batches)
 
 
-def batch_of_inputs(name: str, inputs: int, seed: int) -> Batch:
+def batch_of_inputs(name: str, inputs: int, seed: int) -> dict[str, Any]:
     folder, started = tempfile.mkdtemp(prefix="scone-bad-inputs-"), time.monotonic()
     done = child("bad_inputs", name, "--inputs", inputs, "--seed", seed, "--folder", f"{folder}/work")
     kinds = {} if done.returncode else last_line(done)
@@ -114,16 +112,16 @@ def batch_of_inputs(name: str, inputs: int, seed: int) -> Batch:
     seconds, tried = round(time.monotonic() - started, 1), sum(kind["inputs"] for kind in kinds.values())
     seen = f"{'; '.join(failures)} (see {folder})" if failures else "nothing but read or refused"
     print(f"{name}: {tried:,} inputs in {seconds:.0f} s: {seen}", flush=True)
-    return {"reader": name, "seed": seed, "commit": commit(), "kinds": kinds, "failures": failures, "seconds": seconds}
+    return {"reader": name, "seed": seed, "kinds": kinds, "failures": failures, "seconds": seconds}
 
 
-def of_inputs(batches: list[Batch]) -> dict[str, Any]:
+def of_inputs(batches: list[dict[str, Any]]) -> dict[str, Any]:
     """What became of the inputs of each reader."""
-    by_reader: dict[str, dict[str, int]] = {}
+    by_reader: dict[str, Counter[str]] = {}
     for batch in batches:
-        counted = by_reader.setdefault(batch["reader"], dict.fromkeys(("inputs", "read", "refused", "else"), 0))
-        for name in ("inputs", "read", "refused"):
-            counted[name] += sum(kind[name] for kind in batch["kinds"].values())
+        counted = by_reader.setdefault(batch["reader"], Counter(inputs=0, read=0, refused=0))
+        for kind in batch["kinds"].values():
+            counted.update({key: kind[key] for key in ("inputs", "read", "refused")})
         counted["else"] += len(batch["failures"])
     return {
         "inputs": sum(counted["inputs"] for counted in by_reader.values()),

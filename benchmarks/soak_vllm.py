@@ -21,7 +21,7 @@ from typing import Any
 import httpx
 import numpy as np
 import torch
-from common import REPOSITORY, commit, machine
+from common import REPOSITORY, measured_on
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
@@ -56,7 +56,7 @@ def main() -> int:
             metrics = httpx.get(f"{server.address}/metrics").text.splitlines()
             counters = {name: counter(metrics, name) for name in ("num_preemptions", "prefix_cache_hits")}
     result = dict(found) | counters | {"resident_mib_by_quarter": [size >> 20 for size in memory]}
-    report = {"benchmark": "vllm_soak", "machine": machine(), "commit": commit(), "clients": options.clients} | result
+    report = {"benchmark": "vllm_soak", **measured_on(), "clients": options.clients} | result
     print("  ".join(f"{key}: {value}" for key, value in result.items()))
     if options.json:
         write_json(options.json, report)

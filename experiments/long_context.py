@@ -30,7 +30,7 @@ import torch
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks"), str(REPOSITORY / "experiments")]
 
-from common import commit, machine  # noqa: E402
+from common import measured_on  # noqa: E402
 from what_users_ask import TEXTS, measured, run_name  # noqa: E402
 
 from scone.data.token_file import TokenFile  # noqa: E402
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     texts = {name: np.asarray(TokenFile.open(arguments.data / name).tokens) for name in TEXTS}
     tokenizer = load_tokenizer(str(next(iter(folders.values()))))
     found: dict[str, dict[str, dict[int, np.ndarray]]] = {}
-    report: dict[str, Any] = {"machine": machine(), "commit": commit(), "number": arguments.number, "models": {}}
+    report: dict[str, Any] = {**measured_on(), "number": arguments.number, "models": {}}
     for name, folder in folders.items():
         model = load_model(folder).model
         length = position_limit(model)

@@ -32,7 +32,7 @@ import yaml
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks")]
 
-from common import commit, machine  # noqa: E402
+from common import measured_on  # noqa: E402
 from side_by_side import Program, run_programs  # noqa: E402
 
 from scone.configs.loading import from_mapping  # noqa: E402
@@ -242,7 +242,7 @@ class Plan:
             for test in result.get("tests", {}).values():
                 if windows := test.pop("window_losses", None):
                     test["block_losses"] = block_means(windows)
-        return {"experiment": self.experiment, "machine": machine(), "commit": commit(), "runs": found}
+        return {"experiment": self.experiment, **measured_on(), "runs": found}
 
 
 def block_means(losses: Sequence[float], blocks: int = 48) -> list[float]:

@@ -24,7 +24,7 @@ import torch
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks")]
 
-from common import commit, machine  # noqa: E402
+from common import measured_on  # noqa: E402
 
 from scone.data.token_file import TokenFile  # noqa: E402
 from scone.evaluation.perplexity import paired_difference, token_losses, windows  # noqa: E402
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if None in (arguments.plain, arguments.rows, arguments.data):
         raise SconeError("found no pair to measure; expected --plain, --rows and --data, or --collect; give these")
     pair: dict[str, Any] = {"plain": run_name(arguments.plain), "rows": run_name(arguments.rows)}
-    report = {"users": True, "machine": machine(), "commit": commit(), "pairs": [pair]}
+    report = {"users": True, **measured_on(), "pairs": [pair]}
     engines = {"plain": engine_of(arguments.plain), "rows": engine_of(arguments.rows)}
     generated = {kind: engine.generate(PROMPTS, SAMPLING)[0] for kind, engine in engines.items()}
     pair["generations"] = [
