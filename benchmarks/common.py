@@ -13,12 +13,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -182,6 +184,17 @@ def in_child(script: Path, arguments: Sequence[str], timeout_seconds: float | No
     if done.returncode:
         raise RuntimeError(f"{script.name} {' '.join(arguments)} exited with {done.returncode}: {done.stderr[-2000:]}")
     return json.loads(done.stdout.strip().split("\n")[-1])
+
+
+def stop(process: subprocess.Popen, grace_s: float = 30.0) -> None:
+    """End a process that leads a group, and what it started; what does not answer ``grace_s`` long is killed."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=grace_s)
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def has_peer(package: str) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -15,10 +14,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from time import thread_time
 from typing import Any
 
 import httpx
 import psutil
+from common import stop
 
 
 @dataclass
@@ -38,7 +39,7 @@ class Server:
         return total
 
     def call(self, method: str) -> Any:
-        """What a method of `vllm_step_times.StepTimes` says in the worker."""
+        """What a method of `StepTimes` says in the worker."""
         answer = httpx.post(f"{self.address}/collective_rpc", json={"method": method}, timeout=60)
         answer.raise_for_status()
         return answer.json()["results"][0] if answer.content else None
@@ -56,7 +57,7 @@ def vllm_server(folder: Path, *options: str, timed: bool = False) -> Iterator[Se
     command += ["--no-enable-log-requests", "--disable-uvicorn-access-log", *options]
     settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     if timed:
-        command += ["--worker-extension-cls", "vllm_step_times.StepTimes"]
+        command += ["--worker-extension-cls", "vllm_servers.StepTimes"]
         settings |= {"VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": str(Path(__file__).parent)}
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
@@ -77,7 +78,7 @@ def vllm_server(folder: Path, *options: str, timed: bool = False) -> Iterator[Se
                 log.seek(0)
                 raise RuntimeError(f"vllm serve {folder.name} does not answer: {log.read()[-6000:]}") from error
         finally:
-            _stop(process)
+            stop(process)
 
 
 @contextmanager
@@ -93,7 +94,7 @@ def scone_server(folder: Path, *options: str) -> Iterator[Server]:
             raise RuntimeError(f"scone serve does not start: {line}")
         yield Server(line.split(" at ")[1].split()[0], "ours", process)
     finally:
-        _stop(process)
+        stop(process)
 
 
 @dataclass
@@ -162,12 +163,35 @@ def _answers(address: str) -> bool:
         return False
 
 
-def _stop(process: subprocess.Popen[str]) -> None:
-    """End a server and what it started."""
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+class StepTimes:
+    """What `vllm serve --worker-extension-cls` adds to a worker; called over HTTP (``/collective_rpc``)."""
+
+    _steps: list[tuple[int, float, float]]
+
+    def watch_steps(self) -> None:
+        """From now on, time the model's forward pass and its trunk's within it, in seconds of this thread's own: it is
+        not their fault if others use the core.
+        """
+        model: Any = self.get_model()  # type: ignore[attr-defined]
+        whole, trunk, of_trunk = model.forward, model.trunk.forward, [0.0]
+        self._steps = []
+
+        def timed_trunk(*inputs: Any, **named: Any) -> Any:
+            started = thread_time()
+            output = trunk(*inputs, **named)
+            of_trunk[0] = thread_time() - started
+            return output
+
+        def timed_whole(*inputs: Any, **named: Any) -> Any:
+            started = thread_time()
+            output = whole(*inputs, **named)
+            seconds = thread_time() - started
+            self._steps.append((len(output), seconds - of_trunk[0], seconds))
+            return output
+
+        model.forward, model.trunk.forward = timed_whole, timed_trunk
+
+    def step_times(self) -> list[tuple[int, float, float]]:
+        """Tokens, seconds of all but the trunk, and seconds of both, of each step since the last call."""
+        steps, self._steps = self._steps, []
+        return steps

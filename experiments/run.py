@@ -20,6 +20,7 @@ import math
 import os
 import signal
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -33,7 +34,6 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks")]
 
 from common import measured_on  # noqa: E402
-from side_by_side import Program, run_programs  # noqa: E402
 
 from scone.configs.loading import from_mapping  # noqa: E402
 from scone.configs.schema import SconeOptions  # noqa: E402
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 
 TRUNK = "model.base_model_name"
 INTERRUPTED = 130
+POLL_SECONDS = 0.5
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything an experiment reads lies on this machine
 
 
@@ -346,27 +347,59 @@ def run_all(
     grace_s: float = 0.0,
     gpus: int | None = None,
 ) -> tuple[list[str], list[str]]:
-    """Run each configuration in its own process, so that one failure or leak stays its own; ``jobs`` at once.
+    """Run each configuration in its own process (group), so that one failure or leak stays its own; ``jobs`` at once.
 
-    ``command``: this script's, to which each worker's name is added. The rest as `run_programs` has it.
+    Args:
+        command: this script's, to which each worker's name is added.
+        last_start: the monotonic time from which nothing is started and what runs is asked to stop.
+        grace_s: how long it may take for that, before it is killed.
+        gpus: each sees one of the first so many GPUs that we were given, the one with the fewest others; None: all.
 
     Returns those that failed, and those that were cut off or never started.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
     threads = max(1, len(os.sched_getaffinity(0)) // jobs)  # each run's share of the cores
-    environment = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-    failed = []
+    waiting, failed = list(names), list[str]()
+    running: dict[str, tuple[subprocess.Popen[bytes], float, int | None]] = {}  # its process, start and GPU
 
-    def ended(program: Program, status: int, seconds: float) -> None:
-        word = {0: "finished", INTERRUPTED: "interrupted"}.get(status, "failed")
-        print(f"{program.log.stem}: {word} after {seconds:.0f} s", flush=True)
-        if word == "failed" and (last_start is None or time.monotonic() < last_start):
-            failed.append(program.log.stem)
+    def start(name: str) -> None:
+        environment, gpu = os.environ | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}, None
+        if gpus is not None:
+            gpu = min(range(gpus), key=[taken for *_, taken in running.values()].count)
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+            environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[gpu] if visible else str(gpu)
+        with (output_dir / f"{name}.log").open("w", encoding="utf-8") as log:
+            process = subprocess.Popen(
+                [*command, "--worker", name], stdout=log, stderr=log, env=environment, start_new_session=True
+            )
+        running[name] = process, time.monotonic(), gpu
 
-    programs = [Program([*command, "--worker", name], output_dir / f"{name}.log", environment) for name in names]
-    cut = run_programs(programs, jobs, last_start=last_start, grace_s=grace_s, gpus=gpus, ended=ended)
-    cut_names = [program.log.stem for program in cut]
-    return failed, [name for name in cut_names if not is_finished(output_dir / f"{name}.json")]
+    def collect() -> None:
+        time.sleep(POLL_SECONDS)
+        for name, (process, started, _) in [*running.items()]:
+            if (status := process.poll()) is not None:
+                del running[name]
+                word = {0: "finished", INTERRUPTED: "interrupted"}.get(status, "failed")
+                print(f"{name}: {word} after {time.monotonic() - started:.0f} s", flush=True)
+                if word == "failed" and (last_start is None or time.monotonic() < last_start):
+                    failed.append(name)
+
+    try:
+        while (waiting or running) and (last_start is None or time.monotonic() < last_start):
+            while waiting and len(running) < jobs:
+                start(waiting.pop(0))
+            collect()
+        cut = [*running, *waiting]
+        for process, *_ in running.values():
+            process.terminate()
+        while running and time.monotonic() < last_start + grace_s:
+            collect()
+    finally:
+        for process, *_ in running.values():  # with its data loaders, at once: its log is on disk
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    return failed, [name for name in cut if not is_finished(output_dir / f"{name}.json")]
 
 
 def nested(flat: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -34,8 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 import torch.distributed as dist
-from common import REPOSITORY, Report
-from side_by_side import Program, run_programs
+from common import REPOSITORY, Report, stop
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from scone.configs.loading import from_mapping, load_options, save_options
@@ -82,10 +82,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         prepare(folder, options)
         print(f"counted after {time.monotonic() - started:.0f} s", flush=True)
         for count in options["gpus"]:
-            its_program = program(count, folder, options)
-            late = run_programs([its_program], 1, last_start=started + options["timeout"])
+            late = run_workers(count, folder, options, started + options["timeout"] - time.monotonic())
             print(f"{count} GPUs after {time.monotonic() - started:.0f} s", flush=True)
-            log = its_program.log.read_text(encoding="utf-8", errors="replace") if its_program.log.exists() else ""
+            log = (folder / f"log_{count}.txt").read_text(encoding="utf-8", errors="replace")
             for variant in variants_on(count, options):
                 if not (folder / f"{variant}_{count}.json").exists():
                     options["failed"][f"{variant}_{count}"] = "not through in time" if late else last_error(log)
@@ -207,8 +206,8 @@ def make_data(folder: Path, num_tokens: int) -> None:
     writer.finish({"tokenizer_fingerprint": tokenizer_fingerprint(tokenizer)})
 
 
-def program(count: int, folder: Path, options: dict[str, Any]) -> Program:
-    """What times all variants on the first ``count`` GPUs."""
+def run_workers(count: int, folder: Path, options: dict[str, Any], seconds: float) -> bool:
+    """Time all variants on the first ``count`` GPUs; whether that was not through after ``seconds``."""
     command = [sys.executable]
     if count > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
@@ -221,7 +220,17 @@ def program(count: int, folder: Path, options: dict[str, Any]) -> Program:
         "CUDA_VISIBLE_DEVICES": "" if options["tiny"] else ",".join(devices[:count]),
         "PYTHONPATH": os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH")))),
     }
-    return Program(command, folder / f"log_{count}.txt", environment)
+    with (folder / f"log_{count}.txt").open("w") as log:
+        process = subprocess.Popen(
+            command, stdout=log, stderr=log, env=os.environ | environment, start_new_session=True
+        )
+        try:
+            process.wait(timeout=max(0.0, seconds))
+        except subprocess.TimeoutExpired:
+            return True
+        finally:
+            stop(process, grace_s=40.0)  # torchrun kills its own that do not answer after 30
+    return False
 
 
 def work(folder: Path, count: int) -> None:
