@@ -321,7 +321,7 @@ ENGINES: dict[str, Callable[[Task], Callable[[], FGramVocabulary | Ranked]]] = {
 
 
 def run_engine(task: Task) -> dict[str, Any]:
-    """``seconds`` until the f-grams are ranked, ``peak_bytes`` (growth of resident memory), a fingerprint ``answer``."""
+    """``seconds`` until the f-grams are ranked, ``peak_bytes`` (growth of resident memory), a hash ``answer``."""
     run = ENGINES[task.engine](task)
     with PeakMemory() as peak:
         start = time.perf_counter()
