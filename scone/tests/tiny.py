@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, TrainingArguments
 
 from scone.models.language_model import SconeForCausalLM
+from scone.tests.kernels import reference
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 
 VOCAB_SIZE = 24
@@ -42,7 +43,7 @@ def vocabulary(tokens: np.ndarray | None = None, max_n: int = 3, min_freq: int =
     for n in range(2, max_n + 1):
         counts.update(zip(*(tokens[i:].tolist() for i in range(n)), strict=False))
     frequent = {gram: count for gram, count in counts.items() if count >= min_freq and SEPARATOR not in gram}
-    return FGramVocabulary.from_counts(frequent, vocab_size=VOCAB_SIZE, max_n=max_n, separator_ids=(SEPARATOR,))
+    return reference.vocabulary_of(frequent, vocab_size=VOCAB_SIZE, max_n=max_n, separator_ids=(SEPARATOR,))
 
 
 def trunk(kind: str = "gpt2", seed: int = 0, **changes: Any) -> PreTrainedModel:

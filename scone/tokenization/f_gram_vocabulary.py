@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from functools import cached_property, partial
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 from scone.kernels import child_index, f_gram_trie
 from scone.kernels.child_index import ChildIndex, frozen
 from scone.tokenization import f_gram_file
-from scone.tokenization.f_gram_file import MAX_F_GRAM_LENGTH, check_limits, node_dtype
+from scone.tokenization.f_gram_file import check_limits, node_dtype
 from scone.utils.errors import SconeError
 from scone.utils.files import fingerprint_of
 
@@ -25,7 +25,7 @@ class FGramVocabulary:
 
     Single tokens are nodes 0 … V − 1, the f-gram of rank r is node V + r. The vocabulary is closed: prefix and suffix
     of every f-gram are tokens or f-grams of lower rank, so its first S′ f-grams are a vocabulary too (`truncated`). All
-    arrays are read-only. Make one by `from_links`, `from_ranked`, `from_counts` or `load`.
+    arrays are read-only. Make one by `from_links`, `from_ranked` or `load`.
 
     Attributes:
         vocab_size: V, at most 2³² − 1.
@@ -89,17 +89,8 @@ class FGramVocabulary:
         if len(counts) != size:
             raise ValueError(f"{len(counts)} counts for {size} f-grams")
         suffixes, lengths, index = _link(keys, counts, vocab_size, max_n, separator_ids)
-        return cls(
-            keys=keys,
-            suffixes=suffixes,
-            lengths=lengths,
-            counts=counts,
-            vocab_size=vocab_size,
-            max_n=max_n,
-            separator_ids=separator_ids,
-            tokenizer_fingerprint=tokenizer_fingerprint,
-            _index=index,
-        )
+        facts = (vocab_size, max_n, separator_ids, tokenizer_fingerprint)
+        return cls(keys, suffixes, lengths, counts, *facts, _index=index)
 
     @classmethod
     def from_ranked(
@@ -134,32 +125,6 @@ class FGramVocabulary:
             max_n=max_n,
             **facts,
         )
-
-    @classmethod
-    def from_counts(
-        cls,
-        counts: Mapping[tuple[int, ...], int],
-        *,
-        max_n: int | None = None,
-        max_f_grams: int | None = None,
-        min_freq: int = 1,
-        separator_ids: Sequence[int] = (),
-        **facts: Any,
-    ) -> FGramVocabulary:
-        """Rank ``counts`` (tokens → occurrences) and keep the first ``max_f_grams`` of count ≥ ``min_freq``.
-
-        N-grams shorter than 2 or longer than ``max_n``, and those with a separator, are left out. ``facts``: the others
-        of `from_links`. Raises ValueError as it does; such counts are not those of a corpus.
-        """
-        limit = MAX_F_GRAM_LENGTH if max_n is None else max_n
-        kept = sorted(
-            (-count, len(gram), gram)
-            for gram, count in counts.items()
-            if count >= min_freq and 2 <= len(gram) <= limit and not set(separator_ids).intersection(gram)
-        )[:max_f_grams]
-        ranked = [gram for _, _, gram in kept]
-        kept_counts = np.array([-negative for negative, _, _ in kept], np.uint64)
-        return cls.from_ranked(ranked, kept_counts, max_n=max_n, separator_ids=separator_ids, **facts)
 
     def truncated(self, num_f_grams: int) -> FGramVocabulary:
         """The vocabulary of the first ``num_f_grams`` f-grams (all, when it has fewer). Shares the arrays."""
@@ -208,11 +173,7 @@ class FGramVocabulary:
 
     def _changed(self, **changes: Any) -> FGramVocabulary:
         """One that differs in ``changes``, and is indexed anew."""
-        return FGramVocabulary(**(self._parts() | changes))
-
-    def _parts(self) -> dict[str, Any]:
-        parts = {each.name: getattr(self, each.name) for each in fields(self)}
-        return parts | {"path": None, "_index": None, "_fingerprint": None}
+        return replace(self, path=None, _index=None, _fingerprint=None, **changes)
 
     # Asking it
 
@@ -251,8 +212,7 @@ class FGramVocabulary:
     @property
     def fingerprint(self) -> str:
         """Hex SHA-256 of ranking, V and separators: equal for vocabularies that match alike and rank alike."""
-        if self._fingerprint is None:
-            self._fingerprint = self._computed_fingerprint()
+        self._fingerprint = self._fingerprint or self._computed_fingerprint()
         return self._fingerprint
 
     def _computed_fingerprint(self) -> str:
@@ -330,19 +290,9 @@ class FGramVocabulary:
         rank = f_gram_trie.check_links(keys, suffixes, lengths, vocab_size, max_n)
         if rank != child_index.NO_F_GRAM:
             raise f_gram_file.damaged(path, f"the f-gram of rank {rank} has no place in the trie")
-        return cls(
-            keys=keys,
-            suffixes=suffixes,
-            lengths=lengths,
-            counts=arrays["counts"],
-            vocab_size=vocab_size,
-            max_n=max_n,
-            separator_ids=json.loads(metadata["separator_ids"]),
-            tokenizer_fingerprint=metadata["tokenizer_fingerprint"],
-            _index=ChildIndex(keys, arrays["slots"], int(metadata["rank_bits"]), int(metadata["max_probes"])),
-            _fingerprint=metadata["fingerprint"],
-            path=path,
-        )
+        index = ChildIndex(keys, arrays["slots"], int(metadata["rank_bits"]), int(metadata["max_probes"]))
+        facts = (vocab_size, max_n, json.loads(metadata["separator_ids"]), metadata["tokenizer_fingerprint"])
+        return cls(keys, suffixes, lengths, arrays["counts"], *facts, path, index, metadata["fingerprint"])
 
     def verify(self) -> None:
         """Check everything: the file's bytes, the ranking, closure, links, index and fingerprint (≈ 1 µs an f-gram).
@@ -374,7 +324,7 @@ class FGramVocabulary:
         # A worker process maps the same file instead of receiving hundreds of megabytes.
         if self.path is not None:
             return _reopened, (self.path, self.fingerprint)
-        return partial(FGramVocabulary, **self._parts()), ()
+        return FGramVocabulary, tuple(getattr(self, each.name) for each in fields(self)[:8])  # all but what is derived
 
 
 def _reopened(path: Path, fingerprint: str) -> FGramVocabulary:

@@ -20,7 +20,7 @@ from scone.inference.loading import LoadedModel, choose_device, load_model
 from scone.inference.precompute import precompute_table
 from scone.inference.streaming import GeneratedSequence
 from scone.models.language_model import SconeForCausalLM
-from scone.tokenization.f_gram_vocabulary import FGramVocabulary
+from scone.tests.kernels import reference
 from scone.tokenization.tokenizers import train_tokenizer
 from scone.utils.errors import SconeError
 
@@ -167,7 +167,7 @@ def test_unknown_devices_are_refused():
 
 def tiny_scone(folder: Path, tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> Path:
     """A saved SCONE model with f-gram model and learned rows, and its table; `seed` decides the rows."""
-    vocabulary = FGramVocabulary.from_counts(
+    vocabulary = reference.vocabulary_of(
         {(1, 3): 9, (3, 5): 8, (1, 3, 5): 7, (2, 4): 6}, vocab_size=len(WORDS), max_n=3, separator_ids=(0,)
     )
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from scone.kernels.dequantize import PAGE_BYTES, PIECE_PAGES
 from scone.kernels.trie_batch import TrieBatch
+from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 
 # Counting
 
@@ -36,6 +38,26 @@ Gram = tuple[int, ...]
 def ranked(counts: Mapping[Gram, int]) -> list[Gram]:
     """The f-grams of ``counts`` by (count descending, length ascending, tokens lexicographic)."""
     return sorted(counts, key=lambda gram: (-counts[gram], len(gram), gram))
+
+
+def vocabulary_of(
+    counts: Mapping[Gram, int],
+    *,
+    max_n: int | None = None,
+    max_f_grams: int | None = None,
+    min_freq: int = 1,
+    separator_ids: Sequence[int] = (),
+    **facts: Any,
+) -> FGramVocabulary:
+    """The first ``max_f_grams`` of ``counts`` that are frequent enough, no longer than N and without a separator."""
+    kept = {
+        gram: count
+        for gram, count in counts.items()
+        if count >= min_freq and 2 <= len(gram) <= (max_n or 255) and not set(separator_ids).intersection(gram)
+    }
+    first = ranked(kept)[:max_f_grams]
+    kept_counts = np.array([kept[gram] for gram in first], np.uint64)
+    return FGramVocabulary.from_ranked(first, kept_counts, max_n=max_n, separator_ids=separator_ids, **facts)
 
 
 def closed(counts: Mapping[Gram, int]) -> bool:

@@ -74,7 +74,7 @@ def long_case() -> tuple[FGramVocabulary, np.ndarray]:
     counts = dict.fromkeys(grams, 0)
     for gram in grams:
         counts[gram] += 1
-    return FGramVocabulary.from_counts(counts, vocab_size=3, max_f_grams=500), tokens
+    return reference.vocabulary_of(counts, vocab_size=3, max_f_grams=500), tokens
 
 
 def match_range(vocabulary: FGramVocabulary, tokens: np.ndarray, start: int, stop: int) -> np.ndarray:

@@ -88,7 +88,7 @@ def test_where_f_grams_are_dense(
     random = np.random.default_rng(seed)
     text = random.integers(0, 2, 70).tolist()
     grams = Counter(tuple(text[at : at + n]) for n in range(2, max_n + 1) for at in range(len(text) - n + 1))
-    vocabulary = FGramVocabulary.from_counts(grams, vocab_size=5, max_n=max_n)
+    vocabulary = reference.vocabulary_of(grams, vocab_size=5, max_n=max_n)
     case = Case(vocabulary, reference.ranked(grams), (0, 1), grams)
     split = data.draw(st.none() | st.integers(0, len(grams)))
     mask = random.random((2, 30)) < kept if kept < 1 else None
@@ -189,7 +189,7 @@ def test_rows_behind_two_to_the_31_numbers_are_looked_up(monkeypatch: pytest.Mon
     raw = zeros_beyond_31_bits(monkeypatch, row.row_bytes, torch.uint8)
     size = len(raw)
     grams = {(rank // 200, rank % 200): size - rank for rank in range(size)}
-    vocabulary = FGramVocabulary.from_counts(grams, vocab_size=200, max_n=2)
+    vocabulary = reference.vocabulary_of(grams, vocab_size=200, max_n=2)
     stored = torch.from_numpy(row.encode(torch.randn(1, width, generator=torch.Generator().manual_seed(0))))
     raw[-1] = stored[0].to(DEVICE)
     tokens = torch.tensor([[(size - 1) // 200, (size - 1) % 200]], device=DEVICE)

@@ -19,8 +19,8 @@ from scone.models.language_model import SconeForCausalLM
 from scone.models.scaled_trunk import ScaledTrunkForCausalLM
 from scone.models.trunk import build_trunk
 from scone.tests import tiny
+from scone.tests.kernels import reference
 from scone.tests.models.kinds import KINDS, model_of, tokens
-from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 from scone.utils.errors import SconeError
 
 # ------------------------------------------------------------------ the body
@@ -131,7 +131,7 @@ def test_a_resized_vocabulary_is_the_one_counted_over_so_many_tokens(seed, added
     old = tiny.vocabulary(tiny.corpus(600, seed))
     counts = {old.tokens(tiny.VOCAB_SIZE + rank): int(count) for rank, count in enumerate(old.counts)}
     size = tiny.VOCAB_SIZE + added
-    expected = FGramVocabulary.from_counts(counts, vocab_size=size, max_n=3, separator_ids=old.separator_ids)
+    expected = reference.vocabulary_of(counts, vocab_size=size, max_n=3, separator_ids=old.separator_ids)
     found = old.resized(size)
     found.verify()
     assert found.fingerprint == expected.fingerprint != old.fingerprint

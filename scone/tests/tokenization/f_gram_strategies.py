@@ -52,7 +52,7 @@ def cases(draw: st.DrawFn) -> Case:
     min_freq = draw(st.integers(1, 3))
     limit = draw(st.integers(0, 60))
     ranked = reference.ranked({gram: count for gram, count in counts.items() if count >= min_freq})[:limit]
-    vocabulary = FGramVocabulary.from_counts(
+    vocabulary = reference.vocabulary_of(
         counts,
         vocab_size=vocab_size,
         max_n=max_n,

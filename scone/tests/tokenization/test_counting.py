@@ -9,6 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from scone.tests.kernels import reference
 from scone.tests.kernels.reference import count_n_grams
 from scone.tokenization.counting import CountResult, count_f_grams
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
@@ -39,7 +40,7 @@ def count(shards: list[np.ndarray], **options: object) -> CountResult:
 def expected(shards: list[np.ndarray], **options: object) -> FGramVocabulary:
     everything = count_n_grams(shards, int(options.get("max_n", 4)), [SEPARATOR])  # type: ignore[call-overload]
     defaults: dict = {"vocab_size": VOCAB_SIZE, "max_n": 4, "separator_ids": [SEPARATOR]}
-    return FGramVocabulary.from_counts(everything, **(defaults | options))
+    return reference.vocabulary_of(everything, **(defaults | options))
 
 
 def assert_same(found: FGramVocabulary, wanted: FGramVocabulary) -> None:
@@ -89,7 +90,7 @@ def test_token_ids_may_be_large(shards, vocab_size, min_freq):
     shards = [shard.astype(np.uint32) * np.uint32(spread) for shard in shards]
     separators = [SEPARATOR * spread]
     options = {"vocab_size": vocab_size, "separator_ids": separators, "max_n": 4, "min_freq": min_freq}
-    wanted = FGramVocabulary.from_counts(count_n_grams(shards, 4, separators), max_f_grams=200, **options)
+    wanted = reference.vocabulary_of(count_n_grams(shards, 4, separators), max_f_grams=200, **options)
     result = count_f_grams(
         shards, max_f_grams=200, quiet=True, num_threads=2, memory_budget_bytes=28 * vocab_size + 300_000, **options
     )

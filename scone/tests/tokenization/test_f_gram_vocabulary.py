@@ -83,7 +83,7 @@ def test_saved_vocabulary_is_the_same(case):
 
 def test_ways_of_making_one_agree():
     counts = {(1, 2): 3, (2, 1): 3, (2, 2): 2, (1, 2, 1): 3, (2, 1, 2): 2, (0, 2): 9, (1, 1): 1}
-    made = FGramVocabulary.from_counts(counts, vocab_size=3, max_n=3, min_freq=2, separator_ids=[0])
+    made = reference.vocabulary_of(counts, vocab_size=3, max_n=3, min_freq=2, separator_ids=[0])
     grams = reference.ranked({gram: count for gram, count in counts.items() if 0 not in gram and count > 1})
     assert [made.tokens(3 + rank) for rank in range(made.num_f_grams)] == grams
     others = (
@@ -99,8 +99,8 @@ def test_ways_of_making_one_agree():
 def test_nodes_take_64_bits_where_32_do_not_suffice():
     last = LARGEST_VOCABULARY - 1
     counts = {(last, last): 2, (0, last): 1}
-    small = FGramVocabulary.from_counts(counts, vocab_size=LARGEST_VOCABULARY, max_f_grams=1)
-    large = FGramVocabulary.from_counts(counts, vocab_size=LARGEST_VOCABULARY)
+    small = reference.vocabulary_of(counts, vocab_size=LARGEST_VOCABULARY, max_f_grams=1)
+    large = reference.vocabulary_of(counts, vocab_size=LARGEST_VOCABULARY)
     assert (small.keys.dtype, large.keys.dtype) == (np.uint32, np.uint64)
     assert same(large.truncated(1), small)
     assert Matcher(large).match([last, last, 0, last]).tolist() == [last, last + 1, 0, last + 2]
@@ -134,7 +134,7 @@ def test_limits_and_questions_about_what_is_not_there():
     for f_grams, counts, word in (([(1,)], [1], "lengths"), ([(1, 2)], [], "counts")):
         with pytest.raises(ValueError, match=word):
             FGramVocabulary.from_ranked(f_grams, counts, vocab_size=5)
-    vocabulary = FGramVocabulary.from_counts({(1, 2): 1}, vocab_size=5)
+    vocabulary = reference.vocabulary_of({(1, 2): 1}, vocab_size=5)
     for node in (-1, 6):
         with pytest.raises(ValueError, match="does not exist"):
             vocabulary.tokens(node)
@@ -149,7 +149,7 @@ def made_vocabulary() -> FGramVocabulary:
     """About a hundred f-grams, enough for every array to have many bytes."""
     corpus = np.random.default_rng(0).integers(0, 4, 400).tolist()
     counts = Counter(tuple(corpus[at : at + n]) for n in range(2, 5) for at in range(len(corpus) - n + 1))
-    return FGramVocabulary.from_counts(counts, vocab_size=4, max_f_grams=100, tokenizer_fingerprint="abc")
+    return reference.vocabulary_of(counts, vocab_size=4, max_f_grams=100, tokenizer_fingerprint="abc")
 
 
 def test_other_files_are_named(tmp_path):

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scone.kernels import longest_match
+from scone.tests.kernels import reference
 from scone.tests.tokenization.f_gram_strategies import batches, cases
 from scone.tokenization import matcher as matcher_module
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
@@ -112,7 +113,7 @@ def test_truncated_vocabulary_matches_as_the_smaller_one_in_one_pass(data):
 def small_matcher() -> Matcher:
     """f-grams (1, 2), (2, 3), (1, 2, 3) over five tokens; 0 is the separator."""
     counts = {(1, 2): 5, (2, 3): 5, (1, 2, 3): 4}
-    return Matcher(FGramVocabulary.from_counts(counts, vocab_size=5, separator_ids=[0]))
+    return Matcher(reference.vocabulary_of(counts, vocab_size=5, separator_ids=[0]))
 
 
 def test_threads_do_not_change_the_result(monkeypatch):
