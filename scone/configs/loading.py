@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,7 +35,6 @@ class OptionParser(argparse.ArgumentParser):
         examples: Sequence[str] = (),
         add_arguments: Callable[[argparse.ArgumentParser], object] | None = None,
         defaults: Mapping[str, Any] | None = None,
-        config_flag: bool = True,
     ) -> None:
         super().__init__(
             prog=program_name(),
@@ -45,14 +45,15 @@ class OptionParser(argparse.ArgumentParser):
             allow_abbrev=False,
         )
         # both are taken out before (utils/command_line.py), and here for the help only
-        self.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks")
-        help_of_quiet = "print results only: no progress, notices or logs"
-        self.add_argument("--quiet", action="store_true", default=argparse.SUPPRESS, help=help_of_quiet)
+        own = {"debug": "show tracebacks", "quiet": "print results only: no progress, notices or logs"}
+        for name, help_ in own.items():
+            self.add_argument(f"--{name}", action="store_true", default=argparse.SUPPRESS, help=help_)
         if add_arguments is not None:
             add_arguments(self)
         if "--local_rank" not in self._option_string_actions:  # torch.distributed.launch passes it
             self.add_argument("--local_rank", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-        if config_flag:
+        self.reads_file = bool(sections) and "--config" not in self._option_string_actions
+        if self.reads_file:
             help_of_config = "YAML file of options; flags override it (see configs/)"
             self.add_argument("--config", metavar="FILE", default=None, help=help_of_config)
         self.chosen = [
@@ -165,13 +166,13 @@ def parse_options(
 
 
 def parse_layers(
-    argv: Sequence[str] | None, sections: Sequence[str], description: str, *, config_flag: bool = True, **settings: Any
+    argv: Sequence[str] | None, sections: Sequence[str], description: str, **settings: Any
 ) -> tuple[list[Layer], argparse.Namespace]:
     """As :func:`parse_options`, but unmerged: the file's layer, then the flags', for scripts that put one between."""
-    parser = OptionParser(sections, description, config_flag=config_flag, **settings)
+    parser = OptionParser(sections, description, **settings)
     values, extra = parser.read(sys.argv[1:] if argv is None else argv)
     layers = [Layer(FLAG, values)]
-    if config_flag and extra.config is not None:
+    if parser.reads_file and extra.config is not None:
         layers.insert(0, Layer(str(extra.config), flatten(load_yaml(extra.config), str(extra.config))))
     return layers, extra
 
@@ -208,8 +209,11 @@ def merge(layers: Sequence[Layer], defaults: Mapping[str, Any] | None = None) ->
     if values["model.base_model_name"] == MODERN_TRUNK and values["model.init"] == "scratch":
         values |= {name: value for name, value in MODERN_RECIPE.items() if setter[name] == 0}
     _check_together(values)
-    given = {name: sources[index] for name, index in setter.items() if index > 0}
-    return _build(values, given), notices
+    options = SconeOptions(given={name: sources[index] for name, index in setter.items() if index > 0})
+    for name, value in values.items():
+        group, _, last = name.rpartition(".")
+        setattr(get_option(options, group), last, value)
+    return options, notices
 
 
 def print_notices(notices: Sequence[str]) -> None:
@@ -266,10 +270,7 @@ def to_mapping(options: SconeOptions) -> dict[str, Any]:
 
 def get_option(options: SconeOptions, name: str) -> Any:
     """The value of the option with a dotted name, such as "model.f_gram.hidden_size"."""
-    value: Any = options
-    for part in name.split("."):
-        value = getattr(value, part)
-    return value
+    return functools.reduce(getattr, name.split("."), options)
 
 
 def save_options(options: SconeOptions, path: str | Path) -> None:
@@ -320,14 +321,6 @@ def suggestion(name: str) -> str:
     if "." not in name:
         return "; ".join(["expected one of " + ", ".join(SECTIONS), near]).removesuffix("; ")
     return near or "see scone train --help for the options"
-
-
-def _build(values: Mapping[str, Any], given: Mapping[str, str]) -> SconeOptions:
-    options = SconeOptions(given=dict(given))
-    for name, value in values.items():
-        *groups, last = name.split(".")
-        setattr(get_option(options, ".".join(groups)), last, value)
-    return options
 
 
 def _check_together(values: Mapping[str, Any]) -> None:

@@ -16,12 +16,6 @@ from scone.tokenization.matcher import HashedGrams, Matcher
 from scone.utils.errors import SconeError
 
 
-def num_blocks(num_tokens: int, max_length: int, drop_last: bool) -> int:
-    """How many blocks of ``max_length`` tokens there are; a last short one counts when it has at least two tokens."""
-    whole, rest = divmod(num_tokens, max_length)
-    return whole + (0 if drop_last or rest < 2 else 1)
-
-
 class BlockDataset(Dataset):
     """Item i is ``{"input_ids": int64 [T]}``: tokens i·T … (i+1)·T−1 of the file, T = ``max_length``.
 
@@ -40,7 +34,8 @@ class BlockDataset(Dataset):
         self.max_length = max_length
         self.drop_last = drop_last
         self._available = min(token_file.num_tokens, token_file.num_tokens if max_tokens is None else max_tokens)
-        self._length = num_blocks(self._available, max_length, drop_last)
+        whole, rest = divmod(self._available, max_length)
+        self._length = whole + (0 if drop_last or rest < 2 else 1)
         if not self._length:
             raise SconeError(
                 f"{token_file.folder} has {self._available} tokens; expected at least one block of {max_length}; "
@@ -163,22 +158,11 @@ class Collator:
             batch["position_ids"] = torch.from_numpy(positions)
             starts = np.diff(positions, axis=1, prepend=positions[:, :1] - 1) != 1
         if self.matcher is not None:
-            batch["trie"] = self._trie(tokens, mask, starts)
+            # one thread: the workers already share out the cores, and a forked worker must not start a thread pool
+            nodes = self.matcher.match(tokens, mask, num_threads=1, starts=starts)
+            known = self.matcher.vocabulary
+            sizes = (known.vocab_size, known.max_n, self.num_rows)
+            batch["trie"] = build_trie_batch(nodes, known.keys, known.suffixes, *sizes).fields(torch.from_numpy)
         elif self.hashed is not None:
             batch["trie"] = self.hashed.lookups(self.hashed.rows(tokens, mask, starts), torch.from_numpy)
         return batch
-
-    def _trie(self, tokens: np.ndarray, mask: np.ndarray, starts: np.ndarray | None) -> dict[str, Any]:
-        assert self.matcher is not None
-        vocabulary = self.matcher.vocabulary
-        # one thread: the workers already share out the cores, and a forked worker must not start a thread pool
-        nodes = self.matcher.match(tokens, mask, num_threads=1, starts=starts)
-        trie = build_trie_batch(
-            nodes,
-            vocabulary.keys,
-            vocabulary.suffixes,
-            vocabulary.vocab_size,
-            vocabulary.max_n,
-            self.num_rows,
-        )
-        return trie.fields(torch.from_numpy)

@@ -31,10 +31,7 @@ _HASH_RANGE = 1 << 64
 
 def split_of_name(name: str) -> str | None:
     """The split that a dataset's split name or a file's stem means ("wiki.valid" → "validation"), or None."""
-    for word in re.split(r"[^a-z]+", name.lower()):
-        if word in _NAMES:
-            return _NAMES[word]
-    return None
+    return next((_NAMES[word] for word in re.split(r"[^a-z]+", name.lower()) if word in _NAMES), None)
 
 
 def split_of_single_file(name: str) -> str | None:
@@ -46,13 +43,8 @@ def split_of_single_file(name: str) -> str | None:
 
 def split_of_path(relative_path: PurePath) -> str | None:
     """The split that a file's name says, else the nearest folder whose whole name is a split's, or None."""
-    by_file = split_of_name(relative_path.name)
-    if by_file:
-        return by_file
-    for folder in reversed(relative_path.parts[:-1]):
-        if folder.lower() in _NAMES:
-            return _NAMES[folder.lower()]
-    return None
+    folders = (_NAMES.get(folder.lower()) for folder in reversed(relative_path.parts[:-1]))
+    return split_of_name(relative_path.name) or next(filter(None, folders), None)
 
 
 def content_hash(text: str) -> int:
@@ -73,19 +65,10 @@ def split_rule(documents: Iterable[str], held_out: Sequence[str]) -> Callable[[s
     for number, text in enumerate(documents, start=1):
         sizes[content_hash(text)] = len(text)
         if number == SMALL_CORPUS:
-            return _by_range(held_out)
+            split_of_range, width = dict(enumerate(held_out)), _HASH_RANGE // LARGE_SHARE
+            return lambda text: split_of_range.get(content_hash(text) // width, "train")
     owners = _owners_in_small_corpus(sizes, held_out)
     return lambda text: owners.get(content_hash(text), "train")
-
-
-def _by_range(held_out: Sequence[str]) -> Callable[[str], str]:
-    width = _HASH_RANGE // LARGE_SHARE
-
-    def split_of(text: str) -> str:
-        index = content_hash(text) // width
-        return held_out[index] if index < len(held_out) else "train"
-
-    return split_of
 
 
 def _owners_in_small_corpus(sizes: Mapping[int, int], held_out: Sequence[str]) -> dict[int, str]:

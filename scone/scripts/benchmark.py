@@ -39,7 +39,6 @@ read_arguments = partial(
     description=DESCRIPTION,
     examples=EXAMPLES,
     add_arguments=ARGUMENTS,
-    config_flag=False,
 )
 
 

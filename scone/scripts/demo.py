@@ -37,7 +37,6 @@ read_arguments = partial(
     description=DESCRIPTION,
     examples=EXAMPLES,
     add_arguments=arguments(**OWN, quick=QUICKLY),
-    config_flag=False,
 )
 
 

@@ -30,7 +30,7 @@ ARGUMENTS = arguments(
 )
 DESCRIPTION = "Show a text's tokens with the longest f-gram that ends at each, its rank and its count."
 read_arguments = partial(
-    parse_options, sections=(), description=DESCRIPTION, examples=EXAMPLES, add_arguments=ARGUMENTS, config_flag=False
+    parse_options, sections=(), description=DESCRIPTION, examples=EXAMPLES, add_arguments=ARGUMENTS
 )
 
 

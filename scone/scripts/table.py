@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _convert(argv: Sequence[str]) -> None:
     """Write the converted table and print its path."""
     description = "Change a table's row type or cut it to its first rows; no model is needed."
-    _, extra = parse_options(argv, (), description, examples=EXAMPLES, add_arguments=CONVERT, config_flag=False)
+    _, extra = parse_options(argv, (), description, examples=EXAMPLES, add_arguments=CONVERT)
     from scone.inference.precompute import convert_table
     from scone.utils.text import human_bytes
 

@@ -33,7 +33,7 @@ _BY_MEMBER |= {VOCABULARY: "vocabulary", "final_model": "run"}
 _BY_FORMAT = {"scone-f-gram-vocabulary": "vocabulary", "scone-embedding-table": "table"}
 _BY_NAME = {VOCABULARY: "vocabulary", "tokens.npy": "tokens", "tokens.json": "tokens", ".cache": "table"}
 read_arguments = partial(
-    parse_options, sections=(), description=DESCRIPTION, examples=EXAMPLES, add_arguments=ARGUMENTS, config_flag=False
+    parse_options, sections=(), description=DESCRIPTION, examples=EXAMPLES, add_arguments=ARGUMENTS
 )
 
 
