@@ -12,6 +12,7 @@ need 13 KB of disk a row.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shutil
@@ -19,7 +20,10 @@ import statistics
 import subprocess
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -50,12 +54,15 @@ def main() -> None:
         table, peer = Path(folder) / "embeddings.cache", Path(folder) / "rows.lmdb"
         print(f"writing {num_rows:,} rows of {ROW_BYTES} bytes", flush=True)
         write_table(table, "fp32", num_rows, map(torch.from_numpy, _blocks(num_rows)))
+        paths = dict.fromkeys(("ram", "mmap", "mmap_prefetched", "direct"), table)
+        lmdb_bytes = None
         if has_peer("lmdb"):
-            LmdbTable.write(peer, _blocks(num_rows), num_rows, ROW_BYTES)
-            _check_same_rows(table, peer, num_rows)
-        measure_sizes(report, table, peer, num_rows)
-        measure_warm(report, table, peer, num_rows)
-        measure_cold(report, table, peer, num_rows)
+            write_lmdb(peer, _blocks(num_rows), num_rows)
+            paths["lmdb"], lmdb_bytes = peer, peer.stat().st_blocks * 512
+        report.add("bytes_vs_payload", "bytes", table.stat().st_size, num_rows * ROW_BYTES, "rows alone", most=1.01)
+        report.add("disk_vs_lmdb", "bytes", table.stat().st_size, lmdb_bytes, "LMDB", most=0.55)
+        measure_warm(report, paths, num_rows)
+        measure_cold(report, paths, num_rows)
         measure_cuts(report, table, num_rows)
     measure_row_types(report)
     measure_perplexity(report)
@@ -74,52 +81,54 @@ def _blocks(num_rows: int, block: int = 8192) -> Iterator[np.ndarray]:
         yield random.standard_normal((min(block, num_rows - low), WIDTH), dtype=np.float32)
 
 
-def _check_same_rows(table: Path, peer: Path, num_rows: int) -> None:
-    ranks, out = _zipf(num_rows, 100, np.random.default_rng(5)), np.empty((100, WIDTH), dtype=np.float32)
-    database = LmdbTable(peer)
-    database.rows_into(ranks.numpy(), out)
-    database.close()
-    with EmbeddingTable.open(table, "direct") as opened:
-        assert torch.equal(opened.rows(ranks), torch.from_numpy(out))
-
-
 def _zipf(num_rows: int, count: int, random: np.random.Generator) -> torch.Tensor:
     """Ranks whose chance falls as 1 / (rank + 1): int64 [count]."""
     return torch.from_numpy((num_rows ** random.random(count)).astype(np.int64).clip(1, num_rows) - 1)
 
 
-def measure_sizes(report: Report, table: Path, peer: Path, num_rows: int) -> None:
-    """Bytes of the files against the rows alone, and against LMDB's."""
-    size, payload = table.stat().st_size, num_rows * ROW_BYTES
-    report.add("bytes_vs_payload", "bytes", size, payload, "rows alone", most=1.01)
-    lmdb_bytes = peer.stat().st_blocks * 512 if peer.exists() else None
-    report.add("disk_vs_lmdb", "bytes", size, lmdb_bytes, "LMDB", most=0.55)
+Reader = Callable[[torch.Tensor, torch.Tensor], object]
+"""Fills its second argument, float32 [n, D], with the rows of its first, int64 [n]."""
 
 
-def measure_warm(report: Report, table: Path, peer: Path, num_rows: int) -> None:
+@contextmanager
+def reader(path: Path, kind: str) -> Iterator[Reader]:
+    """One way to read rows: a placement of our table, with ``_prefetched`` behind it where it is asked to, or LMDB."""
+    if kind == "lmdb":
+        import lmdb
+
+        with lmdb.open(str(path), subdir=False, readonly=True, lock=False, readahead=False) as environment:
+
+            def read(ranks: torch.Tensor, out: torch.Tensor) -> None:
+                rows = out.numpy()
+                with environment.begin(buffers=True) as transaction:
+                    for place, rank in enumerate(ranks.tolist()):
+                        rows[place] = np.frombuffer(transaction.get(rank.to_bytes(8, "big")), dtype=np.float32)
+
+            yield read
+        return
+    placement, _, prefetched = kind.partition("_")
+    with EmbeddingTable.open(path, placement) as table:
+        yield lambda ranks, out: (prefetched and table.prefetch(ranks), table.rows(ranks, out=out))
+
+
+def measure_warm(report: Report, paths: dict[str, Path], num_rows: int) -> None:
     """Rows a second with everything in memory, in turn with `torch.index_select` and a plain copy of as many bytes."""
-    random = np.random.default_rng(1)
-    with (
-        EmbeddingTable.open(table, "ram") as ram,
-        EmbeddingTable.open(table, "mmap") as mapped,
-        EmbeddingTable.open(table, "direct") as direct,
-    ):
-        whole = ram.rows(torch.arange(num_rows))
-        mapped.rows(torch.arange(num_rows))
-        database = LmdbTable(peer) if peer.exists() else None
-        if database:
-            database.rows_into(np.arange(num_rows), np.empty((num_rows, WIDTH), dtype=np.float32))
+    random, whole = np.random.default_rng(1), torch.empty(num_rows, WIDTH)
+    with ExitStack() as opened:
+        readers = {kind: opened.enter_context(reader(path, kind)) for kind, path in paths.items() if "_" not in kind}
+        everything, found = torch.arange(num_rows), torch.empty(num_rows, WIDTH)
+        for read in readers.values():  # what is in memory from here on
+            read(everything, found)
+            assert readers["ram"] is read or torch.equal(found, whole)
+            whole.copy_(found)
+        del found
         for batch in BATCHES:
             ranks, out = _zipf(num_rows, batch, random), torch.empty(batch, WIDTH)
             run: dict[str, Callable[[], object]] = {
                 "copy": lambda out=out, batch=batch: out.copy_(whole[:batch]),
                 "index_select": lambda ranks=ranks, out=out: torch.index_select(whole, 0, ranks, out=out),
-                "ram": lambda ranks=ranks, out=out: ram.rows(ranks, out=out),
-                "mmap": lambda ranks=ranks, out=out: mapped.rows(ranks, out=out),
-                "direct": lambda ranks=ranks, out=out: direct.rows(ranks, out=out),
             }
-            if database:
-                run["lmdb"] = lambda ranks=ranks, out=out: database.rows_into(ranks.numpy(), out.numpy())
+            run |= {kind: partial(read, ranks, out) for kind, read in readers.items()}
             rates = _rates(run, batch, repeats=200 if batch <= 16 else 5 if report.quick else 20)
             suffix = "" if batch == BATCHES[-1] else f"_b{batch}"
             named = {"peer": rates["index_select"], "peer_name": "torch.index_select", "bound": rates["copy"]}
@@ -129,82 +138,58 @@ def measure_warm(report: Report, table: Path, peer: Path, num_rows: int) -> None
                 report.add(f"{name}_index_select{suffix}", "rows/s", rates[store], **named)
             report.add(f"mmap_warm_vs_lmdb{suffix}", "rows/s", rates["mmap"], rates.get("lmdb"), "LMDB")
             report.add(f"direct_rows_per_second{suffix}", "rows/s", rates["direct"], ratio=None)
-        if database:
-            database.close()
 
 
 def _rates(run: dict[str, Callable[[], object]], batch: int, repeats: int) -> dict[str, float]:
     return {name: batch / seconds for name, seconds in interleaved(run, repeats, warmup=3).items()}
 
 
-def measure_cold(report: Report, table: Path, peer: Path, num_rows: int) -> None:
+def measure_cold(report: Report, paths: dict[str, Path], num_rows: int) -> None:
     """Rows a second from the disk: the page cache is dropped, and then `COLD_BATCHES` batches are read, no rank twice.
     The first, which also makes and fetches what later ones find, is counted apart.
     """
     random, seconds = np.random.default_rng(2), 1.0 if report.quick else 5.0
     for batch in BATCHES[1:-1] if report.quick else BATCHES[1:]:
         rounds = 2 if report.quick else 5 if batch < 16_384 else 3
-        times: dict[str, list[float]] = {"direct": [], "mmap": [], "mmap_prefetched": [], "lmdb": []}
-        first: list[float] = []
-        fio: dict[bool, list[float]] = {False: [], True: []}
+        times: dict[str, list[float]] = defaultdict(list)
         for _ in range(rounds):
-            for in_batches, found in fio.items():
-                depth = min(QUEUE_DEPTH, batch)
-                reads = fio_reads_per_second(table, ROW_BYTES, depth, seconds / rounds, in_batches)
-                found += [] if reads is None else [reads]
+            for kind in ("fio", "fio in batches"):
+                reads = fio_reads_per_second(
+                    paths["direct"], ROW_BYTES, min(QUEUE_DEPTH, batch), seconds / rounds, kind != "fio"
+                )
+                times[kind] += [] if reads is None else [batch / reads]
             batches = list(torch.from_numpy(random.choice(num_rows, (COLD_BATCHES, batch), replace=False)))
-            direct = _cold(table, "direct", batches)
-            first.append(direct[0])
-            times["direct"] += direct[1:]
-            times["mmap"] += _cold(table, "mmap", batches)[1:]
-            times["mmap_prefetched"] += _cold(table, "mmap", batches, prefetch=True)[1:]
-            times["lmdb"] += _cold_lmdb(peer, batches)[1:] if peer.exists() else []
-        rates = {name: batch / statistics.median(values) for name, values in times.items() if values}
-        _report_cold(report, batch, rates, batch / statistics.median(first), fio)
+            for kind, path in paths.items():
+                if kind != "ram":
+                    first, *others = _cold(path, kind, batches)
+                    times[f"{kind} first"].append(first)
+                    times[kind] += others
+        rates = defaultdict(lambda: None)  # type: ignore[var-annotated]
+        rates |= {kind: batch / statistics.median(found) for kind, found in times.items() if found}
+        suffix = "" if batch == 1024 else f"_b{batch}"
+        named = {"peer": rates["fio"], "peer_name": "fio", "bound": rates["fio"]}
+        report.add(f"direct_cold_vs_fio{suffix}", "rows/s", rates["direct"], **named, target=0.8)
+        report.add(f"direct_first_batch_vs_fio{suffix}", "rows/s", rates["direct first"], **named)
+        if batch <= QUEUE_DEPTH:  # a larger one is several of fio's
+            batched = rates["fio in batches"]
+            named = {"peer": batched, "peer_name": "fio, waiting for each batch", "bound": batched}
+            report.add(f"direct_cold_vs_fio_in_batches{suffix}", "rows/s", rates["direct"], **named)
+        named = {"peer": rates["lmdb"], "peer_name": "LMDB"}
+        report.add(f"cold_speed_vs_lmdb{suffix}", "rows/s", rates["direct"], **named, target=3.0)
+        report.add(f"mmap_cold_vs_lmdb{suffix}", "rows/s", rates["mmap"], **named)
+        report.add(f"mmap_cold_prefetched_vs_lmdb{suffix}", "rows/s", rates["mmap_prefetched"], **named)
 
 
-def _report_cold(
-    report: Report, batch: int, rates: dict[str, float], first: float, fio: dict[bool, list[float]]
-) -> None:
-    suffix = "" if batch == 1024 else f"_b{batch}"
-    steady, batched = (statistics.median(found) if found else None for found in (fio[False], fio[True]))
-    named = {"peer": steady, "peer_name": "fio", "bound": steady}
-    report.add(f"direct_cold_vs_fio{suffix}", "rows/s", rates["direct"], **named, target=0.8)
-    report.add(f"direct_first_batch_vs_fio{suffix}", "rows/s", first, **named)
-    named = {"peer": batched, "peer_name": "fio, waiting for each batch", "bound": batched}
-    if batch <= QUEUE_DEPTH:  # a larger one is several of fio's
-        report.add(f"direct_cold_vs_fio_in_batches{suffix}", "rows/s", rates["direct"], **named)
-    named = {"peer": rates.get("lmdb"), "peer_name": "LMDB"}
-    report.add(f"cold_speed_vs_lmdb{suffix}", "rows/s", rates["direct"], **named, target=3.0)
-    report.add(f"mmap_cold_vs_lmdb{suffix}", "rows/s", rates["mmap"], **named)
-    report.add(f"mmap_cold_prefetched_vs_lmdb{suffix}", "rows/s", rates["mmap_prefetched"], **named)
-
-
-def _cold(table: Path, placement: str, batches: list[torch.Tensor], prefetch: bool = False) -> list[float]:
-    """Seconds that each of ``batches`` takes, one after the other, in a table that was just opened."""
-    drop_from_page_cache(table)
+def _cold(path: Path, kind: str, batches: list[torch.Tensor]) -> list[float]:
+    """Seconds that each of ``batches`` takes, one after the other, in a file that was just opened."""
+    drop_from_page_cache(path)
     seconds = []
-    with EmbeddingTable.open(table, placement) as opened:
+    with reader(path, kind) as read:
         out = torch.empty(len(batches[0]), WIDTH).fill_(0)  # memory that is there already, as fio's is
         for ranks in batches:
             start = time.perf_counter()
-            if prefetch:
-                opened.prefetch(ranks)
-            opened.rows(ranks, out=out)
+            read(ranks, out)
             seconds.append(time.perf_counter() - start)
-    return seconds
-
-
-def _cold_lmdb(peer: Path, batches: list[torch.Tensor]) -> list[float]:
-    drop_from_page_cache(peer)
-    database = LmdbTable(peer)
-    out = np.full((len(batches[0]), WIDTH), 0, dtype=np.float32)
-    seconds = []
-    for ranks in batches:
-        start = time.perf_counter()
-        database.rows_into(ranks.numpy(), out)
-        seconds.append(time.perf_counter() - start)
-    database.close()
     return seconds
 
 
@@ -320,38 +305,17 @@ def fio_reads_per_second(
     return float(json.loads(done.stdout[done.stdout.index("{") :])["jobs"][0]["read"]["iops"])
 
 
-class LmdbTable:
-    """Rows in LMDB: key = rank (8 bytes, big-endian, so that keys are in order), value = the row's bytes."""
+def write_lmdb(path: Path, blocks: Iterator[np.ndarray], num_rows: int) -> None:
+    """Store ``blocks`` of float32 [n, D], in order: key = rank (8 bytes, big-endian, so that keys are in order)."""
+    import lmdb
 
-    def __init__(self, path: Path) -> None:
-        import lmdb
-
-        self.path = path
-        self._environment = lmdb.open(str(path), subdir=False, readonly=True, lock=False, readahead=False)
-
-    @staticmethod
-    def write(path: Path, rows: Iterator[np.ndarray], num_rows: int, row_bytes: int) -> None:
-        """Store ``rows`` (blocks of float32 [n, D] in order of rank)."""
-        import lmdb
-
-        environment = lmdb.open(str(path), subdir=False, map_size=4 * num_rows * row_bytes + (64 << 20), sync=False)
-        rank = 0
-        for block in rows:
+    with lmdb.open(str(path), subdir=False, map_size=4 * num_rows * ROW_BYTES + (64 << 20), sync=False) as environment:
+        ranks = itertools.count()
+        for block in blocks:
             with environment.begin(write=True) as transaction:
                 for row in block:
-                    transaction.put(rank.to_bytes(8, "big"), row.tobytes(), append=True)
-                    rank += 1
+                    transaction.put(next(ranks).to_bytes(8, "big"), row.tobytes(), append=True)
         environment.sync(True)
-        environment.close()
-
-    def rows_into(self, ranks: np.ndarray, out: np.ndarray) -> None:
-        """Fill ``out`` (float32 [n, D]) with the rows ``ranks``."""
-        with self._environment.begin(buffers=True) as transaction:
-            for place, rank in enumerate(ranks.tolist()):
-                out[place] = np.frombuffer(transaction.get(rank.to_bytes(8, "big")), dtype=np.float32)
-
-    def close(self) -> None:
-        self._environment.close()
 
 
 if __name__ == "__main__":
