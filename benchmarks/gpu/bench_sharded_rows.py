@@ -38,7 +38,7 @@ import torch.distributed as dist
 from common import REPOSITORY, Report, stop
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from scone.configs.loading import from_mapping, load_options, save_options
+from scone.configs.loading import from_mapping
 from scone.configs.schema import SconeOptions
 from scone.data.token_file import TokenFile, TokenFileWriter
 from scone.evaluation.sweep import count_once
@@ -131,7 +131,7 @@ def run_options(variant: str, count: int, folder: Path, options: dict[str, Any])
             "data": {
                 "max_length": length,
                 "max_n": 5,
-                "min_freq": 2 if options["data"] else 1,
+                "min_freq": 1 if options["data"] in (None, str(folder)) else 2,
                 "max_f_grams": options["rows"],
                 "cache_dir": str(folder / "cache"),
                 "num_workers": options["workers"],
@@ -167,29 +167,17 @@ def run_options(variant: str, count: int, folder: Path, options: dict[str, Any])
 
 
 def prepare(folder: Path, options: dict[str, Any]) -> None:
-    """Tokens, counted f-grams, and the options of each run."""
-    data = folder
-    if options["data"] is None:
-        make_data(folder, options["tokens"])
-    else:
-        data = options["data"]
+    """Tokens, counted f-grams, and what the processes that are timed are told."""
+    data = options["data"] or make_data(folder, options["tokens"])
     corpus = read_corpus(data)
-    settings = {
-        (variant, count): run_options(variant, count, folder, options)
-        for count in options["gpus"]
-        for variant in variants_on(count, options)
-    }
-    count_once(list(settings.values()), corpus, quiet=True)
-    for (variant, count), its in settings.items():
-        save_options(its, folder / f"{variant}_{count}.yaml")
-    plan = {name: options[name] for name in ("warmup", "tiny")} | {"data": str(data)}
-    for count in options["gpus"]:
-        write_json(folder / f"plan_{count}.json", plan | {"variants": variants_on(count, options)})
+    count_once([run_options(variant, 1, folder, options) for variant in options["variants"]], corpus, quiet=True)
+    simple = {name: value for name, value in options.items() if isinstance(value, int | float | list | tuple)}
+    write_json(folder / "plan.json", simple | {"data": str(data)})
     options["num_tokens"] = corpus.train.num_tokens
     options["trunk"] = "{} wide, {} layers, {} heads, context {}".format(*(TINY_TRUNK if options["tiny"] else TRUNK))
 
 
-def make_data(folder: Path, num_tokens: int) -> None:
+def make_data(folder: Path, num_tokens: int) -> Path:
     """Phrases of four tokens, Zipf-distributed like the tokens in them, each followed by two tokens of its own."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
@@ -204,6 +192,7 @@ def make_data(folder: Path, num_tokens: int) -> None:
     writer = TokenFileWriter(folder / "train", size, 0)
     writer.add_document(tokens.reshape(-1))
     writer.finish({"tokenizer_fingerprint": tokenizer_fingerprint(tokenizer)})
+    return folder
 
 
 def run_workers(count: int, folder: Path, options: dict[str, Any], seconds: float) -> bool:
@@ -212,12 +201,11 @@ def run_workers(count: int, folder: Path, options: dict[str, Any], seconds: floa
     if count > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
     command += [str(Path(__file__)), "--worker", str(folder), str(count)]
-    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    devices = visible or [str(number) for number in range(64)]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
     environment = {
         "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // max(options["gpus"]))),
         "TOKENIZERS_PARALLELISM": "false",
-        "CUDA_VISIBLE_DEVICES": "" if options["tiny"] else ",".join(devices[:count]),
+        "CUDA_VISIBLE_DEVICES": "" if options["tiny"] else ",".join(visible.split(",")[:count]),
         "PYTHONPATH": os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH")))),
     }
     with (folder / f"log_{count}.txt").open("w") as log:
@@ -235,13 +223,13 @@ def run_workers(count: int, folder: Path, options: dict[str, Any], seconds: floa
 
 def work(folder: Path, count: int) -> None:
     """Train the variants, one after the other; one that fails does not keep the others from being measured."""
-    plan = read_json(folder / f"plan_{count}.json")
+    plan = read_json(folder / "plan.json")
     share_out = LearnedRows.share_out
-    for variant in plan["variants"]:
+    for variant in variants_on(count, plan):
         LearnedRows.share_out = (lambda rows: None) if variant == "copies" else share_out  # type: ignore[method-assign]
         started = time.monotonic()
         try:
-            measured = measure(folder / f"{variant}_{count}.yaml", Path(plan["data"]), plan["warmup"])
+            measured = measure(run_options(variant, count, folder, plan), Path(plan["data"]), plan["warmup"])
             if is_first_process():
                 write_json(folder / f"{variant}_{count}.json", measured)
                 print(f"{variant}: {time.monotonic() - started:.0f} s, {measured}", flush=True)
@@ -290,18 +278,18 @@ def add_records(report: Report, folder: Path) -> None:
 # ---------------------------------------------------------------------- how fast a run's steps are
 
 
-def measure(options_path: Path, data: Path, warmup: int) -> dict[str, float]:
+def measure(options: SconeOptions, data: Path, warmup: int) -> dict[str, float]:
     """Tokens a second of all ranks, seconds a step of the slowest, peak bytes of the one with most; the same on every
     rank. Timed are the steps after ``warmup`` others, and there the run ends: gigabytes are not saved.
     """
-    options = load_options(options_path)
     try:
         train(options, corpus=read_corpus(data), quiet=True, callbacks=[StepTimer(warmup)])
     except StepsTimed as timed:
-        steps = (options.training.max_steps - warmup) * options.training.gradient_accumulation_steps
-        tokens = steps * options.training.batch_size * options.data.max_length * timed.world_size
-        seconds = {"per_second": tokens / timed.seconds, "step_seconds": timed.seconds / steps}
-        return seconds | {"peak_bytes": timed.peak_bytes, "processes": timed.world_size}
+        seconds, peak_bytes, processes = timed.args
+        steps = options.training.max_steps - warmup
+        tokens = steps * options.training.batch_size * options.data.max_length * processes
+        found = {"per_second": tokens / seconds, "step_seconds": seconds / steps}
+        return found | {"peak_bytes": peak_bytes, "processes": processes}
     raise AssertionError("the run ended before its last step was timed")
 
 
@@ -311,11 +299,7 @@ def read_corpus(data: Path) -> Corpus:
 
 
 class StepsTimed(Exception):
-    """The last step is through; with the seconds and peak bytes of the rank with most, and the number of ranks."""
-
-    def __init__(self, seconds: float, peak_bytes: float, world_size: int) -> None:
-        super().__init__(seconds, peak_bytes, world_size)
-        self.seconds, self.peak_bytes, self.world_size = seconds, peak_bytes, world_size
+    """The last step is through; its arguments are the seconds and peak bytes of the rank with most, and the ranks."""
 
 
 class StepTimer(TrainerCallback):
