@@ -26,10 +26,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from common import PeakMemory, Report, interleaved
 from torch import Tensor
 from transformers import PreTrainedModel
-from workloads import SEPARATOR, VOCAB_SIZE, TrainingStep, f_grams_of, gpt2_tokens, gpt2_trunk
+from workloads import VOCAB_SIZE, TrainingStep, f_grams_of, gpt2_tokens, gpt2_trunk
 
 from scone.data.dataset import BlockDataset, Collator
 from scone.data.token_file import TokenFile
@@ -161,25 +162,20 @@ def _padded(f_grams: Tensor, vocabulary: FGramVocabulary) -> tuple[Tensor, Tenso
     return torch.from_numpy(vocabulary.token_matrix(ranks, padding=0)), lengths
 
 
-def _trunk(sizes: dict[str, int]) -> PreTrainedModel:
-    return gpt2_trunk(*sizes.values(), bos_token_id=SEPARATOR, eos_token_id=SEPARATOR)
-
-
 def measure_steps(
     report: Report, tokens: np.ndarray, vocabulary: FGramVocabulary, trunk: dict[str, int], positions: int
 ) -> None:
     """Steps with f-gram models of half, once and twice the trunk's layers against the plain step and their FLOPs."""
     source = batches(tokens, vocabulary, positions)
     prepared = list(itertools.islice(source, 3))
-    plain = _trunk(trunk)
+    plain = gpt2_trunk(*trunk.values())
     without_trie = [{name: value for name, value in batch.items() if name != "trie"} for batch in prepared]
     steps: dict[str, Callable[[], object]] = {"plain": TrainingStep(plain, without_trie)}
     predicted = {}
     for scale in (1.0,) if report.quick else (0.5, 1.0, 2.0):
         sizes = _f_gram_sizes(trunk, scale)
-        steps[f"{scale}x"] = TrainingStep(
-            SconeForCausalLM.from_trunk(_trunk(trunk), vocabulary, f_gram_model=sizes), prepared
-        )
+        model = SconeForCausalLM.from_trunk(gpt2_trunk(*trunk.values()), vocabulary, f_gram_model=sizes)
+        steps[f"{scale}x"] = TrainingStep(model, prepared)
         predicted[scale] = 1 + _f_gram_flops(sizes, prepared) / trunk_forward_flops(plain.config, SEQUENCE_LENGTH)
     steps["trie"] = lambda: next(source)
     plain_source = batches(tokens, None, positions)
@@ -218,7 +214,7 @@ def measure_rows(report: Report, tokens: np.ndarray, large: FGramVocabulary, tru
         vocabulary = large.truncated(min(max(num_rows, 1), large.num_f_grams))
         source = batches(tokens, vocabulary if num_rows else None, positions, num_rows)
         prepared = list(itertools.islice(source, repeats + 1))
-        model = _trunk(trunk)
+        model = gpt2_trunk(*trunk.values())
         if num_rows:
             model = SconeForCausalLM.from_trunk(model, vocabulary, f_gram_model=None, learned_rows=num_rows)
         steps[str(num_rows)] = TrainingStep(model, prepared, rows_learning_rate=1e-3)
@@ -329,20 +325,14 @@ def _gpu_steps(
         pin_memory=on_gpu,
         prefetch_factor=4 if workers else None,
     )
-    batches = map(_to_device, loader)
+    batches = (send_to_device(batch, DEVICE, non_blocking=True) for batch in loader)
     some, steps = list(itertools.islice(batches, 4)), 2 if quick else 12
     for batch in [*some, *some[:2]]:
         step(batch)
 
     def seconds_a_step(source: Iterator[Batch]) -> float:
-        """After one that is not counted."""
-
-        def run() -> None:
-            for batch in itertools.islice(source, steps):
-                step(batch)
-
-        step(next(source))
-        return timed(run, DEVICE) / steps
+        step(next(source))  # not counted
+        return timed(lambda: [step(batch) for batch in itertools.islice(source, steps)], DEVICE) / steps
 
     at_hand = seconds_a_step(itertools.cycle(some))
     if on_gpu:
@@ -354,13 +344,6 @@ def _gpu_steps(
         forward += _f_gram_flops(sizes, some, variant == "padded")
     tokens = shape[0] * shape[1]
     return Measured(loaded, at_hand, peak, training_flops(forward * tokens), tokens)
-
-
-def _to_device(value: Any) -> Any:
-    """Tensors to the device; what a trie keeps on the host stays there."""
-    if isinstance(value, Mapping):
-        return {name: _to_device(inner) for name, inner in value.items()}
-    return value.to(DEVICE, non_blocking=True) if isinstance(value, Tensor) else value
 
 
 def _report_variant(report: Report, name: str, now: Measured, plain: Measured | None) -> None:
