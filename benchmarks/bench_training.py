@@ -21,6 +21,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -124,35 +125,30 @@ def measure_sharing(
     table = torch.randn(VOCAB_SIZE, sizes["hidden_size"], requires_grad=True)
     trie = some[0]["trie"]
     per_position = trie["f_grams"][trie["position_index"][trie["position_index"] > 0] - 1]
-    padded_inputs = {"position": _padded(per_position, vocabulary), "distinct": _padded(trie["f_grams"], vocabulary)}
 
-    def run(forward: Callable[[], Tensor]) -> Callable[[], None]:
-        def step() -> None:
-            forward().square().sum().backward()
-            model.zero_grad(set_to_none=True)
-            table.grad = None
+    def step(forward: Callable[[], Tensor]) -> None:
+        forward().square().sum().backward()
+        model.zero_grad(set_to_none=True)
+        table.grad = None
 
-        return step
+    def padded(f_grams: Tensor) -> Callable[[], None]:
+        its_tokens, lengths = _padded(f_grams, vocabulary)
+        return partial(step, lambda: padded_f_gram_model(model, table[its_tokens], lengths))
 
-    def padded(which: str) -> Callable[[], None]:
-        its_tokens, lengths = padded_inputs[which]
-        return run(lambda: padded_f_gram_model(model, table[its_tokens], lengths))
-
-    ours = run(lambda: model(table[trie["tokens"]], trie))
-    runs = {"ours": ours, "position": padded("position"), "distinct": padded("distinct")}
-    seconds = interleaved(runs, 1 if report.quick else 2)
-    for metric, peer, target in (
-        ("f_gram_forward_backward_speedup_16k", "position", 6.0),
-        ("f_gram_speedup_over_padded_distinct_16k", "distinct", None),
-    ):
-        which = "padded, every position" if peer == "position" else "padded, every distinct f-gram"
-        report.add(metric, "s", seconds["ours"], seconds[peer], which, ratio="peer/ours", target=target)
+    position, distinct = "padded, every position", "padded, every distinct f-gram"
+    runs = {"ours": partial(step, lambda: model(table[trie["tokens"]], trie))}
+    runs |= {position: padded(per_position), distinct: padded(trie["f_grams"])}
     peaks = []
-    for step in (ours, padded("position")):
+    for name in ("ours", position):  # before larger runs leave freed memory to the allocator, which would hide theirs
         with PeakMemory() as peak:
-            step()
+            runs[name]()
         peaks.append(peak.growth_bytes / 2**20)
-    report.add("f_gram_peak_memory_16k", "MiB", peaks[0], peaks[1], "padded, every position", ratio="peer/ours")
+    report.add("f_gram_peak_memory_16k", "MiB", *peaks, position, ratio="peer/ours")
+    seconds = interleaved(runs, 1 if report.quick else 2)
+    metrics = {position: ("f_gram_forward_backward_speedup_16k", 6.0)}
+    metrics[distinct] = ("f_gram_speedup_over_padded_distinct_16k", None)
+    for peer, (metric, target) in metrics.items():
+        report.add(metric, "s", seconds["ours"], seconds[peer], peer, ratio="peer/ours", target=target)
 
 
 def _padded(f_grams: Tensor, vocabulary: FGramVocabulary) -> tuple[Tensor, Tensor]:
