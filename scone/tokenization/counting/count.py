@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -111,33 +111,28 @@ def count_f_grams(
         engine.read_tokens()
         key = fingerprint_of(json.dumps([vocab_size, max_n, min_freq, max_f_grams, separators]), str(engine.checksum))
         with work_folder(Path(work_dir) if work_dir else None, key, plan.temporary_bytes) as folder:
-            result = result_of_levels(task, *engine.count(folder), stream.num_tokens)
-    statistics = replace(
-        result.statistics,
-        seconds=time.perf_counter() - started,
-        on_disk=plan.on_disk,
-        temporary_bytes=plan.temporary_bytes,
-        num_threads=plan.num_threads,
-    )
-    for note in statistics.notes:
+            facts = {name: getattr(plan, name) for name in ("on_disk", "temporary_bytes", "num_threads")}
+            result = result_of_levels(task, *engine.count(folder), stream.num_tokens, started, **facts)
+    for note in result.statistics.notes:
         _say(note, quiet)
-    return CountResult(result.vocabulary, statistics)
+    return result
 
 
 def result_of_levels(
-    task: CountTask, token_of_id: np.ndarray, levels: list[FrequentNGrams], num_tokens: int
+    task: CountTask,
+    token_of_id: np.ndarray,
+    levels: list[FrequentNGrams],
+    num_tokens: int,
+    started: float,
+    **facts: Any,
 ) -> CountResult:
-    """Rank what survived of all levels, for any engine: ``token_of_id`` uint32 [K], ``levels[0]`` the bigrams."""
-    prefixes, last_tokens, counts, lengths = rank_survivors(token_of_id, levels, task.vocab_size, task.max_f_grams)
-    vocabulary = FGramVocabulary.from_links(
-        prefixes,
-        last_tokens,
-        counts,
-        vocab_size=task.vocab_size,
-        max_n=task.max_n,
-        separator_ids=task.separator_ids,
-        tokenizer_fingerprint=task.tokenizer_fingerprint,
-    )
+    """Rank what survived of all levels, for any engine: ``token_of_id`` uint32 [K], ``levels[0]`` the bigrams.
+
+    ``started`` by `time.perf_counter`; ``facts``: what else the statistics say.
+    """
+    *links, counts, lengths = rank_survivors(token_of_id, levels, task.vocab_size, task.max_f_grams)
+    names = ("vocab_size", "max_n", "separator_ids", "tokenizer_fingerprint")
+    vocabulary = FGramVocabulary.from_links(*links, counts, **{name: getattr(task, name) for name in names})
     in_vocabulary = np.bincount(lengths, minlength=len(levels) + 2)
     notes = []
     if task.max_f_grams is not None and len(counts) < task.max_f_grams:
@@ -155,6 +150,8 @@ def result_of_levels(
             for length, level in enumerate(levels, start=2)
         ),
         notes=tuple(notes),
+        seconds=time.perf_counter() - started,
+        **facts,
     )
     return CountResult(vocabulary, statistics)
 

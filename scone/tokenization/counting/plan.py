@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -109,7 +109,8 @@ def plan_count(
     fixed_bytes += vocab_size * (_BYTES_PER_TOKEN_TYPE + 8 * threads)
     budget = memory_budget_bytes
     if budget is None:
-        budget = max(_free_memory_bytes() // 2, fixed_bytes + (256 << 20))
+        free_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+        budget = max(free_bytes // 2, fixed_bytes + (256 << 20))
     buffer_bytes = int((budget - fixed_bytes) * _USABLE)
     least_bytes = _least_buffer_bytes(threads, num_positions)
     if buffer_bytes < least_bytes:
@@ -120,11 +121,10 @@ def plan_count(
         )
     wide_ids = max(min(vocab_size, most_ids), most_f_grams).bit_length()
     fits = 2 * wide_ids <= 32 + _WIDE_PARTITION_BITS and num_positions < 2**32
-    plan = _cut(num_positions, threads, buffer_bytes, 4 if fits else 8)
-    return replace(plan, saved_n_grams=most_f_grams * max_n)
+    return _cut(num_positions, threads, buffer_bytes, 4 if fits else 8, most_f_grams * max_n)
 
 
-def _cut(num_positions: int, threads: int, buffer_bytes: int, remainder_bytes: int) -> CountingPlan:
+def _cut(num_positions: int, threads: int, buffer_bytes: int, remainder_bytes: int, saved_n_grams: int) -> CountingPlan:
     """Blocks, partitions and groups for ``buffer_bytes`` of buffers."""
     stored_bytes = 2 + remainder_bytes
     in_memory_block = min(_MAX_BLOCK_POSITIONS, max(_MIN_BLOCK_POSITIONS, -(-num_positions // threads)))
@@ -146,7 +146,7 @@ def _cut(num_positions: int, threads: int, buffer_bytes: int, remainder_bytes: i
         block_positions = max(_MIN_BLOCK_POSITIONS, min(fitting, _MAX_BLOCK_POSITIONS, -(-num_positions // threads)))
     group_bytes = max(buffer_bytes - table_bytes, block_positions * remainder_bytes) if on_disk else 1 << 62
     return CountingPlan(
-        num_positions, threads, on_disk, block_positions, partition_bits, remainder_bytes, group_bytes, 0
+        num_positions, threads, on_disk, block_positions, partition_bits, remainder_bytes, group_bytes, saved_n_grams
     )
 
 
@@ -154,7 +154,3 @@ def _least_buffer_bytes(threads: int, num_positions: int) -> int:
     """Below this, tables of the smallest partitions and blocks of the smallest size would not fit."""
     tables = 3 * threads * 2 * 8 * _TABLE_FACTOR * (num_positions >> _MAX_PARTITION_BITS)
     return max(tables, threads * _MIN_BLOCK_POSITIONS * 28)
-
-
-def _free_memory_bytes() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")

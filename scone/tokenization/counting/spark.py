@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,9 +63,7 @@ def count_f_grams_on_spark(
         )
     token_of_id = np.sort(tokens[(numbers >= min_freq) & ~np.isin(tokens, separators)]).astype(np.uint32)
     levels = _levels(spark, corpus, task, token_of_id)
-    result = result_of_levels(task, token_of_id, levels, int(numbers.sum()))
-    statistics = replace(result.statistics, seconds=time.perf_counter() - started)
-    return replace(result, statistics=statistics)
+    return result_of_levels(task, token_of_id, levels, int(numbers.sum()), started)
 
 
 def _levels(spark: SparkSession, corpus: DataFrame, task: CountTask, token_of_id: np.ndarray) -> list[FrequentNGrams]:
