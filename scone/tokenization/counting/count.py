@@ -130,9 +130,10 @@ def result_of_levels(
 
     ``started`` by `time.perf_counter`; ``facts``: what else the statistics say.
     """
-    *links, counts, lengths = rank_survivors(token_of_id, levels, task.vocab_size, task.max_f_grams)
+    prefixes, last_tokens, counts, lengths = rank_survivors(token_of_id, levels, task.vocab_size, task.max_f_grams)
     names = ("vocab_size", "max_n", "separator_ids", "tokenizer_fingerprint")
-    vocabulary = FGramVocabulary.from_links(*links, counts, **{name: getattr(task, name) for name in names})
+    wanted: dict[str, Any] = {name: getattr(task, name) for name in names}
+    vocabulary = FGramVocabulary.from_links(prefixes, last_tokens, counts, **wanted)
     in_vocabulary = np.bincount(lengths, minlength=len(levels) + 2)
     notes = []
     if task.max_f_grams is not None and len(counts) < task.max_f_grams:
