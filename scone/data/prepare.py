@@ -17,8 +17,7 @@ import filelock
 import numpy as np
 
 import scone
-from scone.data.sources import Source, SplitGroup, empty_split, open_documents, open_source, plan
-from scone.data.splits import ALL, SPLITS
+from scone.data.sources import ALL, SPLITS, Source, SplitGroup, empty_split, open_documents, open_source, plan
 from scone.data.token_file import METADATA_NAME, TokenFile, TokenFileWriter, token_type
 from scone.tokenization.tokenizers import (
     document_separator_id,

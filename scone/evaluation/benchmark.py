@@ -14,8 +14,7 @@ from omegaconf import OmegaConf
 
 from scone.data.prepare import prepare_corpus
 from scone.evaluation.perplexity import perplexity, sizes_of
-from scone.evaluation.report import write_report
-from scone.evaluation.results import OVER_ENCODING, PLAIN, STEM, RunResult, kind_of_parts
+from scone.evaluation.report import OVER_ENCODING, PLAIN, STEM, RunResult, kind_of_parts, write_report
 from scone.evaluation.speed import flops_per_token, measure_speed, training_only_parameters
 from scone.inference.loading import LoadedModel, choose_device, load_model, position_limit
 from scone.inference.quantization import check_quantization, model_bytes

@@ -34,8 +34,7 @@ from scone.evaluation.benchmark import (
 )
 from scone.evaluation.demo_page import NAMES, render_demo, summary
 from scone.evaluation.perplexity import paired_difference
-from scone.evaluation.report import write_text
-from scone.evaluation.results import RunResult
+from scone.evaluation.report import RunResult, write_text
 from scone.evaluation.sweep import train_or_resume
 from scone.inference.engine import GenerationOptions, SconeInferenceEngine
 from scone.inference.loading import load_model

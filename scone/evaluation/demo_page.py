@@ -6,8 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from scone.evaluation.figures import PALETTE, PLAIN_COLOR, Line, bar_figure, line_figure
-from scone.evaluation.report import Part, columns, figure, machine_line, render, table
-from scone.evaluation.results import Table
+from scone.evaluation.report import Part, Table, columns, figure, machine_line, render, table
 from scone.utils.text import human_bytes, human_count
 
 NAMES = {"plain": "plain", "scone": "SCONE"}

@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark and print its tables."""
     options, extra = read_arguments(argv)
     from scone.evaluation.benchmark import BenchmarkSettings, read_benchmark_config, run_benchmark
-    from scone.evaluation.results import STEM
+    from scone.evaluation.report import STEM
 
     config = read_benchmark_config(extra.config)
     settings = BenchmarkSettings(

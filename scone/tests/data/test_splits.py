@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scone.data import splits
-from scone.data.splits import split_of_name, split_of_path, split_of_single_file, split_rule
+from scone.data import sources
+from scone.data.sources import split_of_name, split_of_path, split_of_single_file, split_rule
 
 HELD_OUT = ("validation", "test")
 documents = st.lists(st.text(min_size=1, max_size=30), max_size=60)
@@ -20,8 +20,8 @@ documents = st.lists(st.text(min_size=1, max_size=30), max_size=60)
 def test_splits_depend_on_content_alone(texts, random, large):
     with pytest.MonkeyPatch.context() as patch:
         if large:
-            patch.setattr(splits, "SMALL_CORPUS", 5)
-            patch.setattr(splits, "LARGE_SHARE", 3)
+            patch.setattr(sources, "SMALL_CORPUS", 5)
+            patch.setattr(sources, "LARGE_SHARE", 3)
         shuffled = random.sample(texts, len(texts))
         rule, other_rule = split_rule(texts, HELD_OUT), split_rule(shuffled, HELD_OUT)
         assert [rule(text) for text in texts] == [other_rule(text) for text in texts]

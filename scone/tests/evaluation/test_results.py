@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from scone.evaluation.report import comparison_page, markdown, write_report
-from scone.evaluation.results import RunResult
+from scone.evaluation.report import RunResult, comparison_page, markdown, write_report
 from scone.tests.evaluation.test_demo import check_page
 from scone.utils.environment import environment
 
