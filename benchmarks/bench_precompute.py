@@ -25,6 +25,7 @@ from scone.inference.precompute import ROWS_PER_BATCH_UNIT, precompute_table
 from scone.models.language_model import SconeForCausalLM
 from scone.tests.models.padded_f_gram_model import padded_f_gram_model
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
+from scone.utils.environment import process_bytes
 
 VOCAB_SIZE, MAX_N = 16_384, 5
 SIZES = {
@@ -82,7 +83,6 @@ def _chunk_nodes(vocabulary: FGramVocabulary, batch_size: int = 32) -> list[torc
 def measure_tokens(report: Report, model: SconeForCausalLM) -> None:
     """Distinct nodes that the f-gram model runs over, summed over all chunks, for each f-gram."""
     vocabulary = model.vocabulary
-    assert vocabulary is not None
     tokens = sum(len(model.trie_of(nodes.numpy()[None])["tokens"]) for nodes in _chunk_nodes(vocabulary))
     ours = tokens / vocabulary.num_f_grams
     report.add("model_tokens_per_f_gram", "tokens", ours, float(MAX_N), "padded", ratio="ours", most=1.05)
@@ -91,7 +91,6 @@ def measure_tokens(report: Report, model: SconeForCausalLM) -> None:
 def measure_speed(report: Report, model: SconeForCausalLM) -> None:
     """f-grams a second of the two ways to compute the same rows, in turn."""
     vocabulary = model.vocabulary
-    assert vocabulary is not None
     chunks = _chunk_nodes(vocabulary)
     chunk = chunks[len(chunks) // 2][: 8192 if report.quick else None]
     ranks = chunk.numpy() - vocabulary.vocab_size
@@ -114,10 +113,6 @@ def measure_speed(report: Report, model: SconeForCausalLM) -> None:
 def _padded(model: SconeForCausalLM, ranks: np.ndarray, batch: int) -> torch.Tensor:
     """The same rows by the reference: token embedding + gain × padded f-gram model."""
     layer, vocabulary = model.f_gram_embedding, model.vocabulary
-    assert layer is not None
-    assert layer.f_gram_model is not None
-    assert layer.gain is not None
-    assert vocabulary is not None
     embedding, rows = model.get_input_embeddings(), []
     for low in range(0, len(ranks), batch):
         part = ranks[low : low + batch]
@@ -132,9 +127,7 @@ def _padded(model: SconeForCausalLM, ranks: np.ndarray, batch: int) -> torch.Ten
 
 def measure_whole(report: Report, model: SconeForCausalLM, size: str, folder: Path) -> None:
     """Start to finished file with all cores, disk included; of at most 100,000 f-grams."""
-    assert model.vocabulary is not None
     part = _model(model.vocabulary.truncated(min(100_000, model.vocabulary.num_f_grams)), size)
-    assert part.vocabulary is not None
     start = time.perf_counter()
     precompute_table(part, folder / "whole", quiet=True)
     seconds = time.perf_counter() - start
@@ -157,8 +150,7 @@ def measure_memory(report: Report, vocabulary: FGramVocabulary, folder: Path) ->
 def _child(vocabulary_path: Path, size: str, table: Path) -> dict[str, int]:
     model = _model(FGramVocabulary.load(vocabulary_path), size)
     precompute_table(model, table, use_memory_map=True, quiet=True)
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return {"peak_bytes": int(status.partition("VmHWM:")[2].split()[0]) * 1024}
+    return {"peak_bytes": process_bytes(peak=True)}
 
 
 if __name__ == "__main__":

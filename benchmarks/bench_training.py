@@ -278,7 +278,6 @@ def _gpu_model(
         f_gram_model = None if variant == "rows" else sizes
         model = SconeForCausalLM.from_trunk(model, vocabulary, f_gram_model=f_gram_model, learned_rows=rows)
     if variant == "padded":
-        assert model.f_gram_embedding is not None
         padded = PaddedFGramModel(FGramModelConfig(**sizes), width, vocabulary.max_n)
         padded.init_weights()
         model.f_gram_embedding.f_gram_model = padded

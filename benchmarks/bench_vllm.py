@@ -110,7 +110,6 @@ def make_models(folder: Path, options: dict[str, Any]) -> np.ndarray:
     model = SconeForCausalLM.from_trunk(
         trunk, vocabulary, f_gram_model=None, learned_rows=vocabulary.num_f_grams, input_norm=True
     ).eval()
-    assert model.f_gram_embedding is not None
     torch.nn.init.normal_(model.f_gram_embedding.rows.weight, std=0.02)
     model.save_pretrained(folder / "scone")
     precompute_table(model, folder / "scone" / "embeddings.cache", quiet=True)

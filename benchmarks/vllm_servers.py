@@ -88,7 +88,6 @@ def scone_server(folder: Path, *options: str) -> Iterator[Server]:
     table = ["--embedding_cache_path", str(folder / "embeddings.cache"), "--model_name", "ours"]
     process = subprocess.Popen(command + table, stdout=subprocess.PIPE, text=True, start_new_session=True)
     try:
-        assert process.stdout is not None
         line = process.stdout.readline()
         if " at http://" not in line:
             raise RuntimeError(f"scone serve does not start: {line}")
