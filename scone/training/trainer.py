@@ -95,7 +95,7 @@ class SconeTrainer(Trainer):
             shard(self.model, reshard_after_forward=fsdp == "full_shard")
             # the model reduces its own gradients now: prepare it (device, precision) as one that is not wrapped
             self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
-        self._logged, self._logged_at = self.run_cost.counts(), time.perf_counter()
+        self._logged, self._logged_at = self.run_cost.state_dict(), time.perf_counter()
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -174,7 +174,7 @@ class SconeTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            now, before, at = self.run_cost.counts(), self._logged, time.perf_counter()
+            now, before, at = self.run_cost.state_dict(), self._logged, time.perf_counter()
             positions = max(1, now["positions"] - before["positions"])
             logs["tokens_per_second"] = round(positions * self.args.world_size / (at - self._logged_at), 1)
             if now["nodes"]:
@@ -254,8 +254,8 @@ class SconeTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         marker = read_json(Path(resume_from_checkpoint) / COMPLETE_MARKER)
         if "cost" in marker:  # those of older versions have none
-            self.run_cost.go_on_from(marker["cost"])
-            self._logged = self.run_cost.counts()
+            self.run_cost.load_state_dict(marker["cost"])
+            self._logged = self.run_cost.state_dict()
         with _loading(resume_from_checkpoint):
             if not self.sharded:
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -369,7 +369,7 @@ class CourseOfTheRun(TrainerCallback):
         if not state.is_world_process_zero:
             return
         folder = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        cost = self.trainer.run_cost.counts()
+        cost = self.trainer.run_cost.state_dict()
         write_json(folder / COMPLETE_MARKER, {"step": state.global_step, "cost": cost} | self.facts)
         if self.checkpoints_kept is not None:
             for old in complete_checkpoints(folder.parent)[: -self.checkpoints_kept]:
