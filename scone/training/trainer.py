@@ -79,6 +79,8 @@ class SconeTrainer(Trainer):
         assert self.model is not None
         self.rows = learned_rows(self.model)
         self.run_cost = RunCost(self.model)
+        self.stop = StopOnSignal()
+        self.add_callback(self.stop)
         self.add_callback(CourseOfTheRun(self, checkpoints_kept, facts or {}))
         if self.accelerator.ddp_handler is not None:  # gradients are reduced where they are, and not copied for it
             self.accelerator.ddp_handler.gradient_as_bucket_view = True
@@ -110,6 +112,7 @@ class SconeTrainer(Trainer):
                         rate = self.f_gram_learning_rate
                     decay = self.args.weight_decay if parameter.ndim >= 2 else 0.0
                     groups.setdefault((rate, decay, parameter in matrices), []).append(parameter)
+            scaler = self.accelerator.scaler
             self.optimizer = AdamWWithRows(
                 [
                     {"params": params, "lr": rate, "weight_decay": decay} | ({"muon": True} if muon else {})
@@ -117,7 +120,7 @@ class SconeTrainer(Trainer):
                 ],
                 rows=self.rows,
                 rows_learning_rate=self.rows_learning_rate,
-                gradient_scale=self._gradient_scale,
+                gradient_scale=scaler.get_scale if scaler is not None else None,
                 lr=self.args.learning_rate,
                 betas=(self.args.adam_beta1, self.args.adam_beta2),
                 eps=self.args.adam_epsilon,
@@ -154,10 +157,6 @@ class SconeTrainer(Trainer):
             accumulation=self.args.gradient_accumulation_steps,
             steps_done=lambda: self.state.global_step,
         )
-
-    def _gradient_scale(self) -> float | None:
-        scaler = self.accelerator.scaler
-        return scaler.get_scale() if scaler is not None else None
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         if not self.sharded:
