@@ -38,7 +38,7 @@ from scone.data.token_file import TokenFile
 from scone.evaluation.speed import timed
 from scone.models.accounting import f_gram_forward_flops, training_flops, trunk_forward_flops
 from scone.models.configuration import FGramModelConfig
-from scone.models.f_gram_model import FGramModel
+from scone.models.input_embeddings import FGramModel
 from scone.models.language_model import SconeForCausalLM
 from scone.tests.models.padded_f_gram_model import padded_f_gram_model
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary

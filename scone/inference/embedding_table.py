@@ -200,7 +200,7 @@ def decode_rows(table: Tensor, ranks: Tensor, row: RowFormat, dtype: torch.dtype
     On CUDA one Triton kernel gathers and decodes, where Triton is installed; PyTorch does the same in several steps.
     """
     if table.device.type == "cuda" and triton_is_installed():
-        from scone.kernels.dequantize_triton import gather_rows_triton
+        from scone.kernels.rows_triton import gather_rows_triton
 
         return gather_rows_triton(table, ranks, row.row_type, row.width, row.group_size, dtype)
     return row.decode(table.index_select(0, ranks), dtype)

@@ -129,7 +129,7 @@ class RowFormat:
     def decode(self, raw: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Stored rows as numbers, on whatever device they are: uint8 [n, row_bytes] → ``dtype`` [n, D].
 
-        The reference of the compiled kernels (`scone.kernels.dequantize` on CPU, `dequantize_triton` on CUDA).
+        The reference of the compiled kernels (`scone.kernels.dequantize` on CPU, `rows_triton` on CUDA).
         """
         n = len(raw)
         if self.float_dtype is not None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from scone.kernels.child_index import (
+from scone.kernels.f_gram_trie import (
     BUCKET,
     NO_F_GRAM,
     find_child,

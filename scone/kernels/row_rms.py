@@ -55,7 +55,7 @@ def update_rows(
         parts = min(torch.get_num_threads(), gradients.numel() // VALUES_PER_THREAD)
         run_in_parts(_update, arguments, len(row_ids), parts)
     elif gradients.device.type == "cuda" and has_kernel and triton_is_installed():
-        from scone.kernels.row_rms_triton import update_rows_triton
+        from scone.kernels.rows_triton import update_rows_triton
 
         update_rows_triton(
             *(weight, sums, visits, row_ids, gradients, columns, mean),

@@ -11,14 +11,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from scone.kernels.child_index import BUCKET, ChildIndex
 from scone.kernels.common import GPUReadableRows, launching_on
-from scone.kernels.dequantize_triton import decoded, typed_rows
+from scone.kernels.f_gram_trie import BUCKET, ChildIndex
 from scone.kernels.longest_match import FIRST_BIT
+from scone.kernels.rows_triton import decoded, typed_rows
 
 _BUCKET: tl.constexpr = tl.constexpr(BUCKET)
 _FIRST_BIT: tl.constexpr = tl.constexpr(FIRST_BIT)
-# as in `child_index.hash_key`, whose index this reads
+# as in `f_gram_trie.hash_key`, whose index this reads
 _PREFIX_FACTOR: tl.constexpr = tl.constexpr(0x9E3779B97F4A7C15)
 _TOKEN_FACTOR: tl.constexpr = tl.constexpr(0xC2B2AE3D27D4EB4F)
 _MIX_FACTOR: tl.constexpr = tl.constexpr(0xD6E8FEB86659FD93)

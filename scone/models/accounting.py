@@ -19,13 +19,10 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from scone.models.configuration import FGramModelConfig, SconeConfig
 from scone.models.embedded_trunk import EmbeddedTrunk
-from scone.models.f_gram_model import FGramModel
+from scone.models.input_embeddings import FGramModel
 from scone.models.language_model import SconeForCausalLM
 from scone.models.learned_rows import LearnedRows
 from scone.models.over_encoding import OverEncodingForCausalLM
-
-BACKWARD_FACTOR = 2
-"""A backward pass costs two products for each product of the forward pass."""
 
 
 @dataclass(frozen=True)
@@ -106,28 +103,23 @@ def f_gram_forward_flops(
     read, ``f_grams_by_depth``, cost the rest and the map out; without these numbers all nodes do.
     """
     width, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-    map_flops = 0 if width == trunk_width else 2 * width * trunk_width
-    map_in_flops = 0 if config.own_tokens else map_flops
-    keys_and_values = 2 * 2 * width * width
-
-    def rest_of_layer(depth: int) -> int:
-        return 2 * (2 * width * width + 2 * width * inner) + 4 * width * (depth + 1)
-
+    map_out = 0 if width == trunk_width else 2 * width * trunk_width
+    map_in = 0 if config.own_tokens else map_out
+    keys_and_values = 4 * width * width
+    last = nodes_by_depth if f_grams_by_depth is None else f_grams_by_depth
     total = 0.0
-    for depth, nodes in enumerate(nodes_by_depth):
-        total += nodes * (map_in_flops + layers * keys_and_values + (layers - 1) * rest_of_layer(depth))
-    for depth, f_grams in enumerate(nodes_by_depth if f_grams_by_depth is None else f_grams_by_depth):
-        total += f_grams * (map_flops + rest_of_layer(depth))
+    for depth, (nodes, f_grams) in enumerate(zip(nodes_by_depth, last, strict=True)):
+        rest_of_layer = 4 * width * (width + inner) + 4 * width * (depth + 1)
+        total += nodes * (map_in + layers * keys_and_values + (layers - 1) * rest_of_layer)
+        total += f_grams * (map_out + rest_of_layer)
     return total
 
 
 def input_embedding_flops(
     config: SconeConfig, nodes_by_depth: Sequence[float], f_grams_by_depth: Sequence[float]
 ) -> float:
-    """Operations of one forward pass of a live SCONE's input embedding layer: f-gram model and gate.
-
-    Reading and adding up rows are no products and count nothing, as the token embedding's own lookup does not.
-    Arguments as ``f_gram_forward_flops``.
+    """As `f_gram_forward_flops`, of a live SCONE's whole input embedding layer: with the gate. Reading and adding up
+    rows are no products and count nothing, as the token embedding's own lookup does not.
     """
     sizes, width = config.f_gram_model_config, config.hidden_size
     model = 0.0 if sizes is None else f_gram_forward_flops(sizes, width, nodes_by_depth, f_grams_by_depth)
@@ -136,8 +128,10 @@ def input_embedding_flops(
 
 
 def training_flops(forward: float, recomputed: bool = False) -> float:
-    """Of one training step, from its forward operations; ``recomputed``: with gradient checkpointing."""
-    return forward * (1 + BACKWARD_FACTOR + (1 if recomputed else 0))
+    """Of one training step, from its forward operations; ``recomputed``: with gradient checkpointing. A backward pass
+    costs two products for each product of the forward pass.
+    """
+    return forward * (4 if recomputed else 3)
 
 
 class RunCost:
@@ -159,12 +153,11 @@ class RunCost:
                 by_depth = [float(after - before) for before, after in pairwise(offsets)]
                 counts[name] = [sum(pair) for pair in zip_longest(counts[name], by_depth, fillvalue=0.0)]
 
-    def counts(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """What was added up so far, JSON-ready: for a checkpoint."""
         return self._counts | {"matched": int(self._counts["matched"])}
 
-    def go_on_from(self, counts: Mapping[str, Any]) -> None:
-        """Go on from the `counts` of a checkpoint."""
+    def load_state_dict(self, counts: Mapping[str, Any]) -> None:
         self._counts = dict(counts)
 
     def to_dict(self, recomputed: bool = False) -> dict[str, Any]:
@@ -173,7 +166,7 @@ class RunCost:
         ``recomputed``: with gradient checkpointing. Serving costs the trunk's forward operations alone: the input
         embedding is a row read. Attention counts whole blocks, as ``trunk_forward_flops`` says.
         """
-        model, counts = self.model, self.counts()
+        model, counts = self.model, self.state_dict()
         trunk_config: Any = model.trunk.config if isinstance(model, EmbeddedTrunk) else model.config
         trunk = trunk_forward_flops(trunk_config, counts["length"])
         figures: dict[str, Any] = {"inference_flops_per_token": trunk, "f_gram_flops_per_token": 0.0}

@@ -14,8 +14,7 @@ from transformers.utils import cached_file
 from scone.kernels.trie_batch import build_trie_batch
 from scone.models.configuration import SconeConfig, weights_fingerprint
 from scone.models.embedded_trunk import EmbeddedTrunk
-from scone.models.f_gram_model import FGramBlock, FGramModel
-from scone.models.input_embeddings import FGramInputEmbedding
+from scone.models.input_embeddings import FGramBlock, FGramInputEmbedding, FGramModel
 from scone.models.learned_rows import LearnedRows
 from scone.models.table_lookup import RowSource, TableLookup, find_with
 from scone.models.token_history import TokenHistory, marked

@@ -321,7 +321,7 @@ class LearnedRows(nn.Module):
         if not self.are_pinned_for(device):
             self.wait()
             return weight.index_select(0, to_device(ids, weight.device)).to(device)
-        from scone.kernels.dequantize_triton import gather_rows_triton
+        from scone.kernels.rows_triton import gather_rows_triton
 
         row_type, width = {torch.float32: "fp32", torch.bfloat16: "bf16"}[weight.dtype], weight.shape[1]
         return gather_rows_triton(weight.view(torch.uint8), to_device(ids, device), row_type, width, 0, weight.dtype)

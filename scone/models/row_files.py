@@ -10,6 +10,7 @@ import json
 import math
 import os
 import shutil
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -115,8 +116,7 @@ def append_rows(folder: Path, name: str, rows: LearnedRows) -> None:
     """
     blocks = _whole_blocks(rows)
     if rows.shards.rank:
-        for _ in blocks:
-            pass
+        deque(blocks, maxlen=0)  # its part of each
         return
     file = max(folder.glob("model*.safetensors"))
     shape = (rows.num_rows, rows.weight.shape[1])

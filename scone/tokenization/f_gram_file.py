@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from scone.kernels.child_index import MOST_F_GRAMS, num_slots, rank_bits
+from scone.kernels.f_gram_trie import MOST_F_GRAMS, num_slots, rank_bits
 from scone.utils.errors import SconeError
 from scone.utils.files import atomic_path, fingerprint_of
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from scone.kernels import child_index, f_gram_trie
-from scone.kernels.child_index import ChildIndex, frozen
+from scone.kernels import f_gram_trie
+from scone.kernels.f_gram_trie import ChildIndex, frozen
 from scone.tokenization import f_gram_file
 from scone.tokenization.f_gram_file import check_limits, node_dtype
 from scone.utils.errors import SconeError
@@ -288,7 +288,7 @@ class FGramVocabulary:
         keys, suffixes, lengths = arrays["keys"], arrays["suffixes"], arrays["lengths"]
         vocab_size, max_n = int(metadata["vocab_size"]), int(metadata["max_n"])
         rank = f_gram_trie.check_links(keys, suffixes, lengths, vocab_size, max_n)
-        if rank != child_index.NO_F_GRAM:
+        if rank != f_gram_trie.NO_F_GRAM:
             raise f_gram_file.damaged(path, f"the f-gram of rank {rank} has no place in the trie")
         index = ChildIndex(keys, arrays["slots"], int(metadata["rank_bits"]), int(metadata["max_probes"]))
         facts = (vocab_size, max_n, json.loads(metadata["separator_ids"]), metadata["tokenizer_fingerprint"])
@@ -344,7 +344,7 @@ def _link(
     Raises ValueError when they are no vocabulary (`f_gram_trie.link_f_grams` says what makes one); names the rank.
     """
     suffixes, lengths = np.empty(len(keys), keys.dtype), np.empty(len(keys), np.uint8)
-    index = ChildIndex(frozen(keys), child_index.empty_slots(len(keys)), child_index.rank_bits(len(keys)), 0)
+    index = ChildIndex(frozen(keys), f_gram_trie.empty_slots(len(keys)), f_gram_trie.rank_bits(len(keys)), 0)
     separators = np.array(sorted(separator_ids), np.int64)
     outcome, rank, max_probes = f_gram_trie.link_f_grams(
         frozen(counts), vocab_size, max_n, separators, suffixes, lengths, tuple(index)

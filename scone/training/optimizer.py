@@ -44,7 +44,7 @@ class _StepsRows:
             self.rows.pending.clear()
 
     @torch.no_grad()
-    def _step_rows(self, group: dict[str, Any], state: dict[str, Any], scale: float | None) -> None:
+    def _step_rows(self, scale: float | None) -> None:
         """Apply what is pending. Under ``torch.distributed`` it is averaged over the ranks first: of rows that are
         shared out, each owner gets what concerns it; of others, each rank gets all.
 
@@ -54,12 +54,19 @@ class _StepsRows:
         assert rows is not None
         passes = list(rows.pending)
         rows.pending.clear()  # trainers zero the model's gradients, not the optimizer's
+        row_ids, gradients = sum_of(passes, rows)
         if rows.exchange is not None:
-            row_ids, gradients, in_all = _gathered_by_owner(rows, passes)
+            # where every rank made one pass, on the route that its rows came on
+            is_one = rows.exchange.all_agree(len(passes) == 1)
+            route = passes[0].route if is_one else rows.exchange.route(row_ids)
+            assert route is not None, "of rows that are shared out"
+            in_all = route.in_all
+            if in_all:
+                row_ids, gradients = route.give_back(gradients)
         else:
-            row_ids, gradients = sum_of(passes, rows)
             if world_size > 1:
-                row_ids, gradients = gather_over_ranks(row_ids, gradients, self._group_of_hosts())
+                self._hosts = self._hosts or group_of_hosts()
+                row_ids, gradients = gather_over_ranks(row_ids, gradients, self._hosts)
             in_all = len(row_ids)
         if not in_all:
             return
@@ -69,8 +76,9 @@ class _StepsRows:
             return
         device = gradients.device if rows.are_pinned_for(gradients.device) else rows.weight.device
         update_with_rms(
-            *(rows.weight, to_device(torch.from_numpy(row_ids), device), gradients.to(device), group["lr"]),
-            state,
+            *(rows.weight, to_device(torch.from_numpy(row_ids), device), gradients.to(device)),
+            self.param_groups[-1]["lr"],  # type: ignore[attr-defined]
+            self.state[rows.weight],  # type: ignore[attr-defined]
             (figures[:-1] / figures[-1]).to(device),
             rows.shards,
         )
@@ -87,11 +95,6 @@ class _StepsRows:
         for name in PER_ROW.intersection(state):
             state[name].zero_()
 
-    def _group_of_hosts(self) -> dist.ProcessGroup | None:
-        if self._hosts is None:
-            self._hosts = group_of_hosts()
-        return self._hosts
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As any optimizer's; of the state of all rows, rows that are shared out take what concerns theirs."""
         super().load_state_dict(state_dict)  # type: ignore[misc]
@@ -103,20 +106,6 @@ class _StepsRows:
                     own = name in PER_ROW and len(value) == self.rows.num_rows
                     value = self.rows.shards.own(value).contiguous() if own else value
                     state[name] = value.to(self.rows.weight.device)
-
-
-def _gathered_by_owner(rows: LearnedRows, passes: Sequence[Pass]) -> tuple[np.ndarray, Tensor, int]:
-    """Of rows that are shared out: which of its own a step of any rank touched, the sums of their gradients, and how
-    many rows travelled between all ranks. After one pass, on the route that the rows came on.
-    """
-    assert rows.exchange is not None
-    row_ids, gradients = sum_of(passes, rows)
-    is_one = rows.exchange.all_agree(len(passes) == 1)
-    route = passes[0].route if is_one else rows.exchange.route(row_ids)
-    assert route is not None, "of rows that are shared out"
-    if route.in_all:
-        row_ids, gradients = route.give_back(gradients)
-    return row_ids, gradients, route.in_all
 
 
 def _of_columns(row_ids: np.ndarray, gradients: Tensor, world_size: int, are_own: bool) -> Tensor:
@@ -179,8 +168,7 @@ class RowOptimizer(_StepsRows, torch.optim.Optimizer):
                 loss = closure()
         assert self.rows is not None
         scale = getattr(self, "grad_scale", None)  # a GradScaler sets it for the time of a step
-        group, state = self.param_groups[0], self.state[self.rows.weight]
-        self._step_rows(group, state, None if scale is None else float(scale))
+        self._step_rows(None if scale is None else float(scale))
         return loss
 
 
@@ -235,8 +223,7 @@ class AdamWWithRows(_StepsRows, torch.optim.AdamW):
                 for parameter in group["params"]:  # AdamW asks every parameter's state for it when it is loaded
                     self.state[parameter].setdefault("step", torch.zeros(()))
         if self.rows is not None:
-            scale = self.gradient_scale() if self.gradient_scale is not None else None
-            self._step_rows(self.param_groups[-1], self.state[self.rows.weight], scale)
+            self._step_rows(self.gradient_scale() if self.gradient_scale is not None else None)
         return loss
 
     def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> bool:
@@ -263,9 +250,7 @@ def muon_for(groups: Sequence[dict[str, Any]]) -> Any:
     muon = torch.optim.Muon(settings, adjust_lr_fn="match_rms_adamw")
     for group, complete in zip(chosen, muon.param_groups, strict=True):
         group.update(complete)
-    for group in chosen:
-        for parameter in group["params"]:
-            muon.state[parameter] = {}
+    muon.state.update((parameter, {}) for group in chosen for parameter in group["params"])
     return muon
 
 

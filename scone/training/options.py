@@ -121,18 +121,13 @@ def all_are_used(model: PreTrainedModel) -> bool:
     theirs, also for a batch in which no f-gram ends.
     """
     trunk = model.trunk if isinstance(model, EmbeddedTrunk) else model
-    # most models look at numbers to make a mask, and few take a finished one
-    return any(_all_get_gradients(trunk.config, has_mask) for has_mask in (True, False))
-
-
-def _all_get_gradients(config: PreTrainedConfig, has_mask: bool) -> bool:
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation="eager").train()
-            inputs = {"input_ids": torch.zeros(1, 8, dtype=torch.int64), "use_cache": False}
-            if has_mask:
-                inputs["attention_mask"] = torch.zeros(1, 1, 8, 8)
-            model(**inputs).logits.sum().backward()
+            trial = AutoModelForCausalLM.from_config(copy.deepcopy(trunk.config), attn_implementation="eager").train()
+            # a finished mask: making one looks at values, which meta tensors do not have
+            mask = torch.zeros(1, 1, 8, 8)
+            output = trial(torch.zeros(1, 8, dtype=torch.int64), attention_mask=mask, use_cache=False)
+            output.logits.sum().backward()
     except Exception:  # of any model, ours or not
         return False
-    return all(parameter.grad is not None for parameter in model.parameters())
+    return all(parameter.grad is not None for parameter in trial.parameters())

@@ -47,7 +47,7 @@ from scone.training.options import (
     resolve_precision,
 )
 from scone.training.run_folder import FINAL_MODEL, OPTIONS_FILE, check_resume, one_run_at_a_time, resume_point
-from scone.training.trainer import SconeTrainer, StopOnSignal, TrainedAlready
+from scone.training.trainer import SconeTrainer, TrainedAlready
 from scone.utils.command_line import is_first_process
 from scone.utils.environment import environment
 from scone.utils.errors import SconeError
@@ -109,9 +109,7 @@ def train(
             with suppress(TrainedAlready):
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             trainer.is_in_train = False
-            callbacks = trainer.callback_handler.callbacks
-            stop = next(callback for callback in callbacks if isinstance(callback, StopOnSignal))
-            if stop.received is not None:
+            if trainer.stop.received is not None:
                 raise KeyboardInterrupt
             return _save_result(options, trainer, corpus, time.perf_counter() - started)
 
@@ -250,7 +248,6 @@ def build_trainer(
             hashed=model.grams if isinstance(model, OverEncodingForCausalLM) else None,
         ),
         processing_class=corpus.tokenizer,
-        callbacks=[StopOnSignal()],
         fsdp=training.fsdp,
         muon=training.optimizer == "muon",
         checkpoints_kept=training.save_total_limit,
@@ -333,7 +330,11 @@ def training_arguments(training: TrainingOptions, num_workers: int, evaluate: bo
 
 def _save_result(options: SconeOptions, trainer: SconeTrainer, corpus: Corpus, seconds: float) -> Path:
     final_model = Path(options.training.output_dir) / FINAL_MODEL
-    metrics = _last_evaluation(trainer) if corpus.validation is not None else {}
+    metrics: dict[str, float] = {}
+    if corpus.validation is not None:
+        measured = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+        is_last = bool(measured) and measured[-1]["step"] == trainer.state.global_step
+        metrics = measured[-1] if is_last else trainer.evaluate()
     model = trainer.accelerator.unwrap_model(trainer.model)
     model.config.use_cache = True
     trainer.save_model(str(final_model))
@@ -358,11 +359,3 @@ def _save_result(options: SconeOptions, trainer: SconeTrainer, corpus: Corpus, s
             },
         )
     return final_model
-
-
-def _last_evaluation(trainer: SconeTrainer) -> dict[str, float]:
-    """The metrics of the finished model, which its last step may have measured already."""
-    measured = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
-    if measured and measured[-1]["step"] == trainer.state.global_step:
-        return measured[-1]
-    return trainer.evaluate()

@@ -79,6 +79,8 @@ class SconeTrainer(Trainer):
         assert self.model is not None
         self.rows = learned_rows(self.model)
         self.run_cost = RunCost(self.model)
+        self.stop = StopOnSignal()
+        self.add_callback(self.stop)
         self.add_callback(CourseOfTheRun(self, checkpoints_kept, facts or {}))
         if self.accelerator.ddp_handler is not None:  # gradients are reduced where they are, and not copied for it
             self.accelerator.ddp_handler.gradient_as_bucket_view = True
@@ -95,7 +97,7 @@ class SconeTrainer(Trainer):
             shard(self.model, reshard_after_forward=fsdp == "full_shard")
             # the model reduces its own gradients now: prepare it (device, precision) as one that is not wrapped
             self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
-        self._logged, self._logged_at = self.run_cost.counts(), time.perf_counter()
+        self._logged, self._logged_at = self.run_cost.state_dict(), time.perf_counter()
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -110,6 +112,7 @@ class SconeTrainer(Trainer):
                         rate = self.f_gram_learning_rate
                     decay = self.args.weight_decay if parameter.ndim >= 2 else 0.0
                     groups.setdefault((rate, decay, parameter in matrices), []).append(parameter)
+            scaler = self.accelerator.scaler
             self.optimizer = AdamWWithRows(
                 [
                     {"params": params, "lr": rate, "weight_decay": decay} | ({"muon": True} if muon else {})
@@ -117,7 +120,7 @@ class SconeTrainer(Trainer):
                 ],
                 rows=self.rows,
                 rows_learning_rate=self.rows_learning_rate,
-                gradient_scale=self._gradient_scale,
+                gradient_scale=scaler.get_scale if scaler is not None else None,
                 lr=self.args.learning_rate,
                 betas=(self.args.adam_beta1, self.args.adam_beta2),
                 eps=self.args.adam_epsilon,
@@ -155,10 +158,6 @@ class SconeTrainer(Trainer):
             steps_done=lambda: self.state.global_step,
         )
 
-    def _gradient_scale(self) -> float | None:
-        scaler = self.accelerator.scaler
-        return scaler.get_scale() if scaler is not None else None
-
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         if not self.sharded:
             return super()._clip_grad_norm(model)
@@ -174,7 +173,7 @@ class SconeTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            now, before, at = self.run_cost.counts(), self._logged, time.perf_counter()
+            now, before, at = self.run_cost.state_dict(), self._logged, time.perf_counter()
             positions = max(1, now["positions"] - before["positions"])
             logs["tokens_per_second"] = round(positions * self.args.world_size / (at - self._logged_at), 1)
             if now["nodes"]:
@@ -254,8 +253,8 @@ class SconeTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         marker = read_json(Path(resume_from_checkpoint) / COMPLETE_MARKER)
         if "cost" in marker:  # those of older versions have none
-            self.run_cost.go_on_from(marker["cost"])
-            self._logged = self.run_cost.counts()
+            self.run_cost.load_state_dict(marker["cost"])
+            self._logged = self.run_cost.state_dict()
         with _loading(resume_from_checkpoint):
             if not self.sharded:
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -369,7 +368,7 @@ class CourseOfTheRun(TrainerCallback):
         if not state.is_world_process_zero:
             return
         folder = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        cost = self.trainer.run_cost.counts()
+        cost = self.trainer.run_cost.state_dict()
         write_json(folder / COMPLETE_MARKER, {"step": state.global_step, "cost": cost} | self.facts)
         if self.checkpoints_kept is not None:
             for old in complete_checkpoints(folder.parent)[: -self.checkpoints_kept]:

@@ -29,7 +29,7 @@ def count_n_grams(
     return counts
 
 
-# Index and matching: `child_index`, `f_gram_trie`, `longest_match`
+# Index and matching: `f_gram_trie`, `longest_match`
 
 
 Gram = tuple[int, ...]

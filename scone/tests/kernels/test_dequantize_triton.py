@@ -13,7 +13,7 @@ from scone.tests.kernels.triton_device import DEVICE, INTERPRETED, zeros_beyond_
 @pytest.mark.parametrize(("width", "group_size"), [(1, 2), (7, 4), (300, 64), (513, 6)])
 def test_triton_equals_torch(row_type: str, width: int, group_size: int) -> None:
     """Odd widths, groups that do not divide them, repeats, an empty batch, other output types."""
-    from scone.kernels.dequantize_triton import gather_rows_triton  # where Triton is installed
+    from scone.kernels.rows_triton import gather_rows_triton  # where Triton is installed
 
     row = RowFormat.of(row_type, width, group_size)
     rows = torch.randn(11, width, generator=torch.Generator().manual_seed(0)) * torch.logspace(-8, 3, 11)[:, None]
@@ -29,7 +29,7 @@ def test_triton_equals_torch(row_type: str, width: int, group_size: int) -> None
 
 @pytest.mark.parametrize(("row_type", "width"), [("int8", 1000), ("bf16", 1024)])
 def test_rows_behind_two_to_the_31_numbers_are_read(row_type: str, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from scone.kernels.dequantize_triton import gather_rows_triton
+    from scone.kernels.rows_triton import gather_rows_triton
 
     row = RowFormat.of(row_type, width, 64)
     stored = row.encode(torch.randn(1, width, generator=torch.Generator().manual_seed(0)))

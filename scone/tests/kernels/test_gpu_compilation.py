@@ -16,7 +16,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from scone.kernels import ancestor_attention_triton, dequantize_triton, table_lookup_triton  # noqa: E402
+from scone.kernels import ancestor_attention_triton, rows_triton, table_lookup_triton  # noqa: E402
 
 AMPERE, HOPPER = 80, 90
 STORED = [("", "fp32"), ("", "fp16"), ("", "bf16"), ("int8", "u8"), ("int4", "u8")]
@@ -75,7 +75,7 @@ def test_the_lookups_compile(
 def test_the_gather_compiles(stored: tuple[str, str], out: str) -> None:
     row_type, rows = stored
     pointers = {"source": rows, "ranks": "i64", "out": out}
-    kernel_compiles(dequantize_triton._gather, pointers, {"row_type": row_type, "block": 256}, AMPERE)
+    kernel_compiles(rows_triton._gather, pointers, {"row_type": row_type, "block": 256}, AMPERE)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numba import njit
 
-from scone.kernels import child_index, f_gram_trie, longest_match
-from scone.kernels.child_index import LANES, ChildIndex, largest_match, prefetch
+from scone.kernels import f_gram_trie, longest_match
+from scone.kernels.f_gram_trie import LANES, ChildIndex, largest_match, prefetch
 from scone.tests.kernels import reference
 from scone.tests.tokenization.f_gram_strategies import cases
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
@@ -46,13 +46,13 @@ def test_index_equals_a_dictionary(pairs, data):
     absent = data.draw(st.lists(st.tuples(st.integers(0, 2**33), st.integers(0, 2**32 - 1)), max_size=20))
     rank_of = {pair: rank for rank, pair in enumerate(pairs)}
     for prefix, token in pairs + absent:
-        found = child_index.find_child(tuple(index), prefix, token)
-        assert found == rank_of.get((prefix, token), child_index.NO_F_GRAM)
+        found = f_gram_trie.find_child(tuple(index), prefix, token)
+        assert found == rank_of.get((prefix, token), f_gram_trie.NO_F_GRAM)
 
 
 def test_slots_keep_the_index_within_its_bytes():
     for num_f_grams in (0, 1, 47, 48, 49, 1000, 10**6, 10**7):
-        slots = child_index.num_slots(num_f_grams)
+        slots = f_gram_trie.num_slots(num_f_grams)
         assert slots % LANES == 0
         assert slots > num_f_grams
         if num_f_grams >= 48:
@@ -122,17 +122,17 @@ def test_links_that_point_forward_are_found():
     def check(**changed):
         return f_gram_trie.check_links(*(arrays | changed).values(), *limits)
 
-    assert check() == child_index.NO_F_GRAM
+    assert check() == f_gram_trie.NO_F_GRAM
     for rank in (0, 7, vocabulary.num_f_grams - 1):
         for name in arrays:
             for value in (vocabulary.vocab_size + rank, 2**32 - 1):
                 damaged = arrays[name].copy()
                 damaged[rank] = np.array(value).astype(damaged.dtype)
-                assert check(**{name: damaged}) != child_index.NO_F_GRAM, (rank, name, value)
+                assert check(**{name: damaged}) != f_gram_trie.NO_F_GRAM, (rank, name, value)
 
 
 def test_more_f_grams_than_32_bits_tell_apart_are_refused() -> None:
     """Before anything of their size is made; the most that do fit have no bit left for a fingerprint."""
-    assert child_index.rank_bits(child_index.MOST_F_GRAMS) == 32
+    assert f_gram_trie.rank_bits(f_gram_trie.MOST_F_GRAMS) == 32
     with pytest.raises(SconeError, match=r"found 4,294,967,296 f-grams; expected at most 4,294,967,295"):
-        child_index.empty_slots(2**32)
+        f_gram_trie.empty_slots(2**32)

@@ -20,7 +20,7 @@ def test_triton_equals_the_reference(seed: int, num_rows: int, width: int, share
     options = numbers(seed, width)
     reference.rms_rows(*theirs, touched, gradients.astype(np.float64), **options)
     on_device = [torch.from_numpy(array).to(DEVICE) for array in (*ours, touched, gradients, options.pop("columns"))]
-    from scone.kernels.row_rms_triton import update_rows_triton  # where Triton is installed
+    from scone.kernels.rows_triton import update_rows_triton  # where Triton is installed
 
     update_rows_triton(*on_device, torch.tensor([options.pop("mean")], device=DEVICE), **options)
     for our, their in zip(on_device, theirs, strict=False):
@@ -29,7 +29,7 @@ def test_triton_equals_the_reference(seed: int, num_rows: int, width: int, share
 
 @pytest.mark.parametrize("stride", [1, 3])
 def test_bf16_rows_are_rounded_as_on_the_cpu(stride: int) -> None:
-    from scone.kernels.row_rms_triton import update_rows_triton
+    from scone.kernels.rows_triton import update_rows_triton
 
     (weight, sums, visits), touched, gradients = problem(2, 50, 300, 0.7)
     options = numbers(2, 300)
@@ -51,7 +51,7 @@ def test_bf16_rows_are_rounded_as_on_the_cpu(stride: int) -> None:
 
 
 def test_rows_behind_two_to_the_31_numbers_are_updated(monkeypatch: pytest.MonkeyPatch) -> None:
-    from scone.kernels.row_rms_triton import update_rows_triton
+    from scone.kernels.rows_triton import update_rows_triton
 
     weight = zeros_beyond_31_bits(monkeypatch, 1024, torch.bfloat16)
     last = len(weight) - 1

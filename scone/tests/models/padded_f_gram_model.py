@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from scone.models.f_gram_model import FGramBlock, FGramModel, unit_rms
+from scone.models.input_embeddings import FGramBlock, FGramModel, unit_rms
 
 
 def padded_f_gram_model(model: FGramModel, token_vectors: Tensor, lengths: Tensor) -> Tensor:

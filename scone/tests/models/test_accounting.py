@@ -19,7 +19,7 @@ from scone.models.accounting import (
     trunk_forward_flops,
 )
 from scone.models.configuration import FGramModelConfig
-from scone.models.f_gram_model import FGramModel
+from scone.models.input_embeddings import FGramModel
 from scone.models.language_model import SconeForCausalLM
 from scone.models.over_encoding import OverEncodingForCausalLM
 from scone.models.scaled_trunk import ScaledTrunkForCausalLM

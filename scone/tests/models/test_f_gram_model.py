@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 
 from scone.kernels.trie_batch import build_trie_batch
 from scone.models.configuration import FGramModelConfig
-from scone.models.f_gram_model import FGramModel
+from scone.models.input_embeddings import FGramModel
 from scone.tests import tiny
 from scone.tests.models.padded_f_gram_model import padded_f_gram_model
 from scone.tokenization.matcher import Matcher

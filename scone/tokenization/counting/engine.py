@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from scone.kernels import ngram_count
-from scone.kernels.child_index import check_number_of_f_grams
+from scone.kernels.f_gram_trie import check_number_of_f_grams
 from scone.kernels.ngram_count import NO_ID
 from scone.tokenization.counting.blocks import FileBlocks, MemoryBlocks, PartitionChunk, TokenStream, page_array
 from scone.tokenization.counting.levels import CandidatePool, FrequentNGrams, IdTable, KeySpace, RisingFloor
