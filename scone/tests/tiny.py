@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, TrainingArguments
 
 from scone.models.language_model import SconeForCausalLM
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
+from scone.utils.errors import SconeError
 
 VOCAB_SIZE = 24
 SEPARATOR = 0
@@ -33,6 +36,19 @@ def corpus(length: int = 3000, seed: int = 0) -> np.ndarray:
     tokens = rng.zipf(1.6, length) % (VOCAB_SIZE - 1) + 1
     tokens[rng.random(length) < 0.02] = SEPARATOR
     return tokens.astype(np.int64)
+
+
+def tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
+    """int64 [batch, length]."""
+    return torch.from_numpy(corpus(batch * length, seed).reshape(batch, length))
+
+
+def refusal(call: Callable[..., object], *arguments: Any, **options: Any) -> str:
+    """What a call is refused with, which is one line."""
+    with pytest.raises(SconeError) as caught:
+        call(*arguments, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
 def vocabulary(tokens: np.ndarray | None = None, max_n: int = 3, min_freq: int = 4) -> FGramVocabulary:
@@ -89,14 +105,18 @@ def training_arguments(folder: object, **options: Any) -> TrainingArguments:
     return TrainingArguments(output_dir=str(folder), **(quiet | options))
 
 
+def live_rows(model: SconeForCausalLM) -> torch.Tensor:
+    """What an embedding table of the model holds, [S, D]."""
+    assert model.vocabulary is not None
+    return model.embed_nodes(torch.arange(model.vocabulary.num_f_grams) + model.vocabulary.vocab_size)
+
+
 class RowsInMemory:
     """An embedding table as plain as can be: the model's own rows in a tensor."""
 
     def __init__(self, model: SconeForCausalLM) -> None:
-        assert model.vocabulary is not None
-        self.num_rows = model.vocabulary.num_f_grams
-        self.data = model.embed_nodes(torch.arange(VOCAB_SIZE, VOCAB_SIZE + self.num_rows))
-        self.width = self.data.shape[1]
+        self.data = live_rows(model)
+        self.num_rows, self.width = self.data.shape
         self.device = torch.device("cpu")
 
     def rows(self, ranks: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:

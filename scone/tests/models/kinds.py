@@ -36,7 +36,3 @@ def over_encoding(
         torch.manual_seed(1)
         torch.nn.init.normal_(model.hashed_embedding.rows.weight, std=0.5)
     return model
-
-
-def tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
-    return torch.from_numpy(tiny.corpus(batch * length, seed).reshape(batch, length))

@@ -27,7 +27,8 @@ from scone.models.table_lookup import BY_DEVICE, BY_HOST, TableLookup
 from scone.models.token_history import marked
 from scone.tests import tiny
 from scone.tests.models import kinds
-from scone.tests.models.kinds import KINDS, tokens
+from scone.tests.models.kinds import KINDS
+from scone.tests.tiny import tokens
 
 # PyTorch's own, where vectors with a gradient come into a graph from outside of it
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 from scone.data.dataset import Collator
 from scone.models.language_model import SconeForCausalLM
 from scone.tests import tiny
-from scone.tests.models.kinds import over_encoding, tokens
+from scone.tests.models.kinds import over_encoding
+from scone.tests.tiny import tokens
 from scone.utils.errors import SconeError
 
 VARIANTS = {

@@ -8,7 +8,7 @@ from transformers import StaticCache
 
 from scone.models.language_model import SconeForCausalLM
 from scone.tests import tiny
-from scone.tests.models.kinds import tokens
+from scone.tests.tiny import tokens
 from scone.utils.errors import SconeError
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -30,7 +30,7 @@ def test_exported_rows_equal_the_live_sum(parts):
     """A table's row is T(last token) + gain · h + the learned rows of the suffix chain, computed here by hand."""
     model = tiny.scone(f_gram_model=parts[0], learned_rows=parts[1])
     vocabulary, embedding = model.vocabulary, model.f_gram_embedding
-    rows = model.embed_nodes(torch.arange(tiny.VOCAB_SIZE, tiny.VOCAB_SIZE + vocabulary.num_f_grams))
+    rows = tiny.live_rows(model)
     with torch.no_grad():
         for rank in range(0, vocabulary.num_f_grams, 7):
             path = vocabulary.tokens(tiny.VOCAB_SIZE + rank)

@@ -19,7 +19,8 @@ from scone.models.language_model import SconeForCausalLM
 from scone.models.scaled_trunk import ScaledTrunkForCausalLM
 from scone.models.trunk import build_trunk
 from scone.tests import tiny
-from scone.tests.models.kinds import KINDS, model_of, tokens
+from scone.tests.models.kinds import KINDS, model_of
+from scone.tests.tiny import tokens
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 from scone.utils.errors import SconeError
 

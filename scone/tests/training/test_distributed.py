@@ -54,7 +54,7 @@ def one(corpus, tmp_path_factory) -> Path:
 
 def flags_of(corpus: Path, run: Path, *more: str) -> list[str]:
     """Of one of two ranks, with batches of two."""
-    return command_line(corpus, run, "--batch_size", "2", "--max_steps", "6", *more)
+    return command_line(corpus, run, "--batch_size", "2", "--max_steps", "6", "--eval_steps", "1000", *more)
 
 
 @pytest.fixture(scope="module")

@@ -74,7 +74,7 @@ def over_encoding() -> OverEncodingForCausalLM:
 
 
 def batch(number: int) -> torch.Tensor:
-    return torch.from_numpy(tiny.corpus(60, number).reshape(3, 20))
+    return tiny.tokens(3, 20, number)
 
 
 def dense(model: nn.Module) -> torch.optim.Optimizer:

@@ -12,7 +12,7 @@ from scone.models.over_encoding import OverEncodingForCausalLM
 from scone.tests import tiny
 from scone.training.options import all_are_used
 
-TEXTS = {"f-grams": torch.from_numpy(tiny.corpus()[:64].reshape(2, 32)), "none": torch.zeros(2, 8, dtype=torch.long)}
+TEXTS = {"f-grams": tiny.tokens(2, 32), "none": torch.zeros(2, 8, dtype=torch.long)}
 
 
 OURS = {
