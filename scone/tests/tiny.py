@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, TrainingArguments
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    TrainingArguments,
+)
 
 from scone.models.language_model import SconeForCausalLM
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
@@ -49,6 +58,13 @@ def refusal(call: Callable[..., object], *arguments: Any, **options: Any) -> str
         call(*arguments, **options)
     assert "\n" not in str(caught.value)
     return str(caught.value)
+
+
+def word_tokenizer(words: Iterable[str], unknown: str, **special: str) -> PreTrainedTokenizerFast:
+    """One token a word, by its place among them."""
+    backend = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token=unknown))
+    backend.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
 
 
 def vocabulary(tokens: np.ndarray | None = None, max_n: int = 3, min_freq: int = 4) -> FGramVocabulary:

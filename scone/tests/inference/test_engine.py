@@ -11,7 +11,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from scone.inference.engine import GenerationOptions, SconeInferenceEngine
@@ -22,16 +21,13 @@ from scone.models.language_model import SconeForCausalLM
 from scone.tests import tiny
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 from scone.tokenization.tokenizers import train_tokenizer
-from scone.utils.errors import SconeError
 
 WORDS = "<|endoftext|> the a cat dog sat ran on under mat hill and then it slept . ,".split()  # noqa: SIM905
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="."))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
+    return tiny.word_tokenizer(WORDS, ".", eos_token="<|endoftext|>")
 
 
 def tiny_model(positions: int = 64) -> GPT2LMHeadModel:
@@ -96,9 +92,11 @@ def test_sampling_is_repeatable_and_leaves_the_global_generator_alone(engine):
     assert len(first[0].texts) == 3
 
 
-def test_min_length_holds_for_every_prompt(engine):
+def test_lengths_hold_for_every_prompt_and_max_new_tokens_wins(engine):
     generations, _ = engine.generate(PROMPTS, GenerationOptions(max_length=30, min_length=25))
     assert all(len(generation.token_ids[0]) >= 25 for generation in generations)
+    generations, _ = engine.generate("the cat", GenerationOptions(max_length=3, max_new_tokens=5, min_length=7))
+    assert len(generations[0].token_ids[0]) == 7
 
 
 def test_padding_is_no_repetition(tokenizer):
@@ -109,11 +107,6 @@ def test_padding_is_no_repetition(tokenizer):
     engine.tokenizer.pad_token = WORDS[first]
     for generation in engine.generate(PROMPTS, options)[0]:
         assert engine.generate(generation.prompt, options)[0] == [generation]
-
-
-def test_max_new_tokens_wins_over_max_length(engine):
-    generations, _ = engine.generate("the cat", GenerationOptions(max_length=3, max_new_tokens=5, min_length=7))
-    assert len(generations[0].token_ids[0]) == 7
 
 
 @pytest.mark.parametrize(
@@ -134,8 +127,8 @@ def test_prompts_that_cannot_be_continued_are_refused(engine, prompts, options, 
 def test_tokens_outside_the_vocabulary_are_refused(tokenizer):
     config = GPT2Config(vocab_size=3, n_embd=8, n_layer=1, n_head=1, n_positions=32, bos_token_id=0, eos_token_id=0)
     engine = SconeInferenceEngine(LoadedModel(GPT2LMHeadModel(config).eval(), None, None), tokenizer)
-    with pytest.raises(SconeError, match="found token 4 in the prompt; the model's vocabulary has 3 tokens"):
-        engine.generate("the dog", GenerationOptions(max_length=10))
+    said = tiny.refusal(engine.generate, "the dog", GenerationOptions(max_length=10))
+    assert "found token 4 in the prompt; the model's vocabulary has 3 tokens" in said
 
 
 def test_what_is_not_a_model_is_refused(tmp_path):
@@ -153,8 +146,7 @@ def test_what_is_not_a_model_is_refused(tmp_path):
 
 def test_unknown_devices_are_refused():
     for device in ("warp", "cuda:99"):
-        with pytest.raises(SconeError, match="use --device cpu"):
-            choose_device(device)
+        assert "use --device cpu" in tiny.refusal(choose_device, device)
 
 
 def tiny_scone(folder: Path, tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> Path:
@@ -178,10 +170,11 @@ def tiny_scone(folder: Path, tokenizer: PreTrainedTokenizerFast, seed: int = 0) 
 def test_table_of_another_model_is_refused(tmp_path, tokenizer):
     folder = tiny_scone(tmp_path / "this", tokenizer)
     other = tiny_scone(tmp_path / "other", tokenizer, seed=1)
-    with pytest.raises(SconeError, match="the table of another model"):
-        load_model(folder, other / "embeddings.cache", device="cpu")
-    with pytest.raises(SconeError, match="cannot open the embedding table"):
-        load_model(folder, tmp_path / "missing.cache", device="cpu")
+    said = [
+        tiny.refusal(load_model, folder, table) for table in (other / "embeddings.cache", tmp_path / "missing.cache")
+    ]
+    assert "the table of another model" in said[0]
+    assert "cannot open the embedding table" in said[1]
 
 
 def test_streamed_text_equals_generated_text(tmp_path, tokenizer):
@@ -195,10 +188,8 @@ def test_streamed_text_equals_generated_text(tmp_path, tokenizer):
 
 
 def test_streams_are_refused_before_they_start(engine):
-    with pytest.raises(SconeError, match="found an empty prompt"):
-        engine.stream("")
-    with pytest.raises(SconeError, match="found 2 beams"):
-        engine.stream("the cat", GenerationOptions(num_beams=2))
+    assert "found an empty prompt" in tiny.refusal(engine.stream, "")
+    assert "found 2 beams" in tiny.refusal(engine.stream, "the cat", GenerationOptions(num_beams=2))
 
 
 def test_a_stream_that_nobody_reads_on_ends(engine):

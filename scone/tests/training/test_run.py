@@ -265,7 +265,7 @@ def test_a_frozen_trunk_keeps_its_weights(corpus, tmp_path):
 
 def test_rows_in_bf16_load_as_they_are(corpus, whole, tmp_path):
     """Nothing but the rows is rounded; a table made of them has the live rows."""
-    final = train(options(corpus, tmp_path / "run", **RARELY, **RESUMED["rows in bf16"]), quiet=True)
+    final = train(options(corpus, tmp_path / "run", **RESUMED["rows in bf16"]), quiet=True)
     saved = weights(final)
     rows = saved.pop("f_gram_embedding.rows.weight")
     assert rows.dtype == torch.bfloat16

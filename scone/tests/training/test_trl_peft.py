@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from scone.models.language_model import SconeForCausalLM
@@ -30,9 +29,8 @@ def libraries() -> None:
 
 def tokenizer() -> PreTrainedTokenizerFast:
     """Words w0 … w23 by their number; w0 pads. Texts end with w1, which is in many f-grams: none hides behind it."""
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(tiny.VOCAB_SIZE)}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w1", pad_token="w0", unk_token="w0")
+    words = [f"w{i}" for i in range(tiny.VOCAB_SIZE)]
+    return tiny.word_tokenizer(words, "w0", eos_token="w1", pad_token="w0", unk_token="w0")
 
 
 def texts(count: int = 8) -> Any:
