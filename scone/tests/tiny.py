@@ -88,30 +88,30 @@ def trunk(kind: str = "gpt2", seed: int = 0, **changes: Any) -> PreTrainedModel:
 def scone(
     kind: str = "gpt2",
     *,
-    f_gram_model: bool = True,
+    f_gram_model: Any = True,
     learned_rows: int = 40,
     trained: bool = True,
-    combination: str = "add",
     max_n: int = 3,
     min_freq: int = 4,
-    **trunk_changes: Any,
+    **changes: Any,
 ) -> SconeForCausalLM:
-    """A SCONE model; ``trained`` gives gain and rows random values, as if training had moved them."""
+    """A SCONE model; ``trained`` gives gain, gate, rows and norm random values, as if training had moved them."""
+    settings = {name: changes.pop(name) for name in ("combination", "embedding_scale", "input_norm") if name in changes}
     model = SconeForCausalLM.from_trunk(
-        trunk(kind, **trunk_changes),
+        trunk(kind, **changes),
         vocabulary(max_n=max_n, min_freq=min_freq),
-        f_gram_model=F_GRAM_SIZES if f_gram_model else None,
+        f_gram_model=F_GRAM_SIZES if f_gram_model is True else f_gram_model or None,
         learned_rows=learned_rows,
-        combination=combination,
+        **settings,
     ).eval()
     if trained:
         torch.manual_seed(1)
-        embedding = model.f_gram_embedding
-        assert embedding is not None
-        if embedding.gain is not None:
-            torch.nn.init.normal_(embedding.gain, std=0.5)
-        if embedding.rows is not None:
-            torch.nn.init.normal_(embedding.rows.weight, std=0.5)
+        assert model.f_gram_embedding is not None
+        for name, parameter in model.f_gram_embedding.named_parameters():
+            if name in ("gain", "gate.weight", "gate.bias", "rows.weight"):
+                torch.nn.init.normal_(parameter, std=0.5)
+        if model.input_norm is not None:
+            torch.nn.init.normal_(model.input_norm.weight)
     return model
 
 

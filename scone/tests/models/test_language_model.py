@@ -46,20 +46,16 @@ def test_exported_rows_equal_the_live_sum(parts):
             torch.testing.assert_close(rows[rank], expected, atol=1e-5, rtol=1e-5)
 
 
-def test_a_cache_of_another_model_is_refused():
-    with torch.no_grad():
-        cache = MODEL.trunk(tokens(1, 5), use_cache=True).past_key_values
-        with pytest.raises(ValueError, match="5 positions but the tokens of 0"):
-            MODEL(tokens(1, 2), past_key_values=cache)
-
-
-def test_a_cache_that_went_on_without_its_history_is_refused():
+@torch.no_grad()
+def test_a_cache_of_another_model_or_that_went_on_without_its_history_is_refused():
+    cache = MODEL.trunk(tokens(1, 5), use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="5 positions but the tokens of 0"):
+        MODEL(tokens(1, 2), past_key_values=cache)
     cache = StaticCache(config=MODEL.trunk.config, max_cache_len=16)
-    with torch.no_grad():
-        MODEL(tokens(1, 5), past_key_values=cache, use_cache=True)
-        MODEL.trunk(tokens(1, 3), past_key_values=cache, use_cache=True)
-        with pytest.raises(ValueError, match="8 positions but the tokens of 5"):
-            MODEL(tokens(1, 2), past_key_values=cache)
+    MODEL(tokens(1, 5), past_key_values=cache, use_cache=True)
+    MODEL.trunk(tokens(1, 3), past_key_values=cache, use_cache=True)
+    with pytest.raises(ValueError, match="8 positions but the tokens of 5"):
+        MODEL(tokens(1, 2), past_key_values=cache)
 
 
 def test_a_served_model_saved_again_asks_for_its_table(tmp_path):
