@@ -49,22 +49,14 @@ def test_a_sound_folder(folders: dict[str, Path], name: str) -> None:
     check_model_files(config, str(folders[name]), None, ServingOptions())
 
 
-def cut(name: str, keep: int) -> Callable[[Path], None]:
-    """Damage: only the first ``keep`` hundredths of a file are left."""
-
-    def damage(folder: Path) -> None:
-        content = (folder / name).read_bytes()
-        (folder / name).write_bytes(content[: len(content) * keep // 100])
-
-    return damage
-
-
-def overwrite(name: str, at: int) -> Callable[[Path], None]:
-    """Damage: a few bytes of a file are others, counted from its end."""
+def damaged(name: str, keep: int = 100, at: int = 0) -> Callable[[Path], None]:
+    """Only the first ``keep`` hundredths of a file are left; three bytes are others, ``at`` from its end."""
 
     def damage(folder: Path) -> None:
         content = bytearray((folder / name).read_bytes())
-        content[len(content) - at : len(content) - at + 3] = b"abc"
+        del content[len(content) * keep // 100 :]
+        if at:
+            content[len(content) - at : len(content) - at + 3] = b"abc"
         (folder / name).write_bytes(content)
 
     return damage
@@ -75,12 +67,12 @@ def overwrite(name: str, at: int) -> Callable[[Path], None]:
     [
         (lambda folder: (folder / "embeddings.cache").unlink(), "found no embeddings.cache in"),
         (lambda folder: (folder / "f_grams.safetensors").unlink(), "found no f_grams.safetensors in"),
-        (cut("embeddings.cache", 60), "is damaged: it has"),
-        (cut("embeddings.cache", 0), "is no embedding table"),
-        (overwrite("embeddings.cache", 10), "its checksums do not fit its header"),
-        (cut("f_grams.safetensors", 50), "cannot read the model's f-grams"),
-        (cut("f_grams.safetensors", 0), "cannot read the model's f-grams"),
-        (cut("model.safetensors", 0), "cannot read the model's weights"),
+        (damaged("embeddings.cache", 60), "is damaged: it has"),
+        (damaged("embeddings.cache", 0), "is no embedding table"),
+        (damaged("embeddings.cache", at=10), "its checksums do not fit its header"),
+        (damaged("f_grams.safetensors", 50), "cannot read the model's f-grams"),
+        (damaged("f_grams.safetensors", 0), "cannot read the model's f-grams"),
+        (damaged("model.safetensors", 0), "cannot read the model's weights"),
     ],
 )
 def test_damage(folder: Path, damage: Callable[[Path], None], says: str) -> None:
