@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, TrainingArguments
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    TrainingArguments,
+)
 
 from scone.models.language_model import SconeForCausalLM
 from scone.tests.kernels import reference
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
+from scone.utils.errors import SconeError
 
 VOCAB_SIZE = 24
 SEPARATOR = 0
@@ -36,6 +48,26 @@ def corpus(length: int = 3000, seed: int = 0) -> np.ndarray:
     return tokens.astype(np.int64)
 
 
+def tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
+    """int64 [batch, length]."""
+    return torch.from_numpy(corpus(batch * length, seed).reshape(batch, length))
+
+
+def refusal(call: Callable[..., object], *arguments: Any, **options: Any) -> str:
+    """What a call is refused with, which is one line."""
+    with pytest.raises(SconeError) as caught:
+        call(*arguments, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def word_tokenizer(words: Iterable[str], unknown: str, **special: str) -> PreTrainedTokenizerFast:
+    """One token a word, by its place among them."""
+    backend = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token=unknown))
+    backend.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+
+
 def vocabulary(tokens: np.ndarray | None = None, max_n: int = 3, min_freq: int = 4) -> FGramVocabulary:
     """The f-grams of ``tokens``, counted the plain way."""
     tokens = corpus() if tokens is None else tokens
@@ -57,30 +89,30 @@ def trunk(kind: str = "gpt2", seed: int = 0, **changes: Any) -> PreTrainedModel:
 def scone(
     kind: str = "gpt2",
     *,
-    f_gram_model: bool = True,
+    f_gram_model: Any = True,
     learned_rows: int = 40,
     trained: bool = True,
-    combination: str = "add",
     max_n: int = 3,
     min_freq: int = 4,
-    **trunk_changes: Any,
+    **changes: Any,
 ) -> SconeForCausalLM:
-    """A SCONE model; ``trained`` gives gain and rows random values, as if training had moved them."""
+    """A SCONE model; ``trained`` gives gain, gate, rows and norm random values, as if training had moved them."""
+    settings = {name: changes.pop(name) for name in ("combination", "embedding_scale", "input_norm") if name in changes}
     model = SconeForCausalLM.from_trunk(
-        trunk(kind, **trunk_changes),
+        trunk(kind, **changes),
         vocabulary(max_n=max_n, min_freq=min_freq),
-        f_gram_model=F_GRAM_SIZES if f_gram_model else None,
+        f_gram_model=F_GRAM_SIZES if f_gram_model is True else f_gram_model or None,
         learned_rows=learned_rows,
-        combination=combination,
+        **settings,
     ).eval()
     if trained:
         torch.manual_seed(1)
-        embedding = model.f_gram_embedding
-        assert embedding is not None
-        if embedding.gain is not None:
-            torch.nn.init.normal_(embedding.gain, std=0.5)
-        if embedding.rows is not None:
-            torch.nn.init.normal_(embedding.rows.weight, std=0.5)
+        assert model.f_gram_embedding is not None
+        for name, parameter in model.f_gram_embedding.named_parameters():
+            if name in ("gain", "gate.weight", "gate.bias", "rows.weight"):
+                torch.nn.init.normal_(parameter, std=0.5)
+        if model.input_norm is not None:
+            torch.nn.init.normal_(model.input_norm.weight)
     return model
 
 
@@ -90,14 +122,18 @@ def training_arguments(folder: object, **options: Any) -> TrainingArguments:
     return TrainingArguments(output_dir=str(folder), **(quiet | options))
 
 
+def live_rows(model: SconeForCausalLM) -> torch.Tensor:
+    """What an embedding table of the model holds, [S, D]."""
+    assert model.vocabulary is not None
+    return model.embed_nodes(torch.arange(model.vocabulary.num_f_grams) + model.vocabulary.vocab_size)
+
+
 class RowsInMemory:
     """An embedding table as plain as can be: the model's own rows in a tensor."""
 
     def __init__(self, model: SconeForCausalLM) -> None:
-        assert model.vocabulary is not None
-        self.num_rows = model.vocabulary.num_f_grams
-        self.data = model.embed_nodes(torch.arange(VOCAB_SIZE, VOCAB_SIZE + self.num_rows))
-        self.width = self.data.shape[1]
+        self.data = live_rows(model)
+        self.num_rows, self.width = self.data.shape
         self.device = torch.device("cpu")
 
     def rows(self, ranks: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:

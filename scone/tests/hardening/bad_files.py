@@ -69,23 +69,17 @@ def write_files(folder: Path, files: Files) -> None:
         (folder / name).write_bytes(content)
 
 
-def any_bytes(*names: str) -> BadInputs:
-    """Any bytes in the place of one of the named files (of any file where none is named)."""
-    return _one_changed(names, lambda _: st.binary(max_size=300))
+def one_changed(change: Callable[[bytes], st.SearchStrategy[bytes]]) -> BadInputs:
+    """One of the files is another."""
+    return lambda good: st.sampled_from(sorted(good)).flatmap(
+        lambda name: change(good[name]).map(lambda content: good | {name: content})
+    )
 
 
-def damages(*names: str) -> BadInputs:
-    """One of the named files (of any) damaged."""
-    return _one_changed(names, damaged)
-
-
-def _one_changed(names: tuple[str, ...], change: Callable[[bytes], st.SearchStrategy[bytes]]) -> BadInputs:
-    def inputs(good: Files) -> st.SearchStrategy[Files]:
-        return st.sampled_from(names or sorted(good)).flatmap(
-            lambda name: change(good[name]).map(lambda content: good | {name: content})
-        )
-
-    return inputs
+def sealed(name: str, good: Callable[[Path], Files], use: Callable[[Path], Any], **forged: BadInputs) -> Reader:
+    kinds = {"any bytes": one_changed(lambda _: st.binary(max_size=300)), "damaged": one_changed(damaged)}
+    kinds |= {f"forged {part}": inputs for part, inputs in forged.items()}
+    return Reader(name, good, kinds, use, sealed=True)
 
 
 # ------------------------------------------------------------------ f-gram vocabularies
@@ -244,32 +238,15 @@ def use_text(folder: Path) -> list[str]:
 READERS: dict[str, Reader] = {
     reader.name: reader
     for reader in (
-        Reader(
+        sealed(
             "f-gram vocabulary",
             good_vocabulary,
-            {
-                "any bytes": any_bytes(),
-                "damaged": damages(),
-                "forged header": vocabularies_with_a_forged_header,
-                "forged data": vocabularies_with_forged_data,
-            },
             use_vocabulary,
-            sealed=True,
+            header=vocabularies_with_a_forged_header,
+            data=vocabularies_with_forged_data,
         ),
-        Reader(
-            "embedding table",
-            good_table,
-            {"any bytes": any_bytes(), "damaged": damages(), "forged header": tables_with_a_forged_header},
-            use_table,
-            sealed=True,
-        ),
-        Reader(
-            "token file",
-            good_tokens,
-            {"any bytes": any_bytes(), "damaged": damages(), "forged header": tokens_with_forged_facts},
-            use_tokens,
-            sealed=True,
-        ),
+        sealed("embedding table", good_table, use_table, header=tables_with_a_forged_header),
+        sealed("token file", good_tokens, use_tokens, header=tokens_with_forged_facts),
         Reader(
             "text, JSON lines, compressed",
             lambda _: {"a.jsonl": ROWS},

@@ -15,12 +15,6 @@ from pathlib import Path
 
 from scone.utils.command_line import run_main
 
-TRAINING_FLAGS = (
-    *("--max_length", "32", "--min_freq", "3", "--tokenizer", "train", "--vocab_size", "300", "--hidden_size", "16"),
-    *("--num_hidden_layers", "1", "--num_attention_heads", "2", "--learning_rate", "0.01", "--num_workers", "0"),
-    *("--report_to", "none", "--device", "cpu", "--batch_size", "2", "--max_steps", "6", "--save_steps", "1"),
-    *("--eval_steps", "3", "--logging_steps", "2", "--resume_from_checkpoint"),
-)
 VOLATILE = ("training_log.json", "environment.json", "README.md")
 """Files of a run that tell of this run alone: seconds, machine, versions."""
 
@@ -98,9 +92,10 @@ COUNT_BUDGET = 1_700_000
 def train(inputs: Path, work: Path) -> int:
     """`scone train`, six steps, a checkpoint after each."""
     from scone.scripts.train import main
+    from scone.tests.training.runs import command_line
 
-    flags = ["--dataset_name", str(inputs / "corpus.jsonl"), "--cache_dir", str(inputs / "cache")]
-    return main([*flags, "--output_dir", str(work / "run"), *TRAINING_FLAGS])
+    steps = "--max_steps 6 --save_steps 1 --eval_steps 3 --logging_steps 2 --batch_size 2 --resume_from_checkpoint"
+    return main(command_line(inputs / "corpus.jsonl", work / "run", *steps.split()))
 
 
 def precompute(inputs: Path, work: Path) -> int:

@@ -28,7 +28,11 @@ def file_size_limit(job: Job, folder: Path) -> str:
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))
 
-    return _fails_then_recovers(job, folder, limit)
+    work = _fresh(folder, f"{job.name}-fault")
+    code, lines = _run(job, folder, work, limit)
+    if code != 2 or len(lines) != 1:
+        return f"with the fault: exit code {code}, {lines[-1:]}"
+    return _same_in_the_end(job, folder, work)
 
 
 def full_disk(job: Job, folder: Path) -> str:
@@ -99,14 +103,6 @@ SCENARIOS: dict[str, Callable[[Job, Path], str]] = {
     "full_disk": full_disk,
     "two_at_once": two_at_once,
 }
-
-
-def _fails_then_recovers(job: Job, folder: Path, fault: Callable[[], None]) -> str:
-    work = _fresh(folder, f"{job.name}-fault")
-    code, lines = _run(job, folder, work, fault)
-    if code != 2 or len(lines) != 1:
-        return f"with the fault: exit code {code}, {lines[-1:]}"
-    return _same_in_the_end(job, folder, work)
 
 
 def _same_in_the_end(job: Job, folder: Path, work: Path) -> str:

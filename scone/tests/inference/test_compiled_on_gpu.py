@@ -32,10 +32,8 @@ def model(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[SconeForCa
     if request.param == "live":
         yield model.cuda()
         return
-    size = model.config.vocab_size
-    rows = model.embed_nodes(torch.arange(size, size + model.config.num_f_grams))
     path = tmp_path / "embeddings.cache"
-    write_table(path, rows)
+    write_table(path, tiny.live_rows(model))
     with EmbeddingTable.open(path, request.param, device="cuda") as table:
         model.attach_table(table)
         assert model.table_embedding is not None
@@ -44,7 +42,7 @@ def model(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[SconeForCa
 
 
 def prompts() -> dict[str, torch.Tensor]:
-    text = torch.from_numpy(tiny.corpus(16, 3).reshape(2, 8))
+    text = tiny.tokens(2, 8, 3)
     mask = torch.ones_like(text)
     mask[0, :3] = 0
     return {"input_ids": text.cuda(), "attention_mask": mask.cuda()}
@@ -68,7 +66,7 @@ def test_generate_over_a_static_cache_gives_what_it_gives_without(model: SconeFo
 def test_a_compiled_model_equals_itself(model: SconeForCausalLM) -> None:
     """All of it with CUDA graphs, prompt and steps."""
     compiled: Any = torch.compile(model, mode="reduce-overhead")
-    text = torch.from_numpy(tiny.corpus(32).reshape(2, 16)).cuda()
+    text = tiny.tokens(2, 16).cuda()
     full = model(text).logits
     cache = StaticCache(config=model.config.get_text_config(), max_cache_len=16)
     found = [model(text[:, :8], past_key_values=cache, use_cache=True).logits]

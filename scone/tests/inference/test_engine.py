@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import threading
 from pathlib import Path
 
@@ -12,7 +11,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from scone.inference.engine import GenerationOptions, SconeInferenceEngine
@@ -20,18 +18,16 @@ from scone.inference.loading import LoadedModel, choose_device, load_model
 from scone.inference.precompute import precompute_table
 from scone.inference.streaming import GeneratedSequence
 from scone.models.language_model import SconeForCausalLM
+from scone.tests import tiny
 from scone.tests.kernels import reference
 from scone.tokenization.tokenizers import train_tokenizer
-from scone.utils.errors import SconeError
 
 WORDS = "<|endoftext|> the a cat dog sat ran on under mat hill and then it slept . ,".split()  # noqa: SIM905
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="."))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
+    return tiny.word_tokenizer(WORDS, ".", eos_token="<|endoftext|>")
 
 
 def tiny_model(positions: int = 64) -> GPT2LMHeadModel:
@@ -53,9 +49,9 @@ PROMPTS = ["the cat", "a dog ran under the hill and then", "it"]
 
 def test_a_text_that_begins_with_the_end_of_another_brings_no_warning(tokenizer, tmp_path, monkeypatch):
     """transformers takes that token for padding, and leaves masks of ones out."""
-    tiny = tiny_model()
-    tiny.config.pad_token_id = 0
-    tiny.save_pretrained(tmp_path)
+    model = tiny_model()
+    model.config.pad_token_id = 0
+    model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     warned: list[str] = []
     monkeypatch.setattr("transformers.modeling_utils.logger.warning_once", lambda text, *_: warned.append(text))
@@ -96,9 +92,11 @@ def test_sampling_is_repeatable_and_leaves_the_global_generator_alone(engine):
     assert len(first[0].texts) == 3
 
 
-def test_min_length_holds_for_every_prompt(engine):
+def test_lengths_hold_for_every_prompt_and_max_new_tokens_wins(engine):
     generations, _ = engine.generate(PROMPTS, GenerationOptions(max_length=30, min_length=25))
     assert all(len(generation.token_ids[0]) >= 25 for generation in generations)
+    generations, _ = engine.generate("the cat", GenerationOptions(max_length=3, max_new_tokens=5, min_length=7))
+    assert len(generations[0].token_ids[0]) == 7
 
 
 def test_padding_is_no_repetition(tokenizer):
@@ -109,11 +107,6 @@ def test_padding_is_no_repetition(tokenizer):
     engine.tokenizer.pad_token = WORDS[first]
     for generation in engine.generate(PROMPTS, options)[0]:
         assert engine.generate(generation.prompt, options)[0] == [generation]
-
-
-def test_max_new_tokens_wins_over_max_length(engine):
-    generations, _ = engine.generate("the cat", GenerationOptions(max_length=3, max_new_tokens=5, min_length=7))
-    assert len(generations[0].token_ids[0]) == 7
 
 
 @pytest.mark.parametrize(
@@ -128,41 +121,32 @@ def test_max_new_tokens_wins_over_max_length(engine):
     ],
 )
 def test_prompts_that_cannot_be_continued_are_refused(engine, prompts, options, message):
-    with pytest.raises(SconeError, match=message):
-        engine.generate(prompts, GenerationOptions(**options))
+    assert message in tiny.refusal(engine.generate, prompts, GenerationOptions(**options))
 
 
 def test_tokens_outside_the_vocabulary_are_refused(tokenizer):
     config = GPT2Config(vocab_size=3, n_embd=8, n_layer=1, n_head=1, n_positions=32, bos_token_id=0, eos_token_id=0)
     engine = SconeInferenceEngine(LoadedModel(GPT2LMHeadModel(config).eval(), None, None), tokenizer)
-    with pytest.raises(SconeError, match="found token 4 in the prompt; the model's vocabulary has 3 tokens"):
-        engine.generate("the dog", GenerationOptions(max_length=10))
+    said = tiny.refusal(engine.generate, "the dog", GenerationOptions(max_length=10))
+    assert "found token 4 in the prompt; the model's vocabulary has 3 tokens" in said
 
 
 def test_what_is_not_a_model_is_refused(tmp_path):
-    with pytest.raises(SconeError, match="found no folder"):
-        load_model(tmp_path / "missing")
-    with pytest.raises(SconeError, match=r"found no config\.json"):
-        load_model(tmp_path)
-    (tmp_path / "config.json").write_text("{broken")
-    with pytest.raises(SconeError, match="as JSON"):
-        load_model(tmp_path)
-    with pytest.raises(SconeError, match="found the file"):
-        load_model(tmp_path / "config.json")
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "nothing"}))
-    with pytest.raises(SconeError, match="cannot load a causal language model"):
-        load_model(tmp_path)
-    with pytest.raises(SconeError, match="cannot load a causal language model from no-such-model"):
-        load_model("no-such-model")
+    assert "found no folder" in tiny.refusal(load_model, tmp_path / "missing")
+    assert "found no config.json" in tiny.refusal(load_model, tmp_path)
+    for text, message in (("{broken", "as JSON"), ('{"model_type": "nothing"}', "cannot load a causal language model")):
+        (tmp_path / "config.json").write_text(text)
+        assert message in tiny.refusal(load_model, tmp_path)
+    assert "found the file" in tiny.refusal(load_model, tmp_path / "config.json")
+    assert "cannot load a causal language model from no-such-model" in tiny.refusal(load_model, "no-such-model")
     tiny_model().save_pretrained(tmp_path / "plain")
-    with pytest.raises(SconeError, match="a model without f-grams"):
-        load_model(tmp_path / "plain", table_path=tmp_path / "embeddings.cache")
+    said = tiny.refusal(load_model, tmp_path / "plain", table_path=tmp_path / "embeddings.cache")
+    assert "a model without f-grams" in said
 
 
 def test_unknown_devices_are_refused():
     for device in ("warp", "cuda:99"):
-        with pytest.raises(SconeError, match="use --device cpu"):
-            choose_device(device)
+        assert "use --device cpu" in tiny.refusal(choose_device, device)
 
 
 def tiny_scone(folder: Path, tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> Path:
@@ -186,10 +170,11 @@ def tiny_scone(folder: Path, tokenizer: PreTrainedTokenizerFast, seed: int = 0) 
 def test_table_of_another_model_is_refused(tmp_path, tokenizer):
     folder = tiny_scone(tmp_path / "this", tokenizer)
     other = tiny_scone(tmp_path / "other", tokenizer, seed=1)
-    with pytest.raises(SconeError, match="the table of another model"):
-        load_model(folder, other / "embeddings.cache", device="cpu")
-    with pytest.raises(SconeError, match="cannot open the embedding table"):
-        load_model(folder, tmp_path / "missing.cache", device="cpu")
+    said = [
+        tiny.refusal(load_model, folder, table) for table in (other / "embeddings.cache", tmp_path / "missing.cache")
+    ]
+    assert "the table of another model" in said[0]
+    assert "cannot open the embedding table" in said[1]
 
 
 def test_streamed_text_equals_generated_text(tmp_path, tokenizer):
@@ -203,10 +188,8 @@ def test_streamed_text_equals_generated_text(tmp_path, tokenizer):
 
 
 def test_streams_are_refused_before_they_start(engine):
-    with pytest.raises(SconeError, match="found an empty prompt"):
-        engine.stream("")
-    with pytest.raises(SconeError, match="found 2 beams"):
-        engine.stream("the cat", GenerationOptions(num_beams=2))
+    assert "found an empty prompt" in tiny.refusal(engine.stream, "")
+    assert "found 2 beams" in tiny.refusal(engine.stream, "the cat", GenerationOptions(num_beams=2))
 
 
 def test_a_stream_that_nobody_reads_on_ends(engine):

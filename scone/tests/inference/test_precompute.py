@@ -23,10 +23,6 @@ NUM_ROWS = tiny.vocabulary().num_f_grams
 QUICK = {"batch_size": 1, "quiet": True}
 
 
-def live_rows(model) -> torch.Tensor:
-    return model.embed_nodes(torch.arange(NUM_ROWS) + tiny.VOCAB_SIZE)
-
-
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """Eight chunks for the small vocabulary's f-grams."""
@@ -45,7 +41,7 @@ def test_table_row_equals_live_model(path, f_gram_model, learned_rows):
     assert precompute_table(model, path, **QUICK)
     with EmbeddingTable.open(path, expected_fingerprints=model.table_fingerprints()) as table:
         assert {name: table.fingerprints[name] for name in ("weights", "vocabulary")} == model.table_fingerprints()
-        torch.testing.assert_close(table.rows(torch.arange(NUM_ROWS)), live_rows(model), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(table.rows(torch.arange(NUM_ROWS)), tiny.live_rows(model), rtol=1e-5, atol=1e-6)
     assert verify_table(path, model).sampled_rows == NUM_ROWS
     assert os.listdir(path.parent) == ["embeddings.cache"]
 
@@ -167,13 +163,13 @@ def test_half_precision_rows_are_near_and_say_so(path):
     precompute_table(model, path, compute_dtype="bf16", quiet=True)
     assert verify_table(path, model).layout.compute_dtype == "bf16"
     with EmbeddingTable.open(path) as table:
-        assert not torch.equal(table.rows(torch.arange(NUM_ROWS)), live_rows(model))
+        assert not torch.equal(table.rows(torch.arange(NUM_ROWS)), tiny.live_rows(model))
 
 
 def test_a_row_that_is_not_the_models_is_found(tmp_path, path):
     """Checksums fit, fingerprints fit, and yet a row is wrong: only the live model can tell."""
     model = tiny.scone()
-    rows = live_rows(model)
+    rows = tiny.live_rows(model)
     rows[17] *= 1.01
     with TableWriter(path, plan_of(model, tmp_path)) as writer:
         writer.write(np.arange(NUM_ROWS), RowFormat.of("fp32", tiny.WIDTH).encode(rows))

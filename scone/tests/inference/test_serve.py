@@ -20,9 +20,9 @@ import pytest
 
 from scone.inference.engine import GenerationOptions, SconeInferenceEngine
 from scone.scripts import serve as serve_script
+from scone.tests import tiny
 from scone.tests.inference.chromium import Browser
 from scone.tests.inference.served import TEMPLATE, make_model, server
-from scone.utils.errors import SconeError
 
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
 openai = pytest.importorskip("openai", reason="the openai client is not installed")
@@ -141,7 +141,7 @@ def test_32_clients_at_once_get_the_engines_answers(address: str, client: Any, e
             assert post(address, "/v1/completions", body)[0] == status
             return number, ""
         prompt, length = PROMPTS[number % len(PROMPTS)], 5 + number
-        arguments = {"model": "tiny", "prompt": prompt, "max_tokens": length, "temperature": 0}
+        arguments = completion(prompt, max_tokens=length)
         if number % 2:
             pieces = client.completions.create(**arguments, stream=True)
             return number, "".join(piece.choices[0].text for piece in pieces)
@@ -161,15 +161,15 @@ def test_32_clients_at_once_get_the_engines_answers(address: str, client: Any, e
 def test_completions_know_the_options_that_clients_use(client: Any, engine: SconeInferenceEngine) -> None:
     whole = expected(engine, "the cat", 20)
     stop = whole[6:9]
-    stopped = client.completions.create(model="tiny", prompt="the cat", max_tokens=20, temperature=0, stop=[stop])
+    stopped = client.completions.create(**completion(max_tokens=20, stop=[stop]))
     assert stopped.choices[0].text == whole.partition(stop)[0]
     assert stopped.choices[0].finish_reason == "stop"
-    several = client.completions.create(model="tiny", prompt=["mat", "the cat"], max_tokens=4, temperature=0, n=2)
+    several = client.completions.create(**completion(["mat", "the cat"], max_tokens=4, n=2))
     assert [choice.index for choice in several.choices] == [0, 1, 2, 3]
     assert several.choices[2].text == several.choices[3].text == expected(engine, "the cat", 4)
     assert several.usage.completion_tokens == 16
     ids = engine.tokenizer("the cat").input_ids
-    by_ids = client.completions.create(model="tiny", prompt=ids, max_tokens=4, temperature=0)
+    by_ids = client.completions.create(**completion(ids, max_tokens=4))
     assert by_ids.choices[0].text == expected(engine, "the cat", 4)
     assert [model.id for model in client.models.list()] == ["tiny"]
     with pytest.raises(openai.NotFoundError):
@@ -177,7 +177,7 @@ def test_completions_know_the_options_that_clients_use(client: Any, engine: Scon
 
 
 def test_a_seed_decides_its_sample_whoever_else_asks(client: Any) -> None:
-    arguments = {"model": "tiny", "prompt": "the cat", "max_tokens": 12, "temperature": 1.5}
+    arguments = completion(max_tokens=12, temperature=1.5)
     alone = client.completions.create(**arguments, seed=3).choices[0].text
     with ThreadPoolExecutor(8) as clients:
         crowd = [clients.submit(client.completions.create, **arguments, seed=seed) for seed in (3, 4, 3, 5)]
@@ -274,8 +274,7 @@ def test_pages_that_may_call_are_told_so_and_others_are_not(address: str) -> Non
 @pytest.mark.parametrize("origin", ["chat.example", "https://chat.example/page", "null", ""])
 def test_an_origin_that_no_browser_sends_is_refused(folder: Path, origin: str) -> None:
     argv = ["--model_path", str(folder), "--cors_origin", origin]
-    with pytest.raises(SconeError, match="expected a web page's origin"):
-        serve_script.main(argv)
+    assert "expected a web page's origin" in tiny.refusal(serve_script.main, argv)
 
 
 NULLS = {
@@ -418,16 +417,13 @@ def test_a_failing_batch_is_told_and_the_next_one_runs(engine: SconeInferenceEng
 
 def test_mistakes_are_told_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     arguments = ["--model_path", str(folder)]
-    with pytest.raises(SconeError, match="--max_batch: found 0"):
-        serve_script.main([*arguments, "--max_batch", "0"])
-    with pytest.raises(SconeError, match="found an empty API key"):
-        serve_script.main([*arguments, "--api_key", ""])
+    assert "--max_batch: found 0" in tiny.refusal(serve_script.main, [*arguments, "--max_batch", "0"])
+    assert "found an empty API key" in tiny.refusal(serve_script.main, [*arguments, "--api_key", ""])
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        with pytest.raises(SconeError, match="cannot listen on"):
-            serve_script.main([*arguments, "--device", "cpu", "--port", str(taken.getsockname()[1])])
+        port = str(taken.getsockname()[1])
+        assert "cannot listen on" in tiny.refusal(serve_script.main, [*arguments, "--device", "cpu", "--port", port])
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     monkeypatch.delitem(sys.modules, "scone.inference.serve")
-    with pytest.raises(SconeError, match=r'pip install "scone-lm\[serve\]"'):
-        serve_script.main(["--model_path", "missing"])
+    assert 'pip install "scone-lm[serve]"' in tiny.refusal(serve_script.main, ["--model_path", "missing"])

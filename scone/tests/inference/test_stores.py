@@ -1,10 +1,11 @@
-"""Every store returns the same rows, bit for bit: one contract, one subclass for each store."""
+"""Every store returns the same rows, bit for bit."""
 
 from __future__ import annotations
 
 import os
-import threading
 import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -45,65 +46,81 @@ def table(request, tables):
     return tables / f"{request.param}.cache"
 
 
-class StoreContract:
-    """What every store does; a subclass says how to open it. Stores read bytes, whatever they mean: many or few."""
+def in_many_parts(file: TableFile) -> RowStore:
+    """Batches larger than the buffer."""
+    store = DirectStore(file, queue_depth=3)
+    store._rows_at_once = 7
+    return store
 
-    def open(self, file: TableFile) -> RowStore:
-        raise NotImplementedError
 
-    @pytest.fixture(params=["fp32", "int4"])
-    def table(self, request, tables):
-        return tables / f"{request.param}.cache"
+def tiered(file: TableFile) -> RowStore:
+    """All kinds of tiers together."""
+    stores = [DeviceStore(file, CPU, 0, 10), MemoryStore.ram(file, 10, 101), MemoryStore.mapped(file)]
+    return TieredStore([*stores, DirectStore(file)], [10, 111, 300])
 
-    @pytest.fixture
-    def store(self, table):
-        with TableFile(table) as file:
-            store = self.open(file)
-            yield store
-            store.close()
 
-    def test_every_store_returns_the_same_rows(self, store, table, rows):
-        """Any batch: empty, repeated, unsorted, fetched ahead or not."""
-        expected = stored(table, rows)
+STORES: dict[str, Callable[[TableFile], RowStore]] = {
+    "ram": MemoryStore.ram,
+    "mmap": MemoryStore.mapped,
+    "direct": DirectStore,
+    "direct, in many parts": in_many_parts,
+    "direct, on threads": lambda file: DirectStore(file, use_queues=False),  # as without asynchronous reads
+    "device": lambda file: DeviceStore(file, CPU),
+    "tiered": tiered,
+}
 
-        @settings(max_examples=25, deadline=None)
-        @given(ranks=st.lists(st.integers(0, NUM_ROWS - 1), max_size=60), prefetch=st.booleans())
-        def check(ranks, prefetch):
-            wanted = torch.tensor(ranks, dtype=torch.int64)
-            if prefetch:
-                store.prefetch(wanted)
-            assert torch.equal(read(store, wanted), expected[wanted])
 
-        check()
+@pytest.fixture(params=["fp32", "int4"])  # stores read bytes, whatever they mean: many or few
+def content(request, tables, rows):
+    """The path of a table, and the bytes that it has to hold."""
+    path = tables / f"{request.param}.cache"
+    return path, stored(path, rows)
 
-    def test_all_rows_at_once_and_none_that_is_not_there(self, store, table, rows):
-        """Also in inference mode: stores read on threads, which know nothing of the caller's mode."""
-        order = torch.randperm(NUM_ROWS)
-        for mode in (False, True):
-            with torch.inference_mode(mode):
-                assert torch.equal(read(store, order), stored(table, rows)[order])
-        for wrong in (-1, NUM_ROWS, 2**40):
-            with pytest.raises(IndexError):
-                read(store, torch.tensor([0, wrong, 3]))
-        assert store.memory.ram + store.memory.mapped + store.memory.device > 0
 
-    def test_threads_may_read_side_by_side(self, store):
-        expected, wrong = read(store, torch.arange(NUM_ROWS)), []
+@pytest.fixture(params=STORES)
+def store(request, content):
+    with TableFile(content[0]) as file:
+        store = STORES[request.param](file)
+        yield store
+        store.close()
 
-        def read_some(seed):
-            random = np.random.default_rng(seed)
-            for _ in range(5):
-                some = torch.from_numpy(random.integers(0, NUM_ROWS, 50))
-                store.prefetch(some[:10])
-                if not torch.equal(read(store, some), expected[some]):
-                    wrong.append(seed)
 
-        threads = [threading.Thread(target=read_some, args=(seed,)) for seed in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert not wrong
+def test_every_store_returns_the_same_rows(store, content):
+    """Any batch: empty, repeated, unsorted, fetched ahead or not."""
+
+    @settings(max_examples=25, deadline=None)
+    @given(ranks=st.lists(st.integers(0, NUM_ROWS - 1), max_size=60), prefetch=st.booleans())
+    def check(ranks, prefetch):
+        wanted = torch.tensor(ranks, dtype=torch.int64)
+        if prefetch:
+            store.prefetch(wanted)
+        assert torch.equal(read(store, wanted), content[1][wanted])
+
+    check()
+
+
+def test_all_rows_at_once_and_none_that_is_not_there(store, content):
+    """Also in inference mode: stores read on threads, which know nothing of the caller's mode."""
+    order = torch.randperm(NUM_ROWS)
+    for mode in (False, True):
+        with torch.inference_mode(mode):
+            assert torch.equal(read(store, order), content[1][order])
+    for wrong in (-1, NUM_ROWS, 2**40):
+        with pytest.raises(IndexError):
+            read(store, torch.tensor([0, wrong, 3]))
+    assert store.memory.ram + store.memory.mapped + store.memory.device > 0
+
+
+def test_threads_may_read_side_by_side(store, content):
+    def read_some(seed):
+        random = np.random.default_rng(seed)
+        for _ in range(5):
+            some = torch.from_numpy(random.integers(0, NUM_ROWS, 50))
+            store.prefetch(some[:10])
+            assert torch.equal(read(store, some), content[1][some])
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(read_some, range(4)))
 
 
 def read(store: RowStore, ranks: torch.Tensor) -> torch.Tensor:
@@ -117,48 +134,6 @@ def read(store: RowStore, ranks: torch.Tensor) -> torch.Tensor:
 def stored(table: Path, rows: torch.Tensor) -> torch.Tensor:
     """The bytes that the table has to hold, uint8 [S, row_bytes]."""
     return torch.from_numpy(RowFormat.of(table.stem, WIDTH).encode(rows))
-
-
-class TestRam(StoreContract):
-    open = staticmethod(MemoryStore.ram)
-
-
-class TestMmap(StoreContract):
-    open = staticmethod(MemoryStore.mapped)
-
-
-class TestDirect(StoreContract):
-    open = staticmethod(DirectStore)
-
-
-class TestDirectInManyParts(StoreContract):
-    """Batches larger than the buffer are read in parts."""
-
-    def open(self, file: TableFile) -> RowStore:
-        store = DirectStore(file, queue_depth=3)
-        store._rows_at_once = 7
-        return store
-
-
-class TestDirectOnThreads(StoreContract):
-    """As where the system has no asynchronous reads."""
-
-    def open(self, file: TableFile) -> RowStore:
-        return DirectStore(file, use_queues=False)
-
-
-class TestDevice(StoreContract):
-    def open(self, file: TableFile) -> RowStore:
-        return DeviceStore(file, CPU)
-
-
-class TestTiered(StoreContract):
-    """All kinds of tiers together."""
-
-    def open(self, file: TableFile) -> RowStore:
-        stores = [DeviceStore(file, CPU, 0, 10), MemoryStore.ram(file, 10, 101), MemoryStore.mapped(file)]
-        stores.append(DirectStore(file))
-        return TieredStore(stores, [10, 111, 300])
 
 
 @pytest.mark.parametrize("placement", ["ram", "mmap", "direct", "ram:50,disk", "ram:50,mmap:60,direct"])

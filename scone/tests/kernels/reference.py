@@ -156,6 +156,18 @@ def trie_batch(
     )
 
 
+def random_paths(rng: np.random.Generator, num_nodes: int, max_n: int) -> np.ndarray:
+    """Ancestors [U, N] of a random forest, parents before children."""
+    ancestors, depths = np.empty((num_nodes, max_n), np.int64), np.zeros(num_nodes, np.int64)
+    for node in range(num_nodes):
+        parent = int(rng.integers(-1, node)) if node else -1
+        if parent >= 0 and depths[parent] < max_n - 1:
+            depths[node] = depths[parent] + 1
+            ancestors[node] = ancestors[parent]
+        ancestors[node, depths[node] :] = node
+    return ancestors
+
+
 # Row-RMS of the learned rows: `row_rms`
 
 

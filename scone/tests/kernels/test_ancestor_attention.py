@@ -11,19 +11,7 @@ from torch import Tensor
 
 from scone.kernels import ancestor_attention
 from scone.kernels.ancestor_attention import padded_ancestor_attention
-
-
-def random_paths(rng: np.random.Generator, num_nodes: int, max_n: int) -> Tensor:
-    """Ancestors [U, N] of a random forest, parents before children."""
-    ancestors = np.empty((num_nodes, max_n), np.int64)
-    depths = np.zeros(num_nodes, np.int64)
-    for node in range(num_nodes):
-        parent = int(rng.integers(-1, node)) if node else -1
-        if parent >= 0 and depths[parent] < max_n - 1:
-            depths[node] = depths[parent] + 1
-            ancestors[node] = ancestors[parent]
-        ancestors[node, depths[node] :] = node
-    return torch.from_numpy(ancestors)
+from scone.tests.kernels.reference import random_paths
 
 
 def gradients_of(output: Tensor, inputs: list[Tensor], direction: Tensor) -> list[Tensor]:
@@ -44,7 +32,7 @@ def gradients_of(output: Tensor, inputs: list[Tensor], direction: Tensor) -> lis
 def test_attention_kernel_equals_its_plain_reference(dtype, budget, seed, num_nodes, max_n, heads, size, share, packed):
     """All nodes or some of them, none too, in arrays of their own or as parts of one projection."""
     rng = np.random.default_rng(seed)
-    ancestors = random_paths(rng, num_nodes, max_n)
+    ancestors = torch.from_numpy(random_paths(rng, num_nodes, max_n))
     projected = torch.from_numpy(rng.standard_normal((num_nodes, 3, heads, size))).to(dtype)
     parts = [part if packed else part.contiguous() for part in projected.unbind(1)]
     if share < 0.9:
@@ -62,7 +50,7 @@ def test_attention_kernel_equals_its_plain_reference(dtype, budget, seed, num_no
 def test_any_number_of_threads_gives_the_same_bits(monkeypatch):
     monkeypatch.setattr(ancestor_attention, "VALUES_PER_THREAD", 1)
     rng = np.random.default_rng(0)
-    ancestors = random_paths(rng, 50, 4)
+    ancestors = torch.from_numpy(random_paths(rng, 50, 4))
     *inputs, direction = torch.from_numpy(rng.standard_normal((4, 50, 6, 8))).float().unbind(0)
     inputs = [part.requires_grad_() for part in inputs]
     results = []

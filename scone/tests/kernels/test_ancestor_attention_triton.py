@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from scone.kernels.ancestor_attention import ancestor_attention, padded_ancestor_attention
+from scone.tests.kernels.reference import random_paths
 from scone.tests.kernels.triton_device import DEVICE, INTERPRETED
 
 from scone.kernels.ancestor_attention_triton import (  # isort: skip (where Triton is installed, as the last one says)
@@ -16,19 +18,7 @@ from scone.kernels.ancestor_attention_triton import (  # isort: skip (where Trit
 
 
 def random_trie(num_nodes: int, max_n: int, seed: int) -> Tensor:
-    """Ancestors [U, N] of a random trie, nodes sorted by depth."""
-    random = torch.Generator().manual_seed(seed)
-    parents = [-1] + [
-        int(torch.randint(-1, node, (), generator=random)) if node > 3 else -1 for node in range(1, num_nodes)
-    ]
-    paths: list[list[int]] = []
-    for node, parent in enumerate(parents):
-        its_parent = parent if parent < 0 or len(paths[parent]) < max_n else -1
-        paths.append(([] if its_parent < 0 else paths[its_parent]) + [node])
-    order = sorted(range(num_nodes), key=lambda node: len(paths[node]))
-    place = {node: index for index, node in enumerate(order)}
-    rows = [[place[step] for step in paths[node]] for node in order]
-    return torch.tensor([row + [row[-1]] * (max_n - len(row)) for row in rows])
+    return torch.from_numpy(random_paths(np.random.default_rng(seed), num_nodes, max_n))
 
 
 @pytest.mark.gpu

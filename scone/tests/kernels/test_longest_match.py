@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -65,6 +67,7 @@ def test_depth_first_order_is_the_preorder(case):
     assert case.vocabulary.depth_first_order().tolist() == reference.depth_first(case.f_grams)
 
 
+@cache
 def long_case() -> tuple[FGramVocabulary, np.ndarray]:
     """A vocabulary and a row of tokens that spans several blocks, with matches across every boundary."""
     random = np.random.default_rng(0)

@@ -21,7 +21,8 @@ def model_of(kind: str, trunk: str = "llama", min_freq: int = 1, **trunk_changes
         return over_encoding(trunk, trunk_changes)
     if kind == "scaled":
         return ScaledTrunkForCausalLM.from_trunk(tiny.trunk(trunk, **trunk_changes), embedding_scale=3.0).eval()
-    model = tiny.scone(trunk, f_gram_model=kind != "rows", min_freq=min_freq, **trunk_changes)
+    f_gram_model = {"rows": False, "own tokens": tiny.F_GRAM_SIZES | {"own_tokens": True}}.get(kind, True)
+    model = tiny.scone(trunk, f_gram_model=f_gram_model, min_freq=min_freq, **trunk_changes)
     if kind == "table":
         model.attach_table(tiny.RowsInMemory(model))
     return model
@@ -36,7 +37,3 @@ def over_encoding(
         torch.manual_seed(1)
         torch.nn.init.normal_(model.hashed_embedding.rows.weight, std=0.5)
     return model
-
-
-def tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
-    return torch.from_numpy(tiny.corpus(batch * length, seed).reshape(batch, length))

@@ -66,7 +66,7 @@ def test_a_layer_costs_its_f_gram_model_and_its_gate(whole_layer):
     sizes = tiny.F_GRAM_SIZES | ({"own_tokens": True} if whole_layer else {})
     gate = {"combination": "gate"} if whole_layer else {}
     model = SconeForCausalLM.from_trunk(tiny.trunk(), tiny.vocabulary(), f_gram_model=sizes, learned_rows=20, **gate)
-    layer, tokens = model.eval().f_gram_embedding, torch.from_numpy(tiny.corpus(60)[None])
+    layer, tokens = model.eval().f_gram_embedding, tiny.tokens(1, 60)
     trie = model.trie_of(model.match(tokens))
     nodes, f_grams = (
         [stop - start for start, stop in itertools.pairwise(trie[name])] for name in ("depth_offsets", "f_gram_offsets")

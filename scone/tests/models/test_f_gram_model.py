@@ -35,17 +35,19 @@ def padded_tokens(f_grams: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.tensor([[*path, *[5] * (MAX_N - len(path))] for path in paths]), lengths
 
 
-BUDGETS = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 0.01, torch.bfloat16: 0.05}
+def f_gram_model(dtype: torch.dtype = torch.float32) -> FGramModel:
+    model = FGramModel(FGramModelConfig(**tiny.F_GRAM_SIZES), tiny.WIDTH, MAX_N).to(dtype)
+    model.init_weights()
+    return model
 
 
-@pytest.mark.parametrize(("dtype", "budget"), BUDGETS.items())
+@pytest.mark.parametrize(("dtype", "budget"), [(torch.float64, 1e-10), (torch.bfloat16, 0.05)])
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 10_000), length=st.integers(1, 60))
 def test_trie_batch_equals_padded_batch(dtype, budget, seed, length):
     """Values and gradients of the shared computation are those of running each f-gram alone, padded."""
     torch.manual_seed(seed)
-    model = FGramModel(FGramModelConfig(**tiny.F_GRAM_SIZES), tiny.WIDTH, MAX_N).to(dtype)
-    model.init_weights()
+    model = f_gram_model(dtype)
     table = torch.randn(tiny.VOCAB_SIZE, tiny.WIDTH, dtype=dtype, requires_grad=True)
     trie = trie_of(tiny.corpus(length, seed)[None])
     tokens, lengths = padded_tokens(trie["f_grams"])
@@ -76,8 +78,7 @@ def test_the_operators_are_sound():
 
 def test_one_compiled_graph_serves_tries_of_all_sizes():
     """No graph breaks and no recompilation, the backward pass included (traced; no code is generated here)."""
-    model = FGramModel(FGramModelConfig(**tiny.F_GRAM_SIZES), tiny.WIDTH, MAX_N)
-    model.init_weights()
+    model = f_gram_model()
     plain = copy.deepcopy(model)
     torch._dynamo.reset()
     counters.clear()
@@ -96,8 +97,7 @@ def test_one_compiled_graph_serves_tries_of_all_sizes():
 
 def test_output_has_unit_scale():
     """The gain alone sets the scale: a residual stream that grows would drown the token embeddings."""
-    model = FGramModel(FGramModelConfig(**tiny.F_GRAM_SIZES), tiny.WIDTH, MAX_N)
-    model.init_weights()
+    model = f_gram_model()
     trie = trie_of(tiny.corpus(50)[None])
     output = model(100 * torch.randn(len(trie["tokens"]), tiny.WIDTH), trie)
     torch.testing.assert_close(output.square().mean(-1), torch.ones(len(output)), atol=1e-3, rtol=0)

@@ -8,7 +8,7 @@ from transformers import StaticCache
 
 from scone.models.language_model import SconeForCausalLM
 from scone.tests import tiny
-from scone.tests.models.kinds import tokens
+from scone.tests.tiny import tokens
 from scone.utils.errors import SconeError
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -30,7 +30,7 @@ def test_exported_rows_equal_the_live_sum(parts):
     """A table's row is T(last token) + gain · h + the learned rows of the suffix chain, computed here by hand."""
     model = tiny.scone(f_gram_model=parts[0], learned_rows=parts[1])
     vocabulary, embedding = model.vocabulary, model.f_gram_embedding
-    rows = model.embed_nodes(torch.arange(tiny.VOCAB_SIZE, tiny.VOCAB_SIZE + vocabulary.num_f_grams))
+    rows = tiny.live_rows(model)
     with torch.no_grad():
         for rank in range(0, vocabulary.num_f_grams, 7):
             path = vocabulary.tokens(tiny.VOCAB_SIZE + rank)
@@ -46,20 +46,16 @@ def test_exported_rows_equal_the_live_sum(parts):
             torch.testing.assert_close(rows[rank], expected, atol=1e-5, rtol=1e-5)
 
 
-def test_a_cache_of_another_model_is_refused():
-    with torch.no_grad():
-        cache = MODEL.trunk(tokens(1, 5), use_cache=True).past_key_values
-        with pytest.raises(ValueError, match="5 positions but the tokens of 0"):
-            MODEL(tokens(1, 2), past_key_values=cache)
-
-
-def test_a_cache_that_went_on_without_its_history_is_refused():
+@torch.no_grad()
+def test_a_cache_of_another_model_or_that_went_on_without_its_history_is_refused():
+    cache = MODEL.trunk(tokens(1, 5), use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="5 positions but the tokens of 0"):
+        MODEL(tokens(1, 2), past_key_values=cache)
     cache = StaticCache(config=MODEL.trunk.config, max_cache_len=16)
-    with torch.no_grad():
-        MODEL(tokens(1, 5), past_key_values=cache, use_cache=True)
-        MODEL.trunk(tokens(1, 3), past_key_values=cache, use_cache=True)
-        with pytest.raises(ValueError, match="8 positions but the tokens of 5"):
-            MODEL(tokens(1, 2), past_key_values=cache)
+    MODEL(tokens(1, 5), past_key_values=cache, use_cache=True)
+    MODEL.trunk(tokens(1, 3), past_key_values=cache, use_cache=True)
+    with pytest.raises(ValueError, match="8 positions but the tokens of 5"):
+        MODEL(tokens(1, 2), past_key_values=cache)
 
 
 def test_a_served_model_saved_again_asks_for_its_table(tmp_path):

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from scone.models.scaled_trunk import ScaledTrunkForCausalLM
 from scone.tests import tiny
-from scone.tests.models.kinds import tokens
+from scone.tests.tiny import tokens
 from scone.tokenization.matcher import HashedGrams
 
 

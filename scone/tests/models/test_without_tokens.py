@@ -13,7 +13,7 @@ from scone.tests.models.kinds import KINDS, model_of
 from scone.utils.errors import SconeError
 
 MODELS = {kind: model_of(kind) for kind in KINDS}
-TEXT = torch.from_numpy(tiny.corpus(12))[None]
+TEXT = tiny.tokens(1, 12)
 
 
 @pytest.mark.parametrize("kind", MODELS)

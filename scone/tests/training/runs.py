@@ -16,7 +16,8 @@ from scone.configs.schema import SconeOptions
 
 WORDS = tuple("the cat sat on the mat and the dog ran to the old red house by the sea while it rained all day".split())  # noqa: SIM905
 
-
+RARELY = {"training.save_steps": 1000, "training.eval_steps": 1000}
+"""Changes for runs of many steps, of which only the end is looked at."""
 STILL = {"model.hidden_dropout_prob": 0.0, "model.attention_probs_dropout_prob": 0.0}
 """Changes for runs that are compared across numbers of processes, which draw other dropout."""
 

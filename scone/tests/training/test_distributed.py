@@ -19,7 +19,6 @@ from scone.tests.training.runs import STILL, assert_same_weights, command_line, 
 from scone.training.distributed import is_lost_rank, report_lost_ranks
 from scone.training.run import train
 from scone.training.run_folder import complete_checkpoints
-from scone.utils.errors import SconeError
 
 pytestmark = pytest.mark.slow
 
@@ -54,7 +53,7 @@ def one(corpus, tmp_path_factory) -> Path:
 
 def flags_of(corpus: Path, run: Path, *more: str) -> list[str]:
     """Of one of two ranks, with batches of two."""
-    return command_line(corpus, run, "--batch_size", "2", "--max_steps", "6", *more)
+    return command_line(corpus, run, "--batch_size", "2", "--max_steps", "6", "--eval_steps", "1000", *more)
 
 
 @pytest.fixture(scope="module")
@@ -107,12 +106,8 @@ def test_gradients_are_reduced_where_they_are_and_nothing_is_looked_for(two):
     assert json.loads((two.parent / "ddp.json").read_text()) == [expected]
 
 
-def test_a_lost_process_is_one_line(monkeypatch):
-    closed = RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:9999")
+def test_alone_nobody_is_lost():
+    """Of several, one that is lost is one line: a process ends in test_row_shards."""
     with pytest.raises(RuntimeError, match=r"pair\.cc"), report_lost_ranks():
-        raise closed  # alone there is nobody to lose
-    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
-    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
-    with pytest.raises(SconeError, match="start again with --resume_from_checkpoint"), report_lost_ranks():
-        raise closed
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:9999")
     assert not is_lost_rank(RuntimeError("shapes do not match"))

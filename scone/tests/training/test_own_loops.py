@@ -74,7 +74,7 @@ def over_encoding() -> OverEncodingForCausalLM:
 
 
 def batch(number: int) -> torch.Tensor:
-    return torch.from_numpy(tiny.corpus(60, number).reshape(3, 20))
+    return tiny.tokens(3, 20, number)
 
 
 def dense(model: nn.Module) -> torch.optim.Optimizer:
@@ -149,7 +149,6 @@ LOOPS: dict[str, Callable[[Any, Path], None]] = {
     "accelerate": accelerated,
 }
 WAYS_TO_A_MODEL = [("AdamW", made) for made in ("from_pretrained", "copied", "over-encoding")]
-WAYS_TO_A_MODEL += [("trainer", made) for made in ("copied", "over-encoding")]
 
 
 @pytest.mark.parametrize(("loop", "made"), [*((loop, "from_trunk") for loop in LOOPS), *WAYS_TO_A_MODEL])

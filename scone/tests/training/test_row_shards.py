@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import shutil
 from pathlib import Path
@@ -81,7 +82,7 @@ def trained(
     losses = []
     for step in range(steps):
         for turn in range(PASSES - step % 2):  # accumulated or not
-            ids = torch.from_numpy(tiny.corpus(40, 100 * step + 10 * turn + rank).reshape(2, 20))
+            ids = tiny.tokens(2, 20, 100 * step + 10 * turn + rank)
             if step == 1 and rank == world_size - 1:
                 ids = torch.full_like(ids, tiny.VOCAB_SIZE - 1)
             ids = ids.to(device)
@@ -94,7 +95,7 @@ def trained(
     if not steps:
         return model, optimizer, losses
     model.eval()
-    ids = torch.from_numpy(tiny.corpus(40, rank).reshape(2, 20)).to(device)
+    ids = tiny.tokens(2, 20, rank).to(device)
     with torch.no_grad():
         losses.append(model(input_ids=ids, labels=ids).loss)
     return model, optimizer, losses
@@ -117,7 +118,7 @@ def check_that_shares_equal_copies(
                 assert torch.equal(local(weight), local(theirs[name])), (name, strategy, world_size)
         rows = learned_rows(shared)
         check_state(rows, optimizer, copied.weight, expected)
-        memory = torch.tensor([*map(nbytes, (rows.weight, *(optimizer.state[rows.weight][name] for name in PER_ROW)))])
+        memory = torch.tensor([part.nbytes for part in (rows.weight, *map(optimizer.state[rows.weight].get, PER_ROW))])
         dist.all_reduce(memory)
         assert memory.sum() == ROWS * (dtype.itemsize * WIDTH + 8)
     if strategy == "fsdp":
@@ -148,7 +149,7 @@ def check_that_gradients_are_clipped_as_torch_does(rank: int) -> None:
     """By the norm over all processes, whether it is too large or not; some have nothing of a small parameter."""
     model = tiny.trunk("llama")
     shard(model, reshard_after_forward=True)
-    ids = torch.from_numpy(tiny.corpus(40, rank).reshape(2, 20))
+    ids = tiny.tokens(2, 20, rank)
     model(input_ids=ids, labels=ids).loss.backward()
     parameters = list(model.parameters())
     gradients = [parameter.grad.clone() for parameter in parameters]
@@ -164,10 +165,6 @@ def check_that_gradients_are_clipped_as_torch_does(rank: int) -> None:
     for parameter in parameters:  # of a frozen trunk
         parameter.grad = None
     assert clip_sharded_gradients(parameters, 1.0) == 0
-
-
-def nbytes(tensor: torch.Tensor) -> int:
-    return tensor.nbytes
 
 
 def check_state(rows: LearnedRows, optimizer: Any, weight: torch.Tensor, expected: dict[str, torch.Tensor]) -> None:
@@ -235,9 +232,7 @@ def check_that_a_lost_rank_is_one_line(rank: int) -> None:
     rows.share_out()
     if rank == 3:
         os._exit(0)
-    with pytest.raises(SconeError, match=r"lost the connection .* --resume_from_checkpoint") as caught:
-        learn(rows)
-    assert "\n" not in str(caught.value)
+    assert re.search(r"lost the connection .* --resume_from_checkpoint", tiny.refusal(learn, rows))
 
 
 def _touch_on_a_gpu(rank: int, folder: Path) -> None:
@@ -389,9 +384,7 @@ def test_damaged_shares_are_one_line(saved: Path, tmp_path: Path) -> None:
         share.unlink()
         if damage == "cut":
             share.write_bytes(content[: len(content) // 2])
-        with pytest.raises(SconeError, match="cannot load a causal language model") as caught:
-            load_model(folder, device="cpu")
-        assert "\n" not in str(caught.value)
+        assert "cannot load a causal language model" in tiny.refusal(load_model, folder, device="cpu")
 
 
 def test_untouched_memory_is_told_from_memory_that_is_zero() -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from scone.models.language_model import SconeForCausalLM
@@ -30,9 +29,8 @@ def libraries() -> None:
 
 def tokenizer() -> PreTrainedTokenizerFast:
     """Words w0 … w23 by their number; w0 pads. Texts end with w1, which is in many f-grams: none hides behind it."""
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(tiny.VOCAB_SIZE)}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w1", pad_token="w0", unk_token="w0")
+    words = [f"w{i}" for i in range(tiny.VOCAB_SIZE)]
+    return tiny.word_tokenizer(words, "w0", eos_token="w1", pad_token="w0", unk_token="w0")
 
 
 def texts(count: int = 8) -> Any:
@@ -111,7 +109,7 @@ def test_sft_trainer_trains_rows_and_gain_and_saves_what_loads(options, tmp_path
     assert embedding.gain.ne(0).all()
     model.save_pretrained(tmp_path / "model")
     again = SconeForCausalLM.from_pretrained(tmp_path / "model").eval()
-    ids = torch.from_numpy(tiny.corpus(20, 3))[None]
+    ids = tiny.tokens(1, 20, 3)
     with torch.no_grad():
         assert torch.equal(again(ids).logits, model.eval()(ids).logits)
 
@@ -151,7 +149,7 @@ def check_saved_and_merged(tuned: Any, fresh: Any, ids: torch.Tensor, folder: Pa
 
 @pytest.mark.parametrize("targets", TARGETS, ids=str)
 def test_an_adapter_saved_loaded_and_merged_gives_the_same_logits(targets, tmp_path):
-    base, ids = tiny.scone("llama"), torch.from_numpy(tiny.corpus(40, 3).reshape(2, 20))
+    base, ids = tiny.scone("llama"), tiny.tokens(2, 20, 3)
     fresh = copy.deepcopy(base)
     tuned = moved(lora(base, targets))
     with torch.no_grad():
@@ -187,7 +185,7 @@ def test_rows_learn_beside_an_adapter(with_row_optimizer, tmp_path):
     if with_row_optimizer:
         optimizers.append(RowOptimizer(tuned, lr=1e-2))
     for step in range(2):
-        ids = torch.from_numpy(tiny.corpus(40, step).reshape(2, 20))
+        ids = tiny.tokens(2, 20, step)
         tuned(input_ids=ids, labels=ids).loss.backward()
         for optimizer in optimizers:
             optimizer.step()
@@ -196,7 +194,7 @@ def test_rows_learn_beside_an_adapter(with_row_optimizer, tmp_path):
     assert (rows.weight != before).any(1).sum() > 10
     assert not rows.pending
     trained = rows.weight.detach().clone()
-    _, again = check_saved_and_merged(tuned.eval(), fresh, torch.from_numpy(tiny.corpus(20, 9))[None], tmp_path)
+    _, again = check_saved_and_merged(tuned.eval(), fresh, tiny.tokens(1, 20, 9), tmp_path)
     assert torch.equal(learned_rows(again).weight, trained)
 
 
@@ -205,7 +203,7 @@ def test_added_tokens_learn_beside_an_adapter(kind, tmp_path):
     """Tied (qwen2) or not: PEFT trains the new tokens' vectors alone, in the head too where it is the embeddings'."""
     base = tiny.scone(kind)
     base.resize_token_embeddings(tiny.VOCAB_SIZE + 2, mean_resizing=False)
-    fresh, ids = copy.deepcopy(base), torch.from_numpy(tiny.corpus(40, 3).reshape(2, 20))
+    fresh, ids = copy.deepcopy(base), tiny.tokens(2, 20, 3)
     ids[:, ::5] = tiny.VOCAB_SIZE
     assert base.config.tie_word_embeddings == (kind == "qwen2")
     tuned = lora(base, ["q_proj"], trainable_token_indices=[tiny.VOCAB_SIZE, tiny.VOCAB_SIZE + 1]).train()

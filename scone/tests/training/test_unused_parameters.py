@@ -8,13 +8,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from scone.models.over_encoding import OverEncodingForCausalLM
 from scone.tests import tiny
+from scone.tests.models.kinds import over_encoding
 from scone.training.options import all_are_used
 
-TEXTS = {"f-grams": torch.from_numpy(tiny.corpus()[:64].reshape(2, 32)), "none": torch.zeros(2, 8, dtype=torch.long)}
-
-
+TEXTS = {"f-grams": tiny.tokens(2, 32), "none": torch.zeros(2, 8, dtype=torch.long)}
 OURS = {
     "add": {},
     "replace": {"combination": "replace"},
@@ -25,7 +23,7 @@ OURS = {
 
 def model_named(name: str) -> Any:
     if name == "over-encoding":
-        return OverEncodingForCausalLM.from_trunk(tiny.trunk(), num_rows=99, separator_ids=[0])
+        return over_encoding()
     return tiny.scone(**OURS[name]) if name in OURS else tiny.trunk(name)
 
 
@@ -40,22 +38,12 @@ def test_a_model_that_is_said_to_use_all_does_so(name: str) -> None:
         assert [name for name, one in model.named_parameters() if one.requires_grad and one.grad is None] == []
 
 
-def test_what_is_not_used_or_not_known_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = AutoConfig.for_model("gpt2", vocab_size=24, n_embd=16, n_layer=1, n_head=2)
-    model = AutoModelForCausalLM.from_config(config)
-    assert all_are_used(model)
-    build = AutoModelForCausalLM.from_config
+MIXTURE = {"num_key_value_heads": 1, "num_local_experts": 2}
 
-    def with_one_more(*args: Any, **kwargs: Any) -> Any:
-        built = build(*args, **kwargs)
-        built.one_more = torch.nn.Linear(2, 2)
-        return built
 
-    monkeypatch.setattr(AutoModelForCausalLM, "from_config", with_one_more)
-    assert not all_are_used(model)
-
-    def refuse(*args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError("data-dependent")
-
-    monkeypatch.setattr(AutoModelForCausalLM, "from_config", refuse)
-    assert not all_are_used(model)
+@pytest.mark.parametrize(("kind", "changes"), [("gpt2", {"add_cross_attention": True}), ("mixtral", MIXTURE)])
+def test_what_may_not_be_used_is_looked_for(kind: str, changes: dict[str, Any]) -> None:
+    """Attention to the states of a model that is not there, and experts that a batch may not ask."""
+    sizes = tiny.TRUNKS.get(kind, tiny.SIZES)
+    config = AutoConfig.for_model(kind, vocab_size=tiny.VOCAB_SIZE, **(sizes | changes))
+    assert not all_are_used(AutoModelForCausalLM.from_config(config))

@@ -34,13 +34,7 @@ TRUNKS: dict[str, dict[str, Any]] = {
     "wide": SIZES
     | {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 256}
     | {"initializer_range": 0.1},
-    "gpt_neox": {
-        "hidden_size": WIDTH,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 96,
-        "max_position_embeddings": POSITIONS,
-    },
+    "gpt_neox": {name: value for name, value in SIZES.items() if name not in ("head_dim", "num_key_value_heads")},
 }
 
 
