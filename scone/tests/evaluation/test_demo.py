@@ -6,8 +6,8 @@ import copy
 import json
 import re
 import shutil
+import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -59,9 +59,6 @@ def test_demo_measures_both_models_alike(options, report):
     assert first_losses[0] == pytest.approx(first_losses[1], abs=0.02), "the same start, the same batches"
     assert [model["steps"] for model in (plain, scone)] == [options.steps] * 2
     assert 1 <= len(report["samples"]) <= 3
-
-
-def test_report_is_one_page_without_outside_resources(options, report):
     page = (Path(options.output_dir) / "report.html").read_text(encoding="utf-8")
     assert page == render_demo(report), "the page is made of report.json alone"
     assert page.count("<svg") == 2
@@ -93,27 +90,8 @@ def check_page(page: str) -> None:
     assert not re.search(r"src\s*=|href\s*=(?!\"#)|url\((?!#)|@import|http", page)
     names = re.findall(r' id="([^"]*)"', page)
     assert set(re.findall(r'(?:href="#|url\(#)([\w-]+)', page)) <= set(names)
-    checker = BalancedTags()
-    checker.feed(page)
-    assert checker.open == []
-
-
-class BalancedTags(HTMLParser):
-    """Keeps the tags that are open; complains of one that is closed out of order."""
-
-    VOID = ("meta", "br", "hr")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-
-    def handle_starttag(self, tag, attrs):
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        if tag not in self.VOID:
-            assert self.open.pop() == tag
+    text = re.sub(r"<(meta|br|hr)\b([^>]*?)/?>", r"<\1\2/>", page.partition(">")[2])  # behind the doctype
+    ElementTree.fromstring(text.replace("xlink:", ""))
 
 
 def stop_at(pattern):

@@ -124,11 +124,6 @@ def test_visits_are_how_often_the_counted_text_has_the_longest_f_gram():
             assert found[end - 1] == next((counts[gram] for gram in grams if gram in counts), 0)
 
 
-def test_pairs_are_collected():
-    parts = [{"users": True, "pairs": [1]}, {"users": True, "pairs": [2]}, {"users": True, "long": 3}]
-    assert users.collected(parts) == {"users": True, "pairs": [1, 2], "long": 3}
-
-
 def made_up_pair(plain: str, gap: float, accuracy: float = 0.0) -> dict:
     """Rows ``gap`` nats and ``accuracy`` better than plain, silenced ten times as much worse."""
     losses = {"plain": 4.0, "rows": 4.0 - gap, "silenced": 4.0 + 10 * gap}
@@ -150,7 +145,9 @@ def made_up_pair(plain: str, gap: float, accuracy: float = 0.0) -> dict:
 def test_tables_show_each_run_by_itself_and_its_seeds_together():
     table = experiments.module("users_table").users_table
     settings = ("7m-10-plain-seed2", 0.1), ("7m-10-plain-seed3", 0.3), ("27m-5-plain", 0.4, 0.2)
-    report = {"users": True, "pairs": [made_up_pair(*each) for each in settings]}
+    parts = [{"users": True, "pairs": [made_up_pair(*each)]} for each in settings]
+    report = users.collected([*parts, {"users": True, "long": 3}])
+    assert report["long"] == 3
     tasks, silenced, visits = (table(report, view) for view in ("tasks", "silenced", "visits"))
     assert "| task | items | chance | 27 M × 5: plain | rows | difference |" in tasks
     assert "| a | 100 | 0.250 | 0.500 ± 0.098 | 0.700 | +0.200 ± 0.133 |" in tasks  # of two draws of 100 items
