@@ -35,29 +35,38 @@ def everything(found):
     return sorted(chain.from_iterable(found.values()))
 
 
-def test_files_that_name_splits_are_the_splits(tmp_path):
-    """A missing validation split comes from train, a missing test split from nowhere, and training from no other."""
-    name = corpus(tmp_path / "a", train="1,2,3", valid="4,5", test="6")
-    assert splits_of(name) == {"train": ["1", "2", "3"], "validation": ["4", "5"], "test": ["6"]}
-    assert list(open_documents(name, None, "all")) == ["6", "1", "2", "3", "4", "5"]
-    found = splits_of(corpus(tmp_path / "b", train="1,2,3,4,5", test="6,7"))
-    assert found.pop("test") == ["6", "7"]
-    assert everything(found) == ["1", "2", "3", "4", "5"]
-    assert len(found["validation"]) == 1
-    name = corpus(tmp_path / "c", train="1,2,3", validation="4")
-    assert splits_of(name) == {"train": ["1", "2", "3"], "validation": ["4"]}
+FOLDERS = [
+    # files → documents of the splits; None: divided by content
+    ({"train": "1,2,3", "valid": "4,5", "test": "6"}, {"train": "123", "validation": "45", "test": "6"}),
+    ({"train": "1,2,3", "validation": "4"}, {"train": "123", "validation": "4"}),
+    # a missing validation split comes from train
+    ({"train": "1,2,3,4,5", "test": "6,7"}, {"train": None, "validation": None, "test": "67"}),
+    # names say nothing where one file names no split
+    ({"test": "1,2", "main": "3,4,5"}, {"train": None, "validation": None, "test": None}),
+]
+
+
+@pytest.mark.parametrize(("files", "expected"), FOLDERS, ids=lambda each: ",".join(each))
+def test_files_that_name_splits_are_the_splits(tmp_path, files, expected):
+    name = corpus(tmp_path / "a", **files)
+    found = splits_of(name)
+    assert list(found) == list(expected)
+    assert {split: "".join(found[split]) for split, texts in expected.items() if texts} == {
+        split: texts for split, texts in expected.items() if texts
+    }
+    assert everything(found) == sorted(open_documents(name, None, "all"))
+    assert all(len(found[split]) == 1 for split, texts in expected.items() if texts is None and split != "train")
+
+
+def test_training_text_comes_from_no_other_split(tmp_path):
+    """And a test split from nowhere; a file alone is read as a whole."""
+    name = corpus(tmp_path / "a", train="1,2,3", validation="4")
     with pytest.raises(SconeError, match="has no 'test' split; it has train, validation; choose one of these or 'all'"):
         list(open_documents(name, None, "test"))
-    name = corpus(tmp_path / "d", validation="1", test="2")
+    name = corpus(tmp_path / "b", validation="1", test="2")
     with pytest.raises(SconeError, match="has no 'train' split; it has validation, test"):
         list(open_documents(name, None, "train"))
-    assert list(open_documents(str(tmp_path / "d" / "test.jsonl"), None, "test")) == ["2"]
-
-
-def test_names_say_nothing_where_one_file_names_no_split(tmp_path):
-    found = splits_of(corpus(tmp_path / "a", test="1,2", main="3,4,5"))
-    assert everything(found) == ["1", "2", "3", "4", "5"]
-    assert [len(found[split]) for split in ("train", "validation", "test")] == [3, 1, 1]
+    assert list(open_documents(str(tmp_path / "b" / "test.jsonl"), None, "test")) == ["2"]
 
 
 @pytest.mark.parametrize("file_name", ["corpus", "train"])
@@ -119,12 +128,8 @@ def test_a_data_set_of_the_datasets_library_is_streamed_by_its_splits(tmp_path):
 
 
 def test_rows_of_a_wikitext_data_set_are_joined_to_articles(tmp_path):
-    folder = tmp_path / "wikitext"
-    folder.mkdir()
     lines = ["", " = One = \n", "", " text \n", "", " = Two = \n", "", " more \n"]
-    rows = "".join(json.dumps({"text": line}) + "\n" for line in lines)
-    (folder / "train.jsonl").write_text(rows, encoding="utf-8")
-    (unit,) = hub_units(str(folder), None, "text")
+    (unit,) = hub_units(corpus(tmp_path / "wikitext", train=",".join(lines)), None, "text")
     assert list(unit.read(lambda n: None)) == ["\n = One = \n\n text \n\n", " = Two = \n\n more \n"]
 
 
