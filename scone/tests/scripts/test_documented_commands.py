@@ -58,7 +58,7 @@ def workspace(tmp_path_factory):
     folder = tmp_path_factory.mktemp("documented")
     names = ("argparse.py", "ast.py", "calendar.py", "copy.py", "csv.py", "glob.py", "heapq.py", "json/decoder.py")
     files = [path for path in stdlib_files() if path.as_posix().endswith(names)]
-    texts = [path.read_text(encoding="utf-8")[:5000] for path in files]
+    texts = [path.read_text(encoding="utf-8")[:9000] for path in files]
     (folder / "wikitext").mkdir()
     for split, part in {"train": texts[:-2], "validation": texts[-2:-1], "test": texts[-1:]}.items():
         lines = "".join(json.dumps({"text": text}) + "\n" for text in part)
@@ -101,7 +101,7 @@ def model(workspace):
         "python -m scone.scripts.train --dataset_name wikitext --dataset_config_name wikitext-103-v1 "
         "--output_dir ./outputs/scone-model --base_model_name gpt2 --max_length 512 --batch_size 8 --num_epochs 3 "
         "--learning_rate 5e-5",
-        "--device cpu --min_freq 5",
+        "--device cpu --min_freq 20",
     )
     run(
         f"python -m scone.scripts.precompute_embeddings --model_path {FINAL_MODEL} "

@@ -154,7 +154,7 @@ def copy_of(killed, folder: Path) -> tuple[dict, np.ndarray, Path]:
     return arguments | {"work_dir": str(folder / "work")}, tokens, next(folder.glob("work/count-*/level-002.npz"))
 
 
-@pytest.mark.parametrize("change", [{"memory_budget_bytes": 1 << 30}, {"num_threads": 1}])
+@pytest.mark.parametrize("change", [{"memory_budget_bytes": 1 << 30}, {"num_threads": 1}], ids=str)
 def test_a_killed_count_goes_on_with_another_budget_or_number_of_threads(killed, change, tmp_path):
     arguments, tokens, level = copy_of(killed, tmp_path)
     with np.load(level) as saved:
