@@ -50,6 +50,7 @@ def losses(report):
     return [report["models"][name]["evaluation"]["loss"] for name in ("plain", "scone")]
 
 
+@pytest.mark.slow
 def test_demo_measures_both_models_alike(options, report):
     plain, scone = report["models"]["plain"], report["models"]["scone"]
     for figure in ("inference_flops_per_token", "training_flops_per_token", "resident_parameters"):

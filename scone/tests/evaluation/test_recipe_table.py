@@ -25,6 +25,7 @@ def run(perplexity: float, changes: dict | None = None, tokens: int = 4_000_000,
 
 @pytest.fixture
 def report() -> dict:
+    """Two screens, of which the second shows runs of the first."""
     base = {"model.num_hidden_layers": 4, "model.hidden_size": 256}
     first = {f"plain-seed{seed}": run(number, PLAIN, seed=seed) for seed, number in ((1, 80.0), (2, 125.0))}
     first |= {"rows-1M-seed1": run(81.0), "rows-1M-seed2": run(100.0, seed=2), "unseen": {**run(1.0), "tests": {}}}

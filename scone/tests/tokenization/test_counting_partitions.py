@@ -123,6 +123,7 @@ def goes_on(arguments: dict, tokens: np.ndarray, **changes):
     return result
 
 
+@pytest.mark.slow
 def test_a_killed_count_goes_on_at_the_first_length_that_it_had_not_finished(tmp_path):
     tokens = skewed(150_000)
     arguments = arguments_of(tmp_path, tokens)
