@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -10,6 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, TrainingArguments
 
 from scone.models.language_model import SconeForCausalLM
+from scone.tests.kernels.reference import count_n_grams
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 
 VOCAB_SIZE = 24
@@ -38,11 +38,9 @@ def corpus(length: int = 3000, seed: int = 0) -> np.ndarray:
 def vocabulary(tokens: np.ndarray | None = None, max_n: int = 3, min_freq: int = 4) -> FGramVocabulary:
     """The f-grams of ``tokens``, counted the plain way."""
     tokens = corpus() if tokens is None else tokens
-    counts: Counter[tuple[int, ...]] = Counter()
-    for n in range(2, max_n + 1):
-        counts.update(zip(*(tokens[i:].tolist() for i in range(n)), strict=False))
-    frequent = {gram: count for gram, count in counts.items() if count >= min_freq and SEPARATOR not in gram}
-    return FGramVocabulary.from_counts(frequent, vocab_size=VOCAB_SIZE, max_n=max_n, separator_ids=(SEPARATOR,))
+    limits: dict[str, Any] = {"vocab_size": VOCAB_SIZE, "max_n": max_n, "min_freq": min_freq}
+    counts = count_n_grams([tokens], max_n, [SEPARATOR])
+    return FGramVocabulary.from_counts(counts, separator_ids=(SEPARATOR,), **limits)
 
 
 def trunk(kind: str = "gpt2", seed: int = 0, **changes: Any) -> PreTrainedModel:

@@ -205,11 +205,3 @@ def test_help_shows_every_option_of_the_sections(capsys):
         assert (f"--{entry.flag} " in text) == shown, name
         assert entry.info.help, name
         assert convert(entry, entry.default, name) == entry.default, "a default is valid"
-
-
-def test_a_script_may_expose_single_options_with_its_own_defaults():
-    shown = ("inference.batch_size", "training.device")
-    options, _ = parse_options(["--device", "cpu"], shown, "a test", defaults={"inference.batch_size": 8})
-    assert (options.inference.batch_size, options.training.device) == (8, "cpu")
-    with pytest.raises(SconeError, match="unknown option --seed"):
-        parse_options(["--seed", "1"], ("inference",), "a test")

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from scone.tests.evaluation import experiments
+from scone.tests.evaluation.experiments import run
 
 bench, runner = experiments.module("bench_quality"), experiments.module("run")
 
@@ -52,22 +53,16 @@ def records(tmp_path):
 def test_the_ladders_metrics_are_those_of_its_losses(records):
     """Of the law 3 + C^-0.5; the worst text, and the worst rung beside over-encoding, count."""
 
-    def run(name, flops, loss, **texts):
-        tests = {text: {"loss": loss + texts.get(text, 0.0)} for text in ("novels", "c4")}
-        tests = {text: test | {"block_losses": [test["loss"]] * 3} for text, test in tests.items()}
-        return {"run": name, "seed": 1, "tokens": 1, "cost": {"training_flops": flops}, "tests": tests}
-
     def law(flops):
         return 3 + flops**-0.5
 
     runs = {f"7m-{each}-plain": run(f"7m-{each}-plain", each, law(each)) for each in (5, 10, 20, 40)}
     runs |= {f"7m-{each}-rows": run(f"7m-{each}-rows", each, law(1.6 * each)) for each in (5, 10)}
-    runs["7m-20-rows"] = run("7m-20-rows", 20, law(1.6 * 20), c4=0.1, novels=-0.1)
+    runs["7m-20-rows"] = run("7m-20-rows", 20, law(1.6 * 20), c4=0.2, novels=-0.2)
     runs |= {f"7m-{each}-over-encoding": run(f"7m-{each}-over-encoding", each, law(each * 1.5)) for each in (5, 20)}
     runs["7m-5-over-encoding"]["tests"]["c4"]["loss"] -= 0.5
-    curves = {"epochs4-plain": (5.0, 4.0), "epochs4-rows": (4.0, 3.9)}
-    epochs = {name: {"run": name, "finished": True, "curve": [{"validation": each} for each in losses]}
-              for name, losses in curves.items()}  # fmt: skip
+    epochs = {f"epochs4-{kind}": {"run": kind, "finished": True, "curve": [{"validation": each} for each in losses]}
+              for kind, losses in (("plain", (5.0, 4.0)), ("rows", (4.0, 3.9)))}  # fmt: skip
     found = records(runs, epochs)
     assert found["compute_multiplier_7m"]["ratio"] == pytest.approx(1.6, rel=0.01)
     assert found["compute_multiplier_7m"]["met"]
