@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 import tomllib
@@ -31,10 +32,15 @@ for package, below in {
 FILES = sorted(path for path in ROOT.rglob("*.py") if "tests" not in path.relative_to(ROOT).parts)
 
 
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def imported(path: Path) -> set[str]:
     """Dotted names that a file imports, inside functions too."""
     names = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -43,6 +49,7 @@ def imported(path: Path) -> set[str]:
 
 
 def test_imports_go_one_way():
+    assert {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"tests"} == set(ALLOWED)
     wrong = []
     for path in FILES:
         package, *below = path.relative_to(ROOT).parts
@@ -50,11 +57,6 @@ def test_imports_go_one_way():
         if below:  # __init__.py and cli.py stand above all packages
             wrong += [f"{path}: {name}" for name in used if name != package and name not in ALLOWED[package]]
     assert not wrong
-
-
-def test_every_package_has_its_place():
-    packages = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"tests"}
-    assert packages == set(ALLOWED)
 
 
 def test_nothing_heavy_at_import():
@@ -78,7 +80,7 @@ def test_no_code_from_data():
     forbidden = {"pickle", "dill", "marshal", "shelve", "joblib"}
     for path in FILES:
         assert not forbidden & imported(path), path
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(parsed(path)):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
                 assert node.func.id not in ("eval", "exec"), f"{path}:{node.lineno}"
             if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
@@ -97,17 +99,11 @@ def test_files_that_are_no_code_are_packaged():
     globs = tomllib.loads(project.read_text(encoding="utf-8"))["tool"]["setuptools"]["package-data"]
     packaged = {path for package, names in globs.items() for name in names
                 for path in (ROOT.parent / package.replace(".", "/")).glob(name)}  # fmt: skip
-    there = {
-        path for path in ROOT.rglob("*.*") if path.is_file() and path.suffix not in (".py", ".pyc", ".nbi", ".nbc")
-    }
+    code = (".py", ".pyc", ".nbi", ".nbc")
+    there = {path for path in ROOT.rglob("*.*") if path.is_file() and path.suffix not in code}
     assert {path for path in there if "tests" not in path.relative_to(ROOT).parts} == packaged
 
 
-def test_files_fit_in_a_head():
-    long = {str(path.relative_to(ROOT)): n for path in FILES if (n := len(path.read_text().splitlines())) > 450}
-    assert not long
-
-
-def test_every_file_says_what_it_is_for():
-    missing = [str(path) for path in FILES if not ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))]
-    assert not missing
+def test_files_fit_in_a_head_and_say_what_they_are_for():
+    assert not [path for path in FILES if len(path.read_text(encoding="utf-8").splitlines()) > 450]
+    assert not [path for path in FILES if not ast.get_docstring(parsed(path))]

@@ -13,6 +13,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 pytestmark = pytest.mark.skipif(not EXAMPLES.is_dir(), reason="an installed package has no examples")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [[], ["--row_optimizer"]])
 def test_own_loop_teaches_rows(arguments, monkeypatch, capsys):
     path = EXAMPLES / "own_loop.py"

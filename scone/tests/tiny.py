@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -71,11 +70,9 @@ def word_tokenizer(words: Iterable[str], unknown: str, **special: str) -> PreTra
 def vocabulary(tokens: np.ndarray | None = None, max_n: int = 3, min_freq: int = 4) -> FGramVocabulary:
     """The f-grams of ``tokens``, counted the plain way."""
     tokens = corpus() if tokens is None else tokens
-    counts: Counter[tuple[int, ...]] = Counter()
-    for n in range(2, max_n + 1):
-        counts.update(zip(*(tokens[i:].tolist() for i in range(n)), strict=False))
-    frequent = {gram: count for gram, count in counts.items() if count >= min_freq and SEPARATOR not in gram}
-    return reference.vocabulary_of(frequent, vocab_size=VOCAB_SIZE, max_n=max_n, separator_ids=(SEPARATOR,))
+    limits: dict[str, Any] = {"vocab_size": VOCAB_SIZE, "max_n": max_n, "min_freq": min_freq}
+    counts = reference.count_n_grams([tokens], max_n, [SEPARATOR])
+    return reference.vocabulary_of(counts, separator_ids=(SEPARATOR,), **limits)
 
 
 def trunk(kind: str = "gpt2", seed: int = 0, **changes: Any) -> PreTrainedModel:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from transformers import AutoConfig
 
 from scone.configs.loading import Layer, load_options, merge
 from scone.configs.presets import F_GRAM_CONFIGURATIONS, TRUNK_CONFIGURATIONS, trunk_configuration
+from scone.configs.schema import ModelOptions
+from scone.models.trunk import trunk_configuration as configured
 
 REPOSITORY = Path(__file__).parents[3]
 
@@ -19,41 +22,26 @@ def test_f_gram_configurations_are_the_promised_ones():
     for name, values in F_GRAM_CONFIGURATIONS.items():
         options, _ = merge([Layer("preset", values)])
         size, count = name.split("-")
-        model = options.model.f_gram
-        assert (
-            model.hidden_size,
-            model.num_hidden_layers,
-            model.num_attention_heads,
-            model.intermediate_size,
-        ) == sizes[size]
+        names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+        assert tuple(getattr(options.model.f_gram, each) for each in names) == sizes[size]
         assert (options.data.max_f_grams, options.data.min_freq, options.data.max_n) == (*vocabularies[count], 3)
 
 
-@pytest.mark.parametrize(
-    ("name", "width", "layers", "heads"),
-    [
-        ("gpt2", 768, 12, 12),
-        ("gpt2-medium", 1024, 24, 16),
-        ("gpt2-large", 1280, 36, 20),
-        ("gpt2-xl", 1600, 48, 25),
-        ("distilgpt2", 768, 6, 12),
-        ("bert-base-uncased", 768, 12, 12),
-        ("bert-large-uncased", 1024, 24, 16),
-    ],
-)
-def test_known_trunks_have_their_sizes(name, width, layers, heads):
-    from transformers import AutoConfig
-
-    trunk = trunk_configuration(name)
-    assert trunk is not None
-    config = AutoConfig.for_model(**trunk)
-    assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (width, layers, heads)
+def test_known_trunks_have_their_sizes():
+    """By full and short name."""
+    sizes = {
+        "gpt2": (768, 12, 12), "gpt2-medium": (1024, 24, 16), "gpt2-large": (1280, 36, 20), "gpt2-xl": (1600, 48, 25),
+        "distilgpt2": (768, 6, 12), "bert-base-uncased": (768, 12, 12), "bert-large-uncased": (1024, 24, 16),
+    }  # fmt: skip
+    configs = {name: AutoConfig.for_model(**trunk_configuration(name)) for name in sizes}
+    assert {name: (config.hidden_size, config.num_hidden_layers, config.num_attention_heads)
+            for name, config in configs.items()} == sizes  # fmt: skip
+    for name in TRUNK_CONFIGURATIONS:
+        assert trunk_configuration(name) is trunk_configuration(name.split("/")[1]) is TRUNK_CONFIGURATIONS[name]
+    assert trunk_configuration("someone/unknown") is None
 
 
 def test_the_modern_trunk_has_any_width(caplog):
-    from scone.configs.schema import ModelOptions
-    from scone.models.trunk import trunk_configuration as configured
-
     config = configured(ModelOptions(base_model_name="scone-modern", hidden_size=256, num_hidden_layers=4))
     assert (config.model_type, config.num_attention_heads, config.num_key_value_heads) == ("qwen3", 4, 4)
     assert (config.head_dim, config.intermediate_size, config.num_hidden_layers) == (64, 704, 4)
@@ -61,12 +49,6 @@ def test_the_modern_trunk_has_any_width(caplog):
     assert (config.head_dim, config.num_key_value_heads) == (32, 3)
     ours = [record for record in caplog.records if record.name.startswith("scone")]
     assert ours == [], "nobody asks the hub for a name of ours"
-
-
-def test_trunks_are_known_by_full_and_short_name():
-    for name in TRUNK_CONFIGURATIONS:
-        assert trunk_configuration(name) is trunk_configuration(name.split("/")[1]) is TRUNK_CONFIGURATIONS[name]
-    assert trunk_configuration("someone/unknown") is None
 
 
 def test_ready_yaml_files_hold_the_documented_values():

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scone.data import prepare
-from scone.data.prepare import CorpusEncoder, prepare_corpus, prepare_tokenizer, short_pieces
+from scone.data.prepare import CorpusEncoder, prepare_corpus, prepare_tokenizer
 from scone.data.token_file import TokenFile
 from scone.tokenization.tokenizers import document_separator_id, tokenizer_fingerprint
 from scone.utils.errors import SconeError
@@ -31,21 +31,23 @@ def contents(files: dict[str, TokenFile]) -> dict[str, list[int]]:
     return {split: file.tokens.tolist() for split, file in files.items()}
 
 
-def test_every_document_is_there_once_and_ends_with_a_separator(tmp_path, tiny_tokenizer):
-    files = prepare_corpus(corpus(tmp_path / "c"), tiny_tokenizer, cache_dir=tmp_path / "cache")
+def test_every_document_is_there_once_whatever_the_threads_batches_and_commits(tmp_path, tiny_tokenizer, monkeypatch):
+    name = corpus(tmp_path / "c")
+    files = prepare_corpus(name, tiny_tokenizer, cache_dir=tmp_path / "cache", num_threads=1)
     assert list(files) == ["train", "validation", "test"]
-    separator = document_separator_id(tiny_tokenizer)
     found = []
     for file in files.values():
-        tokens = file.tokens.tolist()
-        assert tokens[-1] == separator
-        ends = [index for index, token in enumerate(tokens) if token == separator]
-        assert file.num_documents == len(ends)
-        starts = [0, *(end + 1 for end in ends[:-1])]
-        found += [tiny_tokenizer.decode(tokens[start:end]) for start, end in zip(starts, ends, strict=True)]
+        assert file.tokens[-1] == document_separator_id(tiny_tokenizer)
+        texts = tiny_tokenizer.decode(file.tokens.tolist()).split("<|endoftext|>")[:-1]
+        assert file.num_documents == len(texts)
+        found += texts
         assert file.metadata["tokenizer_fingerprint"] == tokenizer_fingerprint(tiny_tokenizer)
         assert [unit["name"] for unit in file.metadata["units"]] == ["part-0.jsonl", "part-1.jsonl", "part-2.jsonl"]
     assert sorted(found) == sorted(text for text in TEXTS if text)
+    monkeypatch.setattr(prepare, "BATCH_CHARACTERS", 100)
+    monkeypatch.setattr(prepare, "COMMIT_CHARACTERS", 300)
+    again = prepare_corpus(name, tiny_tokenizer, cache_dir=tmp_path / "again", num_threads=3)
+    assert contents(again) == contents(files)
 
 
 @settings(max_examples=25, deadline=None)
@@ -60,14 +62,6 @@ def test_tokens_of_any_text_decode_to_it(tmp_path_factory, tiny_tokenizer, texts
     (file,) = prepare_corpus(name, tiny_tokenizer, splits=("all",), cache_dir=folder).values()
     expected = [[*tiny_tokenizer.encode(text, add_special_tokens=False), 0] for text in texts if text.strip()]
     assert file.tokens.tolist() == list(chain.from_iterable(expected))
-
-
-def test_threads_batches_and_commits_change_nothing(tmp_path, tiny_tokenizer, monkeypatch):
-    name = corpus(tmp_path / "c")
-    first = contents(prepare_corpus(name, tiny_tokenizer, cache_dir=tmp_path / "a", num_threads=1))
-    monkeypatch.setattr(prepare, "BATCH_CHARACTERS", 100)
-    monkeypatch.setattr(prepare, "COMMIT_CHARACTERS", 300)
-    assert contents(prepare_corpus(name, tiny_tokenizer, cache_dir=tmp_path / "b", num_threads=3)) == first
 
 
 def test_the_same_corpus_and_tokenizer_are_tokenised_once(tmp_path, tiny_tokenizer, monkeypatch):
@@ -161,19 +155,14 @@ def test_a_trained_tokenizer_is_made_once_per_corpus_and_size(tmp_path):
 
 @settings(max_examples=50, deadline=None)
 @given(st.text(alphabet="ab \né", max_size=200))
-def test_short_pieces_are_the_text(text):
+def test_a_long_text_has_the_tokens_of_its_whole(tiny_tokenizer, text):
+    """Where words end; inside of a word as long as a piece at least its text is whole."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare, "LONGEST_TEXT_CHARACTERS", 20)
-        pieces = list(short_pieces(text))
-    assert "".join(pieces) == text
-    assert all(len(piece) <= 20 for piece in pieces)
-
-
-def test_a_long_text_has_the_tokens_of_its_whole(tiny_tokenizer, monkeypatch):
-    text = "the cat sat on the mat\nand the dog, too. " * 50
-    expected = tiny_tokenizer.encode(text, add_special_tokens=False)
-    monkeypatch.setattr(prepare, "LONGEST_TEXT_CHARACTERS", 100)
-    assert CorpusEncoder(tiny_tokenizer).encode([text, "end"])[0].tolist() == expected
+        assert tiny_tokenizer.decode(CorpusEncoder(tiny_tokenizer).encode([text])[0]) == text
+        text = "the cat sat on the mat\nand the dog, too. " * 50
+        expected = tiny_tokenizer.encode(text, add_special_tokens=False)
+        assert CorpusEncoder(tiny_tokenizer).encode([text, "end"])[0].tolist() == expected
 
 
 def test_truncation_and_padding_of_a_tokenizer_do_not_reach_a_corpus(tiny_tokenizer):

@@ -35,29 +35,38 @@ def everything(found):
     return sorted(chain.from_iterable(found.values()))
 
 
-def test_files_that_name_splits_are_the_splits(tmp_path):
-    """A missing validation split comes from train, a missing test split from nowhere, and training from no other."""
-    name = corpus(tmp_path / "a", train="1,2,3", valid="4,5", test="6")
-    assert splits_of(name) == {"train": ["1", "2", "3"], "validation": ["4", "5"], "test": ["6"]}
-    assert list(open_documents(name, None, "all")) == ["6", "1", "2", "3", "4", "5"]
-    found = splits_of(corpus(tmp_path / "b", train="1,2,3,4,5", test="6,7"))
-    assert found.pop("test") == ["6", "7"]
-    assert everything(found) == ["1", "2", "3", "4", "5"]
-    assert len(found["validation"]) == 1
-    name = corpus(tmp_path / "c", train="1,2,3", validation="4")
-    assert splits_of(name) == {"train": ["1", "2", "3"], "validation": ["4"]}
+FOLDERS = [
+    # files → documents of the splits; None: divided by content
+    ({"train": "1,2,3", "valid": "4,5", "test": "6"}, {"train": "123", "validation": "45", "test": "6"}),
+    ({"train": "1,2,3", "validation": "4"}, {"train": "123", "validation": "4"}),
+    # a missing validation split comes from train
+    ({"train": "1,2,3,4,5", "test": "6,7"}, {"train": None, "validation": None, "test": "67"}),
+    # names say nothing where one file names no split
+    ({"test": "1,2", "main": "3,4,5"}, {"train": None, "validation": None, "test": None}),
+]
+
+
+@pytest.mark.parametrize(("files", "expected"), FOLDERS, ids=lambda each: ",".join(each))
+def test_files_that_name_splits_are_the_splits(tmp_path, files, expected):
+    name = corpus(tmp_path / "a", **files)
+    found = splits_of(name)
+    assert list(found) == list(expected)
+    assert {split: "".join(found[split]) for split, texts in expected.items() if texts} == {
+        split: texts for split, texts in expected.items() if texts
+    }
+    assert everything(found) == sorted(open_documents(name, None, "all"))
+    assert all(len(found[split]) == 1 for split, texts in expected.items() if texts is None and split != "train")
+
+
+def test_training_text_comes_from_no_other_split(tmp_path):
+    """And a test split from nowhere; a file alone is read as a whole."""
+    name = corpus(tmp_path / "a", train="1,2,3", validation="4")
     with pytest.raises(SconeError, match="has no 'test' split; it has train, validation; choose one of these or 'all'"):
         list(open_documents(name, None, "test"))
-    name = corpus(tmp_path / "d", validation="1", test="2")
+    name = corpus(tmp_path / "b", validation="1", test="2")
     with pytest.raises(SconeError, match="has no 'train' split; it has validation, test"):
         list(open_documents(name, None, "train"))
-    assert list(open_documents(str(tmp_path / "d" / "test.jsonl"), None, "test")) == ["2"]
-
-
-def test_names_say_nothing_where_one_file_names_no_split(tmp_path):
-    found = splits_of(corpus(tmp_path / "a", test="1,2", main="3,4,5"))
-    assert everything(found) == ["1", "2", "3", "4", "5"]
-    assert [len(found[split]) for split in ("train", "validation", "test")] == [3, 1, 1]
+    assert list(open_documents(str(tmp_path / "b" / "test.jsonl"), None, "test")) == ["2"]
 
 
 @pytest.mark.parametrize("file_name", ["corpus", "train"])
@@ -95,16 +104,12 @@ def test_a_corpus_without_text_is_refused(tmp_path, files, message):
         list(open_documents(str(tmp_path), None, "train"))
 
 
-@pytest.mark.parametrize("name", ["./gone", "/gone/corpus", "~/gone", "gone.jsonl", "gone.txt.gz", "a/b/c"])
-def test_a_path_that_is_not_there_is_not_asked_of_the_hub(name):
-    with pytest.raises(SconeError, match="found no file or folder"):
-        open_source(name)
-
-
-def test_a_data_set_that_is_neither_here_nor_cached_is_refused_in_one_line():
-    with pytest.raises(SconeError, match="dataset 'no-such-data-set'") as caught:
-        open_source("no-such-data-set", "some-config")
-    assert "local" in str(caught.value)
+@pytest.mark.parametrize("name", ["./gone", "/gone/corpus", "~/gone", "gone.jsonl", "gone.txt.gz", "a/b/c", "unknown"])
+def test_a_path_that_is_not_there_is_not_asked_of_the_hub_and_a_name_is_refused_in_one_line(name):
+    with pytest.raises(
+        SconeError, match="dataset 'unknown'.*local" if name == "unknown" else "found no file"
+    ) as caught:
+        open_source(name, "some-config" if name == "unknown" else None)
     assert "\n" not in str(caught.value)
 
 
@@ -119,12 +124,8 @@ def test_a_data_set_of_the_datasets_library_is_streamed_by_its_splits(tmp_path):
 
 
 def test_rows_of_a_wikitext_data_set_are_joined_to_articles(tmp_path):
-    folder = tmp_path / "wikitext"
-    folder.mkdir()
     lines = ["", " = One = \n", "", " text \n", "", " = Two = \n", "", " more \n"]
-    rows = "".join(json.dumps({"text": line}) + "\n" for line in lines)
-    (folder / "train.jsonl").write_text(rows, encoding="utf-8")
-    (unit,) = hub_units(str(folder), None, "text")
+    (unit,) = hub_units(corpus(tmp_path / "wikitext", train=",".join(lines)), None, "text")
     assert list(unit.read(lambda n: None)) == ["\n = One = \n\n text \n\n", " = Two = \n\n more \n"]
 
 
@@ -203,10 +204,10 @@ def test_a_configuration_may_be_a_folder(tmp_path):
     assert sorted(open_documents(name, None, "all")) == ["1", "2"]
 
 
-@pytest.mark.parametrize("with_splits", [False, True])
-def test_what_the_datasets_library_saved_for_itself_is_refused_by_name(tmp_path, with_splits):
+def test_what_the_datasets_library_saved_for_itself_is_refused_by_name(tmp_path):
     """Its metadata is JSON, and would be read as text."""
     data = datasets.Dataset.from_dict({"text": ["some text"] * 3})
-    (datasets.DatasetDict({"train": data}) if with_splits else data).save_to_disk(tmp_path / "saved")
-    with pytest.raises(SconeError, match="saved by save_to_disk; expected files of text, JSON lines or parquet"):
-        open_source(str(tmp_path / "saved"))
+    for name, saved in {"a": data, "b": datasets.DatasetDict({"train": data})}.items():
+        saved.save_to_disk(tmp_path / name)
+        with pytest.raises(SconeError, match="saved by save_to_disk; expected files of text, JSON lines or parquet"):
+            open_source(str(tmp_path / name))

@@ -17,26 +17,16 @@ documents = st.lists(st.text(min_size=1, max_size=30), max_size=60)
 
 @settings(max_examples=100, deadline=None)
 @given(documents, st.randoms(use_true_random=False), st.booleans())
-def test_splits_depend_on_content_alone(texts, random, large):
+def test_splits_depend_on_content_alone_and_small_corpora_get_every_split_that_they_can_fill(texts, random, large):
     with pytest.MonkeyPatch.context() as patch:
         if large:
             patch.setattr(sources, "SMALL_CORPUS", 5)
             patch.setattr(sources, "LARGE_SHARE", 3)
-        shuffled = random.sample(texts, len(texts))
-        rule, other_rule = split_rule(texts, HELD_OUT), split_rule(shuffled, HELD_OUT)
-        assert [rule(text) for text in texts] == [other_rule(text) for text in texts]
-
-
-@settings(max_examples=100, deadline=None)
-@given(documents)
-def test_small_corpora_get_every_split_that_they_can_fill(texts):
-    rule = split_rule(texts, HELD_OUT)
-    found = [rule(text) for text in set(texts)]
-    assert len(set(found)) == min(3, len(found))
-    if found:
-        assert "train" in found
-    if len(found) > 1:
-        assert "validation" in found
+        rule, other_rule = split_rule(texts, HELD_OUT), split_rule(random.sample(texts, len(texts)), HELD_OUT)
+        found = {text: rule(text) for text in texts}
+        assert found == {text: other_rule(text) for text in texts}
+    if not large:
+        assert set(found.values()) == set(("train", *HELD_OUT)[: len(found)])
 
 
 def test_held_out_shares():

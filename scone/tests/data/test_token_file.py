@@ -39,14 +39,10 @@ def test_a_token_file_holds_every_document_and_its_separator(tmp_path_factory, d
 
 
 def test_the_fingerprint_is_of_tokens_tokenizer_and_separator(tmp_path):
-    first = write(tmp_path / "a", [[1, 2]])
-    assert write(tmp_path / "b", [[1, 2]]).fingerprint == first.fingerprint
-    others = [
-        write(tmp_path / "c", [[2, 1]]),
-        write(tmp_path / "d", [[1, 2]], fingerprint="g"),
-        write(tmp_path / "e", [[1, 2]], separator_id=3),
-    ]
-    assert len({other.fingerprint for other in [first, *others]}) == 4
+    ways = [{}, {}, {"documents": [[2, 1]]}, {"fingerprint": "g"}, {"separator_id": 3}]
+    files = [write(tmp_path / str(at), **({"documents": [[1, 2]]} | way)) for at, way in enumerate(ways)]
+    assert files[0].fingerprint == files[1].fingerprint
+    assert len({file.fingerprint for file in files}) == 4
 
 
 def test_content_of_a_large_file_is_checked_when_asked(tmp_path):
@@ -62,13 +58,12 @@ def test_missing_files_and_other_versions_are_named(tmp_path):
     with pytest.raises(SconeError, match="found no token file in"):
         TokenFile.open(tmp_path / "gone")
     write(tmp_path, [[1]])
-    metadata = (tmp_path / "tokens.json").read_text()
-    (tmp_path / "tokens.json").write_text(json.dumps(json.loads(metadata) | {"format_version": 2}))
-    with pytest.raises(SconeError, match="has format version 2; expected 1"):
-        TokenFile.open(tmp_path)
-    (tmp_path / "tokens.json").write_text(metadata)
-    (tmp_path / "tokens.npy").unlink()
+    (tmp_path / "tokens.npy").rename(tmp_path / "moved")
     with pytest.raises(SconeError, match=r"tokens\.npy is damaged: it cannot be read"):
+        TokenFile.open(tmp_path)
+    metadata = json.loads((tmp_path / "tokens.json").read_text())
+    (tmp_path / "tokens.json").write_text(json.dumps(metadata | {"format_version": 2}))
+    with pytest.raises(SconeError, match="has format version 2; expected 1"):
         TokenFile.open(tmp_path)
 
 

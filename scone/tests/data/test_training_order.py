@@ -10,18 +10,11 @@ from torch.utils.data import BatchSampler
 from scone.data.dataset import TrainingOrder
 
 
-def batches(num_blocks, *, batch_size, processes, accumulation, steps_done=0, rank=0) -> list[list[int]]:
+def batches(num_blocks, *, steps_done=0, rank=0, **run) -> list[list[int]]:
     """What one process reads in the epoch that begins after ``steps_done``, the way the trainer's loader shares out."""
-    order = TrainingOrder(
-        *(num_blocks,),
-        seed=3,
-        batch_size=batch_size,
-        processes=processes,
-        accumulation=accumulation,
-        steps_done=lambda: steps_done,
-    )
-    sampler = BatchSampler(order, batch_size, drop_last=False)
-    shared = BatchSamplerShard(sampler, processes, rank) if processes > 1 else sampler
+    order = TrainingOrder(num_blocks, seed=3, **run, steps_done=lambda: steps_done)
+    sampler = BatchSampler(order, run["batch_size"], drop_last=False)
+    shared = BatchSamplerShard(sampler, run["processes"], rank) if run["processes"] > 1 else sampler
     found = list(shared)
     assert len(found) == len(shared)
     return found
@@ -44,10 +37,9 @@ def test_an_epoch_reads_every_block_in_as_many_steps_as_it_says(num_blocks, run,
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 60), st.integers(1, 4), st.integers(1, 3))
 def test_two_processes_read_what_one_reads_in_batches_of_twice_the_size(num_blocks, batch_size, accumulation):
-    whole = batches(num_blocks, batch_size=2 * batch_size, processes=1, accumulation=accumulation)
-    halves = [
-        batches(num_blocks, batch_size=batch_size, processes=2, accumulation=accumulation, rank=r) for r in (0, 1)
-    ]
+    run = {"batch_size": batch_size, "processes": 2, "accumulation": accumulation}
+    whole = batches(num_blocks, **(run | {"batch_size": 2 * batch_size, "processes": 1}))
+    halves = [batches(num_blocks, **run, rank=rank) for rank in (0, 1)]
     for one, left, right in zip(whole, *halves, strict=True):
         assert (left + right)[: len(one)] == one
 

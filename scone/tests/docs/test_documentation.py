@@ -6,9 +6,9 @@ That the site builds without warnings is checked by `make docs`, which continuou
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import json
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from scone.cli import VERBS
 from scone.configs.schema import entries
 from scone.tests.docs.blocks import REPOSITORY, Block, blocks_of, pages, run, script_of
 
@@ -67,17 +68,11 @@ def test_every_command_of_ours_is_understood(block: Block, workspace: Path, monk
         compile(block.text.replace("…", "..."), str(block), "exec")
     else:
         for command in block.commands():
-            script = script_of(command.split(" | ")[0])
-            if script is not None:
-                understood(*script)
-
-
-def understood(script: str, arguments: list[str]) -> None:
-    module = importlib.import_module(f"scone.scripts.{script}")
-    if script == "table":
-        assert arguments[0] == "convert"
-    elif "…" not in arguments:
-        module.read_arguments(arguments)
+            script, arguments = script_of(command.split(" | ")[0]) or ("", [])
+            if script == "table":
+                assert arguments[0] == "convert"
+            elif script and "…" not in arguments:
+                importlib.import_module(f"scone.scripts.{script}").read_arguments(arguments)
 
 
 def test_links_lead_somewhere() -> None:
@@ -97,20 +92,13 @@ def test_links_lead_somewhere() -> None:
 
 
 def test_tables_are_those_of_the_results() -> None:
-    done = subprocess.run(
-        [sys.executable, str(REPOSITORY / "benchmarks" / "fill_tables.py"), "--check"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = [sys.executable, str(REPOSITORY / "benchmarks" / "fill_tables.py"), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-500:]
 
 
-def test_the_readme_stays_short() -> None:
+def test_the_readme_stays_short_and_every_decision_has_a_status_and_states_itself() -> None:
     assert len((REPOSITORY / "README.md").read_text(encoding="utf-8").splitlines()) <= 130
-
-
-def test_every_decision_has_a_status_and_states_itself() -> None:
     for path in (REPOSITORY / "docs" / "decisions").glob("*.md"):
         title, blank, stated, *_ = path.read_text(encoding="utf-8").splitlines()
         assert title.startswith(f"# {int(path.name[:4])}. "), path.name
@@ -126,19 +114,13 @@ def anchors(page: Path) -> set[str]:
 
 
 def test_the_reference_has_every_option_and_command() -> None:
-    from scone.cli import VERBS
-
-    specification = importlib.util.spec_from_file_location("reference", REPOSITORY / "docs" / "reference.py")
-    assert specification is not None
-    assert specification.loader is not None
-    reference = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(reference)
-    made = reference.pages()
+    reference = runpy.run_path(str(REPOSITORY / "docs" / "reference.py"))
+    made = reference["pages"]()
     for name, entry in entries().items():
         assert f"| `{name}` | `--{entry.flag}` |" in made["reference/options.md"], name
     for verb in VERBS:
         text = made["reference/commands.md"].partition(f"## `scone {verb}`\n")[2]
         assert text.lstrip("\n`tex").startswith("usage: "), verb
-    for names in reference.API.values():
+    for names in reference["API"].values():
         for name in names:
             assert f"## `{name}`" in made["reference/python.md"]

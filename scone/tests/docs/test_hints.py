@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import re
-import tomllib
 from pathlib import Path
-
-import pytest
 
 import scone
 
@@ -34,12 +31,5 @@ def test_no_hint_installs_the_stranger():
     assert len(files) > 100
     found = [f"{path}: {match[0]}" for path in files for match in STRANGER.finditer(path.read_text("utf-8", "replace"))]
     assert found == []
-
-
-def test_the_project_has_the_name_that_the_hints_say():
-    if not (REPOSITORY / "pyproject.toml").exists():
-        pytest.skip("an installed package has no pyproject.toml")
-    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert project["name"] == "scone-lm"
-    own = [line for extra in project["optional-dependencies"].values() for line in extra if line.startswith("scone")]
-    assert all(line.startswith("scone-lm[") for line in own)
+    if (root / "pyproject.toml").exists():
+        assert '\nname = "scone-lm"' in (root / "pyproject.toml").read_text(encoding="utf-8")

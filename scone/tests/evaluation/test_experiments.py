@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from scone.tests.evaluation import experiments
+from scone.tests.evaluation.experiments import run
 
 bench, runner = experiments.module("bench_quality"), experiments.module("run")
 
@@ -36,11 +37,15 @@ def test_seeds_are_one_line_and_unfinished_runs_stand_last():
 def records(tmp_path):
     """The records of the benchmark by metric."""
 
-    def measure(ladder):
-        (tmp_path / "ladder.json").write_text(json.dumps(ladder))
-        command = ["--ladder", str(tmp_path / "ladder.json"), "--json", str(tmp_path / "quality.json")]
-        assert bench.main(command) == 0
-        return {record["metric"]: record for record in json.loads((tmp_path / "quality.json").read_text())["records"]}
+    def measure(*parts):
+        """Each a file of its own, behind one that is not there: runs that were not made."""
+        paths = [tmp_path / f"{name}.json" for name in ("none", "ladder", "epochs")][: 1 + len(parts)]
+        for path, runs in zip(paths[1:], parts, strict=True):
+            path.write_text(json.dumps({"runs": runs}))
+        assert bench.main(["--ladder", *map(str, paths), "--json", str(tmp_path / "quality.json")]) == 0
+        report = json.loads((tmp_path / "quality.json").read_text())
+        assert report["config"]["ladder"] == [path.name for path in paths]
+        return {record["metric"]: record for record in report["records"]}
 
     return measure
 
@@ -48,23 +53,17 @@ def records(tmp_path):
 def test_the_ladders_metrics_are_those_of_its_losses(records):
     """Of the law 3 + C^-0.5; the worst text, and the worst rung beside over-encoding, count."""
 
-    def run(name, flops, loss, **texts):
-        tests = {text: {"loss": loss + texts.get(text, 0.0)} for text in ("novels", "c4")}
-        tests = {text: test | {"block_losses": [test["loss"]] * 3} for text, test in tests.items()}
-        return {"run": name, "seed": 1, "tokens": 1, "cost": {"training_flops": flops}, "tests": tests}
-
     def law(flops):
         return 3 + flops**-0.5
 
     runs = {f"7m-{each}-plain": run(f"7m-{each}-plain", each, law(each)) for each in (5, 10, 20, 40)}
     runs |= {f"7m-{each}-rows": run(f"7m-{each}-rows", each, law(1.6 * each)) for each in (5, 10)}
-    runs["7m-20-rows"] = run("7m-20-rows", 20, law(1.6 * 20), c4=0.1, novels=-0.1)
+    runs["7m-20-rows"] = run("7m-20-rows", 20, law(1.6 * 20), c4=0.2, novels=-0.2)
     runs |= {f"7m-{each}-over-encoding": run(f"7m-{each}-over-encoding", each, law(each * 1.5)) for each in (5, 20)}
     runs["7m-5-over-encoding"]["tests"]["c4"]["loss"] -= 0.5
-    curves = {"epochs4-plain": (5.0, 4.0), "epochs4-rows": (4.0, 3.9)}
-    runs |= {name: {"run": name, "finished": True, "curve": [{"validation": each} for each in losses]}
-             for name, losses in curves.items()}  # fmt: skip
-    found = records({"runs": runs})
+    epochs = {f"epochs4-{kind}": {"run": kind, "finished": True, "curve": [{"validation": each} for each in losses]}
+              for kind, losses in (("plain", (5.0, 4.0)), ("rows", (4.0, 3.9)))}  # fmt: skip
+    found = records(runs, epochs)
     assert found["compute_multiplier_7m"]["ratio"] == pytest.approx(1.6, rel=0.01)
     assert found["compute_multiplier_7m"]["met"]
     assert "beyond" not in found["compute_multiplier_7m"]["peer_name"]
@@ -78,30 +77,14 @@ def test_the_ladders_metrics_are_those_of_its_losses(records):
     assert hashed["peer_name"] == "over-encoding, 7m at 5 tokens per weight"
     assert found["rows_overfit_4_epochs"]["ratio"] == pytest.approx(math.exp(-0.1))
     del runs["7m-40-plain"], runs["7m-5-over-encoding"], runs["7m-20-over-encoding"]
-    runs["epochs4-rows"]["finished"] = False
+    epochs["epochs4-rows"]["finished"] = False
     for words in ("on the curve of rows", "beyond"):
-        found = records({"runs": runs})
+        found = records(runs, epochs)
         assert found["compute_multiplier_7m"]["ratio"] == pytest.approx(1.6, rel=0.01)
         assert words in found["compute_multiplier_7m"]["peer_name"]
         runs = {name: each for name, each in runs.items() if name not in ("7m-5-rows", "7m-10-rows")}
     for metric in ("vs_over_encoding", "rows_overfit_4_epochs"):
         assert (found[metric]["ratio"], found[metric]["peer_name"]) == (None, "not run")
-
-
-def test_ladder_and_passes_are_read_from_files_of_their_own(tmp_path):
-    """A file that is not there is a run that was not made."""
-    folder = {name: tmp_path / f"{name}.json" for name in ("ladder", "epochs", "report")}
-    runs = {f"epochs4-{kind}": {"run": kind, "finished": True, "curve": [{"validation": loss}]}
-            for kind, loss in (("plain", 4.0), ("rows", 4.1))}  # fmt: skip
-    folder["epochs"].write_text(json.dumps({"runs": runs}), encoding="utf-8")
-    arguments = ["--ladder", folder["ladder"], folder["epochs"], "--json", folder["report"]]
-    assert bench.main([str(each) for each in arguments]) == 0
-    report = json.loads(folder["report"].read_text(encoding="utf-8"))
-    found = {record["metric"]: record for record in report["records"]}
-    assert report["config"]["ladder"] == ["ladder.json", "epochs.json"]
-    assert found["rows_overfit_4_epochs"]["ratio"] == pytest.approx(math.exp(0.1))
-    assert not found["rows_overfit_4_epochs"]["met"]
-    assert found["worst_text_vs_plain"]["peer_name"] == "not run"
 
 
 def test_the_quick_ladder_says_what_the_benchmark_needs(tmp_path, capsys):

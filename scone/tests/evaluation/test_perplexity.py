@@ -1,110 +1,120 @@
-"""Laws of perplexity: it equals the plain loop, and neither batch size nor windows lose or repeat a token."""
+"""Laws of perplexity: it equals the plain loop, whole and by groups; intervals cover; the size of a text is known."""
 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from scone.evaluation.perplexity import paired_difference, perplexity, sizes_of, windows
+from scone.evaluation.perplexity import mean_interval, paired_difference, perplexity, sizes_of, students_factor
 from scone.tests import tiny
 from scone.tokenization.tokenizers import train_tokenizer
 from scone.utils.errors import SconeError
 
 V = tiny.VOCAB_SIZE
-TOKENS = np.random.default_rng(0).integers(0, V, size=150).astype(np.uint16)
+TOKENS = tiny.corpus(200, seed=3).astype(np.uint16)
 
 
 @pytest.fixture(scope="module")
 def model():
-    return tiny.trunk("gpt2", n_positions=32)
+    return tiny.scone()
 
 
-def textbook_losses(model, starts_and_targets) -> np.ndarray:
-    """The loss of each (start of the context, target), one prediction at a time."""
-    losses = []
-    for start, target in starts_and_targets:
-        context = torch.from_numpy(TOKENS[start:target].astype(np.int64))
-        with torch.no_grad():
-            logits = model(context[None]).logits[0, -1].double()
-        losses.append(-float(torch.log_softmax(logits, dim=-1)[int(TOKENS[target])]))
-    return np.array(losses)
+def plain_loop(model, tokens: np.ndarray, max_length: int, stride: int) -> dict[int, list[tuple[int, float, int]]]:
+    """By the start of its window: each predicted token, its loss, and the node that the model saw before it."""
+    found: dict[int, list[tuple[int, float, int]]] = defaultdict(list)
+    ids = torch.from_numpy(tokens.astype(np.int64))
+    for target in range(1, len(tokens)):
+        start = stride * max(0, -(-(target + 1 - max_length) // stride))  # of the first window that reaches it
+        if start == target:
+            continue  # nothing comes before it
+        if start not in found:
+            window = ids[start : start + max_length]
+            with torch.no_grad():
+                losses = -torch.log_softmax(model(window[None]).logits[0].double(), dim=-1)
+            nodes = model.matcher.match(window.numpy())
+        loss = float(losses[target - 1 - start, ids[target]])
+        found[start].append((target, loss, int(nodes[target - 1 - start])))
+    return found
 
 
-def disjoint(max_length: int) -> list[tuple[int, int]]:
-    return [(i - i % max_length, i) for i in range(len(TOKENS)) if i % max_length]
+@settings(max_examples=20, deadline=None)
+@given(st.integers(2, 64), st.integers(1, 9), st.booleans(), st.data())
+@example(16, 3, True, None)
+def test_losses_equal_the_plain_loop(model, max_length, batch_size, training, data):
+    """In all, by window and document, and by the f-gram that the model saw: one that begins in the window."""
+    stride, size = max_length, len(TOKENS)
+    if data is not None:
+        stride, size = data.draw(st.integers(-(-max_length // 8), max_length)), data.draw(st.integers(2, len(TOKENS)))
+    tokens = TOKENS[:size]
+    by_window = plain_loop(model.eval(), tokens, max_length, stride)
+    predicted = [each for window in by_window.values() for each in window]
+    total = sum(loss for _, loss, _ in predicted)
+    sizes = {"num_bytes": 300, "num_words": 75, "separator_id": tiny.SEPARATOR}
+    result = perplexity(
+        model.train(training), tokens, max_length, batch_size, stride, matcher=model.matcher, quiet=True, **sizes
+    )
+    assert model.training == training
+    assert result.num_predicted == len(predicted)
+    assert result.loss_sum == pytest.approx(total, rel=1e-5)
+    assert result.perplexity == pytest.approx(math.exp(total / len(predicted)), rel=1e-5)
+    assert result.bits_per_byte == pytest.approx(total / len(predicted) * size / math.log(2) / 300, rel=1e-5)
+    assert result.word_perplexity == pytest.approx(math.exp(total / len(predicted) * size / 75), rel=1e-5)
+    means = [np.mean([loss for _, loss, _ in window]) for window in by_window.values()]
+    assert result.window_losses == pytest.approx(means, rel=1e-4)
+
+    def sums(key_of) -> dict[int, tuple[int, float]]:
+        groups = defaultdict(list)
+        for target, loss, node in predicted:
+            groups[key_of(target, node)].append(loss)
+        return {key: (len(losses), pytest.approx(sum(losses), rel=1e-4)) for key, losses in groups.items()}
+
+    documents = zip(result.documents[1].tolist(), result.documents[0], strict=True)
+    expected = sums(lambda target, node: int((tokens[:target] == tiny.SEPARATOR).sum()))
+    assert {document: each for document, each in enumerate(documents) if each[0]} == expected
+    assert result.num_documents == len(expected)
+    if len(expected) > 2:
+        assert result.loss_interval == mean_interval(*result.documents)
+        assert result.perplexity_interval[0] < result.perplexity < result.perplexity_interval[1]
+    lengths = {each["length"]: (each["num_predicted"], each["num_predicted"] * each["loss"])
+               for each in result.by_match_length}  # fmt: skip
+    assert lengths == sums(lambda target, node: len(model.vocabulary.tokens(node)))
+    ranks = {each["first_rank"]: (each["num_predicted"], each["num_predicted"] * each["loss"])
+             for each in result.by_rank}  # fmt: skip
+    assert ranks == sums(lambda target, node: None if node < V else 0 if node < V + 100 else 100)
+    assert {each["last_rank"] for each in result.by_rank} <= {None, 99, model.vocabulary.num_f_grams - 1}
 
 
-@pytest.mark.parametrize("max_length", [2, 7, 16, 32])
-def test_perplexity_equals_the_textbook_loop(model, max_length):
-    losses = textbook_losses(model, disjoint(max_length))
-    for batch_size in (1, 3, 8):
-        result = perplexity(model, TOKENS, max_length, batch_size, num_bytes=300, num_words=75, quiet=True)
-        assert result.num_predicted == len(losses)
-        assert result.loss_sum == pytest.approx(losses.sum(), rel=1e-5)
-        assert result.perplexity == pytest.approx(math.exp(losses.mean()), rel=1e-5)
-        assert result.bits_per_byte == pytest.approx(losses.mean() * len(TOKENS) / math.log(2) / 300, rel=1e-5)
-        assert result.word_perplexity == pytest.approx(math.exp(losses.mean() * len(TOKENS) / 75), rel=1e-5)
-        same = perplexity(model, TOKENS, max_length, batch_size, stride=max_length, quiet=True)
-        assert (same.loss_sum, same.num_predicted) == (result.loss_sum, result.num_predicted)
-        assert (same.word_perplexity, same.bits_per_byte, same.perplexity_interval) == (None, None, None)
+def test_what_is_not_asked_for_is_not_there_and_a_plain_model_is_judged_on_the_same_groups(model):
+    plain, ours = (perplexity(each, TOKENS, 16, matcher=model.matcher, quiet=True) for each in (tiny.trunk(), model))
+    assert [one["num_predicted"] for one in plain.by_rank] == [one["num_predicted"] for one in ours.by_rank]
+    bare = perplexity(tiny.trunk(), TOKENS, 16, quiet=True)
+    assert bare.loss_sum == plain.loss_sum
+    assert (bare.by_rank, bare.word_perplexity, bare.bits_per_byte, bare.perplexity_interval) == ((), None, None, None)
 
 
-def test_sliding_windows_give_each_prediction_more_context(model):
-    result = perplexity(model, TOKENS, max_length=16, stride=1, quiet=True)
-    losses = textbook_losses(model, [(max(0, target - 15), target) for target in range(1, len(TOKENS))])
-    assert result.num_predicted == len(losses)
-    assert result.loss_sum == pytest.approx(losses.sum(), rel=1e-5)
-
-
-@settings(max_examples=200, deadline=None)
-@given(num_tokens=st.integers(2, 200), max_length=st.integers(2, 40), data=st.data())
-def test_windows_predict_every_token_once(num_tokens, max_length, data):
-    stride = data.draw(st.integers(1, max_length))
-    predicted = []
-    for window in windows(num_tokens, max_length, stride):
-        assert window.start < window.first_target < window.end <= min(num_tokens, window.start + max_length)
-        predicted.extend(range(window.first_target, window.end))
-    assert predicted == [i for i in range(1, num_tokens) if stride < max_length or i % max_length]
-
-
-def test_logits_are_made_for_predicted_positions_alone(model):
+def test_logits_are_made_for_predicted_positions_alone():
     """A stride of 1 must not pay for the output head at every position of every window."""
-    rows = []
-    hook = model.lm_head.register_forward_hook(lambda module, inputs, output: rows.append(output.shape[1]))
-    perplexity(model, TOKENS, max_length=16, batch_size=1, stride=2, quiet=True)
-    hook.remove()
-    assert rows[0] == 16
-    assert set(rows[1:]) == {3}
-
-
-def test_documents_give_an_interval(model):
-    result = perplexity(model, TOKENS, 16, quiet=True, separator_id=0)
-    low, high = result.perplexity_interval
-    assert low < result.perplexity < high
-    assert result.to_dict()["num_documents"] == np.count_nonzero(result.documents[1])
-
-
-def test_evaluation_leaves_the_model_as_it_was(model):
-    model.train()
-    first = perplexity(model, TOKENS, 16, quiet=True)
-    assert model.training
-    model.eval()
-    assert perplexity(model, TOKENS, 16, quiet=True).loss_sum == first.loss_sum
+    positions, trunk = [], tiny.trunk()
+    trunk.lm_head.register_forward_hook(lambda module, inputs, output: positions.append(output.shape[1]))
+    perplexity(trunk, TOKENS, max_length=16, batch_size=1, stride=2, quiet=True)
+    assert positions[0] == 16
+    assert set(positions[1:]) == {3}
 
 
 @pytest.mark.parametrize(
     ("tokens", "max_length", "stride", "message"),
     [
         (TOKENS[:1], 16, None, "found 1 token"),
-        (TOKENS[:50], 1, None, "window of 1"),
-        (TOKENS[:50], 16, 17, "stride of 17"),
-        (TOKENS[:50], 16, 0, "stride of 0"),
-        (TOKENS[:50], 33, None, "the model has 32 positions; set --max_length to 32"),
+        (TOKENS, 1, None, "window of 1"),
+        (TOKENS, 16, 17, "stride of 17"),
+        (TOKENS, 16, 0, "stride of 0"),
+        (TOKENS, 65, None, "the model has 64 positions; set --max_length to 64"),
         (np.array([1, 2, V]), 16, None, f"found token {V}; the model's vocabulary has {V} tokens"),
     ],
     ids=lambda value: str(value)[:20],
@@ -114,17 +124,32 @@ def test_what_cannot_be_evaluated_is_refused(model, tokens, max_length, stride, 
         perplexity(model, tokens, max_length, stride=stride, quiet=True)
 
 
-def test_the_difference_of_two_models_is_paired_over_windows(model):
-    first = perplexity(model, TOKENS, 16, quiet=True)
-    second = perplexity(tiny.trunk("gpt2", seed=1, n_positions=32), TOKENS, 16, quiet=True)
-    difference, (low, high) = paired_difference(first.window_losses, second.window_losses)
-    each = np.array(second.window_losses) - np.array(first.window_losses)
-    assert difference == pytest.approx(each.mean())
-    assert difference != 0
+# ------------------------------------------------------------------ intervals
+
+
+def test_interval_covers_the_mean_about_as_often_as_it_says():
+    """2,000 corpora of 12 documents of uneven lengths, whose losses vary by document."""
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(2000):
+        counts = rng.integers(50, 400, 12)
+        low, high = mean_interval(counts * (3.0 + 0.3 * rng.standard_normal(12)), counts)
+        covered += low < 3.0 < high
+    assert 0.92 < covered / 2000 < 0.97
+    assert mean_interval(np.array([3.0, 4.0, 0.0]), np.array([1, 1, 0])) is None, "too few documents"
+    assert mean_interval(np.array([3.0, 3.0, 3.0]), np.array([1, 1, 1])) == (3.0, 3.0)
+    for degrees, quantile in ((2, 4.303), (5, 2.571), (30, 2.042), (10**6, 1.960)):  # of the tables
+        assert students_factor(degrees) == pytest.approx(quantile, rel=0.035)
+
+
+def test_the_difference_of_two_models_is_paired_over_windows():
+    first, second = np.random.default_rng(0).normal(3, 1, (2, 10))
+    difference, interval = paired_difference(first, second)
+    each = second - first
     half = 1.96 * each.std(ddof=1) / len(each) ** 0.5
-    assert (low, high) == pytest.approx((each.mean() - half, each.mean() + half))
-    assert paired_difference(second.window_losses, first.window_losses)[0] == pytest.approx(-difference)
-    assert paired_difference(first.window_losses, first.window_losses) == (0.0, (0.0, 0.0))
+    assert difference == pytest.approx(each.mean())
+    assert interval == pytest.approx((each.mean() - half, each.mean() + half))
+    assert paired_difference(first, first) == (0.0, (0.0, 0.0))
 
 
 # ------------------------------------------------------------------ bytes and words of a text
@@ -138,21 +163,16 @@ def tokenizer(tmp_path_factory):
 
 
 @settings(max_examples=150, deadline=None)
-@given(text=st.text(st.sampled_from("abc the\n\t\r éß日—.  "), max_size=60))
+@given(text=st.text(st.sampled_from("abc the\n\t\r éß日—.  "), min_size=1, max_size=60))
 def test_size_equals_that_of_the_text(tokenizer, text):
-    tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
-    if not tokens:
-        return
-    assert sizes_of(tokenizer, tokens) == {"num_bytes": len(text.encode("utf-8")), "num_words": len(text.split())}
+    """Special tokens have no bytes, and end words."""
+    tokens, special = tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.all_special_ids[0]
+    size = {"num_bytes": len(text.encode("utf-8")), "num_words": len(text.split())}
+    assert sizes_of(tokenizer, tokens) == size
+    assert sizes_of(tokenizer, [*tokens, special, *tokens]) == {name: 2 * each for name, each in size.items()}
 
 
-def test_special_tokens_have_no_bytes_and_end_words(tokenizer):
-    word = tokenizer("cat", add_special_tokens=False)["input_ids"]
-    special = tokenizer.all_special_ids[0]
-    assert sizes_of(tokenizer, [*word, special, *word, *word]) == {"num_bytes": 9, "num_words": 2}
-
-
-def test_other_tokenizers_have_no_size(tmp_path):
+def test_other_tokenizers_have_no_size():
     from transformers import BertTokenizerFast
 
     vocabulary = {token: index for index, token in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the"])}

@@ -111,9 +111,7 @@ def test_silenced_rows_leave_the_trunk_as_it_is():
 def test_visits_are_how_often_the_counted_text_has_the_longest_f_gram():
     model = tiny.scone(f_gram_model=False)
     vocabulary = model.vocabulary
-    counts = {
-        vocabulary.tokens(vocabulary.vocab_size + rank): int(count) for rank, count in enumerate(vocabulary.counts)
-    }
+    counts = {vocabulary.tokens(tiny.VOCAB_SIZE + rank): int(each) for rank, each in enumerate(vocabulary.counts)}
     tokens = tiny.corpus(640, seed=5)
     visits = users.visits_of(model.matcher, tokens, LENGTH)
     assert visits.shape == (10, LENGTH - 1)

@@ -13,7 +13,9 @@ import torch
 
 from scone.cli import main
 from scone.evaluation.zero_shot import TASKS, TaskResult, describe_tasks, evaluate_tasks
+from scone.inference.loading import load_model
 from scone.tests import tiny
+from scone.tokenization.tokenizers import load_tokenizer
 from scone.utils.errors import SconeError
 
 pytestmark = [
@@ -27,6 +29,12 @@ pytestmark = [
 def folder(served_model):
     pytest.importorskip("lm_eval")
     return served_model
+
+
+@pytest.fixture(scope="module")
+def live(folder):
+    """Model and tokenizer."""
+    return load_model(folder, device="cpu").model, load_tokenizer(folder)
 
 
 def write_items(folder: Path, name: str, items: list[dict]) -> None:
@@ -49,18 +57,14 @@ def log_probability(model: torch.nn.Module, tokenizer, context: str, answer: str
     return sum(float(log_probabilities[i - 1, tokens[0, i]]) for i in range(len(before), tokens.shape[1]))
 
 
-def test_accuracy_equals_the_plain_loop(folder, tmp_path):
-    from scone.inference.loading import load_model
-    from scone.tokenization.tokenizers import load_tokenizer
-
+def test_accuracy_equals_the_plain_loop(live, tmp_path):
     items = arc_items(list("ABCABCAB"))
     write_items(tmp_path, "arc_easy", items)
-    model, tokenizer = load_model(folder, device="cpu").model, load_tokenizer(folder)
-    (result,) = evaluate_tasks(model, tokenizer, ["arc_easy"], tmp_path)
+    (result,) = evaluate_tasks(*live, ["arc_easy"], tmp_path)
     right = normalised = 0
     for item in items:
         scores = [
-            log_probability(model, tokenizer, f"Question: {item['question']}\nAnswer:", f" {choice}")
+            log_probability(*live, f"Question: {item['question']}\nAnswer:", f" {choice}")
             for choice in item["choices"]["text"]
         ]
         gold = "ABC".index(item["answerKey"])
@@ -93,9 +97,6 @@ def test_table_and_live_model_agree_on_the_command_line(folder, tmp_path, capsys
 
 
 def test_every_task_runs_on_real_items(folder, shared_data):
-    from scone.inference.loading import load_model
-    from scone.tokenization.tokenizers import load_tokenizer
-
     model = load_model(folder, folder / "embeddings.cache", device="cpu").model
     results = evaluate_tasks(model, load_tokenizer(folder), "all", shared_data / "evals", limit=2)
     assert [result.task for result in results] == list(TASKS)
@@ -124,17 +125,11 @@ def test_mistakes_get_one_line(folder, argv, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_an_answer_longer_than_the_model_gets_one_line_that_names_the_task(folder, tmp_path):
-    from scone.inference.loading import load_model
-    from scone.tokenization.tokenizers import load_tokenizer
-
-    model = load_model(folder, device="cpu").model
+def test_answers_that_do_not_fit_get_one_line(live, tmp_path):
     write_items(tmp_path, "arc_easy", arc_items(["A"]))
     write_items(tmp_path, "lambada_openai", [{"context": "the sun is", "continuation": "hot" * 2000}])
-    with pytest.raises(
-        SconeError, match=r"cannot evaluate lambada_openai with this model .*the model has \d+ positions"
-    ):
-        evaluate_tasks(model, load_tokenizer(folder), ["arc_easy", "lambada_openai"], tmp_path)
+    with pytest.raises(SconeError, match=r"cannot evaluate lambada_openai with this model .*has \d+ positions"):
+        evaluate_tasks(*live, ["arc_easy", "lambada_openai"], tmp_path)
 
 
 def test_missing_harness_gets_one_line(monkeypatch):

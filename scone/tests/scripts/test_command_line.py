@@ -300,17 +300,11 @@ def test_a_flag_wins_over_a_configuration_and_that_over_a_file(tmp_path, capsys)
 # ------------------------------------------------------------------ Hydra
 
 
-@pytest.fixture
-def jobs_of(tmp_path, monkeypatch):
-    """The options of the jobs that a command line of Hydra's means, from an empty folder."""
-    monkeypatch.chdir(tmp_path)
-
-    def read(command):
-        jobs = []
-        hydra_train.run_jobs(shlex.split(command), jobs.append)
-        return jobs
-
-    return read
+def jobs_of(command):
+    """The options of the jobs that a command line of Hydra's means."""
+    jobs = []
+    hydra_train.run_jobs(shlex.split(command), jobs.append)
+    return jobs
 
 
 @pytest.mark.parametrize(
@@ -327,15 +321,17 @@ def jobs_of(tmp_path, monkeypatch):
         ("data.dataset_name=my_texts --local-rank 0", {"data.dataset_config_name": None}),
     ],
 )
-def test_hydra_overrides_are_read_as_written(command, expected, jobs_of, tmp_path, monkeypatch):
+def test_hydra_overrides_are_read_as_written(command, expected, tmp_path, monkeypatch):
     """The launcher's rank does not reach Hydra, which writes nothing of its own for a single run."""
     monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.chdir(tmp_path)
     (options,) = jobs_of(command)
     assert {name: get_option(options, name) for name in expected} == expected
     assert list(tmp_path.iterdir()) == []
 
 
-def test_multirun_trains_every_combination_in_a_folder_of_its_own(jobs_of):
+def test_multirun_trains_every_combination_in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     words = "--multirun data.max_n=3,4 model.base_model_name=gpt2,gpt2-medium training.output_dir=out training.seed=3"
     every = [(n, name) for n in (3, 4) for name in ("gpt2", "gpt2-medium")]
     jobs = jobs_of(words)
@@ -344,25 +340,20 @@ def test_multirun_trains_every_combination_in_a_folder_of_its_own(jobs_of):
     assert [Path(job.training.output_dir) for job in jobs] == folders
 
 
-def test_only_the_first_process_writes_hydras_files(jobs_of, tmp_path, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
-    folders = [Path(job.training.output_dir) for job in jobs_of("--multirun data.max_n=3,4")]
-    assert folders == [Path(f"outputs/scone-model/data.max_n={n}") for n in (3, 4)]
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_failed_job_does_not_stop_the_sweep(tmp_path, monkeypatch):
+def test_only_the_first_process_writes_hydras_files_and_a_failed_job_does_not_stop_the_sweep(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RANK", "1")
     done = []
 
     def run(options):
         if options.data.max_n == 3:
             raise SconeError("no corpus")
-        done.append(options.data.max_n)
+        done.append(Path(options.training.output_dir))
 
     with pytest.raises(SconeError, match=r"1 of 2 jobs failed: \[data.max_n=3\] no corpus"):
         hydra_train.run_jobs(["--multirun", "data.max_n=3,4"], run)
-    assert done == [4]
+    assert done == [Path("outputs/scone-model/data.max_n=4")]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_job_folders_are_plain_names_and_stay_distinct():

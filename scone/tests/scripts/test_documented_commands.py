@@ -101,7 +101,7 @@ def model(workspace):
         "python -m scone.scripts.train --dataset_name wikitext --dataset_config_name wikitext-103-v1 "
         "--output_dir ./outputs/scone-model --base_model_name gpt2 --max_length 512 --batch_size 8 --num_epochs 3 "
         "--learning_rate 5e-5",
-        "--device cpu --min_freq 5",
+        "--device cpu --min_freq 20",
     )
     run(
         f"python -m scone.scripts.precompute_embeddings --model_path {FINAL_MODEL} "
@@ -112,34 +112,36 @@ def model(workspace):
     return FINAL_MODEL
 
 
-@pytest.mark.parametrize("name", ["base_config", "large_config"])
-def test_train_with_a_config_file(workspace, name):
-    if not Path("configs").is_dir():
+SHORT = f"{SMALL} {TINY_F_GRAM_MODEL} --max_length 64"
+TRAININGS = {
+    # as documented: (what makes it smaller, the folders that it fills)
+    **{f"train --config configs/{name}.yaml": (f"{SHORT} {TINY_TRUNK} --output_dir o/{name}", [f"o/{name}"])
+       for name in ("base_config", "large_config")},
+    "hydra_train data.max_n=4 model.base_model_name=gpt2-medium training.batch_size=4":
+        (f"{SMALL_HYDRA} training.output_dir=h/1", ["h/1"]),
+    "hydra_train training.gradient_checkpointing=true training.batch_size=2 training.gradient_accumulation_steps=8":
+        (f"{SMALL_HYDRA} training.output_dir=h/2", ["h/2"]),
+    "hydra_train --multirun data.max_n=3,4 model.base_model_name=gpt2,gpt2-medium": (
+        f"{SMALL_HYDRA} training.output_dir=h data.min_freq=10",
+        [f"h/data.max_n={n},model.base_model_name={name}" for n in (3, 4) for name in ("gpt2", "gpt2-medium")],
+    ),
+    "train_configurations --base_model_name gpt2 --dataset_name wikitext --dataset_config_name wikitext-103-v1 "
+    "--output_dir ./outputs --num_epochs 3 --batch_size 8 --configs small-100k small-500k medium-100k":
+        (f"{SHORT} --min_freq 10", [f"outputs/scone-{name}" for name in ("small-100k", "small-500k", "medium-100k")]),
+    "train_configurations --distributed --num_gpus 4 --fp16 --gradient_accumulation_steps 2 "
+    "--configs medium-100k medium-500k":
+        (f"{SHORT} --min_freq 10 --num_gpus 2 --configs medium-500k --dataset_name wikitext --output_dir d",
+         ["d/scone-medium-500k"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", TRAININGS, ids=lambda command: command[:45])
+def test_trainings_fill_their_folders(workspace, command):
+    if "configs/" in command and not Path("configs").is_dir():
         pytest.skip("the ready configurations are in the repository, and this is an installed package")
-    smaller = f"--output_dir ./outputs/{name} {SMALL} {TINY_TRUNK} {TINY_F_GRAM_MODEL} --max_length 64"
-    run(f"python -m scone.scripts.train --config configs/{name}.yaml", smaller)
-    check_models(f"outputs/{name}/final_model")
-
-
-@pytest.mark.parametrize(
-    ("command", "smaller", "folders"),
-    [
-        ("data.max_n=4 model.base_model_name=gpt2-medium training.batch_size=4", "training.output_dir=h/1", ["1"]),
-        (
-            "training.gradient_checkpointing=true training.batch_size=2 training.gradient_accumulation_steps=8",
-            "training.output_dir=h/2",
-            ["2"],
-        ),
-        (
-            "--multirun data.max_n=3,4 model.base_model_name=gpt2,gpt2-medium",
-            "training.output_dir=h/sweep data.min_freq=10",
-            [f"sweep/data.max_n={n},model.base_model_name={name}" for n in (3, 4) for name in ("gpt2", "gpt2-medium")],
-        ),
-    ],
-)
-def test_hydra_train(workspace, command, smaller, folders):
-    run(f"python -m scone.scripts.hydra_train {command}", f"{SMALL_HYDRA} {smaller}")
-    check_models(*(f"h/{folder}/final_model" for folder in folders))
+    smaller, folders = TRAININGS[command]
+    run(f"python -m scone.scripts.{command}", smaller)
+    check_models(*(f"{folder}/final_model" for folder in folders))
 
 
 @pytest.mark.slow
@@ -155,30 +157,6 @@ def test_distributed_launch(workspace):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     check_models("outputs/launched/final_model")
-
-
-CONFIGURATION_COMMANDS = {
-    "plain": (
-        "--base_model_name gpt2 --dataset_name wikitext --dataset_config_name wikitext-103-v1 --output_dir ./outputs "
-        "--num_epochs 3 --batch_size 8 --configs small-100k small-500k medium-100k",
-        "",
-        ["small-100k", "small-500k", "medium-100k"],
-    ),
-    "distributed": (
-        "--distributed --num_gpus 4 --fp16 --gradient_accumulation_steps 2 --configs medium-100k medium-500k",
-        "--num_gpus 2 --configs medium-500k --dataset_name wikitext --output_dir ./outputs/distributed",
-        ["medium-500k"],
-    ),
-}
-
-
-@pytest.mark.parametrize("name", CONFIGURATION_COMMANDS)
-def test_train_configurations(workspace, name):
-    command, smaller, configurations = CONFIGURATION_COMMANDS[name]
-    smaller = f"{SMALL} {TINY_F_GRAM_MODEL} --max_length 64 {smaller} --min_freq 10"
-    run(f"python -m scone.scripts.train_configurations {command}", smaller)
-    output = Path("outputs") if name == "plain" else Path("outputs", name)
-    check_models(*(str(output / f"scone-{configuration}" / "final_model") for configuration in configurations))
 
 
 def test_evaluate(model, capsys):

@@ -48,7 +48,7 @@ def of_today(name: str, folder: Path) -> Path:
     return path
 
 
-TODAY = tempfile.TemporaryDirectory()
+TODAY = tempfile.TemporaryDirectory()  # before collection: the tests are named by the experiments
 PATHS["main_claim"] = of_today("main_claim", Path(TODAY.name))
 EXPERIMENTS = {
     name: yaml.safe_load(path.read_text()) if path.suffix == ".yaml" else json.loads(path.read_text())["experiment"]
@@ -111,10 +111,29 @@ def runner():
     sys.path.remove(str(RUNNER.parent))
 
 
-def plan_of(runner, experiment: str, data: Path, output_dir: Path, **changes: object):
-    flags = [str(PATHS[experiment]), "--data", str(data), "--output_dir", str(output_dir)]
+def flags_of(experiment: str, data: Path, output_dir: Path, *more: str, **changes: object) -> list[str]:
     pairs = [f"{name}={value}" for name, value in (SMALL | changes).items()]
-    return runner.Plan.read(runner.parse([*flags, "--set", *pairs]))
+    folders = ["--data", str(data), "--output_dir", str(output_dir)]
+    return [str(PATHS[experiment]), *folders, *more, "--set", *pairs]
+
+
+def plan_of(runner, experiment: str, data: Path, output_dir: Path, **changes: object):
+    return runner.Plan.read(runner.parse(flags_of(experiment, data, output_dir, **changes)))
+
+
+def trained(runner, experiment: str, data: Path, folder: Path, name: str, **changes: object):
+    """The plan, whose run ``name`` was made, and its result."""
+    plan = plan_of(runner, experiment, data, folder, **changes)
+    plan.prepare([name])
+    plan.run(name, keep_model=True)
+    return plan, json.loads((folder / f"{name}.json").read_text())
+
+
+def trunk_weights(data: Path, folder: Path, name: str) -> tuple[dict, dict]:
+    """Before and after, by their names in the trunk; after, rows too."""
+    after = load_file(folder / name / "final_model" / "model.safetensors")
+    after = {key.removeprefix("trunk."): weight for key, weight in after.items()}
+    return load_file(data / "trunk" / "model.safetensors"), after
 
 
 @pytest.mark.parametrize("experiment", list(EXPERIMENTS))
@@ -158,14 +177,8 @@ def test_runs_of_several_seeds_are_merged_into_one_line(runner, data, tmp_path):
 
 @pytest.mark.parametrize("name", ["untouched", "frozen-both", "tuned-rows-1e-4"])
 def test_only_a_trunk_that_is_fine_tuned_changes(runner, data, tmp_path, name):
-    changes = {"training.weight_decay": 0.1, "model.learned_rows": 100}
-    plan = plan_of(runner, "pretrained", data, tmp_path, **changes)
-    assert plan.options[name].model.base_model_name == str(data / "trunk")
-    plan.prepare()
-    plan.run(name, keep_model=True)
-    before = load_file(data / "trunk" / "model.safetensors")
-    after = load_file(tmp_path / name / "final_model" / "model.safetensors")
-    after = {key.removeprefix("trunk."): weight for key, weight in after.items()}
+    trained(runner, "pretrained", data, tmp_path, name, **{"training.weight_decay": 0.1, "model.learned_rows": 100})
+    before, after = trunk_weights(data, tmp_path, name)
     assert before.keys() <= after.keys()
     same = {key for key, weight in before.items() if torch.equal(weight, after[key])}
     assert same == (set() if name == "tuned-rows-1e-4" else before.keys())
@@ -176,32 +189,36 @@ def test_adapters_are_merged_into_what_is_saved(runner, data, tmp_path, name):
     """Matrices have changed by no more than the adapters' rank, the rest of the trunk not at all; rows train too."""
     pytest.importorskip("peft", reason="the extra tuning brings PEFT")
     changes = {"lora_rank": 2, "training.weight_decay": 0.1, "training.learning_rate": 0.1, "model.learned_rows": 100}
-    plan = plan_of(runner, "pretrained", data, tmp_path, **changes)
-    plan.prepare()
-    plan.run(name, keep_model=True)
-    before = load_file(data / "trunk" / "model.safetensors")
-    after = load_file(tmp_path / name / "final_model" / "model.safetensors")
-    after = {key.removeprefix("trunk."): weight for key, weight in after.items()}
+    _, result = trained(runner, "pretrained", data, tmp_path, name, **changes)
+    before, after = trunk_weights(data, tmp_path, name)
     for key, weight in before.items():
         rank = torch.linalg.matrix_rank(after[key] - weight, atol=1e-5).item() if weight.ndim == 2 else None
         assert rank in (1, 2) if "_proj" in key else torch.equal(weight, after[key]), key
     rows = after.keys() - before.keys()
     assert [bool(after[key].any()) for key in rows] == [True] * ("rows" in name)
-    result = json.loads((tmp_path / f"{name}.json").read_text())
     assert result["tests"].keys() == set(EXPERIMENTS["pretrained"]["tests"])
 
 
-def test_results_of_another_experiment_are_not_taken_for_its_own(runner, data, tmp_path):
-    (tmp_path / "rows-10k.json").write_text(json.dumps({"experiment": "ablations", "finished": True}))
-    with pytest.raises(SconeError, match="a run of the experiment ablations; expected those of main_claim"):
-        runner.main([*_flags(data, tmp_path), "--list"])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--list", "a run of the experiment ablations; expected those of main_claim"),
+        ("--only nothing", "found no run"),
+        ("--gpus 0", "GPUs; expected 0, at least one"),
+        ("--gpus 1000", "GPUs; expected 1000, at least one"),
+    ],
+)
+def test_mistakes_are_told(runner, data, tmp_path, words, message):
+    if words == "--list":
+        (tmp_path / "rows-10k.json").write_text(json.dumps({"experiment": "ablations", "finished": True}))
+    with pytest.raises(SconeError, match=message):
+        runner.main(flags_of("main_claim", data, tmp_path, *words.split()))
 
 
 def test_after_the_deadline_nothing_runs_and_the_curves_so_far_are_kept(runner, data, tmp_path, capsys):
     partial = {"finished": False, "seed": 1, "steps": 1, "max_steps": 2, "log": [{"step": 1, "eval_loss": 5.0}]}
     (tmp_path / "rows-10k.json").write_text(json.dumps(partial))
-    pairs = [f"{name}={value}" for name, value in SMALL.items()]
-    assert runner.main([*_flags(data, tmp_path), "--only", "rows-10k", "--deadline_s", "0", "--set", *pairs]) == 0
+    assert runner.main(flags_of("main_claim", data, tmp_path, "--only", "rows-10k", "--deadline_s", "0")) == 0
     printed = capsys.readouterr()
     assert "0 of them finished before" in printed.out
     assert "cut off or not started: rows-10k" in printed.err
@@ -230,17 +247,9 @@ def test_runs_are_spread_over_gpus(runner, tmp_path, monkeypatch):
         assert sorted((tmp_path / f"{name}.log").read_text().strip() for name in names) == expected
 
 
-@pytest.mark.parametrize("gpus", ["0", "1000"])
-def test_gpus_that_are_not_there_are_refused(runner, data, tmp_path, gpus):
-    with pytest.raises(SconeError, match=f"GPUs; expected {gpus}, at least one"):
-        runner.main([*_flags(data, tmp_path), "--gpus", gpus])
-
-
 def test_a_worker_does_not_look_for_the_gpus_of_the_others(runner, data, tmp_path):
     """It sees the one that it was given (here none: it trains on the CPU)."""
-    pairs = [f"{name}={value}" for name, value in SMALL.items()]
-    flags = [*_flags(data, tmp_path), "--gpus", "1000", "--set", *pairs, "--worker", "plain-seed1"]
-    assert runner.main(flags) == 0
+    assert runner.main(flags_of("main_claim", data, tmp_path, "--gpus", "1000", "--worker", "plain-seed1")) == 0
     assert runner.is_finished(tmp_path / "plain-seed1.json")
 
 
@@ -268,24 +277,12 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint(runner, data, tmp_path):
     assert result["log"][0]["step"] == 1, "the curve from the start"
 
 
-def test_a_run_that_does_not_exist_is_refused(runner, data, tmp_path):
-    with pytest.raises(SconeError, match="found no run"):
-        runner.main([*_flags(data, tmp_path), "--only", "nothing"])
-
-
-def _flags(data: Path, output_dir: Path) -> list[str]:
-    return [str(PATHS["main_claim"]), "--data", str(data), "--output_dir", str(output_dir)]
-
-
 def test_a_run_of_fewer_tokens_trains_and_counts_on_whole_documents_of_the_beginning(runner, data, tmp_path):
-    plan = plan_of(runner, "ladder", data, tmp_path, train_tokens=2000)
-    plan.prepare(["7m-5-rows-seed1"])
+    plan, result = trained(runner, "ladder", data, tmp_path, "7m-5-rows-seed1", train_tokens=2000)
     whole, part = plan.corpus().train, plan.corpus(2000).train
     ends = np.flatnonzero(whole.tokens == whole.separator_id) + 1
     assert part.num_tokens == ends[ends >= 2000][0] < whole.num_tokens
     assert np.array_equal(part.tokens, whole.tokens[: part.num_tokens])
-    plan.run("7m-5-rows-seed1", keep_model=True)
-    result = json.loads((tmp_path / "7m-5-rows-seed1.json").read_text())
     assert result["train_tokens"] == part.num_tokens
     vocabulary = AutoModelForCausalLM.from_pretrained(tmp_path / "7m-5-rows-seed1" / "final_model").vocabulary
     f_gram = vocabulary.tokens(vocabulary.vocab_size)
@@ -297,9 +294,7 @@ def test_a_run_of_fewer_tokens_trains_and_counts_on_whole_documents_of_the_begin
 
 def test_at_every_evaluation_each_text_is_tested(runner, data, tmp_path):
     """A curve's last point is the finished model's loss on the same tokens."""
-    plan = plan_of(runner, "ladder", data, tmp_path, train_tokens=0)
-    plan.prepare(["7m-5-rows-seed1"])
-    plan.run("7m-5-rows-seed1", keep_model=True)
+    plan, _ = trained(runner, "ladder", data, tmp_path, "7m-5-rows-seed1", train_tokens=0)
     result = plan.merge()["runs"]["7m-5-rows-seed1"]
     curve = [entry for entry in result["log"] if "eval_loss" in entry]
     assert [entry["step"] for entry in curve] == [1, 2]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 
+import numpy as np
 from hypothesis import strategies as st
 
 from scone.tests.kernels import reference
@@ -41,35 +41,20 @@ def cases(draw: st.DrawFn) -> Case:
     separators = draw(st.sets(st.sampled_from(alphabet), max_size=2))
     max_n = draw(st.integers(1, 6))
     corpus = draw(st.lists(st.sampled_from(alphabet), max_size=80))
-    counts = dict(
-        Counter(
-            tuple(corpus[start : start + n])
-            for n in range(2, max_n + 1)
-            for start in range(len(corpus) - n + 1)
-            if not separators.intersection(corpus[start : start + n])
-        )
-    )
+    counts = reference.count_n_grams([np.array(corpus, np.int64)], max_n, separators)
     min_freq = draw(st.integers(1, 3))
     limit = draw(st.integers(0, 60))
     ranked = reference.ranked({gram: count for gram, count in counts.items() if count >= min_freq})[:limit]
-    vocabulary = reference.vocabulary_of(
-        counts,
-        vocab_size=vocab_size,
-        max_n=max_n,
-        max_f_grams=limit,
-        min_freq=min_freq,
-        separator_ids=tuple(separators),
-    )
+    limits = {"vocab_size": vocab_size, "max_n": max_n, "max_f_grams": limit, "min_freq": min_freq}
+    vocabulary = reference.vocabulary_of(counts, separator_ids=tuple(separators), **limits)
     return Case(vocabulary, ranked, alphabet, counts)
 
 
 @st.composite
 def batches(draw: st.DrawFn, alphabet: tuple[int, ...]) -> tuple[list[list[int]], list[list[bool]]]:
     """Rows of equal length, possibly none or empty, and a mask."""
-    num_rows = draw(st.integers(0, 4))
-    row_length = draw(st.integers(0, 20))
-    rows = [
-        draw(st.lists(st.sampled_from(alphabet), min_size=row_length, max_size=row_length)) for _ in range(num_rows)
-    ]
-    masks = [draw(st.lists(st.booleans(), min_size=row_length, max_size=row_length)) for _ in range(num_rows)]
+    num_rows, length = draw(st.integers(0, 4)), draw(st.integers(0, 20))
+    tokens, kept = st.sampled_from(alphabet), st.booleans()
+    rows, masks = ([draw(st.lists(each, min_size=length, max_size=length)) for _ in range(num_rows)]
+                   for each in (tokens, kept))  # fmt: skip
     return rows, masks

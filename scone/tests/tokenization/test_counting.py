@@ -17,6 +17,7 @@ from scone.utils.errors import SconeError
 
 VOCAB_SIZE = 12
 SEPARATOR = 11
+DEFAULTS: dict = {"vocab_size": VOCAB_SIZE, "max_n": 4, "separator_ids": [SEPARATOR]}
 TINY_BUDGETS = [None, 120_000, 400_000]
 
 
@@ -33,21 +34,19 @@ def corpora(draw: st.DrawFn) -> list[np.ndarray]:
 
 
 def count(shards: list[np.ndarray], **options: object) -> CountResult:
-    defaults: dict = {"vocab_size": VOCAB_SIZE, "max_n": 4, "separator_ids": [SEPARATOR], "quiet": True}
-    return count_f_grams(shards, **(defaults | options))
+    return count_f_grams(shards, quiet=True, **(DEFAULTS | options))
 
 
 def expected(shards: list[np.ndarray], **options: object) -> FGramVocabulary:
-    everything = count_n_grams(shards, int(options.get("max_n", 4)), [SEPARATOR])  # type: ignore[call-overload]
-    defaults: dict = {"vocab_size": VOCAB_SIZE, "max_n": 4, "separator_ids": [SEPARATOR]}
-    return reference.vocabulary_of(everything, **(defaults | options))
+    made = DEFAULTS | options
+    everything = count_n_grams(shards, made["max_n"], made["separator_ids"])
+    return reference.vocabulary_of(everything, **made)
 
 
 def assert_same(found: FGramVocabulary, wanted: FGramVocabulary) -> None:
     assert found.fingerprint == wanted.fingerprint
-    assert found.counts.tolist() == wanted.counts.tolist()
-    assert found.lengths.tolist() == wanted.lengths.tolist()
-    assert found.suffixes.tolist() == wanted.suffixes.tolist()
+    for name in ("counts", "lengths", "suffixes"):
+        assert getattr(found, name).tolist() == getattr(wanted, name).tolist()
 
 
 @settings(max_examples=40, deadline=None)
@@ -88,13 +87,10 @@ def test_shards_in_any_order_give_the_same_vocabulary(shards, random, num_thread
 def test_token_ids_may_be_large(shards, vocab_size, min_freq):
     spread = (vocab_size - 1) // (VOCAB_SIZE - 1)
     shards = [shard.astype(np.uint32) * np.uint32(spread) for shard in shards]
-    separators = [SEPARATOR * spread]
-    options = {"vocab_size": vocab_size, "separator_ids": separators, "max_n": 4, "min_freq": min_freq}
-    wanted = reference.vocabulary_of(count_n_grams(shards, 4, separators), max_f_grams=200, **options)
-    result = count_f_grams(
-        shards, max_f_grams=200, quiet=True, num_threads=2, memory_budget_bytes=28 * vocab_size + 300_000, **options
-    )
-    assert_same(result.vocabulary, wanted)
+    options = {"vocab_size": vocab_size, "separator_ids": [SEPARATOR * spread], "min_freq": min_freq}
+    options["max_f_grams"] = 200
+    result = count(shards, num_threads=2, memory_budget_bytes=28 * vocab_size + 300_000, **options)
+    assert_same(result.vocabulary, expected(shards, **options))
 
 
 @pytest.mark.parametrize(

@@ -123,6 +123,7 @@ def goes_on(arguments: dict, tokens: np.ndarray, **changes):
     return result
 
 
+@pytest.mark.slow
 def test_a_killed_count_goes_on_at_the_first_length_that_it_had_not_finished(tmp_path):
     tokens = skewed(150_000)
     arguments = arguments_of(tmp_path, tokens)
@@ -148,29 +149,31 @@ def killed(tmp_path_factory):
     return arguments, tokens
 
 
-def copy_of(killed, folder: Path) -> tuple[dict, np.ndarray, Path]:
+CHANGES = {
+    "another budget": {"memory_budget_bytes": 1 << 30},
+    "fewer threads": {"num_threads": 1},
+    "a byte": lambda content: content[:99] + bytes([content[99] ^ 1]) + content[100:],
+    "cut": lambda content: content[: len(content) // 2],
+    "empty": lambda content: b"",
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_killed_count_goes_on_with_another_budget_or_threads_and_counts_damaged_lengths_again(
+    killed, change, tmp_path
+):
     arguments, tokens = killed
-    shutil.copytree(arguments["work_dir"], folder / "work")
-    return arguments | {"work_dir": str(folder / "work")}, tokens, next(folder.glob("work/count-*/level-002.npz"))
-
-
-@pytest.mark.parametrize("change", [{"memory_budget_bytes": 1 << 30}, {"num_threads": 1}])
-def test_a_killed_count_goes_on_with_another_budget_or_number_of_threads(killed, change, tmp_path):
-    arguments, tokens, level = copy_of(killed, tmp_path)
+    shutil.copytree(arguments["work_dir"], tmp_path / "work")
+    level, arguments = next(tmp_path.glob("work/count-*/level-002.npz")), arguments | {"work_dir": tmp_path / "work"}
+    if callable(CHANGES[change]):
+        level.write_bytes(CHANGES[change](level.read_bytes()))
+        goes_on(arguments, tokens)
+        return
     with np.load(level) as saved:
         forged = dict(saved) | {"num_candidates": np.array(0)}
     np.savez(level, **forged)
-    result = goes_on(arguments, tokens, **change)
+    result = goes_on(arguments, tokens, **CHANGES[change])
     assert result.statistics.levels[0].num_candidates == 0  # so the bigrams were taken from the file
-
-
-@pytest.mark.parametrize("damage", ["a byte", "cut", "empty"])
-def test_a_damaged_length_of_a_killed_count_is_counted_again(killed, damage, tmp_path):
-    arguments, tokens, level = copy_of(killed, tmp_path)
-    content = bytearray(level.read_bytes())
-    content[len(content) // 3] ^= 1
-    level.write_bytes({"a byte": content, "cut": content[: len(content) // 2], "empty": b""}[damage])
-    goes_on(arguments, tokens)
 
 
 def test_a_killed_count_in_memory_keeps_the_lengths_that_it_finished(tmp_path):

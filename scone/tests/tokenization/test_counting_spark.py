@@ -16,6 +16,8 @@ from scone.tokenization.counting import CountResult, count_f_grams
 from scone.utils.errors import SconeError
 
 pyspark_sql = pytest.importorskip("pyspark.sql", reason="the cluster engine needs the extra [spark]")
+from scone.tokenization.counting.spark import count_f_grams_on_spark  # noqa: E402
+
 pytestmark = pytest.mark.filterwarnings("ignore")  # Spark's own use of deprecated names and open sockets
 
 REPOSITORY = Path(__file__).parents[3]
@@ -57,8 +59,6 @@ def assert_equal(cluster: CountResult, local: CountResult) -> None:
 
 
 def test_cluster_counts_equal_local_counts(spark, tmp_path):
-    from scone.tokenization.counting.spark import count_f_grams_on_spark
-
     arrays = []
     for number, length in enumerate((2500, 1, 1200)):
         np.save(tmp_path / f"{number}.npy", skewed(length, number))
@@ -69,8 +69,6 @@ def test_cluster_counts_equal_local_counts(spark, tmp_path):
 
 
 def test_mistakes_on_the_cluster_get_one_line(spark, tmp_path):
-    from scone.tokenization.counting.spark import count_f_grams_on_spark
-
     np.save(tmp_path / "tokens.npy", np.array([1, 2, 300], np.uint16))
     mapped = np.load(tmp_path / "tokens.npy", mmap_mode="r")
     with pytest.raises(SconeError, match="found token 300; expected tokens 0 … 299"):

@@ -153,7 +153,11 @@ def made_vocabulary() -> FGramVocabulary:
 
 
 def test_other_files_are_named(tmp_path):
+    """The file itself is plain safetensors."""
     path = made_vocabulary().save(tmp_path)
+    with safe_open(path, framework="np") as file:
+        assert sorted(file.keys()) == ["counts", "keys", "lengths", "slots", "suffixes"]
+        assert file.metadata()["tokenizer_fingerprint"] == "abc"
     saved = path.read_bytes()
     for content, message in (
         ((2).to_bytes(8, "little") + b"{}", "no f-gram vocabulary header"),
@@ -166,26 +170,18 @@ def test_other_files_are_named(tmp_path):
         FGramVocabulary.load(tmp_path / "nowhere")
 
 
-def test_verify_finds_arrays_that_do_not_belong_together():
+@pytest.mark.parametrize("wrong", ["counts", "_index", "_fingerprint"])
+def test_verify_finds_arrays_that_do_not_belong_together(wrong):
     whole = made_vocabulary()
-    arrays = {name: np.array(getattr(whole, name)) for name in ("keys", "suffixes", "lengths", "counts")}
-    arrays["counts"][5] += 1000
-    with pytest.raises(SconeError, match=r"rank 5 is out of order"):
-        FGramVocabulary(**arrays, vocab_size=4, max_n=4, _index=whole.index).verify()
-    arrays["counts"][5] -= 1000
-    other_index = whole.truncated(50).index
-    with pytest.raises(SconeError, match="index do not fit"):
-        FGramVocabulary(**arrays, vocab_size=4, max_n=4, _index=other_index).verify()
-    with pytest.raises(SconeError, match="fingerprint do not fit"):
-        FGramVocabulary(**arrays, vocab_size=4, max_n=4, _index=whole.index, _fingerprint="0" * 64).verify()
-
-
-def test_the_file_is_plain_safetensors(tmp_path):
-    vocabulary = made_vocabulary()
-    with safe_open(vocabulary.save(tmp_path), framework="np") as file:
-        assert sorted(file.keys()) == ["counts", "keys", "lengths", "slots", "suffixes"]
-        assert np.array_equal(file.get_tensor("keys"), vocabulary.keys)
-        assert file.metadata()["tokenizer_fingerprint"] == "abc"
+    parts = {name: np.array(getattr(whole, name)) for name in ("keys", "suffixes", "lengths", "counts")}
+    parts |= {"vocab_size": 4, "max_n": 4, "_index": whole.index}
+    if wrong == "counts":
+        parts["counts"][5] += 1000
+    else:
+        parts[wrong] = whole.truncated(50).index if wrong == "_index" else "0" * 64
+    message = {"counts": "rank 5 is out of order"}.get(wrong, f"{wrong[1:]} do not fit")
+    with pytest.raises(SconeError, match=message):
+        FGramVocabulary(**parts).verify()
 
 
 def test_a_file_that_changed_is_not_reopened_in_a_worker(tmp_path):

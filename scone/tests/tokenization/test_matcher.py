@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import pickle
 
 import numpy as np
@@ -22,49 +23,28 @@ def as_array(rows: list[list[int]]) -> np.ndarray:
     return np.array(rows, np.int64).reshape(len(rows), len(rows[0]) if rows else 0)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_match_equals_brute_force(data):
-    case = data.draw(cases())
-    rows, masks = data.draw(batches(case.alphabet))
-    matcher = Matcher(case.vocabulary)
-    tokens, mask = as_array(rows), as_array(masks).astype(bool)
-    assert matcher.match(tokens).tolist() == [case.matches(row) for row in rows]
-    assert matcher.match(tokens, mask).tolist() == [case.matches(*pair) for pair in zip(rows, masks, strict=True)]
-    if rows:
-        assert matcher.match(tokens[0]).tolist() == case.matches(rows[0])
+    """With and without padding, which stands wherever it likes, and starts of examples, which no match reaches over.
 
-
-@settings(max_examples=100, deadline=None)
-@given(st.data())
-def test_no_match_reaches_over_the_start_of_an_example(data):
-    """With and without padding, which stands wherever it likes; examples matched together equal examples apart."""
+    The reference looks at each position's own past alone, so matching is causal, too.
+    """
     case = data.draw(cases())
     rows, masks = data.draw(batches(case.alphabet))
     tokens, mask = as_array(rows), as_array(masks).astype(bool)
     flags = data.draw(st.lists(st.booleans(), min_size=tokens.size, max_size=tokens.size))
     starts = np.array(flags, bool).reshape(tokens.shape)
     matcher = Matcher(case.vocabulary)
-    triples = list(zip(rows, masks, starts.tolist(), strict=True))
-    assert matcher.match(tokens, starts=starts).tolist() == [
-        case.matches(row, None, first) for row, _, first in triples
-    ]
-    assert matcher.match(tokens, mask, starts=starts).tolist() == [case.matches(*triple) for triple in triples]
+    for padding, first in itertools.product((None, mask), (None, starts)):
+        each = [[None] * len(rows) if words is None else words.tolist() for words in (padding, first)]
+        expected = [case.matches(*triple) for triple in zip(rows, *each, strict=True)]
+        assert matcher.match(tokens, padding, starts=first).tolist() == expected
+    if rows:
+        assert matcher.match(tokens[0]).tolist() == case.matches(rows[0])
     for row, first, nodes in zip(tokens, starts, matcher.match(tokens, starts=starts), strict=True):
         apart = [matcher.match(example) for example in np.split(row, np.flatnonzero(first))]
         assert np.concatenate(apart).tolist() == nodes.tolist()
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.data())
-def test_match_is_causal(data):
-    case = data.draw(cases())
-    row = data.draw(st.lists(st.sampled_from(case.alphabet), min_size=1, max_size=40))
-    other = data.draw(st.lists(st.sampled_from(case.alphabet), max_size=40))
-    cut = data.draw(st.integers(0, len(row)))
-    matcher = Matcher(case.vocabulary)
-    changed = matcher.match(np.array(row[:cut] + other, np.int64))
-    assert (changed[:cut] == matcher.match(np.array(row, np.int64))[:cut]).all()
 
 
 @settings(max_examples=60, deadline=None)
@@ -88,26 +68,18 @@ def test_incremental_match_equals_batch_match(data):
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_no_match_crosses_a_separator(data):
-    case = data.draw(cases())
-    separators = case.vocabulary.separator_ids
-    row = data.draw(st.lists(st.sampled_from(case.alphabet), max_size=40))
-    for position, node in enumerate(Matcher(case.vocabulary).match(np.array(row, np.int64)).tolist()):
-        matched = case.vocabulary.tokens(node)
-        assert matched == tuple(row[position + 1 - len(matched) : position + 1])
-        assert len(matched) == 1 or not set(separators).intersection(matched)
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.data())
-def test_truncated_vocabulary_matches_as_the_smaller_one_in_one_pass(data):
+    """And what is matched stands there; lengths are those of the matches, though f-grams reach over counted pieces."""
     case = data.draw(cases())
     row = data.draw(st.lists(st.sampled_from(case.alphabet), max_size=60))
     matcher, tokens = Matcher(case.vocabulary), np.array(row, np.int64)
-    lengths = [len(case.vocabulary.tokens(node)) for node in matcher.match(tokens).tolist()]
+    found = [case.vocabulary.tokens(node) for node in matcher.match(tokens).tolist()]
+    for position, matched in enumerate(found):
+        assert matched == tuple(row[position + 1 - len(matched) : position + 1])
+        assert len(matched) == 1 or not set(case.vocabulary.separator_ids).intersection(matched)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(matcher_module, "_PIECE", 7)  # f-grams reach over its ends
-        found = match_lengths(matcher, tokens).tolist()
-    assert found == [lengths.count(length) for length in range(case.vocabulary.longest + 1)]
+        patch.setattr(matcher_module, "_PIECE", 7)
+        counts = match_lengths(matcher, tokens).tolist()
+    assert counts == [sum(len(each) == length for each in found) for length in range(case.vocabulary.longest + 1)]
 
 
 def small_matcher() -> Matcher:
@@ -171,14 +143,9 @@ def test_a_pickled_matcher_matches_alike(tmp_path_factory):
 
 def test_inspection_tells_every_position():
     records = inspect_tokens(np.array([4, 1, 2, 3]), small_matcher())
-    assert [(record.token, record.match_length, record.f_gram) for record in records] == [
-        (4, 1, (4,)),
-        (1, 1, (1,)),
-        (2, 2, (1, 2)),
-        (3, 3, (1, 2, 3)),
+    assert [(record.position, record.token, record.match_length, record.f_gram) for record in records] == [
+        *((0, 4, 1, (4,)), (1, 1, 1, (1,)), (2, 2, 2, (1, 2)), (3, 3, 3, (1, 2, 3)))
     ]
-    assert [(record.position, record.node, record.rank, record.count) for record in records[1:]] == [
-        (1, 1, None, None),
-        (2, 5, 0, 5),
-        (3, 7, 2, 4),
+    assert [(record.node, record.rank, record.count) for record in records[1:]] == [
+        *((1, None, None), (5, 0, 5), (7, 2, 4))
     ]

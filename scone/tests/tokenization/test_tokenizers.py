@@ -80,16 +80,12 @@ def _copy_with(tokenizer, folder, **pre_tokenizer_settings):
     return folder
 
 
-def test_settings_that_do_not_touch_a_corpus_do_not_change_the_fingerprint(trained):
-    before = tokenizer_fingerprint(trained)
-    trained.backend_tokenizer.enable_truncation(7)
-    trained.backend_tokenizer.enable_padding(length=9)
-    trained.padding_side = "left"
-    try:
-        assert tokenizer_fingerprint(trained) == before
-    finally:
-        trained.backend_tokenizer.no_truncation()
-        trained.backend_tokenizer.no_padding()
+def test_settings_that_do_not_touch_a_corpus_do_not_change_the_fingerprint(trained, tmp_path):
+    other = load_tokenizer(_copy_with(trained, tmp_path))
+    other.backend_tokenizer.enable_truncation(7)
+    other.backend_tokenizer.enable_padding(length=9)
+    other.padding_side = "left"
+    assert tokenizer_fingerprint(other) == tokenizer_fingerprint(trained)
 
 
 def test_training_refuses_what_cannot_be_and_says_when_it_falls_short(tmp_path, caplog):
@@ -100,13 +96,10 @@ def test_training_refuses_what_cannot_be_and_says_when_it_falls_short(tmp_path, 
     tokenizer = train_tokenizer(["abab"], 1000, tmp_path)
     assert len(tokenizer) < 1000
     assert "the text gives a vocabulary of" in caplog.text
-
-
-def test_training_reads_no_more_than_it_was_allowed(tmp_path):
     read = []
     documents = (read.append(text) or text for text in ["abcd"] * 100)
     train_tokenizer(documents, 257, tmp_path, max_characters=10)
-    assert len(read) == 3
+    assert len(read) == 3, "no more is read than it was allowed"
 
 
 def test_gpt2_from_its_two_files_its_name_and_a_saved_folder_is_the_same(tmp_path):
@@ -127,18 +120,14 @@ def test_gpt2_from_its_two_files_its_name_and_a_saved_folder_is_the_same(tmp_pat
     assert tokenizer_fingerprint(load_tokenizer(folder)) == tokenizer_fingerprint(named)
 
 
-def test_gpt2_of_the_maintainers_folder(shared_data):
-    tokenizer = load_tokenizer(shared_data / "tokenizers" / "gpt2")
-    assert vocabulary_size(tokenizer) == len(tokenizer) == 50257
-    assert tokenizer.decode(tokenizer.encode("naïve 漢字\n\n  x")) == "naïve 漢字\n\n  x"
-    assert tokenizer_fingerprint(tokenizer) == tokenizer_fingerprint(load_tokenizer("gpt2"))
-
-
-def test_bert_of_the_maintainers_folder(shared_data):
-    tokenizer = load_tokenizer(shared_data / "tokenizers" / "bert-base-uncased")
-    assert tokenizer.encode("Hello World", add_special_tokens=False) == [7592, 2088]
-    assert separator_ids(tokenizer) == (0, 100, 101, 102, 103)
-    assert document_separator_id(tokenizer) == 102
+def test_tokenizers_of_the_maintainers_folder(shared_data):
+    gpt2, bert = (load_tokenizer(shared_data / "tokenizers" / name) for name in ("gpt2", "bert-base-uncased"))
+    assert vocabulary_size(gpt2) == len(gpt2) == 50257
+    assert gpt2.decode(gpt2.encode("naïve 漢字\n\n  x")) == "naïve 漢字\n\n  x"
+    assert tokenizer_fingerprint(gpt2) == tokenizer_fingerprint(load_tokenizer("gpt2"))
+    assert bert.encode("Hello World", add_special_tokens=False) == [7592, 2088]
+    assert separator_ids(bert) == (0, 100, 101, 102, 103)
+    assert document_separator_id(bert) == 102
 
 
 def test_a_cased_vocabulary_keeps_case(tmp_path):
@@ -168,15 +157,11 @@ def test_a_folder_without_a_usable_tokenizer_is_refused(tmp_path, files, message
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["./gone", "/gone/tokenizer", "~/gone", "a/b/c", __file__])
-def test_a_folder_that_is_not_there_is_not_asked_of_the_hub(name):
-    with pytest.raises(SconeError, match="found no tokenizer folder"):
+@pytest.mark.parametrize("name", ["./gone", "/gone/tokenizer", "~/gone", "a/b/c", __file__, "no-such/tokenizer"])
+def test_a_folder_that_is_not_there_is_not_asked_of_the_hub_and_a_name_out_of_reach_says_what_to_do(name):
+    out_of_reach = r"cannot be reached .*give a folder by --tokenizer, or train one"
+    with pytest.raises(SconeError, match=out_of_reach if name.startswith("no-such") else "found no tokenizer folder"):
         load_tokenizer(name)
-
-
-def test_a_name_out_of_reach_says_what_to_do():
-    with pytest.raises(SconeError, match=r"cannot be reached .*give a folder by --tokenizer, or train one"):
-        load_tokenizer("no-such/tokenizer")
 
 
 def test_a_tokenizer_without_an_end_is_refused(trained, tmp_path):

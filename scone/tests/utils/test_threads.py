@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
 
 import pytest
 from hypothesis import given, settings
@@ -15,27 +14,18 @@ from scone.utils.progress import map_in_order
 
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.integers(0, 3), max_size=40), st.integers(1, 4))
-def test_results_come_in_order_however_long_each_takes(items: list[int], num_threads: int) -> None:
+def test_results_come_in_order_and_few_items_are_taken_before_they_are_asked_for(items, num_threads):
+    taken = []
+
     def work(item: int) -> int:
         time.sleep(item / 2000)
         return item * item
 
-    assert list(map_in_order(work, items, num_threads)) == [item * item for item in items]
-
-
-@pytest.mark.parametrize("num_threads", [1, 3])
-def test_few_items_are_taken_before_they_are_asked_for(num_threads: int) -> None:
-    taken = 0
-
-    def items() -> Iterator[int]:
-        nonlocal taken
-        for item in range(1000):
-            taken += 1
-            yield item
-
-    for number, result in enumerate(map_in_order(lambda item: item, items(), num_threads), start=1):
-        assert result == number - 1
-        assert taken <= number + 3 * num_threads
+    results = map_in_order(work, (taken.append(item) or item for item in items), num_threads)
+    for number, result in enumerate(results, start=1):
+        assert result == items[number - 1] ** 2
+        assert len(taken) <= number + 3 * num_threads
+    assert taken == items
 
 
 def test_an_error_is_raised_and_nothing_new_begins_after_it() -> None:
