@@ -273,8 +273,7 @@ class TableLayout:
 class TableFile(Closing):
     """An open table file whose header has been checked. The descriptor stays open, so renaming or deleting is harmless.
 
-    Attributes: ``path``, ``descriptor``, ``layout``; ``data_start`` (byte of row 0) and ``file_bytes``, for which the
-    layout would make its header each time.
+    Attributes: ``path``, ``descriptor``, ``layout``.
     """
 
     def __init__(self, path: str | Path, expected_fingerprints: Mapping[str, str] | None = None) -> None:
@@ -290,7 +289,6 @@ class TableFile(Closing):
         try:
             self.layout = _read_layout(self.descriptor, self.path)
             check_fingerprints(self.path, self.layout.fingerprints, expected_fingerprints)
-            self.data_start, self.file_bytes = self.layout.data_start, self.layout.file_bytes
             status = os.fstat(self.descriptor)
             self._size, self._time = status.st_size, status.st_mtime_ns
         except OSError as error:

@@ -23,7 +23,7 @@ import numpy as np
 
 from scone.inference.table_format import TableLayout
 from scone.utils.errors import SconeError
-from scone.utils.files import Closing, read_json, sync_folder, translate_disk_full, write_json
+from scone.utils.files import Closing, is_at, read_json, sync_folder, translate_disk_full, write_json
 from scone.utils.progress import map_in_order
 from scone.utils.text import human_bytes
 
@@ -94,7 +94,7 @@ class TableWriter(Closing):
             except BlockingIOError:
                 fcntl.flock(lock, fcntl.LOCK_SH)
                 alone = False
-            if _is_same_file(lock, self.folder / "lock"):  # else it was finished and removed meanwhile
+            if is_at(lock, self.folder / "lock"):  # else it was finished and removed meanwhile
                 try:
                     ready = self._prepare(alone)
                 except BaseException:
@@ -202,7 +202,7 @@ class TableWriter(Closing):
                 return self.path.exists()  # another process completed it meanwhile
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX)
-                if not _is_same_file(self._rows, self.folder / "table"):
+                if not is_at(self._rows, self.folder / "table"):
                     return self.path.exists()
                 if len(self.finished_chunks()) < self.plan.num_chunks:
                     return False
@@ -289,10 +289,3 @@ def _write_all(descriptor: int, data: memoryview, offset: int | None) -> None:
         written = os.write(descriptor, data) if offset is None else os.pwrite(descriptor, data, offset)
         data = data[written:]
         offset = None if offset is None else offset + written
-
-
-def _is_same_file(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False

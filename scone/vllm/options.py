@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers.utils import cached_file
 
-from scone.inference.stores.base import parse_placement
+from scone.inference.stores import parse_placement
 from scone.utils.errors import SconeError
 
 TABLE_FILE = "embeddings.cache"

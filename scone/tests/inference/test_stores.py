@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scone.inference.embedding_table import EmbeddingTable
-from scone.inference.stores.base import RowStore
+from scone.inference.stores import RowStore, Tier, parse_placement
 from scone.inference.stores.direct import DirectStore
 from scone.inference.stores.memory import DeviceStore, MemoryStore
-from scone.inference.stores.tiered import Tier, TieredStore, parse_placement
+from scone.inference.stores.tiered import TieredStore
 from scone.inference.table_format import ROW_TYPES, RowFormat, TableFile
 from scone.tests.inference.tables import write_table
 from scone.utils.errors import SconeError
@@ -120,7 +120,8 @@ def stored(table: Path, rows: torch.Tensor) -> torch.Tensor:
 
 
 class TestRam(StoreContract):
-    open = staticmethod(MemoryStore.ram)
+    def open(self, file: TableFile) -> RowStore:
+        return MemoryStore.ram(file, 0, NUM_ROWS, CPU)
 
 
 class TestMmap(StoreContract):
@@ -135,8 +136,8 @@ class TestDirectInManyParts(StoreContract):
     """Batches larger than the buffer are read in parts."""
 
     def open(self, file: TableFile) -> RowStore:
-        store = DirectStore(file, queue_depth=3)
-        store._rows_at_once = 7
+        store = DirectStore(file)
+        store._rows_at_once, store._queue_depth = 7, 3
         return store
 
 
@@ -144,19 +145,21 @@ class TestDirectOnThreads(StoreContract):
     """As where the system has no asynchronous reads."""
 
     def open(self, file: TableFile) -> RowStore:
-        return DirectStore(file, use_queues=False)
+        store = DirectStore(file)
+        store._use_queues = False
+        return store
 
 
 class TestDevice(StoreContract):
     def open(self, file: TableFile) -> RowStore:
-        return DeviceStore(file, CPU)
+        return DeviceStore(file, CPU, 0, NUM_ROWS)
 
 
 class TestTiered(StoreContract):
     """All kinds of tiers together."""
 
     def open(self, file: TableFile) -> RowStore:
-        stores = [DeviceStore(file, CPU, 0, 10), MemoryStore.ram(file, 10, 101), MemoryStore.mapped(file)]
+        stores = [DeviceStore(file, CPU, 0, 10), MemoryStore.ram(file, 10, 101, CPU), MemoryStore.mapped(file)]
         stores.append(DirectStore(file))
         return TieredStore(stores, [10, 111, 300])
 
@@ -185,8 +188,8 @@ def test_rows_that_a_device_holds_are_decoded_there(table, rows, dtype):
     """The CPU stands for an accelerator that holds the first rows, all of them, or none of the batch's."""
     expected = RowFormat.of(table.stem, WIDTH).decode(stored(table, rows), dtype)
     with TableFile(table) as file:
-        first = [DeviceStore(file, CPU, 0, 10), MemoryStore.ram(file, 10, 101), DirectStore(file)]
-        for store in (DeviceStore(file, CPU), TieredStore(first, [10, 111])):
+        first = [DeviceStore(file, CPU, 0, 10), MemoryStore.ram(file, 10, 101, CPU), DirectStore(file)]
+        for store in (DeviceStore(file, CPU, 0, NUM_ROWS), TieredStore(first, [10, 111])):
             opened = EmbeddingTable(file, store, CPU)
             for ranks in (torch.randint(0, NUM_ROWS, (90,)), torch.arange(9, -1, -1), torch.arange(8, 40)):
                 found = opened.rows(ranks, dtype)
