@@ -112,10 +112,7 @@ class SconeInferenceEngine:
         sequences = [self.sequence(text, options) for text in texts for _ in range(copies)]
         before = table_reads(self.model)
         num_padding = self.run(sequences, options)
-        reads = None
-        if (after := table_reads(self.model)) is not None:
-            positions, rows = (after - before).tolist()
-            reads = (positions - num_padding, rows)
+        positions, rows = (table_reads(self.model) - before).tolist()
         generations = []
         for index, text in enumerate(texts):
             own = sequences[index * copies : (index + 1) * copies]
@@ -132,7 +129,7 @@ class SconeInferenceEngine:
             seconds=time.perf_counter() - started,
             model_bytes=model_bytes(self.model),
             table_bytes=0 if table is None else table.num_rows * table.row_bytes,
-            reads=reads,
+            reads=None if table is None else (positions - num_padding, rows),
             process_bytes=process_bytes(),
             accelerator_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
         )
@@ -255,9 +252,9 @@ class SconeInferenceEngine:
 
     def _prefetch(self, tokens: Tensor, mask: Tensor) -> None:
         """Let a mapped table begin to read what the prompts of one batch will ask for."""
-        table = self.loaded.table
+        table, model = self.loaded.table, self.model
         if table is not None and table.memory.mapped:
-            ranks = self.model.match(tokens, mask) - self.model.config.vocab_size
+            ranks = model.match(tokens, mask) - model.config.vocab_size  # type: ignore[operator]
             table.prefetch(torch.from_numpy(ranks[ranks >= 0]))
 
     def _run_group(self, sequences: Sequence[GeneratedSequence], options: GenerationOptions) -> int:

@@ -206,7 +206,8 @@ class GenerationStats:
         return "\n".join([*lines, "memory: " + ", ".join(held)])
 
 
-def table_reads(model: PreTrainedModel) -> Tensor | None:
-    """What ``model`` looked up so far: positions, padding too, and rows read, int64 ``[2]``; None without a table."""
-    layer = getattr(model, "table_embedding", None)
-    return None if layer is None else torch.stack([part.cpu() for part in layer.reads()]).sum(0)
+def table_reads(model: PreTrainedModel) -> Tensor:
+    """What ``model`` looked up in its table so far, if it has one: positions, padding too, and rows, int64 ``[2]``."""
+    layer: Any = getattr(model, "table_embedding", None)
+    counts = torch.zeros(2, dtype=torch.int64)
+    return counts if layer is None else sum((part.cpu() for part in layer.reads()), counts)
