@@ -15,13 +15,7 @@ from torch import Tensor
 
 from scone.inference.loading import LoadedModel, device_of, load_model, position_limit
 from scone.inference.quantization import model_bytes
-from scone.inference.streaming import (
-    GeneratedSequence,
-    GenerationStats,
-    SequenceStoppingCriteria,
-    decode,
-    table_reads,
-)
+from scone.inference.streaming import GeneratedSequence, GenerationStats, SequenceStoppingCriteria, decode, table_reads
 from scone.utils.environment import process_bytes
 from scone.utils.errors import SconeError
 

@@ -25,12 +25,7 @@ ARGUMENTS = arguments(
     "tokenizer_path",
     "quantization",
     "placement",
-    prompt={
-        "required": True,
-        "action": "append",
-        "metavar": "TEXT",
-        "help": "text to continue; may be repeated",
-    },
+    prompt={"required": True, "action": "append", "metavar": "TEXT", "help": "text to continue; may be repeated"},
     max_length=number(1, "total length, prompt included, in tokens (default: 100, or the model's limit if lower)"),
     min_length=number(0, "minimum total length, prompt included", 0),
     num_beams=number(1, "number of beams; 1: no beam search", 1),

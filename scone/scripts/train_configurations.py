@@ -41,12 +41,7 @@ def read_arguments(argv: Sequence[str] | None) -> tuple[dict[str, SconeOptions],
     Raises SconeError.
     """
     layers, extra = parse_layers(
-        argv,
-        ("data", "model", "training"),
-        DESCRIPTION,
-        examples=EXAMPLES,
-        add_arguments=ARGUMENTS,
-        defaults=DEFAULTS,
+        argv, ("data", "model", "training"), DESCRIPTION, examples=EXAMPLES, add_arguments=ARGUMENTS, defaults=DEFAULTS
     )
     if not extra.configs:
         raise SconeError(f"found no --configs; expected one or more of {', '.join(F_GRAM_CONFIGURATIONS)}")

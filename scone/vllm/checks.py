@@ -1,5 +1,6 @@
-"""What a user of vLLM says of the table, where a model's files are, and what is refused before the engine starts, each in
-one line. (No numba; of vLLM only what is handed in.)
+"""What a user of vLLM says of the table, where a model's files are, and what is refused before the engine starts.
+
+Each refusal is one line. No numba here; of vLLM only what is handed in.
 """
 
 from __future__ import annotations

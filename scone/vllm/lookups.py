@@ -109,8 +109,10 @@ class Step(NamedTuple):
 
 
 class SlotHistory:
-    """One token for each slot of the KV cache: whoever wrote a slot's keys and values wrote its token. So what is read is
-    right after chunks, prefix hits, forks, preemption, and drafts that were refused, whose slots are written again.
+    """One token for each slot of the KV cache: whoever wrote a slot's keys and values wrote its token.
+
+    So what is read is right after chunks, prefix hits, forks, preemption, and refused drafts, whose slots are written
+    again.
     """
 
     def __init__(self, context: int) -> None:
