@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from scone.inference.loading import LoadedModel, device_of, load_model, position_limit
+from scone.inference.loading import LoadedModel, load_model
 from scone.inference.quantization import model_bytes
 from scone.inference.streaming import GeneratedSequence, GenerationStats, SequenceStoppingCriteria, decode, table_reads
+from scone.models.trunk import longest_sequence
 from scone.utils.environment import process_bytes
 from scone.utils.errors import SconeError
 
@@ -114,7 +115,7 @@ class SconeInferenceEngine:
             written = [self.text_of(ids) for ids in token_ids]
             generations.append(Generation(text, written, token_ids, len(own[0].prompt_ids)))
         num_prompt_tokens = sum(one.num_prompt_tokens for one in generations)
-        table, device = self.loaded.table, device_of(self.model)
+        table, device = self.loaded.table, self.model.device
         firsts = [one.first_token_at for one in sequences if one.first_token_at is not None]
         return generations, GenerationStats(
             num_prompt_tokens,
@@ -211,7 +212,7 @@ class SconeInferenceEngine:
 
     def _total_length(self, ids: list[int], options: GenerationOptions) -> int:
         """How long prompt and continuation together may get; see `generate` for what is refused."""
-        limit = position_limit(self.model)
+        limit = longest_sequence(self.model.config)
         if options.max_new_tokens is not None:
             total = len(ids) + options.max_new_tokens
         else:
@@ -235,7 +236,7 @@ class SconeInferenceEngine:
         """Sequences that run together: all, unless padding would walk past the model's positions, or be punished as
         repeated text; then by length.
         """
-        limit, lengths = position_limit(self.model), {len(sequence.prompt_ids) for sequence in sequences}
+        limit, lengths = longest_sequence(self.model.config), {len(sequence.prompt_ids) for sequence in sequences}
         fits = limit is None or max(lengths) + max(sequence.max_new_tokens for sequence in sequences) <= limit
         if fits and (options.repetition_penalty == 1 or len(lengths) == 1):
             return [list(sequences)]
@@ -259,7 +260,7 @@ class SconeInferenceEngine:
         tokens = torch.tensor([[pad] * (width - len(ids)) + ids for ids in prompts])  # on the left
         mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts])
         self._prefetch(tokens, mask)
-        ends, device = self._eos_token_ids(), device_of(self.model)
+        ends, device = self._eos_token_ids(), self.model.device
         for sequence in sequences:
             sequence.begin(self.tokenizer)
         # beams change places, and have no text before they are finished

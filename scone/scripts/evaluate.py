@@ -105,7 +105,7 @@ def _measure_perplexity(
     """Print the perplexity on the dataset; returns what goes into the JSON."""
     from scone.data.prepare import prepare_corpus
     from scone.evaluation.perplexity import perplexity, sizes_of
-    from scone.inference.loading import position_limit
+    from scone.models.trunk import longest_sequence
 
     data = options.data
     file = prepare_corpus(
@@ -117,7 +117,7 @@ def _measure_perplexity(
         cache_dir=data.cache_dir,
     )[extra.split]
     tokens = file.tokens[: extra.max_tokens]
-    limit = position_limit(model)
+    limit = longest_sequence(model.config)
     if limit is not None and "data.max_length" not in options.given:
         data.max_length = min(data.max_length, limit)  # the default gives way to a shorter model
     result = perplexity(

@@ -6,7 +6,6 @@ import mmap
 import os
 import warnings
 from collections import deque
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
@@ -48,7 +47,11 @@ class DirectStore(RowStore):
         wanted, target = ranks.numpy(), out.view(torch.uint8).numpy()
         if len(wanted) and not 0 <= int(wanted.min()) <= int(wanted.max()) < self._file.layout.num_rows:
             raise IndexError("a rank that is not in the file")
-        for part in self._parts(wanted):
+        order = np.arange(len(wanted))
+        if len(wanted) > self._rows_at_once:  # in parts small enough for a buffer; in rank order, so that repeats meet
+            order = np.argsort(wanted, kind="stable")
+        for low in range(0, len(order), self._rows_at_once):
+            part = order[low : low + self._rows_at_once]
             unique, inverse = np.unique(wanted[part], return_inverse=True)
             pieces, rows = plan_pieces(unique, self._file.layout.data_start, self.row_format.row_bytes)
             buffer = self._buffer(int(pieces[-1, 1] + pieces[-1, 2]))
@@ -57,15 +60,6 @@ class DirectStore(RowStore):
             self._file.check_unchanged()
             gather_bytes(buffer, rows[inverse], target, part, torch.get_num_threads(), self._readers)
             self._idle_buffers.append(buffer)
-
-    def _parts(self, ranks: np.ndarray) -> Iterator[np.ndarray]:
-        """Positions of a large batch, in parts small enough for a buffer; in rank order, so that repeats meet."""
-        if 0 < len(ranks) <= self._rows_at_once:
-            yield np.arange(len(ranks))
-            return
-        order = np.argsort(ranks, kind="stable")
-        for low in range(0, len(order), self._rows_at_once):
-            yield order[low : low + self._rows_at_once]
 
     def _buffer(self, size: int) -> np.ndarray:
         """A buffer that nobody else uses, uint8 [≥ size]."""
