@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
-from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -67,10 +66,14 @@ def pin(owner: object, address: int, size: int, device: torch.device) -> weakref
     return weakref.finalize(owner, runtime.cudaHostUnregister, address)
 
 
-@cache
+_TRITON = find_spec("triton") is not None
+
+
 def triton_is_installed() -> bool:
-    """Whether kernels for CUDA can be compiled; looked up once, since every step of a decoder asks."""
-    return find_spec("triton") is not None
+    """Whether kernels for CUDA can be compiled. Looked up once, since every step of a decoder asks; not by
+    ``functools.cache``, which makes torch.compile warn where a model that it traces asks.
+    """
+    return _TRITON
 
 
 @dataclass(frozen=True)

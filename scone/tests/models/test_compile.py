@@ -21,6 +21,7 @@ from transformers import (
     Trainer,
 )
 
+from scone.kernels.common import triton_is_installed
 from scone.models.embedded_trunk import EmbeddedTrunk
 from scone.models.language_model import SconeForCausalLM
 from scone.models.table_lookup import BY_DEVICE, BY_HOST, TableLookup
@@ -211,3 +212,9 @@ def test_generated_code_equals_eager():
     with torch.no_grad():
         same(compiled(text), model.input_vectors(text), 1e-6)
         assert (model.match(text) >= tiny.VOCAB_SIZE).any()
+
+
+def test_asking_for_triton_compiles_without_a_warning() -> None:
+    """The f-gram model's attention asks while it is traced on a GPU; warnings are errors here."""
+    compiled: Any = torch.compile(lambda ones: ones + triton_is_installed(), backend="eager", fullgraph=True)
+    assert compiled(torch.ones(2)).tolist() == [1.0 + triton_is_installed()] * 2
