@@ -35,7 +35,8 @@ from what_users_ask import TEXTS, measured, run_name  # noqa: E402
 
 from scone.data.token_file import TokenFile  # noqa: E402
 from scone.evaluation.perplexity import Window, paired_difference, token_losses  # noqa: E402
-from scone.inference.loading import device_of, load_model, position_limit  # noqa: E402
+from scone.inference.loading import load_model  # noqa: E402
+from scone.models.trunk import longest_sequence  # noqa: E402
 from scone.tokenization.tokenizers import load_tokenizer  # noqa: E402
 from scone.utils.command_line import run_main  # noqa: E402
 from scone.utils.errors import SconeError  # noqa: E402
@@ -70,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     report: dict[str, Any] = {**measured_on(), "number": arguments.number, "models": {}}
     for name, folder in folders.items():
         model = load_model(folder).model
-        length = position_limit(model)
+        length = longest_sequence(model.config)
         longest = LEAD + max(arguments.distances) + PASSAGE
         if length is not None and length < longest:
             raise SconeError(f"found {length} positions in {folder}; expected {longest}; give smaller --distances")
@@ -127,7 +128,7 @@ def right_answers(model: Any, questions: np.ndarray, colours: np.ndarray) -> np.
     """Of ``questions`` [n, 4, L] the share that is answered with their own of ``colours`` [n, 4], [n]."""
     found = []
     for asked, offered in zip(questions, colours, strict=True):
-        ids = torch.from_numpy(asked).to(device_of(model))
+        ids = torch.from_numpy(asked).to(model.device)
         with torch.inference_mode():
             logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[:, -1]
         answers = logits[:, torch.from_numpy(offered).to(logits.device)].argmax(1).cpu().numpy()
@@ -142,7 +143,7 @@ def last_losses(model: Any, sequences: np.ndarray, predicted: int) -> np.ndarray
     at_once = max(1, TOKENS_AT_ONCE // length)
     batches = (each[first : first + at_once] for first in range(0, len(each), at_once))
     flat = sequences.ravel()
-    return np.stack([losses for batch in batches for losses in token_losses(model, flat, batch, device_of(model))])
+    return np.stack([losses for batch in batches for losses in token_losses(model, flat, batch, model.device)])
 
 
 def needles(

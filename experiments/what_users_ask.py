@@ -30,7 +30,8 @@ from scone.data.token_file import TokenFile  # noqa: E402
 from scone.evaluation.perplexity import paired_difference, token_losses, windows  # noqa: E402
 from scone.evaluation.zero_shot import evaluate_tasks  # noqa: E402
 from scone.inference.engine import GenerationOptions, SconeInferenceEngine  # noqa: E402
-from scone.inference.loading import device_of, load_model, position_limit  # noqa: E402
+from scone.inference.loading import load_model  # noqa: E402
+from scone.models.trunk import longest_sequence  # noqa: E402
 from scone.tokenization.matcher import Matcher  # noqa: E402
 from scone.tokenization.tokenizers import load_tokenizer  # noqa: E402
 from scone.utils.command_line import run_main  # noqa: E402
@@ -111,7 +112,7 @@ def losses_of_pair(plain: Any, rows: Any, texts: Mapping[str, np.ndarray], batch
 
     Differences from plain are means over windows with their 95 % interval.
     """
-    length = position_limit(plain)
+    length = longest_sequence(plain.config)
     texts = {name: tokens[: len(tokens) // length * length] for name, tokens in texts.items()}  # whole windows
     losses = {kind: measured(model, texts, length, batch_size) for kind, model in (("plain", plain), ("rows", rows))}
     visits = {name: visits_of(rows.matcher, tokens, length) for name, tokens in texts.items()}
@@ -144,7 +145,7 @@ def measured(model: Any, texts: Mapping[str, np.ndarray], length: int, batch_siz
         each = windows(len(tokens), length, length)
         batches = (each[first : first + batch_size] for first in range(0, len(each), batch_size))
         found[name] = np.stack(
-            [losses for batch in batches for losses in token_losses(model, tokens, batch, device_of(model))]
+            [losses for batch in batches for losses in token_losses(model, tokens, batch, model.device)]
         )
     return found
 

@@ -16,11 +16,12 @@ from scone.data.prepare import prepare_corpus
 from scone.evaluation.perplexity import perplexity, sizes_of
 from scone.evaluation.report import OVER_ENCODING, PLAIN, STEM, RunResult, kind_of_parts, write_report
 from scone.evaluation.speed import flops_per_token, measure_speed, training_only_parameters
-from scone.inference.loading import LoadedModel, choose_device, load_model, position_limit
+from scone.inference.loading import LoadedModel, choose_device, load_model
 from scone.inference.quantization import check_quantization, model_bytes
 from scone.models.accounting import f_gram_model_parameters, parameter_counts
 from scone.models.language_model import SconeForCausalLM
 from scone.models.over_encoding import OverEncodingForCausalLM
+from scone.models.trunk import longest_sequence
 from scone.tokenization.tokenizers import load_tokenizer
 from scone.utils.environment import PeakMemory, environment
 from scone.utils.errors import SconeError, library_refusal
@@ -225,7 +226,7 @@ class Benchmark:
     def _measure(self, entry: ModelEntry | BaselineEntry, loaded: LoadedModel) -> RunResult:
         model, config, tokenizer = loaded.model, self.config, load_tokenizer(_path_of(entry))
         texts = self._texts(entry.name, tokenizer)
-        limit, vocab_size = position_limit(model), model.config.get_text_config().vocab_size
+        limit, vocab_size = longest_sequence(model.config), model.config.get_text_config().vocab_size
         lengths = [length for length in config.sequence_lengths if limit is None or length <= limit]
         for length in sorted(set(config.sequence_lengths) - set(lengths)):
             self._leave_out(f"{entry.name} at {length} tokens", f"the model has {limit} positions")

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scone.inference.loading import device_of, position_limit
+from scone.models.trunk import longest_sequence
 from scone.utils.errors import SconeError
 from scone.utils.progress import progress
 
@@ -188,7 +188,7 @@ def perplexity(
     """
     step = max_length if stride is None else stride
     check_windows(model, tokens, max_length, step)
-    where = device_of(model)
+    where = model.device
     was_training = model.training
     model.eval()
     # of each token; a few bytes, for a text may have hundreds of millions
@@ -292,7 +292,7 @@ def check_windows(model: PreTrainedModel, tokens: np.ndarray, max_length: int, s
         raise SconeError(f"found a window of {max_length} token(s); expected at least 2; raise --max_length")
     if not 1 <= stride <= max_length:
         raise SconeError(f"found a stride of {stride}; expected 1 to the window's {max_length}; change --stride")
-    limit = position_limit(model)
+    limit = longest_sequence(model.config)
     if limit is not None and min(max_length, len(tokens)) > limit:
         raise SconeError(
             f"found windows of {max_length} tokens; the model has {limit} positions; "

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from scone.inference.loading import F_GRAM_WEIGHTS, device_of
+from scone.inference.loading import F_GRAM_WEIGHTS
 from scone.models.accounting import RunCost
 from scone.models.language_model import SconeForCausalLM
 
@@ -34,7 +34,7 @@ def measure_speed(model: PreTrainedModel, tokens: np.ndarray, num_runs: int, war
     (over runs: with few runs the upper ones are the slowest run) and of one decoding step of all B sequences (over all
     steps of all runs).
     """
-    device = device_of(model)
+    device = model.device
     input_ids = torch.from_numpy(tokens).to(device)
     new_tokens = min(NEW_TOKENS, max(1, tokens.shape[1] // 2))
     prompt = input_ids[:, : max(1, tokens.shape[1] - new_tokens)]
@@ -63,7 +63,7 @@ def measure_speed(model: PreTrainedModel, tokens: np.ndarray, num_runs: int, war
 
 def _generation_times(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int) -> list[float]:
     """Seconds from the start until each new token's forward pass was done."""
-    device = device_of(model)
+    device = model.device
     times: list[float] = []
 
     def note(*_: Any) -> None:

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scone.inference.loading import position_limit
+from scone.models.trunk import longest_sequence
 from scone.utils.command_line import did_you_mean
 from scone.utils.errors import SconeError, library_refusal
 from scone.utils.progress import bars_are_visible
@@ -102,7 +102,7 @@ def evaluate_tasks(
             if name not in manager.all_tasks:
                 advice = did_you_mean(name, TASKS) or f"expected {', '.join(TASKS)}, all, or another of the harness"
                 raise SconeError(f"--tasks: found the unknown task {name}; {advice}")
-        positions = position_limit(model)
+        positions = longest_sequence(model.config)
         settings: dict[str, Any] = {"batch_size": batch_size, "max_length": positions}
         adapter = HFLM(pretrained=model, tokenizer=tokenizer, **settings)  # type: ignore[arg-type]
         advice = f"the model has {positions} positions: leave out a task whose answers are longer"

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scone.inference.stores.base import RowStore, StoreMemory
+from scone.inference.stores import RowStore, StoreMemory
 from scone.inference.stores.tiered import open_store
 from scone.inference.table_format import RowFormat, TableFile
 from scone.kernels.common import GPUReadableRows, to_device, triton_is_installed
@@ -30,20 +30,15 @@ class EmbeddingTable(Closing):
     """
 
     def __init__(self, file: TableFile, store: RowStore, device: torch.device) -> None:
-        self._file = file
-        self.layout = file.layout
-        self.num_rows = file.layout.num_rows
-        self.width, self.row_type = file.layout.row_format.width, file.layout.row_format.row_type
-        self.row_bytes, self.fingerprints = file.layout.row_bytes, file.layout.fingerprints
-        self.store = store
-        self.path = file.path
-        self.device = device
+        self._file, self.store, self.device = file, store, device
+        self.path, self.layout, row = file.path, file.layout, file.layout.row_format
+        self.num_rows, self.width, self.row_type = self.layout.num_rows, row.width, row.row_type
+        self.row_bytes, self.fingerprints = row.row_bytes, self.layout.fingerprints
         blocks = store.gpu_blocks(device)
         self._held = blocks[0] if blocks and len(blocks[0]) and blocks[0].device == device else None
         # looked up in every call, of which they are a tenth where one row is read
         self._by_host = device.type == "cpu" and self._held is None
-        self._float_dtype = file.layout.row_format.float_dtype
-        self._gpu_rows: dict[torch.device, GPUReadableRows | None] = {}
+        self._float_dtype = row.float_dtype
 
     @classmethod
     def open(
@@ -106,9 +101,9 @@ class EmbeddingTable(Closing):
 
     def _decoded(self, ranks: Tensor, dtype: torch.dtype, out: Tensor | None) -> Tensor:
         """Rows that are stored as another type than ``dtype``, on the CPU."""
-        row = self.layout.row_format
-        rows = torch.empty(len(ranks), self.width, dtype=dtype if row.float_dtype else torch.float32)
-        rows = rows if out is None else out
+        row, rows = self.layout.row_format, out
+        if rows is None:
+            rows = torch.empty(len(ranks), self.width, dtype=dtype if row.float_dtype else torch.float32)
         step = max(1, _DECODED_BYTES // row.row_bytes)
         scratch = self.store.new_rows(min(step, len(ranks)))
         for low in range(0, len(ranks), step):
@@ -145,15 +140,12 @@ class EmbeddingTable(Closing):
 
     def gpu_rows(self, device: torch.device) -> GPUReadableRows | None:
         """The rows, where kernels on ``device`` read them by themselves and are there; None where the host has to."""
-        if device not in self._gpu_rows:
-            blocks, row = self.store.gpu_blocks(device) if triton_is_installed() else [], self.layout.row_format
-            # None where some rows are on disk; more than the GPU's and the host's blocks can only be given on purpose
-            found = 1 <= len(blocks) <= 2 and sum(map(len, blocks)) >= self.num_rows
-            rest = blocks[1] if len(blocks) > 1 else None
-            self._gpu_rows[device] = (
-                GPUReadableRows(blocks[0], rest, row.row_type, row.width, row.group_size) if found else None
-            )
-        return self._gpu_rows[device]
+        blocks, row = self.store.gpu_blocks(device) if triton_is_installed() else [], self.layout.row_format
+        # None where some rows are on disk; more than the GPU's and the host's blocks can only be given on purpose
+        if not 1 <= len(blocks) <= 2 or sum(map(len, blocks)) < self.num_rows:
+            return None
+        rest = blocks[1] if len(blocks) > 1 else None
+        return GPUReadableRows(blocks[0], rest, row.row_type, row.width, row.group_size)
 
     def prefetch(self, ranks: Tensor) -> None:
         """Start fetching these rows in the background (int64 [n]), so that `rows` of them waits less."""
@@ -188,7 +180,6 @@ class EmbeddingTable(Closing):
 
     def close(self) -> None:
         """Release files, memory and threads."""
-        self._gpu_rows.clear()
         self._held = None
         self.store.close()
         self._file.close()

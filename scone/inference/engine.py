@@ -10,20 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from scone.inference.loading import LoadedModel, device_of, load_model, position_limit
+from scone.inference.loading import LoadedModel, load_model
 from scone.inference.quantization import model_bytes
-from scone.inference.streaming import (
-    GeneratedSequence,
-    GenerationStats,
-    SequenceStoppingCriteria,
-    TableReads,
-    counted_reads,
-    decode,
-)
+from scone.inference.streaming import GeneratedSequence, GenerationStats, SequenceStoppingCriteria, decode, table_reads
+from scone.models.trunk import longest_sequence
 from scone.utils.environment import process_bytes
 from scone.utils.errors import SconeError
 
@@ -112,8 +105,9 @@ class SconeInferenceEngine:
         started = time.perf_counter()
         copies = options.num_return_sequences
         sequences = [self.sequence(text, options) for text in texts for _ in range(copies)]
-        with counted_reads(self.model) as reads:
-            self.run(sequences, options, reads)
+        before = table_reads(self.model)
+        num_padding = self.run(sequences, options)
+        positions, rows = (table_reads(self.model) - before).tolist()
         generations = []
         for index, text in enumerate(texts):
             own = sequences[index * copies : (index + 1) * copies]
@@ -121,7 +115,7 @@ class SconeInferenceEngine:
             written = [self.text_of(ids) for ids in token_ids]
             generations.append(Generation(text, written, token_ids, len(own[0].prompt_ids)))
         num_prompt_tokens = sum(one.num_prompt_tokens for one in generations)
-        table, device = self.loaded.table, device_of(self.model)
+        table, device = self.loaded.table, self.model.device
         firsts = [one.first_token_at for one in sequences if one.first_token_at is not None]
         return generations, GenerationStats(
             num_prompt_tokens,
@@ -130,7 +124,7 @@ class SconeInferenceEngine:
             seconds=time.perf_counter() - started,
             model_bytes=model_bytes(self.model),
             table_bytes=0 if table is None else table.num_rows * table.row_bytes,
-            reads=reads,
+            reads=None if table is None else (positions - num_padding, rows),
             process_bytes=process_bytes(),
             accelerator_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
         )
@@ -147,8 +141,7 @@ class SconeInferenceEngine:
                 f"found {options.num_beams} beams and {options.num_return_sequences} sequences to stream; expected one "
                 "of each; leave --stream out"
             )
-        sequence = self.sequence(prompt, options)
-        return self._stream(sequence, options)
+        return self._stream(self.sequence(prompt, options), options)
 
     def _stream(self, sequence: GeneratedSequence, options: GenerationOptions) -> Iterator[str]:
         pieces: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
@@ -179,7 +172,7 @@ class SconeInferenceEngine:
         """
         if not prompt:
             raise SconeError("found an empty prompt; expected some text to continue; give a prompt")
-        ids = list(prompt) if not isinstance(prompt, str) else self._encode(prompt)
+        ids = self._encode(prompt) if isinstance(prompt, str) else list(prompt)
         if not ids:
             raise SconeError(
                 f"found the prompt {prompt!r}, which the tokenizer turns into no tokens; give another prompt"
@@ -204,17 +197,14 @@ class SconeInferenceEngine:
         ids = self.prompt_ids(prompt)
         return GeneratedSequence(ids, self._total_length(ids, options) - len(ids))
 
-    def run(
-        self, sequences: Sequence[GeneratedSequence], options: GenerationOptions, reads: TableReads | None = None
-    ) -> None:
-        """Continue all ``sequences``, in as few batches as the model's positions allow.
+    def run(self, sequences: Sequence[GeneratedSequence], options: GenerationOptions) -> int:
+        """Continue all ``sequences``, in as few batches as the model's positions allow; returns how many positions of
+        padding that took.
 
         Lengths in ``options`` are not looked at: each sequence has its own. With beams, the ``num_return_sequences``
-        sequences of a prompt are neighbours. Padding is taken out of ``reads``.
+        sequences of a prompt are neighbours.
         """
-        for group in self._groups(sequences, options):
-            self._prefetch(group)
-            self._run_group(group, options, reads)
+        return sum(self._run_group(group, options) for group in self._groups(sequences, options))
 
     def text_of(self, ids: Sequence[int]) -> str:
         """The text of tokens, special ones left out."""
@@ -222,7 +212,7 @@ class SconeInferenceEngine:
 
     def _total_length(self, ids: list[int], options: GenerationOptions) -> int:
         """How long prompt and continuation together may get; see `generate` for what is refused."""
-        limit = position_limit(self.model)
+        limit = longest_sequence(self.model.config)
         if options.max_new_tokens is not None:
             total = len(ids) + options.max_new_tokens
         else:
@@ -246,7 +236,7 @@ class SconeInferenceEngine:
         """Sequences that run together: all, unless padding would walk past the model's positions, or be punished as
         repeated text; then by length.
         """
-        limit, lengths = position_limit(self.model), {len(sequence.prompt_ids) for sequence in sequences}
+        limit, lengths = longest_sequence(self.model.config), {len(sequence.prompt_ids) for sequence in sequences}
         fits = limit is None or max(lengths) + max(sequence.max_new_tokens for sequence in sequences) <= limit
         if fits and (options.repetition_penalty == 1 or len(lengths) == 1):
             return [list(sequences)]
@@ -255,38 +245,27 @@ class SconeInferenceEngine:
             by_shape.setdefault((len(sequence.prompt_ids), sequence.max_new_tokens), []).append(sequence)
         return list(by_shape.values())
 
-    def _prefetch(self, sequences: Sequence[GeneratedSequence]) -> None:
+    def _prefetch(self, tokens: Tensor, mask: Tensor) -> None:
         """Let a mapped table begin to read what the prompts of one batch will ask for."""
-        table, match = self.loaded.table, getattr(self.model, "match", None)
-        if table is None or match is None or not table.memory.mapped:
-            return
-        tokens, mask = self._padded(sequences)
-        nodes = match(tokens, mask)
-        ranks = nodes[nodes >= self.model.config.vocab_size] - self.model.config.vocab_size
-        table.prefetch(torch.from_numpy(np.ascontiguousarray(ranks)))
+        table, model = self.loaded.table, self.model
+        if table is not None and table.memory.mapped:
+            ranks = model.match(tokens, mask) - model.config.vocab_size  # type: ignore[operator]
+            table.prefetch(torch.from_numpy(ranks[ranks >= 0]))
 
-    def _padded(self, sequences: Sequence[GeneratedSequence]) -> tuple[Tensor, Tensor]:
-        """Tokens and mask of the prompts, int64 [B, T] on the host, padded on the left."""
-        pad, width = self._pad_token_id(), max(len(sequence.prompt_ids) for sequence in sequences)
-        tokens = [[pad] * (width - len(sequence.prompt_ids)) + sequence.prompt_ids for sequence in sequences]
-        mask = [[0] * (width - len(sequence.prompt_ids)) + [1] * len(sequence.prompt_ids) for sequence in sequences]
-        return torch.tensor(tokens), torch.tensor(mask)
-
-    def _run_group(
-        self, sequences: Sequence[GeneratedSequence], options: GenerationOptions, reads: TableReads | None
-    ) -> None:
-        """Continue one batch; with beams, the copies of a prompt in ``sequences`` are one search."""
+    def _run_group(self, sequences: Sequence[GeneratedSequence], options: GenerationOptions) -> int:
+        """Continue one batch; with beams, the copies of a prompt in ``sequences`` are one search. See `run`."""
         copies = options.num_return_sequences if options.num_beams > 1 else 1
-        prompts = sequences[::copies]
-        tokens, mask = self._padded(prompts)
-        width, ends, device = tokens.shape[1], self._eos_token_ids(), device_of(self.model)
+        prompts = [sequence.prompt_ids for sequence in sequences[::copies]]
+        width, pad = max(map(len, prompts)), self._pad_token_id()
+        tokens = torch.tensor([[pad] * (width - len(ids)) + ids for ids in prompts])  # on the left
+        mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts])
+        self._prefetch(tokens, mask)
+        ends, device = self._eos_token_ids(), self.model.device
         for sequence in sequences:
             sequence.begin(self.tokenizer)
         # beams change places, and have no text before they are finished
         criteria = [] if options.num_beams > 1 else [SequenceStoppingCriteria(sequences, ends, width)]
-        if reads is not None:
-            reads.num_padding += int((mask == 0).sum()) * options.num_beams
-        shortest = min(len(sequence.prompt_ids) for sequence in sequences)
+        shortest = min(map(len, prompts))
         new_tokens = max(sequence.max_new_tokens for sequence in sequences)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(options.seed)
@@ -303,6 +282,7 @@ class SconeInferenceEngine:
                     sequence.add(token, ends, now)
         for sequence in sequences:
             sequence.finish("length")
+        return (mask.numel() - int(mask.sum())) * options.num_beams
 
     def _generation_config(self, options: GenerationOptions, new_tokens: int, shortest: int) -> Any:
         from transformers import GenerationConfig

@@ -52,17 +52,6 @@ def choose_device(device: str | torch.device | None) -> torch.device:
     return chosen
 
 
-def device_of(model: torch.nn.Module) -> torch.device:
-    """Where the model's first parameter lives."""
-    return next(model.parameters()).device
-
-
-def position_limit(model: PreTrainedModel) -> int | None:
-    """How many positions the model can read, None where its configuration states no limit."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return int(limit) if limit else None
-
-
 def _is_scone_folder(folder: Path) -> bool:
     """Whether a model folder's config.json says that it is one of ours. Raises SconeError when it is no such folder."""
     if not (folder / "config.json").is_file():

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from scone.inference.loading import device_of
 from scone.inference.stores.memory import MemoryStore, load_rows
 from scone.inference.table_format import (
     FINGERPRINT_NAMES,
@@ -128,7 +127,7 @@ def _compute_chunks(
     if not todo:
         return
     vocabulary: Any = model.vocabulary
-    order, device = vocabulary.depth_first_order(), device_of(model)
+    order, device = vocabulary.depth_first_order(), model.device
 
     def compute(chunk: int) -> int:
         ranks = np.asarray(order[chunk * chunk_rows : (chunk + 1) * chunk_rows], dtype=np.int64)

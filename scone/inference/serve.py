@@ -163,11 +163,10 @@ class Service:
         self,
         engine: SconeInferenceEngine,
         model_name: str,
-        *,
-        max_new_tokens: int = 1024,
-        max_batch: int = 16,
-        max_waiting: int = 128,
-        api_key: str | None = None,
+        max_new_tokens: int,
+        max_batch: int,
+        max_waiting: int,
+        api_key: str | None,
     ) -> None:
         self.engine, self.max_new_tokens, self.api_key = engine, max_new_tokens, api_key
         self.scheduler = Scheduler(engine, max_batch, max_waiting)

@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from scone.inference.engine import GenerationOptions, SconeInferenceEngine
-from scone.inference.loading import position_limit
 from scone.inference.streaming import GeneratedSequence
+from scone.models.trunk import longest_sequence
 from scone.utils.errors import SconeError
 
 DEFAULT_NEW_TOKENS, MAX_PROMPTS = 16, 64
@@ -91,7 +91,7 @@ class GenerationRequest(RequestPart):
         wanted = (self.max_completion_tokens if isinstance(self, ChatRequest) else None) or self.max_tokens
         if wanted is not None and wanted > most:
             raise RequestError(f"found max_tokens {wanted}; expected at most {most}; ask for fewer")
-        context, sequences = position_limit(engine.model), []
+        context, sequences = longest_sequence(engine.model.config), []
         for ids in self.prompts(engine):
             room = most if context is None else context - len(ids)
             if room < (wanted or 1):

@@ -5,8 +5,7 @@ that took.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -167,29 +166,11 @@ class SequenceStoppingCriteria(StoppingCriteria):
         return torch.tensor(done, device=input_ids.device)
 
 
-@dataclass
-class TableReads:
-    """Positions that were looked up, ``num_padding`` of padding not counted, and rows that were read for them."""
-
-    num_padding: int = 0
-    counts: list[torch.Tensor] = field(default_factory=list, repr=False)
-    """Positions and rows, int64 ``[2]``, in parts to be added up: an accelerator is waited for when it is asked."""
-
-    @property
-    def num_positions(self) -> int:
-        """Positions that were looked up."""
-        return sum(int(part[0]) for part in self.counts) - self.num_padding
-
-    @property
-    def num_rows(self) -> int:
-        """Rows that were read."""
-        return sum(int(part[1]) for part in self.counts)
-
-
 @dataclass(frozen=True)
 class GenerationStats:
     """What a call of `generate` took. ``first_token_seconds``: until every sequence had one (None with beams);
-    ``reads`` is None without a table, ``accelerator_bytes`` (the peak) without an accelerator.
+    ``reads``: positions looked up (padding not counted) and rows read for them, None without a table;
+    ``accelerator_bytes``: the peak, None without an accelerator.
     """
 
     num_prompt_tokens: int
@@ -198,7 +179,7 @@ class GenerationStats:
     seconds: float
     model_bytes: int
     table_bytes: int
-    reads: TableReads | None = None
+    reads: tuple[int, int] | None = None
     process_bytes: int | None = None
     accelerator_bytes: int | None = None
 
@@ -216,7 +197,7 @@ class GenerationStats:
             + f": {self.tokens_per_second:.1f} tokens/s"
         ]
         if self.reads is not None:
-            rows, positions = self.reads.num_rows, self.reads.num_positions
+            positions, rows = self.reads
             matched = f"an f-gram ended at {rows / max(positions, 1):.1%}"
             lines.append(f"table reads: {rows:,} rows for {positions:,} positions: {matched}")
         memory = {"model": self.model_bytes, "table": self.table_bytes, "process": self.process_bytes}
@@ -225,15 +206,8 @@ class GenerationStats:
         return "\n".join([*lines, "memory: " + ", ".join(held)])
 
 
-@contextmanager
-def counted_reads(model: PreTrainedModel) -> Iterator[TableReads | None]:
-    """Count what ``model`` looks up in its table inside the block (known at its end); None for one without a table."""
-    layer = getattr(model, "table_embedding", None)
-    if layer is None:
-        yield None
-        return
-    reads, before = TableReads(), layer.reads()
-    try:
-        yield reads
-    finally:
-        reads.counts += [after - earlier for after, earlier in zip(layer.reads(), before, strict=True)]
+def table_reads(model: PreTrainedModel) -> Tensor:
+    """What ``model`` looked up in its table so far, if it has one: positions, padding too, and rows, int64 ``[2]``."""
+    layer: Any = getattr(model, "table_embedding", None)
+    counts = torch.zeros(2, dtype=torch.int64)
+    return counts if layer is None else sum((part.cpu() for part in layer.reads()), counts)

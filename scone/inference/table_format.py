@@ -251,30 +251,24 @@ class TableLayout:
         }
         metadata |= {f"{name}_fingerprint": self.fingerprints.get(name, "") for name in FINGERPRINT_NAMES}
         metadata["header_checksum"] = _metadata_checksum(metadata)
-        text = json.dumps({"__metadata__": metadata} | self._tensors(), separators=(",", ":")).encode("ascii")
+        row, end = self.row_format, self.payload_bytes
+        kind = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}.get(row.row_type, "U8")
+        shape = [self.num_rows, row.row_bytes if kind == "U8" else row.width]
+        sums = [self.num_checksums, DIGEST_BYTES]
+        header = {
+            "__metadata__": metadata,
+            "rows": {"dtype": kind, "shape": shape, "data_offsets": [0, end]},
+            "chunk_checksums": {"dtype": "U8", "shape": sums, "data_offsets": [end, end + sums[0] * sums[1]]},
+        }
+        text = json.dumps(header, separators=(",", ":")).encode("ascii")
         length = -(-(8 + len(text)) // PAGE_BYTES) * PAGE_BYTES - 8
         return struct.pack("<Q", length) + text.ljust(length)
-
-    def _tensors(self) -> dict[str, Any]:
-        row = self.row_format
-        safetensors_type = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}.get(row.row_type, "U8")
-        elements = row.row_bytes if safetensors_type == "U8" else row.width
-        end = self.payload_bytes
-        return {
-            "rows": {"dtype": safetensors_type, "shape": [self.num_rows, elements], "data_offsets": [0, end]},
-            "chunk_checksums": {
-                "dtype": "U8",
-                "shape": [self.num_checksums, DIGEST_BYTES],
-                "data_offsets": [end, end + DIGEST_BYTES * self.num_checksums],
-            },
-        }
 
 
 class TableFile(Closing):
     """An open table file whose header has been checked. The descriptor stays open, so renaming or deleting is harmless.
 
-    Attributes: ``path``, ``descriptor``, ``layout``; ``data_start`` (byte of row 0) and ``file_bytes``, for which the
-    layout would make its header each time.
+    Attributes: ``path``, ``descriptor``, ``layout``.
     """
 
     def __init__(self, path: str | Path, expected_fingerprints: Mapping[str, str] | None = None) -> None:
@@ -290,7 +284,6 @@ class TableFile(Closing):
         try:
             self.layout = _read_layout(self.descriptor, self.path)
             check_fingerprints(self.path, self.layout.fingerprints, expected_fingerprints)
-            self.data_start, self.file_bytes = self.layout.data_start, self.layout.file_bytes
             status = os.fstat(self.descriptor)
             self._size, self._time = status.st_size, status.st_mtime_ns
         except OSError as error:

@@ -13,8 +13,7 @@ import hashlib
 import os
 import shutil
 import threading
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ import numpy as np
 
 from scone.inference.table_format import TableLayout
 from scone.utils.errors import SconeError
-from scone.utils.files import Closing, read_json, sync_folder, translate_disk_full, write_json
+from scone.utils.files import Closing, is_at, read_json, sync_folder, translate_disk_full, write_json
 from scone.utils.progress import map_in_order
 from scone.utils.text import human_bytes
 
@@ -43,16 +42,10 @@ class TablePlan:
     def as_json(self) -> dict[str, Any]:
         """What `plan.json` holds."""
         row = self.layout.row_format
-        return {
-            "num_rows": self.layout.num_rows,
-            "width": row.width,
-            "row_type": row.row_type,
-            "group_size": row.group_size,
-            "compute_dtype": self.layout.compute_dtype,
-            "fingerprints": dict(self.layout.fingerprints),
-            "num_chunks": self.num_chunks,
-            "settings": self.settings,
-        }
+        what = {"num_rows": self.layout.num_rows, "width": row.width, "row_type": row.row_type}
+        what |= {"group_size": row.group_size, "compute_dtype": self.layout.compute_dtype}
+        what |= {"fingerprints": dict(self.layout.fingerprints)}
+        return what | {"num_chunks": self.num_chunks, "settings": self.settings}
 
 
 class TableWriter(Closing):
@@ -69,14 +62,9 @@ class TableWriter(Closing):
 
         Raises SconeError: not enough disk space, or another process is writing this table with another plan.
         """
-        self.path = Path(path)
-        self.plan = plan
-        self.notice = ""
+        self.path, self.plan, self.notice = Path(path), plan, ""
         self.folder = self.path.with_name(self.path.name + ".part")
-        self._drop_page_cache = drop_page_cache
-        self._data_start = plan.layout.data_start
-        self._thread_lock = threading.Lock()
-        self._rank = rank
+        self._drop_page_cache, self._thread_lock = drop_page_cache, threading.Lock()
         with self._says_when_full():
             self._lock = self._enter_folder()
             self._rows = os.open(self.folder / "table", os.O_RDWR | os.O_CLOEXEC)
@@ -94,7 +82,7 @@ class TableWriter(Closing):
             except BlockingIOError:
                 fcntl.flock(lock, fcntl.LOCK_SH)
                 alone = False
-            if _is_same_file(lock, self.folder / "lock"):  # else it was finished and removed meanwhile
+            if is_at(lock, self.folder / "lock"):  # else it was finished and removed meanwhile
                 try:
                     ready = self._prepare(alone)
                 except BaseException:
@@ -179,7 +167,7 @@ class TableWriter(Closing):
         view = rows.data
         with self._says_when_full():
             for low, high in zip(starts.tolist(), [*starts[1:].tolist(), len(ranks)], strict=True):
-                _write_all(self._rows, view[low:high].cast("B"), self._data_start + int(ranks[low]) * layout.row_bytes)
+                _write_all(self._rows, view[low:high].cast("B"), layout.data_start + int(ranks[low]) * layout.row_bytes)
 
     def mark_finished(self, chunk: int) -> None:
         """Note that all rows of ``chunk`` are written; first they, then the note, are made durable."""
@@ -202,7 +190,7 @@ class TableWriter(Closing):
                 return self.path.exists()  # another process completed it meanwhile
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX)
-                if not _is_same_file(self._rows, self.folder / "table"):
+                if not is_at(self._rows, self.folder / "table"):
                     return self.path.exists()
                 if len(self.finished_chunks()) < self.plan.num_chunks:
                     return False
@@ -213,7 +201,7 @@ class TableWriter(Closing):
 
     def _complete(self) -> None:
         layout = self.plan.layout
-        checksums = b"".join(self._checksums())
+        checksums = b"".join(map_in_order(self._checksum, range(layout.num_checksums), os.cpu_count() or 1))
         complete = replace(layout, rows_checksum=hashlib.sha256(checksums).hexdigest())
         _write_all(self._rows, memoryview(checksums), layout.checksums_start)
         _write_all(self._rows, memoryview(complete.header()), 0)
@@ -223,22 +211,17 @@ class TableWriter(Closing):
         sync_folder(self.path.parent)
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _checksums(self) -> Iterator[bytes]:
+    def _checksum(self, chunk: int) -> bytes:
         layout = self.plan.layout
         span = layout.checksum_rows * layout.row_bytes
-
-        def checksum(chunk: int) -> bytes:
-            low = layout.data_start + chunk * span
-            size = min(span, layout.checksums_start - low)
-            content = os.pread(self._rows, size, low)
-            if len(content) != size:
-                raise SconeError(f"found {self.folder} cut from outside; expected its full size; delete it")
-            digest = hashlib.sha256(content).digest()
-            if self._drop_page_cache:
-                os.posix_fadvise(self._rows, low, size, os.POSIX_FADV_DONTNEED)
-            return digest
-
-        yield from map_in_order(checksum, range(layout.num_checksums), os.cpu_count() or 1)
+        low = layout.data_start + chunk * span
+        size = min(span, layout.checksums_start - low)
+        content = os.pread(self._rows, size, low)
+        if len(content) != size:
+            raise SconeError(f"found {self.folder} cut from outside; expected its full size; delete it")
+        if self._drop_page_cache:
+            os.posix_fadvise(self._rows, low, size, os.POSIX_FADV_DONTNEED)
+        return hashlib.sha256(content).digest()
 
     def _says_when_full(self) -> AbstractContextManager[None]:
         return translate_disk_full(
@@ -257,13 +240,10 @@ def discard_partial(path: str | Path) -> None:
     if not folder.is_dir():
         return
     lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
+    with suppress(BlockingIOError):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         shutil.rmtree(folder, ignore_errors=True)
-    except BlockingIOError:
-        return
-    finally:
-        os.close(lock)
+    os.close(lock)
 
 
 def _read_plan(path: Path) -> dict[str, Any]:
@@ -289,10 +269,3 @@ def _write_all(descriptor: int, data: memoryview, offset: int | None) -> None:
         written = os.write(descriptor, data) if offset is None else os.pwrite(descriptor, data, offset)
         data = data[written:]
         offset = None if offset is None else offset + written
-
-
-def _is_same_file(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False

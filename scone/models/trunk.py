@@ -104,8 +104,8 @@ def trunk_sizes(config: PreTrainedConfig) -> dict[str, int]:
 
 
 def longest_sequence(config: PreTrainedConfig) -> int | None:
-    """The most positions that the trunk can take, None where it has no limit."""
-    return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    """The most positions that a model of this configuration can take, None where it states no limit."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or None
 
 
 def _pretrained(options: ModelOptions, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedModel:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from scone.configs.schema import SconeOptions
 from scone.utils.errors import SconeError
+
+if TYPE_CHECKING:
+    from scone.inference.engine import SconeInferenceEngine
 
 ROW_TYPES = ("fp32", "fp16", "bf16", "int8", "int4")
 SHARED: dict[str, dict[str, Any]] = {
     "model_path": {"required": True, "metavar": "FOLDER", "help": "the model: a final_model folder"},
-    "embedding_cache_path": {
-        "metavar": "FILE",
-        "help": "its embedding table (default: compute f-gram embeddings live)",
-    },
+    "embedding_cache_path": {"metavar": "FILE", "help": "its table (default: compute f-gram embeddings live)"},
     "tokenizer_path": {"metavar": "FOLDER", "help": "tokenizer (default: the model's own)"},
     "placement": {"default": "ram", "help": "where the table is kept: ram, mmap, direct, or tiers"},
     "quantization": {"metavar": "TYPE", "help": "quantise the trunk: fp16, int8 or int4"},
@@ -36,17 +37,37 @@ def arguments(*shared: str, **own: dict[str, Any]) -> Callable[[argparse._Action
     return add
 
 
-def at_least(low: float, kind: type[int] | type[float] = int) -> Callable[[str], float]:
-    """An argument's type: a number of at least ``low``."""
+def number(low: float, text: str, default: float | None = None, kind: type[int] | type[float] = int) -> dict[str, Any]:
+    """An argument that is a number of at least ``low``; its help is ``text`` and the default."""
 
-    def number(text: str) -> float:
-        value = kind(text)
+    def read(given: str) -> float:
+        value = kind(given)
         if not value >= low:
-            raise argparse.ArgumentTypeError(f"found {text}; expected at least {low}")
+            raise argparse.ArgumentTypeError(f"found {given}; expected at least {low}")
         return value
 
-    number.__name__ = "whole number" if kind is int else "number"  # argparse names it where the text is none
-    return number
+    read.__name__ = "whole number" if kind is int else "number"  # argparse names it where the text is none
+    shown = text if default is None else f"{text} (default: {default})"
+    return {"type": read, "default": default, "metavar": "N" if kind is int else "X", "help": shown}
+
+
+def switch(text: str) -> dict[str, Any]:
+    """An argument that is given or not."""
+    return {"action": "store_true", "help": text}
+
+
+def load_engine(options: SconeOptions, extra: argparse.Namespace) -> SconeInferenceEngine:
+    """Model, table and tokenizer as the arguments name them that `evaluate`, `generate` and `serve` share."""
+    from scone.inference.engine import SconeInferenceEngine
+
+    return SconeInferenceEngine.from_pretrained(
+        extra.model_path,
+        extra.embedding_cache_path,
+        "mmap" if options.inference.use_memory_map else extra.placement,
+        extra.quantization,
+        options.training.device,
+        extra.tokenizer_path,
+    )
 
 
 def check_tokenizer(tokenizer: Any, vocabulary: Any, advice: str) -> None:

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from scone.configs.loading import parse_options
-from scone.scripts.arguments import SHARED, arguments, at_least
+from scone.scripts.arguments import SHARED, arguments, number
 from scone.utils.command_line import run_main
 
 EXAMPLES = ("scone benchmark --config scone/configs/benchmark_config.json --output_dir ./benchmark_results",)
@@ -19,12 +19,7 @@ benchmark.json, benchmark.md and benchmark.html, a report with plots."""
 ARGUMENTS = arguments(
     config={"required": True, "metavar": "FILE", "help": "JSON file of models, baselines, datasets and grid"},
     output_dir={"default": "./benchmark_results", "metavar": "FOLDER", "help": "output folder"},
-    max_tokens={
-        "type": at_least(2),
-        "default": 500_000,
-        "metavar": "N",
-        "help": "tokens a dataset (default: 500000)",
-    },
+    max_tokens=number(2, "tokens a dataset", 500_000),
     placement=SHARED["placement"],
     quantization={
         "nargs": "+",

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from scone.configs.loading import parse_options
-from scone.scripts.arguments import arguments, at_least
+from scone.scripts.arguments import arguments, number, switch
 from scone.utils.command_line import run_main
 
 EXAMPLES = ("scone demo", "scone demo --data my_texts/ --output_dir my_demo", "scone demo --quick")
@@ -17,26 +17,18 @@ Train a plain language model and SCONE (same trunk, data, tokens, schedule) on a
 evaluate both on held-out text, generate from both, and write report.html and report.json. It prints what it
 measured, whoever wins. A second run reuses finished steps."""
 OWN: dict[str, dict[str, Any]] = {
-    "data": {
-        "metavar": "PATH",
-        "help": "file or folder with your own text (default: the Python standard library's sources)",
-    },
+    "data": {"metavar": "PATH", "help": "file or folder of your own text (default: the Python library's sources)"},
     "text_column": {"metavar": "NAME", "help": "column or JSON key with the text (default: text)"},
     "output_dir": {"metavar": "FOLDER", "help": "output folder (default: demo)"},
-    "steps": {
-        "type": at_least(1),
-        "metavar": "N",
-        "help": "training steps of each model (default: 420)",
-    },
+    "steps": number(1, "training steps of each model (default: 420)"),
     "seed": {"type": int, "metavar": "N", "help": "random seed of both runs (default: 42)"},
 }
-QUICKLY = {"action": "store_true", "help": "run everything in about a minute, with a smaller gain"}
 read_arguments = partial(
     parse_options,
     sections=(),
     description=DESCRIPTION,
     examples=EXAMPLES,
-    add_arguments=arguments(**OWN, quick=QUICKLY),
+    add_arguments=arguments(**OWN, quick=switch("run everything in about a minute, with a smaller gain")),
 )
 
 

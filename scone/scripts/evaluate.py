@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from scone.configs.loading import parse_options
 from scone.configs.schema import SconeOptions
-from scone.scripts.arguments import arguments, at_least
+from scone.scripts.arguments import arguments, load_engine, number
 from scone.utils.command_line import run_main
 from scone.utils.errors import SconeError
 
@@ -49,13 +49,9 @@ ARGUMENTS = arguments(
         "metavar": "FOLDER",
         "help": "folder of JSON-lines files, such as piqa_validation.jsonl.zst (default: download)",
     },
-    stride={
-        "type": int,
-        "metavar": "N",
-        "help": "tokens between window starts (default: max_length, no overlap)",
-    },
-    max_tokens={"type": at_least(2), "metavar": "N", "help": "evaluate on the first N tokens only"},
-    limit={"type": at_least(1), "metavar": "N", "help": "evaluate the first N items of each task only"},
+    stride={"type": int, "metavar": "N", "help": "tokens between window starts (default: max_length, no overlap)"},
+    max_tokens=number(2, "evaluate on the first N tokens only"),
+    limit=number(1, "evaluate the first N items of each task only"),
     output={"metavar": "FILE", "help": "also write the result as JSON"},
 )
 
@@ -76,16 +72,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     options, extra = read_arguments(argv)
     import torch
 
-    from scone.inference.loading import load_model
-    from scone.tokenization.tokenizers import load_tokenizer
     from scone.utils.files import write_json
 
     torch.manual_seed(options.training.seed)
-    placement = "mmap" if options.inference.use_memory_map else extra.placement
-    loaded = load_model(
-        extra.model_path, extra.embedding_cache_path, placement, options.training.device, extra.quantization
-    )
-    tokenizer = load_tokenizer(extra.tokenizer_path or extra.model_path)
+    engine = load_engine(options, extra)
+    loaded, tokenizer = engine.loaded, engine.tokenizer
     facts: dict[str, object] = {"model_path": str(extra.model_path)}
     with redirect_stdout(io.StringIO()) if extra.json else nullcontext():
         if extra.tasks is None or "data.dataset_name" in options.given:
@@ -114,7 +105,7 @@ def _measure_perplexity(
     """Print the perplexity on the dataset; returns what goes into the JSON."""
     from scone.data.prepare import prepare_corpus
     from scone.evaluation.perplexity import perplexity, sizes_of
-    from scone.inference.loading import position_limit
+    from scone.models.trunk import longest_sequence
 
     data = options.data
     file = prepare_corpus(
@@ -126,7 +117,7 @@ def _measure_perplexity(
         cache_dir=data.cache_dir,
     )[extra.split]
     tokens = file.tokens[: extra.max_tokens]
-    limit = position_limit(model)
+    limit = longest_sequence(model.config)
     if limit is not None and "data.max_length" not in options.given:
         data.max_length = min(data.max_length, limit)  # the default gives way to a shorter model
     result = perplexity(

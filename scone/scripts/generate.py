@@ -5,16 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from scone.configs.loading import parse_options
 from scone.configs.schema import SconeOptions
-from scone.scripts.arguments import arguments, at_least
+from scone.scripts.arguments import arguments, load_engine, number, switch
 from scone.utils.command_line import run_main
 from scone.utils.errors import SconeError
-
-if TYPE_CHECKING:
-    from scone.inference.engine import GenerationOptions, SconeInferenceEngine
 
 EXAMPLES = (
     'scone generate --model_path ./outputs/scone-model/final_model --prompt "Once upon a time" --max_length 100',
@@ -29,30 +25,18 @@ ARGUMENTS = arguments(
     "tokenizer_path",
     "quantization",
     "placement",
-    prompt={
-        "required": True,
-        "action": "append",
-        "metavar": "TEXT",
-        "help": "text to continue; may be given several times",
-    },
-    max_length={
-        "type": at_least(1),
-        "help": "total length, prompt included, in tokens (default: 100, or the model's limit if lower)",
-    },
-    min_length={"type": at_least(0), "default": 0, "help": "minimum total length, prompt included (default: 0)"},
-    num_beams={"type": at_least(1), "default": 1, "help": "number of beams (default: 1, no beam search)"},
-    temperature={"type": at_least(1e-6, float), "default": 1.0, "help": "sampling temperature (default: 1.0)"},
-    top_k={"type": at_least(0), "default": 50, "help": "sample from the k most likely tokens, 0: all (default: 50)"},
-    top_p={"type": at_least(0, float), "default": 1.0, "help": "nucleus sampling probability (default: 1.0)"},
-    repetition_penalty={
-        "type": at_least(1e-6, float),
-        "default": 1.0,
-        "help": "penalty for repeated tokens; 1: none (default: 1.0)",
-    },
-    num_return_sequences={"type": at_least(1), "default": 1, "help": "continuations per prompt (default: 1)"},
-    do_sample={"action": "store_true", "help": "sample tokens (default: greedy decoding)"},
-    stream={"action": "store_true", "help": "print the text while it is being generated"},
-    stats={"action": "store_true", "help": "print latency, speed, table reads and memory to stderr"},
+    prompt={"required": True, "action": "append", "metavar": "TEXT", "help": "text to continue; may be repeated"},
+    max_length=number(1, "total length, prompt included, in tokens (default: 100, or the model's limit if lower)"),
+    min_length=number(0, "minimum total length, prompt included", 0),
+    num_beams=number(1, "number of beams; 1: no beam search", 1),
+    temperature=number(1e-6, "sampling temperature", 1.0, float),
+    top_k=number(0, "sample from the k most likely tokens; 0: all", 50),
+    top_p=number(0, "nucleus sampling probability", 1.0, float),
+    repetition_penalty=number(1e-6, "penalty for repeated tokens; 1: none", 1.0, float),
+    num_return_sequences=number(1, "continuations per prompt", 1),
+    do_sample=switch("sample tokens (default: greedy decoding)"),
+    stream=switch("print the text while it is being generated"),
+    stats=switch("print latency, speed, table reads and memory to stderr"),
 )
 
 
@@ -81,39 +65,27 @@ def read_arguments(argv: Sequence[str] | None) -> tuple[SconeOptions, argparse.N
 def main(argv: Sequence[str] | None = None) -> int:
     """Generate and print the texts, prompt included."""
     options, extra = read_arguments(argv)
-    from scone.inference.engine import GenerationOptions, SconeInferenceEngine
+    from scone.inference.engine import GenerationOptions
 
-    engine = SconeInferenceEngine.from_pretrained(
-        extra.model_path,
-        extra.embedding_cache_path,
-        placement="mmap" if options.inference.use_memory_map else extra.placement,
-        quantization=extra.quantization,
-        device=options.training.device,
-        tokenizer_path=extra.tokenizer_path,
-    )
+    engine = load_engine(options, extra)
     names = [name for name in GenerationOptions.__dataclass_fields__ if name in extra]
     wanted = GenerationOptions(**{name: getattr(extra, name) for name in names}, seed=options.training.seed)
     if extra.stream:
-        return _stream(engine, extra.prompt, wanted)
+        for place, prompt in enumerate(extra.prompt):
+            pieces = engine.stream(prompt, wanted)  # what cannot be continued is refused before anything is printed
+            print("\n\n" if place else "", prompt, sep="", end="", flush=True)
+            for piece in pieces:
+                print(piece, end="", flush=True)
+        print()
+        return 0
     generations, stats = engine.generate(extra.prompt, wanted)
     texts = [text for generation in generations for text in generation.texts]
-    print("\n\n".join(f"[{number}] {text}" for number, text in enumerate(texts, 1)) if len(texts) > 1 else texts[0])
+    print("\n\n".join(f"[{place}] {text}" for place, text in enumerate(texts, 1)) if len(texts) > 1 else texts[0])
     if extra.stats:
         print(stats, file=sys.stderr)
         for part in (engine.loaded.quantization, engine.loaded.table and engine.loaded.table.describe()):
             if part is not None:
                 print(part, file=sys.stderr)
-    return 0
-
-
-def _stream(engine: SconeInferenceEngine, prompts: list[str], options: GenerationOptions) -> int:
-    """Print each prompt and its continuation as it comes."""
-    for number, prompt in enumerate(prompts):
-        pieces = engine.stream(prompt, options)  # what cannot be continued is refused here, before anything is printed
-        print("\n\n" if number else "", prompt, sep="", end="", flush=True)
-        for piece in pieces:
-            print(piece, end="", flush=True)
-    print()
     return 0
 
 

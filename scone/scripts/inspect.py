@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -50,7 +50,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_tokenizer(tokenizer, vocabulary, "give that one by --tokenizer_path")
     tokens = tokenizer.encode(text, add_special_tokens=False)
     records = inspect_tokens(np.array(tokens, np.int64), Matcher(vocabulary))
-    print(_as_json(tokenizer, records) if extra.json else _as_table(tokenizer, records))
+    if extra.json:
+        texts = [
+            {"text": tokenizer.decode([one.token]), "f_gram_text": tokenizer.decode([*one.f_gram])} for one in records
+        ]
+        print(json.dumps([asdict(one) | text for one, text in zip(records, texts, strict=True)], indent=2))
+    else:
+        print(_as_table(tokenizer, records))
     return 0
 
 
@@ -72,16 +78,6 @@ def _as_table(tokenizer: PreTrainedTokenizerBase, records: list[InspectedToken])
         mean = f", {sum(lengths) / len(lengths):.2f} tokens long on average" if lengths else ""
         lines.append(f"{len(lengths)} of {len(records)} tokens end an f-gram ({len(lengths) / len(records):.1%}){mean}")
     return "\n".join(lines)
-
-
-def _as_json(tokenizer: PreTrainedTokenizerBase, records: list[InspectedToken]) -> str:
-    texts = [
-        {"text": tokenizer.decode([record.token]), "f_gram_text": tokenizer.decode(list(record.f_gram))}
-        for record in records
-    ]
-    return json.dumps(
-        [dataclasses.asdict(record) | text for record, text in zip(records, texts, strict=True)], indent=2
-    )
 
 
 def _quoted(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:

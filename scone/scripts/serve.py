@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from scone.configs.loading import parse_options
-from scone.scripts.arguments import arguments, at_least
+from scone.scripts.arguments import arguments, load_engine, number
 from scone.utils.command_line import run_main
 from scone.utils.errors import SconeError
 
@@ -35,11 +35,6 @@ def _origin(text: str) -> str:
     return text
 
 
-LIMITS = {
-    "max_new_tokens": (1024, "new tokens per request"),
-    "max_batch": (16, "sequences per batch"),
-    "max_waiting": (128, "length of the request queue"),
-}
 ARGUMENTS = arguments(
     "model_path",
     "embedding_cache_path",
@@ -48,7 +43,7 @@ ARGUMENTS = arguments(
     "quantization",
     model_name={"metavar": "NAME", "help": "model name in the API (default: the folder's name)"},
     host={"default": "127.0.0.1", "help": "address to listen on (default: 127.0.0.1, this machine only)"},
-    port={"type": at_least(0), "default": 8000, "help": "port to listen on, 0: a free one (default: 8000)"},
+    port=number(0, "port to listen on; 0: a free one", 8000),
     api_key={"metavar": "KEY", "help": f"ask clients for this key (better: the environment's {KEY_VARIABLE})"},
     cors_origin={
         "type": _origin,
@@ -58,10 +53,9 @@ ARGUMENTS = arguments(
         "help": "a web page elsewhere whose scripts may call the server, such as https://chat.example; * for all; "
         "may be given several times (default: none)",
     },
-    **{
-        name: {"type": at_least(1), "default": default, "metavar": "N", "help": f"{text} (default: {default})"}
-        for name, (default, text) in LIMITS.items()
-    },
+    max_new_tokens=number(1, "new tokens per request", 1024),
+    max_batch=number(1, "sequences per batch", 16),
+    max_waiting=number(1, "length of the request queue", 128),
 )
 read_arguments = partial(
     parse_options,
@@ -76,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Serve until stopped by SIGTERM or Ctrl-C. Raises SconeError; for a missing extra, before loading anything."""
     options, extra = read_arguments(argv)
     try:
-        from scone.inference.serve import LOOPBACK, SconeInferenceEngine, Service, serve
+        from scone.inference.serve import LOOPBACK, Service, serve
     except ModuleNotFoundError as error:
         raise SconeError(
             f'found no {error.name}, which serving needs; install with: pip install "scone-lm[serve]"'
@@ -85,14 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     key = extra.api_key if extra.api_key is not None else os.environ.get(KEY_VARIABLE)
     if key is not None and not key.strip():
         raise SconeError("found an empty API key; expected some characters; leave --api_key out to serve without one")
-    engine = SconeInferenceEngine.from_pretrained(
-        extra.model_path,
-        extra.embedding_cache_path,
-        "mmap" if options.inference.use_memory_map else extra.placement,
-        extra.quantization,
-        options.training.device,
-        extra.tokenizer_path,
-    )
+    engine = load_engine(options, extra)
     name = extra.model_name or Path(extra.model_path).resolve().name
     if extra.host not in LOOPBACK and key is None:
         print(f"warning: {extra.host} can be reached by others, and there is no --api_key", file=sys.stderr)
@@ -101,8 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         page = f"API: {address}/v1, page: {address}/; for many clients or a GPU: {VLLM}"
         print(f"serving {name} at {address}  ({page})", flush=True)
 
-    limits = {limit: getattr(extra, limit) for limit in LIMITS}
-    serve(Service(engine, name, **limits, api_key=key), extra.host, extra.port, announce, extra.cors_origin)
+    service = Service(engine, name, extra.max_new_tokens, extra.max_batch, extra.max_waiting, key)
+    serve(service, extra.host, extra.port, announce, extra.cors_origin)
     return 0
 
 

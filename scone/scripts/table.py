@@ -32,17 +32,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("usage: scone table convert SOURCE OUTPUT [options]\n\nexamples:")
         print("\n".join(f"  {example}" for example in EXAMPLES))
         return 0
-    verb, *arguments = words
+    verb, *given = words
     if verb != "convert":
         raise SconeError(f"found scone table {verb}; expected scone table convert (see scone table --help)")
-    _convert(arguments)
-    return 0
-
-
-def _convert(argv: Sequence[str]) -> None:
-    """Write the converted table and print its path."""
     description = "Change a table's row type or cut it to its first rows; no model is needed."
-    _, extra = parse_options(argv, (), description, examples=EXAMPLES, add_arguments=CONVERT)
+    _, extra = parse_options(given, (), description, examples=EXAMPLES, add_arguments=CONVERT)
     from scone.inference.precompute import convert_table
     from scone.utils.text import human_bytes
 
@@ -58,6 +52,7 @@ def _convert(argv: Sequence[str]) -> None:
         f"{extra.output}: {layout.num_rows:,} rows × {layout.row_format.width} {layout.row_format.row_type}, "
         f"{human_bytes(layout.file_bytes)} ({human_bytes(Path(extra.source).stat().st_size)} before)"
     )
+    return 0
 
 
 if __name__ == "__main__":

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 from scone.configs.loading import parse_options
-from scone.configs.schema import SconeOptions
 from scone.utils.command_line import is_first_process, run_main
 from scone.utils.progress import is_quiet
 
@@ -16,22 +16,15 @@ EXAMPLES = (
     "scone train --dataset_name my_texts/ --tokenizer train --vocab_size 8192 --max_n 4 --min_freq 20",
     "scone train --config configs/base_config.yaml --resume_from_checkpoint",
 )
-
-
-def read_arguments(argv: Sequence[str] | None) -> SconeOptions:
-    """The options on the command line. Raises SconeError."""
-    options, _ = parse_options(
-        argv,
-        ("data", "model", "training"),
-        "Count f-grams on a corpus and train a language model whose input embeddings use them.",
-        examples=EXAMPLES,
-    )
-    return options
+DESCRIPTION = "Count f-grams on a corpus and train a language model whose input embeddings use them."
+read_arguments = partial(
+    parse_options, sections=("data", "model", "training"), description=DESCRIPTION, examples=EXAMPLES
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train and print the path of the model."""
-    options = read_arguments(argv)
+    options, _ = read_arguments(argv)
     from scone.training.distributed import destroy_process_group
     from scone.training.run import train
 

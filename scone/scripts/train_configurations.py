@@ -10,18 +10,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from scone.configs.loading import (
-    Layer,
-    get_option,
-    load_options,
-    merge,
-    parse_layers,
-    print_notices,
-    save_options,
-)
+from scone.configs.loading import Layer, get_option, load_options, merge, parse_layers, print_notices, save_options
 from scone.configs.presets import F_GRAM_CONFIGURATIONS
 from scone.configs.schema import SconeOptions, entries
-from scone.scripts.arguments import arguments, at_least
+from scone.scripts.arguments import arguments, number, switch
 from scone.utils.command_line import did_you_mean, run_main
 from scone.utils.errors import SconeError
 
@@ -35,14 +27,9 @@ EXAMPLES = (
     "scone train-configurations --distributed --num_gpus 4 --fp16 --configs medium-100k medium-500k",
 )
 ARGUMENTS = arguments(
-    configs={
-        "nargs": "+",
-        "default": [],
-        "metavar": "NAME",
-        "help": f"configurations: {', '.join(F_GRAM_CONFIGURATIONS)}",
-    },
-    distributed={"action": "store_true", "help": "train in several processes, one per GPU"},
-    num_gpus={"type": at_least(1), "metavar": "N", "help": "number of processes (default: one per GPU)"},
+    configs={"nargs": "+", "default": [], "metavar": "NAME", "help": f"some of {', '.join(F_GRAM_CONFIGURATIONS)}"},
+    distributed=switch("train in several processes, one per GPU"),
+    num_gpus=number(1, "number of processes (default: one per GPU)"),
 )
 DEFAULTS = {"training.output_dir": "./outputs"}
 _MAY_CHANGE = ("training.resume_from_checkpoint", "training.output_dir", "training.device", "data.num_workers")
@@ -54,12 +41,7 @@ def read_arguments(argv: Sequence[str] | None) -> tuple[dict[str, SconeOptions],
     Raises SconeError.
     """
     layers, extra = parse_layers(
-        argv,
-        ("data", "model", "training"),
-        DESCRIPTION,
-        examples=EXAMPLES,
-        add_arguments=ARGUMENTS,
-        defaults=DEFAULTS,
+        argv, ("data", "model", "training"), DESCRIPTION, examples=EXAMPLES, add_arguments=ARGUMENTS, defaults=DEFAULTS
     )
     if not extra.configs:
         raise SconeError(f"found no --configs; expected one or more of {', '.join(F_GRAM_CONFIGURATIONS)}")

@@ -93,6 +93,14 @@ def translate_disk_full(what: str, advice: str) -> Iterator[None]:
         ) from error
 
 
+def is_at(descriptor: int, path: Path) -> bool:
+    """Whether the open file is the one at ``path`` now: a lock on a file that was removed locks nobody out."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.lstat())
+    except FileNotFoundError:
+        return False
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames and new names in ``folder`` durable (a rename is not, until its folder is synced)."""
     descriptor = os.open(folder, os.O_RDONLY)

@@ -1,4 +1,7 @@
-"""What is refused before vLLM's engine starts, each in one line. (No numba; of vLLM only what is handed in.)"""
+"""What a user of vLLM says of the table, where a model's files are, and what is refused before the engine starts.
+
+Each refusal is one line. No numba here; of vLLM only what is handed in.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import atexit
 import logging
 import os
 import sys
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,17 +17,36 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from transformers.utils import cached_file
 
 from scone.inference.loading import check_table_weights
+from scone.inference.stores import parse_placement
 from scone.inference.stores.memory import remove_unused
 from scone.inference.table_format import TableFile
 from scone.models.configuration import SconeConfig
 from scone.tokenization.tokenizers import load_tokenizer, tokenizer_fingerprint
 from scone.utils.errors import SconeError, library_refusal
-from scone.vllm.options import ServingOptions, serving_options, shared_between_processes, table_path, vocabulary_path
 
+TABLE_FILE = "embeddings.cache"
+VOCABULARY_FILE = "f_grams.safetensors"
 FLOOR = (0, 26)
 """The first vLLM whose second model runner asks a model for its inputs of each step (``get_model_state_cls``)."""
+
+
+@dataclass(frozen=True)
+class ServingOptions:
+    """``--additional-config '{"scone": {...}}'`` of vLLM.
+
+    Args:
+        embedding_cache_path: the table, if it is not embeddings.cache in the model's folder.
+        placement: where its rows are, see `EmbeddingTable.open`.
+        check_weights: where the folder holds the weights that rows are made from, read them once at the start, to
+            refuse another model's table.
+    """
+
+    embedding_cache_path: str | None = None
+    placement: str = "ram"
+    check_weights: bool = True
 
 
 class ChecksOfOurs:
@@ -209,3 +232,55 @@ def _platform() -> str:
     from vllm.platforms import current_platform
 
     return str(current_platform.device_type)
+
+
+def serving_options(additional_config: Any) -> ServingOptions:
+    """Of vLLM's ``additional_config``. Raises SconeError for what we do not know."""
+    ours = additional_config.get("scone", {}) if isinstance(additional_config, dict) else {}
+    types = {"embedding_cache_path": str, "placement": str, "check_weights": bool}
+    for name, value in ours.items() if isinstance(ours, dict) else [("", ours)]:
+        if name not in types or not isinstance(value, types[name]):
+            raise SconeError(
+                f"found {name}={value!r} in the additional config of scone; expected some of "
+                f"{', '.join(f'{known} ({kind.__name__})' for known, kind in types.items())}; write for example "
+                """--additional-config '{"scone": {"placement": "mmap"}}'"""
+            )
+    options = ServingOptions(**ours)
+    parse_placement(options.placement, 0, 1)
+    return options
+
+
+def shared_between_processes(additional_config: Any) -> Any:
+    """vLLM's ``additional_config`` for several processes of a machine: rows that would be in RAM are there once."""
+    options = serving_options(additional_config)
+    places = [place.strip().partition(":") for place in options.placement.split(",")]
+    placement = ",".join("".join(("shared" if kind == "ram" else kind, *size)) for kind, *size in places)
+    others = additional_config if isinstance(additional_config, dict) else {}
+    return others | {"scone": others.get("scone", {}) | {"placement": placement}}
+
+
+def table_path(model: str, revision: str | None, options: ServingOptions) -> Path:
+    """The model's table. Raises SconeError where there is none."""
+    advice = "make it with `scone precompute`, or name it with --additional-config"
+    if options.embedding_cache_path is not None:
+        path = Path(options.embedding_cache_path)
+        if not path.is_file():
+            raise SconeError(f"found no table {path}; expected the embedding table of {model}; {advice}")
+        return path
+    return _file(model, revision, TABLE_FILE, f"its embedding table; {advice}")
+
+
+def vocabulary_path(model: str, revision: str | None) -> Path:
+    """The model's f-grams. Raises SconeError where they are not there."""
+    return _file(model, revision, VOCABULARY_FILE, "the f-grams that it was trained with; copy the whole model folder")
+
+
+def _file(model: str, revision: str | None, name: str, what: str) -> Path:
+    """A file of a model's folder, or of a model on the hub."""
+    try:
+        path = cached_file(model, name, revision=revision)
+    except OSError:
+        path = None
+    if path is None:
+        raise SconeError(f"found no {name} in {model}; expected {what}")
+    return Path(path)

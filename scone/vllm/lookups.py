@@ -1,9 +1,11 @@
-"""What is looked up for the tokens of a step: rows of a table, hashed rows, or nothing; on the host, in one call."""
+"""What the host looks up for the tokens of a step, in one call: rows of a table, or hashed ones. And which tokens came
+before a chunk, where vLLM does not say (CPUs alone).
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -13,6 +15,7 @@ from scone.inference.embedding_table import EmbeddingTable
 from scone.models.table_lookup import Find, TableLookup, find_with
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 from scone.tokenization.matcher import CONTEXT, HashedGrams, Matcher
+from scone.utils.errors import SconeError
 
 
 class Lookup(Protocol):
@@ -95,3 +98,116 @@ def looked_up_in_line(
     starts = np.zeros(len(line), bool)
     starts[begins[lengths > 0] if context == 0 else begins] = True
     return find(np.where(valid, line, 0), valid, starts)[places]
+
+
+class Step(NamedTuple):
+    """New tokens of a step, as `looked_up_in_line` takes them."""
+
+    tokens: np.ndarray
+    query_starts: np.ndarray
+    before: np.ndarray
+
+
+class SlotHistory:
+    """One token for each slot of the KV cache: whoever wrote a slot's keys and values wrote its token.
+
+    So what is read is right after chunks, prefix hits, forks, preemption, and refused drafts, whose slots are written
+    again.
+    """
+
+    def __init__(self, context: int) -> None:
+        """``context``: how many tokens before a request's new ones are asked for."""
+        self._context = context
+        self._tokens = np.full(0, -1, np.int32)
+        self._layer = ""
+
+    def step(self, metadata: Any, input_ids: Tensor, vllm_config: Any) -> Step:
+        """Remember the tokens of a step, ``input_ids`` ``[P]`` (padding at the end), and say what was before them.
+
+        ``metadata``: that of vLLM's attention on CPUs, by layer. Raises SconeError where it is of another kind.
+        """
+        ours = self._of_one_layer(metadata, vllm_config)
+        block_table, lengths = _array(ours.block_table), _array(ours.seq_lens).astype(np.int64)
+        query_starts = _array(ours.query_start_loc).astype(np.int64)
+        num_tokens, num_requests = int(ours.num_actual_tokens), len(query_starts) - 1
+        tokens, slots = _array(input_ids)[:num_tokens], _array(ours.slot_mapping)[:num_tokens]
+        return self.exchange(
+            tokens,
+            slots,
+            query_starts,
+            lengths[:num_requests] - np.diff(query_starts),
+            block_table[:num_requests],
+            vllm_config.cache_config.block_size,
+        )
+
+    def exchange(
+        self,
+        tokens: np.ndarray,
+        slots: np.ndarray,
+        query_starts: np.ndarray,
+        num_computed: np.ndarray,
+        block_table: np.ndarray,
+        block_size: int,
+    ) -> Step:
+        """Write ``tokens`` ``[P]`` to ``slots`` ``[P]``, and read what is before each of R requests.
+
+        Args:
+            query_starts: ``[R + 1]``; num_computed: ``[R]``, positions of each request before its new tokens;
+            block_table: ``[R, …]``, the request's blocks of ``block_size`` slots.
+
+        Raises SconeError where slots are not those of the blocks: a lookup would be silently wrong.
+        """
+        # the last column is the first new token: all that is asked of the blocks, at once
+        at = num_computed[:, None] + np.arange(-self._context, 1)
+        block = np.minimum(np.maximum(at, 0) // block_size, block_table.shape[1] - 1)
+        asked = block_table[np.arange(len(at))[:, None], block].astype(np.int64) * block_size + at % block_size
+        has_new = query_starts[1:] > query_starts[:-1]
+        if (asked[has_new, -1] != slots[query_starts[:-1][has_new]]).any():
+            raise SconeError(
+                f"found KV slots that do not lie in blocks of {block_size}; expected them there, since their tokens "
+                "are looked up by block; this release of scone does not know this vLLM: install one of 0.26 … 0.32"
+            )
+        highest = int(slots.max()) if len(slots) else -1
+        if highest >= len(self._tokens):
+            more = np.full(max(highest + 1, 2 * len(self._tokens)), -1, np.int32)
+            more[: len(self._tokens)] = self._tokens
+            self._tokens = more
+        self._tokens[slots] = tokens
+        exists = at[:, :-1] >= 0
+        before = self._tokens.take(asked[:, :-1], mode="clip") if len(self._tokens) else at[:, :-1]
+        before = np.where(exists, before, -1)
+        if ((before < 0) & exists).any():
+            raise SconeError("found KV slots that were filled without their tokens; expected those that this filled")
+        return Step(tokens, query_starts, before)
+
+    def _of_one_layer(self, metadata: Any, vllm_config: Any) -> Any:
+        """Of a layer that keeps all positions, or at least those that are asked for."""
+        if not isinstance(metadata, dict):
+            raise _unknown(metadata)
+        if not self._layer:
+            layers = vllm_config.compilation_config.static_forward_context
+            windows = {name: getattr(layers.get(name), "sliding_window", None) for name in metadata}
+            name = max(windows, key=lambda name: windows[name] or 1 << 40)
+            if (windows[name] or 1 << 40) <= self._context:
+                raise SconeError(
+                    f"found a trunk that keeps {windows[name]} positions; expected more than {self._context}, which "
+                    "f-grams reach back; serve it with `scone serve`"
+                )
+            self._layer = name
+        ours = metadata[self._layer]
+        needed = ("block_table", "seq_lens", "query_start_loc", "num_actual_tokens", "slot_mapping")
+        if not all(hasattr(ours, name) for name in needed):
+            raise _unknown(ours)
+        return ours
+
+
+def _array(values: Tensor) -> np.ndarray:
+    assert values.device == torch.device("cpu")
+    return values.numpy()
+
+
+def _unknown(found: Any) -> SconeError:
+    return SconeError(
+        f"found attention metadata of the kind {type(found).__name__}; expected that of vLLM's attention on CPUs; this "
+        "release of scone does not know this vLLM: install one of 0.26 … 0.32"
+    )

@@ -18,10 +18,8 @@ from vllm.model_executor.models.utils import init_vllm_registered_model
 from scone.inference.embedding_table import EmbeddingTable
 from scone.models.configuration import EmbeddedTrunkConfig, OverEncodingConfig, SconeConfig
 from scone.utils.errors import SconeError
-from scone.vllm.checks import check_engine, uses_second_runner
-from scone.vllm.lookups import HashedRows, Lookup, TableRows
-from scone.vllm.options import serving_options, table_path, vocabulary_path
-from scone.vllm.slot_history import SlotHistory
+from scone.vllm.checks import check_engine, serving_options, table_path, uses_second_runner, vocabulary_path
+from scone.vllm.lookups import HashedRows, Lookup, SlotHistory, TableRows
 
 logger = init_logger(__name__)
 
@@ -36,7 +34,7 @@ class EmbeddedTrunkForVllm(nn.Module, SupportsLoRA):
     """``trunk``, whose input vectors are made before it runs: outside of what vLLM compiles or captures.
 
     vLLM's second model runner has them made by `model_state.InputVectorsState`, which knows every request's tokens. The
-    first one does not say what came before a chunk: on CPUs a history by KV slot does (`slot_history.SlotHistory`).
+    first one does not say what came before a chunk: on CPUs a history by KV slot does (`lookups.SlotHistory`).
     """
 
     allow_patterns_overrides = ("model*.safetensors",)  # not f_grams.safetensors

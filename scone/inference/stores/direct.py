@@ -6,7 +6,6 @@ import mmap
 import os
 import warnings
 from collections import deque
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scone.inference.stores.base import RowStore, StoreMemory
+from scone.inference.stores import RowStore, StoreMemory
 from scone.inference.table_format import PAGE_BYTES, TableFile, damaged
 from scone.kernels.dequantize import close_queue, gather_bytes, open_queue, plan_pieces, read_pieces, read_pieces_queued
 from scone.utils.errors import SconeError
@@ -33,13 +32,12 @@ class DirectStore(RowStore):
     system refuses O_DIRECT, it warns once and reads through the page cache.
     """
 
-    def __init__(self, file: TableFile, queue_depth: int = QUEUE_DEPTH, use_queues: bool = True) -> None:
-        """``queue_depth``: reads under way at a time; ``use_queues=False`` reads on threads in any case."""
+    def __init__(self, file: TableFile) -> None:
         super().__init__(file.layout.row_format)
         self._file = file
         self._descriptor, self.is_direct = _open_direct(file)
-        self._queue_depth, self._use_queues = queue_depth, use_queues and self.is_direct
-        self._readers = ThreadPoolExecutor(min(queue_depth, _MAX_THREADS), "scone-read")
+        self._queue_depth, self._use_queues = QUEUE_DEPTH, self.is_direct
+        self._readers = ThreadPoolExecutor(_MAX_THREADS, "scone-read")
         # what one batch used is kept for the next: a queue takes time to open, fresh memory costs a page fault a row
         self._idle_queues: list[int] = []
         self._idle_buffers: deque[np.ndarray] = deque(maxlen=1)
@@ -49,24 +47,19 @@ class DirectStore(RowStore):
         wanted, target = ranks.numpy(), out.view(torch.uint8).numpy()
         if len(wanted) and not 0 <= int(wanted.min()) <= int(wanted.max()) < self._file.layout.num_rows:
             raise IndexError("a rank that is not in the file")
-        for part in self._parts(wanted):
+        order = np.arange(len(wanted))
+        if len(wanted) > self._rows_at_once:  # in parts small enough for a buffer; in rank order, so that repeats meet
+            order = np.argsort(wanted, kind="stable")
+        for low in range(0, len(order), self._rows_at_once):
+            part = order[low : low + self._rows_at_once]
             unique, inverse = np.unique(wanted[part], return_inverse=True)
-            pieces, rows = plan_pieces(unique, self._file.data_start, self.row_format.row_bytes)
+            pieces, rows = plan_pieces(unique, self._file.layout.data_start, self.row_format.row_bytes)
             buffer = self._buffer(int(pieces[-1, 1] + pieces[-1, 2]))
             self._file.check_unchanged()
             self._fill(buffer, pieces)
             self._file.check_unchanged()
             gather_bytes(buffer, rows[inverse], target, part, torch.get_num_threads(), self._readers)
             self._idle_buffers.append(buffer)
-
-    def _parts(self, ranks: np.ndarray) -> Iterator[np.ndarray]:
-        """Positions of a large batch, in parts small enough for a buffer; in rank order, so that repeats meet."""
-        if 0 < len(ranks) <= self._rows_at_once:
-            yield np.arange(len(ranks))
-            return
-        order = np.argsort(ranks, kind="stable")
-        for low in range(0, len(order), self._rows_at_once):
-            yield order[low : low + self._rows_at_once]
 
     def _buffer(self, size: int) -> np.ndarray:
         """A buffer that nobody else uses, uint8 [≥ size]."""
@@ -77,14 +70,14 @@ class DirectStore(RowStore):
 
     def _fill(self, buffer: np.ndarray, pieces: np.ndarray) -> None:
         """Read all ``pieces``. Raises SconeError: the file ends early, or the disk fails."""
-        queue = self._queue()
+        queue = self._queue() if self._use_queues else 0
         if not queue:
-            parts = np.array_split(pieces, min(self._queue_depth, _MAX_THREADS, len(pieces)))
+            parts = np.array_split(pieces, min(_MAX_THREADS, len(pieces)))
             for task in [self._readers.submit(self._read_in_turn, part, buffer) for part in parts]:
                 task.result()
             return
         polls = _POLLS if len(pieces) <= _POLLED_PIECES else 0
-        address, size = buffer.ctypes.data, self._file.file_bytes
+        address, size = buffer.ctypes.data, self._file.layout.file_bytes
         failed = read_pieces_queued(queue, self._queue_depth, polls, self._descriptor, address, pieces, size)
         self._idle_queues.append(queue)
         if failed >= 0:
@@ -93,8 +86,6 @@ class DirectStore(RowStore):
 
     def _queue(self) -> int:
         """A queue of asynchronous reads that nobody else uses; 0 where there is none."""
-        if not self._use_queues:
-            return 0
         try:
             return self._idle_queues.pop()
         except IndexError:
@@ -102,7 +93,7 @@ class DirectStore(RowStore):
 
     def _read_in_turn(self, pieces: np.ndarray, buffer: np.ndarray) -> None:
         try:
-            read_pieces(self._descriptor, buffer.data, pieces, self._file.file_bytes)
+            read_pieces(self._descriptor, buffer.data, pieces, self._file.layout.file_bytes)
         except EOFError as error:
             raise damaged(self._file.path, f"it ends early ({error})") from error
         except OSError as error:

@@ -10,8 +10,8 @@ import mmap
 import os
 import warnings
 import weakref
+from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -20,13 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scone.inference.stores.base import RowStore, StoreMemory
+from scone.inference.stores import RowStore, StoreMemory
 from scone.inference.table_format import PAGE_BYTES, TableFile, damaged
 from scone.kernels.common import pin, to_device
 from scone.utils.errors import SconeError
+from scone.utils.files import is_at
+from scone.utils.progress import map_in_order
 from scone.utils.text import human_bytes
-
-_CPU = torch.device("cpu")
 
 
 class MemoryStore(RowStore):
@@ -46,32 +46,21 @@ class MemoryStore(RowStore):
 
     @classmethod
     def ram(
-        cls,
-        file: TableFile,
-        first_row: int = 0,
-        num_rows: int | None = None,
-        device: torch.device = _CPU,
-        shared: bool = False,
+        cls, file: TableFile, first_row: int, num_rows: int, device: torch.device, is_shared: bool = False
     ) -> MemoryStore:
-        """``num_rows`` rows (default: the rest), copied and checked now, then independent of the file.
+        """``num_rows`` rows from ``first_row`` on, copied and checked now, then independent of the file.
 
-        ``shared``: one copy for all processes of this machine that ask for one, see `shared_rows`. For a CUDA device
+        ``is_shared``: one copy for all processes of this machine that ask for one, see `shared_rows`. For a CUDA device
         the memory is pinned where the system allows it: kernels there read the rows over the bus.
         Raises SconeError: a chunk does not fit its checksum, the memory is not there, the disk fails.
         """
-        num_rows = file.layout.num_rows - first_row if num_rows is None else num_rows
-        give_back = None
-        if shared and num_rows:
-
-            def fill(rows: np.ndarray) -> None:
-                load_rows(file, first_row, num_rows, rows)
-
-            rows, give_back = shared_rows(file, first_row, num_rows, fill)
+        if is_shared and num_rows:
+            rows, give_back = shared_rows(file, first_row, num_rows)
+            store = cls(file, rows, first_row, None)
+            store._give_back = weakref.finalize(store, give_back)
         else:
             rows = load_rows(file, first_row, num_rows)
-        store = cls(file, rows, first_row, None)
-        if give_back is not None:
-            store._give_back = weakref.finalize(store, give_back)
+            store = cls(file, rows, first_row, None)
         if device.type == "cuda" and rows.nbytes:
             store._unpin = pin(store, rows.ctypes.data, rows.nbytes, device)
         return store
@@ -86,31 +75,28 @@ class MemoryStore(RowStore):
         mapping = mmap.mmap(file.descriptor, file.layout.file_bytes, mmap.MAP_SHARED, mmap.PROT_READ)
         # Rows are read here and there: reading ahead around each would only fill memory with neighbours.
         mapping.madvise(mmap.MADV_RANDOM)
-        rows = np.frombuffer(mapping, np.uint8, file.layout.payload_bytes, file.data_start)
+        rows = np.frombuffer(mapping, np.uint8, file.layout.payload_bytes, file.layout.data_start)
         return cls(file, rows, 0, mapping)
 
     def read(self, ranks: Tensor, out: Tensor) -> None:
         # index_select checks the ranks itself: for one row, a check of ours would take longer than the read.
         if self._first_row:
             ranks = ranks - self._first_row
-        if self._mapping is None:
-            torch.index_select(self._rows, 0, ranks, out=out)
-            return
-        self._file.check_size()
+        if self._mapping is not None:
+            self._file.check_size()
         torch.index_select(self._rows, 0, ranks, out=out)
-        self._file.check_unchanged()
+        if self._mapping is not None:
+            self._file.check_unchanged()
 
     def gpu_blocks(self, device: torch.device) -> list[Tensor]:
-        if self._unpin is None or device.type != "cuda":
-            return []
-        return [self._rows.view(torch.uint8)]
+        return [] if self._unpin is None or device.type != "cuda" else [self._rows.view(torch.uint8)]
 
     def prefetch(self, ranks: Tensor) -> None:
         """Ask the system to read the pages of these rows; it returns at once and reads in the background."""
         if self._mapping is None or not len(ranks):
             return
         self._file.check_unchanged()
-        first = np.unique(ranks.numpy()) * self.row_format.row_bytes + self._file.data_start
+        first = np.unique(ranks.numpy()) * self.row_format.row_bytes + self._file.layout.data_start
         low, high = first // PAGE_BYTES, (first + self.row_format.row_bytes - 1) // PAGE_BYTES + 1
         starts = np.flatnonzero(np.concatenate(([True], low[1:] > high[:-1])))
         ends = np.append(starts[1:], len(low)) - 1
@@ -123,9 +109,8 @@ class MemoryStore(RowStore):
         return StoreMemory(ram=size) if self._mapping is None else StoreMemory(mapped=size)
 
     def describe(self) -> str:
-        kind = f"{'shared ' if self._give_back else ''}{'pinned ' if self._unpin else ''}RAM"
-        place = "memory-mapped" if self._mapping is not None else f"in {kind}"
-        return f"{len(self._rows):,} rows {place}"
+        kind = f"in {'shared ' if self._give_back else ''}{'pinned ' if self._unpin else ''}RAM"
+        return f"{len(self._rows):,} rows {kind if self._mapping is None else 'memory-mapped'}"
 
     def close(self) -> None:
         if self._unpin is not None:
@@ -146,6 +131,7 @@ def load_rows(file: TableFile, first_row: int, num_rows: int, rows: np.ndarray |
     Raises SconeError: a chunk does not fit its checksum, the memory is not there, the disk fails.
     """
     layout, checksums = file.layout, file.checksums()
+    data_start = layout.data_start
     size, start = num_rows * layout.row_bytes, first_row * layout.row_bytes
     try:
         rows = np.empty(size, dtype=np.uint8) if rows is None else rows
@@ -159,19 +145,17 @@ def load_rows(file: TableFile, first_row: int, num_rows: int, rows: np.ndarray |
     def load(chunk: int) -> None:
         chunk_low, chunk_high = chunk * span, min((chunk + 1) * span, layout.payload_bytes)
         low, high = max(chunk_low, start), min(chunk_high, start + size)
-        file.read_into(file.data_start + low, view[low - start : high - start])
+        file.read_into(data_start + low, view[low - start : high - start])
         # A chunk is checked whole, also where only a part of it is wanted.
-        digest = hashlib.sha256(file.read(file.data_start + chunk_low, low - chunk_low))
+        digest = hashlib.sha256(file.read(data_start + chunk_low, low - chunk_low))
         digest.update(view[low - start : high - start])
-        digest.update(file.read(file.data_start + high, chunk_high - high))
+        digest.update(file.read(data_start + high, chunk_high - high))
         if digest.digest() != checksums[chunk]:
             rows_of = range(chunk * layout.checksum_rows, min((chunk + 1) * layout.checksum_rows, layout.num_rows))
             raise damaged(file.path, f"rows {rows_of[0]:,} to {rows_of[-1]:,} do not fit their checksum")
 
     chunks = range(start // span, -(-(start + size) // span)) if size else ()
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        for _ in pool.map(load, chunks):
-            pass
+    deque(map_in_order(load, chunks, torch.get_num_threads()), maxlen=0)
     file.check_unchanged()
     return rows
 
@@ -179,11 +163,10 @@ def load_rows(file: TableFile, first_row: int, num_rows: int, rows: np.ndarray |
 class DeviceStore(RowStore):
     """``num_rows`` rows from ``first_row`` on, copied to ``device`` and checked on the way."""
 
-    def __init__(self, file: TableFile, device: torch.device, first_row: int = 0, num_rows: int | None = None) -> None:
+    def __init__(self, file: TableFile, device: torch.device, first_row: int, num_rows: int) -> None:
         """Raises SconeError: a chunk does not fit its checksum, or the accelerator has too little memory."""
         super().__init__(file.layout.row_format)
         self._first_row, row_bytes = first_row, self.row_format.row_bytes
-        num_rows = file.layout.num_rows - first_row if num_rows is None else num_rows
         try:
             self._rows = torch.empty(num_rows, row_bytes, dtype=torch.uint8, device=device)
         except torch.OutOfMemoryError as error:
@@ -221,14 +204,12 @@ class DeviceStore(RowStore):
 FOLDER = Path("/dev/shm")
 
 
-def shared_rows(
-    file: TableFile, first_row: int, num_rows: int, fill: Callable[[np.ndarray], object]
-) -> tuple[np.ndarray, Callable[[], None]]:
+def shared_rows(file: TableFile, first_row: int, num_rows: int) -> tuple[np.ndarray, Callable[[], None]]:
     """The bytes of ``num_rows`` rows from ``first_row`` on, uint8, and what gives them back.
 
-    Whoever comes first has them filled (``fill`` gets the array), the others wait for that, and the last one removes
-    them. Each holds a lock, which ends with its process however that ends: so what nobody holds was left by processes
-    that were killed, and the next one removes it. Raises SconeError where there is too little shared memory.
+    Whoever comes first loads them, the others wait for that, and the last one removes them. Each holds a lock, which
+    ends with its process however that ends: so what nobody holds was left by processes that were killed, and the next
+    one removes it. Raises SconeError as `load_rows` does, and where there is too little shared memory.
     """
     size, checksum = num_rows * file.layout.row_bytes, file.layout.rows_checksum
     remove_unused()
@@ -245,13 +226,16 @@ def shared_rows(
             if not _is_full(descriptor, size):
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
                 if not _is_full(descriptor, size):  # else somebody did while we waited for the lock
-                    _fill(descriptor, path, size, fill)
+                    _make_room(descriptor, path, size)
+                    array = np.frombuffer(mmap.mmap(descriptor, size + 1), np.uint8)
+                    load_rows(file, first_row, num_rows, array[:size])
+                    array[size] = 1
                 fcntl.flock(descriptor, fcntl.LOCK_SH)
             rows = np.frombuffer(mmap.mmap(descriptor, size + 1), np.uint8)[:size]
         except BaseException:
             _give_back(descriptor, path)
             raise
-        if _is_at(descriptor, path):  # else its last reader removed it between two of our locks
+        if is_at(descriptor, path):  # else its last reader removed it between two of our locks
             return rows, partial(_give_back, descriptor, path)
         os.close(descriptor)
 
@@ -261,7 +245,7 @@ def _is_full(descriptor: int, size: int) -> bool:
     return os.pread(descriptor, 1, size) == b"\1"
 
 
-def _fill(descriptor: int, path: Path, size: int, fill: Callable[[np.ndarray], object]) -> None:
+def _make_room(descriptor: int, path: Path, size: int) -> None:
     try:
         os.posix_fallocate(descriptor, 0, size + 1)  # else a page that is not there would kill the process
     except OSError as error:
@@ -269,25 +253,15 @@ def _fill(descriptor: int, path: Path, size: int, fill: Callable[[np.ndarray], o
             f"found too little shared memory for {human_bytes(size)} of table rows in {path.parent}: {error.strerror}; "
             "give a container more (--ipc host or --shm-size), or use placement mmap"
         ) from error
-    array = np.frombuffer(mmap.mmap(descriptor, size + 1), np.uint8)
-    fill(array[:size])
-    array[size] = 1
 
 
 def _give_back(descriptor: int, path: Path) -> None:
     """End to hold it; remove it where nobody else does."""
     with suppress(OSError):
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if _is_at(descriptor, path):
+        if is_at(descriptor, path):
             path.unlink()
     os.close(descriptor)
-
-
-def _is_at(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.lstat())
-    except FileNotFoundError:
-        return False
 
 
 def remove_unused() -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from scone.inference.stores.base import RowStore, StoreMemory, Tier, parse_placement
+from scone.inference.stores import RowStore, StoreMemory, parse_placement
 from scone.inference.stores.direct import DirectStore
 from scone.inference.stores.memory import DeviceStore, MemoryStore
 from scone.inference.table_format import TableFile
@@ -20,7 +19,8 @@ from scone.utils.errors import SconeError
 class TieredStore(RowStore):
     """Store k holds the ranks from ``cuts[k-1]`` to ``cuts[k]`` − 1 (from 0 in the first, to the end in the last).
 
-    Nothing is evicted or counted: where a row is depends on its rank alone. All stores read at the same time.
+    Nothing is evicted or counted: where a row is depends on its rank alone. Stores read in turn: of a batch, almost all
+    time is the disk's, and threads beside it gain nothing.
     """
 
     def __init__(self, stores: Sequence[RowStore], cuts: Sequence[int]) -> None:
@@ -29,7 +29,6 @@ class TieredStore(RowStore):
             raise ValueError(f"{len(stores)} stores need {len(stores) - 1} ascending cuts, found {list(cuts)}")
         super().__init__(stores[0].row_format)
         self.stores, self.cuts = list(stores), np.asarray(cuts, dtype=np.int64)
-        self._pool = ThreadPoolExecutor(max(1, len(stores) - 1), "scone-tier")
 
     def _split(self, ranks: np.ndarray) -> Iterator[tuple[RowStore, np.ndarray]]:
         """Each store that has rows of the batch, with their positions in it."""
@@ -40,25 +39,14 @@ class TieredStore(RowStore):
                 yield store, positions
 
     def read(self, ranks: Tensor, out: Tensor) -> None:
-        wanted, target = ranks.numpy(), out.view(torch.uint8).numpy()  # threads do not share inference mode
-
-        def read_tier(store: RowStore, positions: np.ndarray) -> None:
-            rows = store.new_rows(len(positions))
-            store.read(torch.from_numpy(wanted[positions]), rows)
-            target[positions] = rows.view(torch.uint8).numpy()
-
-        parts = list(self._split(wanted))
-        if len(parts) == 1:
-            parts[0][0].read(ranks, out)
-            return
-        tasks = [self._pool.submit(read_tier, *part) for part in parts[1:]]
-        try:
-            for part in parts[:1]:  # the fastest here, the others on threads of their own
-                read_tier(*part)
-        finally:
-            wait(tasks)
-        for task in tasks:
-            task.result()
+        wanted, target = ranks.numpy(), out.view(torch.uint8).numpy()
+        for store, positions in self._split(wanted):
+            if len(positions) == len(wanted):
+                store.read(ranks, out)
+            else:
+                rows = store.new_rows(len(positions))
+                store.read(torch.from_numpy(wanted[positions]), rows)
+                target[positions] = rows.view(torch.uint8).numpy()
 
     def gpu_blocks(self, device: torch.device) -> list[Tensor]:
         blocks: list[Tensor] = []
@@ -81,7 +69,6 @@ class TieredStore(RowStore):
         return ", ".join(store.describe() for store in self.stores)
 
     def close(self) -> None:
-        self._pool.shutdown()
         for store in self.stores:
             store.close()
 
@@ -94,15 +81,13 @@ def open_store(file: TableFile, placement: str, device: torch.device) -> RowStor
     with ExitStack() as opened:
         stores: list[RowStore] = []
         for tier in tiers:
-            stores.append(_open_tier(file, tier, device))
+            if tier.kind == "gpu":
+                stores.append(DeviceStore(file, device, tier.first_row, tier.num_rows))
+            elif tier.kind in ("ram", "shared"):
+                place = (tier.first_row, tier.num_rows, device)
+                stores.append(MemoryStore.ram(file, *place, is_shared=tier.kind == "shared"))
+            else:
+                stores.append(MemoryStore.mapped(file) if tier.kind == "mmap" else DirectStore(file))
             opened.callback(stores[-1].close)
         opened.pop_all()  # they stay open
     return stores[0] if len(stores) == 1 else TieredStore(stores, [tier.first_row for tier in tiers[1:]])
-
-
-def _open_tier(file: TableFile, tier: Tier, device: torch.device) -> RowStore:
-    if tier.kind == "gpu":
-        return DeviceStore(file, device, tier.first_row, tier.num_rows)
-    if tier.kind in ("ram", "shared"):
-        return MemoryStore.ram(file, tier.first_row, tier.num_rows, device, shared=tier.kind == "shared")
-    return MemoryStore.mapped(file) if tier.kind == "mmap" else DirectStore(file)

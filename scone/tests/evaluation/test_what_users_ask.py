@@ -26,6 +26,7 @@ class Copier(nn.Module):
         super().__init__()
         self.unused, self.vocab_size, self.order = nn.Parameter(torch.zeros(1)), vocab_size, order
         self.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=vocab_size))
+        self.device = torch.device("cpu")
 
     def forward(self, input_ids: torch.Tensor, **_: object) -> SimpleNamespace:
         logits = torch.zeros(*input_ids.shape, self.vocab_size)

@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scone.inference.embedding_table import EmbeddingTable
-from scone.inference.stores.base import RowStore
+from scone.inference.stores import RowStore, Tier, parse_placement
 from scone.inference.stores.direct import DirectStore
 from scone.inference.stores.memory import DeviceStore, MemoryStore
-from scone.inference.stores.tiered import Tier, TieredStore, parse_placement
+from scone.inference.stores.tiered import TieredStore
 from scone.inference.table_format import ROW_TYPES, RowFormat, TableFile
 from scone.tests.inference.tables import write_table
 from scone.utils.errors import SconeError
@@ -48,24 +48,31 @@ def table(request, tables):
 
 def in_many_parts(file: TableFile) -> RowStore:
     """Batches larger than the buffer."""
-    store = DirectStore(file, queue_depth=3)
-    store._rows_at_once = 7
+    store = DirectStore(file)
+    store._rows_at_once, store._queue_depth = 7, 3
+    return store
+
+
+def on_threads(file: TableFile) -> RowStore:
+    """As where the system has no asynchronous reads."""
+    store = DirectStore(file)
+    store._use_queues = False
     return store
 
 
 def tiered(file: TableFile) -> RowStore:
     """All kinds of tiers together."""
-    stores = [DeviceStore(file, CPU, 0, 10), MemoryStore.ram(file, 10, 101), MemoryStore.mapped(file)]
+    stores = [DeviceStore(file, CPU, 0, 10), MemoryStore.ram(file, 10, 101, CPU), MemoryStore.mapped(file)]
     return TieredStore([*stores, DirectStore(file)], [10, 111, 300])
 
 
 STORES: dict[str, Callable[[TableFile], RowStore]] = {
-    "ram": MemoryStore.ram,
+    "ram": lambda file: MemoryStore.ram(file, 0, NUM_ROWS, CPU),
     "mmap": MemoryStore.mapped,
     "direct": DirectStore,
     "direct, in many parts": in_many_parts,
-    "direct, on threads": lambda file: DirectStore(file, use_queues=False),  # as without asynchronous reads
-    "device": lambda file: DeviceStore(file, CPU),
+    "direct, on threads": on_threads,
+    "device": lambda file: DeviceStore(file, CPU, 0, NUM_ROWS),
     "tiered": tiered,
 }
 
@@ -160,8 +167,8 @@ def test_rows_that_a_device_holds_are_decoded_there(table, rows, dtype):
     """The CPU stands for an accelerator that holds the first rows, all of them, or none of the batch's."""
     expected = RowFormat.of(table.stem, WIDTH).decode(stored(table, rows), dtype)
     with TableFile(table) as file:
-        first = [DeviceStore(file, CPU, 0, 10), MemoryStore.ram(file, 10, 101), DirectStore(file)]
-        for store in (DeviceStore(file, CPU), TieredStore(first, [10, 111])):
+        first = [DeviceStore(file, CPU, 0, 10), MemoryStore.ram(file, 10, 101, CPU), DirectStore(file)]
+        for store in (DeviceStore(file, CPU, 0, NUM_ROWS), TieredStore(first, [10, 111])):
             opened = EmbeddingTable(file, store, CPU)
             for ranks in (torch.randint(0, NUM_ROWS, (90,)), torch.arange(9, -1, -1), torch.arange(8, 40)):
                 found = opened.rows(ranks, dtype)

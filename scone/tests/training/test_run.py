@@ -205,7 +205,7 @@ def test_ctrl_c_leaves_a_run_that_resumes(corpus, tmp_path):
     assert "Traceback" not in output
     (checkpoint,) = complete_checkpoints(tmp_path / "run")
     step = int(checkpoint.name.split("-")[1])
-    train(read_arguments([*flags, "--resume_from_checkpoint", "--max_steps", str(step + 2)]), quiet=True)
+    train(read_arguments([*flags, "--resume_from_checkpoint", "--max_steps", str(step + 2)])[0], quiet=True)
     assert (tmp_path / "run" / "final_model" / "model.safetensors").exists()
 
 

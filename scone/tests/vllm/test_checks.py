@@ -20,8 +20,7 @@ from scone.tests.vllm import models
 from scone.tokenization.tokenizers import load_tokenizer, tokenizer_fingerprint
 from scone.utils.errors import SconeError
 from scone.vllm import checks
-from scone.vllm.checks import check_files, check_model_files
-from scone.vllm.options import ServingOptions, serving_options
+from scone.vllm.checks import ServingOptions, check_files, check_model_files, serving_options
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scone.utils.errors import SconeError
-from scone.vllm.slot_history import SlotHistory
+from scone.vllm.lookups import SlotHistory
 
 BLOCK = 4
 
