@@ -117,9 +117,10 @@ class ModelOptions:
         "as in the paper; gate: add, with the correction scaled element by element",
         choices=("add", "replace", "gate"),
     )
-    learned_rows: int = option(
-        1_000_000,
-        "number of f-grams, the most frequent first, that get a learned row (0: none)",
+    learned_rows: int | None = option(
+        None,
+        "number of f-grams, the most frequent first, that get a learned row (default: all; beside an f-gram model at "
+        "most 1,000,000; 0: none)",
         unit="rows",
         minimum=0,
     )

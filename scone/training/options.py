@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 _MODULES = {"azure_ml": "azureml", "comet_ml": "comet_ml", "dagshub": "dagshub", "flyte": "flytekit"}
 """Modules of trackers that are not named as their module is."""
+ROWS_BESIDE_A_MODEL = 1_000_000
+"""Learned rows beside an f-gram model, unless said: it gives the rarer f-grams theirs."""
 
 
 def check_input_embedding(options: SconeOptions) -> None:
@@ -37,7 +39,7 @@ def check_input_embedding(options: SconeOptions) -> None:
             "most one of these baselines; leave one out"
         )
     rows_alone = model.f_gram.num_hidden_layers == 0 and not model.over_encoding_rows
-    if rows_alone and not model.learned_rows and not plain:
+    if rows_alone and model.learned_rows == 0 and not plain:
         raise SconeError(
             "found neither an f-gram model nor learned rows; expected at least one; give --f_gram_num_hidden_layers or "
             "--learned_rows, or train the plain model with --use_f_gram_embeddings false"
@@ -64,6 +66,21 @@ def f_gram_model_settings(options: ModelOptions, trunk: PreTrainedConfig) -> dic
         return None
     own_tokens = asked.token_embeddings == "separate"
     return sizes | {"initializer_range": getattr(trunk, "initializer_range", 0.02), "own_tokens": own_tokens}
+
+
+def number_of_rows(options: ModelOptions, num_f_grams: int, has_f_gram_model: bool) -> int:
+    """How many of the f-grams get a learned row; warns where the others would get no vector at all."""
+    if options.learned_rows is None:
+        return min(num_f_grams, ROWS_BESIDE_A_MODEL) if has_f_gram_model else num_f_grams
+    if options.learned_rows < num_f_grams and not has_f_gram_model:
+        logger.warning(
+            "found %s f-grams but --learned_rows %s and no f-gram model: those without a row are matched, stored and "
+            "add nothing; leave --learned_rows out, or give --max_f_grams %s",
+            f"{num_f_grams:,}",
+            f"{options.learned_rows:,}",
+            options.learned_rows,
+        )
+    return min(options.learned_rows, num_f_grams)
 
 
 def resolve_precision(fp16: bool, bf16: bool, device_type: str) -> str:

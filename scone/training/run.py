@@ -43,6 +43,7 @@ from scone.training.options import (
     all_are_used,
     check_input_embedding,
     f_gram_model_settings,
+    number_of_rows,
     reporter_names,
     resolve_precision,
 )
@@ -191,11 +192,12 @@ def build_model(options: SconeOptions, corpus: Corpus, *, quiet: bool = False) -
                 options.data.min_freq,
                 f"{options.data.max_f_grams:,}",
             )
+        f_gram_model = f_gram_model_settings(options.model, trunk.config)
         model = SconeForCausalLM.from_trunk(
             trunk,
             vocabulary,
-            f_gram_model=f_gram_model_settings(options.model, trunk.config),
-            learned_rows=options.model.learned_rows,
+            f_gram_model=f_gram_model,
+            learned_rows=number_of_rows(options.model, vocabulary.num_f_grams, f_gram_model is not None),
             combination=options.model.combination,
             **settings,
         )

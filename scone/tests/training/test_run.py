@@ -15,6 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, TrainerCallback
 
+from scone.configs.schema import ModelOptions
 from scone.inference.embedding_table import EmbeddingTable
 from scone.inference.loading import load_model
 from scone.inference.precompute import precompute_table
@@ -22,6 +23,7 @@ from scone.scripts.train import read_arguments
 from scone.tests import tiny
 from scone.tests.training.runs import RARELY, STILL, assert_same_weights, command_line, options, weights
 from scone.training.optimizer import rows_learning_rate
+from scone.training.options import number_of_rows
 from scone.training.run import build_model, build_trainer, prepare_run_corpus, tokens_of_a_pass, train
 from scone.training.run_folder import complete_checkpoints
 
@@ -358,3 +360,17 @@ def test_every_input_embedding_trains_and_loads(corpus, tmp_path, variant):
     rows = [weight for name, weight in model.named_parameters() if name.endswith("rows.weight")]
     assert all(weight.any() for weight in rows), "rows were trained"
     assert getattr(model.config, "embedding_scale", 1.0) == VARIANTS[variant].get("model.embedding_scale", 1.0)
+
+
+def test_every_f_gram_gets_a_row_unless_told_otherwise(corpus, tmp_path, caplog):
+    """Also beyond a million; f-grams that nothing gives a vector are said to be so."""
+    for has_model, given, expected in ((False, None, 3_000_000), (True, None, 1_000_000), (True, 2, 2)):
+        asked = ModelOptions(learned_rows=given)
+        assert number_of_rows(asked, 3_000_000, has_model) == expected
+    assert number_of_rows(ModelOptions(), 30, True) == 30
+    assert not caplog.records
+    rows_alone = {"model.learned_rows": 2, "model.f_gram.num_hidden_layers": 0}
+    run = options(corpus, tmp_path / "run", **rows_alone)
+    model = build_model(run, prepare_run_corpus(run, quiet=True), quiet=True)
+    assert model.config.learned_rows == 2 < model.config.num_f_grams
+    assert "leave --learned_rows out, or give --max_f_grams 2" in caplog.text
