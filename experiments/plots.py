@@ -104,12 +104,17 @@ def draw_ladder(report: dict[str, Any]) -> Figure:
                 look = {"color": color, "linewidth": 2.5, "marker": "o", "markersize": 7, "label": name}
                 axes.plot(*zip(*points, strict=True), stroke, **look)
             if points and kind == PLAIN:
-                place = {"xytext": (10, 4), "textcoords": "offset points", "fontsize": 13, "color": SOFT}
+                place = {"xytext": (0, 11), "textcoords": "offset points", "fontsize": 13, "color": SOFT, "ha": "center"}
                 axes.annotate(size.replace("m", " M weights"), points[0], **place)
     axes.set_xscale("log")
-    axes.xaxis.set_major_locator(FixedLocator(sorted({rung.flops for rung in rungs if rung.kind == PLAIN})))
+    ticks: list[float] = []
+    for flops in sorted({rung.flops for rung in rungs if rung.kind == PLAIN}):
+        if not ticks or flops > 1.3 * ticks[-1]:  # nearer ones would be written over each other
+            ticks.append(flops)
+    axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda flops, _: f"{flops / 1e15:.3g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.margins(x=0.09, y=0.1)
     axes.grid(color=GRID)
     axes.set_xlabel("training FLOPs, 10¹⁵", fontsize=13, color=SOFT)
     handles, labels = axes.get_legend_handles_labels()
