@@ -104,7 +104,13 @@ def draw_ladder(report: dict[str, Any]) -> Figure:
                 look = {"color": color, "linewidth": 2.5, "marker": "o", "markersize": 7, "label": name}
                 axes.plot(*zip(*points, strict=True), stroke, **look)
             if points and kind == PLAIN:
-                place = {"xytext": (0, 11), "textcoords": "offset points", "fontsize": 13, "color": SOFT, "ha": "center"}
+                place = {
+                    "xytext": (0, 11),
+                    "textcoords": "offset points",
+                    "fontsize": 13,
+                    "color": SOFT,
+                    "ha": "center",
+                }
                 axes.annotate(size.replace("m", " M weights"), points[0], **place)
     axes.set_xscale("log")
     ticks: list[float] = []
