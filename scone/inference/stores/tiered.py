@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack
 
 import numpy as np
@@ -15,12 +16,16 @@ from scone.inference.stores.memory import DeviceStore, MemoryStore
 from scone.inference.table_format import TableFile
 from scone.utils.errors import SconeError
 
+ROWS_IN_TURN = 128
+"""Batches up to this are read store by store: 16 rows take 0.3 ms so and 0.5 to 0.7 on threads; 1,024 took 5.7 to 6.6
+so and 5.3 on threads, 16,384 71 to 75 and 42 to 55 (2 KiB each, half of them in RAM, half on disk; two cores)."""
+
 
 class TieredStore(RowStore):
     """Store k holds the ranks from ``cuts[k-1]`` to ``cuts[k]`` − 1 (from 0 in the first, to the end in the last).
 
-    Nothing is evicted or counted: where a row is depends on its rank alone. Stores read in turn: of a batch, almost all
-    time is the disk's, and threads beside it gain nothing.
+    Nothing is evicted or counted: where a row is depends on its rank alone. Large batches are read from all stores at
+    the same time.
     """
 
     def __init__(self, stores: Sequence[RowStore], cuts: Sequence[int]) -> None:
@@ -29,6 +34,7 @@ class TieredStore(RowStore):
             raise ValueError(f"{len(stores)} stores need {len(stores) - 1} ascending cuts, found {list(cuts)}")
         super().__init__(stores[0].row_format)
         self.stores, self.cuts = list(stores), np.asarray(cuts, dtype=np.int64)
+        self._pool = ThreadPoolExecutor(len(stores), "scone-tier")
 
     def _split(self, ranks: np.ndarray) -> Iterator[tuple[RowStore, np.ndarray]]:
         """Each store that has rows of the batch, with their positions in it."""
@@ -39,14 +45,24 @@ class TieredStore(RowStore):
                 yield store, positions
 
     def read(self, ranks: Tensor, out: Tensor) -> None:
-        wanted, target = ranks.numpy(), out.view(torch.uint8).numpy()
-        for store, positions in self._split(wanted):
-            if len(positions) == len(wanted):
-                store.read(ranks, out)
-            else:
-                rows = store.new_rows(len(positions))
-                store.read(torch.from_numpy(wanted[positions]), rows)
-                target[positions] = rows.view(torch.uint8).numpy()
+        wanted, target = ranks.numpy(), out.view(torch.uint8).numpy()  # threads do not share inference mode
+
+        def read_tier(store: RowStore, positions: np.ndarray) -> None:
+            rows = store.new_rows(len(positions))
+            store.read(torch.from_numpy(wanted[positions]), rows)
+            target[positions] = rows.view(torch.uint8).numpy()
+
+        parts = list(self._split(wanted))
+        if len(parts) == 1:
+            parts[0][0].read(ranks, out)
+        elif len(wanted) <= ROWS_IN_TURN:
+            for part in parts:
+                read_tier(*part)
+        else:
+            tasks = [self._pool.submit(read_tier, *part) for part in parts]
+            wait(tasks)
+            for task in tasks:
+                task.result()
 
     def gpu_blocks(self, device: torch.device) -> list[Tensor]:
         blocks: list[Tensor] = []
@@ -69,6 +85,7 @@ class TieredStore(RowStore):
         return ", ".join(store.describe() for store in self.stores)
 
     def close(self) -> None:
+        self._pool.shutdown()
         for store in self.stores:
             store.close()
 
