@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accelerate import PartialState
 from transformers import (
     AutoModelForCausalLM,
     PreTrainedModel,
@@ -27,6 +28,7 @@ from scone.models.accounting import parameter_counts
 from scone.tokenization.matcher import Matcher
 from scone.training.run import TRAINING_LOG_FILE, Corpus, build_model, evaluation_blocks
 from scone.training.run_folder import FINAL_MODEL, complete_checkpoints
+from scone.utils.command_line import is_first_process
 from scone.utils.errors import SconeError
 from scone.utils.files import read_json, write_json
 
@@ -47,7 +49,8 @@ def measured_run(
     lora_rank: int = 0,
     keep_model: bool = False,
 ) -> dict[str, Any]:
-    """Train and test one model; an interrupted run goes on from its checkpoint.
+    """Train and test one model; an interrupted run goes on from its checkpoint. Of several processes (torchrun) all
+    train, the first tests, and the others return nothing.
 
     Args:
         texts: what it is tested on.
@@ -67,8 +70,9 @@ def measured_run(
     before, folder = 0.0, Path(options.training.output_dir)
     if complete_checkpoints(folder) and not (folder / FINAL_MODEL).exists():
         before = read_json(progress_path)["train_seconds"] if progress_path.exists() else 0.0
-    else:
+    elif is_first_process():
         shutil.rmtree(folder, ignore_errors=True)  # what a killed run left
+    PartialState(cpu=choose_device(options.training.device).type == "cpu").wait_for_everyone()
     callbacks: list[TrainerCallback] = [ProgressFile(progress_path, before)]
     if curve_tokens:
         length, size = options.data.max_length, options.training.batch_size
@@ -78,6 +82,8 @@ def measured_run(
         tuned = build_model(options, corpus, quiet=True)
         callbacks.append(Adapters(tuned, lora_rank))
     final_model = train_or_resume(options, corpus, model=tuned, quiet=True, callbacks=callbacks)
+    if not is_first_process():
+        return {}
     log = read_json(folder / TRAINING_LOG_FILE)
     model: Any = AutoModelForCausalLM.from_pretrained(final_model)
     model = model.to(choose_device(options.training.device)).eval()

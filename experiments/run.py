@@ -7,7 +7,8 @@ beginning of the train file, f-grams too; ``lora_rank`` trains adapters in place
 the beginning of each text alone; ``curve_tokens`` does so at every evaluation.
 Runs of one train file see the same batches. f-grams are counted once, before the first run. Finished runs are kept and
 skipped, so an interrupted experiment goes on where it was. ``--jobs`` runs several at once, those that compute most
-first or those that ``--only`` names first, spread over ``--gpus`` GPUs. With
+first or those that ``--only`` names first, spread over ``--gpus`` GPUs; ``--processes`` splits each run's batches over
+so many processes, a GPU each. With
 ``--deadline_s`` everything is over by then: ``--grace_s`` before it nothing more is started and what runs saves a
 checkpoint, from which the same command goes on; its loss curve up to there is kept, marked as unfinished. The result
 is one JSON with configuration, machine and commit, and a table, last.
@@ -24,7 +25,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     plan = Plan.read(arguments)
     plan.check_folder()
     if arguments.gpus is not None and not arguments.worker:
-        check_gpus(arguments.gpus)
+        check_gpus(arguments.gpus, arguments.processes)
     if arguments.worker:
         plan.run(arguments.worker, arguments.keep_models)
         return 0
@@ -77,8 +78,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"counted and compiled in {time.monotonic() - started:.0f} s", flush=True)
     last_start = None if arguments.deadline_s is None else started + arguments.deadline_s - arguments.grace_s
     command = [sys.executable, *sys.argv]
+    if (processes := arguments.processes) > 1:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        command = [*torchrun, *sys.argv]
     failed, cut = run_all(
-        pending, plan.output_dir, arguments.jobs, command, last_start, arguments.grace_s, arguments.gpus
+        *(pending, plan.output_dir, arguments.jobs, command, last_start, arguments.grace_s, arguments.gpus, processes)
     )
     result = plan.merge()
     write_json(arguments.json or plan.output_dir / "result.json", result)
@@ -98,6 +102,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--jobs", type=int, default=1, help="runs at once")
     parser.add_argument("--gpus", type=int, help="give each run one of so many GPUs (default: all see all)")
+    parser.add_argument("--processes", type=int, default=1, help="of each run, on a GPU each (default 1)")
     parser.add_argument("--only", nargs="*", help="these runs alone, in this order (all seeds, or one)")
     parser.add_argument("--skip", nargs="*", default=[], help="all but these runs")
     parser.add_argument("--set", nargs="*", default=[], metavar="OPTION=VALUE", help="changes to the base options")
@@ -155,7 +160,7 @@ class Plan:
                 values[TRUNK] = values[TRUNK].format(data=arguments.data)
             train_tokens[name] = int(values.pop("train_tokens", 0))
             lora_rank[name] = int(values.pop("lora_rank", 0))
-            options[name] = from_mapping(nested(values), name)
+            options[name] = split(from_mapping(nested(values), name), arguments.processes)
         name, data, output_dir = arguments.experiment.stem, arguments.data, arguments.output_dir
         return cls(name, experiment, data, output_dir, runs, options, train_tokens, lora_rank)
 
@@ -232,7 +237,8 @@ class Plan:
             lora_rank=self.lora_rank[name],
             keep_model=keep_model,
         )
-        write_json(path, {"experiment": self.name, "run": run, "changes": changes} | result)
+        if result:
+            write_json(path, {"experiment": self.name, "run": run, "changes": changes} | result)
 
     def merge(self) -> dict[str, Any]:
         """All runs that left something, finished or not, in one mapping; of windows the means of some neighbours."""
@@ -244,6 +250,16 @@ class Plan:
                 if windows := test.pop("window_losses", None):
                     test["block_losses"] = block_means(windows)
         return {"experiment": self.experiment, **measured_on(), "runs": found}
+
+
+def split(options: SconeOptions, processes: int) -> SconeOptions:
+    """Each of so many processes takes its share of every batch: together they take the batches of one."""
+    batch_size, rest = divmod(options.training.batch_size, processes)
+    if rest:
+        raise SconeError(
+            f"found batches of {options.training.batch_size}; expected a multiple of {processes} processes"
+        )
+    return replace(options, training=replace(options.training, batch_size=batch_size))
 
 
 def block_means(losses: Sequence[float], blocks: int = 48) -> list[float]:
@@ -323,13 +339,14 @@ def names_of(name: str) -> set[str]:
     return {name, name.rsplit("-seed", 1)[0]}
 
 
-def check_gpus(wanted: int) -> None:
+def check_gpus(wanted: int, processes: int) -> None:
     """Raises SconeError where there are not so many: a run that sees none would train on the CPU."""
     import torch
 
-    if not 1 <= wanted <= torch.cuda.device_count():
+    if not processes <= wanted <= torch.cuda.device_count():
         raise SconeError(
-            f"found {torch.cuda.device_count()} GPUs; expected {wanted}, at least one; give --gpus what is there"
+            f"found {torch.cuda.device_count()} GPUs; expected {wanted}, at least one a process of a run "
+            f"({processes}); give --gpus what is there"
         )
 
 
@@ -346,6 +363,7 @@ def run_all(
     last_start: float | None = None,
     grace_s: float = 0.0,
     gpus: int | None = None,
+    processes: int = 1,
 ) -> tuple[list[str], list[str]]:
     """Run each configuration in its own process (group), so that one failure or leak stays its own; ``jobs`` at once.
 
@@ -353,26 +371,33 @@ def run_all(
         command: this script's, to which each worker's name is added.
         last_start: the monotonic time from which nothing is started and what runs is asked to stop.
         grace_s: how long it may take for that, before it is killed.
-        gpus: each sees one of the first so many GPUs that we were given, the one with the fewest others; None: all.
+        gpus: each sees, of the first so many GPUs that we were given, as many as it has ``processes``, those with the
+            fewest others; None: all.
 
     Returns those that failed, and those that were cut off or never started.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
-    threads = max(1, len(os.sched_getaffinity(0)) // jobs)  # each run's share of the cores
+    threads = max(1, len(os.sched_getaffinity(0)) // (jobs * processes))  # each run's share of the cores
     waiting, failed = list(names), list[str]()
-    running: dict[str, tuple[subprocess.Popen[bytes], float, int | None]] = {}  # its process, start and GPU
+    running: dict[str, tuple[subprocess.Popen[bytes], float, list[int]]] = {}  # its process, start and GPUs
 
     def start(name: str) -> None:
-        environment, gpu = os.environ | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}, None
+        environment, own = (
+            os.environ | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"},
+            list[int](),
+        )
         if gpus is not None:
-            gpu = min(range(gpus), key=[taken for *_, taken in running.values()].count)
+            taken = [gpu for *_, its in running.values() for gpu in its]
+            own = sorted(range(gpus), key=taken.count)[:processes]
             visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-            environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[gpu] if visible else str(gpu)
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(
+                visible.split(",")[gpu] if visible else str(gpu) for gpu in own
+            )
         with (output_dir / f"{name}.log").open("w", encoding="utf-8") as log:
             process = subprocess.Popen(
                 [*command, "--worker", name], stdout=log, stderr=log, env=environment, start_new_session=True
             )
-        running[name] = process, time.monotonic(), gpu
+        running[name] = process, time.monotonic(), own
 
     def collect() -> None:
         time.sleep(POLL_SECONDS)
