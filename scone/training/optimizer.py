@@ -15,6 +15,7 @@ from scone.kernels.common import to_device
 from scone.kernels.row_rms import rounding_key, update_rows
 from scone.models.learned_rows import LearnedRows, Pass, RowShards, group_of_hosts, number_of_ranks, sum_parts
 from scone.training.distributed import local
+from scone.training.muon import muon_step
 from scone.utils.errors import SconeError
 
 logger = logging.getLogger(__name__)
@@ -176,8 +177,7 @@ class AdamWWithRows(_StepsRows, torch.optim.AdamW):
     """AdamW for everything dense and `RowOptimizer` for the rows in one: one schedule, one state dictionary.
 
     The rows' weight is the last parameter group; it has no weight decay, which took nothing off the loss. Groups that
-    say ``"muon": True`` are matrices that Muon (Jordan et al., 2024) orthogonalises, with steps of AdamW's size
-    (Liu et al., arXiv 2502.16982), so that one learning rate serves both.
+    say ``"muon": True`` are matrices that Muon trains (`muon_step`).
 
     Args:
         groups: AdamW parameter groups, each with a list of parameters; may be none where there are rows. The rows'
@@ -203,7 +203,6 @@ class AdamWWithRows(_StepsRows, torch.optim.AdamW):
         # nothing dense where rows are all there is to train: AdamW wants one group even so
         super().__init__([group for group in groups if group["params"]] or [{"params": []}], **adamw)
         self.gradient_scale = gradient_scale
-        self._muon = muon_for(self.param_groups)
         if rows is not None:
             self.add_param_group({"params": [rows.weight], "lr": rows_learning_rate, "weight_decay": 0.0})
         self._take_rows(rows)
@@ -215,11 +214,9 @@ class AdamWWithRows(_StepsRows, torch.optim.AdamW):
             loss = super().step(closure)
         finally:
             self.param_groups = every
-        if self._muon is not None:
-            # loading a state dictionary replaces both
-            self._muon.param_groups, self._muon.state = [group for group in every if group.get("muon")], self.state
-            self._muon.step()
-            for group in self._muon.param_groups:
+        for group in every:
+            if group.get("muon"):
+                muon_step(group, self.state)
                 for parameter in group["params"]:  # AdamW asks every parameter's state for it when it is loaded
                     self.state[parameter].setdefault("step", torch.zeros(()))
         if self.rows is not None:
@@ -234,24 +231,6 @@ class AdamWWithRows(_StepsRows, torch.optim.AdamW):
         for tensors in lists:
             tensors[:] = map(local, tensors)
         return has_complex
-
-
-def muon_for(groups: Sequence[dict[str, Any]]) -> Any:
-    """Muon over those of ``groups`` that ask for it, whose settings it completes; None where none does."""
-    chosen = [group for group in groups if group.get("muon")]
-    if not chosen:
-        return None
-    if not hasattr(torch.optim, "Muon"):
-        raise SconeError(
-            f"found torch {torch.__version__}, which has no Muon; expected 2.9 or later; update it, or use "
-            "--optimizer adamw"
-        )
-    settings = [{name: group[name] for name in ("params", "lr", "weight_decay")} for group in chosen]
-    muon = torch.optim.Muon(settings, adjust_lr_fn="match_rms_adamw")
-    for group, complete in zip(chosen, muon.param_groups, strict=True):
-        group.update(complete)
-    muon.state.update((parameter, {}) for group in chosen for parameter in group["params"])
-    return muon
 
 
 @torch.no_grad()

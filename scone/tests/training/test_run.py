@@ -129,7 +129,6 @@ def test_weight_decay_acts_on_matrices_alone_and_not_on_rows(corpus, tmp_path):
 
 
 MODERN = {"model.base_model_name": "scone-modern", "model.input_norm": True, "training.optimizer": "muon"}
-needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon (2.9 has)")
 
 
 RESUMED = {
@@ -141,7 +140,7 @@ RESUMED = {
 }
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=needs_muon if name == "modern" else ()) for name in RESUMED])
+@pytest.mark.parametrize("name", RESUMED)
 def test_resumed_training_equals_uninterrupted(corpus, whole, tmp_path, name):
     """Dropout, order, optimizer, learned rows, how they are rounded, and schedule all go on where they were."""
     changes = RESUMED[name]
@@ -329,7 +328,6 @@ VARIANTS = {
 }
 
 
-@needs_muon
 @pytest.mark.parametrize(
     "kind", [{}, {"model.use_f_gram_embeddings": False}, {"model.over_encoding_rows": 500}], ids=str
 )
