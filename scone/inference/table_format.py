@@ -409,6 +409,8 @@ def _layout_from_metadata(metadata: Mapping[str, Any], path: Path) -> TableLayou
             "make the table again"
         )
     try:
+        if not all(isinstance(value, str) for value in metadata.values()):
+            raise TypeError("a value that is no text")  # as safetensors has them; int() of JSON's Infinity overflows
         num_rows, width, group_size = (int(metadata[name]) for name in ("num_rows", "width", "group_size"))
         row_format = RowFormat.of(metadata["row_type"], width, group_size)
         if num_rows < 0:

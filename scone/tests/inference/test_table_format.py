@@ -52,7 +52,7 @@ def test_file_is_safetensors_with_rows_on_a_page(tmp_path: Path, rows: torch.Ten
             assert torch.equal(stored, rows)
 
 
-def _with_metadata(table: Path, path: Path, **changes: str) -> Path:
+def _with_metadata(table: Path, path: Path, **changes: object) -> Path:
     """The table with other metadata and a header checksum that fits them: as another program might write it."""
     content = table.read_bytes()
     (length,) = struct.unpack("<Q", content[:8])
@@ -73,6 +73,8 @@ def _with_metadata(table: Path, path: Path, **changes: str) -> Path:
         ({"format": "something else"}, "is no embedding table"),
         ({"num_rows": "999999999999999999"}, "damaged"),
         ({"num_rows": "-1"}, "damaged"),
+        ({"num_rows": float("inf")}, "damaged"),
+        ({"width": None}, "damaged"),
         ({"width": "0"}, "damaged"),
         ({"row_type": "int2"}, "damaged"),
         ({"group_size": "7"}, "damaged"),
@@ -80,7 +82,7 @@ def _with_metadata(table: Path, path: Path, **changes: str) -> Path:
     ],
 )
 def test_well_made_but_wrong_headers_are_refused(
-    table: Path, tmp_path: Path, changes: dict[str, str], message: str
+    table: Path, tmp_path: Path, changes: dict[str, object], message: str
 ) -> None:
     path = _with_metadata(table, tmp_path / "embeddings.cache", **changes)
     if not message:
