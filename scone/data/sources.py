@@ -24,8 +24,8 @@ from scone.data.readers import (
     text_of_row,
     unknown_column,
 )
-from scone.utils.environment import why_hub_is_unreachable
 from scone.utils.errors import SconeError, library_refusal
+from scone.utils.hub import refuse_missing_path, why_hub_is_unreachable
 
 STDLIB = "python-stdlib"
 """The built-in corpus: the sources of the running interpreter's standard library, which are on every machine."""
@@ -163,8 +163,9 @@ def open_source(dataset_name: str, dataset_config_name: str | None = None, text_
         return _local_source(dataset_name, path, dataset_config_name, text_column)
     if dataset_name == STDLIB:
         return _stdlib_source()
-    if dataset_name.startswith((".", "/", "~")) or dataset_name.count("/") > 1 or kind_of(path):
-        raise SconeError(f"found no file or folder {dataset_name!r}; expected a corpus there; check the path")
+    if kind_of(path):
+        raise SconeError(f"found no file {dataset_name!r}; expected a corpus there; check the path")
+    refuse_missing_path(dataset_name, "a corpus")
     problem = why_hub_is_unreachable()
     if problem and problem != "HF_HUB_OFFLINE is set":
         raise SconeError(

@@ -79,20 +79,21 @@ def load_model(
     Raises SconeError: no such folder or hub model, not a model, a table for a plain model or of another model, unknown
     device or quantisation.
     """
-    where = choose_device(device)
+    chosen_device = choose_device(device)
     if quantization is not None:
         check_quantization(quantization)
     hide_library_bars()
-    folder = Path(model_path)
+    where = load_arguments(model_path)
+    folder = Path(where["pretrained_model_name_or_path"])
     table: EmbeddingTable | None = None
-    if folder.is_dir() and "gguf_file" not in load_arguments(folder) and _is_scone_folder(folder):
+    if folder.is_dir() and "gguf_file" not in where and _is_scone_folder(folder):
         from scone.models.language_model import SconeForCausalLM
 
         if table_path is not None:
             from scone.inference.embedding_table import EmbeddingTable
 
             expected = {"vocabulary": read_json(folder / "config.json").get("vocabulary_fingerprint", "")}
-            table = EmbeddingTable.open(table_path, placement, where, expected)
+            table = EmbeddingTable.open(table_path, placement, chosen_device, expected)
         advice = "see what `scone verify` says of it; copy it again"
         model = _complete(
             lambda: SconeForCausalLM.from_pretrained(folder, table=table, output_loading_info=True),
@@ -110,8 +111,8 @@ def load_model(
     else:
         from scone.models.trunk import alone
 
-        model = alone(_load_plain(model_path))
-    model = model.to(where).eval().requires_grad_(False)
+        model = alone(_load_plain(where, model_path))
+    model = model.to(chosen_device).eval().requires_grad_(False)
     model.config.return_dict = True  # whatever the folder says: what runs the model asks its output by name
     report = None if quantization is None else quantize_trunk(model, quantization)
     return LoadedModel(model, table, report)
@@ -175,24 +176,17 @@ def check_table_weights(
         )
 
 
-def _load_plain(model_path: str | Path) -> PreTrainedModel:
+def _load_plain(where: dict[str, Any], model_path: str | Path) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     # the Auto classes know our baselines from then on
     import scone.models.over_encoding
     import scone.models.scaled_trunk  # noqa: F401
 
-    where: dict[str, Any] = dict(load_arguments(model_path))
-    if Path(model_path).is_file() and "gguf_file" not in where:
+    if Path(where["pretrained_model_name_or_path"]).is_file():
         raise SconeError(f"found the file {model_path}; expected a model folder such as OUTPUT_DIR/final_model")
-    if not Path(model_path).exists() and (
-        str(model_path).startswith((".", "/", "~")) or str(model_path).count("/") > 1
-    ):
-        raise SconeError(
-            f"found no folder {model_path}; expected a model folder such as OUTPUT_DIR/final_model; train one first"
-        )
     # code that comes with a model is never run, and nobody is asked on the terminal whether it may
-    where |= {"trust_remote_code": False, "output_loading_info": True}
+    where = where | {"trust_remote_code": False, "output_loading_info": True}
     advice = "give a model folder that `scone verify` finds whole, or a hub name within reach"
     model: PreTrainedModel = _complete(lambda: AutoModelForCausalLM.from_pretrained(**where), model_path, advice)
     return model

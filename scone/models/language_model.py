@@ -101,7 +101,11 @@ class SconeForCausalLM(EmbeddedTrunk):
         config = kwargs.pop("config", None) or SconeConfig.from_pretrained(pretrained_model_name_or_path)
         config.requires_table = config.requires_table or table is not None
         model = super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
-        where = {name: kwargs[name] for name in ("revision", "cache_dir", "token", "subfolder") if name in kwargs}
+        where = {
+            name: kwargs[name]
+            for name in ("revision", "cache_dir", "token", "subfolder", "local_files_only")
+            if name in kwargs
+        }
         try:
             path = cached_file(str(pretrained_model_name_or_path), VOCABULARY_FILE, **where)
         except OSError as error:

@@ -17,8 +17,6 @@ from scone.configs.schema import ModelOptions
 from scone.models.configuration import EmbeddedTrunkConfig
 from scone.tokenization.gguf_files import load_arguments, unpacked
 from scone.tokenization.tokenizers import vocabulary_size
-from scone.utils.command_line import one_line
-from scone.utils.environment import why_hub_is_unreachable
 from scone.utils.errors import SconeError, library_refusal
 
 logger = logging.getLogger(__name__)
@@ -110,10 +108,10 @@ def longest_sequence(config: PreTrainedConfig) -> int | None:
 
 def _pretrained(options: ModelOptions, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedModel:
     name = options.base_model_name
-    where = load_arguments(name)
+    where = load_arguments(name, "a folder with pretrained weights (or --init scratch)")
     advice = "expected a folder, or a hub name with the hub in reach; give a folder, or train with --init scratch"
     with library_refusal(f"cannot load pretrained weights of {name!r}", advice):
-        config = AutoConfig.from_pretrained(**where, local_files_only=_only_local(name))
+        config = AutoConfig.from_pretrained(**where)
         if isinstance(config, EmbeddedTrunkConfig):
             raise SconeError(
                 f"found {name!r} of type {config.model_type!r}, which has input embeddings of ours already; expected a "
@@ -155,25 +153,20 @@ def _check_pretrained_sizes(config: PreTrainedConfig, options: ModelOptions) -> 
 
 
 def _named_configuration(name: str) -> PreTrainedConfig:
-    """From a folder, the hub, the built-in configurations, or an architecture's bare name, in this order."""
-    where = load_arguments(name)
-    if Path(where["pretrained_model_name_or_path"]).is_dir():
-        advice = "expected config.json of a transformers model; check --base_model_name"
-        with library_refusal(f"cannot read a model configuration in {name}", advice):
-            return AutoConfig.from_pretrained(**where)
+    """From a folder or file, an architecture's bare name, the hub, or the built-in configurations, in this order."""
     built_in = built_in_configuration(name)
-    if name in CONFIG_MAPPING_NAMES and built_in is None:
-        return AutoConfig.for_model(name)
-    if name == MODERN_TRUNK and built_in is not None:  # ours: the hub knows nothing of it
-        return AutoConfig.for_model(**built_in)
+    if not Path(name).expanduser().is_dir():
+        if name in CONFIG_MAPPING_NAMES and built_in is None:
+            return AutoConfig.for_model(name)
+        if name == MODERN_TRUNK and built_in is not None:  # ours: the hub knows nothing of it
+            return AutoConfig.for_model(**built_in)
+    advice = "expected config.json of a transformers model, or an architecture such as gpt2; check --base_model_name"
     try:
-        return AutoConfig.from_pretrained(name, local_files_only=_only_local(name))
-    except (OSError, ValueError) as error:
-        if built_in is None:
-            raise SconeError(
-                f"cannot find the model {name!r} ({one_line(str(error))[:300]}); expected a folder, a hub name with "
-                "the hub in reach, or an architecture such as gpt2 or llama; check --base_model_name"
-            ) from error
+        with library_refusal(f"cannot read a model configuration in {name}", advice):
+            return AutoConfig.from_pretrained(**load_arguments(name, "a model folder, or an architecture such as gpt2"))
+    except SconeError:
+        if built_in is None or Path(name).is_dir():
+            raise
         logger.warning("the hub is out of reach: using the built-in configuration of %s", name)
         return AutoConfig.for_model(**built_in)
 
@@ -218,8 +211,3 @@ def _check_heads(config: PreTrainedConfig) -> None:
             f"found hidden_size={width} with num_attention_heads={heads}; expected a width that is a multiple of the "
             "heads; change one of them"
         )
-
-
-def _only_local(name: str) -> bool:
-    """Whether to look only on this machine: a folder, or the hub does not answer (its client would retry for long)."""
-    return Path(name).exists() or why_hub_is_unreachable() is not None

@@ -1,4 +1,4 @@
-"""Models in GGUF files: which file a name means, and how transformers' ``from_pretrained`` is told."""
+"""How transformers' ``from_pretrained`` is told what a name means: a folder, a GGUF file, or a model of the hub."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from typing import Any
 import transformers
 
 from scone.utils.errors import SconeError
+from scone.utils.hub import within_reach
 
 
-def load_arguments(name: str | Path) -> dict[str, Any]:
+def load_arguments(name: str | Path, expected: str = "a model folder such as OUTPUT_DIR/final_model") -> dict[str, Any]:
     """The arguments that name a model, or a tokenizer, to ``from_pretrained``: for a GGUF file, or a folder that holds
-    one and no other model, its folder and ``gguf_file``; for all else the name as it is.
+    one and no other model, its folder and ``gguf_file``; for all else the name as `within_reach` gives it
+    (``expected``: for its refusal).
 
-    Raises SconeError: several files to choose from, no such file, the extra ``gguf`` is missing.
+    Raises SconeError: several files to choose from, no such file or folder, a name that is neither here nor in reach of
+    the hub, the extra ``gguf`` is missing.
     """
     path = Path(name).expanduser()
     if path.is_dir() and not (path / "config.json").exists():
@@ -26,7 +29,7 @@ def load_arguments(name: str | Path) -> dict[str, Any]:
             raise SconeError(f"found {len(files)} GGUF files in {path} ({names}); expected one; give the file's path")
         path = files[0] if files else path
     if path.suffix.lower() != ".gguf" or path.is_dir():
-        return {"pretrained_model_name_or_path": str(name)}
+        return {"pretrained_model_name_or_path": within_reach(name, expected)}
     if not path.is_file():
         raise SconeError(f"found no file {path}; expected a GGUF file there; check the path")
     if find_spec("gguf") is None:

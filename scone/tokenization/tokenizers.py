@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scone.tokenization.gguf_files import load_arguments
-from scone.utils.environment import why_hub_is_unreachable
 from scone.utils.errors import SconeError, library_refusal
 from scone.utils.files import fingerprint_of
+from scone.utils.hub import refuse_missing_path, why_hub_is_unreachable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -55,9 +55,10 @@ def load_tokenizer(name_or_folder: str | Path) -> PreTrainedTokenizerBase:
     elif folder.is_dir():
         with library_refusal(f"cannot load the tokenizer in {str(folder)!r}", "copy or save it again"):
             tokenizer = _from_folder(folder)
-    elif folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise SconeError(f"found no tokenizer folder {name!r}; expected a folder with tokenizer files; check the path")
+    elif folder.exists():
+        raise SconeError(f"found the file {name!r}; expected a folder with tokenizer files; check the path")
     else:
+        refuse_missing_path(name, "a folder with tokenizer files")
         tokenizer = _from_hub(name)
     with library_refusal(f"cannot use the tokenizer {name!r}", "copy or save it again"):
         _check_usable(tokenizer, name)

@@ -26,6 +26,7 @@ from scone.inference.table_format import TableFile
 from scone.models.configuration import SconeConfig
 from scone.tokenization.tokenizers import load_tokenizer, tokenizer_fingerprint
 from scone.utils.errors import SconeError, library_refusal
+from scone.utils.hub import why_hub_is_unreachable
 
 TABLE_FILE = "embeddings.cache"
 VOCABULARY_FILE = "f_grams.safetensors"
@@ -278,7 +279,8 @@ def vocabulary_path(model: str, revision: str | None) -> Path:
 def _file(model: str, revision: str | None, name: str, what: str) -> Path:
     """A file of a model's folder, or of a model on the hub."""
     try:
-        path = cached_file(model, name, revision=revision)
+        only_here = not Path(model).exists() and why_hub_is_unreachable() is not None
+        path = cached_file(model, name, revision=revision, local_files_only=only_here)
     except OSError:
         path = None
     if path is None:

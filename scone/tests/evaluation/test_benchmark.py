@@ -85,7 +85,7 @@ def test_everything_is_measured_and_what_is_missing_is_named(
     assert "scone precompute --model_path" in missing["the table of without its table"]
     assert {"nowhere", "lost for plain", "plain at 2048 tokens"} <= set(missing)
     assert all("\n" not in why for why in missing.values()), "one line each"
-    assert "found no folder" in shown
+    assert "found no file or folder" in shown
     assert "report:" in shown
     assert (tmp_path / "out" / "benchmark.html").read_text().count("<svg") == 3
 

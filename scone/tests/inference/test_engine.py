@@ -132,7 +132,7 @@ def test_tokens_outside_the_vocabulary_are_refused(tokenizer):
 
 
 def test_what_is_not_a_model_is_refused(tmp_path):
-    assert "found no folder" in tiny.refusal(load_model, tmp_path / "missing")
+    assert "found no file or folder" in tiny.refusal(load_model, tmp_path / "missing")
     assert "found no config.json" in tiny.refusal(load_model, tmp_path)
     for text, message in (("{broken", "as JSON"), ('{"model_type": "nothing"}', "cannot load a causal language model")):
         (tmp_path / "config.json").write_text(text)

@@ -1,0 +1,117 @@
+"""Names out of the hub's reach: a path that is not there and an unknown name are refused at once, a copy is used."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from scone.tests import tiny
+from scone.utils.errors import SconeError
+from scone.utils.hub import refuse_missing_path, within_reach
+
+SECONDS = 15  # of each command once all is imported; the hub's client alone would wait 23 seconds for each file
+# imports first, for they take longer than all else
+RUN_ALL = """
+import json, sys, time
+import scone.inference.serve, scone.training.run, scone.tokenization.counting
+from scone.cli import main
+for words in json.loads(sys.argv[1]):
+    started = time.monotonic()
+    status = main(words)
+    print(json.dumps([status, time.monotonic() - started]), flush=True)
+"""
+TRAINED = ["--dataset_name", "text.txt", "--tokenizer", "train", "--vocab_size", "300", "--output_dir", "run"]
+
+
+def run_all(commands, folder):
+    """Statuses, seconds and what was said of errors, one each: in a process whose hub refuses connections."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))  # a port that nobody listens at
+        environment = os.environ | {"HF_ENDPOINT": f"http://127.0.0.1:{free.getsockname()[1]}"}
+        environment |= {"HF_HOME": str(folder / "hub"), "SCONE_CACHE": str(folder / "cache")}
+        del environment["HF_HUB_OFFLINE"]
+        command = [sys.executable, "-c", RUN_ALL, json.dumps(commands)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, check=True)
+    assert "Retrying" not in done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")], errors
+
+
+@pytest.mark.slow
+def test_every_command_refuses_a_name_that_leads_nowhere_at_once_and_in_one_line(tmp_path):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "text.txt").write_text("the dog the dog the dog\n" * 50)
+    commands = [
+        ["generate", "--model_path", name, "--prompt", "x"] for name in ("./missing", "~/missing", "a/b/missing")
+    ]
+    for name in ("outputs/missing", "missing", "here/missing"):
+        commands += [
+            ["generate", "--model_path", name, "--prompt", "x"],
+            ["evaluate", "--model_path", name],
+            ["serve", "--model_path", name],
+            ["precompute", "--model_path", name, "--output_path", "table"],
+            ["count", "--dataset_name", name],
+            ["count", "--tokenizer", name, "--dataset_name", "text.txt"],
+            ["train", "--base_model_name", name, *TRAINED],
+            ["train", "--base_model_name", name, *TRAINED, "--init", "pretrained"],
+        ]
+    ends, errors = run_all(commands, tmp_path)
+    assert [status for status, _ in ends] == [2] * len(commands)
+    assert max(seconds for _, seconds in ends) < SECONDS, dict(zip(map(str, commands), ends, strict=True))
+    assert len(errors) == len(commands)
+    for words, error in zip(commands, errors, strict=True):
+        asked = words[2] in ("outputs/missing", "missing")
+        assert repr(words[2]) in error
+        assert ("cannot be reached" if asked else "found no file or folder") in error
+
+
+@pytest.mark.slow
+def test_a_copy_in_the_cache_of_the_hub_is_loaded_at_once(tmp_path):
+    """As the hub's client lays it; by those who run a plain model, and as a pretrained trunk."""
+    copies = tmp_path / "hub" / "hub" / "models--owner--name"
+    (copies / "refs").mkdir(parents=True)
+    (copies / "refs" / "main").write_text("abc")
+    tiny.trunk("gpt2").save_pretrained(copies / "snapshots" / "abc")
+    words = ["[UNK]", "[EOS]", "the", "dog"]
+    tiny.word_tokenizer(words, "[UNK]", unk_token="[UNK]", eos_token="[EOS]").save_pretrained(
+        copies / "snapshots" / "abc"
+    )
+    (tmp_path / "text.txt").write_text("the dog the dog the dog\n" * 50)
+    trained = [
+        "--init",
+        "pretrained",
+        "--base_model_name",
+        "owner/name",
+        "--dataset_name",
+        "text.txt",
+        "--max_steps",
+        "1",
+    ]
+    sizes = ["--max_length", "8", "--batch_size", "2", "--min_freq", "2", "--device", "cpu", "--output_dir", "run"]
+    commands = [
+        ["generate", "--model_path", "owner/name", "--prompt", "the dog", "--max_length", "5"],
+        ["train", *trained, *sizes, "--tokenizer", "owner/name", "--f_gram_num_hidden_layers", "0"],
+    ]
+    ends, errors = run_all(commands, tmp_path)
+    assert errors == []
+    assert [status for status, _ in ends] == [0, 0]
+    assert ends[0][1] < SECONDS  # training also compiles
+    assert (tmp_path / "run" / "final_model" / "model.safetensors").is_file()
+
+
+def test_what_exists_wins_and_what_the_hub_cannot_have_is_a_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert within_reach("owner/name", "it") == "owner/name"
+    assert within_reach("~/owner", "it") == str(tmp_path / "owner")
+    for name in ("gpt2", "other/name", "other/name.v2"):
+        refuse_missing_path(name, "it")
+    for name in ("owner/other", "a/b/c", "/a", "../a", "a b", "a/", "~/a", "C:\\a"):
+        with pytest.raises(SconeError, match="expected it there; check the path"):
+            refuse_missing_path(name, "it")
