@@ -138,7 +138,7 @@ def test_what_is_not_a_model_is_refused(tmp_path):
         (tmp_path / "config.json").write_text(text)
         assert message in tiny.refusal(load_model, tmp_path)
     assert "found the file" in tiny.refusal(load_model, tmp_path / "config.json")
-    assert "cannot load a causal language model from no-such-model" in tiny.refusal(load_model, "no-such-model")
+    assert "neither as a folder here nor in the hub's cache" in tiny.refusal(load_model, "no-such-model")
     tiny_model().save_pretrained(tmp_path / "plain")
     said = tiny.refusal(load_model, tmp_path / "plain", table_path=tmp_path / "embeddings.cache")
     assert "a model without f-grams" in said

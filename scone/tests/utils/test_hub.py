@@ -14,7 +14,7 @@ from scone.tests import tiny
 from scone.utils.errors import SconeError
 from scone.utils.hub import refuse_missing_path, within_reach
 
-SECONDS = 15  # of each command once all is imported; the hub's client alone would wait 23 seconds for each file
+SECONDS = 20  # of each command once all is imported; the hub's client alone would wait 23 seconds for each file
 # imports first, for they take longer than all else
 RUN_ALL = """
 import json, sys, time
