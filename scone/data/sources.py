@@ -25,7 +25,7 @@ from scone.data.readers import (
     unknown_column,
 )
 from scone.utils.errors import SconeError, library_refusal
-from scone.utils.hub import refuse_missing_path, why_hub_is_unreachable
+from scone.utils.hub import refuse_missing_path, refuse_unreachable_dataset
 
 STDLIB = "python-stdlib"
 """The built-in corpus: the sources of the running interpreter's standard library, which are on every machine."""
@@ -166,12 +166,9 @@ def open_source(dataset_name: str, dataset_config_name: str | None = None, text_
     if kind_of(path):
         raise SconeError(f"found no file {dataset_name!r}; expected a corpus there; check the path")
     refuse_missing_path(dataset_name, "a corpus")
-    problem = why_hub_is_unreachable()
-    if problem and problem != "HF_HUB_OFFLINE is set":
-        raise SconeError(
-            f"dataset {dataset_name!r} is not a local path, and the Hugging Face hub cannot be reached ({problem}); "
-            "give a local file or folder by --dataset_name, or set HF_HUB_OFFLINE=1 to use a copy downloaded before"
-        )
+    refuse_unreachable_dataset(
+        f"dataset {dataset_name!r} is not a local path", "give a local file or folder by --dataset_name"
+    )
     return Source(dataset_name, hub_units(dataset_name, dataset_config_name, text_column))
 
 

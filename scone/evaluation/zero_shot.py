@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from scone.models.trunk import longest_sequence
 from scone.utils.command_line import did_you_mean
 from scone.utils.errors import SconeError, library_refusal
+from scone.utils.hub import refuse_unreachable_dataset
 from scone.utils.progress import bars_are_visible
 
 if TYPE_CHECKING:
@@ -86,6 +87,8 @@ def evaluate_tasks(
     if not names:
         raise SconeError(f"--tasks: found no task; expected {', '.join(TASKS)}, or all")
     local = [] if task_data is None else [_from_file(name, Path(task_data)) for name in names]
+    if task_data is None:
+        refuse_unreachable_dataset("found no --task_data", "give a folder with the tasks' items by --task_data")
     if find_spec("lm_eval") is None:
         raise SconeError(
             "found no lm-evaluation-harness, which runs --tasks; expected the package lm-eval; "

@@ -7,6 +7,9 @@ from pathlib import Path
 
 from scone.utils.errors import SconeError
 
+PROBE_SECONDS = 5.0
+OFFLINE = "HF_HUB_OFFLINE is set"
+
 
 def refuse_missing_path(name: str, expected: str) -> None:
     """Raise SconeError where nothing is at ``name`` and it can only mean a path: it is no name that the hub could have
@@ -17,14 +20,15 @@ def refuse_missing_path(name: str, expected: str) -> None:
     if Path(name).expanduser().exists():
         return
     first, slash, _ = name.partition("/")
-    owner = first if slash and Path(first).is_dir() else None
     try:
         validate_repo_id(name)
     except HFValidationError:
-        owner = owner or ""
-    if owner is not None:
-        hint = f" (there is a folder {owner!r} here, so the hub is not asked)" if owner else ""
-        raise SconeError(f"found no file or folder {name!r}{hint}; expected {expected} there; check the path")
+        hint = ""
+    else:
+        if not (slash and Path(first).is_dir()):
+            return
+        hint = f" (there is a folder {first!r} here, so the hub is not asked)"
+    raise SconeError(f"found no file or folder {name!r}{hint}; expected {expected} there; check the path")
 
 
 def within_reach(name: str | Path, expected: str) -> str:
@@ -52,7 +56,14 @@ def within_reach(name: str | Path, expected: str) -> str:
         ) from error
 
 
-PROBE_SECONDS = 5.0
+def refuse_unreachable_dataset(what: str, advice: str) -> None:
+    """Raise SconeError where the hub does not answer; with ``HF_HUB_OFFLINE`` a copy in its cache is used."""
+    problem = why_hub_is_unreachable()
+    if problem and problem != OFFLINE:
+        raise SconeError(
+            f"{what}, and the Hugging Face hub cannot be reached ({problem}); {advice}, or set HF_HUB_OFFLINE=1 to use "
+            "a copy downloaded before"
+        )
 
 
 @functools.cache
@@ -70,7 +81,7 @@ def why_hub_is_unreachable() -> str | None:
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
-        return "HF_HUB_OFFLINE is set"
+        return OFFLINE
     try:
         request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
         urllib.request.urlopen(request, timeout=PROBE_SECONDS).close()
