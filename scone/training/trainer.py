@@ -171,6 +171,15 @@ class SconeTrainer(Trainer):
         with sequences_are_whole():
             return super().compute_loss(model, inputs, *args, **kwargs)
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As Hugging Face's. It and its callbacks leave torch's generators as they were: even a data loader without
+        workers draws a seed, so that how often a run was evaluated would decide its dropout.
+        """
+        device = self.args.device
+        devices = [] if device.type in ("cpu", "mps") else [device]  # `fork_rng` knows no generator of the latter
+        with torch.random.fork_rng(devices, device_type=device.type):
+            return super().evaluate(*args, **kwargs)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             now, before, at = self.run_cost.state_dict(), self._logged, time.perf_counter()

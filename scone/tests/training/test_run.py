@@ -159,6 +159,27 @@ def test_resumed_training_equals_uninterrupted(corpus, whole, tmp_path, name):
         assert_same_weights(whole, resumed, atol=0.0, rtol=0.0)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_evaluations_change_nothing_in_a_run(corpus, tmp_path, workers):
+    """Not its dropout either, which comes of a generator that data loaders draw from, and not after a resume."""
+
+    class Draws(TrainerCallback):
+        def on_evaluate(self, *_, **__):
+            torch.rand(3)
+
+    never, always = ({"training.eval_steps": steps, "data.num_workers": workers} for steps in (1000, 1))
+    unseen = train(options(corpus, tmp_path / "unseen", **never), quiet=True)
+    seen = train(options(corpus, tmp_path / "seen", **always), quiet=True, callbacks=[Draws()])
+    assert sum("eval_loss" in line for line in log_of(tmp_path / "seen")["log"]) == 6
+    assert_same_weights(unseen, seen, atol=0.0, rtol=0.0)
+    shutil.rmtree(seen)
+    shutil.rmtree(tmp_path / "seen" / "checkpoint-6")
+    resume = {"training.resume_from_checkpoint": "true"}
+    assert_same_weights(
+        unseen, train(options(corpus, tmp_path / "seen", **never, **resume), quiet=True), atol=0.0, rtol=0.0
+    )
+
+
 def test_a_run_resumed_at_its_end_is_that_run(corpus, tmp_path, caplog):
     """As if killed between its last checkpoint and the final model: not a step more, and what all of it computed."""
     changes = {"training.lr_scheduler_type": "constant"}
