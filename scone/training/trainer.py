@@ -12,10 +12,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import get_mixed_precision_context_manager
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
@@ -97,6 +100,7 @@ class SconeTrainer(Trainer):
             shard(self.model, reshard_after_forward=fsdp == "full_shard")
             # the model reduces its own gradients now: prepare it (device, precision) as one that is not wrapped
             self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
+        self.accelerator.prepare_model = partial(_leaving_logits, self.accelerator, self.accelerator.prepare_model)
         self._logged, self._logged_at = self.run_cost.state_dict(), time.perf_counter()
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -278,6 +282,20 @@ def _leaving_buffers(prepare_model: Callable[..., nn.Module], *args: Any, **kwar
     if isinstance(model, DistributedDataParallel):
         model.broadcast_buffers = False
     return model
+
+
+def _leaving_logits(
+    accelerator: Accelerator, prepare_model: Callable[..., nn.Module], model: nn.Module, *args: Any, **kwargs: Any
+) -> nn.Module:
+    """In mixed precision accelerate makes fp32 of all that a model gives. The loss is that already, and nobody reads
+    the logits: converting them took 3.3 of a step's 139 ms at 65,536 tokens × 16,384 words on an H100.
+    """
+    forward: Any = model.forward
+    prepared = prepare_model(model, *args, **kwargs)
+    if model.forward != forward and hasattr(forward, "__func__"):  # else it runs as somebody else has wrapped it
+        autocast = get_mixed_precision_context_manager(accelerator.native_amp, accelerator.autocast_handler)
+        model.forward = MethodType(autocast(forward.__func__), model)
+    return prepared
 
 
 def _loading(checkpoint: str) -> AbstractContextManager[None]:

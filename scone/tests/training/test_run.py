@@ -16,6 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from scone.configs.schema import ModelOptions
+from scone.data.dataset import Collator
 from scone.inference.embedding_table import EmbeddingTable
 from scone.inference.loading import load_model
 from scone.inference.precompute import precompute_table
@@ -26,6 +27,7 @@ from scone.training.optimizer import rows_learning_rate
 from scone.training.options import number_of_rows
 from scone.training.run import build_model, build_trainer, prepare_run_corpus, tokens_of_a_pass, train
 from scone.training.run_folder import complete_checkpoints
+from scone.training.trainer import SconeTrainer
 
 
 @pytest.fixture(scope="module")
@@ -273,6 +275,35 @@ def test_a_folder_with_other_things_or_a_finished_run_is_left_alone(corpus, tmp_
 def test_fp16_on_a_cpu_warns_and_trains(corpus, tmp_path, caplog):
     train(options(corpus, tmp_path / "run", **{"training.fp16": True, "training.max_steps": 1}), quiet=True)
     assert "fp16 is not available" in caplog.text
+
+
+@pytest.mark.parametrize("with_f_grams", [True, False])
+def test_mixed_precision_leaves_logits_as_they_are(tmp_path, with_f_grams):
+    """What accelerate would make of them for nobody changes neither losses nor weights."""
+
+    def run(folder, own):
+        model = tiny.scone() if with_f_grams else tiny.trunk()
+        trainer = SconeTrainer(
+            model=model,
+            args=tiny.training_arguments(folder, bf16=True, max_steps=3, logging_steps=1, remove_unused_columns=False),
+            train_dataset=[{"input_ids": tokens} for tokens in tiny.corpus(320).reshape(20, 16)],
+            data_collator=Collator(model.vocabulary if with_f_grams else None, 40),
+            f_gram_learning_rate=None,
+            rows_learning_rate=0.01,
+        )
+        if not own:
+            del trainer.accelerator.prepare_model  # accelerate's is behind it
+        types = set()
+        model.register_forward_hook(lambda module, inputs, output: types.add((output.loss.dtype, output.logits.dtype)))
+        trainer.train()
+        losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+        return types, losses, model.state_dict()
+
+    ours, theirs = run(tmp_path / "ours", True), run(tmp_path / "theirs", False)
+    assert (ours[0], theirs[0]) == ({(torch.float32, torch.bfloat16)}, {(torch.float32, torch.float32)})
+    assert ours[1] == theirs[1]
+    for name, tensor in ours[2].items():
+        assert torch.equal(tensor, theirs[2][name]), name
 
 
 def test_a_frozen_trunk_keeps_its_weights(corpus, tmp_path):
