@@ -177,12 +177,16 @@ class SconeTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As Hugging Face's. It and its callbacks leave torch's generators as they were: even a data loader without
-        workers draws a seed, so that how often a run was evaluated would decide its dropout.
+        workers draws a seed, so that how often a run was evaluated would decide its dropout. Nor is their time part of
+        the tokens a second that the run logs.
         """
+        started = time.perf_counter()
         device = self.args.device
         devices = [] if device.type in ("cpu", "mps") else [device]  # `fork_rng` knows no generator of the latter
         with torch.random.fork_rng(devices, device_type=device.type):
-            return super().evaluate(*args, **kwargs)
+            metrics: dict[str, float] = super().evaluate(*args, **kwargs)
+        self._logged_at += time.perf_counter() - started
+        return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -373,6 +377,7 @@ class CourseOfTheRun(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if 0 < state.max_steps <= state.global_step:  # resumed after its last step, it would take one more
             raise TrainedAlready
+        self.trainer._logged_at = time.perf_counter()  # what was before, loading and all, trained no tokens
         if self.trainer.rows is not None and state.is_world_process_zero:
             number = self.trainer.row_passes(state.max_steps).number
             if number > 1:

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import warnings
 
 import pytest
@@ -180,6 +181,17 @@ def test_evaluations_change_nothing_in_a_run(corpus, tmp_path, workers):
     assert_same_weights(
         unseen, train(options(corpus, tmp_path / "seen", **never, **resume), quiet=True), atol=0.0, rtol=0.0
     )
+
+
+def test_tokens_a_second_are_those_of_training(corpus, tmp_path):
+    class Slow(TrainerCallback):
+        def on_evaluate(self, args, state, control, **_):
+            time.sleep(3 if state.global_step == 3 else 0)
+
+    run = options(corpus, tmp_path / "run", **{"training.eval_steps": 1, "training.max_steps": 4})
+    train(run, quiet=True, callbacks=[Slow()])
+    last = [line["tokens_per_second"] for line in log_of(tmp_path / "run")["log"] if "tokens_per_second" in line][-1]
+    assert last > 2 * 4 * 32 / 3, "the evaluation between its two steps counted"
 
 
 def test_a_run_resumed_at_its_end_is_that_run(corpus, tmp_path, caplog):
