@@ -210,15 +210,28 @@ class SconeTrainer(Trainer):
         return self.rows if self.rows is not None and self.rows.exchange is not None else None
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if not _internal_call:
+            self._save_model(output_dir, False)
+            return
+        # a checkpoint has the names that the trainer loads by, where transformers would write those of other programs
+        # (mixtures of experts)
+        model: Any = self.model
+        model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
+        try:
+            self._save_model(output_dir, True)
+        finally:
+            del model.save_pretrained
+
+    def _save_model(self, output_dir: str | None, is_checkpoint: bool) -> None:
         rows = self._shared_rows
         if not self.sharded and rows is None:
-            super().save_model(output_dir, _internal_call)
+            super().save_model(output_dir, is_checkpoint)
             return
         assert self.model is not None
         state = whole_weights(self.model, keep=self.args.should_save)
         if self.args.should_save:
             self._save(output_dir, state_dict=state)
-        if rows is not None and not _internal_call:  # else it is a checkpoint
+        if rows is not None and not is_checkpoint:
             name = next(name for name, module in self.model.named_modules() if module is rows)
             append_rows(Path(output_dir or str(self.args.output_dir)), f"{name}.weight", rows)
 

@@ -14,7 +14,7 @@ import warnings
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 
 from scone.configs.schema import ModelOptions
 from scone.data.dataset import Collator
@@ -192,6 +192,22 @@ def test_tokens_a_second_are_those_of_training(corpus, tmp_path):
     train(run, quiet=True, callbacks=[Slow()])
     last = [line["tokens_per_second"] for line in log_of(tmp_path / "run")["log"] if "tokens_per_second" in line][-1]
     assert last > 2 * 4 * 32 / 3, "the evaluation between its two steps counted"
+
+
+@pytest.mark.parametrize("with_f_grams", [True, False])
+def test_a_mixture_of_experts_resumes_and_is_counted(corpus, tmp_path, with_f_grams):
+    """transformers writes other names for its weights than the model has, and computes experts in several ways."""
+    sizes = {"num_key_value_heads": 1, "num_local_experts": 4, "num_experts_per_tok": 2}
+    AutoConfig.for_model("mixtral", **(tiny.SIZES | sizes)).save_pretrained(tmp_path / "trunk")
+    changes = {"model.base_model_name": str(tmp_path / "trunk"), "model.use_f_gram_embeddings": with_f_grams}
+    uninterrupted = train(options(corpus, tmp_path / "run", **changes), quiet=True).rename(tmp_path / "uninterrupted")
+    cost = log_of(tmp_path / "run")["cost"]
+    assert cost["training_flops_per_token"] >= 3 * cost["inference_flops_per_token"] > 0
+    shutil.rmtree(tmp_path / "run" / "checkpoint-6")
+    resume = {"training.resume_from_checkpoint": "true"}
+    resumed = train(options(corpus, tmp_path / "run", **changes, **resume), quiet=True)
+    assert_same_weights(uninterrupted, resumed, atol=0.0, rtol=0.0)
+    assert any("experts.0.w1" in name for name in weights(resumed)), "a finished model has the names that others read"
 
 
 def test_a_run_resumed_at_its_end_is_that_run(corpus, tmp_path, caplog):
