@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ladder_fit import PLAIN, Rung, multipliers, rungs_of, savings, seed_spread, shown
+from ladder_fit import DOUBLED, OVER_ENCODING, PLAIN, ROWS, Rung, multipliers, rungs_of, savings, seed_spread, shown
 
 from scone.utils.text import markdown_table
 
@@ -44,7 +44,7 @@ def quality_table(report: Mapping[str, Any], view: str) -> str:
 def _multipliers(report: Mapping[str, Any]) -> str:
     rungs = _in_order(report)
     found = {_place(each.rung): each for each in [*multipliers(rungs), *savings(rungs)]}
-    kinds = [*dict.fromkeys(rung.kind for rung in rungs if rung.kind != PLAIN), PLAIN]
+    kinds = [ROWS, OVER_ENCODING, DOUBLED, PLAIN]
     lines = []
     for plain in (rung for rung in rungs if rung.kind == PLAIN):
         places = [(plain.size, plain.per_weight, kind) for kind in kinds]

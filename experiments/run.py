@@ -254,12 +254,11 @@ class Plan:
 
 def split(options: SconeOptions, processes: int) -> SconeOptions:
     """Each of so many processes takes its share of every batch: together they take the batches of one."""
-    batch_size, rest = divmod(options.training.batch_size, processes)
-    if rest:
-        raise SconeError(
-            f"found batches of {options.training.batch_size}; expected a multiple of {processes} processes"
-        )
-    return replace(options, training=replace(options.training, batch_size=batch_size))
+    size = options.training.batch_size
+    if processes < 1 or size % processes:
+        expected = f"expected a multiple of --processes {processes}, at least one"
+        raise SconeError(f"found batches of {size}; {expected}; give a number that divides it")
+    return replace(options, training=replace(options.training, batch_size=size // processes))
 
 
 def block_means(losses: Sequence[float], blocks: int = 48) -> list[float]:

@@ -196,7 +196,7 @@ class TrainingOptions:
     )
     optimizer: str = option(
         "adamw",
-        "optimizer of the trunk's matrices; muon takes learning rates like AdamW's (torch 2.9 or later)",
+        "optimizer of the trunk's matrices; muon takes learning rates like AdamW's",
         choices=("adamw", "muon"),
     )
     weight_decay: float = option(0.01, "weight decay of weight matrices", minimum=0)

@@ -225,6 +225,8 @@ def test_adapters_are_merged_into_what_is_saved(runner, data, tmp_path, name):
         ("--only nothing", "found no run"),
         ("--gpus 0", "GPUs; expected 0, at least one"),
         ("--gpus 1000", "GPUs; expected 1000, at least one"),
+        ("--processes 0", "batches of 2; expected a multiple of --processes 0, at least one"),
+        ("--processes 5", "batches of 2; expected a multiple of --processes 5"),
     ],
 )
 def test_mistakes_are_told(runner, data, tmp_path, words, message):
@@ -264,6 +266,9 @@ def test_runs_are_spread_over_gpus(runner, tmp_path, monkeypatch):
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         assert runner.run_all(names, tmp_path, 4, [sys.executable, "-c", program], gpus=2) == ([], [])
         assert sorted((tmp_path / f"{name}.log").read_text().strip() for name in names) == expected
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")  # runs of two processes see two each
+    assert runner.run_all(names[:2], tmp_path, 2, [sys.executable, "-c", program], gpus=4, processes=2) == ([], [])
+    assert sorted((tmp_path / f"{name}.log").read_text().strip() for name in names[:2]) == ["4,5", "6,7"]
 
 
 def test_a_worker_does_not_look_for_the_gpus_of_the_others(runner, data, tmp_path):
