@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from types import MethodType
@@ -210,28 +210,16 @@ class SconeTrainer(Trainer):
         return self.rows if self.rows is not None and self.rows.exchange is not None else None
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        if not _internal_call:
-            self._save_model(output_dir, False)
-            return
-        # a checkpoint has the names that the trainer loads by, where transformers would write those of other programs
-        # (mixtures of experts)
-        model: Any = self.model
-        model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
-        try:
-            self._save_model(output_dir, True)
-        finally:
-            del model.save_pretrained
-
-    def _save_model(self, output_dir: str | None, is_checkpoint: bool) -> None:
         rows = self._shared_rows
-        if not self.sharded and rows is None:
-            super().save_model(output_dir, is_checkpoint)
-            return
         assert self.model is not None
-        state = whole_weights(self.model, keep=self.args.should_save)
-        if self.args.should_save:
-            self._save(output_dir, state_dict=state)
-        if rows is not None and not is_checkpoint:
+        with _own_names(self.model) if _internal_call else nullcontext():
+            if not self.sharded and rows is None:
+                super().save_model(output_dir, _internal_call)
+                return
+            state = whole_weights(self.model, keep=self.args.should_save)
+            if self.args.should_save:
+                self._save(output_dir, state_dict=state)
+        if rows is not None and not _internal_call:  # else it is a checkpoint
             name = next(name for name, module in self.model.named_modules() if module is rows)
             append_rows(Path(output_dir or str(self.args.output_dir)), f"{name}.weight", rows)
 
@@ -313,6 +301,18 @@ def _leaving_logits(
         autocast = get_mixed_precision_context_manager(accelerator.native_amp, accelerator.autocast_handler)
         model.forward = MethodType(autocast(forward.__func__), model)
     return prepared
+
+
+@contextmanager
+def _own_names(model: Any) -> Iterator[None]:
+    """Inside, ``model`` is saved by the names of its weights, as the trainer loads a checkpoint. transformers saves
+    those of mixtures of experts by the names that other programs know.
+    """
+    model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
+    try:
+        yield
+    finally:
+        del model.save_pretrained
 
 
 def _loading(checkpoint: str) -> AbstractContextManager[None]:

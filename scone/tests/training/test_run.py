@@ -342,6 +342,9 @@ def test_a_frozen_trunk_keeps_its_weights(corpus, tmp_path):
     for name, tensor in final.items():
         moved = not torch.equal(tensor, start[name])
         assert moved == (not name.startswith("trunk.")) or name.endswith((".bias", "map_in.weight")), name
+    cost = log_of(tmp_path / "run")["cost"]
+    whole = 3 * (cost["inference_flops_per_token"] + cost["f_gram_flops_per_token"])
+    assert whole - cost["inference_flops_per_token"] < cost["training_flops_per_token"] < 0.95 * whole
 
 
 def test_rows_in_bf16_load_as_they_are(corpus, whole, tmp_path):
