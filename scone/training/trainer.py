@@ -8,21 +8,17 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
-from accelerate.utils import get_mixed_precision_context_manager
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, masking_utils
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_NAME
@@ -39,6 +35,7 @@ from scone.training.distributed import (
     whole_state,
     whole_weights,
 )
+from scone.training.library_habits import leaving_buffers, leaving_logits, own_names, sequences_are_whole
 from scone.training.optimizer import PER_ROW, AdamWWithRows, learned_rows
 from scone.training.run_folder import COMPLETE_MARKER, complete_checkpoints
 from scone.utils.errors import SconeError, library_refusal
@@ -87,7 +84,7 @@ class SconeTrainer(Trainer):
         self.add_callback(CourseOfTheRun(self, checkpoints_kept, facts or {}))
         if self.accelerator.ddp_handler is not None:  # gradients are reduced where they are, and not copied for it
             self.accelerator.ddp_handler.gradient_as_bucket_view = True
-            self.accelerator.prepare_model = partial(_leaving_buffers, self.accelerator.prepare_model)
+            self.accelerator.prepare_model = partial(leaving_buffers, self.accelerator.prepare_model)
         if self.is_fsdp_enabled:
             raise SconeError(
                 "found FSDP in the launcher's configuration; expected the option --fsdp full_shard, which knows what "
@@ -100,7 +97,7 @@ class SconeTrainer(Trainer):
             shard(self.model, reshard_after_forward=fsdp == "full_shard")
             # the model reduces its own gradients now: prepare it (device, precision) as one that is not wrapped
             self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
-        self.accelerator.prepare_model = partial(_leaving_logits, self.accelerator, self.accelerator.prepare_model)
+        self.accelerator.prepare_model = partial(leaving_logits, self.accelerator, self.accelerator.prepare_model)
         self._logged, self._logged_at = self.run_cost.state_dict(), time.perf_counter()
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -212,7 +209,7 @@ class SconeTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         rows = self._shared_rows
         assert self.model is not None
-        with _own_names(self.model) if _internal_call else nullcontext():
+        with own_names(self.model) if _internal_call else nullcontext():
             if not self.sharded and rows is None:
                 super().save_model(output_dir, _internal_call)
                 return
@@ -281,62 +278,10 @@ class SconeTrainer(Trainer):
             load_whole_weights(self.model, Path(resume_from_checkpoint) / SAFE_WEIGHTS_NAME)
 
 
-def _leaving_buffers(prepare_model: Callable[..., nn.Module], *args: Any, **kwargs: Any) -> nn.Module:
-    """Training changes no buffers, so ranks need not send them at every step. PyTorch 2.13 warns of the argument."""
-    model = prepare_model(*args, **kwargs)
-    if isinstance(model, DistributedDataParallel):
-        model.broadcast_buffers = False
-    return model
-
-
-def _leaving_logits(
-    accelerator: Accelerator, prepare_model: Callable[..., nn.Module], model: nn.Module, *args: Any, **kwargs: Any
-) -> nn.Module:
-    """In mixed precision accelerate makes fp32 of all that a model gives. The loss is that already, and nobody reads
-    the logits: converting them took 3.3 of a step's 139 ms at 65,536 tokens × 16,384 words on an H100.
-    """
-    forward: Any = model.forward
-    prepared = prepare_model(model, *args, **kwargs)
-    if model.forward != forward and hasattr(forward, "__func__"):  # else it runs as somebody else has wrapped it
-        autocast = get_mixed_precision_context_manager(accelerator.native_amp, accelerator.autocast_handler)
-        model.forward = MethodType(autocast(forward.__func__), model)
-    return prepared
-
-
-@contextmanager
-def _own_names(model: Any) -> Iterator[None]:
-    """Inside, ``model`` is saved by the names of its weights, as the trainer loads a checkpoint. transformers saves
-    those of mixtures of experts by the names that other programs know.
-    """
-    model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
-    try:
-        yield
-    finally:
-        del model.save_pretrained
-
-
 def _loading(checkpoint: str) -> AbstractContextManager[None]:
     """Turn library errors about damaged or mismatched checkpoints into one line."""
     advice = "give the options that the run began with, or resume from another checkpoint"
     return library_refusal(f"cannot resume from {checkpoint}", advice)
-
-
-@contextmanager
-def sequences_are_whole() -> Iterator[None]:
-    """Inside, transformers makes masks for sequences that are one text each.
-
-    It would look at the positions, which it has made itself a moment ago, whether there are several: the host then
-    waits at every step, until the accelerator is through with the last one.
-    """
-    look = getattr(masking_utils, "find_packed_sequence_indices", None)
-    if look is None:  # of another version, in which it has another name: steps wait, nothing else
-        yield
-        return
-    masking_utils.find_packed_sequence_indices = lambda position_ids: None
-    try:
-        yield
-    finally:
-        masking_utils.find_packed_sequence_indices = look
 
 
 class RowPasses:
