@@ -36,7 +36,7 @@ from workloads import VOCAB_SIZE, TrainingStep, f_grams_of, gpt2_tokens, gpt2_tr
 from scone.data.dataset import BlockDataset, Collator
 from scone.data.token_file import TokenFile
 from scone.evaluation.speed import timed
-from scone.models.accounting import f_gram_forward_flops, training_flops, trunk_forward_flops
+from scone.models.accounting import f_gram_forward_flops, trunk_forward_flops
 from scone.models.configuration import FGramModelConfig
 from scone.models.input_embeddings import FGramModel
 from scone.models.language_model import SconeForCausalLM
@@ -338,7 +338,8 @@ def _gpu_steps(
     if scone is not None and scone.config.f_gram_model_config is not None:
         forward += _f_gram_flops(sizes, some, variant == "padded")
     tokens = shape[0] * shape[1]
-    return Measured(loaded, at_hand, peak, training_flops(forward * tokens), tokens)
+    # a backward pass costs two products for each of the forward pass, where everything trains
+    return Measured(loaded, at_hand, peak, 3 * forward * tokens, tokens)
 
 
 def _report_variant(report: Report, name: str, now: Measured, plain: Measured | None) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from omegaconf import OmegaConf
 
+from scone.configs.loading import load_yaml
 from scone.data.prepare import prepare_corpus
 from scone.evaluation.perplexity import perplexity, sizes_of
 from scone.evaluation.report import OVER_ENCODING, PLAIN, STEM, RunResult, kind_of_parts, write_report
@@ -23,6 +24,7 @@ from scone.models.language_model import SconeForCausalLM
 from scone.models.over_encoding import OverEncodingForCausalLM
 from scone.models.trunk import longest_sequence
 from scone.tokenization.tokenizers import load_tokenizer
+from scone.training.run_folder import OPTIONS_FILE
 from scone.utils.environment import PeakMemory, environment
 from scone.utils.errors import SconeError, library_refusal
 from scone.utils.files import read_json
@@ -235,7 +237,7 @@ class Benchmark:
         sample = np.random.default_rng(self.settings.seed).integers(0, vocab_size, 1 << 16)
         sample = next((text.tokens for text in texts.values()), sample)
         result = _sized(entry, loaded)
-        flops = flops_per_token(model, batch_of(sample, max(config.batch_sizes), window))
+        flops = flops_per_token(model, batch_of(sample, max(config.batch_sizes), window), _had_frozen_trunk(entry))
         result.inference_flops_per_token = flops.pop("inference_flops_per_token")
         result.training_flops_per_token = flops.pop("training_flops_per_token")
         result.facts |= flops
@@ -263,6 +265,12 @@ class Benchmark:
 
 def _path_of(entry: ModelEntry | BaselineEntry) -> str:
     return entry.model_name if isinstance(entry, BaselineEntry) else entry.model_path
+
+
+def _had_frozen_trunk(entry: ModelEntry | BaselineEntry) -> bool:
+    """Whether its trunk was left as it was in training, which the options beside a model of ours say."""
+    options = Path(_path_of(entry)) / OPTIONS_FILE
+    return options.is_file() and bool((load_yaml(options).get("training") or {}).get("freeze_trunk"))
 
 
 def _sized(entry: ModelEntry | BaselineEntry, loaded: LoadedModel) -> RunResult:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable
@@ -12,7 +13,8 @@ import numpy as np
 import torch
 
 from scone.inference.loading import F_GRAM_WEIGHTS
-from scone.models.accounting import RunCost
+from scone.models.accounting import RunCost, without_memory
+from scone.models.configuration import SconeConfig
 from scone.models.language_model import SconeForCausalLM
 
 if TYPE_CHECKING:
@@ -100,24 +102,31 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def flops_per_token(model: PreTrainedModel, tokens: np.ndarray) -> dict[str, Any]:
+def flops_per_token(model: PreTrainedModel, tokens: np.ndarray, frozen_trunk: bool = False) -> dict[str, Any]:
     """What ``model`` computes per token of a batch like ``tokens`` [B, T], by the formulas of `models.accounting`.
 
     ``inference_flops_per_token``: as the model is served here (the f-gram model counts only where it runs live).
-    ``training_flops_per_token``: forward and backward of trunk and input embedding; of a SCONE model also
-    ``nodes_per_position`` and ``match_rate``. Both depend on ``tokens``: f-grams share their prefixes within a batch.
-    Works for a model served from a table too: what training costs follows from its configuration and vocabulary.
+    ``training_flops_per_token``: forward and backward of trunk and input embedding, with all of it trained or all but
+    the trunk (``frozen_trunk``); of a SCONE model also ``nodes_per_position`` and ``match_rate``. Both depend on
+    ``tokens``: f-grams share their prefixes within a batch. Works for a model served from a table too: what training
+    costs follows from its configuration and vocabulary. FLOPs are None where they cannot be counted.
     """
-    cost = RunCost(model)
+    config = copy.deepcopy(model.config)
+    if isinstance(config, SconeConfig):
+        config.requires_table = False
+    trained = without_memory(config)
+    if frozen_trunk:
+        trained.trunk.requires_grad_(False)
+    cost = RunCost(trained)
     input_ids = torch.from_numpy(np.asarray(tokens, dtype=np.int64))
     inputs: dict[str, Any] = {"input_ids": input_ids}
-    scone = isinstance(model, SconeForCausalLM)
     if isinstance(model, SconeForCausalLM):
         inputs["trie"] = model.trie_of(model.match(input_ids))
     cost.count(inputs)
     figures = cost.to_dict()
-    live = scone and getattr(model, "f_gram_embedding", None) is not None
-    inference = figures["inference_flops_per_token"] + (figures["f_gram_flops_per_token"] if live else 0.0)
+    inference = figures["inference_flops_per_token"]
+    if inference is not None and getattr(model, "f_gram_embedding", None) is not None:
+        inference += figures["f_gram_flops_per_token"]
     kept = ("training_flops_per_token", "nodes_per_position", "match_rate")
     return {"inference_flops_per_token": inference} | {name: figures[name] for name in kept if name in figures}
 

@@ -7,7 +7,8 @@ One multiplication and one addition count as two operations. The formulas count 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from itertools import pairwise, zip_longest
 from typing import Any
@@ -23,6 +24,9 @@ from scone.models.input_embeddings import FGramModel
 from scone.models.language_model import SconeForCausalLM
 from scone.models.learned_rows import LearnedRows
 from scone.models.over_encoding import OverEncodingForCausalLM
+from scone.utils.command_line import one_line
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -72,21 +76,45 @@ def _count(module: nn.Module) -> int:
 
 
 def trunk_forward_flops(config: PreTrainedConfig, sequence_length: int) -> float:
-    """Operations per token of one forward pass over ``sequence_length`` tokens, output head included.
+    """Operations per token of one forward pass of the trunk that ``config`` describes: see `trunk_flops`."""
+    return trunk_flops(without_memory(config).requires_grad_(False), sequence_length)[0]
 
-    Counted on the real modules without memory or arithmetic (meta device), so it holds for any architecture. Attention
-    counts all pairs of positions, as kernels without a causal shortcut compute them.
-    """
-    config = copy.deepcopy(config)
-    config._attn_implementation = "eager"
+
+def without_memory(trunk: PreTrainedConfig | nn.Module) -> Any:
+    """A model of that configuration, or a copy of that model with what trains in it, on the meta device."""
+    if isinstance(trunk, nn.Module):
+        memo: dict[int, Any] = {id(buffer): torch.empty_like(buffer, device="meta") for buffer in trunk.buffers()}
+        for weight in trunk.parameters():
+            memo[id(weight)] = nn.Parameter(torch.empty_like(weight, device="meta"), weight.requires_grad)
+        return copy.deepcopy(trunk, memo)
     with torch.device("meta"):
-        trunk = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-        tokens = torch.zeros(1, sequence_length, dtype=torch.int64)
-        # a finished mask: making one looks at values, which meta tensors do not have
-        mask = torch.zeros(1, 1, sequence_length, sequence_length)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        trunk(input_ids=tokens, attention_mask=mask, use_cache=False)
-    return counter.get_total_flops() / sequence_length
+        return AutoModelForCausalLM.from_config(copy.deepcopy(trunk))
+
+
+def trunk_flops(trunk: Any, sequence_length: int, input_trains: bool = False) -> tuple[float, float]:
+    """Operations per token of a forward and of a backward pass over ``sequence_length`` tokens, output head included.
+
+    A matrix of p weights costs 2·p per token in the forward pass. In the backward pass it costs 2·p for the gradient of
+    its input, if anything before it trains, and 2·p for its own, if it trains: together the factor of two that Kaplan
+    et al. (arXiv 2001.08361, section 2.1) give where everything does. A frozen trunk costs one, down to its first
+    layer, with ``input_trains``, and none without. A product of two activations costs as much again for each of them.
+
+    Counted on the real modules without memory or arithmetic (``trunk`` is one of `without_memory`), so it holds for any
+    architecture and for adapters in it. Attention counts all pairs of positions, as kernels without a causal shortcut
+    compute them; of experts those count that a token goes to.
+    """
+    trunk.eval().set_attn_implementation("eager")
+    trunk.set_experts_implementation("batched_mm")  # the others look at values, which meta tensors do not have
+    if input_trains:
+        trunk.enable_input_require_grads()
+    tokens = torch.zeros(1, sequence_length, dtype=torch.int64, device="meta")
+    with FlopCounterMode(display=False) as counter, torch.enable_grad():
+        # with a mask, or transformers looks for one in the positions' values
+        logits = trunk(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits
+        forward = counter.get_total_flops()
+        if logits.requires_grad:
+            logits.sum().backward()
+    return forward / sequence_length, (counter.get_total_flops() - forward) / sequence_length
 
 
 def f_gram_forward_flops(
@@ -127,18 +155,44 @@ def input_embedding_flops(
     return model + gate * sum(f_grams_by_depth)
 
 
-def training_flops(forward: float, recomputed: bool = False) -> float:
-    """Of one training step, from its forward operations; ``recomputed``: with gradient checkpointing. A backward pass
-    costs two products for each product of the forward pass.
+def input_embedding_backward_flops(
+    config: SconeConfig, nodes_by_depth: Sequence[float], f_grams_by_depth: Sequence[float], trains: Set[str]
+) -> float:
+    """Of the backward pass of what `input_embedding_flops` counts, by the rule of `trunk_flops`.
+
+    ``trains``: those of "f_gram_model", "rows", "gain", "gate" and "tokens", the trunk's token embeddings, that do. The
+    f-gram model has positions of its own before all its matrices but the map in.
     """
-    return forward * (4 if recomputed else 3)
+    sizes, width = config.f_gram_model_config, config.hidden_size
+    model = 0.0 if sizes is None else f_gram_forward_flops(sizes, width, nodes_by_depth, f_grams_by_depth)
+    gate = input_embedding_flops(config, nodes_by_depth, f_grams_by_depth) - model
+    backward = gate * (("gate" in trains) + bool(trains - {"gate"}))
+    if sizes is None:
+        return backward
+    tokens_train = "tokens" in trains and not sizes.own_tokens
+    if "f_gram_model" not in trains:
+        return backward + model * tokens_train
+    map_in = (
+        0 if sizes.own_tokens or sizes.hidden_size == width else 2 * sizes.hidden_size * width * sum(nodes_by_depth)
+    )
+    return backward + 2 * model - (0 if tokens_train else map_in)
 
 
 class RunCost:
-    """Adds up over a whole run what its batches made the model compute; of several processes, those of this one."""
+    """Adds up over a whole run what its batches made the model compute; of several processes, those of this one.
+
+    What trains is looked up at once, before training shares weights out or merges adapters.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        trunk: Any = model.trunk if isinstance(model, EmbeddedTrunk) else model
+        all_trains = all(weight.requires_grad for weight in trunk.parameters())
+        self._trunk = trunk.config if all_trains else without_memory(trunk)
+        before = [name for name, weight in model.named_parameters() if weight.requires_grad]
+        self._before_trunk = {name for name in before if trunk is not model and not name.startswith("trunk.")}
+        self._trains = {name.split(".")[1] for name in self._before_trunk if name.startswith("f_gram_embedding.")}
+        self._trains |= {"tokens"} if trunk.get_input_embeddings().weight.requires_grad else set()
         self._counts: dict[str, Any] = {"positions": 0, "length": 0, "matched": 0, "nodes": [], "f_grams": []}
 
     def count(self, inputs: Mapping[str, Any]) -> None:
@@ -164,20 +218,29 @@ class RunCost:
         """Operations per token, and of a SCONE model what it matched and computed per position; JSON-ready.
 
         ``recomputed``: with gradient checkpointing. Serving costs the trunk's forward operations alone: the input
-        embedding is a row read. Attention counts whole blocks, as ``trunk_forward_flops`` says.
+        embedding is a row read. Attention counts whole blocks, as ``trunk_flops`` says. Operations are None, with a
+        warning, for a trunk that cannot be counted.
         """
         model, counts = self.model, self.state_dict()
         trunk_config: Any = model.trunk.config if isinstance(model, EmbeddedTrunk) else model.config
-        trunk = trunk_forward_flops(trunk_config, counts["length"])
-        figures: dict[str, Any] = {"inference_flops_per_token": trunk, "f_gram_flops_per_token": 0.0}
+        figures: dict[str, Any] = {"inference_flops_per_token": None, "f_gram_flops_per_token": 0.0}
+        backward = 0.0
         if isinstance(model, SconeForCausalLM):
             nodes, f_grams = ([count / counts["positions"] for count in counts[name]] for name in ("nodes", "f_grams"))
             figures["f_gram_flops_per_token"] = input_embedding_flops(model.config, nodes, f_grams)  # type: ignore[arg-type]
+            backward = input_embedding_backward_flops(model.config, nodes, f_grams, self._trains)  # type: ignore[arg-type]
             figures |= {
                 "match_rate": counts["matched"] / counts["positions"],
                 "nodes_per_position": sum(nodes),
                 "nodes_per_position_by_depth": nodes,
                 "f_grams_per_position_by_depth": f_grams,
             }
-        forward = trunk + figures["f_gram_flops_per_token"]
-        return figures | {"training_flops_per_token": training_flops(forward, recomputed)}
+        try:
+            figures["inference_flops_per_token"] = trunk_forward_flops(trunk_config, counts["length"])
+            trunk = self._trunk if isinstance(self._trunk, nn.Module) else without_memory(self._trunk)
+            forward, of_trunk = trunk_flops(trunk, counts["length"], bool(self._before_trunk))
+        except Exception as error:  # of any model: a run that is through must not fail for it
+            logger.warning("the operations of this trunk cannot be counted (%s)", one_line(str(error))[:200])
+            return figures | {"training_flops_per_token": None}
+        forward += figures["f_gram_flops_per_token"]
+        return figures | {"training_flops_per_token": forward * (2 if recomputed else 1) + of_trunk + backward}

@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from scone.configs.schema import DataOptions, SconeOptions
 from scone.data.prepare import default_cache_folder
 from scone.data.token_file import TokenFile
+from scone.models.accounting import parameter_counts
 from scone.tokenization.counting import count_f_grams
 from scone.tokenization.f_gram_file import FILE_NAME
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
@@ -118,16 +119,16 @@ def write_model_card(
     if path.exists() and made_by not in path.read_text(encoding="utf-8", errors="replace"):
         return path
     config, data, pretrained = model.config, options.data, options.model.init == "pretrained"
-    scone, trunk, text_config = hasattr(config, "num_f_grams"), getattr(model, "trunk", model), config.get_text_config()
-    of_trunk, of_model = (sum(weight.numel() for weight in each.parameters()) for each in (trunk, model))
+    scone, text_config = hasattr(config, "num_f_grams"), config.get_text_config()
+    parameters = parameter_counts(model)  # of rows that are shared out over processes too
     corpus = Path(data.dataset_name).name if Path(data.dataset_name).exists() else data.dataset_name
     limit = options.training.max_eval_tokens
     where = "" if limit is None else f" (first {limit:,} tokens)"
     facts = {
-        "parameters of the trunk": human_count(of_trunk),
+        "parameters of the trunk": human_count(parameters.resident),
         "f-grams": f"{config.num_f_grams:,} of 2 to {config.max_n} tokens" if scone else "",
         "learned rows": f"{config.learned_rows:,}" if scone else "",
-        "parameters of f-gram model and rows": human_count(of_model - of_trunk) if scone else "",
+        "parameters of f-gram model and rows": human_count(parameters.training_only) if scone else "",
         "corpus": " ".join(filter(None, (corpus, data.dataset_config_name))),
         "trained for": f"{steps:,} steps on {train_tokens:,} tokens, {data.max_length:,} a sequence",
         "all options": "`options.yaml`",

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from importlib.util import find_spec
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from scone.configs.schema import ModelOptions, SconeOptions
+from scone.models.accounting import without_memory
 from scone.models.embedded_trunk import EmbeddedTrunk
 from scone.models.trunk import trunk_sizes
 from scone.utils.command_line import did_you_mean
@@ -139,12 +139,12 @@ def all_are_used(model: PreTrainedModel) -> bool:
     """
     trunk = model.trunk if isinstance(model, EmbeddedTrunk) else model
     try:
+        trial = without_memory(trunk.config).train()
+        trial.set_attn_implementation("eager")
         with torch.device("meta"):
-            trial = AutoModelForCausalLM.from_config(copy.deepcopy(trunk.config), attn_implementation="eager").train()
-            # a finished mask: making one looks at values, which meta tensors do not have
-            mask = torch.zeros(1, 1, 8, 8)
-            output = trial(torch.zeros(1, 8, dtype=torch.int64), attention_mask=mask, use_cache=False)
-            output.logits.sum().backward()
+            tokens = torch.zeros(1, 8, dtype=torch.int64)
+            # with a mask, or transformers looks for one in the positions' values, which meta tensors do not have
+            trial(tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits.sum().backward()
     except Exception:  # of any model, ours or not
         return False
     return all(parameter.grad is not None for parameter in trial.parameters())

@@ -318,7 +318,7 @@ def training_arguments(training: TrainingOptions, num_workers: int, evaluate: bo
         bf16=precision == "bf16",
         **checkpointing,
         dataloader_num_workers=num_workers,
-        # batches for an accelerator come in page-locked memory: nothing waits for their copy
+        # batches for an accelerator come in pinned memory: nothing waits for their copy
         accelerator_config={"non_blocking": not use_cpu},
         remove_unused_columns=False,
         report_to=reporter_names(training.report_to),

@@ -8,8 +8,8 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, masking_utils
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_NAME
@@ -36,6 +35,7 @@ from scone.training.distributed import (
     whole_state,
     whole_weights,
 )
+from scone.training.library_habits import leaving_buffers, leaving_logits, own_names, sequences_are_whole
 from scone.training.optimizer import PER_ROW, AdamWWithRows, learned_rows
 from scone.training.run_folder import COMPLETE_MARKER, complete_checkpoints
 from scone.utils.errors import SconeError, library_refusal
@@ -84,7 +84,7 @@ class SconeTrainer(Trainer):
         self.add_callback(CourseOfTheRun(self, checkpoints_kept, facts or {}))
         if self.accelerator.ddp_handler is not None:  # gradients are reduced where they are, and not copied for it
             self.accelerator.ddp_handler.gradient_as_bucket_view = True
-            self.accelerator.prepare_model = partial(_leaving_buffers, self.accelerator.prepare_model)
+            self.accelerator.prepare_model = partial(leaving_buffers, self.accelerator.prepare_model)
         if self.is_fsdp_enabled:
             raise SconeError(
                 "found FSDP in the launcher's configuration; expected the option --fsdp full_shard, which knows what "
@@ -97,6 +97,7 @@ class SconeTrainer(Trainer):
             shard(self.model, reshard_after_forward=fsdp == "full_shard")
             # the model reduces its own gradients now: prepare it (device, precision) as one that is not wrapped
             self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
+        self.accelerator.prepare_model = partial(leaving_logits, self.accelerator, self.accelerator.prepare_model)
         self._logged, self._logged_at = self.run_cost.state_dict(), time.perf_counter()
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -171,6 +172,19 @@ class SconeTrainer(Trainer):
         with sequences_are_whole():
             return super().compute_loss(model, inputs, *args, **kwargs)
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As Hugging Face's. It and its callbacks leave torch's generators as they were: even a data loader without
+        workers draws a seed, so that how often a run was evaluated would decide its dropout. Nor is their time part of
+        the tokens a second that the run logs.
+        """
+        started = time.perf_counter()
+        device = self.args.device
+        devices = [] if device.type in ("cpu", "mps") else [device]  # `fork_rng` knows no generator of the latter
+        with torch.random.fork_rng(devices, device_type=device.type):
+            metrics: dict[str, float] = super().evaluate(*args, **kwargs)
+        self._logged_at += time.perf_counter() - started
+        return metrics
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             now, before, at = self.run_cost.state_dict(), self._logged, time.perf_counter()
@@ -194,13 +208,14 @@ class SconeTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         rows = self._shared_rows
-        if not self.sharded and rows is None:
-            super().save_model(output_dir, _internal_call)
-            return
         assert self.model is not None
-        state = whole_weights(self.model, keep=self.args.should_save)
-        if self.args.should_save:
-            self._save(output_dir, state_dict=state)
+        with own_names(self.model) if _internal_call else nullcontext():
+            if not self.sharded and rows is None:
+                super().save_model(output_dir, _internal_call)
+                return
+            state = whole_weights(self.model, keep=self.args.should_save)
+            if self.args.should_save:
+                self._save(output_dir, state_dict=state)
         if rows is not None and not _internal_call:  # else it is a checkpoint
             name = next(name for name, module in self.model.named_modules() if module is rows)
             append_rows(Path(output_dir or str(self.args.output_dir)), f"{name}.weight", rows)
@@ -263,36 +278,10 @@ class SconeTrainer(Trainer):
             load_whole_weights(self.model, Path(resume_from_checkpoint) / SAFE_WEIGHTS_NAME)
 
 
-def _leaving_buffers(prepare_model: Callable[..., nn.Module], *args: Any, **kwargs: Any) -> nn.Module:
-    """Training changes no buffers, so ranks need not send them at every step. PyTorch 2.13 warns of the argument."""
-    model = prepare_model(*args, **kwargs)
-    if isinstance(model, DistributedDataParallel):
-        model.broadcast_buffers = False
-    return model
-
-
 def _loading(checkpoint: str) -> AbstractContextManager[None]:
     """Turn library errors about damaged or mismatched checkpoints into one line."""
     advice = "give the options that the run began with, or resume from another checkpoint"
     return library_refusal(f"cannot resume from {checkpoint}", advice)
-
-
-@contextmanager
-def sequences_are_whole() -> Iterator[None]:
-    """Inside, transformers makes masks for sequences that are one text each.
-
-    It would look at the positions, which it has made itself a moment ago, whether there are several: the host then
-    waits at every step, until the accelerator is through with the last one.
-    """
-    look = getattr(masking_utils, "find_packed_sequence_indices", None)
-    if look is None:  # of another version, in which it has another name: steps wait, nothing else
-        yield
-        return
-    masking_utils.find_packed_sequence_indices = lambda position_ids: None
-    try:
-        yield
-    finally:
-        masking_utils.find_packed_sequence_indices = look
 
 
 class RowPasses:
@@ -346,6 +335,7 @@ class CourseOfTheRun(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if 0 < state.max_steps <= state.global_step:  # resumed after its last step, it would take one more
             raise TrainedAlready
+        self.trainer._logged_at = time.perf_counter()  # what was before, loading and all, trained no tokens
         if self.trainer.rows is not None and state.is_world_process_zero:
             number = self.trainer.row_passes(state.max_steps).number
             if number > 1:

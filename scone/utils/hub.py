@@ -13,22 +13,16 @@ OFFLINE = "HF_HUB_OFFLINE is set"
 
 def refuse_missing_path(name: str, expected: str) -> None:
     """Raise SconeError where nothing is at ``name`` and it can only mean a path: it is no name that the hub could have
-    (``name`` or ``owner/name``), or its first part is a folder here.
+    (``name`` or ``owner/name``).
     """
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     if Path(name).expanduser().exists():
         return
-    first, slash, _ = name.partition("/")
     try:
         validate_repo_id(name)
-    except HFValidationError:
-        hint = ""
-    else:
-        if not (slash and Path(first).is_dir()):
-            return
-        hint = f" (there is a folder {first!r} here, so the hub is not asked)"
-    raise SconeError(f"found no file or folder {name!r}{hint}; expected {expected} there; check the path")
+    except HFValidationError as error:
+        raise SconeError(f"found no file or folder {name!r}; expected {expected} there; check the path") from error
 
 
 def within_reach(name: str | Path, expected: str) -> str:

@@ -6,14 +6,18 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import scone
 from scone.cli import main
+from scone.configs.loading import from_mapping, save_options
 from scone.evaluation.benchmark import kind_of, read_benchmark_config
-from scone.evaluation.speed import training_only_parameters
+from scone.evaluation.speed import flops_per_token, training_only_parameters
 from scone.inference.loading import load_model
+from scone.models.accounting import RunCost
+from scone.models.language_model import SconeForCausalLM
 from scone.tests import tiny
 from scone.tests.evaluation.conftest import WORDS
 from scone.utils.environment import PeakMemory, process_bytes
@@ -101,6 +105,26 @@ def test_a_model_without_any_text_is_timed_and_nothing_at_all_fails(config: dict
     assert run(config, tmp_path) == 2
     assert "nothing could be measured: 1 of 1 models are missing" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_training_with_a_frozen_trunk_costs_less(config: dict, served_model: Path, tmp_path: Path) -> None:
+    """Which trunks were frozen say the options beside the model; the FLOPs are those that its training counted."""
+    frozen = tmp_path / "frozen"
+    shutil.copytree(served_model, frozen)
+    save_options(from_mapping({"training": {"freeze_trunk": True}}), frozen / "options.yaml")
+    entries = [{"name": folder.name, "model_path": str(folder)} for folder in (served_model, frozen)]
+    config |= {"model_configs": entries, "baseline_configs": [], "batch_sizes": [2], "sequence_lengths": [32]}
+    assert run(config, tmp_path) == 0
+    whole, without = json.loads((tmp_path / "out" / "benchmark.json").read_text())["records"]
+    assert without["inference_flops_per_token"] == whole["inference_flops_per_token"]
+    assert whole["training_flops_per_token"] == pytest.approx(3 * whole["inference_flops_per_token"])
+    model, tokens = SconeForCausalLM.from_pretrained(frozen), np.arange(64).reshape(2, 32) % tiny.VOCAB_SIZE
+    model.trunk.requires_grad_(False)
+    cost = RunCost(model)
+    cost.count({"input_ids": torch.from_numpy(tokens), "trie": model.trie_of(model.match(torch.from_numpy(tokens)))})
+    expected = cost.to_dict()["training_flops_per_token"]
+    assert flops_per_token(model, tokens, frozen_trunk=True)["training_flops_per_token"] == expected
+    assert without["training_flops_per_token"] < 0.9 * whole["training_flops_per_token"]
 
 
 def test_training_only_parameters_are_those_of_the_live_model(served_model: Path) -> None:

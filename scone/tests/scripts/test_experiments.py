@@ -215,6 +215,8 @@ def test_adapters_are_merged_into_what_is_saved(runner, data, tmp_path, name):
         assert rank in (1, 2) if "_proj" in key else torch.equal(weight, after[key]), key
     rows = after.keys() - before.keys()
     assert [bool(after[key].any()) for key in rows] == [True] * ("rows" in name)
+    cost = result["cost"]
+    assert cost["training_flops"] < 2.9 * cost["inference_flops_per_token"] * result["tokens"], "as if all had trained"
     assert result["tests"].keys() == set(EXPERIMENTS["pretrained"]["tests"])
 
 

@@ -101,6 +101,13 @@ def test_one_rank_resumes_what_two_began(corpus, one, run, request, tmp_path):
     assert_same_weights(one, train(options(corpus, folder, **STILL, **changes), quiet=True), **LAW)
 
 
+def test_a_model_card_counts_the_rows_of_all_ranks(one, two):
+    cards = [(folder / "README.md").read_text().splitlines() for folder in (one, two / "final_model")]
+    counts = [[line for line in card if "parameters" in line or "learned rows" in line] for card in cards]
+    assert len(counts[0]) == 3
+    assert counts[0] == counts[1]
+
+
 def test_gradients_are_reduced_where_they_are_and_nothing_is_looked_for(two):
     expected = {"gradient_as_bucket_view": True, "find_unused_parameters": False, "broadcast_buffers": False}
     assert json.loads((two.parent / "ddp.json").read_text()) == [expected]

@@ -9,13 +9,15 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import warnings
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 
 from scone.configs.schema import ModelOptions
+from scone.data.dataset import Collator
 from scone.inference.embedding_table import EmbeddingTable
 from scone.inference.loading import load_model
 from scone.inference.precompute import precompute_table
@@ -26,6 +28,7 @@ from scone.training.optimizer import rows_learning_rate
 from scone.training.options import number_of_rows
 from scone.training.run import build_model, build_trainer, prepare_run_corpus, tokens_of_a_pass, train
 from scone.training.run_folder import complete_checkpoints
+from scone.training.trainer import SconeTrainer
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +162,54 @@ def test_resumed_training_equals_uninterrupted(corpus, whole, tmp_path, name):
         assert_same_weights(whole, resumed, atol=0.0, rtol=0.0)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_evaluations_change_nothing_in_a_run(corpus, tmp_path, workers):
+    """Not its dropout either, which comes of a generator that data loaders draw from, and not after a resume."""
+
+    class Draws(TrainerCallback):
+        def on_evaluate(self, *_, **__):
+            torch.rand(3)
+
+    never, always = ({"training.eval_steps": steps, "data.num_workers": workers} for steps in (1000, 1))
+    unseen = train(options(corpus, tmp_path / "unseen", **never), quiet=True)
+    seen = train(options(corpus, tmp_path / "seen", **always), quiet=True, callbacks=[Draws()])
+    assert sum("eval_loss" in line for line in log_of(tmp_path / "seen")["log"]) == 6
+    assert_same_weights(unseen, seen, atol=0.0, rtol=0.0)
+    shutil.rmtree(seen)
+    shutil.rmtree(tmp_path / "seen" / "checkpoint-6")
+    resume = {"training.resume_from_checkpoint": "true"}
+    assert_same_weights(
+        unseen, train(options(corpus, tmp_path / "seen", **never, **resume), quiet=True), atol=0.0, rtol=0.0
+    )
+
+
+def test_tokens_a_second_are_those_of_training(corpus, tmp_path):
+    class Slow(TrainerCallback):
+        def on_evaluate(self, args, state, control, **_):
+            time.sleep(3 if state.global_step == 3 else 0)
+
+    run = options(corpus, tmp_path / "run", **{"training.eval_steps": 1, "training.max_steps": 4})
+    train(run, quiet=True, callbacks=[Slow()])
+    last = [line["tokens_per_second"] for line in log_of(tmp_path / "run")["log"] if "tokens_per_second" in line][-1]
+    assert last > 2 * 4 * 32 / 3, "the evaluation between its two steps counted"
+
+
+@pytest.mark.parametrize("with_f_grams", [True, False])
+def test_a_mixture_of_experts_resumes_and_is_counted(corpus, tmp_path, with_f_grams):
+    """transformers writes other names for its weights than the model has, and computes experts in several ways."""
+    sizes = {"num_key_value_heads": 1, "num_local_experts": 4, "num_experts_per_tok": 2}
+    AutoConfig.for_model("mixtral", **(tiny.SIZES | sizes)).save_pretrained(tmp_path / "trunk")
+    changes = {"model.base_model_name": str(tmp_path / "trunk"), "model.use_f_gram_embeddings": with_f_grams}
+    uninterrupted = train(options(corpus, tmp_path / "run", **changes), quiet=True).rename(tmp_path / "uninterrupted")
+    cost = log_of(tmp_path / "run")["cost"]
+    assert cost["training_flops_per_token"] >= 3 * cost["inference_flops_per_token"] > 0
+    shutil.rmtree(tmp_path / "run" / "checkpoint-6")
+    resume = {"training.resume_from_checkpoint": "true"}
+    resumed = train(options(corpus, tmp_path / "run", **changes, **resume), quiet=True)
+    assert_same_weights(uninterrupted, resumed, atol=0.0, rtol=0.0)
+    assert any("experts.0.w1" in name for name in weights(resumed)), "a finished model has the names that others read"
+
+
 def test_a_run_resumed_at_its_end_is_that_run(corpus, tmp_path, caplog):
     """As if killed between its last checkpoint and the final model: not a step more, and what all of it computed."""
     changes = {"training.lr_scheduler_type": "constant"}
@@ -260,6 +311,35 @@ def test_fp16_on_a_cpu_warns_and_trains(corpus, tmp_path, caplog):
     assert "fp16 is not available" in caplog.text
 
 
+@pytest.mark.parametrize("with_f_grams", [True, False])
+def test_mixed_precision_leaves_logits_as_they_are(tmp_path, with_f_grams):
+    """What accelerate would make of them for nobody changes neither losses nor weights."""
+
+    def run(folder, own):
+        model = tiny.scone() if with_f_grams else tiny.trunk()
+        trainer = SconeTrainer(
+            model=model,
+            args=tiny.training_arguments(folder, bf16=True, max_steps=3, logging_steps=1, remove_unused_columns=False),
+            train_dataset=[{"input_ids": tokens} for tokens in tiny.corpus(320).reshape(20, 16)],
+            data_collator=Collator(model.vocabulary if with_f_grams else None, 40),
+            f_gram_learning_rate=None,
+            rows_learning_rate=0.01,
+        )
+        if not own:
+            del trainer.accelerator.prepare_model  # accelerate's is behind it
+        types = set()
+        model.register_forward_hook(lambda module, inputs, output: types.add((output.loss.dtype, output.logits.dtype)))
+        trainer.train()
+        losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+        return types, losses, model.state_dict()
+
+    ours, theirs = run(tmp_path / "ours", True), run(tmp_path / "theirs", False)
+    assert (ours[0], theirs[0]) == ({(torch.float32, torch.bfloat16)}, {(torch.float32, torch.float32)})
+    assert ours[1] == theirs[1]
+    for name, tensor in ours[2].items():
+        assert torch.equal(tensor, theirs[2][name]), name
+
+
 def test_a_frozen_trunk_keeps_its_weights(corpus, tmp_path):
     run = options(corpus, tmp_path / "run", **RARELY, **{"training.freeze_trunk": True})
     final = weights(train(run, quiet=True))
@@ -268,6 +348,9 @@ def test_a_frozen_trunk_keeps_its_weights(corpus, tmp_path):
     for name, tensor in final.items():
         moved = not torch.equal(tensor, start[name])
         assert moved == (not name.startswith("trunk.")) or name.endswith((".bias", "map_in.weight")), name
+    cost = log_of(tmp_path / "run")["cost"]
+    whole = 3 * (cost["inference_flops_per_token"] + cost["f_gram_flops_per_token"])
+    assert whole - cost["inference_flops_per_token"] < cost["training_flops_per_token"] < 0.95 * whole
 
 
 def test_rows_in_bf16_load_as_they_are(corpus, whole, tmp_path):

@@ -24,10 +24,13 @@ OURS = {
 def model_named(name: str) -> Any:
     if name == "over-encoding":
         return over_encoding()
+    if name == "opt":  # makes its masks by itself
+        sizes = tiny.SIZES | {"ffn_dim": 32, "word_embed_proj_dim": tiny.WIDTH}
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model("opt", vocab_size=tiny.VOCAB_SIZE, **sizes))
     return tiny.scone(**OURS[name]) if name in OURS else tiny.trunk(name)
 
 
-@pytest.mark.parametrize("name", [*OURS, *tiny.TRUNKS, "over-encoding"])
+@pytest.mark.parametrize("name", [*OURS, *tiny.TRUNKS, "over-encoding", "opt"])
 def test_a_model_that_is_said_to_use_all_does_so(name: str) -> None:
     """Also for a batch in which no f-gram ends."""
     model = model_named(name).train()
