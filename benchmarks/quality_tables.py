@@ -44,7 +44,8 @@ def quality_table(report: Mapping[str, Any], view: str) -> str:
 def _multipliers(report: Mapping[str, Any]) -> str:
     rungs = _in_order(report)
     found = {_place(each.rung): each for each in [*multipliers(rungs), *savings(rungs)]}
-    kinds = [ROWS, OVER_ENCODING, DOUBLED, PLAIN]
+    found_kinds = {rung.kind for rung in rungs}
+    kinds = [kind for kind in (ROWS, OVER_ENCODING, DOUBLED, PLAIN) if kind in found_kinds]
     lines = []
     for plain in (rung for rung in rungs if rung.kind == PLAIN):
         places = [(plain.size, plain.per_weight, kind) for kind in kinds]
