@@ -105,6 +105,7 @@ def measured_run(
         )
         return found.to_dict() | {"window_losses": [round(loss, 4) for loss in found.window_losses]}
 
+    per_token = log["cost"]["training_flops_per_token"]  # None: of a trunk that cannot be counted
     result: dict[str, Any] = {
         "finished": True,
         "seed": options.training.seed,
@@ -112,7 +113,7 @@ def measured_run(
         "tokens": tokens,
         "train_tokens": log["train_tokens"],
         "train_seconds": before + log["train_seconds"],
-        "cost": log["cost"] | {"training_flops": log["cost"]["training_flops_per_token"] * tokens},
+        "cost": log["cost"] | {"training_flops": per_token and per_token * tokens},
         "parameters": parameter_counts(model).to_dict(),
         "tests": {name: tested(file) for name, file in texts.items()},
         "log": log["log"],

@@ -305,7 +305,8 @@ def table(experiment: Mapping[str, Any]) -> str:
         bits = [test.get("bits_per_byte") for run in runs for test in run["tests"].values()]
         cells.append(f"{statistics.fmean(bits):.4f}" if all(bits) else "–")
         base, costs = next(iter(groups.values()))[0]["cost"], ("inference_flops_per_token", "training_flops")
-        cells += [f"{runs[0]['cost'][cost] / base[cost]:.2f}×" for cost in costs]
+        pairs = [(runs[0]["cost"][cost], base[cost]) for cost in costs]
+        cells += [f"{own / other:.2f}×" if own and other else "–" for own, other in pairs]
         rows.append([name, len(runs), *cells, f"{statistics.fmean(run['train_seconds'] for run in runs):.0f}"])
     head = ["run", "seeds", *tests, "bits a byte", "inference FLOPs", "training FLOPs", "training s"]
     lines = [markdown_table(head, rows)]
