@@ -35,7 +35,7 @@ from scone.training.distributed import (
     whole_state,
     whole_weights,
 )
-from scone.training.library_habits import leaving_buffers, leaving_logits, own_names, sequences_are_whole
+from scone.training.library_habits import leaving_buffers, leaving_logits, own_names, sequences_are_whole, uncompiled
 from scone.training.optimizer import PER_ROW, AdamWWithRows, learned_rows
 from scone.training.run_folder import COMPLETE_MARKER, complete_checkpoints
 from scone.utils.errors import SconeError, library_refusal
@@ -167,9 +167,9 @@ class SconeTrainer(Trainer):
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if model.training:
             self.run_cost.count(inputs)
-        if "position_ids" in inputs:
-            return super().compute_loss(model, inputs, *args, **kwargs)
-        with sequences_are_whole():
+        is_short = model.training and len(inputs["input_ids"]) < self._train_batch_size
+        packed = "position_ids" in inputs
+        with uncompiled() if is_short else nullcontext(), nullcontext() if packed else sequences_are_whole():
             return super().compute_loss(model, inputs, *args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
