@@ -177,16 +177,22 @@ def check_table_weights(
 
 
 def _load_plain(where: dict[str, Any], model_path: str | Path) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     # the Auto classes know our baselines from then on
     import scone.models.over_encoding
     import scone.models.scaled_trunk  # noqa: F401
+    from scone.models.trunk import causal
 
     if Path(where["pretrained_model_name_or_path"]).is_file():
         raise SconeError(f"found the file {model_path}; expected a model folder such as OUTPUT_DIR/final_model")
     # code that comes with a model is never run, and nobody is asked on the terminal whether it may
-    where = where | {"trust_remote_code": False, "output_loading_info": True}
+    where = where | {"trust_remote_code": False}
     advice = "give a model folder that `scone verify` finds whole, or a hub name within reach"
-    model: PreTrainedModel = _complete(lambda: AutoModelForCausalLM.from_pretrained(**where), model_path, advice)
+
+    def load() -> Any:
+        config = causal(AutoConfig.from_pretrained(**where))
+        return AutoModelForCausalLM.from_pretrained(**where, config=config, output_loading_info=True)
+
+    model: PreTrainedModel = _complete(load, model_path, advice)
     return model

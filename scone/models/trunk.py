@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.activations import ACT2FN
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME, has_file
 
 from scone.configs.presets import MODERN_TRUNK
 from scone.configs.presets import trunk_configuration as built_in_configuration
@@ -17,9 +20,12 @@ from scone.configs.schema import ModelOptions
 from scone.models.configuration import EmbeddedTrunkConfig
 from scone.tokenization.gguf_files import load_arguments, unpacked
 from scone.tokenization.tokenizers import vocabulary_size
+from scone.utils.command_line import did_you_mean
 from scone.utils.errors import SconeError, library_refusal
 
 logger = logging.getLogger(__name__)
+
+WEIGHTS = "a folder with pretrained weights (or --init scratch)"
 
 # An option's name first, then what architectures call it; every name that the configuration has is set.
 TRUNK_SIZE_FIELDS: dict[str, tuple[str, ...]] = {
@@ -37,16 +43,19 @@ TRUNK_SIZE_FIELDS: dict[str, tuple[str, ...]] = {
 }
 
 
-def build_trunk(options: ModelOptions, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedModel:
+def build_trunk(
+    options: ModelOptions, tokenizer: PreTrainedTokenizerBase | None, config: PreTrainedConfig | None = None
+) -> PreTrainedModel:
     """A trunk for ``tokenizer``: random weights (``init="scratch"``, seeded by the caller) or pretrained ones.
 
-    From scratch the embedding has exactly the tokenizer's tokens; a pretrained one keeps its own size.
-    Raises SconeError when the architecture is unknown or no causal language model, the hub is out of reach and the
-    name has no built-in configuration, or the tokenizer has more tokens than a pretrained trunk.
+    From scratch the embedding has exactly the tokenizer's tokens; a pretrained one keeps its own size. ``config``: what
+    `trunk_configuration` gave for these options, where it was asked before.
+    Raises SconeError as it does, when the weights cannot be read, or when the tokenizer has more tokens than a
+    pretrained trunk.
     """
+    config = config or trunk_configuration(options)
     if options.init == "pretrained":
-        return _pretrained(options, tokenizer)
-    config = trunk_configuration(options)
+        return _pretrained(options, tokenizer, config)
     if tokenizer is not None:
         config.vocab_size = vocabulary_size(tokenizer)
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -73,19 +82,35 @@ def alone(trunk: PreTrainedModel) -> PreTrainedModel:
 
 
 def trunk_configuration(options: ModelOptions) -> PreTrainedConfig:
-    """The architecture's configuration with the options' sizes in place. Raises SconeError."""
-    config = _named_configuration(options.base_model_name)
+    """The configuration of the trunk, for one from scratch with the options' sizes in place.
+
+    Reads no weights, so that what is wrong with a trunk is said before anything long is begun. Raises SconeError when
+    the architecture is unknown or no causal language model, the options do not fit it, pretrained weights are not
+    there, or the hub is out of reach and the name has no built-in configuration.
+    """
+    pretrained = options.init == "pretrained"
+    config = (_pretrained_configuration if pretrained else _named_configuration)(options.base_model_name)
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise SconeError(
             f"found {options.base_model_name!r} of type {config.model_type!r}, which has no causal language model "
             "in transformers; expected one such as gpt2, bert-base-uncased, llama or qwen2; choose another"
         )
-    if hasattr(config, "is_decoder"):
-        config.is_decoder = True  # BERT and its kin: causal attention
+    causal(config)
+    if pretrained:
+        _check_pretrained_sizes(config, options)
+        _check_weights(options.base_model_name, config)
+        return config
     _apply_sizes(config, options)
     if options.base_model_name == MODERN_TRUNK and options.hidden_size is not None:
         _complete_sizes(config, options)
     _check_heads(config)
+    return config
+
+
+def causal(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The same, told that attention looks back alone: BERT and its kin look ahead too, unless they are told."""
+    if hasattr(config, "is_decoder"):
+        config.is_decoder = True
     return config
 
 
@@ -106,19 +131,45 @@ def longest_sequence(config: PreTrainedConfig) -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None) or None
 
 
-def _pretrained(options: ModelOptions, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedModel:
-    name = options.base_model_name
-    where = load_arguments(name, "a folder with pretrained weights (or --init scratch)")
+def _pretrained_configuration(name: str) -> PreTrainedConfig:
+    with _loading_weights(name):
+        config: PreTrainedConfig = AutoConfig.from_pretrained(**load_arguments(name, WEIGHTS))
+    if isinstance(config, EmbeddedTrunkConfig):
+        raise SconeError(
+            f"found {name!r} of type {config.model_type!r}, which has input embeddings of ours already; expected a "
+            "plain causal language model; train it on by --resume_from_checkpoint or in your own loop, or save "
+            "its model.trunk and give that"
+        )
+    return config
+
+
+def _check_weights(name: str, config: PreTrainedConfig) -> None:
+    """Refuse a model without weights, none of which is read."""
+    where = load_arguments(name, WEIGHTS)
+    files = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
+    named = getattr(config, "transformers_weights", None)
+    with _loading_weights(name):
+        if "gguf_file" in where or any(
+            has_file(where["pretrained_model_name_or_path"], file) for file in (*files, named) if file
+        ):
+            return
+    raise SconeError(
+        f"found a configuration and no weights in {name!r}; expected {SAFE_WEIGHTS_NAME} beside it for --init "
+        "pretrained; give a folder that holds them, or train with --init scratch"
+    )
+
+
+def _loading_weights(name: str) -> AbstractContextManager[None]:
     advice = "expected a folder, or a hub name with the hub in reach; give a folder, or train with --init scratch"
-    with library_refusal(f"cannot load pretrained weights of {name!r}", advice):
-        config = AutoConfig.from_pretrained(**where)
-        if isinstance(config, EmbeddedTrunkConfig):
-            raise SconeError(
-                f"found {name!r} of type {config.model_type!r}, which has input embeddings of ours already; expected a "
-                "plain causal language model; train it on by --resume_from_checkpoint or in your own loop, or save "
-                "its model.trunk and give that"
-            )
-        _check_pretrained_sizes(config, options)
+    return library_refusal(f"cannot load pretrained weights of {name!r}", advice)
+
+
+def _pretrained(
+    options: ModelOptions, tokenizer: PreTrainedTokenizerBase | None, config: PreTrainedConfig
+) -> PreTrainedModel:
+    name = options.base_model_name
+    where = load_arguments(name, WEIGHTS)
+    with _loading_weights(name):
         trunk = AutoModelForCausalLM.from_pretrained(**where, **unpacked(where), config=config)
     quantizer: Any = getattr(trunk, "hf_quantizer", None)
     if "gguf_file" in where and quantizer is not None:
@@ -177,6 +228,9 @@ def _apply_sizes(config: PreTrainedConfig, options: ModelOptions) -> None:
         value = getattr(options, name)
         if value is None:
             continue
+        if name == "hidden_act" and value not in ACT2FN:
+            advice = did_you_mean(value, ACT2FN) or "expected one such as gelu, silu or relu"
+            raise SconeError(f"found --hidden_act {value}, which transformers does not know; {advice}")
         known = [field for field in fields if hasattr(config, field)]
         for field in known:
             setattr(config, field, value)

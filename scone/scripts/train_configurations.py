@@ -69,8 +69,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     waiting = [options for name, options in options_of.items() if not is_finished(name, options)]
     if len(waiting) > 1 and waiting[0].model.use_f_gram_embeddings:
         from scone.evaluation.sweep import count_once
+        from scone.training.options import check_model, check_training
         from scone.training.run import prepare_run_corpus
 
+        for options in waiting:  # before anything is counted
+            check_training(options.training)
+            check_model(options)
         count_once(waiting, prepare_run_corpus(waiting[0]))
     for position, (name, options) in enumerate(options_of.items(), start=1):
         print(f"[{position}/{len(options_of)}] scone-{name}", flush=True)

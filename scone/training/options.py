@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from scone.configs.schema import ModelOptions, SconeOptions
+from scone.configs.schema import ModelOptions, SconeOptions, TrainingOptions
 from scone.models.accounting import without_memory
+from scone.models.configuration import FGramModelConfig, OverEncodingConfig, ScaledTrunkConfig, SconeConfig
 from scone.models.embedded_trunk import EmbeddedTrunk
-from scone.models.trunk import trunk_sizes
+from scone.models.trunk import longest_sequence, trunk_configuration, trunk_sizes
 from scone.utils.command_line import did_you_mean
 from scone.utils.errors import SconeError
 
@@ -24,8 +25,53 @@ ROWS_BESIDE_A_MODEL = 1_000_000
 """Learned rows beside an f-gram model, unless said: it gives the rarer f-grams theirs."""
 
 
-def check_input_embedding(options: SconeOptions) -> None:
-    """Refuse contradictory options before counting. Raises SconeError."""
+def check_training(options: TrainingOptions) -> None:
+    """Refuse what a run cannot do here, before anything is touched. Raises SconeError."""
+    reporter_names(options.report_to)
+    if options.fsdp != "none" and options.optimizer == "muon":
+        raise SconeError("found --optimizer muon with --fsdp; expected adamw in a sharded run; use --optimizer adamw")
+    if options.fsdp != "none" and options.fp16:
+        raise SconeError("found --fp16 with --fsdp; expected bf16 or fp32 in a sharded run; use --bf16")
+    if options.device is not None:
+        _check_device(options.device)
+
+
+def check_model(options: SconeOptions) -> PreTrainedConfig:
+    """Refuse a model that cannot be built, before the corpus is read; returns the configuration of its trunk.
+
+    Raises SconeError: options that contradict each other, a trunk that cannot be had or is too short.
+    """
+    _check_input_embedding(options)
+    config = trunk_configuration(options.model)
+    limit = longest_sequence(config)
+    if limit is not None and options.data.max_length > limit:
+        raise SconeError(
+            f"found --max_length {options.data.max_length}; expected at most {limit}, the positions of "
+            f"{options.model.base_model_name!r}; lower it, or raise --max_position_embeddings with --init scratch"
+        )
+    if options.model.use_f_gram_embeddings and not options.model.over_encoding_rows:
+        sizes = f_gram_model_settings(options.model, config)
+        if sizes is not None:
+            FGramModelConfig(**sizes)  # refuses heads that do not divide the width
+    return config
+
+
+def _check_device(device: str) -> None:
+    """Without touching it: in each process of a launch that would take memory of the first GPU."""
+    try:
+        wanted = torch.device(device)
+    except RuntimeError as error:
+        raise SconeError(f"found --device {device}, which torch does not know; expected cpu, cuda, cuda:1 …") from error
+    here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if wanted.type == "cpu" or (
+        here is not None and here.type == wanted.type and (wanted.index or 0) < torch.accelerator.device_count()
+    ):
+        return
+    found = "no accelerator" if here is None else f"{torch.accelerator.device_count()} of type {here.type}"
+    raise SconeError(f"found --device {device} on a machine with {found}; expected one that it has; use --device cpu")
+
+
+def _check_input_embedding(options: SconeOptions) -> None:
     model = options.model
     plain = not model.use_f_gram_embeddings
     if plain and options.training.freeze_trunk:
@@ -49,6 +95,14 @@ def check_input_embedding(options: SconeOptions) -> None:
             "found --combination replace without an f-gram model; expected add or gate: rows start at zero and would "
             "leave matched positions without a vector; change it, or give the f-gram model layers"
         )
+
+
+def config_class(options: ModelOptions, trunk: PreTrainedConfig) -> type[PreTrainedConfig]:
+    """The kind of model that a run trains."""
+    if options.use_f_gram_embeddings:
+        return OverEncodingConfig if options.over_encoding_rows else SconeConfig
+    is_bare = options.embedding_scale == 1.0 and not options.input_norm
+    return type(trunk) if is_bare else ScaledTrunkConfig
 
 
 def f_gram_model_settings(options: ModelOptions, trunk: PreTrainedConfig) -> dict[str, Any] | None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
@@ -33,7 +34,7 @@ from scone.models.embedded_trunk import EmbeddedTrunk
 from scone.models.language_model import SconeForCausalLM
 from scone.models.over_encoding import OverEncodingForCausalLM
 from scone.models.scaled_trunk import ScaledTrunkForCausalLM
-from scone.models.trunk import alone, build_trunk, longest_sequence
+from scone.models.trunk import alone, build_trunk
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 from scone.tokenization.tokenizers import separator_ids, tokenizer_fingerprint
 from scone.training.artifacts import prepare_vocabulary, write_model_card
@@ -41,13 +42,22 @@ from scone.training.distributed import compile_for_training, reinit_process_grou
 from scone.training.optimizer import learned_rows, rows_learning_rate
 from scone.training.options import (
     all_are_used,
-    check_input_embedding,
+    check_model,
+    check_training,
+    config_class,
     f_gram_model_settings,
     number_of_rows,
     reporter_names,
     resolve_precision,
 )
-from scone.training.run_folder import FINAL_MODEL, OPTIONS_FILE, check_resume, one_run_at_a_time, resume_point
+from scone.training.run_folder import (
+    FINAL_MODEL,
+    OPTIONS_FILE,
+    check_kind,
+    check_resume,
+    one_run_at_a_time,
+    resume_point,
+)
 from scone.training.trainer import SconeTrainer, TrainedAlready
 from scone.utils.command_line import is_first_process
 from scone.utils.environment import environment
@@ -91,12 +101,15 @@ def train(
     """
     hide_library_bars(quiet)
     output_dir = Path(options.training.output_dir)
-    reporter_names(options.training.report_to)  # these two refuse before anything is touched
-    resume_point(output_dir, options.training.resume_from_checkpoint)
+    check_training(options.training)  # these refuse before anything is touched
+    trunk_config = check_model(options) if model is None else None
+    checkpoint = resume_point(output_dir, options.training.resume_from_checkpoint)
+    if checkpoint is not None and trunk_config is not None:
+        check_kind(checkpoint, config_class(options.model, trunk_config), trunk_config)
     with one_run_at_a_time(output_dir) if is_first_process() else nullcontext():
         checkpoint = resume_point(output_dir, options.training.resume_from_checkpoint)
         corpus = corpus or prepare_run_corpus(options, quiet=quiet)
-        model = model or build_model(options, corpus, quiet=quiet)
+        model = model or build_model(options, corpus, trunk_config=trunk_config, quiet=quiet)
         if checkpoint is not None:
             check_resume(checkpoint, model, _facts(corpus))
         trainer = build_trainer(options, model, corpus, quiet=quiet)
@@ -156,19 +169,15 @@ def prepare_run_corpus(options: SconeOptions, *, quiet: bool = False) -> Corpus:
     return Corpus(tokenizer, files["train"], files.get("validation"))
 
 
-def build_model(options: SconeOptions, corpus: Corpus, *, quiet: bool = False) -> PreTrainedModel:
+def build_model(
+    options: SconeOptions, corpus: Corpus, *, trunk_config: PreTrainedConfig | None = None, quiet: bool = False
+) -> PreTrainedModel:
     """The model to train, on the CPU: SCONE or over-encoding around a trunk, or the plain trunk. The seed decides all
-    weights.
+    weights. ``trunk_config``: what `check_model` gave, where it was asked before.
     """
-    check_input_embedding(options)
+    trunk_config = trunk_config or check_model(options)
     set_seed(options.training.seed)
-    trunk = build_trunk(options.model, corpus.tokenizer)
-    limit = longest_sequence(trunk.config)
-    if limit is not None and options.data.max_length > limit:
-        raise SconeError(
-            f"found --max_length {options.data.max_length}; expected at most {limit}, the positions of "
-            f"{options.model.base_model_name!r}; lower it, or raise --max_position_embeddings with --init scratch"
-        )
+    trunk = build_trunk(options.model, corpus.tokenizer, trunk_config)
     if options.training.freeze_trunk:
         trunk.requires_grad_(False)
     settings: dict[str, Any] = {
@@ -176,7 +185,7 @@ def build_model(options: SconeOptions, corpus: Corpus, *, quiet: bool = False) -
         "input_norm": options.model.input_norm,
     }
     if not options.model.use_f_gram_embeddings:
-        is_bare = options.model.embedding_scale == 1.0 and not options.model.input_norm
+        is_bare = config_class(options.model, trunk.config) is type(trunk.config)
         return alone(trunk) if is_bare else ScaledTrunkForCausalLM.from_trunk(trunk, **settings)
     settings["rows_dtype"] = options.model.rows_dtype
     model: EmbeddedTrunk
@@ -295,10 +304,8 @@ def training_arguments(training: TrainingOptions, num_workers: int, evaluate: bo
     use_cpu = (training.device or "").startswith("cpu") or not torch.accelerator.is_available()
     device_type = "cpu" if use_cpu else torch.accelerator.current_accelerator().type  # type: ignore[union-attr]
     precision = resolve_precision(training.fp16, training.bf16, device_type)
-    if training.fsdp != "none" and training.optimizer == "muon":
-        raise SconeError("found --optimizer muon with --fsdp; expected adamw in a sharded run; use --optimizer adamw")
     if training.fsdp != "none" and precision == "fp16":
-        raise SconeError("found --fp16 with --fsdp; expected bf16 or fp32 in a sharded run; use --bf16")
+        raise SconeError("found --bf16 with --fsdp on a GPU without bf16; expected one that has it; leave --bf16 out")
     reinit_process_group("gloo" if use_cpu else None)
     # transformers 5.23 renamed it, and warns of the old name
     renamed = "activation_checkpointing" in TrainingArguments.__dataclass_fields__

@@ -25,18 +25,17 @@ OPTIONS_FILE = "options.yaml"
 FINAL_MODEL = "final_model"
 LOCK_FILE = ".lock"
 COMPLETE_MARKER = "complete.json"
-# What decides a model's function and does not show in the shapes of its weights, by the names of configurations.
-_OF_THE_FUNCTION = (
-    *("model_type", "max_n", "combination", "embedding_scale", "separator_ids"),
-    *("num_attention_heads", "n_head", "num_key_value_heads", "hidden_act", "activation_function"),
-    *("layer_norm_eps", "layer_norm_epsilon", "rms_norm_eps", "own_tokens"),
-    # how positions are told apart, and how far attention reaches
-    *("rope_type", "rope_theta", "factor", "partial_rotary_factor", "rotary_pct", "rotary_dim", "attention_factor"),
-    *("low_freq_factor", "high_freq_factor", "original_max_position_embeddings", "sliding_window", "layer_types"),
-    *("tie_word_embeddings", "scale_attn_weights", "scale_attn_by_inverse_layer_idx", "use_parallel_residual"),
-    *("attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar", "logit_scale", "logits_scaling"),
-    *("attention_multiplier", "embedding_multiplier", "residual_multiplier"),
+_NOT_OF_THE_FUNCTION = (
+    # what every configuration has: names, labels, what is given back, and the type of weights
+    *(name for name in PreTrainedConfig().to_dict() if name not in ("model_type", "tie_word_embeddings")),
+    *("use_cache", "rows_dtype", "vocab_size"),  # the shapes of weights tell the vocabulary's size
+    # of training alone
+    *("output_router_logits", "router_aux_loss_coef", "aux_loss_coef", "router_jitter_noise", "input_jitter_noise"),
 )
+_NOT_OF_THE_FUNCTION_BY_PART = ("drop", "token_id", "initializer", "init_std")
+"""Parts of names in configurations whose values may change when a run is resumed. All others decide what the weights
+compute: architectures have some 600 names for that, and new ones come with every version of transformers.
+"""
 _ADVICE = "give the corpus and the options that the run began with, or start anew with another --output_dir"
 
 
@@ -134,12 +133,7 @@ def check_resume(checkpoint: Path, model: PreTrainedModel, facts: Mapping[str, s
     noted = read_json(checkpoint / COMPLETE_MARKER)  # checkpoints of older versions hold no fingerprints
     if noted.get("tokenizer", facts["tokenizer"]) != facts["tokenizer"]:
         raise _refusal(checkpoint, f"another tokenizer (fingerprint {facts['tokenizer'][:12]})", noted["tokenizer"])
-    saved = read_json(checkpoint / "config.json")
-    if saved.get("model_type") != model.config.model_type:
-        raise _refusal(checkpoint, f"model_type {model.config.model_type}", str(saved.get("model_type")))
-    with library_refusal(f"cannot read {checkpoint / 'config.json'}", "resume from another checkpoint"):
-        before = _settings(type(model.config).from_dict(saved))  # defaults for what older versions did not know
-    now = _settings(model.config)
+    before, now = _saved_settings(checkpoint, type(model.config)), _settings(model.config)
     if now.get("vocabulary_fingerprint") != before.get("vocabulary_fingerprint"):
         raise SconeError(
             f"cannot resume from {checkpoint}: corpus and options give other f-grams (found {now['num_f_grams']:,}, "
@@ -159,6 +153,28 @@ def check_resume(checkpoint: Path, model: PreTrainedModel, facts: Mapping[str, s
         )
 
 
+def check_kind(checkpoint: Path, kind: type[PreTrainedConfig], trunk: PreTrainedConfig) -> None:
+    """The part of `check_resume` that needs no corpus: refuse a checkpoint of a model that is not of this ``kind``, or
+    around another trunk. Raises SconeError.
+    """
+    before = _saved_settings(checkpoint, kind)
+    part = "text_config." if "text_config" in before else ""
+    for name, value, expected in _differences(_settings(trunk), before.get("text_config", before), part):
+        if not name.endswith("tie_word_embeddings"):  # pretrained weights may say otherwise when they are read
+            raise _refusal(checkpoint, f"{name} {value}", str(expected))
+
+
+def _saved_settings(checkpoint: Path, kind: type[PreTrainedConfig]) -> dict[str, Any]:
+    """A checkpoint's configuration, with defaults for what older versions did not know. Raises SconeError for one that
+    cannot be read, or is of another kind.
+    """
+    saved = read_json(checkpoint / "config.json")
+    if saved.get("model_type") != kind.model_type:
+        raise _refusal(checkpoint, f"model_type {kind.model_type}", str(saved.get("model_type")))
+    with library_refusal(f"cannot read {checkpoint / 'config.json'}", "resume from another checkpoint"):
+        return _settings(kind.from_dict(saved))
+
+
 def _refusal(checkpoint: Path, found: str, expected: str) -> SconeError:
     return SconeError(
         f"cannot resume from {checkpoint}: found {found}; expected the checkpoint's {expected[:100]}; {_ADVICE}"
@@ -166,18 +182,24 @@ def _refusal(checkpoint: Path, found: str, expected: str) -> SconeError:
 
 
 def _settings(config: PreTrainedConfig) -> dict[str, Any]:
-    """The configuration as a mapping, an f-gram model's settings with its defaults."""
+    """The configuration as a mapping, read back as from a file, an f-gram model's settings with its defaults."""
+    config = type(config).from_dict(json.loads(config.to_json_string()))  # some are another then: None to a default
     settings = json.loads(config.to_json_string(use_diff=False))  # JSON has no tuples, a configuration that is made may
     f_gram_model = getattr(config, "f_gram_model_config", None)
     return settings | ({"f_gram_model": f_gram_model.to_dict()} if f_gram_model is not None else {})
 
 
 def _differences(now: Mapping[str, Any], before: Mapping[str, Any], part: str = "") -> Iterator[tuple[str, Any, Any]]:
-    for name in sorted(now.keys() | before.keys()):
+    """What differs of the function, as (name, now, before)."""
+    # a configuration has defaults for all that it knows: what one of the two lacks is another version's
+    names = now.keys() & before.keys() if "model_type" in now else now.keys() | before.keys()
+    for name in sorted(names - set(_NOT_OF_THE_FUNCTION)):
+        if any(each in name for each in _NOT_OF_THE_FUNCTION_BY_PART):
+            continue
         ours, theirs = now.get(name), before.get(name)
         if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
             yield from _differences(ours, theirs, f"{part}{name}.")
-        elif name in _OF_THE_FUNCTION and ours != theirs:
+        elif ours != theirs:
             yield f"{part}{name}", ours, theirs
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from scone.configs.schema import ModelOptions
 from scone.inference.embedding_table import EmbeddingTable
@@ -205,3 +205,17 @@ def test_shrinking_takes_no_token_from_an_f_gram():
         with pytest.raises(SconeError, match=f"keep at least {largest + 1} tokens"):
             model.resize_token_embeddings(largest)
         torch.testing.assert_close(model(ids).logits, before[..., : tiny.VOCAB_SIZE])
+
+
+def test_an_encoder_is_trained_and_measured_as_a_language_model(tmp_path):
+    """BERT's own configuration has every position see those behind it: text would be foretold from itself."""
+    config = AutoConfig.for_model("bert", **tiny.SIZES, vocab_size=tiny.VOCAB_SIZE)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    trunk = build_trunk(ModelOptions(base_model_name=str(tmp_path), init="pretrained"), None).eval()
+    text = tokens(2, 8)
+    changed = text.clone()
+    changed[:, -1] = (text[:, -1] + 1) % tiny.VOCAB_SIZE
+    for model in (trunk, load_model(tmp_path, device="cpu").model):
+        before, after = (model(each).logits.detach() for each in (text, changed))
+        assert torch.equal(before[:, :-1], after[:, :-1])
+        assert not torch.equal(before[:, -1], after[:, -1])

@@ -6,11 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
+from transformers import AutoConfig
 
 from scone.cli import main
 from scone.tests import tiny
 from scone.tests.training.runs import WORDS, command_line, free_port, options, run_command, run_ranks
 from scone.training.run import train
+from scone.training.run_folder import check_kind
+from scone.utils.errors import SconeError
 
 BEGAN = {"data.max_f_grams": 40, "training.max_steps": 2, "training.save_steps": 2}
 GO_ON = {"training.max_steps": 4, "training.resume_from_checkpoint": "true"}
@@ -63,10 +66,10 @@ def test_another_f_gram_vocabulary_is_refused(grown, begun, tokenizer):
     [
         ({"data.max_f_grams": 30}, "other f-grams (found 30,"),
         ({"data.max_n": 4, "data.min_freq": 60}, "other f-grams"),
-        ({"model.learned_rows": 10}, "rows.weight (10, 16); expected the checkpoint's (40, 16)"),
+        ({"model.learned_rows": 10}, "learned_rows 10; expected the checkpoint's 40"),
         ({"model.hidden_size": 32}, "expected the checkpoint's"),
         ({"model.num_hidden_layers": 2}, "expected the checkpoint's"),
-        ({"model.num_attention_heads": 4}, "num_attention_heads 4; expected the checkpoint's 2"),
+        ({"model.num_attention_heads": 4}, "text_config.n_head 4; expected the checkpoint's 2"),
         ({"model.hidden_act": "relu"}, "text_config.activation_function relu"),
         ({"model.combination": "replace"}, "combination replace; expected the checkpoint's add"),
         ({"model.embedding_scale": 2.0}, "embedding_scale 2.0; expected the checkpoint's 1.0"),
@@ -84,6 +87,70 @@ TRUNKS = [
     ({"tie_word_embeddings": True}, "tie_word_embeddings True; expected the checkpoint's False"),
     ({"rms_norm_eps": 1e-3}, "rms_norm_eps 0.001; expected"),
 ]
+
+
+def test_another_number_of_experts_for_each_token_is_refused(corpus, tokenizer, tmp_path):
+    """Routers are not seen in the shapes of weights; what is of training alone may change."""
+
+    def trunk(**changes: object) -> None:
+        sizes = {"num_key_value_heads": 1, "num_local_experts": 4, "num_experts_per_tok": 2}
+        AutoConfig.for_model("mixtral", **(tiny.SIZES | sizes | changes)).save_pretrained(tmp_path / "trunk")
+
+    trunk()
+    run = BEGAN | {"model.base_model_name": str(tmp_path / "trunk"), "model.tokenizer": tokenizer}
+    train(options(corpus, tmp_path / "run", **run), quiet=True)
+    trunk(num_experts_per_tok=1)
+    assert "num_experts_per_tok 1; expected the checkpoint's 2" in refusal(corpus, tmp_path / "run", **run)
+    trunk(attention_dropout=0.5, router_aux_loss_coef=0.5, initializer_range=1.0)
+    train(options(corpus, tmp_path / "run", **(run | GO_ON)), quiet=True)
+
+
+OF_THE_FUNCTION = {
+    "gpt2": {"n_head", "layer_norm_epsilon", "scale_attn_weights", "scale_attn_by_inverse_layer_idx"},
+    "mixtral": {"num_experts_per_tok", "rms_norm_eps", "num_key_value_heads"},
+    "gpt_oss": {"num_experts_per_tok", "swiglu_limit", "sliding_window", "rope_theta"},
+    "gemma2": {"query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping", "sliding_window"},
+    "granitemoe": {"attention_multiplier", "embedding_multiplier", "residual_multiplier", "logits_scaling"},
+}
+MAY_CHANGE = {
+    *(
+        "vocab_size",
+        "use_cache",
+        "initializer_range",
+        "output_router_logits",
+        "router_aux_loss_coef",
+        "output_attentions",
+    ),
+    *("router_jitter_noise", "attn_pdrop", "embd_pdrop", "resid_pdrop", "attention_dropout"),
+    *("summary_first_dropout", "bos_token_id", "eos_token_id", "pad_token_id", "output_hidden_states", "return_dict"),
+    *("chunk_size_feed_forward", "is_encoder_decoder"),
+}
+
+
+@pytest.mark.parametrize("kind", OF_THE_FUNCTION)
+def test_what_a_configuration_names_decides_the_function(kind, tmp_path):
+    """Of every number and switch of an architecture: another is refused, or it is one of the few that may change."""
+    config = AutoConfig.for_model(kind)
+    saved = config.to_dict()
+    refused, passed = set(), set()
+
+    def said_of(changed: dict[str, object]) -> str:
+        (tmp_path / "config.json").write_text(json.dumps(changed), encoding="utf-8")
+        try:
+            check_kind(tmp_path, type(config), config)
+        except SconeError as error:
+            return str(error)
+        return ""
+
+    assert not said_of(saved)
+    for name, value in {**saved, **(saved.get("rope_parameters") or {})}.items():
+        if isinstance(value, (bool, int, float)):
+            other = not value if isinstance(value, bool) else 2 * value + 1
+            part = {name: other} if name in saved else {"rope_parameters": saved["rope_parameters"] | {name: other}}
+            said = said_of(saved | part)
+            (passed if not said else refused if f"{name} " in said else set()).add(name)
+    assert passed <= MAY_CHANGE | {"tie_word_embeddings"}, "the latter is compared once the weights are read"
+    assert refused >= OF_THE_FUNCTION[kind]
 
 
 @pytest.mark.parametrize("plain", [False, True])
