@@ -6,7 +6,7 @@ import io
 import logging
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext, redirect_stderr
+from contextlib import AbstractContextManager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -74,37 +74,19 @@ def evaluate_tasks(
     limit: int | None = None,
     batch_size: int = 8,
 ) -> list[TaskResult]:
-    """Accuracy of ``model`` on each of ``tasks`` (names, separated by commas, or "all"), no examples in the prompt.
+    """Accuracy of ``model`` on each of ``tasks``, no examples in the prompt.
 
-    ``task_data``: a folder of JSON-lines files (also .zst, .gz, .xz) with the hub's columns, such as
-    ``piqa_validation.jsonl.zst``; None takes the data from the hub. ``limit``: the first items of each task alone.
+    ``tasks`` and ``task_data`` as for `check_tasks`. ``limit``: the first items of each task alone.
 
-    Raises SconeError: no lm-evaluation-harness here, an unknown task or one without an accuracy, no data for a task,
-    an answer that the model has no room for.
+    Raises SconeError as `check_tasks` does; a task without an accuracy, an answer that the model has no room for.
     """
-    names = [name.strip() for name in tasks.split(",")] if isinstance(tasks, str) else list(tasks)
-    names = list(TASKS) if names == ["all"] else [name for name in names if name]
-    if not names:
-        raise SconeError(f"--tasks: found no task; expected {', '.join(TASKS)}, or all")
-    local = [] if task_data is None else [_from_file(name, Path(task_data)) for name in names]
-    if task_data is None:
-        refuse_unreachable_dataset("found no --task_data", "give a folder with the tasks' items by --task_data")
-    if find_spec("lm_eval") is None:
-        raise SconeError(
-            "found no lm-evaluation-harness, which runs --tasks; expected the package lm-eval; "
-            "install it with pip install 'scone-lm[tasks]'"
-        )
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    with nullcontext() if bars_are_visible() else redirect_stderr(io.StringIO()):
+    names, local = check_tasks(tasks, task_data)
+    with _quiet_harness():
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
 
         manager = TaskManager()
-        for name in names:
-            if name not in manager.all_tasks:
-                advice = did_you_mean(name, TASKS) or f"expected {', '.join(TASKS)}, all, or another of the harness"
-                raise SconeError(f"--tasks: found the unknown task {name}; {advice}")
         positions = longest_sequence(model.config)
         settings: dict[str, Any] = {"batch_size": batch_size, "max_length": positions}
         adapter = HFLM(pretrained=model, tokenizer=tokenizer, **settings)  # type: ignore[arg-type]
@@ -119,6 +101,45 @@ def evaluate_tasks(
                 )
             results.append(_result(name, found))
     return results
+
+
+def check_tasks(
+    tasks: str | Sequence[str], task_data: str | Path | None = None
+) -> tuple[list[str], list[dict[str, Any]]]:
+    """The names of ``tasks`` (separated by commas, or "all"), and how the harness reads each from ``task_data``.
+
+    ``task_data``: a folder of JSON-lines files (also .zst, .gz, .xz) with the hub's columns, such as
+    ``piqa_validation.jsonl.zst``; None takes the data from the hub.
+
+    Raises SconeError: no lm-evaluation-harness here, an unknown task, no data for one.
+    """
+    names = [name.strip() for name in tasks.split(",")] if isinstance(tasks, str) else list(tasks)
+    names = list(TASKS) if names == ["all"] else [name for name in names if name]
+    if not names:
+        raise SconeError(f"--tasks: found no task; expected {', '.join(TASKS)}, or all")
+    local = [] if task_data is None else [_from_file(name, Path(task_data)) for name in names]
+    if task_data is None:
+        refuse_unreachable_dataset("found no --task_data", "give a folder with the tasks' items by --task_data")
+    if find_spec("lm_eval") is None:
+        raise SconeError(
+            "found no lm-evaluation-harness, which runs --tasks; expected the package lm-eval; "
+            "install it with pip install 'scone-lm[tasks]'"
+        )
+    if others := [name for name in names if name not in TASKS]:
+        with _quiet_harness():
+            from lm_eval.tasks import TaskManager
+
+            known = TaskManager().all_tasks
+        for name in others:
+            if name not in known:
+                advice = did_you_mean(name, TASKS) or f"expected {', '.join(TASKS)}, all, or another of the harness"
+                raise SconeError(f"--tasks: found the unknown task {name}; {advice}")
+    return names, local
+
+
+def _quiet_harness() -> AbstractContextManager[Any]:
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    return nullcontext() if bars_are_visible() else redirect_stderr(io.StringIO())
 
 
 def _from_file(name: str, folder: Path) -> dict[str, Any]:

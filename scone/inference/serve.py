@@ -364,19 +364,23 @@ class _Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def serve(service: Service, host: str, port: int, announce: Callable[[str], None], origins: Sequence[str] = ()) -> None:
-    """Serve until SIGTERM or SIGINT; port 0 takes a free one. ``announce`` gets the address once it answers;
-    ``origins`` as for `Service.app`.
-
-    Raises SconeError when the address cannot be had.
-    """
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens there; port 0 takes a free one. Raises SconeError when the address cannot be had."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         # who comes before uvicorn is ready waits instead of being turned away
-        listener = socket.create_server((host, port), family=family, backlog=LISTEN_BACKLOG)
+        return socket.create_server((host, port), family=family, backlog=LISTEN_BACKLOG)
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise SconeError(f"cannot listen on {host}:{port}: {reason}; choose another --host or --port") from error
+
+
+def serve(service: Service, host: str, port: int, announce: Callable[[str], None], origins: Sequence[str] = ()) -> None:
+    """Serve until SIGTERM or SIGINT. ``announce`` gets the address once it answers; ``origins`` as for `Service.app`.
+
+    Raises SconeError as `listen` does.
+    """
+    listener = listen(host, port)
     shown = f"[{host}]" if ":" in host else host
     address = f"http://{shown}:{listener.getsockname()[1]}"
     hosts = ["localhost", "127.0.0.1", "[::1]", "::1"] if host in LOOPBACK else None

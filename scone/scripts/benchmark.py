@@ -10,6 +10,7 @@ from pathlib import Path
 from scone.configs.loading import parse_options
 from scone.scripts.arguments import SHARED, arguments, number
 from scone.utils.command_line import run_main
+from scone.utils.files import check_writable
 
 EXAMPLES = ("scone benchmark --config scone/configs/benchmark_config.json --output_dir ./benchmark_results",)
 DESCRIPTION = """\
@@ -43,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from scone.evaluation.benchmark import BenchmarkSettings, read_benchmark_config, run_benchmark
     from scone.evaluation.report import STEM
 
+    folder = Path(extra.output_dir)
+    check_writable(folder / f"{STEM}.json")
     config = read_benchmark_config(extra.config)
     settings = BenchmarkSettings(
         options.training.device,
@@ -52,7 +55,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         tuple(extra.quantization),
         options.training.seed,
     )
-    folder = Path(extra.output_dir)
     run_benchmark(config, folder, settings, say=partial(print, flush=True))
     print("\n" + (folder / f"{STEM}.md").read_text(encoding="utf-8"))
     print(f"report: {folder / f'{STEM}.html'}")

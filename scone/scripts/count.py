@@ -15,6 +15,7 @@ from scone.configs.schema import SconeOptions
 from scone.scripts.arguments import ROW_TYPES, arguments
 from scone.utils.command_line import run_main
 from scone.utils.errors import SconeError
+from scone.utils.files import check_writable
 from scone.utils.progress import is_quiet
 from scone.utils.text import human_bytes, parse_bytes
 
@@ -46,7 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Count and print the result."""
     options, extra = read_arguments(argv)
     from scone.inference.table_format import RowFormat
+    from scone.tokenization.f_gram_file import file_of
 
+    if extra.output:
+        check_writable(file_of(extra.output))
     report, vocabulary = _count(options, extra.json or is_quiet())
     fields = trunk_configuration(options.model.base_model_name) or {}
     width = extra.width or int(fields.get("hidden_size") or fields.get("n_embd") or DEFAULT_WIDTH)

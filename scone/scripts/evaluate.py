@@ -15,6 +15,7 @@ from scone.configs.schema import SconeOptions
 from scone.scripts.arguments import arguments, load_engine, number
 from scone.utils.command_line import run_main
 from scone.utils.errors import SconeError
+from scone.utils.files import check_writable, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -72,14 +73,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     options, extra = read_arguments(argv)
     import torch
 
-    from scone.utils.files import write_json
-
+    measures_perplexity = extra.tasks is None or "data.dataset_name" in options.given
+    _check_early(options, extra, measures_perplexity)
     torch.manual_seed(options.training.seed)
     engine = load_engine(options, extra)
     loaded, tokenizer = engine.loaded, engine.tokenizer
     facts: dict[str, object] = {"model_path": str(extra.model_path)}
     with redirect_stdout(io.StringIO()) if extra.json else nullcontext():
-        if extra.tasks is None or "data.dataset_name" in options.given:
+        if measures_perplexity:
             facts |= _measure_perplexity(options, extra, loaded.model, tokenizer)
         if extra.tasks is not None:
             from scone.evaluation.zero_shot import describe_tasks, evaluate_tasks
@@ -97,6 +98,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     if extra.output is not None:
         write_json(extra.output, facts)
     return 0
+
+
+def _check_early(options: SconeOptions, extra: argparse.Namespace, measures_perplexity: bool) -> None:
+    """Refuse what is not there, before a model is loaded. Raises SconeError, or OSError for the output."""
+    if extra.output is not None:
+        check_writable(extra.output)
+    if extra.tasks is not None:
+        from scone.evaluation.zero_shot import check_tasks
+
+        check_tasks(extra.tasks, extra.task_data)
+    if measures_perplexity:
+        from scone.data.sources import open_source, plan
+
+        data = options.data
+        plan(open_source(data.dataset_name, data.dataset_config_name, data.text_column), (extra.split,))
 
 
 def _measure_perplexity(

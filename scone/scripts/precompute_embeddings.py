@@ -12,6 +12,7 @@ from scone.configs.loading import parse_options
 from scone.scripts.arguments import ROW_TYPES, arguments, check_tokenizer
 from scone.utils.command_line import run_main
 from scone.utils.errors import SconeError
+from scone.utils.files import check_writable
 from scone.utils.progress import is_quiet
 
 EXAMPLES = (
@@ -49,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from scone.inference.precompute import precompute_table
     from scone.models.language_model import SconeForCausalLM
 
+    check_writable(extra.output_path)
     torch.manual_seed(options.training.seed)
     device = choose_device(options.training.device)
     if device.type == "cuda" and device.index is None and world_size > 1:

@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Serve until stopped by SIGTERM or Ctrl-C. Raises SconeError; for a missing extra, before loading anything."""
     options, extra = read_arguments(argv)
     try:
-        from scone.inference.serve import LOOPBACK, Service, serve
+        from scone.inference.serve import LOOPBACK, Service, listen, serve
     except ModuleNotFoundError as error:
         raise SconeError(
             f'found no {error.name}, which serving needs; install with: pip install "scone-lm[serve]"'
@@ -79,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     key = extra.api_key if extra.api_key is not None else os.environ.get(KEY_VARIABLE)
     if key is not None and not key.strip():
         raise SconeError("found an empty API key; expected some characters; leave --api_key out to serve without one")
+    listen(extra.host, extra.port).close()  # before anything is loaded; until all is, clients are to be turned away
     engine = load_engine(options, extra)
     name = extra.model_name or Path(extra.model_path).resolve().name
     if extra.host not in LOOPBACK and key is None:

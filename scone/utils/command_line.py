@@ -27,7 +27,7 @@ _ADVICE = {
     errno.EROFS: "choose a path that can be written",
     errno.EISDIR: "give a file, not a folder",
     **dict.fromkeys((errno.EACCES, errno.EPERM), _PERMISSIONS),
-    **dict.fromkeys((errno.ENOENT, errno.ENOTDIR), _PATH),
+    **dict.fromkeys((errno.ENOENT, errno.ENOTDIR, errno.EEXIST), _PATH),
 }
 _SEE_TRACEBACK = "run again with --debug for the traceback"
 
@@ -74,8 +74,10 @@ def run_main(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | 
 
 
 def _quiet_optional_libraries() -> None:
-    """Keep torchao from reporting kernels for other devices whenever transformers imports it."""
-    for name in ("torchao", "torch.utils._pytree"):
+    """Keep libraries of quantisation from reporting kernels that they lack: transformers imports torchao wherever it is
+    installed, and peft, which imports bitsandbytes.
+    """
+    for name in ("torchao", "torch.utils._pytree", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

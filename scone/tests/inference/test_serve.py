@@ -423,7 +423,7 @@ def test_mistakes_are_told_before_anything_is_loaded(monkeypatch: pytest.MonkeyP
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        assert "cannot listen on" in tiny.refusal(serve_script.main, [*arguments, "--device", "cpu", "--port", port])
+        assert "cannot listen on" in tiny.refusal(serve_script.main, ["--model_path", "missing", "--port", port])
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     monkeypatch.delitem(sys.modules, "scone.inference.serve")
     assert 'pip install "scone-lm[serve]"' in tiny.refusal(serve_script.main, ["--model_path", "missing"])
