@@ -162,6 +162,8 @@ def _replace(root: nn.Module, name: str, layer: nn.Module) -> None:
 
 
 def _import_bitsandbytes(quantization: str) -> ModuleType:
+    # It logs once a process that an optional kernel download is not installed; the built-in kernels do the same job.
+    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # deprecations inside bitsandbytes and torch, nothing a user can act on
@@ -170,6 +172,4 @@ def _import_bitsandbytes(quantization: str) -> ModuleType:
         raise SconeError(
             f'found no bitsandbytes, which {quantization} needs; install it with: pip install "scone-lm[quantization]"'
         ) from error
-    # It logs once a process that an optional kernel download is not installed; the built-in kernels do the same job.
-    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
     return bitsandbytes

@@ -17,7 +17,7 @@ import scone
 
 _LIBRARIES = (
     *("torch", "transformers", "accelerate", "tokenizers", "safetensors", "datasets", "numpy", "numba"),
-    *("bitsandbytes", "torchao", "polars", "duckdb", "pyspark", "pyarrow", "lmdb"),
+    *("bitsandbytes", "polars", "duckdb", "pyspark", "pyarrow", "lmdb"),
 )
 
 

@@ -116,6 +116,15 @@ def test_a_mistake_is_one_line_and_status_2(command, tmp_path, monkeypatch, caps
     assert MISTAKES[command] in line
 
 
+def test_libraries_say_nothing_at_the_start_of_a_command(tmp_path):
+    """A process of its own, since each hears of kernels that a library lacks once."""
+    command = [sys.executable, "-m", "scone.scripts.train", "--base_model_name", "./none", "--dataset_name", "none.txt"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: found no file or folder './none'")
+    assert done.stderr.count("\n") == 1
+
+
 FAILURES = [
     (SconeError("found 1;\n expected 2"), 2, "error: found 1; expected 2"),
     (OSError(errno.ENOSPC, "No space left on device", "a/b"), 2, "error: No space left on device: a/b; free some disk"),
