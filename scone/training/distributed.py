@@ -11,20 +11,21 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from scone.models.embedded_trunk import EmbeddedTrunk
 from scone.models.language_model import SconeForCausalLM
 from scone.models.learned_rows import LearnedRows
 from scone.utils.command_line import one_line
 from scone.utils.errors import SconeError
+from scone.utils.files import read_json
 
 
 def shard(model: nn.Module, reshard_after_forward: bool) -> None:
@@ -91,10 +92,26 @@ def whole_weights(model: nn.Module, keep: bool) -> dict[str, Any]:
     return whole_state({name: value for name, value in model.state_dict().items() if name not in repeated}, keep)
 
 
-def load_whole_weights(model: nn.Module, file: Path) -> None:
-    """Load a whole state dictionary (safetensors) into a sharded model; tied weights are in the file once."""
-    options = StateDictOptions(full_state_dict=True, strict=False)
-    set_model_state_dict(model, dict(load_file(file)), options=options)
+def load_whole_weights(model: nn.Module, folder: Path) -> None:
+    """Load whole weights (safetensors) into a sharded model, of one file or of an index; tied ones are there once.
+
+    File by file, and of each tensor a process keeps its shard; torch's `set_model_state_dict` wants all at once, and
+    all parameters on one device.
+    """
+    if (folder / SAFE_WEIGHTS_NAME).exists():
+        files = {SAFE_WEIGHTS_NAME}
+    else:
+        files = set(read_json(folder / SAFE_WEIGHTS_INDEX_NAME)["weight_map"].values())
+    cut = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, DTensor)}
+    for file in sorted(files):
+        part: dict[str, Tensor] = {}
+        with safe_open(folder / file, "pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 (no mapping)
+                part[name] = opened.get_tensor(name)
+                if name in cut:
+                    ours, whole = cut[name], part[name].to(cut[name].device)
+                    part[name] = distribute_tensor(whole, ours.device_mesh, ours.placements, src_data_rank=None)
+        model.load_state_dict(part, strict=False)
 
 
 def load_whole_optimizer(optimizer: torch.optim.Optimizer, file: Path) -> None:

@@ -21,7 +21,6 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import SAFE_WEIGHTS_NAME
 
 from scone.data.dataset import TrainingOrder
 from scone.models.accounting import RunCost
@@ -275,7 +274,7 @@ class SconeTrainer(Trainer):
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
                 return
             assert self.model is not None
-            load_whole_weights(self.model, Path(resume_from_checkpoint) / SAFE_WEIGHTS_NAME)
+            load_whole_weights(self.model, Path(resume_from_checkpoint))
 
 
 def _loading(checkpoint: str) -> AbstractContextManager[None]:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file
 
 from scone.configs.loading import from_mapping
@@ -70,6 +71,14 @@ def options(corpus: Path, output_dir: Path, **changes: object) -> SconeOptions:
 
 def weights(final_model: Path) -> dict[str, torch.Tensor]:
     return load_file(final_model / "model.safetensors")
+
+
+def in_shards(folder: Path) -> None:
+    """Cut the weights in ``folder`` into several files and an index, as those above 50 GB are saved."""
+    whole = weights(folder)
+    (folder / "model.safetensors").unlink()
+    save_torch_state_dict(whole, folder, max_shard_size="4KB")
+    assert len(list(folder.glob("model-*.safetensors"))) > 1
 
 
 def assert_same_weights(left: Path, right: Path, **tolerance: float) -> None:

@@ -15,7 +15,16 @@ from pathlib import Path
 import pytest
 
 from scone.tests.training.a_rank import run_watched
-from scone.tests.training.runs import STILL, assert_same_weights, command_line, free_port, join, options, run_ranks
+from scone.tests.training.runs import (
+    STILL,
+    assert_same_weights,
+    command_line,
+    free_port,
+    in_shards,
+    join,
+    options,
+    run_ranks,
+)
 from scone.training.distributed import is_lost_rank, report_lost_ranks
 from scone.training.run import train
 from scone.training.run_folder import complete_checkpoints
@@ -66,12 +75,14 @@ def two(corpus, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def sharded(corpus, two, tmp_path_factory) -> Path:
-    """The sharded run of two processes that goes on from the other's checkpoint at half-time (FSDP). Its second rank
-    is killed once, and the launcher starts the same command again.
+    """The sharded run of two processes that goes on from the other's checkpoint at half-time (FSDP), whose weights
+    are in several files. Its second rank is killed once, and the launcher starts the same command again.
     """
     folder = tmp_path_factory.mktemp("sharded")
     (folder / "kill").touch()
-    flags = flags_of(corpus, as_if_killed(two, folder / "run"), "--save_steps", "1", "--fsdp", "full_shard")
+    run = as_if_killed(two, folder / "run")
+    in_shards(complete_checkpoints(run)[-1])
+    flags = flags_of(corpus, run, "--save_steps", "1", "--fsdp", "full_shard")
     launch(folder, [*flags, "--resume_from_checkpoint"])
     assert not (folder / "kill").exists()
     return folder / "run"
@@ -97,6 +108,8 @@ def test_two_ranks_equal_one_rank_with_twice_the_batch(one, run, request):
 @pytest.mark.parametrize("run", ["two", "sharded"])
 def test_one_rank_resumes_what_two_began(corpus, one, run, request, tmp_path):
     folder = as_if_killed(request.getfixturevalue(run), tmp_path / "resumed")
+    if run == "two":
+        in_shards(complete_checkpoints(folder)[-1])
     changes = {"training.resume_from_checkpoint": "true", "training.save_steps": 100}
     assert_same_weights(one, train(options(corpus, folder, **STILL, **changes), quiet=True), **LAW)
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from huggingface_hub import save_torch_state_dict
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -136,13 +137,18 @@ def check_that_shares_equal_copies(
 def check_that_whole_weights_are_cut(
     copies: Any, weight: torch.Tensor, rank: int, world_size: int, folder: Path
 ) -> None:
-    """A checkpoint of one process goes on as one of several that is sharded."""
-    state = whole_weights(copies, keep=True)
-    save_file(state, folder / f"whole{rank}.safetensors")
-    shared, _, _ = trained(True, "fsdp", rank, world_size, steps=0)
-    load_whole_weights(shared, folder / f"whole{rank}.safetensors")
-    rows = learned_rows(shared)
-    assert torch.equal(rows.weight, rows.shards.own(weight))
+    """A checkpoint of one process goes on as one of several that is sharded, whether it is one file or many."""
+    state = {name: tensor.clone() for name, tensor in whole_weights(copies, keep=True).items()}
+    for size in ("5GB", "2KB"):
+        (folder / f"whole{rank}-{size}").mkdir(exist_ok=True)
+        save_torch_state_dict(state, folder / f"whole{rank}-{size}", max_shard_size=size)
+        shared, _, _ = trained(True, "fsdp", rank, world_size, steps=0)
+        load_whole_weights(shared, folder / f"whole{rank}-{size}")
+        rows = learned_rows(shared)
+        assert torch.equal(rows.weight, rows.shards.own(weight))
+        loaded = whole_weights(shared, keep=True)
+        assert all(torch.equal(loaded[name], state[name]) for name in state.keys() - {"f_gram_embedding.rows.weight"})
+    assert len(list((folder / f"whole{rank}-2KB").glob("*.safetensors"))) > 2
 
 
 def check_that_gradients_are_clipped_as_torch_does(rank: int) -> None:
