@@ -156,6 +156,8 @@ class SconeTrainer(Trainer):
             processes=self.args.world_size,
             accumulation=self.args.gradient_accumulation_steps,
             steps_done=lambda: self.state.global_step,
+            max_steps=self.args.max_steps,
+            num_epochs=self.args.num_train_epochs,
         )
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
@@ -284,8 +286,9 @@ def _loading(checkpoint: str) -> AbstractContextManager[None]:
 
 
 class RowPasses:
-    """The passes of a run of ``max_steps`` steps, of which ``steps_per_pass`` read all of the text once. A rest of less
-    than half a pass belongs to the pass before it: too little would be learned in it.
+    """The passes of a run of ``max_steps`` steps, of which ``steps_per_pass`` read all of the text once. Where they do
+    not divide evenly, the first pass is the shorter one (`TrainingOrder`): rows that are kept have then read all of the
+    text, and none of it twice.
 
     Rows start again with each pass: a row that has seen the tokens after its f-gram says them at the second reading;
     the trunk learns to believe it, and text that nobody has read gets worse. On the modern trunk, four passes over
@@ -297,18 +300,21 @@ class RowPasses:
     def __init__(self, max_steps: int, steps_per_pass: int) -> None:
         self.max_steps = max_steps
         self.steps_per_pass = steps_per_pass
-        self.number = max(1, int(max_steps / steps_per_pass + 0.5))
+        self.number = -(-max_steps // steps_per_pass)
+        self.first = max_steps - (self.number - 1) * steps_per_pass
 
     def begins_at(self, step: int) -> bool:
         """Whether ``step`` is the first of a pass that is not the run's first."""
-        return step > 0 and step % self.steps_per_pass == 0 and step // self.steps_per_pass < self.number
+        return self.first <= step < self.max_steps and (step - self.first) % self.steps_per_pass == 0
 
     def in_the_run(self, step: int) -> float:
         """Where in the run a step would be that is as far on as ``step`` is in its pass."""
-        index = min(step // self.steps_per_pass, self.number - 1)
-        first = index * self.steps_per_pass
-        end = self.max_steps if index == self.number - 1 else first + self.steps_per_pass
-        return (step - first) * self.max_steps / (end - first)
+        if step >= self.max_steps:
+            return self.max_steps
+        done, length = step, self.first
+        if step >= self.first:
+            done, length = (step - self.first) % self.steps_per_pass, self.steps_per_pass
+        return done * self.max_steps / length
 
 
 def once_a_pass(scheduler: LambdaLR, passes: RowPasses) -> None:
