@@ -110,7 +110,9 @@ def _check_early(options: SconeOptions, extra: argparse.Namespace, measures_perp
         check_tasks(extra.tasks, extra.task_data)
     if measures_perplexity:
         from scone.data.sources import open_source, plan
+        from scone.tokenization.gguf_files import load_arguments
 
+        load_arguments(extra.model_path)  # a model that is not there is said before a corpus that may come of a default
         data = options.data
         plan(open_source(data.dataset_name, data.dataset_config_name, data.text_column), (extra.split,))
 

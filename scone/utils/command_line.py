@@ -27,7 +27,7 @@ _ADVICE = {
     errno.EROFS: "choose a path that can be written",
     errno.EISDIR: "give a file, not a folder",
     **dict.fromkeys((errno.EACCES, errno.EPERM), _PERMISSIONS),
-    **dict.fromkeys((errno.ENOENT, errno.ENOTDIR, errno.EEXIST), _PATH),
+    **dict.fromkeys((errno.ENOENT, errno.ENOTDIR), _PATH),
 }
 _SEE_TRACEBACK = "run again with --debug for the traceback"
 
