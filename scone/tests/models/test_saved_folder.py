@@ -43,8 +43,8 @@ PROGRAMS = {
     "print(*(len(each.encode('some text')) for each in (ours, its)))",
 }
 FRESH = """
-import json, os, sys, torch
-from transformers import AutoModelForCausalLM as A
+import json, numba, os, sys, torch
+from transformers import AutoModelForCausalLM as A, LlamaForCausalLM, PreTrainedTokenizerFast  # with what they import
 assert not any(name.startswith('scone') for name in sys.modules)
 folder, programs = json.load(sys.stdin)
 for name, program in programs.items():
