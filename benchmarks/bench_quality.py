@@ -30,7 +30,7 @@ from scone.utils.files import read_json
 LADDER = [REPOSITORY / "docs" / "results" / f"{name}.json" for name in ("ladder", "epochs")]
 HISTORY = REPOSITORY / "docs" / "results" / "quality_history.json"
 QUICK = REPOSITORY / "experiments" / "quick.yaml"
-MULTIPLIERS = {"7m": ("20", 1.5), "27m": ("20", 1.3), "92m": ("10", 1.2)}
+MULTIPLIERS = {"7m": ("20", 1.5), "27m": ("20", 1.3), "92m": ("9", 1.2)}
 """Size → at how many tokens per weight, and the target."""
 QUICK_MULTIPLIERS = {"tiny": ("2", None)}
 NOT_RUN = "not run"

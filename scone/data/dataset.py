@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -65,6 +66,10 @@ class TrainingOrder(Sampler[int]):
     seed ``seed + epoch``), so every process has the same one, whoever takes which batch of it. Several processes need
     whole rounds of batches: the last round of an epoch is filled up from the epoch's beginning.
 
+    A run of 2.6 epochs reads 0.6 of one first and two whole ones then, each in an order of its own: learned rows start
+    again with each, and those that are kept should have read all of the text once (`trainer.RowPasses`). What the
+    trainer takes for an epoch then ends in the middle of one of these.
+
     Args:
         num_blocks: of the training split.
         seed: the run's.
@@ -72,6 +77,8 @@ class TrainingOrder(Sampler[int]):
         processes: how many take turns with the batches.
         accumulation: batches of a process that make one optimizer step; an epoch's last step may have fewer.
         steps_done: optimizer steps so far, read when an epoch begins: it says which one, after a resume too.
+        max_steps: optimizer steps of the run; 0: of ``num_epochs``.
+        num_epochs: of the run.
     """
 
     def __init__(
@@ -83,6 +90,8 @@ class TrainingOrder(Sampler[int]):
         processes: int = 1,
         accumulation: int = 1,
         steps_done: Callable[[], int] = lambda: 0,
+        max_steps: int = 0,
+        num_epochs: float = 1.0,
     ) -> None:
         self.num_blocks = num_blocks
         self.seed = seed
@@ -91,15 +100,25 @@ class TrainingOrder(Sampler[int]):
         rounds = -(-num_blocks // blocks_a_round)
         self._length = num_blocks if processes == 1 else rounds * blocks_a_round
         self.steps_per_epoch = -(-rounds // accumulation)
+        steps = max_steps if max_steps > 0 else math.ceil(num_epochs * self.steps_per_epoch)
+        rest = steps % self.steps_per_epoch if steps > self.steps_per_epoch else 0
+        self._first = rest * accumulation * blocks_a_round
 
     def __len__(self) -> int:
         return self._length
 
     def __iter__(self) -> Iterator[int]:
         epoch = self.steps_done() // self.steps_per_epoch
+        if not self._first:
+            yield from self._order(epoch)
+            return
+        order, whole = self._order(epoch), self._length - self._first
+        yield from order[whole:] if epoch else order[: self._first]
+        yield from self._order(epoch + 1)[:whole]
+
+    def _order(self, epoch: int) -> list[int]:
         order = torch.randperm(self.num_blocks, generator=torch.Generator().manual_seed(self.seed + epoch)).tolist()
-        for number in range(self._length):
-            yield order[number % self.num_blocks]
+        return [order[number % self.num_blocks] for number in range(self._length)]
 
 
 IGNORED_LABEL = -100

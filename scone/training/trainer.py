@@ -157,6 +157,8 @@ class SconeTrainer(Trainer):
             processes=self.args.world_size,
             accumulation=self.args.gradient_accumulation_steps,
             steps_done=lambda: self.state.global_step,
+            max_steps=self.args.max_steps,
+            num_epochs=self.args.num_train_epochs,
         )
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
@@ -187,6 +189,8 @@ class SconeTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
+            if self.accelerator.scaler is None:  # fp16 leaves out steps that overflow
+                self._check_finite(logs)
             now, before, at = self.run_cost.state_dict(), self._logged, time.perf_counter()
             positions = max(1, now["positions"] - before["positions"])
             logs["tokens_per_second"] = round(positions * self.args.world_size / (at - self._logged_at), 1)
@@ -197,6 +201,19 @@ class SconeTrainer(Trainer):
         if "eval_loss" in logs:
             logs["eval_perplexity"] = round(math.exp(min(logs["eval_loss"], 700.0)), 4)
         super().log(logs, start_time)
+
+    def _check_finite(self, logs: Mapping[str, float]) -> None:
+        """Raises SconeError, on every rank, where loss or gradients are no numbers: from then on no weight is one."""
+        step, found = self.state.global_step, {name: logs[name] for name in ("loss", "grad_norm") if name in logs}
+        if all(map(math.isfinite, found.values())):
+            return
+        said = " and ".join(f"{name} {value}" for name, value in found.items())
+        kept = complete_checkpoints(Path(str(self.args.output_dir)))
+        raise SconeError(
+            f"found {said} by step {step}; expected numbers; "
+            + (f"the last checkpoint before it is {kept[-1]}: resume from it" if kept else "start again")
+            + " with a lower learning rate or, if that is not it, another seed"
+        )
 
     # A sharded run writes the checkpoints of any other, whole weights and a whole optimizer, so that each resumes the
     # other's, in any number of processes. Only learned rows that are shared out are written share by share, and a
@@ -285,8 +302,9 @@ def _loading(checkpoint: str) -> AbstractContextManager[None]:
 
 
 class RowPasses:
-    """The passes of a run of ``max_steps`` steps, of which ``steps_per_pass`` read all of the text once. A rest of less
-    than half a pass belongs to the pass before it: too little would be learned in it.
+    """The passes of a run of ``max_steps`` steps, of which ``steps_per_pass`` read all of the text once. Where they do
+    not divide evenly, the first pass is the shorter one (`TrainingOrder`): rows that are kept have then read all of the
+    text, and none of it twice.
 
     Rows start again with each pass: a row that has seen the tokens after its f-gram says them at the second reading;
     the trunk learns to believe it, and text that nobody has read gets worse. On the modern trunk, four passes over
@@ -298,18 +316,21 @@ class RowPasses:
     def __init__(self, max_steps: int, steps_per_pass: int) -> None:
         self.max_steps = max_steps
         self.steps_per_pass = steps_per_pass
-        self.number = max(1, int(max_steps / steps_per_pass + 0.5))
+        self.number = -(-max_steps // steps_per_pass)
+        self.first = max_steps - (self.number - 1) * steps_per_pass
 
     def begins_at(self, step: int) -> bool:
         """Whether ``step`` is the first of a pass that is not the run's first."""
-        return step > 0 and step % self.steps_per_pass == 0 and step // self.steps_per_pass < self.number
+        return self.first <= step < self.max_steps and (step - self.first) % self.steps_per_pass == 0
 
     def in_the_run(self, step: int) -> float:
         """Where in the run a step would be that is as far on as ``step`` is in its pass."""
-        index = min(step // self.steps_per_pass, self.number - 1)
-        first = index * self.steps_per_pass
-        end = self.max_steps if index == self.number - 1 else first + self.steps_per_pass
-        return (step - first) * self.max_steps / (end - first)
+        if step >= self.max_steps:
+            return self.max_steps
+        done, length = step, self.first
+        if step >= self.first:
+            done, length = (step - self.first) % self.steps_per_pass, self.steps_per_pass
+        return done * self.max_steps / length
 
 
 def once_a_pass(scheduler: LambdaLR, passes: RowPasses) -> None:
@@ -351,6 +372,7 @@ class CourseOfTheRun(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.trainer.rows is not None:
             self.trainer.rows.pending.clear()  # of an fp16 step that overflowed, and was skipped
+        control.should_log |= control.should_save  # what is logged is looked at: no checkpoint of weights that are lost
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if dist.is_initialized():

@@ -35,19 +35,19 @@ def test_an_epoch_reads_every_block_in_as_many_steps_as_it_says(num_blocks, run,
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 60), st.integers(1, 4), st.integers(1, 3))
-def test_two_processes_read_what_one_reads_in_batches_of_twice_the_size(num_blocks, batch_size, accumulation):
-    run = {"batch_size": batch_size, "processes": 2, "accumulation": accumulation}
+@given(st.integers(1, 60), st.integers(1, 4), st.integers(1, 3), st.integers(0, 300))
+def test_two_processes_read_what_one_reads_in_batches_of_twice_the_size(num_blocks, batch_size, accumulation, steps):
+    run = {"batch_size": batch_size, "processes": 2, "accumulation": accumulation, "max_steps": steps}
     whole = batches(num_blocks, **(run | {"batch_size": 2 * batch_size, "processes": 1}))
     halves = [batches(num_blocks, **run, rank=rank) for rank in (0, 1)]
     for one, left, right in zip(whole, *halves, strict=True):
         assert (left + right)[: len(one)] == one
 
 
-@given(st.integers(4, 60), st.data())
-def test_a_resumed_epoch_goes_on_where_it_was(num_blocks, data):
+@given(st.integers(4, 60), st.integers(0, 300), st.data())
+def test_a_resumed_epoch_goes_on_where_it_was(num_blocks, max_steps, data):
     """Also with batches shared out and skipped, where accelerate forgets to tell the sampler of the epoch."""
-    run = {"batch_size": 2, "processes": 2, "accumulation": 1}
+    run = {"batch_size": 2, "processes": 2, "accumulation": 1, "max_steps": max_steps}
     steps = TrainingOrder(num_blocks, seed=3, **run).steps_per_epoch
     whole = batches(num_blocks, **run, steps_done=2 * steps, rank=1)
     done = data.draw(st.integers(0, steps - 1))

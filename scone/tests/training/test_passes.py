@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -13,23 +15,24 @@ from scone.data.dataset import BlockDataset
 from scone.tests import tiny
 from scone.tests.training.runs import RARELY, assert_same_weights, options
 from scone.training.optimizer import RowOptimizer, learned_rows
-from scone.training.run import prepare_run_corpus, train
+from scone.training.run import build_model, build_trainer, prepare_run_corpus, train
 from scone.training.run_folder import complete_checkpoints
 from scone.training.trainer import RowPasses
 
 
 @settings(deadline=None)
 @given(st.integers(1, 400), st.integers(1, 60))
-def test_passes_divide_a_run_evenly_and_none_is_shorter_than_half(max_steps, steps_per_pass):
+def test_all_passes_but_the_first_are_whole(max_steps, steps_per_pass):
     passes = RowPasses(max_steps, steps_per_pass)
     starts = [0, *(step for step in range(max_steps) if passes.begins_at(step))]
-    assert starts == [steps_per_pass * index for index in range(passes.number)]
     lengths = np.diff([*starts, max_steps])
-    assert passes.number == 1 or lengths.min() >= steps_per_pass / 2
-    assert lengths.max() < 1.5 * steps_per_pass or passes.number == 1
+    assert len(lengths) == passes.number
+    assert 1 <= lengths[0] <= steps_per_pass
+    assert set(lengths[1:]) <= {steps_per_pass}
     for start, length in zip(starts, lengths, strict=True):  # each goes through the whole run's schedule once
         places = [passes.in_the_run(start + done) for done in range(length)]
         assert np.allclose(places, np.linspace(0, max_steps, length, endpoint=False))
+    assert passes.in_the_run(max_steps) == max_steps
 
 
 class Watch(TrainerCallback):
@@ -70,6 +73,30 @@ def test_rows_know_the_last_pass_alone(corpus, tmp_path, kind):
     peaks = [np.argmax(rows[start : start + length]) for start in range(0, 3 * length, length)]
     assert len(set(peaks)) == 1
     assert np.allclose(rows[:length], rows[length : 2 * length])
+
+
+@pytest.mark.parametrize("by_steps", [True, False])
+def test_the_rows_that_are_kept_have_read_all_of_the_text(corpus, tmp_path, by_steps):
+    """By the batches that the trainer makes, in a run of two passes and a rest, which comes first."""
+    changes = RARELY | {"training.batch_size": 16}
+    whole = steps_of_a_pass(options(corpus, tmp_path, **changes))
+    steps = math.ceil(2.4 * whole)
+    changes |= {"training.num_epochs": 2.4, "training.max_steps": steps if by_steps else -1}
+    run = options(corpus, tmp_path / "run", **changes)
+    files = prepare_run_corpus(run, quiet=True)
+    trainer = build_trainer(run, build_model(run, files, quiet=True), files, quiet=True)
+    texts = []
+    for step in range(0, steps + whole, whole):  # what the trainer takes for epochs
+        trainer.state.global_step = step
+        texts += [batch["input_ids"] for batch in trainer.get_train_dataloader()]
+    passes = trainer.row_passes(steps)
+    starts = [step for step in range(steps) if passes.begins_at(step)]
+    assert starts == [steps - 2 * whole, steps - whole]
+    blocks = BlockDataset(files.train, run.data.max_length, drop_last=True)
+    expected = sorted(tuple(blocks[index]["input_ids"].tolist()) for index in range(len(blocks)))
+    for start in starts:
+        read = [tuple(block.tolist()) for batch in texts[start : start + whole] for block in batch]
+        assert sorted(read) == expected
 
 
 def test_a_run_of_one_pass_goes_through_the_trunks_schedule(corpus, tmp_path):
