@@ -154,7 +154,7 @@ def test_every_run_can_be_built_and_computes_a_loss(runner, experiment, data, tm
 
 
 def test_a_run_of_two_processes_is_that_of_one(runner, data, tmp_path, monkeypatch):
-    """The whole script, whose workers are torchrun's: the same batches, losses and costs, and one result."""
+    """The whole script, whose workers are torchrun's: the same batches and losses, and one result."""
     changes = {"training.batch_size": 4, "training.max_steps": 4}
     _, one = trained(runner, "epochs", data, tmp_path / "1", "epochs1-rows", **changes)
     flags = flags_of("epochs", data, tmp_path / "2", "--processes", "2", "--only", "epochs1-rows", **changes)
