@@ -188,6 +188,8 @@ class SconeTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
+            if self.accelerator.scaler is None:  # fp16 leaves out steps that overflow
+                self._check_finite(logs)
             now, before, at = self.run_cost.state_dict(), self._logged, time.perf_counter()
             positions = max(1, now["positions"] - before["positions"])
             logs["tokens_per_second"] = round(positions * self.args.world_size / (at - self._logged_at), 1)
@@ -198,6 +200,19 @@ class SconeTrainer(Trainer):
         if "eval_loss" in logs:
             logs["eval_perplexity"] = round(math.exp(min(logs["eval_loss"], 700.0)), 4)
         super().log(logs, start_time)
+
+    def _check_finite(self, logs: Mapping[str, float]) -> None:
+        """Raises SconeError, on every rank, where loss or gradients are no numbers: from then on no weight is one."""
+        step, found = self.state.global_step, {name: logs[name] for name in ("loss", "grad_norm") if name in logs}
+        if all(map(math.isfinite, found.values())):
+            return
+        said = " and ".join(f"{name} {value}" for name, value in found.items())
+        kept = complete_checkpoints(Path(str(self.args.output_dir)))
+        raise SconeError(
+            f"found {said} by step {step}; expected numbers; "
+            + (f"the last checkpoint before it is {kept[-1]}: resume from it" if kept else "start again")
+            + " with a lower learning rate or, if that is not it, another seed"
+        )
 
     # A sharded run writes the checkpoints of any other, whole weights and a whole optimizer, so that each resumes the
     # other's, in any number of processes. Only learned rows that are shared out are written share by share, and a
@@ -356,6 +371,7 @@ class CourseOfTheRun(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.trainer.rows is not None:
             self.trainer.rows.pending.clear()  # of an fp16 step that overflowed, and was skipped
+        control.should_log |= control.should_save  # what is logged is looked at: no checkpoint of weights that are lost
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if dist.is_initialized():

@@ -11,7 +11,7 @@ import json
 import resource
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from scone.tests.hardening.jobs import JOBS, Job, finished, nothing, preload, spawned
@@ -142,13 +142,13 @@ def _fresh(folder: Path, name: str) -> Path:
     return work
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--only", nargs="*", help="names such as two_at_once_train; all where it is left out")
     parser.add_argument("--kills", nargs="*", default=[], metavar="JOB=N", help="kills of a job before that")
     parser.add_argument("--seed", type=int, default=0, help="of the kills")
-    chosen = parser.parse_args()
+    chosen = parser.parse_args(argv)
     preload()
     inputs_of(chosen.folder)
     for job, count in (kill.split("=") for kill in chosen.kills):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 
 import pytest
+
+from scone.tests.hardening.scenarios import main
+from scone.tests.processes import forked
 
 SCENARIOS = (
     *("file_size_limit_train", "file_size_limit_precompute", "file_size_limit_count", "two_at_once_convert"),
@@ -24,15 +26,17 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def said(tmp_path_factory) -> list[dict]:
-    """The JSON lines of one process, which imports once and forks; not here, among pytest's threads."""
-    command = [sys.executable, "-m", "scone.tests.hardening.scenarios", "--only", *SCENARIOS]
+    """The JSON lines of one process, which forks; not here, among pytest's threads."""
+    folder = tmp_path_factory.mktemp("faults")
     seed = str(int.from_bytes(os.urandom(2), "little")) if not os.environ.get("CI") else "0"
-    command += ["--kills", *(f"{job}={kills}" for job, kills in KILLS.items()), "--seed", seed]
-    command += ["--folder", str(tmp_path_factory.mktemp("faults"))]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1500, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    argv = ["--folder", str(folder), "--seed", seed, "--only", *SCENARIOS]
+    process = forked(
+        main, [*argv, "--kills", *(f"{job}={kills}" for job, kills in KILLS.items())], said=folder / "said"
+    )
+    process.join()
+    lines = (folder / "said").read_text()
+    assert process.exitcode == 0, lines[-3000:]
+    return [json.loads(line) for line in lines.splitlines() if line.startswith("{")]
 
 
 def test_killed_jobs_go_on_to_the_same_bytes(said):

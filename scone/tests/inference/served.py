@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,8 +18,11 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from scone.inference.precompute import precompute_table
 from scone.models.language_model import SconeForCausalLM
+from scone.scripts.serve import main
+from scone.tests.processes import forked
 from scone.tokenization.counting import count_f_grams
 from scone.tokenization.tokenizers import train_tokenizer
+from scone.utils.command_line import run_main
 
 TEXT = "the cat sat on the mat and the dog ran under the hill; then it slept. é \U0001f600 <b>bold</b> & more. " * 9
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
@@ -48,22 +52,50 @@ def make_model(folder: Path, text: str = TEXT, max_n: int = 4, positions: int = 
     return folder
 
 
-@contextmanager
-def server(folder: Path, *options: str, key: str | None = None) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """The address of a server process over `make_model`'s folder, and the process; stopped at the end."""
+def command_line(folder: Path, *options: str) -> list[str]:
+    """Of a server over `make_model`'s folder, at a port that is free."""
     table = ["--embedding_cache_path", str(folder / "embeddings.cache")]
-    command = [sys.executable, "-m", "scone.scripts.serve", "--model_path", str(folder), *table, "--port", "0"]
-    environment = {name: value for name, value in os.environ.items() if name != "SCONE_API_KEY"}
-    environment |= {} if key is None else {"SCONE_API_KEY": key}
+    return ["--model_path", str(folder), *table, "--port", "0", "--model_name", "tiny", *options]
+
+
+def address_in(line: str) -> str:
+    """Of a server, in the line that it begins with."""
+    assert line.startswith("serving tiny at http://127.0.0.1:"), line
+    assert "vllm serve MODEL" in line
+    return line.split()[3]
+
+
+def without_key(argv: list[str]) -> int:
+    """What a process that serves does."""
+    os.environ.pop("SCONE_API_KEY", None)
+    return run_main(main, argv)
+
+
+@contextmanager
+def server(folder: Path, *options: str) -> Iterator[str]:
+    """The address of a forked server, which is stopped at the end."""
+    said = folder / "said"
+    process = forked(without_key, command_line(folder, *options), said=said)
+    try:
+        while process.is_alive() and not (said.exists() and "serving" in said.read_text()):
+            time.sleep(0.02)
+        yield address_in(said.read_text())
+    finally:
+        process.terminate()
+        process.join(60)
+    assert process.exitcode == 0, said.read_text()
+
+
+@contextmanager
+def server_process(folder: Path, key: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """The address of a server that was started as users do, and its process, which is stopped at the end."""
+    command = [sys.executable, "-m", "scone.scripts.serve", *command_line(folder)]
     with subprocess.Popen(
-        [*command, "--model_name", "tiny", *options], stdout=subprocess.PIPE, text=True, env=environment
+        command, stdout=subprocess.PIPE, text=True, env=os.environ | {"SCONE_API_KEY": key}
     ) as process:
         try:
             assert process.stdout is not None
-            line = process.stdout.readline()
-            assert line.startswith("serving tiny at http://127.0.0.1:"), line
-            assert "vllm serve MODEL" in line
-            yield line.split()[3], process
+            yield address_in(process.stdout.readline()), process
         finally:
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)

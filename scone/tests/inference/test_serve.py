@@ -22,7 +22,7 @@ from scone.inference.engine import GenerationOptions, SconeInferenceEngine
 from scone.scripts import serve as serve_script
 from scone.tests import tiny
 from scone.tests.inference.chromium import Browser
-from scone.tests.inference.served import TEMPLATE, make_model, server
+from scone.tests.inference.served import TEMPLATE, make_model, server, server_process
 
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
 openai = pytest.importorskip("openai", reason="the openai client is not installed")
@@ -46,7 +46,7 @@ def engine(folder: Path) -> SconeInferenceEngine:
 
 @pytest.fixture(scope="module")
 def address(folder: Path) -> Iterator[str]:
-    with server(folder, "--max_new_tokens", "200", "--cors_origin", ORIGIN) as (address, _):
+    with server(folder, "--max_new_tokens", "200", "--cors_origin", ORIGIN) as address:
         yield address
 
 
@@ -364,7 +364,7 @@ def test_the_page_shows_what_the_model_sees(address: str, engine: SconeInference
 
 
 def test_key_and_shutdown_while_a_client_is_served(folder: Path) -> None:
-    with server(folder, key="secret") as (address, process):
+    with server_process(folder, "secret") as (address, process):
         assert post(address, "/v1/completions", completion())[0] == 401
         assert post(address, "/page/inspect", {"text": "x"})[0] == 401
         authorized = {"Authorization": "Bearer secret"}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
+import multiprocessing
 import os
-import signal
-import subprocess
-import sys
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -15,16 +16,10 @@ import torch
 from scone.inference.embedding_table import EmbeddingTable
 from scone.inference.stores import memory
 from scone.tests.inference.tables import write_table
+from scone.tests.processes import forked
 from scone.utils.errors import SconeError
 
 pytestmark = pytest.mark.skipif(not memory.FOLDER.is_dir(), reason="this system has no /dev/shm")
-READER = """
-import sys, torch
-from scone.inference.embedding_table import EmbeddingTable
-table = EmbeddingTable.open(sys.argv[1], "shared")
-print(table.rows(torch.arange(table.num_rows)).double().sum().item(), flush=True)
-sys.stdin.read()
-"""
 
 
 @pytest.fixture
@@ -40,15 +35,18 @@ def segments(path: Path) -> list[Path]:
         return sorted(memory.FOLDER.glob(f"scone-*-{table.layout.rows_checksum[:32]}-*"))
 
 
-def reader(path: Path) -> subprocess.Popen[str]:
-    """A process that has the table open until its input ends."""
-    command = [sys.executable, "-c", READER, str(path)]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+def read(path: Path, teller: Connection) -> None:
+    """Say what is in the table, and have it open until somebody answers and the process ends."""
+    table = EmbeddingTable.open(path, "shared")
+    teller.send(table.rows(torch.arange(table.num_rows)).double().sum().item())
+    teller.recv()
+    atexit._run_exitfuncs()  # as Python does where it ends; processes of multiprocessing leave it out
 
 
-def first_line(process: subprocess.Popen[str]) -> str:
-    assert process.stdout is not None
-    return process.stdout.readline()
+def reader(path: Path) -> tuple[BaseProcess, Connection]:
+    """A process that has the table open, and the end of it that we hold."""
+    ours, theirs = multiprocessing.Pipe()
+    return forked(read, path, theirs), ours
 
 
 @pytest.mark.parametrize(("placement", "count"), [("shared", 1), ("shared:700,shared:800,mmap", 2)])
@@ -64,21 +62,23 @@ def test_rows_are_those_of_the_file(path: Path, placement: str, count: int) -> N
 
 def test_processes_have_one_copy_which_the_last_one_removes(path: Path) -> None:
     started = [reader(path) for _ in range(2)]  # at the same time: one fills, the other waits for it
-    assert len({first_line(process) for process in started}) == 1
+    assert len({told.recv() for _, told in started}) == 1
     (segment,) = segments(path)
     node = segment.stat().st_ino
-    for process in started:
+    for process, told in started:
         assert str(node) in Path(f"/proc/{process.pid}/maps").read_text()
         assert segments(path) == [segment]
-        process.communicate()
+        told.send("enough")
+        process.join()
+        assert process.exitcode == 0
     assert segments(path) == []
 
 
 def test_what_killed_processes_left_is_removed_by_the_next_one(path: Path, tmp_path: Path) -> None:
-    process = reader(path)
-    first_line(process)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process, told = reader(path)
+    told.recv()
+    process.kill()
+    process.join()
     assert len(segments(path)) == 1
     write_table(tmp_path / "other.cache", torch.randn(10, 8))
     EmbeddingTable.open(tmp_path / "other.cache", "shared").close()

@@ -43,8 +43,8 @@ PROGRAMS = {
     "print(*(len(each.encode('some text')) for each in (ours, its)))",
 }
 FRESH = """
-import json, os, sys, torch
-from transformers import AutoModelForCausalLM as A
+import json, numba, os, sys, torch, traceback
+from transformers import AutoModelForCausalLM as A, LlamaForCausalLM, PreTrainedTokenizerFast  # with what they import
 assert not any(name.startswith('scone') for name in sys.modules)
 folder, programs = json.load(sys.stdin)
 for name, program in programs.items():
@@ -53,8 +53,12 @@ for name, program in programs.items():
         os.dup2(terminal, 0)
         for number, stream in enumerate(('out', 'err'), 1):
             os.dup2(os.open(f'{name}.{stream}', os.O_WRONLY | os.O_CREAT), number)
-        exec(program)
-        sys.exit()
+        try:
+            exec(program)
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush()
+        os._exit(0)  # taking all of it down takes longer than loading
     os.wait()
 """
 

@@ -48,7 +48,7 @@ def tiny_gpt2(folder: Path, texts: list[str]) -> None:
     """What `--base_model_name` and `model_name` take: weights, configuration, a BPE tokenizer of 512 tokens."""
     train_tokenizer(iter(texts), 512, folder)
     torch.manual_seed(0)
-    sizes = {"vocab_size": 512, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_inner": 128, "n_positions": 1024}
+    sizes = {"vocab_size": 512, "n_embd": 64, "n_layer": 2, "n_head": 2, "n_inner": 128, "n_positions": 1024}
     GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).save_pretrained(folder)
 
 

@@ -8,7 +8,6 @@ import random
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
@@ -154,21 +153,18 @@ def test_every_run_can_be_built_and_computes_a_loss(runner, experiment, data, tm
             assert model(**batch).loss.isfinite(), name
 
 
-def test_a_run_of_two_processes_is_that_of_one(data, tmp_path):
-    """The whole script, in processes of their own: the same batches, losses and costs, and one result."""
+def test_a_run_of_two_processes_is_that_of_one(runner, data, tmp_path, monkeypatch):
+    """The whole script, whose workers are torchrun's: the same batches and losses, and one result."""
     changes = {"training.batch_size": 4, "training.max_steps": 4}
-    runs_of = []
-    for processes in (1, 2):
-        more = ["--processes", str(processes), "--only", "epochs1-rows"]
-        flags = flags_of("epochs", data, tmp_path / str(processes), *more, **changes)
-        done = subprocess.run([sys.executable, str(RUNNER), *flags], capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
-        runs_of.append(json.loads((tmp_path / str(processes) / "epochs1-rows.json").read_text()))
-    one, two = runs_of
+    _, one = trained(runner, "epochs", data, tmp_path / "1", "epochs1-rows", **changes)
+    flags = flags_of("epochs", data, tmp_path / "2", "--processes", "2", "--only", "epochs1-rows", **changes)
+    monkeypatch.setattr(sys, "argv", [str(RUNNER), *flags])
+    assert runner.main(flags) == 0, (tmp_path / "2" / "epochs1-rows.log").read_text()
+    two = json.loads((tmp_path / "2" / "epochs1-rows.json").read_text())
     assert one["tokens"] == two["tokens"] == 4 * 4 * 32
     for test in EXPERIMENTS["epochs"]["tests"]:
         assert two["tests"][test]["loss"] == pytest.approx(one["tests"][test]["loss"], abs=1e-4)
-    curves = [[line["text_losses"] for line in run["log"] if "text_losses" in line] for run in runs_of]
+    curves = [[line["text_losses"] for line in run["log"] if "text_losses" in line] for run in (one, two)]
     assert len(curves[0]) == len(curves[1]) == 4
 
 

@@ -5,7 +5,6 @@ That kills at any moment and full disks lose nothing is tested with all long job
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import shutil
 import signal
@@ -17,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from scone.tests.processes import forked
 from scone.tokenization.counting import count_f_grams
 from scone.tokenization.counting.count import work_folder
 from scone.tokenization.counting.plan import CountTask, plan_count
@@ -95,14 +95,14 @@ def arguments_of(folder: Path, tokens: np.ndarray) -> dict:
     return OPTIONS | budget | {"tokens": str(folder / "tokens.npy"), "work_dir": str(folder / "work")}
 
 
-def count_in_a_child(tokens: str, **arguments: object) -> None:
-    count_f_grams([np.load(tokens, mmap_mode="r")], **arguments)  # type: ignore[arg-type]
+def count_in_a_child(arguments: dict) -> None:
+    options = {name: value for name, value in arguments.items() if name != "tokens"}
+    count_f_grams([np.load(arguments["tokens"], mmap_mode="r")], **options)
 
 
 def kill_when(arguments: dict, pattern: str) -> list[Path]:
     """Start a count, kill it as soon as its work folder has a file like ``pattern``; returns what files are left."""
-    child = multiprocessing.get_context("forkserver").Process(target=count_in_a_child, kwargs=arguments)
-    child.start()
+    child = forked(count_in_a_child, arguments)
     work, deadline = Path(arguments["work_dir"]), time.monotonic() + 60
     while child.is_alive() and time.monotonic() < deadline:
         if list(work.glob(f"count-*/{pattern}")):

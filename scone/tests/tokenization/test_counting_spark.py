@@ -36,6 +36,8 @@ def spark() -> Iterator:
         "spark.driver.host": "127.0.0.1",
         "spark.sql.shuffle.partitions": "3",
         "spark.driver.memory": "512m",
+        # for these seconds Java's second compiler and its collector's threads cost more than they save
+        "spark.driver.extraJavaOptions": "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC",
     }.items():
         builder = builder.config(name, value)
     session = builder.getOrCreate()

@@ -1,7 +1,7 @@
-"""A rank of a run, as `python -m scone.scripts.train FLAGS …` is one, watched: `a_rank.py FOLDER FLAGS …`.
+"""A rank of a run, as `scone train` is one, watched.
 
-The second rank is killed once, after the fifth step, where FOLDER has a file `kill`, which it takes away. How DDP wraps
-the model is written to FOLDER.
+The second rank is killed once, after the fifth step, where the folder has a file `kill`, which it takes away. How DDP
+wraps the model is written to the folder.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import gc
 import json
 import os
 import signal
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -48,7 +47,3 @@ def run_watched(folder: Path, flags: list[str]) -> None:
     run.train = functools.partial(run.train, callbacks=[Watch(folder)])
     main(flags)
     assert not dist.is_initialized(), "gloo's threads may abort the process when it exits with a group"
-
-
-if __name__ == "__main__":
-    run_watched(Path(sys.argv[1]), sys.argv[2:])

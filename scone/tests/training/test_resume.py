@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from transformers import AutoConfig
+from transformers import AutoConfig, TrainerCallback
 
 from scone.cli import main
 from scone.tests import tiny
@@ -215,3 +215,23 @@ def test_every_way_to_train_refuses(grown, begun, tokenizer, launcher, monkeypat
 def test_no_epochs_and_a_step_train(corpus, tmp_path):
     run = options(corpus, tmp_path / "run", **{"training.num_epochs": 0, "training.max_steps": 1})
     assert (train(run, quiet=True) / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(("place", "said"), [("weights", "loss nan"), ("gradients", "grad_norm nan")])
+def test_a_run_that_is_lost_stops_and_keeps_the_checkpoints_before_it(corpus, tmp_path, place, said):
+    """Checkpoints at steps 2, 4 and 6, a line in the log at 10: what is lost at step 5 is seen before it is saved."""
+
+    class Break(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **_):
+            if state.global_step == 4 and place == "weights":
+                next(model.parameters()).data.fill_(float("inf"))
+            if state.global_step == 5 and place == "gradients":
+                next(model.parameters()).register_hook(lambda gradient: gradient * float("nan"))
+
+    changes = {"training.max_steps": 10, "training.save_steps": 2, "training.logging_steps": 10}
+    run = options(corpus, tmp_path / "run", **changes)
+    found = tiny.refusal(train, run, quiet=True, callbacks=[Break()])
+    assert said in found
+    assert "by step 6; expected numbers" in found
+    assert "run/checkpoint-4" in found
+    assert max(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == "checkpoint-4"

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 import warnings
 
@@ -21,14 +20,16 @@ from scone.data.dataset import Collator
 from scone.inference.embedding_table import EmbeddingTable
 from scone.inference.loading import load_model
 from scone.inference.precompute import precompute_table
-from scone.scripts.train import read_arguments
+from scone.scripts.train import main, read_arguments
 from scone.tests import tiny
+from scone.tests.processes import forked
 from scone.tests.training.runs import RARELY, STILL, assert_same_weights, command_line, options, weights
 from scone.training.optimizer import rows_learning_rate
 from scone.training.options import number_of_rows
 from scone.training.run import build_model, build_trainer, prepare_run_corpus, tokens_of_a_pass, train
 from scone.training.run_folder import complete_checkpoints
 from scone.training.trainer import SconeTrainer
+from scone.utils.command_line import run_main
 
 
 @pytest.fixture(scope="module")
@@ -244,15 +245,15 @@ def test_ctrl_c_leaves_a_run_that_resumes(corpus, tmp_path):
     flags = command_line(
         corpus, tmp_path / "run", "--batch_size", "4", "--max_steps", "100000", "--save_steps", "50000"
     )
-    command = [sys.executable, "-m", "scone.scripts.train", *flags, "--logging_steps", "1"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if "'loss'" in line:
-                break
-        process.send_signal(signal.SIGINT)
-        output = process.stdout.read()
-    assert process.returncode == 130, output
+    said = tmp_path / "said"
+    process = forked(run_main, main, [*flags, "--logging_steps", "1"], said=said)
+    while process.is_alive() and not (said.exists() and "'loss'" in said.read_text()):
+        time.sleep(0.05)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGINT)
+    process.join()
+    output = said.read_text()
+    assert process.exitcode == 130, output
     assert "interrupted" in output
     assert "Traceback" not in output
     (checkpoint,) = complete_checkpoints(tmp_path / "run")

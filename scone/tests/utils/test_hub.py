@@ -28,24 +28,8 @@ for words in json.loads(sys.argv[1]):
 TRAINED = ["--dataset_name", "text.txt", "--tokenizer", "train", "--vocab_size", "300", "--output_dir", "run"]
 
 
-def run_all(commands, folder):
-    """Statuses, seconds and what was said of errors, one each: in a process whose hub refuses connections."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))  # a port that nobody listens at
-        environment = os.environ | {"HF_ENDPOINT": f"http://127.0.0.1:{free.getsockname()[1]}"}
-        environment |= {"HF_HOME": str(folder / "hub"), "SCONE_CACHE": str(folder / "cache")}
-        del environment["HF_HUB_OFFLINE"]
-        command = [sys.executable, "-c", RUN_ALL, json.dumps(commands)]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, check=True)
-    assert "Retrying" not in done.stderr
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")], errors
-
-
-@pytest.mark.slow
-def test_every_command_refuses_a_name_that_leads_nowhere_at_once_and_in_one_line(tmp_path):
-    (tmp_path / "here").mkdir()
-    (tmp_path / "text.txt").write_text("the dog the dog the dog\n" * 50)
+def nowhere():
+    """Commands with names that lead nowhere."""
     commands = [
         ["generate", "--model_path", name, "--prompt", "x"] for name in ("./missing", "~/missing", "a/b/missing")
     ]
@@ -60,20 +44,28 @@ def test_every_command_refuses_a_name_that_leads_nowhere_at_once_and_in_one_line
             ["train", "--base_model_name", name, *TRAINED],
             ["train", "--base_model_name", name, *TRAINED, "--init", "pretrained"],
         ]
-    ends, errors = run_all(commands, tmp_path)
-    assert [status for status, _ in ends] == [2] * len(commands)
-    assert max(seconds for _, seconds in ends) < SECONDS, dict(zip(map(str, commands), ends, strict=True))
-    assert len(errors) == len(commands)
-    for words, error in zip(commands, errors, strict=True):
-        asked = words[2] in ("outputs/missing", "missing", "here/missing")
-        assert repr(words[2]) in error
-        assert ("cannot be reached" if asked else "found no file or folder") in error
+    return commands
 
 
-@pytest.mark.slow
-def test_a_copy_in_the_cache_of_the_hub_is_loaded_at_once(tmp_path):
-    """As the hub's client lays it; by those who run a plain model, and as a pretrained trunk."""
-    copies = tmp_path / "hub" / "hub" / "models--owner--name"
+def with_a_copy():
+    """Commands with a name of which the hub's cache has a copy."""
+    trained = ["--init", "pretrained", "--base_model_name", "owner/name", "--tokenizer", "owner/name"]
+    trained += ["--dataset_name", "text.txt", "--max_steps", "1", "--f_gram_num_hidden_layers", "0"]
+    sizes = ["--max_length", "8", "--batch_size", "2", "--min_freq", "2", "--device", "cpu", "--output_dir", "run"]
+    return [
+        ["generate", "--model_path", "owner/name", "--prompt", "the dog", "--max_length", "5"],
+        ["evaluate", "--model_path", "owner/name", "--tasks", "piqa"],
+        ["train", *trained, *sizes],
+    ]
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory):
+    """The folder, statuses and seconds, and what was said of errors, of a process whose hub refuses connections."""
+    folder = tmp_path_factory.mktemp("hub")
+    (folder / "here").mkdir()
+    (folder / "text.txt").write_text("the dog the dog the dog\n" * 50)
+    copies = folder / "hub" / "hub" / "models--owner--name"  # as the hub's client lays it
     (copies / "refs").mkdir(parents=True)
     (copies / "refs" / "main").write_text("abc")
     tiny.trunk("gpt2").save_pretrained(copies / "snapshots" / "abc")
@@ -81,29 +73,41 @@ def test_a_copy_in_the_cache_of_the_hub_is_loaded_at_once(tmp_path):
     tiny.word_tokenizer(words, "[UNK]", unk_token="[UNK]", eos_token="[EOS]").save_pretrained(
         copies / "snapshots" / "abc"
     )
-    (tmp_path / "text.txt").write_text("the dog the dog the dog\n" * 50)
-    trained = [
-        "--init",
-        "pretrained",
-        "--base_model_name",
-        "owner/name",
-        "--dataset_name",
-        "text.txt",
-        "--max_steps",
-        "1",
-    ]
-    sizes = ["--max_length", "8", "--batch_size", "2", "--min_freq", "2", "--device", "cpu", "--output_dir", "run"]
-    commands = [
-        ["generate", "--model_path", "owner/name", "--prompt", "the dog", "--max_length", "5"],
-        ["evaluate", "--model_path", "owner/name", "--tasks", "piqa"],
-        ["train", *trained, *sizes, "--tokenizer", "owner/name", "--f_gram_num_hidden_layers", "0"],
-    ]
-    ends, errors = run_all(commands, tmp_path)
-    assert [status for status, _ in ends] == [0, 2, 0]
-    (error,) = errors  # nothing says where the items of a task may be
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))  # a port that nobody listens at
+        environment = os.environ | {"HF_ENDPOINT": f"http://127.0.0.1:{free.getsockname()[1]}"}
+        environment |= {"HF_HOME": str(folder / "hub"), "SCONE_CACHE": str(folder / "cache")}
+        del environment["HF_HUB_OFFLINE"]
+        command = [sys.executable, "-c", RUN_ALL, json.dumps(nowhere() + with_a_copy())]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, check=True)
+    assert "Retrying" not in done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    return folder, [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")], errors
+
+
+@pytest.mark.slow
+def test_every_command_refuses_a_name_that_leads_nowhere_at_once_and_in_one_line(said):
+    _, ends, errors = said
+    commands = nowhere()
+    ends = ends[: len(commands)]
+    assert [status for status, _ in ends] == [2] * len(commands)
+    assert max(seconds for _, seconds in ends) < SECONDS, dict(zip(map(str, commands), ends, strict=True))
+    for words, error in zip(commands, errors[: len(commands)], strict=True):
+        asked = words[2] in ("outputs/missing", "missing", "here/missing")
+        assert repr(words[2]) in error
+        assert ("cannot be reached" if asked else "found no file or folder") in error
+
+
+@pytest.mark.slow
+def test_a_copy_in_the_cache_of_the_hub_is_loaded_at_once(said):
+    """By those who run a plain model, and as a pretrained trunk."""
+    folder, ends, errors = said
+    generated, evaluated, trained = ends[len(nowhere()) :]
+    assert [status for status, _ in (generated, evaluated, trained)] == [0, 2, 0]
+    (error,) = errors[len(nowhere()) :]  # nothing says where the items of a task may be
     assert "found no --task_data, and the Hugging Face hub cannot be reached" in error
-    assert max(ends[0][1], ends[1][1]) < SECONDS  # training also compiles
-    assert (tmp_path / "run" / "final_model" / "model.safetensors").is_file()
+    assert max(generated[1], evaluated[1]) < SECONDS  # training also compiles
+    assert (folder / "run" / "final_model" / "model.safetensors").is_file()
 
 
 def test_what_exists_wins_and_what_the_hub_cannot_have_is_a_path(tmp_path, monkeypatch):
