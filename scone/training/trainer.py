@@ -357,9 +357,10 @@ class CourseOfTheRun(TrainerCallback):
             raise TrainedAlready
         self.trainer._logged_at = time.perf_counter()  # what was before, loading and all, trained no tokens
         if self.trainer.rows is not None and state.is_world_process_zero:
-            number = self.trainer.row_passes(state.max_steps).number
-            if number > 1:
-                logger.warning("the text is read %d times; the learned rows start again each time", number)
+            passes = self.trainer.row_passes(state.max_steps)
+            if passes.number > 1:
+                times = passes.max_steps / passes.steps_per_pass
+                logger.warning("the text is read %.3g times; the learned rows start again with each pass", times)
 
     @torch.no_grad()
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
