@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
@@ -115,7 +116,10 @@ def load_whole_weights(model: nn.Module, folder: Path) -> None:
 
 
 def load_whole_optimizer(optimizer: torch.optim.Optimizer, file: Path) -> None:
-    """Load a whole optimizer's state into one of sharded parameters: each moment is cut as its parameter is."""
+    """Load a whole optimizer's state into one of sharded parameters: each moment is cut as its parameter is.
+
+    Rates, decay and the like stay those that this run was given: the file's would take their place without a word.
+    """
     optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
     saved = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -126,7 +130,21 @@ def load_whole_optimizer(optimizer: torch.optim.Optimizer, file: Path) -> None:
                 if value.shape == parameter.shape:
                     whole = value.to(parameter.device)
                     moments[name] = distribute_tensor(whole, parameter.device_mesh, parameter.placements)
+    given = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
     optimizer.load_state_dict(saved)
+    for group, settings in zip(optimizer.param_groups, given, strict=True):
+        group.update(settings)
+
+
+def load_schedule(scheduler: LambdaLR, file: Path) -> None:
+    """How far a schedule had come; its rates are those of this run, and the optimizer's groups get them."""
+    saved = torch.load(file, weights_only=True)
+    rates = [
+        rate * part(saved["last_epoch"]) for rate, part in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    ]
+    scheduler.load_state_dict(saved | {"base_lrs": scheduler.base_lrs, "_last_lr": rates})
+    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
 
 
 _GLOO_SAYS = ("gloo", "Connection closed by peer", "Connection reset by peer", "Socket Timeout")

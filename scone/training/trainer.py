@@ -28,6 +28,7 @@ from scone.models.learned_rows import LearnedRows
 from scone.models.row_files import ROWS_FOLDER, append_rows, load_shares, save_shares
 from scone.training.distributed import (
     clip_sharded_gradients,
+    load_schedule,
     load_whole_optimizer,
     load_whole_weights,
     shard,
@@ -268,7 +269,7 @@ class SconeTrainer(Trainer):
         assert self.lr_scheduler is not None
         with _loading(checkpoint):
             load_whole_optimizer(self.optimizer, Path(checkpoint) / OPTIMIZER_NAME)
-            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+            load_schedule(self.lr_scheduler, Path(checkpoint) / SCHEDULER_NAME)
             rows = self.rows
             if rows is not None and (Path(checkpoint) / ROWS_FOLDER).exists():
                 state = self.optimizer.state[rows.weight]

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoConfig, TrainerCallback
 
 from scone.cli import main
@@ -215,6 +216,30 @@ def test_every_way_to_train_refuses(grown, begun, tokenizer, launcher, monkeypat
 def test_no_epochs_and_a_step_train(corpus, tmp_path):
     run = options(corpus, tmp_path / "run", **{"training.num_epochs": 0, "training.max_steps": 1})
     assert (train(run, quiet=True) / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("schedule", ["linear", "constant"])
+def test_a_resume_trains_at_the_rates_that_it_is_given(corpus, tmp_path, schedule):
+    """Of the trunk in the log; rows and decay among the checkpoint's groups."""
+    changes = {"training.save_steps": 2, "training.logging_steps": 1, "training.lr_scheduler_type": schedule}
+    rates = {"training.learning_rate": 0.001, "training.rows_learning_rate": 0.002, "training.weight_decay": 0.3}
+    whole = train(options(corpus, tmp_path / "whole", **changes, **rates, **{"training.max_steps": 4}), quiet=True)
+    begun = tmp_path / "begun"
+    train(options(corpus, begun, **changes, **{"training.max_steps": 2}), quiet=True)
+    train(options(corpus, begun, **changes, **rates, **GO_ON), quiet=True)
+    of_whole, of_resumed = (
+        [line["learning_rate"] for line in json.loads((run / "training_log.json").read_text())["log"] if "loss" in line]
+        for run in (whole.parent, begun)
+    )
+    assert of_resumed[2:] == of_whole[2:]
+    groups = [
+        [
+            {name: group[name] for name in ("lr", "initial_lr", "weight_decay")}
+            for group in torch.load(run / "checkpoint-4" / "optimizer.pt", weights_only=True)["param_groups"]
+        ]
+        for run in (whole.parent, begun)
+    ]
+    assert groups[1] == groups[0]
 
 
 @pytest.mark.parametrize(("place", "said"), [("weights", "loss nan"), ("gradients", "grad_norm nan")])
