@@ -182,6 +182,7 @@ def count_with_ours(task: Task) -> Callable[[], FGramVocabulary]:
         "max_n": task.max_n,
         "max_f_grams": task.max_f_grams,
         "separator_ids": [task.separator],
+        "ranking": "frequency",  # what the other engines do
         "quiet": True,
     }
     tokens = task.array()
@@ -306,6 +307,7 @@ def count_with_spark(task: Task) -> Callable[[], FGramVocabulary]:
             max_n=task.max_n,
             max_f_grams=task.max_f_grams,
             separator_ids=[task.separator],
+            ranking="frequency",
             slice_tokens=1_000_000,
         ).vocabulary
     )

@@ -71,8 +71,8 @@ def f_grams_of(
     tokens: np.ndarray, most: int, separators: Iterable[int] = (SEPARATOR,), **limits: Any
 ) -> FGramVocabulary:
     """The ``most`` frequent f-grams of GPT-2's tokens, N = 5, that occur twice, but for other ``limits``."""
-    limits = {"vocab_size": VOCAB_SIZE, "max_n": 5, "min_freq": 2, "max_f_grams": most, "quiet": True} | limits
-    return count_f_grams([tokens], separator_ids=list(separators), **limits).vocabulary
+    limits = {"vocab_size": VOCAB_SIZE, "max_n": 5, "min_freq": 2, "max_f_grams": most} | limits
+    return count_f_grams([tokens], separator_ids=list(separators), ranking="frequency", quiet=True, **limits).vocabulary
 
 
 def gpt2_trunk(width: int, layers: int, heads: int, **fields: Any) -> PreTrainedModel:

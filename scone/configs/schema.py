@@ -17,6 +17,11 @@ from scone.utils.errors import SconeError
 from scone.utils.text import parse_bytes
 
 
+RANKINGS = ("gain", "frequency")
+"""What decides which n-grams become f-grams, and their order."""
+DEFAULT_RANKING = "gain"
+
+
 @dataclass(frozen=True)
 class OptionInfo:
     """What an option has besides its name, type and default."""
@@ -56,7 +61,13 @@ class DataOptions:
     max_length: int = option(512, "length of a training or evaluation sequence", unit="tokens", minimum=1)
     max_n: int = option(3, "length of the longest f-gram", unit="tokens", minimum=2, maximum=255)
     min_freq: int = option(100, "how often an n-gram must occur to become an f-gram", unit="occurrences", minimum=1)
-    max_f_grams: int = option(1_000_000, "number of f-grams to keep, the most frequent first", minimum=1)
+    max_f_grams: int = option(1_000_000, "number of f-grams to keep, the first of the ranking", minimum=1)
+    ranking: str = option(
+        DEFAULT_RANKING,
+        "which n-grams become f-grams; gain: those that say most about the next token; frequency: the most frequent, "
+        "as in the paper",
+        choices=RANKINGS,
+    )
     cache_dir: str | None = option(
         None,
         "folder for token files and counted f-grams, reused across runs (default: $SCONE_CACHE or ~/.cache/scone)",
@@ -119,7 +130,7 @@ class ModelOptions:
     )
     learned_rows: int | None = option(
         None,
-        "number of f-grams, the most frequent first, that get a learned row (default: all; beside an f-gram model at "
+        "number of f-grams, the first of the ranking, that get a learned row (default: all; beside an f-gram model at "
         "most 1,000,000; 0: none)",
         unit="rows",
         minimum=0,

@@ -306,7 +306,7 @@ def _model_facts(result: RunResult, log: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _f_gram_facts(vocabulary: FGramVocabulary, corpus: Corpus) -> dict[str, Any]:
-    """How many f-grams, and examples by rank: evenly on a logarithmic scale, from the most frequent to the last."""
+    """How many f-grams, and examples by rank: evenly on a logarithmic scale, from the first to the last."""
     total = vocabulary.num_f_grams
     examples = []
     for rank in sorted({int(rank) - 1 for rank in np.geomspace(1, total, num=min(NUM_EXAMPLES, total))}):
@@ -314,5 +314,5 @@ def _f_gram_facts(vocabulary: FGramVocabulary, corpus: Corpus) -> dict[str, Any]
         text = str(corpus.tokenizer.decode(list(tokens)))
         text = text.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "␣")
         examples.append([text, len(tokens), rank + 1, int(vocabulary.counts[rank])])
-    facts = {"num_f_grams": total, "max_n": vocabulary.max_n, "min_count": int(vocabulary.counts[total - 1])}
+    facts = {"num_f_grams": total, "max_n": vocabulary.max_n, "ranking": vocabulary.ranking, "min_count": int(vocabulary.counts.min())}
     return facts | {"examples": examples}

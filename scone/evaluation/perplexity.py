@@ -33,7 +33,7 @@ FEWEST_DOCUMENTS = 3
 """Fewer give no interval."""
 Group = dict[str, Any]
 """``num_predicted`` predictions of mean ``loss`` made from positions of one kind: those whose longest f-gram has
-``length`` tokens (1: no f-gram), or a rank of ``first_rank … last_rank`` (0 is the most frequent; None: no f-gram).
+``length`` tokens (1: no f-gram), or a rank of ``first_rank … last_rank`` (0 is the first; None: no f-gram).
 """
 
 

@@ -12,23 +12,34 @@ from scone.configs.schema import SconeOptions
 from scone.models.trunk import trunk_configuration
 from scone.tokenization.matcher import Matcher
 from scone.tokenization.tokenizers import vocabulary_size
+from scone.training.artifacts import ranking_of
 from scone.training.run import Corpus, run_vocabulary, train
 
 
 def count_once(runs: Sequence[SconeOptions], corpus: Corpus, *, quiet: bool = False) -> None:
     """Count the f-grams of all ``runs`` before any starts, and write the vocabulary of each to the cache.
 
-    Of runs with the same N one is counted, with the lowest floor and the highest limit; the others are its beginnings.
+    Of runs with the same N and ranking one is counted, with the lowest floor and the highest limit; the others are its
+    beginnings.
     """
-    sizes = {(run.data.max_n, run.data.min_freq, run.data.max_f_grams): run for run in _with_f_grams(runs)}
-    for run in [*_largest_by_length(runs), *sizes.values()]:
+    sizes = {
+        (run.data.max_n, run.data.ranking, run.data.min_freq, run.data.max_f_grams): run for run in _with_f_grams(runs)
+    }
+    for run in [*_largest_of_each_ranking(runs), *sizes.values()]:
         run_vocabulary(run, corpus, _trunk_tokens(run, corpus), quiet=quiet)
 
 
 def shared_matcher(runs: Sequence[SconeOptions], corpus: Corpus) -> Matcher | None:
-    """Of the longest f-grams among ``runs``, and of these the most; None where no run has f-grams."""
-    largest = _largest_by_length(runs)[-1:]
-    return next((Matcher(run_vocabulary(run, corpus, _trunk_tokens(run, corpus))) for run in largest), None)
+    """What groups the losses of all ``runs`` alike, whatever f-grams each has; None where no run has any.
+
+    Of the longest f-grams among them, of these the most, and of as many those by frequency.
+    """
+    runs = sorted(_largest_of_each_ranking(runs), key=_reach)
+    return Matcher(run_vocabulary(runs[-1], corpus, _trunk_tokens(runs[-1], corpus))) if runs else None
+
+
+def _reach(run: SconeOptions) -> tuple[int, int, bool, int]:
+    return run.data.max_n, run.data.max_f_grams, run.data.ranking == "frequency", -run.data.min_freq
 
 
 def _trunk_tokens(options: SconeOptions, corpus: Corpus) -> int:
@@ -41,11 +52,11 @@ def _with_f_grams(runs: Sequence[SconeOptions]) -> list[SconeOptions]:
     return [run for run in runs if run.model.use_f_gram_embeddings and not run.model.over_encoding_rows]
 
 
-def _largest_by_length(runs: Sequence[SconeOptions]) -> list[SconeOptions]:
-    """For each N, ascending, options whose vocabulary contains those of all runs with it."""
-    by_length: dict[int, list[SconeOptions]] = {}
+def _largest_of_each_ranking(runs: Sequence[SconeOptions]) -> list[SconeOptions]:
+    """For each N and each ranking, options whose vocabulary begins with those of all runs with it."""
+    alike: dict[tuple, list[SconeOptions]] = {}
     for run in _with_f_grams(runs):
-        by_length.setdefault(run.data.max_n, []).append(run)
+        alike.setdefault((run.data.max_n, ranking_of(run.data)), []).append(run)
     return [
         replace(
             same[0],
@@ -55,7 +66,7 @@ def _largest_by_length(runs: Sequence[SconeOptions]) -> list[SconeOptions]:
                 max_f_grams=max(run.data.max_f_grams for run in same),
             ),
         )
-        for _, same in sorted(by_length.items())
+        for same in alike.values()
     ]
 
 

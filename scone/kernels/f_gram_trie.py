@@ -303,11 +303,12 @@ def _is_before(left, right, length):
 
 
 @njit(cache=True, nogil=True)
-def link_f_grams(counts, vocab_size, max_n, separators, suffixes, lengths, index):
+def link_f_grams(counts, is_by_count, vocab_size, max_n, separators, suffixes, lengths, index):
     """Derive suffixes, lengths and slots from the keys of ``index``, checking everything that makes a vocabulary.
 
     Every f-gram's prefix and suffix come earlier in the ranking (or are tokens), no f-gram occurs twice or contains a
-    separator, and the ranking is strictly by (count descending, length ascending, tokens lexicographic).
+    separator, and the ranking, where ``is_by_count``, is strictly by (count descending, length ascending, tokens
+    lexicographic).
 
     Args:
         counts: unsigned [S]; separators: int64, ascending.
@@ -348,6 +349,8 @@ def link_f_grams(counts, vocab_size, max_n, separators, suffixes, lengths, index
         if find_child(index, prefix, token) != NO_F_GRAM:
             return DUPLICATE, rank, max_probes
         max_probes = max(max_probes, insert_child(slots, bits, prefix, token, rank))
+        if not is_by_count:
+            continue
         _unroll(keys, vocab_size, rank, length, current)
         if rank > 0:
             if counts[rank] > counts[rank - 1]:

@@ -1,4 +1,4 @@
-"""Learned rows: one trainable vector per frequent f-gram, read and updated only where a batch touches them; shared out
+"""Learned rows: one trainable vector per f-gram, read and updated only where a batch touches them; shared out
 over the processes of a run, each is with its owner, and rows and gradients travel.
 """
 
@@ -42,7 +42,7 @@ def number_of_ranks() -> int:
 class RowShards:
     """R rows over W ranks: row r belongs to rank r mod W, where it is the r div W-th.
 
-    Ranks of f-grams are sorted by frequency, so contiguous ranges would make one process do most of the work.
+    The first ranks are read most often, by either ranking, so contiguous ranges would make one process do most of the work.
     """
 
     num_rows: int

@@ -28,7 +28,7 @@ EXAMPLES = (
 )
 OPTIONS = (
     *(f"data.{name}" for name in ("dataset_name", "dataset_config_name", "text_column", "max_n", "min_freq")),
-    *("data.max_f_grams", "data.cache_dir", "data.memory_budget"),
+    *("data.max_f_grams", "data.ranking", "data.cache_dir", "data.memory_budget"),
     *("model.base_model_name", "model.tokenizer", "model.vocab_size"),
 )
 DEFAULT_WIDTH = 768
@@ -37,7 +37,7 @@ ARGUMENTS = arguments(
     output={"metavar": "PATH", "help": "file or folder to write the vocabulary to"},
     width={"type": int, "metavar": "D", "help": "row width of the table (default: base_model_name's)"},
 )
-DESCRIPTION = "Count the most frequent n-grams of a corpus and show what they cover on held-out text."
+DESCRIPTION = "Count the f-grams of a corpus and show what they cover on held-out text."
 read_arguments = partial(
     parse_options, sections=OPTIONS, description=DESCRIPTION, examples=EXAMPLES, add_arguments=ARGUMENTS
 )
@@ -86,6 +86,7 @@ def _count(options: SconeOptions, quiet: bool) -> tuple[dict[str, Any], FGramVoc
         memory_budget_bytes=parse_bytes(data.memory_budget) if data.memory_budget else None,
         work_dir=work_dir / "counting",
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+        ranking=data.ranking,
         quiet=quiet,
     )
     vocabulary = result.vocabulary
@@ -120,8 +121,8 @@ def _readable(report: dict[str, Any]) -> str:
     sizes = ", ".join(f"{row_type} {human_bytes(size)}" for row_type, size in report["table_bytes"].items())
     lines = [
         f"tokens read    {corpus['num_tokens']:,} in {corpus['num_documents']:,} documents",
-        f"f-grams        {count['num_f_grams']:,} of {count['requested_f_grams']:,} asked for",
-        f"count at cut   {count['count_at_cut']:,} occurrences of the last f-gram",
+        f"f-grams        {count['num_f_grams']:,} of {count['requested_f_grams']:,} asked for, ranked by {count['ranking']}",
+        f"count at cut   {count['count_at_cut']:,} occurrences of the rarest f-gram",
         f"{'length':>9} {'candidates':>15} {'survivors':>15} {'f-grams':>15} {'floor':>9}",
         *(
             f"{level['length']:>9} {level['num_candidates']:>15,} {level['num_survivors']:>15,} "

@@ -17,7 +17,7 @@ CONVERT = arguments(
     source={"positional": True, "metavar": "SOURCE", "help": "the table to read"},
     output={"positional": True, "metavar": "OUTPUT", "help": "the table to write"},
     row_type={"choices": ROW_TYPES, "help": "row type of the output (default: as the source)"},
-    num_rows={"type": int, "help": "keep only the first rows, those of the most frequent f-grams"},
+    num_rows={"type": int, "help": "keep only the first rows, those of the first f-grams"},
 )
 EXAMPLES = (
     "scone table convert embeddings.cache embeddings.int4 --row_type int4 --group_size 32",

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from scone.configs.schema import RANKINGS
 from scone.kernels.f_gram_trie import MOST_F_GRAMS, num_slots, rank_bits
 from scone.utils.errors import SconeError
 from scone.utils.files import atomic_path, fingerprint_of
@@ -28,8 +29,8 @@ _HEADER_LIMIT = 1 << 24
 _ALIGNMENT = 64
 
 
-def check_limits(vocab_size: int, max_n: int, separator_ids: Sequence[int]) -> None:
-    """Raise ValueError unless 1 ≤ V < 2³², 1 ≤ N ≤ 255 and every separator is a token."""
+def check_limits(vocab_size: int, max_n: int, separator_ids: Sequence[int], ranking: str = "frequency") -> None:
+    """Raise ValueError unless 1 ≤ V < 2³², 1 ≤ N ≤ 255, every separator is a token and the ranking one of ours."""
     if not 1 <= vocab_size <= MAX_VOCAB_SIZE:
         raise ValueError(f"vocab_size is {vocab_size}; expected 1 … {MAX_VOCAB_SIZE}")
     if not 1 <= max_n <= MAX_F_GRAM_LENGTH:
@@ -37,6 +38,8 @@ def check_limits(vocab_size: int, max_n: int, separator_ids: Sequence[int]) -> N
     for separator in separator_ids:
         if not 0 <= separator < vocab_size:
             raise ValueError(f"separator {separator} is no token; expected 0 … {vocab_size - 1}")
+    if ranking not in RANKINGS:
+        raise ValueError(f"ranking is {ranking!r:.40}; expected {' or '.join(RANKINGS)}")
 
 
 def node_dtype(vocab_size: int, num_f_grams: int) -> np.dtype:
@@ -129,7 +132,7 @@ def _expected_entries(path: Path, header: Mapping[str, Any], metadata: Mapping[s
         separators = json.loads(metadata["separator_ids"])
         if not 0 <= size <= MOST_F_GRAMS or not all(type(separator) is int for separator in separators):
             raise ValueError("a number that is out of bounds")
-        check_limits(vocab_size, max_n, separators)
+        check_limits(vocab_size, max_n, separators, metadata.get("ranking", "frequency"))
         if bits != rank_bits(size) or not 0 <= max_probes <= num_slots(size):
             raise ValueError("an index of another size")
     except (KeyError, TypeError, ValueError, IndexError, RecursionError) as error:

@@ -21,7 +21,10 @@ from scone.utils.files import fingerprint_of
 
 @dataclass(eq=False, repr=False)
 class FGramVocabulary:
-    """S f-grams ranked by (count descending, length ascending, tokens lexicographic).
+    """S ranked f-grams.
+
+    Ranked by frequency: (count descending, length ascending, tokens lexicographic); or by gain, what they say about the
+    next token (`ranking.rank_by_gain`), where counts do not fall along the ranks.
 
     Single tokens are nodes 0 … V − 1, the f-gram of rank r is node V + r. The vocabulary is closed: prefix and suffix
     of every f-gram are tokens or f-grams of lower rank, so its first S′ f-grams are a vocabulary too (`truncated`). All
@@ -32,6 +35,7 @@ class FGramVocabulary:
         max_n: N, the limit that was counted with, 1 … 255 (no f-gram is longer; perhaps all are shorter).
         separator_ids: tokens that no f-gram contains, ascending.
         tokenizer_fingerprint: of the tokenizer that made the tokens; "" when unknown.
+        ranking: "frequency" or "gain".
         keys: [S, 2] prefix node and last token, side by side because lookups compare both.
         suffixes: [S] node of the f-gram without its first token.
         lengths: uint8 [S], tokens of the f-gram, 2 … N.
@@ -48,6 +52,7 @@ class FGramVocabulary:
     max_n: int
     separator_ids: Sequence[int] = ()
     tokenizer_fingerprint: str = ""
+    ranking: str = "frequency"
     path: Path | None = None
     _index: ChildIndex | None = None
     _fingerprint: str | None = None
@@ -71,6 +76,7 @@ class FGramVocabulary:
         max_n: int,
         separator_ids: Sequence[int] = (),
         tokenizer_fingerprint: str = "",
+        ranking: str = "frequency",
     ) -> FGramVocabulary:
         """From the prefix node and last token of every f-gram, in rank order; derives and checks all else.
 
@@ -78,9 +84,10 @@ class FGramVocabulary:
             prefixes: integers [S], nodes; last_tokens: integers [S]; counts: integers [S].
 
         Raises:
-            ValueError: when the ranking is not strict, not closed, or an f-gram is not allowed; names the rank.
+            ValueError: when the ranking is not closed, by frequency not strict, or an f-gram is not allowed; names the
+                rank.
         """
-        check_limits(vocab_size, max_n, separator_ids)
+        check_limits(vocab_size, max_n, separator_ids, ranking)
         size = len(last_tokens)
         keys = np.empty((size, 2), node_dtype(vocab_size, size))
         keys[:, 0] = prefixes
@@ -88,8 +95,8 @@ class FGramVocabulary:
         counts = np.asarray(counts).astype(np.uint64)
         if len(counts) != size:
             raise ValueError(f"{len(counts)} counts for {size} f-grams")
-        suffixes, lengths, index = _link(keys, counts, vocab_size, max_n, separator_ids)
-        facts = (vocab_size, max_n, separator_ids, tokenizer_fingerprint)
+        suffixes, lengths, index = _link(keys, counts, vocab_size, max_n, separator_ids, ranking)
+        facts = (vocab_size, max_n, separator_ids, tokenizer_fingerprint, ranking)
         return cls(keys, suffixes, lengths, counts, *facts, _index=index)
 
     @classmethod
@@ -270,6 +277,8 @@ class FGramVocabulary:
             "rank_bits": str(self.index.rank_bits),
             "max_probes": str(self.index.max_probes),
         }
+        if self.ranking != "frequency":  # the only ranking there was: files without the entry are by frequency
+            metadata["ranking"] = self.ranking
         # buckets on cache lines, then widest first so that each array is aligned
         arrays = {"slots": self.index.slots, "counts": self.counts, "keys": self.keys}
         arrays |= {"suffixes": self.suffixes, "lengths": self.lengths}
@@ -291,8 +300,10 @@ class FGramVocabulary:
         if rank != f_gram_trie.NO_F_GRAM:
             raise f_gram_file.damaged(path, f"the f-gram of rank {rank} has no place in the trie")
         index = ChildIndex(keys, arrays["slots"], int(metadata["rank_bits"]), int(metadata["max_probes"]))
-        facts = (vocab_size, max_n, json.loads(metadata["separator_ids"]), metadata["tokenizer_fingerprint"])
-        return cls(keys, suffixes, lengths, arrays["counts"], *facts, path, index, metadata["fingerprint"])
+        facts = (json.loads(metadata["separator_ids"]), metadata["tokenizer_fingerprint"])
+        ranking = metadata.get("ranking", "frequency")
+        made = (path, index, metadata["fingerprint"])
+        return cls(keys, suffixes, lengths, arrays["counts"], vocab_size, max_n, *facts, ranking, *made)
 
     def verify(self) -> None:
         """Check everything: the file's bytes, the ranking, closure, links, index and fingerprint (≈ 1 µs an f-gram).
@@ -305,7 +316,8 @@ class FGramVocabulary:
             arrays, metadata = f_gram_file.open_file(self.path)
             f_gram_file.check_data(self.path, arrays, metadata)
         try:
-            suffixes, lengths, index = _link(self.keys, self.counts, self.vocab_size, self.max_n, self.separator_ids)
+            facts = (self.vocab_size, self.max_n, self.separator_ids, self.ranking)
+            suffixes, lengths, index = _link(self.keys, self.counts, *facts)
         except ValueError as error:
             raise SconeError(f"found {name} damaged: {error}; count or copy it again") from error
         intact = {
@@ -324,7 +336,7 @@ class FGramVocabulary:
         # A worker process maps the same file instead of receiving hundreds of megabytes.
         if self.path is not None:
             return _reopened, (self.path, self.fingerprint)
-        return FGramVocabulary, tuple(getattr(self, each.name) for each in fields(self)[:8])  # all but what is derived
+        return FGramVocabulary, tuple(getattr(self, each.name) for each in fields(self)[:9])  # all but what is derived
 
 
 def _reopened(path: Path, fingerprint: str) -> FGramVocabulary:
@@ -337,7 +349,7 @@ def _reopened(path: Path, fingerprint: str) -> FGramVocabulary:
 
 
 def _link(
-    keys: np.ndarray, counts: np.ndarray, vocab_size: int, max_n: int, separator_ids: Sequence[int]
+    keys: np.ndarray, counts: np.ndarray, vocab_size: int, max_n: int, separator_ids: Sequence[int], ranking: str
 ) -> tuple[np.ndarray, np.ndarray, ChildIndex]:
     """Suffixes [S], lengths [S] and index of ranked ``keys`` [S, 2] with ``counts`` [S].
 
@@ -347,7 +359,7 @@ def _link(
     index = ChildIndex(frozen(keys), f_gram_trie.empty_slots(len(keys)), f_gram_trie.rank_bits(len(keys)), 0)
     separators = np.array(sorted(separator_ids), np.int64)
     outcome, rank, max_probes = f_gram_trie.link_f_grams(
-        frozen(counts), vocab_size, max_n, separators, suffixes, lengths, tuple(index)
+        frozen(counts), ranking == "frequency", vocab_size, max_n, separators, suffixes, lengths, tuple(index)
     )
     if outcome != f_gram_trie.VALID:
         raise ValueError(f"the f-gram of rank {rank} {f_gram_trie.FAULTS[outcome]}")

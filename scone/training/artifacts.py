@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from scone.models.accounting import parameter_counts
 from scone.tokenization.counting import count_f_grams
 from scone.tokenization.f_gram_file import FILE_NAME
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
+from scone.tokenization.ranking import num_candidates
 from scone.utils.errors import SconeError
 from scone.utils.files import atomic_path, fingerprint_of, write_json
 from scone.utils.text import human_count, parse_bytes
@@ -47,7 +49,7 @@ def prepare_vocabulary(
     max_n, min_freq, max_f_grams = data.max_n, data.min_freq, data.max_f_grams
     cache_dir = Path(data.cache_dir).expanduser() if data.cache_dir else default_cache_folder()
     key = fingerprint_of(
-        f"{CACHE_VERSION} {tokens.fingerprint} {vocab_size} {max_n}",
+        f"{CACHE_VERSION} {tokens.fingerprint} {vocab_size} {max_n} {data.ranking}",
         " ".join(map(str, sorted(separator_ids))),
         tokenizer_fingerprint,
     )[:24]
@@ -56,7 +58,7 @@ def prepare_vocabulary(
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(shelf / "lock"):
         if not (folder / FILE_NAME).exists():
-            vocabulary = truncate_cached_vocabulary(shelf, min_freq, max_f_grams)
+            vocabulary = truncate_cached_vocabulary(shelf, data)
             if vocabulary is None:
                 counted = count_f_grams(
                     [tokens.tokens],
@@ -68,6 +70,7 @@ def prepare_vocabulary(
                     memory_budget_bytes=parse_bytes(data.memory_budget) if data.memory_budget else None,
                     work_dir=folder / "work",
                     tokenizer_fingerprint=tokenizer_fingerprint,
+                    ranking=data.ranking,
                     quiet=quiet,
                 )
                 vocabulary = counted.vocabulary
@@ -83,19 +86,30 @@ def prepare_vocabulary(
     return FGramVocabulary.load(folder)
 
 
-def truncate_cached_vocabulary(shelf: Path, min_freq: int, max_f_grams: int) -> FGramVocabulary | None:
-    """The vocabulary cut from one on the shelf that was counted with a lower floor and a higher limit, or None.
+def truncate_cached_vocabulary(shelf: Path, data: DataOptions) -> FGramVocabulary | None:
+    """The vocabulary cut from one on the shelf (of one ranking) whose beginning it is, or None.
 
-    Of one ranking, the f-grams that occur ``min_freq`` times are a beginning, and so are the first ``max_f_grams``.
+    By frequency, the f-grams that occur ``min_freq`` times are a beginning, and so are the first ``max_f_grams``. By
+    gain, only the latter, and only where both were chosen from the same candidates.
     """
+    min_freq, max_f_grams = data.min_freq, data.max_f_grams
     for file in sorted(shelf.glob(f"*-*/{FILE_NAME}")):
         floor, limit = map(int, file.parent.name.split("-"))
-        if floor > min_freq:
+        if floor > min_freq or ranking_of(replace(data, min_freq=floor, max_f_grams=limit)) != ranking_of(data):
             continue
         larger = FGramVocabulary.load(file)
         if limit >= max_f_grams or larger.num_f_grams < limit:  # the latter holds all that reach its floor
             return larger.truncated(min(max_f_grams, int((larger.counts >= min_freq).sum())))
     return None
+
+
+def ranking_of(data: DataOptions) -> tuple[str | int | None, ...]:
+    """Equal for options whose vocabularies, of one corpus and N, are beginnings of one ranking.
+
+    By gain they are where they choose from the same candidates.
+    """
+    candidates = (data.min_freq, num_candidates(data.max_f_grams)) if data.ranking == "gain" else ()
+    return (data.ranking, *candidates)
 
 
 CARD_FILE = "README.md"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -58,6 +59,51 @@ def vocabulary_of(
     first = ranked(kept)[:max_f_grams]
     kept_counts = np.array([kept[gram] for gram in first], np.uint64)
     return FGramVocabulary.from_ranked(first, kept_counts, max_n=max_n, separator_ids=separator_ids, **facts)
+
+
+def gain_scores(counts: Mapping[Gram, int], token_counts: Sequence[int], max_n: int) -> dict[Gram, float]:
+    """What every gram of at most N tokens among the candidates ``counts`` is worth in the ranking by gain.
+
+    ``token_counts``: of all tokens, 0 for separators.
+    """
+    discount, unseen_weight, least_unseen, half_visits = 0.75, 0.7, 1e-3, 20
+    next_counts: dict[Gram, list[int]] = {}
+    for gram, count in counts.items():
+        next_counts.setdefault(gram[:-1], []).append(count)
+
+    def count_of(gram: Gram) -> int:
+        return counts[gram] if len(gram) > 1 else int(token_counts[gram[0]])
+
+    def unseen(gram: Gram) -> int:
+        return count_of(gram) - sum(next_counts.get(gram, ()))
+
+    def types(gram: Gram) -> int:
+        return len(next_counts.get(gram, ()))
+
+    def probability(gram: Gram) -> float:
+        if len(gram) == 1:
+            return (count_of(gram) + 0.5) / (int(np.sum(token_counts)) + 0.5 * len(token_counts))
+        before = gram[:-1]
+        others = max(count_of(before) - 1, 1)
+        left = min(1, discount * (types(before) + unseen(before)) / others)
+        return max(counts[gram] - 1 - discount, 0) / others + left * probability(gram[1:])
+
+    def score(gram: Gram) -> float:
+        gain = sum(
+            counts[longer] * math.log(probability(longer) / probability(longer[1:]))
+            for longer in counts
+            if longer[:-1] == gram
+        )
+        left = min(1, discount * (types(gram) + unseen(gram) - 1) / max(counts[gram] - 1, 1))
+        gain += unseen_weight * unseen(gram) * math.log(max(left, least_unseen))
+        return gain * counts[gram] / (counts[gram] + half_visits)
+
+    worth = {gram: score(gram) for gram in counts if len(gram) <= max_n}
+    for gram in sorted(worth, key=len, reverse=True):
+        for part in (gram[:-1], gram[1:]):
+            if len(part) > 1:
+                worth[part] = max(worth[part], worth[gram])
+    return worth
 
 
 def closed(counts: Mapping[Gram, int]) -> bool:

@@ -16,11 +16,13 @@ from typing import Any
 import filelock
 import numpy as np
 
+from scone.configs.schema import DEFAULT_RANKING
 from scone.tokenization.counting.blocks import TokenStream
 from scone.tokenization.counting.engine import CountEngine
 from scone.tokenization.counting.levels import FrequentNGrams, rank_survivors
 from scone.tokenization.counting.plan import CountingPlan, CountTask, plan_count
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
+from scone.tokenization.ranking import rank_by_gain
 from scone.utils.errors import SconeError
 from scone.utils.files import fingerprint_of, translate_disk_full
 from scone.utils.progress import progress
@@ -46,8 +48,9 @@ class CountStatistics:
     num_f_grams: int
     requested_f_grams: int | None
     count_at_cut: int | None
-    """Occurrences of the last f-gram; None where there is none."""
+    """Occurrences of the rarest f-gram, by frequency the last one; None where there is none."""
     levels: tuple[LevelStatistics, ...]
+    ranking: str
     notes: tuple[str, ...] = ()
     seconds: float = 0.0
     on_disk: bool = False
@@ -79,12 +82,14 @@ def count_f_grams(
     work_dir: str | Path | None = None,
     num_threads: int | None = None,
     tokenizer_fingerprint: str = "",
+    ranking: str = DEFAULT_RANKING,
     quiet: bool = False,
 ) -> CountResult:
-    """The ``max_f_grams`` most frequent n-grams of 2 … ``max_n`` tokens, with their exact counts.
+    """The first ``max_f_grams`` n-grams of 2 … ``max_n`` tokens, with their exact counts.
 
-    Ranked by (count descending, length ascending, tokens lexicographic); the result does not depend on the order of the
-    corpora, the budget, the threads or an interruption. Reference implementation: ``count_n_grams``, ranked.
+    ``ranking``: "frequency" is by (count descending, length ascending, tokens lexicographic), "gain" by what they say
+    about the next token (`rank_by_gain`). The result does not depend on the order of the corpora, the budget, the
+    threads or an interruption. Reference implementations: ``count_n_grams``, ``ranked`` and ``ranked_by_gain``.
 
     Args:
         corpora: 1-D integer arrays of tokens below ``vocab_size`` (at most 2³² − 1); n-grams do not cross from one to
@@ -102,17 +107,19 @@ def count_f_grams(
     """
     started = time.perf_counter()
     separators = tuple(sorted({int(separator) for separator in separator_ids}))
-    task = CountTask(vocab_size, max_n, min_freq, max_f_grams, separators, tokenizer_fingerprint)
+    task = CountTask(vocab_size, max_n, min_freq, max_f_grams, separators, tokenizer_fingerprint, ranking)
     stream = TokenStream(corpora, vocab_size)
     plan = plan_count(task, stream.num_positions, memory_budget_bytes, num_threads)
     _say(_intention(stream, plan, work_dir), quiet)
-    with progress(stream.num_positions * (2 * max_n - 1), "position", "counting", quiet) as bar:
+    with progress(stream.num_positions * (2 * task.longest - 1), "position", "counting", quiet) as bar:
         engine = CountEngine(stream, plan, task, bar)
         engine.read_tokens()
-        key = fingerprint_of(json.dumps([vocab_size, max_n, min_freq, max_f_grams, separators]), str(engine.checksum))
+        # levels depend on nothing else: counts that rank the same candidates go on from one another
+        options = [vocab_size, task.longest, min_freq, task.max_candidates, separators]
+        key = fingerprint_of(json.dumps(options), str(engine.checksum))
         with work_folder(Path(work_dir) if work_dir else None, key, plan.temporary_bytes) as folder:
             facts = {name: getattr(plan, name) for name in ("on_disk", "temporary_bytes", "num_threads")}
-            result = result_of_levels(task, *engine.count(folder), stream.num_tokens, started, **facts)
+            result = result_of_levels(task, *engine.count(folder), engine.token_counts, started, **facts)
     for note in result.statistics.notes:
         _say(note, quiet)
     return result
@@ -122,19 +129,30 @@ def result_of_levels(
     task: CountTask,
     token_of_id: np.ndarray,
     levels: list[FrequentNGrams],
-    num_tokens: int,
+    token_counts: np.ndarray,
     started: float,
     **facts: Any,
 ) -> CountResult:
-    """Rank what survived of all levels, for any engine: ``token_of_id`` uint32 [K], ``levels[0]`` the bigrams.
+    """Rank what survived of all levels, for any engine: ``token_of_id`` uint32 [K], ``levels[0]`` the bigrams,
+    ``token_counts`` int64 [V].
 
     ``started`` by `time.perf_counter`; ``facts``: what else the statistics say.
     """
-    prefixes, last_tokens, counts, lengths = rank_survivors(token_of_id, levels, task.vocab_size, task.max_f_grams)
-    names = ("vocab_size", "max_n", "separator_ids", "tokenizer_fingerprint")
-    wanted: dict[str, Any] = {name: getattr(task, name) for name in names}
-    vocabulary = FGramVocabulary.from_links(prefixes, last_tokens, counts, **wanted)
-    in_vocabulary = np.bincount(lengths, minlength=len(levels) + 2)
+    arrays = rank_survivors(token_of_id, levels, task.vocab_size, task.max_candidates)
+    facts_of_task: dict[str, Any] = {
+        name: getattr(task, name) for name in ("vocab_size", "separator_ids", "tokenizer_fingerprint")
+    }
+    num_tokens = int(token_counts.sum())
+    if task.ranking == "gain":
+        in_text = token_counts.copy()
+        in_text[list(task.separator_ids)] = 0
+        candidates = FGramVocabulary(*arrays, max_n=task.longest, **facts_of_task)  # not looked up in: needs no index
+        vocabulary = rank_by_gain(candidates, in_text, task.max_n, task.max_f_grams)
+    else:
+        keys, counts = arrays[0], arrays[-1]
+        vocabulary = FGramVocabulary.from_links(keys[:, 0], keys[:, 1], counts, max_n=task.max_n, **facts_of_task)
+    counts = vocabulary.counts
+    in_vocabulary = np.bincount(vocabulary.lengths, minlength=len(levels) + 2)
     notes = []
     if task.max_f_grams is not None and len(counts) < task.max_f_grams:
         notes.append(
@@ -145,11 +163,12 @@ def result_of_levels(
         num_tokens=num_tokens,
         num_f_grams=len(counts),
         requested_f_grams=task.max_f_grams,
-        count_at_cut=int(counts[-1]) if len(counts) else None,
+        count_at_cut=int(counts.min()) if len(counts) else None,
         levels=tuple(
             LevelStatistics(length, level.num_candidates, len(level.keys), int(in_vocabulary[length]), level.floor)
             for length, level in enumerate(levels, start=2)
         ),
+        ranking=task.ranking,
         notes=tuple(notes),
         seconds=time.perf_counter() - started,
         **facts,

@@ -32,7 +32,7 @@ class CountEngine:
 
     def __init__(self, stream: TokenStream, plan: CountingPlan, task: CountTask, bar: Progress) -> None:
         self._stream, self._plan, self._task, self._bar = stream, plan, task, bar
-        self._token_counts = np.zeros(stream.vocab_size, np.int64)
+        self.token_counts = np.zeros(stream.vocab_size, np.int64)  # of all tokens, separators too
         self._local = threading.local()  # what a thread keeps from one item to the next; it ends with the pass
         self.checksum = 0
 
@@ -43,7 +43,7 @@ class CountEngine:
         lock = threading.Lock()
 
         def read(block: int) -> int:
-            counts = np.zeros_like(self._token_counts)
+            counts = np.zeros_like(self.token_counts)
             start, length = self._plan.span(block)
             total = 0
             for position, tokens in self._stream.read(start, start + length):
@@ -52,7 +52,7 @@ class CountEngine:
                     self._stream.refuse(position + bad)
                 total += int(ngram_count.checksum_words(tokens, position))
             with lock:
-                np.add(self._token_counts, counts, out=self._token_counts)
+                np.add(self.token_counts, counts, out=self.token_counts)
                 self.checksum = (self.checksum + total) % 2**64
             return length
 
@@ -61,24 +61,24 @@ class CountEngine:
     # All lengths
 
     def count(self, folder: Path | None) -> tuple[np.ndarray, list[FrequentNGrams]]:
-        """Tokens by id uint32 [K], and what survived of lengths 2 … N (fewer where nothing is left to extend).
+        """Tokens by id uint32 [K], and what survived of lengths 2 … ``task.longest`` (fewer where nothing is left to extend).
 
         ``folder``: where finished levels are kept and found again, and blocks that do not fit into memory.
         """
-        if not self._stream.num_positions or self._task.max_f_grams == 0:
+        if not self._stream.num_positions or self._task.max_candidates == 0:
             return np.empty(0, np.uint32), []
         self._blocks = self._empty_blocks(folder)
         self._last_keys = np.full(self._plan.num_blocks, _NO_KEY, np.uint64)
         levels: list[FrequentNGrams] = []
         below: tuple[KeySpace, np.ndarray] | None = None
-        kept = self._token_counts >= self._task.min_freq
+        kept = self.token_counts >= self._task.min_freq
         kept[[token for token in self._task.separator_ids if 0 <= token < len(kept)]] = False
         token_of_id = np.flatnonzero(kept).astype(np.uint32)
         self._id_of_token = np.full(self._stream.vocab_size, NO_ID, np.uint32)
         self._id_of_token[token_of_id] = np.arange(len(token_of_id), dtype=np.uint32)
-        floor = RisingFloor(self._task.min_freq, self._task.max_f_grams)
+        floor = RisingFloor(self._task.min_freq, self._task.max_candidates)
         num_ids = len(token_of_id)
-        for length in range(2, self._task.max_n + 1):
+        for length in range(2, self._task.longest + 1):
             if not num_ids:
                 break
             space = KeySpace.of(self._plan, num_ids)
@@ -107,7 +107,7 @@ class CountEngine:
     ) -> FrequentNGrams:
         """Bring all blocks to level ``length``; count it, or take what an interrupted count found."""
         finished = _load_level(folder, length)
-        if finished is None or length < self._task.max_n:
+        if finished is None or length < self._task.longest:
             if below is None:
                 self._fill(space)
             else:
@@ -183,7 +183,7 @@ class CountEngine:
     # Counting
 
     def _count_level(self, space: KeySpace, floor: RisingFloor) -> FrequentNGrams:
-        pool = CandidatePool(floor, self._task.max_f_grams)
+        pool = CandidatePool(floor, self._task.max_candidates)
         sizes = self._blocks.partition_sizes(space.num_partitions)
         self._bar.update(self._plan.num_positions - int(sizes.sum()))  # positions where no candidate ends
         first = 0

@@ -10,6 +10,7 @@ import numpy as np
 from scone.kernels import ngram_count
 from scone.tokenization.counting.blocks import page_array
 from scone.tokenization.counting.plan import CountingPlan
+from scone.tokenization.f_gram_file import node_dtype
 
 # Counts above are taken as this: the floor that is used while counting is then lower, never wrong.
 _HISTOGRAM_SIZE = 1 << 12
@@ -194,20 +195,21 @@ def _by_falling_count(counts: np.ndarray) -> np.ndarray:
 def rank_survivors(
     token_of_id: np.ndarray, levels: list[FrequentNGrams], vocab_size: int, max_f_grams: int | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """The first S over all levels: prefix nodes, last tokens, counts and lengths, in rank order.
+    """The first S over all levels by frequency: keys [S, 2], suffixes, lengths and counts, as a vocabulary has them.
 
     ``token_of_id`` uint32 [K]: the tokens that have ids; ``levels[0]`` holds the bigrams. Levels follow one another
     from short to long and each is in lexicographic order, so a stable sort by count gives the total order of ranks.
     """
     if not levels or not any(len(level.keys) for level in levels):
-        empty = np.empty(0, np.uint64)
-        return empty, empty, empty, np.empty(0, np.uint8)
+        nodes = node_dtype(vocab_size, 0)
+        return np.empty((0, 2), nodes), np.empty(0, nodes), np.empty(0, np.uint8), np.empty(0, np.uint64)
     counts = np.concatenate([level.counts for level in levels])
     order = _by_falling_count(counts)[:max_f_grams]
     rank_of = np.full(len(counts), np.iinfo(np.int64).max, np.int64)
     rank_of[order] = np.arange(len(order))
     size = len(order)
-    prefixes, last_tokens = np.empty(size, np.uint64), np.empty(size, np.uint32)
+    nodes = node_dtype(vocab_size, size)
+    keys, suffixes = np.empty((size, 2), nodes), np.empty(size, nodes)
     lengths = np.empty(size, np.uint8)
     node_of_id, last_of_id = token_of_id.astype(np.uint64), token_of_id
     start = 0
@@ -216,12 +218,13 @@ def rank_survivors(
         ranks = rank_of[start : start + len(level.keys)]
         last = last_of_id[level.keys % radix]
         chosen = np.flatnonzero(ranks < size)
-        prefixes[ranks[chosen]] = node_of_id[level.keys[chosen] // radix]
-        last_tokens[ranks[chosen]] = last[chosen]
+        keys[ranks[chosen], 0] = node_of_id[level.keys[chosen] // radix]
+        keys[ranks[chosen], 1] = last[chosen]
+        suffixes[ranks[chosen]] = node_of_id[level.keys[chosen] % radix]
         lengths[ranks[chosen]] = below + 2
         with_id = level.id_indices()
         # an id whose n-gram fell out of the first S has no node; nothing that was chosen refers to it
         node_of_id = ranks[with_id].astype(np.uint64) + np.uint64(vocab_size)
         last_of_id = last[with_id]
         start += len(level.keys)
-    return prefixes, last_tokens, counts[order], lengths
+    return keys, suffixes, lengths, counts[order]

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from scone.configs.schema import DEFAULT_RANKING, RANKINGS
 from scone.tokenization.f_gram_file import MAX_F_GRAM_LENGTH, MAX_VOCAB_SIZE
+from scone.tokenization.ranking import num_candidates
 from scone.utils.errors import SconeError
 from scone.utils.text import human_bytes
 
@@ -37,6 +39,7 @@ class CountTask:
     max_f_grams: int | None
     separator_ids: tuple[int, ...] = ()
     tokenizer_fingerprint: str = ""
+    ranking: str = DEFAULT_RANKING
 
     def __post_init__(self) -> None:
         limits = {"vocab_size": (1, MAX_VOCAB_SIZE), "max_n": (1, MAX_F_GRAM_LENGTH), "min_freq": (1, None)}
@@ -45,6 +48,23 @@ class CountTask:
             if value is not None and (value < least or (most is not None and value > most)):
                 expected = f"at least {least}" if most is None else f"{least} … {most}"
                 raise SconeError(f"found {name} = {value}; expected {expected}; choose a value in that range")
+        if self.ranking not in RANKINGS:
+            raise SconeError(f"found ranking = {self.ranking!r}; expected {' or '.join(RANKINGS)}; choose one of them")
+        if self.longest > MAX_F_GRAM_LENGTH:
+            raise SconeError(
+                f"found max_n = {self.max_n}; expected at most {MAX_F_GRAM_LENGTH - 1}, since the ranking by gain counts "
+                "one token further; choose a smaller max_n, or ranking frequency"
+            )
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest n-grams that are counted: by gain N + 1, whose last is a next token of N."""
+        return self.max_n + (self.ranking == "gain")
+
+    @property
+    def max_candidates(self) -> int | None:
+        """How many n-grams are kept of a count, the most frequent: the f-grams, or what they are chosen from."""
+        return num_candidates(self.max_f_grams) if self.ranking == "gain" else self.max_f_grams
 
 
 @dataclass(frozen=True)
@@ -102,10 +122,10 @@ def plan_count(
     Raises SconeError when the budget cannot hold even the f-grams that were asked for; says how much would do.
     """
     threads = num_threads or len(os.sched_getaffinity(0))
-    vocab_size, max_n = task.vocab_size, task.max_n
+    vocab_size, longest = task.vocab_size, task.longest
     most_ids = num_positions // task.min_freq
-    most_f_grams = most_ids if task.max_f_grams is None else min(most_ids, task.max_f_grams)
-    fixed_bytes = most_f_grams * (_BYTES_PER_F_GRAM + _BYTES_PER_F_GRAM_AND_LEVEL * max(1, max_n - 1))
+    most_n_grams = most_ids if task.max_candidates is None else min(most_ids, task.max_candidates)
+    fixed_bytes = most_n_grams * (_BYTES_PER_F_GRAM + _BYTES_PER_F_GRAM_AND_LEVEL * max(1, longest - 1))
     fixed_bytes += vocab_size * (_BYTES_PER_TOKEN_TYPE + 8 * threads)
     budget = memory_budget_bytes
     if budget is None:
@@ -114,14 +134,15 @@ def plan_count(
     buffer_bytes = int((budget - fixed_bytes) * _USABLE)
     least_bytes = _least_buffer_bytes(threads, num_positions)
     if buffer_bytes < least_bytes:
+        candidates = " (what the ranking by gain chooses from; that by frequency needs less)" * (task.ranking == "gain")
         raise SconeError(
             f"found a memory budget of {human_bytes(budget)}; expected at least "
-            f"{human_bytes(fixed_bytes + least_bytes / _USABLE + 1)} for {most_f_grams:,} f-grams of up to {max_n} "
-            "tokens from this corpus; raise the budget, or ask for fewer f-grams"
+            f"{human_bytes(fixed_bytes + least_bytes / _USABLE + 1)} for {most_n_grams:,} n-grams of up to {longest} "
+            f"tokens from this corpus{candidates}; raise the budget, or ask for fewer f-grams"
         )
-    wide_ids = max(min(vocab_size, most_ids), most_f_grams).bit_length()
+    wide_ids = max(min(vocab_size, most_ids), most_n_grams).bit_length()
     fits = 2 * wide_ids <= 32 + _WIDE_PARTITION_BITS and num_positions < 2**32
-    return _cut(num_positions, threads, buffer_bytes, 4 if fits else 8, most_f_grams * max_n)
+    return _cut(num_positions, threads, buffer_bytes, 4 if fits else 8, most_n_grams * longest)
 
 
 def _cut(num_positions: int, threads: int, buffer_bytes: int, remainder_bytes: int, saved_n_grams: int) -> CountingPlan:

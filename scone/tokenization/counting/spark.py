@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from scone.configs.schema import DEFAULT_RANKING
 from scone.tokenization.counting.blocks import file_offset
 from scone.tokenization.counting.count import CountResult, result_of_levels
 from scone.tokenization.counting.levels import CandidatePool, FrequentNGrams, RisingFloor
@@ -40,6 +41,7 @@ def count_f_grams_on_spark(
     separator_ids: Iterable[int] = (),
     slice_tokens: int = 4_000_000,
     tokenizer_fingerprint: str = "",
+    ranking: str = DEFAULT_RANKING,
 ) -> CountResult:
     """What ``counting.count_f_grams`` returns for the same tokens, counted by ``spark``.
 
@@ -51,9 +53,9 @@ def count_f_grams_on_spark(
     that are not files.
     """
     started = time.perf_counter()
-    corpus = _sliced(spark, token_arrays, slice_tokens, max_n)
     separators = sorted({int(separator) for separator in separator_ids})
-    task = CountTask(vocab_size, max_n, min_freq, max_f_grams, tuple(separators), tokenizer_fingerprint)
+    task = CountTask(vocab_size, max_n, min_freq, max_f_grams, tuple(separators), tokenizer_fingerprint, ranking)
+    corpus = _sliced(spark, token_arrays, slice_tokens, task.longest)
     tokens, numbers = _collected(_summed(corpus, _token_counts))
     outside = tokens[(tokens < 0) | (tokens >= vocab_size)]
     if len(outside):
@@ -63,19 +65,21 @@ def count_f_grams_on_spark(
         )
     token_of_id = np.sort(tokens[(numbers >= min_freq) & ~np.isin(tokens, separators)]).astype(np.uint32)
     levels = _levels(spark, corpus, task, token_of_id)
-    return result_of_levels(task, token_of_id, levels, int(numbers.sum()), started)
+    token_counts = np.zeros(vocab_size, np.int64)
+    token_counts[tokens] = numbers
+    return result_of_levels(task, token_of_id, levels, token_counts, started)
 
 
 def _levels(spark: SparkSession, corpus: DataFrame, task: CountTask, token_of_id: np.ndarray) -> list[FrequentNGrams]:
-    """FrequentNGrams of lengths 2 … N, each counted by one Spark job."""
+    """FrequentNGrams of lengths 2 … ``task.longest``, each counted by one Spark job."""
     from pyspark import StorageLevel
 
     levels: list[FrequentNGrams] = []
-    floor = RisingFloor(task.min_freq, task.max_f_grams)
+    floor = RisingFloor(task.min_freq, task.max_candidates)
     keys_below = [token_of_id.astype(np.int64)]
-    for _length in range(2, task.max_n + 1):
+    for _length in range(2, task.longest + 1):
         num_ids = len(keys_below[-1])
-        if num_ids == 0 or task.max_f_grams == 0:
+        if num_ids == 0 or task.max_candidates == 0:
             break
         if num_ids > _MAX_IDS:
             raise SconeError(f"found {num_ids:,} n-grams of one length; expected at most {_MAX_IDS:,}; raise min_freq")
@@ -83,12 +87,12 @@ def _levels(spark: SparkSession, corpus: DataFrame, task: CountTask, token_of_id
         counted = _summed(corpus, partial(_n_gram_counts, known)).persist(StorageLevel.DISK_ONLY)
         num_candidates = counted.count()
         first = counted.where(counted["number"] >= floor.value)
-        if task.max_f_grams is not None:
-            first = first.orderBy(counted["number"].desc(), counted["key"]).limit(task.max_f_grams)
+        if task.max_candidates is not None:
+            first = first.orderBy(counted["number"].desc(), counted["key"]).limit(task.max_candidates)
         found, numbers = _collected(first)
         counted.unpersist()
         known.unpersist()
-        pool = CandidatePool(floor, task.max_f_grams)
+        pool = CandidatePool(floor, task.max_candidates)
         pool.add(found.astype(np.uint64), numbers.astype(np.uint64), num_candidates)
         used_floor = floor.value
         keys, counts = pool.take()
