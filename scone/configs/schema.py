@@ -16,7 +16,6 @@ from typing import Any
 from scone.utils.errors import SconeError
 from scone.utils.text import parse_bytes
 
-
 RANKINGS = ("gain", "frequency")
 """What decides which n-grams become f-grams, and their order."""
 DEFAULT_RANKING = "gain"

@@ -314,5 +314,5 @@ def _f_gram_facts(vocabulary: FGramVocabulary, corpus: Corpus) -> dict[str, Any]
         text = str(corpus.tokenizer.decode(list(tokens)))
         text = text.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "␣")
         examples.append([text, len(tokens), rank + 1, int(vocabulary.counts[rank])])
-    facts = {"num_f_grams": total, "max_n": vocabulary.max_n, "ranking": vocabulary.ranking, "min_count": int(vocabulary.counts.min())}
-    return facts | {"examples": examples}
+    facts = {"num_f_grams": total, "max_n": vocabulary.max_n, "ranking": vocabulary.ranking}
+    return facts | {"min_count": int(vocabulary.counts.min()), "examples": examples}

@@ -121,7 +121,7 @@ def _readable(report: dict[str, Any]) -> str:
     sizes = ", ".join(f"{row_type} {human_bytes(size)}" for row_type, size in report["table_bytes"].items())
     lines = [
         f"tokens read    {corpus['num_tokens']:,} in {corpus['num_documents']:,} documents",
-        f"f-grams        {count['num_f_grams']:,} of {count['requested_f_grams']:,} asked for, ranked by {count['ranking']}",
+        f"f-grams        {count['num_f_grams']:,} of {count['requested_f_grams']:,} asked for, by {count['ranking']}",
         f"count at cut   {count['count_at_cut']:,} occurrences of the rarest f-gram",
         f"{'length':>9} {'candidates':>15} {'survivors':>15} {'f-grams':>15} {'floor':>9}",
         *(

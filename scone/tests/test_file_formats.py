@@ -53,7 +53,8 @@ def test_an_old_vocabulary_loads_and_is_counted_and_written_the_same(tmp_path: P
     old = FGramVocabulary.load(FIXTURES / "f_grams.safetensors")
     tokens = TokenFile.open(FIXTURES / "tokens").tokens
     limits = {"vocab_size": VOCAB_SIZE, "max_n": 4, "min_freq": 2, "max_f_grams": 100, "quiet": True}
-    new = count_f_grams([tokens], separator_ids=[SEPARATOR], tokenizer_fingerprint=TOKENIZER, **limits).vocabulary
+    facts = {"separator_ids": [SEPARATOR], "tokenizer_fingerprint": TOKENIZER}
+    new = count_f_grams([tokens], ranking="frequency", **facts, **limits).vocabulary
     assert old.fingerprint == new.fingerprint
     assert np.array_equal(old.token_matrix(np.arange(100)), new.token_matrix(np.arange(100)))
     assert new.save(tmp_path).read_bytes() == (FIXTURES / "f_grams.safetensors").read_bytes()

@@ -300,10 +300,9 @@ class FGramVocabulary:
         if rank != f_gram_trie.NO_F_GRAM:
             raise f_gram_file.damaged(path, f"the f-gram of rank {rank} has no place in the trie")
         index = ChildIndex(keys, arrays["slots"], int(metadata["rank_bits"]), int(metadata["max_probes"]))
-        facts = (json.loads(metadata["separator_ids"]), metadata["tokenizer_fingerprint"])
-        ranking = metadata.get("ranking", "frequency")
-        made = (path, index, metadata["fingerprint"])
-        return cls(keys, suffixes, lengths, arrays["counts"], vocab_size, max_n, *facts, ranking, *made)
+        separators, tokenizer = json.loads(metadata["separator_ids"]), metadata["tokenizer_fingerprint"]
+        facts = (vocab_size, max_n, separators, tokenizer, metadata.get("ranking", "frequency"))
+        return cls(keys, suffixes, lengths, arrays["counts"], *facts, path, index, metadata["fingerprint"])
 
     def verify(self) -> None:
         """Check everything: the file's bytes, the ranking, closure, links, index and fingerprint (≈ 1 µs an f-gram).

@@ -17,7 +17,7 @@ from scone.utils.errors import SconeError
 
 VOCAB_SIZE = 12
 SEPARATOR = 11
-DEFAULTS: dict = {"vocab_size": VOCAB_SIZE, "max_n": 4, "separator_ids": [SEPARATOR]}
+DEFAULTS: dict = {"vocab_size": VOCAB_SIZE, "max_n": 4, "separator_ids": [SEPARATOR], "ranking": "frequency"}
 TINY_BUDGETS = [None, 120_000, 400_000]
 
 

@@ -22,7 +22,7 @@ from scone.tokenization.counting.count import work_folder
 from scone.tokenization.counting.plan import CountTask, plan_count
 from scone.utils.errors import SconeError
 
-LIMITS: dict = {"vocab_size": 1000, "max_n": 4, "min_freq": 2, "max_f_grams": 500}
+LIMITS: dict = {"vocab_size": 1000, "max_n": 4, "min_freq": 2, "max_f_grams": 500, "ranking": "frequency"}
 OPTIONS: dict = LIMITS | {"separator_ids": [999], "quiet": True}
 
 
@@ -201,7 +201,7 @@ import numpy as np
 from scone.tokenization.counting import count_f_grams
 tokens = np.load(sys.argv[1], mmap_mode="r")
 budget = int(sys.argv[2])
-options = dict(vocab_size=1000, max_n=4, max_f_grams=20_000, quiet=True, num_threads=2)
+options = dict(vocab_size=1000, max_n=4, max_f_grams=20_000, ranking="frequency", quiet=True, num_threads=2)
 for warm_up in (20_000_000, 5_200_000):  # load both ways' code before memory is measured
     count_f_grams([np.array(tokens[:20_000])], **options, memory_budget_bytes=warm_up)
 Path("/proc/self/clear_refs").write_text("5")

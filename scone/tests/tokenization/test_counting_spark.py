@@ -60,12 +60,13 @@ def assert_equal(cluster: CountResult, local: CountResult) -> None:
     assert dataclasses.replace(cluster.statistics, **how) == dataclasses.replace(local.statistics, **how)
 
 
-def test_cluster_counts_equal_local_counts(spark, tmp_path):
+@pytest.mark.parametrize("ranking", ["gain", "frequency"])
+def test_cluster_counts_equal_local_counts(spark, tmp_path, ranking):
     arrays = []
     for number, length in enumerate((2500, 1, 1200)):
         np.save(tmp_path / f"{number}.npy", skewed(length, number))
         arrays.append(np.load(tmp_path / f"{number}.npy", mmap_mode="r"))
-    limited = OPTIONS | {"max_f_grams": 150}
+    limited = OPTIONS | {"max_f_grams": 150, "ranking": ranking}
     cluster = count_f_grams_on_spark(spark, token_arrays=arrays, slice_tokens=600, **limited)
     assert_equal(cluster, count_f_grams(arrays, quiet=True, **limited))
 

@@ -61,7 +61,7 @@ class CountEngine:
     # All lengths
 
     def count(self, folder: Path | None) -> tuple[np.ndarray, list[FrequentNGrams]]:
-        """Tokens by id uint32 [K], and what survived of lengths 2 … ``task.longest`` (fewer where nothing is left to extend).
+        """Tokens by id uint32 [K], and what survived of lengths 2 … ``task.longest`` (fewer where none can be longer).
 
         ``folder``: where finished levels are kept and found again, and blocks that do not fit into memory.
         """

@@ -52,8 +52,8 @@ class CountTask:
             raise SconeError(f"found ranking = {self.ranking!r}; expected {' or '.join(RANKINGS)}; choose one of them")
         if self.longest > MAX_F_GRAM_LENGTH:
             raise SconeError(
-                f"found max_n = {self.max_n}; expected at most {MAX_F_GRAM_LENGTH - 1}, since the ranking by gain counts "
-                "one token further; choose a smaller max_n, or ranking frequency"
+                f"found max_n = {self.max_n}; expected at most {MAX_F_GRAM_LENGTH - 1}, since the ranking by gain "
+                "counts one token further; choose a smaller max_n, or the ranking frequency"
             )
 
     @property
