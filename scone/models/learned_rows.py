@@ -42,8 +42,8 @@ def number_of_ranks() -> int:
 class RowShards:
     """R rows over W ranks: row r belongs to rank r mod W, where it is the r div W-th.
 
-    By either ranking the first rows are read far more than the last, so contiguous ranges would make one process do most
-    of the work.
+    By either ranking the first rows are read more than the last, so contiguous ranges would make one process do most of
+    the work.
     """
 
     num_rows: int
