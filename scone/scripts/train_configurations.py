@@ -18,9 +18,10 @@ from scone.utils.command_line import did_you_mean, run_main
 from scone.utils.errors import SconeError
 
 DESCRIPTION = """\
-Train one model per named configuration, each in OUTPUT_DIR/scone-NAME/final_model. The corpus is tokenised once,
-and counted once for each min_freq (--ranking frequency: once). A configuration fixes the f-gram model's sizes, max_n, min_freq and max_f_grams; it overrides a --config
-file, and flags override it. Finished configurations are kept: after an interruption run the same command again.
+Train one model per named configuration, each in OUTPUT_DIR/scone-NAME/final_model. The corpus is tokenised once
+and counted once, by gain once for each min_freq. A configuration fixes the f-gram model's sizes, max_n, min_freq and
+max_f_grams; it overrides a --config file, and flags override it. Finished configurations are kept: after an
+interruption run the same command again.
 `scone benchmark` compares what was trained."""
 EXAMPLES = (
     "scone train-configurations --base_model_name gpt2 --output_dir ./outputs --configs small-100k medium-100k",

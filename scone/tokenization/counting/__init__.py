@@ -1,8 +1,10 @@
 """Count the most frequent n-grams of token arrays: exact, on all cores, within a memory budget, resumable.
 
 The task: of all n-grams of 2 … N tokens, the first S by (count descending, length ascending, tokens lexicographic),
-with exact counts. (The ranking by gain takes these as candidates, of N + 1 tokens too: ``ranking``.) A corpus of 43 M tokens has about 100 M different ones, so counting them all and dropping most is
-what this algorithm avoids.
+with exact counts. (The ranking by gain takes these as candidates, of N + 1 tokens too: ``ranking``.)
+
+A corpus of 43 M tokens has about 100 M different ones, so counting them all and dropping most is what this algorithm
+avoids.
 
 **Level by level.** An n-gram occurs at most as often as its prefix and its suffix (its first and its last n − 1
 tokens). So level n counts only those whose prefix and suffix survived level n − 1. Every surviving n-gram gets an
