@@ -21,6 +21,8 @@ _LEAST_IN_MEMORY_BLOCK = 1 << 18  # below this, files with larger blocks are fas
 _POSITIONS_PER_PARTITION = 1 << 18  # about 50,000 different n-grams of real text: a table that fits in an L2 cache
 # One surviving n-gram at the worst moment: the pool of candidates twice over (32), a sorted copy (24), its place in the
 # ranking (16) and in the vocabulary that is being built (40); and, for each level that is full, its key and count (16).
+# The ranking by gain comes when the pool is gone, and takes less: the candidates (21), scores and what they are made of
+# (28), and what sorts them (13).
 _BYTES_PER_F_GRAM = 32 + 24 + 16 + 40
 _BYTES_PER_F_GRAM_AND_LEVEL = 16
 _BYTES_PER_TOKEN_TYPE = 12  # its count (8) and its id (4), and 8 more for each thread that counts
