@@ -77,6 +77,7 @@ def count(inputs: Path, work: Path) -> int:
         min_freq=2,
         max_f_grams=500,
         separator_ids=[999],
+        ranking="frequency",  # its few survivors leave so small a budget to the files
         memory_budget_bytes=COUNT_BUDGET,
         work_dir=work / "counting",
         num_threads=2,
