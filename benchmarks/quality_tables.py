@@ -7,7 +7,19 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ladder_fit import DOUBLED, OVER_ENCODING, PLAIN, ROWS, Rung, multipliers, rungs_of, savings, seed_spread, shown
+from ladder_fit import (
+    DOUBLED,
+    GAIN,
+    OVER_ENCODING,
+    PLAIN,
+    ROWS,
+    Rung,
+    multipliers,
+    rungs_of,
+    savings,
+    seed_spread,
+    shown,
+)
 
 from scone.utils.text import markdown_table
 
@@ -45,7 +57,7 @@ def _multipliers(report: Mapping[str, Any]) -> str:
     rungs = _in_order(report)
     found = {_place(each.rung): each for each in [*multipliers(rungs), *savings(rungs)]}
     found_kinds = {rung.kind for rung in rungs}
-    kinds = [kind for kind in (ROWS, OVER_ENCODING, DOUBLED, PLAIN) if kind in found_kinds]
+    kinds = [kind for kind in (GAIN, ROWS, OVER_ENCODING, DOUBLED, PLAIN) if kind in found_kinds]
     lines = []
     for plain in (rung for rung in rungs if rung.kind == PLAIN):
         places = [(plain.size, plain.per_weight, kind) for kind in kinds]
@@ -55,7 +67,7 @@ def _multipliers(report: Mapping[str, Any]) -> str:
     head += [*(f"`{kind}`" for kind in kinds[:-1]), "`by rows`"]
     note = (
         "How many times its training FLOPs plain needs for the same loss (95 %: over windows and seeds). Below 1 plain "
-        "uses them better. `by rows`: plain's FLOPs, divided by those at which rows have its loss. Star: a curve "
+        "uses them better. `by rows`: plain's FLOPs, divided by those at which `rows` have its loss. Star: a curve "
         f"beyond its runs. Loss: nats a token, mean of {len(rungs[0].losses)} texts, their standard deviation over "
         f"seeds {seed_spread(rungs):.4f}."
     )

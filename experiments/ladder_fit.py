@@ -29,7 +29,8 @@ from scone.utils.command_line import run_main  # noqa: E402
 from scone.utils.errors import SconeError  # noqa: E402
 from scone.utils.files import read_json, write_json  # noqa: E402
 
-PLAIN, DOUBLED, OVER_ENCODING, ROWS = "plain", "plain-doubled", "over-encoding", "rows"
+PLAIN, DOUBLED, OVER_ENCODING = "plain", "plain-doubled", "over-encoding"
+ROWS, GAIN = "rows", "rows-gain"  # of the most frequent f-grams; of those ranked by gain, which is what ships
 DRAWS = 1000
 EXPONENTS = np.geomspace(0.02, 1.5, 600)
 
@@ -178,10 +179,11 @@ def fit(flops: np.ndarray, losses: np.ndarray) -> tuple[np.ndarray, np.ndarray, 
 
 
 def beside(rungs: Sequence[Rung], kind: str) -> list[tuple[Rung, Rung]]:
-    """Each rung of learned rows with that of ``kind`` at the same size and tokens."""
-    peers = {(rung.size, rung.per_weight): rung for rung in rungs if rung.kind == kind}
-    ours = (rung for rung in rungs if rung.kind == ROWS)
-    return [(rung, peers[place]) for rung in ours if (place := (rung.size, rung.per_weight)) in peers]
+    """Each rung of learned rows with that of ``kind`` at the same size and tokens; by gain where that was run."""
+    own, by_gain, peers = (
+        {(rung.size, rung.per_weight): rung for rung in rungs if rung.kind == each} for each in (ROWS, GAIN, kind)
+    )
+    return [(rung, peers[place]) for place, rung in (own | by_gain).items() if place in peers]
 
 
 def compact(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "docs" / "results"
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks"), str(REPOSITORY / "experiments")]
 
-from ladder_fit import DOUBLED, OVER_ENCODING, PLAIN, ROWS, Rung, rungs_of  # noqa: E402
+from ladder_fit import DOUBLED, GAIN, OVER_ENCODING, PLAIN, ROWS, Rung, rungs_of  # noqa: E402
 from quality_tables import percent, recipe_runs  # noqa: E402
 
 from scone.evaluation.figures import CARD, GRID, INK, SERIES, SOFT, svg_of  # noqa: E402
@@ -51,7 +51,8 @@ KINDS = {
     PLAIN: ("plain", GREY, "-"),
     DOUBLED: ("plain, 2× the FLOPs a token", GREY, ":"),
     OVER_ENCODING: ("over-encoding, 1 M rows", PEER, "-"),
-    ROWS: ("learned rows, 1 M f-grams", OURS, "-"),
+    ROWS: ("learned rows, the 1 M most frequent f-grams", OURS, ":"),
+    GAIN: ("learned rows, 1 M f-grams that say most", OURS, "-"),
 }
 """Of the ladder: kind → its name, colour and stroke."""
 

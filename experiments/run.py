@@ -37,7 +37,7 @@ sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks")]
 from common import measured_on  # noqa: E402
 
 from scone.configs.loading import from_mapping  # noqa: E402
-from scone.configs.schema import SconeOptions  # noqa: E402
+from scone.configs.schema import DataOptions, SconeOptions  # noqa: E402
 from scone.utils.command_line import run_main  # noqa: E402
 from scone.utils.errors import SconeError  # noqa: E402
 from scone.utils.files import read_json, write_json  # noqa: E402
@@ -135,9 +135,10 @@ class Plan:
     def read(cls, arguments: argparse.Namespace) -> Plan:
         """Every run's options, checked before anything starts. Raises SconeError."""
         if arguments.experiment.suffix == ".json":
-            experiment = read_json(arguments.experiment)["experiment"]
+            experiment, ranking = read_json(arguments.experiment)["experiment"], "frequency"  # what results of before had
         else:
-            experiment = yaml.safe_load(arguments.experiment.read_text(encoding="utf-8"))
+            experiment, ranking = yaml.safe_load(arguments.experiment.read_text(encoding="utf-8")), DataOptions().ranking
+        experiment["base"] = {"data.ranking": ranking} | experiment["base"]
         overrides = dict(pair.split("=", 1) for pair in arguments.set)
         runs: dict[str, tuple[str, Mapping[str, Any]]] = {}
         for name, changes in experiment["runs"].items():

@@ -16,6 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from scone.models.learned_rows import LearnedRows
 from scone.models.row_files import ROWS_FOLDER, saved_shape
+from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 from scone.utils.errors import SconeError, library_refusal
 from scone.utils.files import read_json
 
@@ -135,6 +136,12 @@ def check_resume(checkpoint: Path, model: PreTrainedModel, facts: Mapping[str, s
         raise _refusal(checkpoint, f"another tokenizer (fingerprint {facts['tokenizer'][:12]})", noted["tokenizer"])
     before, now = _saved_settings(checkpoint, type(model.config)), _settings(model.config)
     if now.get("vocabulary_fingerprint") != before.get("vocabulary_fingerprint"):
+        rankings = [each.ranking for each in (model.vocabulary, FGramVocabulary.load(checkpoint))]
+        if rankings[0] != rankings[1]:  # of a run that was begun before the ranking by gain, for one
+            raise SconeError(
+                f"cannot resume from {checkpoint}: found f-grams ranked by {rankings[0]}; expected the checkpoint's, "
+                f"ranked by {rankings[1]}; give --ranking {rankings[1]}"
+            )
         raise SconeError(
             f"cannot resume from {checkpoint}: corpus and options give other f-grams (found {now['num_f_grams']:,}, "
             f"fingerprint {now['vocabulary_fingerprint'][:12]}; expected {before['num_f_grams']:,}, fingerprint "
