@@ -36,7 +36,7 @@ SUMMARY = {
     "plain": "plain",
     "rows-100k": "learned rows, 100 k f-grams",
     "over-encoding-1M": "over-encoding (hashed n-grams), 1 M rows",
-    "rows-1M": "**learned rows, 1 M f-grams** (default)",
+    "rows-1M": "**learned rows, 1 M f-grams**",
     "rows-3M": "learned rows, 3 M f-grams",
     "plain-2x-flops": "plain with twice the FLOPs",
 }

@@ -135,9 +135,11 @@ class Plan:
     def read(cls, arguments: argparse.Namespace) -> Plan:
         """Every run's options, checked before anything starts. Raises SconeError."""
         if arguments.experiment.suffix == ".json":
-            experiment, ranking = read_json(arguments.experiment)["experiment"], "frequency"  # what results of before had
+            experiment = read_json(arguments.experiment)["experiment"]
+            ranking = "frequency"  # results of before there were two do not name it
         else:
-            experiment, ranking = yaml.safe_load(arguments.experiment.read_text(encoding="utf-8")), DataOptions().ranking
+            experiment = yaml.safe_load(arguments.experiment.read_text(encoding="utf-8"))
+            ranking = DataOptions().ranking
         experiment["base"] = {"data.ranking": ranking} | experiment["base"]
         overrides = dict(pair.split("=", 1) for pair in arguments.set)
         runs: dict[str, tuple[str, Mapping[str, Any]]] = {}

@@ -136,11 +136,12 @@ def check_resume(checkpoint: Path, model: PreTrainedModel, facts: Mapping[str, s
         raise _refusal(checkpoint, f"another tokenizer (fingerprint {facts['tokenizer'][:12]})", noted["tokenizer"])
     before, now = _saved_settings(checkpoint, type(model.config)), _settings(model.config)
     if now.get("vocabulary_fingerprint") != before.get("vocabulary_fingerprint"):
-        rankings = [each.ranking for each in (model.vocabulary, FGramVocabulary.load(checkpoint))]
-        if rankings[0] != rankings[1]:  # of a run that was begun before the ranking by gain, for one
+        own: Any = model.vocabulary
+        ranking = FGramVocabulary.load(checkpoint).ranking
+        if own.ranking != ranking:  # of a run that was begun before there were two, for one
             raise SconeError(
-                f"cannot resume from {checkpoint}: found f-grams ranked by {rankings[0]}; expected the checkpoint's, "
-                f"ranked by {rankings[1]}; give --ranking {rankings[1]}"
+                f"cannot resume from {checkpoint}: found f-grams ranked by {own.ranking}; expected the checkpoint's, "
+                f"ranked by {ranking}; give --ranking {ranking}"
             )
         raise SconeError(
             f"cannot resume from {checkpoint}: corpus and options give other f-grams (found {now['num_f_grams']:,}, "
