@@ -13,6 +13,9 @@ from numba import njit
 
 _SQRT_HALF, _LN2 = math.sqrt(0.5), math.log(2.0)
 _TERMS = 11  # of the series below, whose argument is at most 0.172: the next term is 10⁻¹⁷ of the sum
+# Of long n-grams that occur once in a long repetition, every length takes a factor of 10⁻⁵ and less: from 64 tokens on
+# the product is 0, and nothing can be divided by it.
+_LEAST_PROBABILITY = 1e-250
 
 
 @njit(cache=True)
@@ -68,7 +71,7 @@ def closed_scores(
         others = max(of_prefix - 1, 1)
         left = min(1.0, discount * (np.int64(types[prefix]) + unseen[prefix]) / others)
         back = probability[np.int64(suffixes[rank])]
-        here = max(count - 1 - discount, 0.0) / others + left * back
+        here = max(max(count - 1 - discount, 0.0) / others + left * back, _LEAST_PROBABILITY)
         probability[vocab_size + rank] = here
         if prefix >= vocab_size:
             score[prefix - vocab_size] += count * natural_log(here / back)

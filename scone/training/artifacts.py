@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 from huggingface_hub import ModelCard, ModelCardData
@@ -134,13 +134,15 @@ def write_model_card(
         return path
     config, data, pretrained = model.config, options.data, options.model.init == "pretrained"
     scone, text_config = hasattr(config, "num_f_grams"), config.get_text_config()
+    own: Any = model  # of over-encoding there is none
+    ranking = own.vocabulary.ranking if scone else ""
     parameters = parameter_counts(model)  # of rows that are shared out over processes too
     corpus = Path(data.dataset_name).name if Path(data.dataset_name).exists() else data.dataset_name
     limit = options.training.max_eval_tokens
     where = "" if limit is None else f" (first {limit:,} tokens)"
     facts = {
         "parameters of the trunk": human_count(parameters.resident),
-        "f-grams": f"{config.num_f_grams:,} of 2 to {config.max_n} tokens" if scone else "",
+        "f-grams": f"{config.num_f_grams:,} of 2 to {config.max_n} tokens, ranked by {ranking}" if ranking else "",
         "learned rows": f"{config.learned_rows:,}" if scone else "",
         "parameters of f-gram model and rows": human_count(parameters.training_only) if scone else "",
         "corpus": " ".join(filter(None, (corpus, data.dataset_config_name))),

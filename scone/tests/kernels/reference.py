@@ -86,7 +86,7 @@ def gain_scores(counts: Mapping[Gram, int], token_counts: Sequence[int], max_n: 
         before = gram[:-1]
         others = max(count_of(before) - 1, 1)
         left = min(1, discount * (types(before) + unseen(before)) / others)
-        return max(counts[gram] - 1 - discount, 0) / others + left * probability(gram[1:])
+        return max(max(counts[gram] - 1 - discount, 0) / others + left * probability(gram[1:]), 1e-250)
 
     def score(gram: Gram) -> float:
         gain = sum(

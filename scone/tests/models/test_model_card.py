@@ -17,7 +17,8 @@ def test_a_card_says_what_the_model_is_and_keeps_what_people_wrote(tmp_path):
         text = write_model_card(tmp_path, chosen, model, 1234, 6, figures | {"eval_loss": 1.5}).read_text("utf-8")
         for words in ("# my-run", "corpus.jsonl", "1,234", "4.4817", "scone generate", "licence"):
             assert words in text, words
-        assert ("f-grams |" in text) == hasattr(model.config, "num_f_grams")
+        assert (", ranked by frequency |" in text) == hasattr(model.config, "num_f_grams")
+        assert "most frequent" not in text  # by gain they are not
         assert str(tmp_path) not in text  # a folder of its author's machine says nothing to others
     (tmp_path / CARD_FILE).write_text("mine")
     write_model_card(tmp_path, chosen, tiny.trunk(), 1, 1, {})

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,13 +31,13 @@ def skewed(length: int) -> np.ndarray:
     return np.minimum(np.random.default_rng(0).zipf(1.4, length) - 1, 999).astype(np.uint16)
 
 
-def least_budget(length: int) -> int:
-    """A little above the smallest budget for ``OPTIONS``."""
+def least_budget(length: int, **options: Any) -> int:
+    """A little above the smallest budget for ``OPTIONS``, or for others."""
     low, high = 0, 1 << 30
     while high - low > 1000:
         middle = (low + high) // 2
         try:
-            plan_count(CountTask(**LIMITS), length, middle, 2)
+            plan_count(CountTask(**(options or LIMITS)), length, middle, 2)
             high = middle
         except SconeError:
             low = middle
@@ -201,8 +202,8 @@ import numpy as np
 from scone.tokenization.counting import count_f_grams
 tokens = np.load(sys.argv[1], mmap_mode="r")
 budget = int(sys.argv[2])
-options = dict(vocab_size=1000, max_n=4, max_f_grams=20_000, ranking="frequency", quiet=True, num_threads=2)
-for warm_up in (20_000_000, 5_200_000):  # load both ways' code before memory is measured
+options = dict(vocab_size=1000, max_n=4, quiet=True, num_threads=2) | eval(sys.argv[3])
+for warm_up in (30_000_000, 5_200_000)[:1 + (options["ranking"] == "frequency")]:  # load the code before measuring
     count_f_grams([np.array(tokens[:20_000])], **options, memory_budget_bytes=warm_up)
 Path("/proc/self/clear_refs").write_text("5")
 def resident(name):
@@ -216,8 +217,26 @@ print(result.statistics.on_disk, resident("VmHWM") - start)
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="peak memory is read from Linux's /proc")
 @pytest.mark.parametrize("budget", [32 << 20, 96 << 20])
 def test_memory_stays_within_the_budget(budget, tmp_path):
-    np.save(tmp_path / "tokens.npy", skewed(6_000_000))
-    command = [sys.executable, "-c", MEASURE, str(tmp_path / "tokens.npy"), str(budget)]
+    on_disk, growth = measured(skewed(6_000_000), budget, tmp_path, ranking="frequency", max_f_grams=20_000)
+    assert on_disk == (budget < 64 << 20)
+    assert growth <= 1.05 * budget
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="peak memory is read from Linux's /proc")
+@pytest.mark.parametrize("options", [{"ranking": "gain", "max_f_grams": 100_000}, {"ranking": "frequency"}])
+def test_memory_stays_within_the_least_budget_where_every_length_has_as_many(options, tmp_path):
+    """A text that occurs twice: all its n-grams of every length do, and the lengths are ranked together."""
+    once = np.random.default_rng(0).integers(0, 999, 400_000).astype(np.uint16)
+    options = {"min_freq": 2, "max_f_grams": None} | options
+    tokens = np.concatenate([once, once])
+    budget = least_budget(len(tokens), **(LIMITS | options))
+    _, growth = measured(tokens, budget, tmp_path, **options)
+    assert growth <= 1.05 * budget
+
+
+def measured(tokens: np.ndarray, budget: int, folder: Path, **options: Any) -> tuple[bool, int]:
+    """Whether a count in a process of its own goes through files, and by how much its resident memory grows."""
+    np.save(folder / "tokens.npy", tokens)
+    command = [sys.executable, "-c", MEASURE, str(folder / "tokens.npy"), str(budget), repr(options)]
     on_disk, growth = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-    assert on_disk == str(budget < 64 << 20)
-    assert int(growth) <= 1.05 * budget
+    return on_disk == "True", int(growth)

@@ -48,6 +48,7 @@ def f_grams(vocabulary: FGramVocabulary) -> list[tuple[int, ...]]:
 @given(corpora(), st.integers(1, 5), st.integers(1, 4), st.sampled_from([None, 0, 1, 7, 40]))
 @example([np.array([0, 1, 2, 3] * 3, np.uint16)], 2, 2, 5)
 @example([np.zeros(60, np.uint16)], 5, 1, None)
+@example([np.array([0] * 20_000 + [1, 2], np.uint16)], 70, 1, None)  # products of so many shares are 0
 def test_gain_ranking_equals_its_plain_reference(shards, max_n, min_freq, limit):
     everything = reference.count_n_grams(shards, max_n + 1, [SEPARATOR])
     counts = {gram: count for gram, count in everything.items() if count >= min_freq}

@@ -136,8 +136,9 @@ def result_of_levels(
     """Rank what survived of all levels, for any engine: ``token_of_id`` uint32 [K], ``levels[0]`` the bigrams,
     ``token_counts`` int64 [V].
 
-    ``started`` by `time.perf_counter`; ``facts``: what else the statistics say.
+    ``started`` by `time.perf_counter`; ``facts``: what else the statistics say. Empties ``levels``.
     """
+    found = [(level.num_candidates, len(level.keys), level.floor) for level in levels]
     arrays = rank_survivors(token_of_id, levels, task.vocab_size, task.max_candidates)
     facts_of_task: dict[str, Any] = {
         name: getattr(task, name) for name in ("vocab_size", "separator_ids", "tokenizer_fingerprint")
@@ -152,7 +153,7 @@ def result_of_levels(
         keys, counts = arrays[0], arrays[-1]
         vocabulary = FGramVocabulary.from_links(keys[:, 0], keys[:, 1], counts, max_n=task.max_n, **facts_of_task)
     counts = vocabulary.counts
-    in_vocabulary = np.bincount(vocabulary.lengths, minlength=len(levels) + 2)
+    in_vocabulary = np.bincount(vocabulary.lengths, minlength=len(found) + 2)
     notes = []
     if task.max_f_grams is not None and len(counts) < task.max_f_grams:
         notes.append(
@@ -165,8 +166,8 @@ def result_of_levels(
         requested_f_grams=task.max_f_grams,
         count_at_cut=int(counts.min()) if len(counts) else None,
         levels=tuple(
-            LevelStatistics(length, level.num_candidates, len(level.keys), int(in_vocabulary[length]), level.floor)
-            for length, level in enumerate(levels, start=2)
+            LevelStatistics(length, num_candidates, num_survivors, int(in_vocabulary[length]), floor)
+            for length, (num_candidates, num_survivors, floor) in enumerate(found, start=2)
         ),
         ranking=task.ranking,
         notes=tuple(notes),

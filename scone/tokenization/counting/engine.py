@@ -87,6 +87,7 @@ class CountEngine:
             below = (space, level.keys[level.id_indices()])
             num_ids = len(below[1])
             check_number_of_f_grams(num_ids)
+        del self._blocks, self._id_of_token  # ranking starts when their memory is free
         return token_of_id, levels
 
     def _empty_blocks(self, folder: Path | None) -> MemoryBlocks | FileBlocks:

@@ -179,19 +179,6 @@ class IdTable:
         return table
 
 
-def _by_falling_count(counts: np.ndarray) -> np.ndarray:
-    """Indices of ``counts`` uint64 [K] by falling count, equal ones in their order.
-
-    A sort of numbers that hold count and index is several times faster than a stable sort of indices.
-    """
-    bits = np.uint64(len(counts).bit_length())
-    most = counts.max()
-    assert int(most).bit_length() + int(bits) <= 64, (most, len(counts))
-    packed = ((most - counts) << bits) | np.arange(len(counts), dtype=np.uint64)
-    packed.sort()
-    return (packed & ((np.uint64(1) << bits) - np.uint64(1))).astype(np.int64)
-
-
 def rank_survivors(
     token_of_id: np.ndarray, levels: list[FrequentNGrams], vocab_size: int, max_f_grams: int | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -199,32 +186,67 @@ def rank_survivors(
 
     ``token_of_id`` uint32 [K]: the tokens that have ids; ``levels[0]`` holds the bigrams. Levels follow one another
     from short to long and each is in lexicographic order, so a stable sort by count gives the total order of ranks.
+    Takes the levels out of the list, so that each is free when it has been placed.
     """
-    if not levels or not any(len(level.keys) for level in levels):
+    if not any(len(level.keys) for level in levels):
         nodes = node_dtype(vocab_size, 0)
         return np.empty((0, 2), nodes), np.empty(0, nodes), np.empty(0, np.uint8), np.empty(0, np.uint64)
-    counts = np.concatenate([level.counts for level in levels])
-    order = _by_falling_count(counts)[:max_f_grams]
-    rank_of = np.full(len(counts), np.iinfo(np.int64).max, np.int64)
-    rank_of[order] = np.arange(len(order))
-    size = len(order)
+    cut = np.uint64(levels[-1].cut)  # of all levels: what occurs less often is not among the first S
+    order, counts = _by_falling_count([level.counts for level in levels], cut, max_f_grams)
+    total, size = len(order), len(counts)
+    rank_of = np.full(total, total, np.uint32 if total < 2**32 else np.uint64)
+    rank_of[order[:size]] = np.arange(size, dtype=rank_of.dtype)
+    del order
     nodes = node_dtype(vocab_size, size)
     keys, suffixes = np.empty((size, 2), nodes), np.empty(size, nodes)
     lengths = np.empty(size, np.uint8)
     node_of_id, last_of_id = token_of_id.astype(np.uint64), token_of_id
-    start = 0
-    for below, level in enumerate(levels):
+    start, length = 0, 2
+    while levels:
+        level = levels.pop(0)
         radix = np.uint64(max(1, level.num_ids_below))
-        ranks = rank_of[start : start + len(level.keys)]
+        kept = level.counts >= cut
+        stop = start + int(np.count_nonzero(kept))
+        ranks = np.full(len(kept), total, rank_of.dtype)
+        ranks[kept] = rank_of[start:stop]
         last = last_of_id[level.keys % radix]
         chosen = np.flatnonzero(ranks < size)
-        keys[ranks[chosen], 0] = node_of_id[level.keys[chosen] // radix]
-        keys[ranks[chosen], 1] = last[chosen]
-        suffixes[ranks[chosen]] = node_of_id[level.keys[chosen] % radix]
-        lengths[ranks[chosen]] = below + 2
+        places, keys_of_chosen = ranks[chosen], level.keys[chosen]
+        keys[places, 0] = node_of_id[keys_of_chosen // radix]
+        keys[places, 1] = last[chosen]
+        suffixes[places] = node_of_id[keys_of_chosen % radix]
+        lengths[places] = length
         with_id = level.id_indices()
         # an id whose n-gram fell out of the first S has no node; nothing that was chosen refers to it
         node_of_id = ranks[with_id].astype(np.uint64) + np.uint64(vocab_size)
         last_of_id = last[with_id]
-        start += len(level.keys)
-    return keys, suffixes, lengths, counts[order]
+        start, length = stop, length + 1
+    return keys, suffixes, lengths, counts
+
+
+def _by_falling_count(
+    counts_of_levels: list[np.ndarray], cut: np.uint64, number: int | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of the counts that reach ``cut``, numbered from the first level on: their numbers by falling count, equal ones in
+    order, int64; and the first ``number`` counts in that order, uint64.
+
+    A sort of integers that hold count and number is several times faster than a stable sort of indices.
+    """
+    sizes = [int(np.count_nonzero(counts >= cut)) for counts in counts_of_levels]
+    bits = np.uint64(sum(sizes).bit_length())
+    most = max(counts.max() for counts in counts_of_levels if len(counts))
+    assert int(most).bit_length() + int(bits) <= 64, (most, sizes)
+    packed = np.empty(sum(sizes), np.uint64)
+    start = 0
+    for counts, size in zip(counts_of_levels, sizes, strict=True):  # in place: this is where most is held
+        part = packed[start : start + size]
+        part[:] = counts[counts >= cut]
+        np.subtract(most, part, out=part)
+        part <<= bits
+        part |= np.arange(start, start + size, dtype=np.uint64)
+        start += size
+    packed.sort()
+    first = packed[:number] >> bits
+    np.subtract(most, first, out=first)
+    packed &= (np.uint64(1) << bits) - np.uint64(1)
+    return packed.view(np.int64), first

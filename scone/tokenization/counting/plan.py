@@ -19,13 +19,12 @@ _MIN_BLOCK_POSITIONS = 256
 _MAX_BLOCK_POSITIONS = 1 << 22
 _LEAST_IN_MEMORY_BLOCK = 1 << 18  # below this, files with larger blocks are faster
 _POSITIONS_PER_PARTITION = 1 << 18  # about 50,000 different n-grams of real text: a table that fits in an L2 cache
-# One surviving n-gram at the worst moment: the pool of candidates twice over (32), a sorted copy (24), its place in the
-# ranking (16) and in the vocabulary that is being built (40); and, for each level that is full, its key and count (16).
-# The ranking by gain comes when the pool is gone, and takes less: the candidates (21), scores and what they are made of
-# (28), and what sorts them (13).
-_BYTES_PER_F_GRAM = 32 + 24 + 16 + 40
+# One surviving n-gram of a level while it is counted: the pool twice over (32 each), what finds the cut in it (32) and
+# what is kept (16); and, for each level that is full, its key and count (16).
+_BYTES_PER_F_GRAM = 32 + 32 + 32 + 16
 _BYTES_PER_F_GRAM_AND_LEVEL = 16
 _BYTES_PER_TOKEN_TYPE = 12  # its count (8) and its id (4), and 8 more for each thread that counts
+_BYTES_PER_TOKEN_TYPE_RANKED = 20  # its count (8), id (4) and node (8); by gain a copy (8) and what scores need (20)
 _TABLE_FACTOR = 6  # a table under way from capacity C to 2 C holds 3 C entries and at least C / 2 n-grams
 _LEVELS_OVERHEAD_BYTES = 1 << 16  # names and headers in the files of the levels
 _USABLE = 0.95  # of what is left for buffers; the rest is for thread stacks, file handles and the allocator
@@ -121,7 +120,8 @@ def plan_count(
 ) -> CountingPlan:
     """Choose sizes for a count within ``memory_budget_bytes`` (None: half of the free memory, and no refusal).
 
-    Raises SconeError when the budget cannot hold even the f-grams that were asked for; says how much would do.
+    Counting and ranking follow each other: the budget is for the larger, and buffers are for counting alone. Raises
+    SconeError when the budget cannot hold even the f-grams that were asked for; says how much would do.
     """
     threads = num_threads or len(os.sched_getaffinity(0))
     vocab_size, longest = task.vocab_size, task.longest
@@ -129,22 +129,47 @@ def plan_count(
     most_n_grams = most_ids if task.max_candidates is None else min(most_ids, task.max_candidates)
     fixed_bytes = most_n_grams * (_BYTES_PER_F_GRAM + _BYTES_PER_F_GRAM_AND_LEVEL * max(1, longest - 1))
     fixed_bytes += vocab_size * (_BYTES_PER_TOKEN_TYPE + 8 * threads)
+    ranking_bytes = _ranking_bytes(task, most_n_grams)
     budget = memory_budget_bytes
     if budget is None:
         free_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-        budget = max(free_bytes // 2, fixed_bytes + (256 << 20))
+        budget = max(free_bytes // 2, fixed_bytes + (256 << 20), ranking_bytes)
     buffer_bytes = int((budget - fixed_bytes) * _USABLE)
     least_bytes = _least_buffer_bytes(threads, num_positions)
-    if buffer_bytes < least_bytes:
+    if buffer_bytes < least_bytes or budget < ranking_bytes:
         candidates = " (what the ranking by gain chooses from; that by frequency needs less)" * (task.ranking == "gain")
         raise SconeError(
             f"found a memory budget of {human_bytes(budget)}; expected at least "
-            f"{human_bytes(fixed_bytes + least_bytes / _USABLE + 1)} for {most_n_grams:,} n-grams of up to {longest} "
-            f"tokens from this corpus{candidates}; raise the budget, or ask for fewer f-grams"
+            f"{human_bytes(max(fixed_bytes + least_bytes / _USABLE + 1, ranking_bytes))} for {most_n_grams:,} n-grams "
+            f"of up to {longest} tokens from this corpus{candidates}; raise the budget, or ask for fewer f-grams"
         )
     wide_ids = max(min(vocab_size, most_ids), most_n_grams).bit_length()
     fits = 2 * wide_ids <= 32 + _WIDE_PARTITION_BITS and num_positions < 2**32
     return _cut(num_positions, threads, buffer_bytes, 4 if fits else 8, most_n_grams * longest)
+
+
+def _ranking_bytes(task: CountTask, most_n_grams: int) -> int:
+    """Most that is held at once when all levels are counted, each with ``most_n_grams``, and blocks are gone.
+
+    A text that occurs twice, whole, has as many n-grams of every length: the levels together hold several times what
+    one of them does.
+    """
+    saved = most_n_grams * max(1, task.longest - 1)
+    ranked = saved if task.max_candidates is None else min(saved, task.max_candidates)
+    # fewer than S occur more often than the cut; as often, at most S of one length and fewer than S of all shorter ones
+    sortable = saved if task.max_candidates is None else min(saved, 3 * task.max_candidates)
+    f_grams = ranked if task.max_f_grams is None else min(ranked, task.max_f_grams)
+    # what is sorted (8) and its ranks (4), the counts in order (8), and what of one level goes in (16)
+    sorting = 12 * sortable + 8 * ranked + 16 * most_n_grams
+    # the ranks (4), keys, suffixes, lengths and counts (24), and one level's ranks, last tokens, nodes and keys (64)
+    placing = 4 * sortable + 24 * ranked + 64 * most_n_grams
+    # What was placed (24) and the vocabulary (24) with its index (18); by gain the candidates (24), their scores (28)
+    # and what finds the cut (14), and the f-grams in order (40), linked and indexed (40). 24 are 21 and what the
+    # allocator keeps: at the least budget 800,000 tokens, a text twice, took 6 % more without.
+    by_gain = task.ranking == "gain"
+    choosing = 66 * ranked + 80 * f_grams * by_gain
+    token_bytes = task.vocab_size * (_BYTES_PER_TOKEN_TYPE_RANKED + 28 * by_gain)
+    return max(16 * saved + max(sorting, placing), choosing) + token_bytes
 
 
 def _cut(num_positions: int, threads: int, buffer_bytes: int, remainder_bytes: int, saved_n_grams: int) -> CountingPlan:
