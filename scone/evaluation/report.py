@@ -213,11 +213,15 @@ def machine_line(machine: Mapping[str, Any]) -> str:
     return f"{', '.join(dict.fromkeys(machine['accelerators'])) or processor}, PyTorch {machine['libraries']['torch']}"
 
 
+# a model of bytes may write control characters, which no page may hold
+_SHOWN = dict.fromkeys([*range(9), 11, 12, *range(14, 32), 0xFFFE, 0xFFFF], "\ufffd")
+
+
 def render(template: str, title: str, meta: Sequence[str], **values: Any) -> str:
     """The page that ``template`` makes. ``meta``: facts below the title."""
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
     environment.filters |= {"bytes": human_bytes, "count": human_count}
-    return environment.get_template(template).render(title=title, meta=meta, **values)
+    return environment.get_template(template).render(title=title, meta=meta, **values).translate(_SHOWN)
 
 
 def section(heading: str, parts: Sequence[Part | None], note: str = "") -> dict[str, Any]:

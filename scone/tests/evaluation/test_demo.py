@@ -66,6 +66,17 @@ def test_demo_measures_both_models_alike(options, report):
     check_page(page)
 
 
+@pytest.mark.slow
+def test_what_no_page_may_hold_is_replaced(report):
+    """A model of bytes wrote a form feed once, and the page was no page."""
+    report = copy.deepcopy(report)
+    for sample in report["samples"]:
+        sample |= {name: "".join(map(chr, [*range(32), 0xFFFE, 0xFFFF])) for name in sample}
+    page = render_demo(report)
+    check_page(page)
+    assert "\ufffd" in page
+
+
 def test_training_time_is_that_of_the_median_step(options, report):
     """What the first step compiles and what evaluations take is in the log's seconds alone."""
     for name, model in report["models"].items():
