@@ -30,7 +30,7 @@ from scone.utils.errors import SconeError  # noqa: E402
 from scone.utils.files import read_json, write_json  # noqa: E402
 
 PLAIN, DOUBLED, OVER_ENCODING = "plain", "plain-doubled", "over-encoding"
-ROWS, GAIN = "rows", "rows-gain"  # of the most frequent f-grams; of those ranked by gain, which is what ships
+ROWS, GAIN = "rows", "rows-gain"  # of the most frequent f-grams; of those ranked by gain
 DRAWS = 1000
 EXPONENTS = np.geomspace(0.02, 1.5, 600)
 

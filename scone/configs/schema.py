@@ -18,7 +18,7 @@ from scone.utils.text import parse_bytes
 
 RANKINGS = ("gain", "frequency")
 """What decides which n-grams become f-grams, and their order."""
-DEFAULT_RANKING = "gain"
+DEFAULT_RANKING = "frequency"
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ def test_another_f_gram_vocabulary_is_refused(grown, begun, tokenizer):
     [
         ({"data.max_f_grams": 30}, "other f-grams (found 30,"),
         ({"data.max_n": 4, "data.min_freq": 60}, "other f-grams"),
-        ({"data.ranking": "frequency"}, "ranked by frequency; expected the checkpoint's, ranked by gain; give --rank"),
+        ({"data.ranking": "gain"}, "ranked by gain; expected the checkpoint's, ranked by frequency; give --ranking f"),
         ({"model.learned_rows": 10}, "learned_rows 10; expected the checkpoint's 40"),
         ({"model.hidden_size": 32}, "expected the checkpoint's"),
         ({"model.num_hidden_layers": 2}, "expected the checkpoint's"),
