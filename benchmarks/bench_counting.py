@@ -101,7 +101,7 @@ def compare(report: Report, tokens: Path, skip: list[str]) -> None:
 
 
 def by_gain(report: Report, task: dict[str, Any]) -> None:
-    """What the default ranking costs beside that by frequency, in turn, of n-grams that occur three times."""
+    """What the ranking by gain costs beside that by frequency, in turn, of n-grams that occur three times."""
     task = task | {"min_freq": 3}
     runs: dict[str, list[dict[str, Any]]] = {"gain": [], "frequency": []}
     for _ in range(1 if report.quick else 3):

@@ -5,6 +5,7 @@ That kills at any moment and full disks lose nothing is tested with all long job
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -196,13 +197,14 @@ def test_a_work_folder_is_refused_where_the_disk_is_too_small_or_another_counts(
 
 
 MEASURE = """
+import json
 import sys
 from pathlib import Path
 import numpy as np
 from scone.tokenization.counting import count_f_grams
 tokens = np.load(sys.argv[1], mmap_mode="r")
 budget = int(sys.argv[2])
-options = dict(vocab_size=1000, max_n=4, quiet=True, num_threads=2) | eval(sys.argv[3])
+options = dict(vocab_size=1000, max_n=4, quiet=True, num_threads=2) | json.loads(sys.argv[3])
 for warm_up in (30_000_000, 5_200_000)[:1 + (options["ranking"] == "frequency")]:  # load the code before measuring
     count_f_grams([np.array(tokens[:20_000])], **options, memory_budget_bytes=warm_up)
 Path("/proc/self/clear_refs").write_text("5")
@@ -237,6 +239,6 @@ def test_memory_stays_within_the_least_budget_where_every_length_has_as_many(opt
 def measured(tokens: np.ndarray, budget: int, folder: Path, **options: Any) -> tuple[bool, int]:
     """Whether a count in a process of its own goes through files, and by how much its resident memory grows."""
     np.save(folder / "tokens.npy", tokens)
-    command = [sys.executable, "-c", MEASURE, str(folder / "tokens.npy"), str(budget), repr(options)]
+    command = [sys.executable, "-c", MEASURE, str(folder / "tokens.npy"), str(budget), json.dumps(options)]
     on_disk, growth = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     return on_disk == "True", int(growth)
