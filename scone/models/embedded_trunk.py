@@ -19,6 +19,7 @@ from scone.models.learned_rows import LearnedRows
 from scone.models.row_files import ROWS_FOLDER, load_shares
 from scone.models.table_lookup import Find, looked_up
 from scone.models.token_history import TokenHistory, extend_history, known_past, marked, starts_of_examples
+from scone.models.trunk import train_every_token
 from scone.utils.errors import SconeError
 from scone.utils.files import give_umask_mode
 
@@ -43,6 +44,7 @@ class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.trunk = AutoModelForCausalLM.from_config(config.text_config) if trunk is None else trunk
         self.trunk.config.return_dict = True  # tuples are made here
+        train_every_token(self.trunk)
         self._no_split_modules = list(self.trunk._no_split_modules or [])
         self._embedding_place: tuple[str, ...] = ()
         self.input_norm = nn.RMSNorm(self._token_weight().shape[1], eps=1e-6) if config.input_norm else None

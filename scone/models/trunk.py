@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.activations import ACT2FN
@@ -61,11 +62,30 @@ def build_trunk(
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             setattr(config, name, getattr(tokenizer, name))
     trunk = AutoModelForCausalLM.from_config(config)
+    train_every_token(trunk, fresh=True)
     if options.base_model_name == MODERN_TRUNK:
         for name, parameter in trunk.named_parameters():
             if name.endswith(("o_proj.weight", "down_proj.weight")):
                 nn.init.zeros_(parameter)
     return trunk
+
+
+def train_every_token(trunk: PreTrainedModel, *, fresh: bool = False) -> None:
+    """Let the embedding of the tokenizer's padding token be trained as any other; ``fresh``: draw it as those are.
+
+    Tokenizers pad with the token that separates documents, and transformers takes that token's vector to be zero for
+    ever. But here it is read, and a vector of zeros takes RMSNorm's gradient times 1,000 (1 / √eps) in every layer in
+    which it sees itself alone, as at a window's start: float32 ends after 13 layers of them, and a step's gradients
+    are no numbers. What is padding, the mask says.
+    """
+    embedding: Any = trunk.get_input_embeddings()
+    place = getattr(embedding, "padding_idx", None)
+    if place is None:
+        return
+    embedding.padding_idx = None
+    if fresh:
+        with torch.no_grad():
+            nn.init.normal_(embedding.weight[place], std=getattr(trunk.config, "initializer_range", 0.02))
 
 
 def alone(trunk: PreTrainedModel) -> PreTrainedModel:
@@ -175,6 +195,7 @@ def _pretrained(
     if "gguf_file" in where and quantizer is not None:
         # its weights are ordinary now, but a model that calls itself quantised is neither trained nor saved
         quantizer.remove_quantization_config(trunk)
+    train_every_token(trunk)
     size = int(trunk.get_input_embeddings().weight.shape[0])  # type: ignore[index, arg-type]
     if tokenizer is not None and vocabulary_size(tokenizer) > size:
         raise SconeError(
