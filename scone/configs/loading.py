@@ -18,6 +18,7 @@ from scone.utils.errors import SconeError, library_refusal
 from scone.utils.files import atomic_path
 from scone.utils.progress import is_quiet
 
+_OF_A_RUN = "# Resolved options of a SCONE run"  # how a file that `save_options` wrote begins
 _METAVARS = {bool: "true|false", int: "N", float: "X", str: "TEXT"}
 
 
@@ -173,7 +174,7 @@ def parse_layers(
     values, extra = parser.read(sys.argv[1:] if argv is None else argv)
     layers = [Layer(FLAG, values)]
     if parser.reads_file and extra.config is not None:
-        layers.insert(0, Layer(str(extra.config), flatten(load_yaml(extra.config), str(extra.config))))
+        layers.insert(0, Layer(str(extra.config), flatten(_with_ranking(extra.config), str(extra.config))))
     return layers, extra
 
 
@@ -250,7 +251,16 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
 
 def load_options(path: str | Path) -> SconeOptions:
     """The options in a YAML file over the defaults. Raises SconeError."""
-    return from_mapping(load_yaml(path), str(path))
+    return from_mapping(_with_ranking(path), str(path))
+
+
+def _with_ranking(path: str | Path) -> dict[str, Any]:
+    """As `load_yaml`. What a run resolved and names no ranking is of before there were two: by frequency."""
+    mapping = load_yaml(path)
+    data = mapping.get("data")
+    if isinstance(data, dict) and "ranking" not in data and Path(path).read_text("utf-8").startswith(_OF_A_RUN):
+        return mapping | {"data": data | {"ranking": "frequency"}}
+    return mapping
 
 
 def from_mapping(mapping: Mapping[str, Any], source: str = "") -> SconeOptions:
@@ -282,9 +292,7 @@ def save_options(options: SconeOptions, path: str | Path) -> None:
     if yaml.safe_load(text) != mapping:  # a lone U+0085 or its like, which PyYAML writes bare but reads as a line break
         text = yaml.safe_dump(mapping, sort_keys=False)
     with atomic_path(path) as temporary:
-        temporary.write_text(
-            f"# Resolved options of a SCONE run; give this file to --config to repeat it.\n{text}", "utf-8"
-        )
+        temporary.write_text(f"{_OF_A_RUN}; give this file to --config to repeat it.\n{text}", "utf-8")
 
 
 def flatten(mapping: Mapping[str, Any], source: str) -> dict[str, Any]:

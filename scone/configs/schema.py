@@ -18,7 +18,8 @@ from scone.utils.text import parse_bytes
 
 RANKINGS = ("gain", "frequency")
 """What decides which n-grams become f-grams, and their order."""
-DEFAULT_RANKING = "frequency"
+DEFAULT_RANKING = "gain"
+"""Of what is counted for no run in particular; a run that names none has what suits it (`training.options.ranked`)."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +62,10 @@ class DataOptions:
     max_n: int = option(3, "length of the longest f-gram", unit="tokens", minimum=2, maximum=255)
     min_freq: int = option(100, "how often an n-gram must occur to become an f-gram", unit="occurrences", minimum=1)
     max_f_grams: int = option(1_000_000, "number of f-grams to keep, the first of the ranking", minimum=1)
-    ranking: str = option(
-        DEFAULT_RANKING,
+    ranking: str | None = option(
+        None,
         "which n-grams become f-grams; gain: those that say most about the next token; frequency: the most frequent, "
-        "as in the paper",
+        "as in the paper (default: gain, but frequency in a run that reads fewer than 10 tokens for each f-gram)",
         choices=RANKINGS,
     )
     cache_dir: str | None = option(

@@ -13,6 +13,7 @@ from scone.models.trunk import trunk_configuration
 from scone.tokenization.matcher import Matcher
 from scone.tokenization.tokenizers import vocabulary_size
 from scone.training.artifacts import ranking_of
+from scone.training.options import ranked
 from scone.training.run import Corpus, run_vocabulary, train
 
 
@@ -22,9 +23,8 @@ def count_once(runs: Sequence[SconeOptions], corpus: Corpus, *, quiet: bool = Fa
     Of runs with the same N and ranking one is counted, with the lowest floor and the highest limit; the others are its
     beginnings.
     """
-    sizes = {
-        (run.data.max_n, run.data.ranking, run.data.min_freq, run.data.max_f_grams): run for run in _with_f_grams(runs)
-    }
+    runs = _with_f_grams(runs, corpus)
+    sizes = {(run.data.max_n, run.data.ranking, run.data.min_freq, run.data.max_f_grams): run for run in runs}
     for run in [*_largest_of_each_ranking(runs), *sizes.values()]:
         run_vocabulary(run, corpus, _trunk_tokens(run, corpus), quiet=quiet)
 
@@ -34,7 +34,7 @@ def shared_matcher(runs: Sequence[SconeOptions], corpus: Corpus) -> Matcher | No
 
     Of the longest f-grams among them, of these the most, and of as many those by frequency.
     """
-    runs = sorted(_largest_of_each_ranking(runs), key=_reach)
+    runs = sorted(_largest_of_each_ranking(_with_f_grams(runs, corpus)), key=_reach)
     return Matcher(run_vocabulary(runs[-1], corpus, _trunk_tokens(runs[-1], corpus))) if runs else None
 
 
@@ -48,14 +48,16 @@ def _trunk_tokens(options: SconeOptions, corpus: Corpus) -> int:
     return trunk_configuration(options.model).vocab_size if pretrained else vocabulary_size(corpus.tokenizer)
 
 
-def _with_f_grams(runs: Sequence[SconeOptions]) -> list[SconeOptions]:
-    return [run for run in runs if run.model.use_f_gram_embeddings and not run.model.over_encoding_rows]
+def _with_f_grams(runs: Sequence[SconeOptions], corpus: Corpus) -> list[SconeOptions]:
+    """Those of ``runs`` that have any, each with its ranking."""
+    have = [run for run in runs if run.model.use_f_gram_embeddings and not run.model.over_encoding_rows]
+    return [ranked(run, corpus.train.num_tokens) for run in have]
 
 
 def _largest_of_each_ranking(runs: Sequence[SconeOptions]) -> list[SconeOptions]:
     """For each N and each ranking, options whose vocabulary begins with those of all runs with it."""
     alike: dict[tuple, list[SconeOptions]] = {}
-    for run in _with_f_grams(runs):
+    for run in runs:
         alike.setdefault((run.data.max_n, ranking_of(run.data)), []).append(run)
     return [
         replace(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from scone.configs.loading import parse_options
 from scone.configs.presets import trunk_configuration
-from scone.configs.schema import SconeOptions
+from scone.configs.schema import DEFAULT_RANKING, SconeOptions
 from scone.scripts.arguments import ROW_TYPES, arguments
 from scone.utils.command_line import run_main
 from scone.utils.errors import SconeError
@@ -86,7 +86,7 @@ def _count(options: SconeOptions, quiet: bool) -> tuple[dict[str, Any], FGramVoc
         memory_budget_bytes=parse_bytes(data.memory_budget) if data.memory_budget else None,
         work_dir=work_dir / "counting",
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
-        ranking=data.ranking,
+        ranking=data.ranking or DEFAULT_RANKING,
         quiet=quiet,
     )
     vocabulary = result.vocabulary

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 from huggingface_hub import ModelCard, ModelCardData
 
-from scone.configs.schema import DataOptions, SconeOptions
+from scone.configs.schema import DEFAULT_RANKING, DataOptions, SconeOptions
 from scone.data.prepare import default_cache_folder
 from scone.data.token_file import TokenFile
 from scone.models.accounting import parameter_counts
@@ -46,10 +46,10 @@ def prepare_vocabulary(
     Several processes may ask at once: one counts, the others wait for it. Raises SconeError when no n-gram occurs
     ``data.min_freq`` times.
     """
-    max_n, min_freq, max_f_grams = data.max_n, data.min_freq, data.max_f_grams
+    max_n, min_freq, max_f_grams, ranking = data.max_n, data.min_freq, data.max_f_grams, data.ranking or DEFAULT_RANKING
     cache_dir = Path(data.cache_dir).expanduser() if data.cache_dir else default_cache_folder()
     key = fingerprint_of(
-        f"{CACHE_VERSION} {tokens.fingerprint} {vocab_size} {max_n} {data.ranking}",
+        f"{CACHE_VERSION} {tokens.fingerprint} {vocab_size} {max_n} {ranking}",
         " ".join(map(str, sorted(separator_ids))),
         tokenizer_fingerprint,
     )[:24]
@@ -70,7 +70,7 @@ def prepare_vocabulary(
                     memory_budget_bytes=parse_bytes(data.memory_budget) if data.memory_budget else None,
                     work_dir=folder / "work",
                     tokenizer_fingerprint=tokenizer_fingerprint,
-                    ranking=data.ranking,
+                    ranking=ranking,
                     quiet=quiet,
                 )
                 vocabulary = counted.vocabulary
@@ -108,8 +108,8 @@ def ranking_of(data: DataOptions) -> tuple[str | int | None, ...]:
 
     By gain they are where they choose from the same candidates.
     """
-    candidates = (data.min_freq, num_candidates(data.max_f_grams)) if data.ranking == "gain" else ()
-    return (data.ranking, *candidates)
+    ranking = data.ranking or DEFAULT_RANKING
+    return (ranking, data.min_freq, num_candidates(data.max_f_grams)) if ranking == "gain" else (ranking,)
 
 
 CARD_FILE = "README.md"

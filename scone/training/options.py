@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -23,6 +25,9 @@ _MODULES = {"azure_ml": "azureml", "comet_ml": "comet_ml", "dagshub": "dagshub",
 """Modules of trackers that are not named as their module is."""
 ROWS_BESIDE_A_MODEL = 1_000_000
 """Learned rows beside an f-gram model, unless said: it gives the rarer f-grams theirs."""
+
+TOKENS_PER_F_GRAM = 10
+"""From so many tokens read for each f-gram on, f-grams by gain are the better ones: docs/decisions/0021-ranking.md."""
 
 
 def check_training(options: TrainingOptions) -> None:
@@ -54,6 +59,24 @@ def check_model(options: SconeOptions) -> PreTrainedConfig:
         if sizes is not None:
             FGramModelConfig(**sizes)  # refuses heads that do not divide the width
     return config
+
+
+def tokens_of_a_pass(options: SconeOptions, corpus_tokens: int, num_processes: int) -> int:
+    """How many tokens the run reads before it reads one again, or ends."""
+    training = options.training
+    if training.max_steps <= 0:
+        return int(min(training.num_epochs, 1.0) * corpus_tokens)
+    per_step = training.batch_size * training.gradient_accumulation_steps * num_processes * options.data.max_length
+    return min(training.max_steps * per_step, corpus_tokens)
+
+
+def ranked(options: SconeOptions, corpus_tokens: int) -> SconeOptions:
+    """The same options, with the ranking of f-grams that suits the run where they name none."""
+    if options.data.ranking is not None:
+        return options
+    read = tokens_of_a_pass(options, corpus_tokens, int(os.environ.get("WORLD_SIZE", "1")))
+    ranking = "gain" if read >= TOKENS_PER_F_GRAM * options.data.max_f_grams else "frequency"
+    return replace(options, data=replace(options.data, ranking=ranking))
 
 
 def _check_device(device: str) -> None:

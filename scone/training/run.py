@@ -47,12 +47,15 @@ from scone.training.options import (
     config_class,
     f_gram_model_settings,
     number_of_rows,
+    ranked,
     reporter_names,
     resolve_precision,
+    tokens_of_a_pass,
 )
 from scone.training.run_folder import (
     FINAL_MODEL,
     OPTIONS_FILE,
+    as_begun,
     check_kind,
     check_resume,
     one_run_at_a_time,
@@ -109,7 +112,7 @@ def train(
     with one_run_at_a_time(output_dir) if is_first_process() else nullcontext():
         checkpoint = resume_point(output_dir, options.training.resume_from_checkpoint)
         corpus = corpus or prepare_run_corpus(options, quiet=quiet)
-        model = model or build_model(options, corpus, trunk_config=trunk_config, quiet=quiet)
+        model = model or build_model(as_begun(options, checkpoint), corpus, trunk_config=trunk_config, quiet=quiet)
         if checkpoint is not None:
             check_resume(checkpoint, model, _facts(corpus))
         trainer = build_trainer(options, model, corpus, quiet=quiet)
@@ -220,7 +223,7 @@ def run_vocabulary(options: SconeOptions, corpus: Corpus, vocab_size: int, *, qu
     """The f-grams of the run's training split, counted or from the cache."""
     return prepare_vocabulary(
         corpus.train,
-        options.data,
+        ranked(options, corpus.train.num_tokens).data,
         vocab_size=vocab_size,
         separator_ids=separator_ids(corpus.tokenizer),
         tokenizer_fingerprint=tokenizer_fingerprint(corpus.tokenizer),
@@ -270,15 +273,6 @@ def build_trainer(
             else training.rows_learning_rate
         ),
     )
-
-
-def tokens_of_a_pass(options: SconeOptions, corpus_tokens: int, num_processes: int) -> int:
-    """How many tokens the run reads before it reads one again, or ends."""
-    training = options.training
-    if training.max_steps <= 0:
-        return int(min(training.num_epochs, 1.0) * corpus_tokens)
-    per_step = training.batch_size * training.gradient_accumulation_steps * num_processes * options.data.max_length
-    return min(training.max_steps * per_step, corpus_tokens)
 
 
 def evaluation_blocks(tokens: TokenFile, length: int, max_tokens: int | None = None) -> BlockDataset:

@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from safetensors import safe_open
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from scone.configs.schema import SconeOptions
 from scone.models.learned_rows import LearnedRows
 from scone.models.row_files import ROWS_FOLDER, saved_shape
+from scone.tokenization.f_gram_file import file_of
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 from scone.utils.errors import SconeError, library_refusal
 from scone.utils.files import read_json
@@ -122,6 +125,13 @@ def complete_checkpoints(output_dir: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
     folders = [path.parent for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{COMPLETE_MARKER}")]
     return sorted(folders, key=lambda folder: int(folder.name.rsplit("-", 1)[1]))
+
+
+def as_begun(options: SconeOptions, checkpoint: Path | None) -> SconeOptions:
+    """The same options, with the ranking of f-grams that the run began with where they name none."""
+    if checkpoint is None or options.data.ranking is not None or not file_of(checkpoint).exists():
+        return options
+    return replace(options, data=replace(options.data, ranking=FGramVocabulary.load(checkpoint).ranking))
 
 
 def check_resume(checkpoint: Path, model: PreTrainedModel, facts: Mapping[str, str]) -> None:

@@ -53,6 +53,18 @@ def test_options_survive_a_mapping_and_a_file(tmp_path_factory, values):
     assert load_options(path) == options
 
 
+def test_a_run_of_before_there_were_two_rankings_is_by_frequency(tmp_path):
+    path = tmp_path / "options.yaml"
+    save_options(SconeOptions(), path)
+    path.write_text(path.read_text().replace("  ranking: null\n", ""))
+    by_flag, _ = parse_options(["--config", str(path)], ("data",), "")
+    assert load_options(path).data.ranking == by_flag.data.ranking == "frequency"
+    chosen, _ = parse_options(["--config", str(path), "--ranking", "gain"], ("data",), "")
+    assert chosen.data.ranking == "gain"
+    path.write_text("data: {max_n: 4}\n")  # somebody's own file means the default
+    assert load_options(path).data.ranking is None
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_an_option_means_the_same_as_flag_and_in_a_mapping(data):

@@ -12,6 +12,7 @@ from transformers import AutoConfig, TrainerCallback
 from scone.cli import main
 from scone.tests import tiny
 from scone.tests.training.runs import WORDS, command_line, free_port, options, run_command, run_ranks
+from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 from scone.training.run import train
 from scone.training.run_folder import check_kind
 from scone.utils.errors import SconeError
@@ -82,6 +83,16 @@ def test_another_f_gram_vocabulary_is_refused(grown, begun, tokenizer):
 )
 def test_another_model_is_refused(corpus, begun, tokenizer, changes, message):
     assert message in refusal(corpus, begun, **{"model.tokenizer": tokenizer} | changes)
+
+
+def test_a_run_that_names_no_ranking_keeps_the_one_it_began_with(corpus, tokenizer, tmp_path):
+    """Two steps read 6 tokens for each f-gram, four read 13, and from 10 on a fresh run has f-grams by gain."""
+    run = BEGAN | {"model.tokenizer": tokenizer}
+    ranking = {}
+    for name, steps in (("long", {"training.max_steps": 4}), ("short", {}), ("short", GO_ON)):
+        final_model = train(options(corpus, tmp_path / name, **(run | steps)), quiet=True)
+        ranking[name] = FGramVocabulary.load(final_model).ranking
+    assert ranking == {"long": "gain", "short": "frequency"}
 
 
 TRUNKS = [

@@ -24,8 +24,8 @@ from scone.tests import tiny
 from scone.tests.processes import forked
 from scone.tests.training.runs import RARELY, STILL, assert_same_weights, command_line, options, weights
 from scone.training.optimizer import rows_learning_rate
-from scone.training.options import number_of_rows
-from scone.training.run import build_model, build_trainer, prepare_run_corpus, tokens_of_a_pass, train
+from scone.training.options import number_of_rows, tokens_of_a_pass
+from scone.training.run import build_model, build_trainer, prepare_run_corpus, train
 from scone.training.run_folder import complete_checkpoints
 from scone.training.trainer import SconeTrainer
 from scone.utils.command_line import run_main

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from scone.configs.loading import from_mapping
-from scone.configs.schema import DataOptions, SconeOptions
+from scone.configs.schema import RANKINGS, DataOptions, SconeOptions
 from scone.data.token_file import TokenFile, TokenFileWriter
 from scone.evaluation.sweep import count_once, shared_matcher
 from scone.tests import tiny
 from scone.tokenization.f_gram_file import FILE_NAME
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 from scone.training.artifacts import prepare_vocabulary
+from scone.training.options import ranked
 from scone.training.run import Corpus
 from scone.utils.errors import SconeError
 
@@ -76,9 +78,27 @@ def test_each_ranking_has_a_vocabulary_of_its_own(tokens: TokenFile, tmp_path: P
     assert len(list(tmp_path.glob("vocabularies/*/*/counting.json"))) == 2
 
 
-def options(cache: Path, max_n: int, min_freq: int, max_f_grams: int, ranking: str) -> SconeOptions:
+def options(cache: Path, max_n: int, min_freq: int, max_f_grams: int, ranking: str | None) -> SconeOptions:
     sizes = {"max_n": max_n, "min_freq": min_freq, "max_f_grams": max_f_grams, "ranking": ranking}
     return from_mapping({"data": {**sizes, "cache_dir": str(cache)}}, "test")
+
+
+def test_runs_that_name_no_ranking_have_what_suits_them(tmp_path: Path) -> None:
+    """Gain from 10 tokens read for each f-gram on: of one pass, since rows start again with the next."""
+    run = options(tmp_path, 3, 2, 50, None)
+    steps = {"batch_size": 2, "gradient_accumulation_steps": 5}
+    for changes, corpus_tokens, ranking in [
+        ({"max_steps": 5} | steps, 10**6, "gain"),  # 5 × 2 × 5 × 10 tokens
+        ({"max_steps": 4} | steps, 10**6, "frequency"),
+        ({"max_steps": 5} | steps, 499, "frequency"),
+        ({"max_steps": -1, "num_epochs": 3}, 500, "gain"),
+        ({"max_steps": -1, "num_epochs": 3}, 499, "frequency"),
+        ({"max_steps": -1, "num_epochs": 0.5}, 999, "frequency"),
+    ]:
+        each = replace(run, data=replace(run.data, max_length=10), training=replace(run.training, **changes))
+        assert ranked(each, corpus_tokens).data.ranking == ranking
+        for named in RANKINGS:
+            assert ranked(replace(each, data=replace(each.data, ranking=named)), corpus_tokens).data.ranking == named
 
 
 def test_several_runs_count_each_ranking_once(tokens: TokenFile, tmp_path: Path) -> None:
