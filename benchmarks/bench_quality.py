@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 from common import REPOSITORY, Report
-from ladder_fit import Rung, beside, multipliers, rungs_of, savings
+from ladder_fit import GAIN, ROWS, Rung, beside, multipliers, rungs_of, savings
 
 from scone.utils.files import read_json
 
@@ -62,15 +62,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def measure(report: Report, ladder: Mapping[str, Any], targets: Mapping[str, tuple[str, float | None]]) -> None:
     """Records of the ladder's JSON; a metric without its runs is null, and says that they were not run."""
     rungs = rungs_of(ladder)
-    read = [*multipliers(rungs), *savings(rungs)]
-    measured = {(each.rung.size, each.rung.per_weight, each.rung.kind): each for each in read}
+    own = (GAIN, ROWS)  # of the former what was run: it is the default
+    measured = {(each.rung.size, each.rung.per_weight, each.rung.kind): each for each in multipliers(rungs)}
+    turned = {(each.rung.size, each.rung.per_weight, kind): each for kind in own for each in savings(rungs, kind)}
     for size, (per_weight, target) in targets.items():
-        found = measured.get((size, per_weight, "rows"))
-        note = f"95 %: {found.low:.2f} to {found.high:.2f}" if found else NOT_RUN
+        found = next((measured[place] for kind in own if (place := (size, per_weight, kind)) in measured), None)
+        note = f"{found.rung.kind}, 95 %: {found.low:.2f} to {found.high:.2f}" if found else NOT_RUN
         if found and found.beyond:
-            inner = measured.get((size, per_weight, "plain"))
-            if inner and not inner.beyond:
-                found, note = inner, f"95 %: {inner.low:.2f} to {inner.high:.2f}, on the curve of rows"
+            inner = [(kind, each) for kind in own if (each := turned.get((size, per_weight, kind))) and not each.beyond]
+            if inner:
+                kind, found = inner[0]
+                note = f"95 %: {found.low:.2f} to {found.high:.2f}, on the curve of {kind}"
             else:
                 note += ", plain's curve beyond its runs"
         value = found.value if found else None

@@ -55,19 +55,21 @@ def quality_table(report: Mapping[str, Any], view: str) -> str:
 
 def _multipliers(report: Mapping[str, Any]) -> str:
     rungs = _in_order(report)
-    found = {_place(each.rung): each for each in [*multipliers(rungs), *savings(rungs)]}
-    found_kinds = {rung.kind for rung in rungs}
-    kinds = [kind for kind in (GAIN, ROWS, OVER_ENCODING, DOUBLED, PLAIN) if kind in found_kinds]
+    kinds = [kind for kind in (GAIN, ROWS, OVER_ENCODING, DOUBLED) if any(rung.kind == kind for rung in rungs)]
+    own = [kind for kind in (GAIN, ROWS) if kind in kinds]
+    found = {(*_place(each.rung), PLAIN): each for each in multipliers(rungs)}
+    found |= {(*_place(each.rung), kind): each for kind in own for each in savings(rungs, kind)}
     lines = []
     for plain in (rung for rung in rungs if rung.kind == PLAIN):
-        places = [(plain.size, plain.per_weight, kind) for kind in kinds]
+        run = plain.size, plain.per_weight
+        places = [*((*run, kind, PLAIN) for kind in kinds), *((*run, PLAIN, kind) for kind in own)]
         cells = [shown(found[place]) if place in found else "–" for place in places]
         lines.append([*_head(plain), f"{plain.loss:.3f}", *cells])
     head = ["weights", "tokens", "tokens per weight", "plain's loss"]
-    head += [*(f"`{kind}`" for kind in kinds[:-1]), "`by rows`"]
+    head += [*(f"`{kind}`" for kind in kinds), *(f"`by {kind}`" for kind in own)]
     note = (
         "How many times its training FLOPs plain needs for the same loss (95 %: over windows and seeds). Below 1 plain "
-        "uses them better. `by rows`: plain's FLOPs, divided by those at which `rows` have its loss. Star: a curve "
+        "uses them better. `by …`: plain's FLOPs, divided by those at which the other has its loss. Star: a curve "
         f"beyond its runs. Loss: nats a token, mean of {len(rungs[0].losses)} texts, their standard deviation over "
         f"seeds {seed_spread(rungs):.4f}."
     )

@@ -30,7 +30,7 @@ from scone.utils.errors import SconeError  # noqa: E402
 from scone.utils.files import read_json, write_json  # noqa: E402
 
 PLAIN, DOUBLED, OVER_ENCODING = "plain", "plain-doubled", "over-encoding"
-ROWS, GAIN = "rows", "rows-gain"  # of the most frequent f-grams; of those ranked by gain
+ROWS, GAIN = "rows", "rows-gain"  # of the most frequent f-grams; of those ranked by gain, which are the default
 DRAWS = 1000
 EXPONENTS = np.geomspace(0.02, 1.5, 600)
 
@@ -99,12 +99,12 @@ def multipliers(rungs: Sequence[Rung], draws: int = DRAWS, curve: str = PLAIN) -
     return [each for size in dict.fromkeys(rung.size for rung in rungs) for each in _of_size(rungs, size, draws, curve)]
 
 
-def savings(rungs: Sequence[Rung], draws: int = DRAWS) -> list[Multiplier]:
-    """Of every plain rung: its training FLOPs, divided by those at which learned rows have its loss.
+def savings(rungs: Sequence[Rung], kind: str, draws: int = DRAWS) -> list[Multiplier]:
+    """Of every plain rung: its training FLOPs, divided by those at which ``kind`` has its loss.
 
-    As `multipliers`, but read on the curve of rows, which may reach a loss that plain's does not.
+    As `multipliers`, but read on that kind's curve, which may reach a loss that plain's does not.
     """
-    found = [each for each in multipliers(rungs, draws, ROWS) if each.rung.kind == PLAIN]
+    found = [each for each in multipliers(rungs, draws, kind) if each.rung.kind == PLAIN]
     return [Multiplier(each.rung, 1 / each.value, 1 / each.high, 1 / each.low, each.beyond) for each in found]
 
 

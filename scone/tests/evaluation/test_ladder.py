@@ -43,7 +43,9 @@ def test_a_multiplier_is_that_of_the_law(a, b, exponent, times, cost, rungs):
         assert each.beyond == (not 1 - 1e-9 <= times * cost * 2**place <= 2 ** (rungs - 1) + 1e-9) or times == 1
         # every run has the same windows and no seeds differ: nothing is left to chance
         assert (each.low, each.high) == pytest.approx((each.value, each.value), rel=1e-6)
-    for each in ladder.savings(ladder.rungs_of({"runs": runs}), draws=20):  # the same, read on the other curve
+    for each in ladder.savings(
+        ladder.rungs_of({"runs": runs}), ladder.ROWS, draws=20
+    ):  # the same, read on the other curve
         assert (each.rung.kind, each.value) == ("plain", pytest.approx(times, rel=0.1 if each.beyond else 0.03))
         assert each.low == pytest.approx(each.high, rel=1e-6)
 
