@@ -117,8 +117,8 @@ def test_the_rankings_choose_otherwise_and_match_alike():
 
 
 def test_a_vocabulary_of_a_million_begins_with_that_of_100_000():
-    assert num_candidates(100_000) == num_candidates(1_000_000) == 16_000_000
-    assert num_candidates(3_000_000) == 48_000_000
+    assert num_candidates(100_000) == num_candidates(1_000_000) == num_candidates(4_000_000) == 16_000_000
+    assert num_candidates(10_000_000) == 40_000_000
     assert (num_candidates(0), num_candidates(None)) == (0, None)
 
 
@@ -180,7 +180,7 @@ def test_mistakes_get_one_line():
 
 
 def test_the_memory_plan_knows_how_many_candidates_there_are():
-    """16 candidates an f-gram, but of few f-grams as many as of a million, and all that the corpus can hold."""
+    """More candidates than f-grams, and no more than the corpus can hold."""
     with pytest.raises(SconeError, match=r"for 1,000 n-grams of up to 4 tokens"):
         count_f_grams([text()], quiet=True, memory_budget_bytes=20_000, ranking="gain", **LIMITS)
     with pytest.raises(SconeError, match=r"for 100 n-grams of up to 3 tokens"):
