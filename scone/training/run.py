@@ -41,6 +41,7 @@ from scone.training.artifacts import prepare_vocabulary, write_model_card
 from scone.training.distributed import compile_for_training, reinit_process_group, report_lost_ranks
 from scone.training.optimizer import learned_rows, rows_learning_rate
 from scone.training.options import (
+    TOKENS_PER_F_GRAM,
     all_are_used,
     check_model,
     check_training,
@@ -203,6 +204,12 @@ def build_model(
                 f"{vocabulary.num_f_grams:,}",
                 options.data.min_freq,
                 f"{options.data.max_f_grams:,}",
+            )
+        elif options.data.ranking is None and vocabulary.ranking == "frequency":
+            logger.info(
+                "the run reads fewer than %d tokens for each f-gram, so these are the most frequent (--ranking gain: "
+                "those that say most about the next token)",
+                TOKENS_PER_F_GRAM,
             )
         f_gram_model = f_gram_model_settings(options.model, trunk.config)
         model = SconeForCausalLM.from_trunk(
