@@ -28,7 +28,7 @@ from common import measured_on  # noqa: E402
 
 from scone.data.token_file import TokenFile  # noqa: E402
 from scone.evaluation.perplexity import paired_difference, token_losses, windows  # noqa: E402
-from scone.evaluation.zero_shot import evaluate_tasks  # noqa: E402
+from scone.evaluation.zero_shot import TaskResult, evaluate_tasks, refuse_left_out  # noqa: E402
 from scone.inference.engine import GenerationOptions, SconeInferenceEngine  # noqa: E402
 from scone.inference.loading import load_model  # noqa: E402
 from scone.models.trunk import longest_sequence  # noqa: E402
@@ -88,12 +88,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     pair |= losses_of_pair(models["plain"], models["rows"], texts, arguments.batch_size)
     write_json(arguments.json, report)
     if arguments.task_data:
-        pair["tasks"] = {}
+        pair["tasks"], outcomes = {kind: [] for kind in engines}, []
         for kind, engine in engines.items():
             settings = (arguments.tasks, arguments.task_data, arguments.limit, 4 * arguments.batch_size)
-            found = evaluate_tasks(engine.model, engine.tokenizer, *settings)
-            pair["tasks"][kind] = [result.to_dict() for result in found]
-            write_json(arguments.json, report)
+            for outcome in evaluate_tasks(engine.model, engine.tokenizer, *settings):
+                outcomes.append(outcome)
+                if isinstance(outcome, TaskResult):
+                    pair["tasks"][kind].append(outcome.to_dict())
+                else:
+                    pair.setdefault("tasks_left_out", {}).setdefault(kind, {})[outcome.task] = outcome.reason
+                write_json(arguments.json, report)
+        refuse_left_out(outcomes)
     return 0
 
 

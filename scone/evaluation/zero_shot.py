@@ -5,9 +5,10 @@ from __future__ import annotations
 import io
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, redirect_stderr
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,6 +67,15 @@ class TaskResult:
         return vars(self) | {"accuracy_interval": self.accuracy_interval}
 
 
+@dataclass(frozen=True)
+class TaskRefusal:
+    """A task that could not be evaluated: why, in a clause, and what was raised."""
+
+    task: str
+    reason: str
+    cause: SconeError
+
+
 def evaluate_tasks(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -73,34 +83,66 @@ def evaluate_tasks(
     task_data: str | Path | None = None,
     limit: int | None = None,
     batch_size: int = 8,
-) -> list[TaskResult]:
-    """Accuracy of ``model`` on each of ``tasks``, no examples in the prompt.
+) -> Iterator[TaskResult | TaskRefusal]:
+    """Accuracy of ``model`` on each of ``tasks``, no examples in the prompt; each as soon as it is known.
 
-    ``tasks`` and ``task_data`` as for `check_tasks`. ``limit``: the first items of each task alone.
+    ``tasks`` and ``task_data`` as for `check_tasks`. ``limit``: the first items of each task alone. A task that cannot
+    be evaluated (an answer of more tokens than the model has positions, no accuracy) costs no other its result:
+    `refuse_left_out` makes it an error when all are done.
 
-    Raises SconeError as `check_tasks` does; a task without an accuracy, an answer that the model has no room for.
+    Raises SconeError as `check_tasks` does.
     """
     names, local = check_tasks(tasks, task_data)
+    # only in a group does the harness take changes to a task of its own
+    wanted = [{"group": "local", "task": [description]} for description in local] if local else names
+    return _outcomes(model, tokenizer, dict(zip(names, wanted, strict=True)), limit, batch_size)
+
+
+def _outcomes(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    wanted: Mapping[str, Any],
+    limit: int | None,
+    batch_size: int,
+) -> Iterator[TaskResult | TaskRefusal]:
     with _quiet_harness():
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
 
-        manager = TaskManager()
-        positions = longest_sequence(model.config)
-        settings: dict[str, Any] = {"batch_size": batch_size, "max_length": positions}
-        adapter = HFLM(pretrained=model, tokenizer=tokenizer, **settings)  # type: ignore[arg-type]
-        advice = f"the model has {positions} positions: leave out a task whose answers are longer"
-        results = []
-        for place, name in enumerate(names):
-            # only in a group does the harness take changes to a task of its own
-            wanted: Any = [{"group": "local", "task": [local[place]]}] if local else [name]
-            with library_refusal(f"the harness cannot evaluate {name} with this model", advice):
+        class Adapter(HFLM):
+            """Refuses a task whose answers do not fit before it computes anything of it."""
+
+            def _loglikelihood_tokens(self, requests: Any, *arguments: Any, **options: Any) -> Any:
+                longest = max((len(answer) for _, _, answer in requests), default=0)
+                if longest > self.max_length:
+                    raise SconeError(
+                        f"its longest answer has {longest} tokens, and the model {self.max_length} positions"
+                    )
+                return super()._loglikelihood_tokens(requests, *arguments, **options)
+
+        settings: dict[str, Any] = {"batch_size": batch_size, "max_length": longest_sequence(model.config)}
+        adapter = Adapter(pretrained=model, tokenizer=tokenizer, **settings)  # type: ignore[arg-type]
+    for name, task in wanted.items():
+        outcome: TaskResult | TaskRefusal
+        try:
+            with _quiet_harness(), library_refusal("the harness fails on it", "--debug says where"):
                 found: Any = simple_evaluate(
-                    adapter, tasks=wanted, num_fewshot=0, limit=limit, bootstrap_iters=0, task_manager=manager
+                    adapter, tasks=[task], num_fewshot=0, limit=limit, bootstrap_iters=0, task_manager=_task_manager()
                 )
-            results.append(_result(name, found))
-    return results
+                outcome = _result(name, found)
+        except SconeError as error:
+            outcome = TaskRefusal(name, str(error), error)
+        yield outcome
+
+
+def refuse_left_out(outcomes: Sequence[TaskResult | TaskRefusal]) -> None:
+    """Raise a SconeError that names all tasks without a result, if there are any: when the others' are kept."""
+    refusals = [outcome for outcome in outcomes if isinstance(outcome, TaskRefusal)]
+    if refusals:
+        which = ", ".join(dict.fromkeys(f"{each.task} ({each.reason})" for each in refusals))
+        kept = "every other result is kept; " if len(refusals) < len(outcomes) else ""
+        advice = "leave out what is named here, or take a model that can do it"
+        raise SconeError(f"--tasks: cannot evaluate this model on {which}; {kept}{advice}") from refusals[0].cause
 
 
 def check_tasks(
@@ -126,15 +168,21 @@ def check_tasks(
             "install it with pip install 'scone-lm[tasks]'"
         )
     if others := [name for name in names if name not in TASKS]:
-        with _quiet_harness():
-            from lm_eval.tasks import TaskManager
-
-            known = TaskManager().all_tasks
+        known = _task_manager().all_tasks
         for name in others:
             if name not in known:
                 advice = did_you_mean(name, TASKS) or f"expected {', '.join(TASKS)}, all, or another of the harness"
                 raise SconeError(f"--tasks: found the unknown task {name}; {advice}")
     return names, local
+
+
+@cache
+def _task_manager() -> Any:
+    """What knows the harness's tasks, which takes it some ten seconds to find."""
+    with _quiet_harness():
+        from lm_eval.tasks import TaskManager
+
+        return TaskManager()
 
 
 def _quiet_harness() -> AbstractContextManager[Any]:
@@ -168,7 +216,7 @@ def _from_file(name: str, folder: Path) -> dict[str, Any]:
 def _result(name: str, found: Any) -> TaskResult:
     scores, samples = found["results"][name], found["samples"].get(name, [])
     if "acc,none" not in scores:
-        raise SconeError(f"--tasks: found {name}, which has no accuracy; expected one that has; leave it out")
+        raise SconeError("it has no accuracy")
     answers = [len(sample["arguments"]) for sample in samples]
     return TaskResult(
         name,

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from scone.evaluation.perplexity import PerplexityResult
+    from scone.evaluation.zero_shot import TaskRefusal, TaskResult
 
 EXAMPLES = (
     "scone evaluate --model_path ./outputs/scone-model/final_model --dataset_name wikitext --split test",
@@ -78,17 +79,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.manual_seed(options.training.seed)
     engine = load_engine(options, extra)
     loaded, tokenizer = engine.loaded, engine.tokenizer
-    facts: dict[str, object] = {"model_path": str(extra.model_path)}
+    facts: dict[str, Any] = {"model_path": str(extra.model_path)}
+    outcomes: Sequence[TaskResult | TaskRefusal] = ()
     with redirect_stdout(io.StringIO()) if extra.json else nullcontext():
         if measures_perplexity:
             facts |= _measure_perplexity(options, extra, loaded.model, tokenizer)
         if extra.tasks is not None:
-            from scone.evaluation.zero_shot import describe_tasks, evaluate_tasks
-
-            settings = (extra.tasks, extra.task_data, extra.limit, options.inference.batch_size)
-            results = evaluate_tasks(loaded.model, tokenizer, *settings)
-            print(describe_tasks(results))
-            facts["tasks"] = {result.task: result.to_dict() for result in results}
+            outcomes = _measure_tasks(options, extra, loaded.model, tokenizer, facts)
         if loaded.table is not None:
             print(loaded.table.describe())
         if loaded.quantization is not None:
@@ -97,6 +94,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps(facts, indent=2))
     if extra.output is not None:
         write_json(extra.output, facts)
+    if extra.tasks is not None:
+        from scone.evaluation.zero_shot import refuse_left_out
+
+        refuse_left_out(outcomes)
     return 0
 
 
@@ -151,6 +152,35 @@ def _measure_perplexity(
     _print_perplexity(result)
     windows = {"max_length": data.max_length, "stride": extra.stride or data.max_length}
     return {"dataset_name": data.dataset_name, "split": extra.split} | windows | result.to_dict()
+
+
+def _measure_tasks(
+    options: SconeOptions,
+    extra: argparse.Namespace,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    facts: dict[str, Any],
+) -> Sequence[TaskResult | TaskRefusal]:
+    """Print the accuracies and add them to ``facts``, which --output has after every task."""
+    from scone.evaluation.zero_shot import TaskResult, describe_tasks, evaluate_tasks
+
+    outcomes: list[TaskResult | TaskRefusal] = []
+    facts["tasks"] = {}
+    try:
+        for outcome in evaluate_tasks(
+            model, tokenizer, extra.tasks, extra.task_data, extra.limit, options.inference.batch_size
+        ):
+            outcomes.append(outcome)
+            if isinstance(outcome, TaskResult):
+                facts["tasks"][outcome.task] = outcome.to_dict()
+            else:
+                facts.setdefault("tasks_left_out", {})[outcome.task] = outcome.reason
+            if extra.output is not None:
+                write_json(extra.output, facts)
+    finally:  # also where memory ends, or patience
+        if results := [outcome for outcome in outcomes if isinstance(outcome, TaskResult)]:
+            print(describe_tasks(results))
+    return outcomes
 
 
 def _print_perplexity(result: PerplexityResult) -> None:

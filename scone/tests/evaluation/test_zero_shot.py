@@ -12,10 +12,13 @@ import pytest
 import torch
 
 from scone.cli import main
-from scone.evaluation.zero_shot import TASKS, TaskResult, describe_tasks, evaluate_tasks
+from scone.data.token_file import TokenFileWriter
+from scone.evaluation.zero_shot import TASKS, TaskResult, describe_tasks, evaluate_tasks, refuse_left_out
 from scone.inference.loading import load_model
 from scone.tests import tiny
+from scone.tests.evaluation import experiments
 from scone.tokenization.tokenizers import load_tokenizer
+from scone.utils.command_line import run_main
 from scone.utils.errors import SconeError
 
 pytestmark = [
@@ -98,7 +101,7 @@ def test_table_and_live_model_agree_on_the_command_line(folder, tmp_path, capsys
 
 def test_every_task_runs_on_real_items(folder, shared_data):
     model = load_model(folder, folder / "embeddings.cache", device="cpu").model
-    results = evaluate_tasks(model, load_tokenizer(folder), "all", shared_data / "evals", limit=2)
+    results = list(evaluate_tasks(model, load_tokenizer(folder), "all", shared_data / "evals", limit=2))
     assert [result.task for result in results] == list(TASKS)
     assert all(result.num_items == 2 for result in results)
     assert "winogrande" in describe_tasks(results)
@@ -125,11 +128,79 @@ def test_mistakes_get_one_line(folder, argv, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_answers_that_do_not_fit_get_one_line(live, tmp_path):
+def item_of(tokenizer, num_tokens: int) -> dict:
+    """An item of arc_easy whose longest answer has so many tokens."""
+    (item,) = arc_items(["A"])
+    item["choices"]["text"][1] = " ".join("a" * num_tokens)
+    assert len(tokenizer(" a" * num_tokens)["input_ids"]) == num_tokens
+    return item
+
+
+def test_an_answer_fits_up_to_the_last_position(live, tmp_path):
+    model, tokenizer = live
+    positions = model.config.get_text_config().max_position_embeddings
+    write_items(tmp_path, "arc_easy", [item_of(tokenizer, positions)])
+    (result,) = evaluate_tasks(*live, "arc_easy", tmp_path)
+    assert result.num_items == 1
+    write_items(tmp_path, "arc_easy", [item_of(tokenizer, 5), item_of(tokenizer, positions + 1)])
+    (refusal,) = evaluate_tasks(*live, "arc_easy", tmp_path)
+    assert refusal.reason == f"its longest answer has {positions + 1} tokens, and the model {positions} positions"
+    assert "every other" not in tiny.refusal(refuse_left_out, [refusal])
+
+
+@pytest.fixture
+def mixed(live, tmp_path):
+    """A folder of three tasks' items; an answer of arc_easy is too long."""
+    folder = tmp_path / "items"
+    folder.mkdir()
+    write_items(folder, "boolq", [{"question": "is the sun hot", "answer": True, "passage": "the sun is hot"}] * 4)
+    write_items(folder, "arc_easy", [*arc_items(list("ABCA")), item_of(live[1], 1000)])
+    write_items(folder, "lambada_openai", [{"context": "the sun is", "continuation": "hot"}] * 2)
+    return folder
+
+
+TASKS_OF_MIXED = ["--tasks", "boolq,arc_easy,lambada_openai"]
+
+
+def test_a_task_left_out_costs_no_other_its_result(folder, live, mixed, tmp_path, capsys):
+    capsys.readouterr()
+    command = ["evaluate", "--model_path", str(folder), *TASKS_OF_MIXED, "--task_data", str(mixed), "--device", "cpu"]
+    assert main([*command, "--output", str(tmp_path / "result.json")]) == 2
+    shown = capsys.readouterr()
+    assert [line.split()[0] for line in shown.out.splitlines()] == ["task", "boolq", "lambada_openai"]
+    (line,) = shown.err.splitlines()
+    reason = "its longest answer has 1000 tokens, and the model 640 positions"
+    assert f"cannot evaluate this model on arc_easy ({reason}); every other result is kept; leave out" in line
+    written = json.loads((tmp_path / "result.json").read_text())
+    alone = [result for task in ("boolq", "lambada_openai") for result in evaluate_tasks(*live, task, mixed)]
+    assert written["tasks"] == json.loads(json.dumps({result.task: result.to_dict() for result in alone}))
+    assert written["tasks_left_out"] == {"arc_easy": reason}
+    assert main([*command, "--json"]) == 2
+    assert json.loads(capsys.readouterr().out) == written
+
+
+def test_a_task_left_out_costs_a_pair_no_result(folder, live, mixed, tmp_path, capsys):
+    users = experiments.module("what_users_ask")
+    for text in users.TEXTS:
+        writer = TokenFileWriter(tmp_path / text, 300, 0)
+        writer.add_document(torch.randint(1, 300, (1400,)).numpy())
+        writer.finish({"tokenizer_fingerprint": ""})
+    models = ["--plain", str(folder / "plain"), "--rows", str(folder), "--data", str(tmp_path)]
+    command = [*models, *TASKS_OF_MIXED, "--task_data", str(mixed), "--json", str(tmp_path / "pair.json")]
+    capsys.readouterr()
+    assert run_main(users.main, command) == 2
+    assert capsys.readouterr().err.count("arc_easy") == 1, "both models, one line"
+    (pair,) = json.loads((tmp_path / "pair.json").read_text())["pairs"]
+    for kind in ("plain", "rows"):
+        assert [result["task"] for result in pair["tasks"][kind]] == ["boolq", "lambada_openai"]
+        assert pair["tasks_left_out"][kind].keys() == {"arc_easy"}
+
+
+def test_a_task_without_an_accuracy_is_left_out(live, tmp_path):
+    write_items(tmp_path, "wikitext", [{"page": "the sun is hot"}])
     write_items(tmp_path, "arc_easy", arc_items(["A"]))
-    write_items(tmp_path, "lambada_openai", [{"context": "the sun is", "continuation": "hot" * 2000}])
-    with pytest.raises(SconeError, match=r"cannot evaluate lambada_openai with this model .*has \d+ positions"):
-        evaluate_tasks(*live, ["arc_easy", "lambada_openai"], tmp_path)
+    refusal, result = evaluate_tasks(*live, "wikitext,arc_easy", tmp_path)
+    assert (refusal.task, refusal.reason, result.task) == ("wikitext", "it has no accuracy", "arc_easy")
 
 
 def test_missing_harness_gets_one_line(monkeypatch):
