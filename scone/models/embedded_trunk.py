@@ -239,8 +239,8 @@ class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
             return_dict: False gives a tuple, the loss first; None: as the configuration says.
 
         Raises:
-            ValueError: a cache that another model filled, without the token history that looking up needs; vectors
-                without their tokens.
+            ValueError: a cache that another model filled, without the token history that looking up needs; two caches;
+                vectors without their tokens.
             SconeError: a paged cache of continuous batching.
         """
         if use_cache is None and labels is not None:
@@ -268,6 +268,8 @@ class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
         **kwargs: Any,
     ) -> Any:
         """The output of ``part``, the trunk or its body, for our input vectors; arguments are those of `forward`."""
+        if cache is not None and past_key_values is not None:
+            raise ValueError(f"found a cache and past_key_values; expected one of them; give {CACHE} alone")
         cache = past_key_values if cache is None else cache
         if input_ids is None:
             raise ValueError("found no input_ids; expected tokens" if inputs_embeds is None else _NO_TOKENS)

@@ -45,6 +45,16 @@ def test_exported_rows_equal_the_live_sum(parts):
             torch.testing.assert_close(rows[rank], expected, atol=1e-5, rtol=1e-5)
 
 
+def test_a_cache_by_a_name_that_generate_does_not_know_is_never_read_as_none():
+    """It would make one of its own beside it."""
+    (other,) = {"cache", "past_key_values"} - {CACHE}
+    found = MODEL.generate(tokens(1, 5), max_new_tokens=2, do_sample=False, return_dict_in_generate=True)
+    with pytest.raises((ValueError, FutureWarning), match=other):
+        MODEL.generate(found.sequences, max_new_tokens=2, do_sample=False, **{other: found[CACHE]})
+    with pytest.raises(ValueError, match=f"expected one of them; give {CACHE} alone"):
+        MODEL(tokens(1, 2), cache=found[CACHE], past_key_values=found[CACHE])
+
+
 @torch.no_grad()
 def test_a_cache_of_another_model_or_that_went_on_without_its_history_is_refused():
     cache = getattr(MODEL.trunk(tokens(1, 5), use_cache=True), CACHE)
