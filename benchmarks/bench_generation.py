@@ -37,6 +37,7 @@ from scone.evaluation.speed import wait
 from scone.inference.embedding_table import EmbeddingTable
 from scone.models.configuration import SconeConfig
 from scone.models.language_model import SconeForCausalLM
+from scone.models.token_history import CACHE
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 
 MAX_N = 5
@@ -124,14 +125,14 @@ class Subject:
     def run(self, prompt: torch.Tensor, following: torch.Tensor) -> tuple[float, list[float], float]:
         """Seconds of the prefill, of each decoding step, and of the steps' input embeddings on average."""
         started = time.perf_counter()
-        cache = self.model(input_ids=prompt, use_cache=True, logits_to_keep=1).past_key_values
+        cache = self.model(input_ids=prompt, use_cache=True, logits_to_keep=1)[CACHE]
         wait(self.device)
         prefill = time.perf_counter() - started
         self.embedding_seconds = 0.0
         steps = []
         for step in range(following.shape[1]):
             started = time.perf_counter()
-            output = self.model(input_ids=following[:, step : step + 1], past_key_values=cache, use_cache=True)
+            output = self.model(input_ids=following[:, step : step + 1], **{CACHE: cache}, use_cache=True)
             output.logits[:, -1].argmax(-1)
             wait(self.device)
             steps.append(time.perf_counter() - started)
@@ -295,7 +296,7 @@ def decode(
     Waiting, it is the median of all; else they cannot be told apart, and it is their mean.
     """
     cache.reset()
-    shared = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+    shared = {CACHE: cache, "use_cache": True, "logits_to_keep": 1}
     logits = subject.model(input_ids=text[:, :prompt], **shared).logits
     wait(subject.device)
     times = [time.perf_counter()]

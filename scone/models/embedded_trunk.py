@@ -18,7 +18,7 @@ from scone.models.configuration import EmbeddedTrunkConfig
 from scone.models.learned_rows import LearnedRows
 from scone.models.row_files import ROWS_FOLDER, load_shares
 from scone.models.table_lookup import Find, looked_up
-from scone.models.token_history import TokenHistory, extend_history, known_past, marked, starts_of_examples
+from scone.models.token_history import CACHE, TokenHistory, extend_history, known_past, marked, starts_of_examples
 from scone.models.trunk import train_every_token
 from scone.utils.errors import SconeError
 from scone.utils.files import give_umask_mode
@@ -209,7 +209,7 @@ class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -218,6 +218,7 @@ class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
         token_mask: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         return_dict: bool | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> Any:
         """Logits, and the loss where ``labels`` are given; what is not named here goes to the trunk as it is.
@@ -228,6 +229,8 @@ class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
                 neighbours, so that a padded batch gives what its bare sequences give.
             position_ids: ``[B, T]``. Where they start again, another example of a packed sequence begins, and what is
                 before it is not seen; ``cu_seq_lens_q`` and ``seq_idx`` of data collators say the same.
+            cache: what earlier calls left of the tokens before; ``past_key_values`` is the same by its older name. The
+                output has it under the name that the installed transformers uses.
             inputs_embeds: ``[B, T, D]`` ready-made vectors of ``input_ids`` (of `input_vectors`); nothing is looked up
                 or scaled then.
             labels: int64 ``[B, T]``, unshifted, -100 ignored.
@@ -238,13 +241,13 @@ class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
             return_dict: False gives a tuple, the loss first; None: as the configuration says.
 
         Raises:
-            ValueError: a cache that another model filled, without the token history that looking up needs; vectors
-                without their tokens.
+            ValueError: a cache that another model filled, without the token history that looking up needs; two caches;
+                vectors without their tokens.
             SconeError: a paged cache of continuous batching.
         """
         if use_cache is None and labels is not None:
             use_cache = False
-        inputs = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, trie, token_mask)
+        inputs = (input_ids, attention_mask, position_ids, cache, inputs_embeds, trie, token_mask, past_key_values)
         output = self._run(self.trunk, *inputs, use_cache=use_cache, logits_to_keep=logits_to_keep, **kwargs)
         if labels is not None:
             loss = self.loss_function(
@@ -259,14 +262,17 @@ class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         trie: dict[str, Any] | None = None,
         token_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> Any:
         """The output of ``part``, the trunk or its body, for our input vectors; arguments are those of `forward`."""
-        cache = past_key_values
+        if cache is not None and past_key_values is not None:
+            raise ValueError(f"found a cache and past_key_values; expected one of them; give {CACHE} alone")
+        cache = past_key_values if cache is None else cache
         if input_ids is None:
             raise ValueError("found no input_ids; expected tokens" if inputs_embeds is None else _NO_TOKENS)
         if "write_index" in kwargs:
@@ -282,12 +288,13 @@ class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=cache,
             return_dict=True,
+            **{CACHE: cache},
             **kwargs,
         )
-        if output.past_key_values is not None:
-            extend_history(output.past_key_values, tokens)
+        cache = getattr(output, CACHE)
+        if cache is not None:
+            extend_history(cache, tokens)
         return output
 
     def _returned(self, output: ModelOutput, return_dict: bool | None) -> Any:

@@ -7,8 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from scone.kernels.longest_match import FIRST_BIT
+
+# The name that transformers has for the cache, of arguments and in outputs: from 5.24 on the first.
+CACHE = "cache" if hasattr(CausalLMOutputWithPast, "cache") else "past_key_values"
 
 
 def marked(token_ids: Tensor, mask: Tensor | None, starts: Tensor | None = None) -> Tensor:
@@ -118,6 +122,11 @@ class StaticTokenHistory(TokenHistory):
     def get_seq_length(self) -> Any:
         """How many tokens it holds: on the device, as a static layer answers; 0 before the first."""
         return self.count if self.is_initialized else 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back so many tokens, of a number below 0 as cached layers have it: later ones are written over them."""
+        assert self.count is not None
+        self.count.sub_(abs(tokens_to_remove))
 
     def reset(self) -> None:
         """Forget all tokens, and keep the memory."""

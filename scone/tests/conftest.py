@@ -25,8 +25,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 multiprocessing.set_forkserver_preload(["scone.training.run", "scone.tokenization.counting"])
 
 
-# what accelerate, transformers and PyTorch's loader say of themselves in a run
-OF_A_RUN = ("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore:.*pin_memory.*:UserWarning")
+# what accelerate, transformers and PyTorch's loader say of themselves in a run, and not of how we call models
+OF_A_RUN = (
+    "error:.*past_key_values:FutureWarning",
+    "ignore::FutureWarning",
+    "ignore::DeprecationWarning",
+    "ignore:.*pin_memory.*:UserWarning",
+)
 RUNS = ("training", "scripts", "docs")
 
 

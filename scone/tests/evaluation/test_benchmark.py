@@ -23,8 +23,6 @@ from scone.tests.evaluation.conftest import WORDS
 from scone.utils.environment import PeakMemory, process_bytes
 from scone.utils.errors import SconeError
 
-pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning")]
-
 
 @pytest.fixture
 def config(served_model: Path, tmp_path: Path) -> dict:

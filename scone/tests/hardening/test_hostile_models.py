@@ -17,7 +17,6 @@ from scone.tests.hardening.hostile import refused_or_read
 from scone.tokenization.tokenizers import load_tokenizer, train_tokenizer
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]

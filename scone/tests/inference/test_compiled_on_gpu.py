@@ -70,10 +70,10 @@ def test_a_compiled_model_equals_itself(model: SconeForCausalLM) -> None:
     text = tiny.tokens(2, 16).cuda()
     full = model(text).logits
     cache = StaticCache(config=model.config.get_text_config(), max_cache_len=16)
-    found = [model(text[:, :8], past_key_values=cache, use_cache=True).logits]
+    found = [model(text[:, :8], cache=cache, use_cache=True).logits]
     for at in range(8, 16):
         torch.compiler.cudagraph_mark_step_begin()
-        step = compiled(text[:, at : at + 1], past_key_values=cache, use_cache=True)
+        step = compiled(text[:, at : at + 1], cache=cache, use_cache=True)
         found.append(step.logits.clone())  # the next step writes over it
     torch.testing.assert_close(torch.cat(found, dim=1), full, atol=1e-4, rtol=1e-4)
     for _ in range(3):

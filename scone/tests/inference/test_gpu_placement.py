@@ -74,7 +74,7 @@ def vectors_of(model: SconeForCausalLM, text: torch.Tensor, mask: torch.Tensor |
         tokens = text[:, low:high].cuda()
         seen = None if mask is None else mask[:, :high].cuda()
         yield model.embed(tokens, None if seen is None else seen[:, low:], cache if low else None)
-        model(input_ids=tokens, attention_mask=seen, past_key_values=cache, use_cache=True)
+        model(input_ids=tokens, attention_mask=seen, cache=cache, use_cache=True)
 
 
 def test_gradients_pass_by_the_rows(tmp_path: Path) -> None:

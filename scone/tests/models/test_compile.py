@@ -120,7 +120,7 @@ def test_compiled_steps_equal_a_full_forward():
     found = []
     for start, stop in ((0, 6), (6, 10), (10, 11)):
         step = {"attention_mask": mask[:, :stop], "position_ids": positions[:, start:stop]}
-        found.append(compiled(text[:, start:stop], past_key_values=cache, use_cache=True, **step).logits)
+        found.append(compiled(text[:, start:stop], cache=cache, use_cache=True, **step).logits)
     same(torch.cat(found, dim=1)[mask[:, :11].bool()], full[:, :11][mask[:, :11].bool()])
 
 

@@ -7,11 +7,10 @@ import torch
 from transformers import StaticCache
 
 from scone.models.language_model import SconeForCausalLM
+from scone.models.token_history import CACHE
 from scone.tests import tiny
 from scone.tests.tiny import tokens
 from scone.utils.errors import SconeError
-
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 
 def test_replacing_starts_at_the_scale_of_token_embeddings():
@@ -46,16 +45,26 @@ def test_exported_rows_equal_the_live_sum(parts):
             torch.testing.assert_close(rows[rank], expected, atol=1e-5, rtol=1e-5)
 
 
+def test_a_cache_by_a_name_that_generate_does_not_know_is_never_read_as_none():
+    """It would make one of its own beside it."""
+    (other,) = {"cache", "past_key_values"} - {CACHE}
+    found = MODEL.generate(tokens(1, 5), max_new_tokens=2, do_sample=False, return_dict_in_generate=True)
+    with pytest.raises((ValueError, FutureWarning), match=other):
+        MODEL.generate(found.sequences, max_new_tokens=2, do_sample=False, **{other: found[CACHE]})
+    with pytest.raises(ValueError, match=f"expected one of them; give {CACHE} alone"):
+        MODEL(tokens(1, 2), cache=found[CACHE], past_key_values=found[CACHE])
+
+
 @torch.no_grad()
 def test_a_cache_of_another_model_or_that_went_on_without_its_history_is_refused():
-    cache = MODEL.trunk(tokens(1, 5), use_cache=True).past_key_values
+    cache = getattr(MODEL.trunk(tokens(1, 5), use_cache=True), CACHE)
     with pytest.raises(ValueError, match="5 positions but the tokens of 0"):
-        MODEL(tokens(1, 2), past_key_values=cache)
+        MODEL(tokens(1, 2), cache=cache)
     cache = StaticCache(config=MODEL.trunk.config, max_cache_len=16)
-    MODEL(tokens(1, 5), past_key_values=cache, use_cache=True)
-    MODEL.trunk(tokens(1, 3), past_key_values=cache, use_cache=True)
+    MODEL(tokens(1, 5), cache=cache, use_cache=True)
+    MODEL.trunk(tokens(1, 3), **{CACHE: cache}, use_cache=True)
     with pytest.raises(ValueError, match="8 positions but the tokens of 5"):
-        MODEL(tokens(1, 2), past_key_values=cache)
+        MODEL(tokens(1, 2), cache=cache)
 
 
 def test_a_served_model_saved_again_asks_for_its_table(tmp_path):

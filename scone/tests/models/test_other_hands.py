@@ -17,6 +17,7 @@ from scone.inference.loading import load_model
 from scone.inference.precompute import precompute_table
 from scone.models.language_model import SconeForCausalLM
 from scone.models.scaled_trunk import ScaledTrunkForCausalLM
+from scone.models.token_history import CACHE
 from scone.models.trunk import build_trunk
 from scone.tests import tiny
 from scone.tests.kernels import reference
@@ -29,8 +30,9 @@ from scone.utils.errors import SconeError
 
 @pytest.mark.parametrize("trunk", ["gpt2", "llama"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_head_of_the_body_equals_the_logits(kind, trunk):
-    """What losses that never make whole logits compute: padded, and step by step with a cache."""
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_head_of_the_body_equals_the_logits(name, kind, trunk, caplog):
+    """What losses that never make whole logits compute: padded, and step by step with a cache, by either name of it."""
     model = model_of(kind, trunk)
     ids, mask = tokens(2, 16), torch.ones(2, 16, dtype=torch.int64)
     mask[1, :3] = 0
@@ -41,15 +43,20 @@ def test_head_of_the_body_equals_the_logits(kind, trunk):
         for body in (model.base_model, getattr(model, model.base_model_prefix), model.get_decoder()):
             output = body(input_ids=ids, attention_mask=mask, use_cache=False)
             torch.testing.assert_close(head(output.last_hidden_state), expected, atol=1e-6, rtol=1e-6)
-        cache, pieces = None, []
+        cache, pieces, whole, wholes = None, [], None, []
         for start, stop in ((0, 5), (5, 6), (6, 16)):
-            piece = {"attention_mask": mask[:, :stop], "past_key_values": cache, "use_cache": True}
-            output = model.base_model(input_ids=ids[:, start:stop], **piece)
-            cache = output.past_key_values
+            piece = {"input_ids": ids[:, start:stop], "attention_mask": mask[:, :stop], "use_cache": True}
+            output = model.base_model(**piece, **{name: cache})
+            cache = output[CACHE]
             pieces.append(head(output.last_hidden_state))
+            output = model(**piece, **{name: whole})
+            whole = output[CACHE]
+            wholes.append(output.logits)
         positions = {"position_ids": torch.arange(16)[None]}
         unpadded = model(input_ids=ids, attention_mask=mask, **positions).logits
-        torch.testing.assert_close(torch.cat(pieces, 1)[mask.bool()], unpadded[mask.bool()], atol=1e-5, rtol=1e-5)
+        for found in (pieces, wholes):
+            torch.testing.assert_close(torch.cat(found, 1)[mask.bool()], unpadded[mask.bool()], atol=1e-5, rtol=1e-5)
+    assert not caplog.records, "transformers says there what names it no longer has"
 
 
 def test_the_body_is_no_part_of_the_model_and_a_copy_has_its_own():

@@ -119,7 +119,7 @@ def test_a_packed_prefill_goes_on_with_its_last_example(kind, is_static, lengths
         for start, stop in itertools.pairwise(edges):
             visible = mask[:, :, start:stop, : length if is_static else stop]
             step = {"attention_mask": visible, "position_ids": positions[:, start:stop]}
-            output = model(tokens[:, start:stop], past_key_values=cache, use_cache=True, **step)
+            output = model(tokens[:, start:stop], cache=cache, use_cache=True, **step)
             found.append(output.logits)
     same(torch.cat(found, dim=1), apart(model, examples))
 
