@@ -98,7 +98,7 @@ def measure(report: Report, ladder: Mapping[str, Any], targets: Mapping[str, tup
 
 
 def _where(rung: Rung) -> str:
-    return f"{rung.size} at {rung.per_weight} tokens per weight"
+    return f"{rung.size} at {rung.per_weight} tokens per weight, {rung.kind}"
 
 
 def quick_ladder(folder: Path) -> dict[str, Any]:

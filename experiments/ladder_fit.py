@@ -111,6 +111,7 @@ def savings(rungs: Sequence[Rung], kind: str, draws: int = DRAWS) -> list[Multip
 def _of_size(rungs: Sequence[Rung], size: str, draws: int, curve: str) -> list[Multiplier]:
     plain = sorted((rung for rung in rungs if (rung.size, rung.kind) == (size, curve)), key=lambda rung: rung.flops)
     others = [rung for rung in rungs if rung.size == size and rung.kind != curve]
+    others.sort(key=lambda rung: (int(rung.per_weight), rung.kind))  # draws do not depend on the file
     if len(plain) < 2 or not others:
         return []
     flops = np.array([rung.flops for rung in plain])
@@ -199,6 +200,7 @@ def compact(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         "train_seconds",
         "cost",
         "parameters",
+        "ranking",
     )
     fields = ("loss", "perplexity", "bits_per_byte", "by_match_length", "by_rank", "block_losses")
     found = {}

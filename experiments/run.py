@@ -130,6 +130,7 @@ class Plan:
     options: Mapping[str, SconeOptions]
     train_tokens: Mapping[str, int]
     lora_rank: Mapping[str, int]
+    processes: int
 
     @classmethod
     def read(cls, arguments: argparse.Namespace) -> Plan:
@@ -165,7 +166,7 @@ class Plan:
             lora_rank[name] = int(values.pop("lora_rank", 0))
             options[name] = split(from_mapping(nested(values), name), arguments.processes)
         name, data, output_dir = arguments.experiment.stem, arguments.data, arguments.output_dir
-        return cls(name, experiment, data, output_dir, runs, options, train_tokens, lora_rank)
+        return cls(name, experiment, data, output_dir, runs, options, train_tokens, lora_rank, arguments.processes)
 
     def check_folder(self) -> None:
         """Raises SconeError when a run's result is another experiment's: it would count as finished."""
@@ -211,8 +212,8 @@ class Plan:
 
         for train_tokens in {self.train_tokens[name] for name in (names or self.runs)}:
             corpus, runs = self.corpus(train_tokens), self.same_text(train_tokens)
-            count_once(runs, corpus, quiet=True)
-            matcher = shared_matcher(runs, corpus)
+            count_once(runs, corpus, num_processes=self.processes, quiet=True)
+            matcher = shared_matcher(runs, corpus, num_processes=self.processes)
             if matcher is not None:
                 Collator(matcher.vocabulary, num_rows=1)([BlockDataset(corpus.train, 32)[0]])
         for test in {self.experiment["validation"], *self.experiment["tests"]}:
@@ -225,15 +226,17 @@ class Plan:
 
         from scone.data.token_file import TokenFile
         from scone.evaluation.sweep import shared_matcher
+        from scone.training.options import ranked
 
         run, changes = self.runs[name]
         path, corpus = self.output_dir / f"{name}.json", self.corpus(self.train_tokens[name])
+        options = ranked(self.options[name], corpus.train.num_tokens, self.processes)
         result = measured_run(
-            self.options[name],
+            options,
             corpus,
             {test: TokenFile.open(self.data / test) for test in self.experiment["tests"]},
             path,
-            matcher=shared_matcher(self.same_text(self.train_tokens[name]), corpus),
+            matcher=shared_matcher(self.same_text(self.train_tokens[name]), corpus, num_processes=self.processes),
             stride=self.experiment.get("stride"),
             curve_tokens=self.experiment.get("curve_tokens", 0),
             test_tokens=self.experiment.get("test_tokens", 0),
@@ -241,7 +244,8 @@ class Plan:
             keep_model=keep_model,
         )
         if result:
-            write_json(path, {"experiment": self.name, "run": run, "changes": changes} | result)
+            facts = {"experiment": self.name, "run": run, "changes": changes, "ranking": options.data.ranking}
+            write_json(path, facts | result)
 
     def merge(self) -> dict[str, Any]:
         """All runs that left something, finished or not, in one mapping; of windows the means of some neighbours."""

@@ -17,24 +17,26 @@ from scone.training.options import ranked
 from scone.training.run import Corpus, run_vocabulary, train
 
 
-def count_once(runs: Sequence[SconeOptions], corpus: Corpus, *, quiet: bool = False) -> None:
+def count_once(
+    runs: Sequence[SconeOptions], corpus: Corpus, *, num_processes: int | None = None, quiet: bool = False
+) -> None:
     """Count the f-grams of all ``runs`` before any starts, and write the vocabulary of each to the cache.
 
     Of runs with the same N and ranking one is counted, with the lowest floor and the highest limit; the others are its
-    beginnings.
+    beginnings. ``num_processes`` that train each run: of this launch, unless it is given.
     """
-    runs = _with_f_grams(runs, corpus)
+    runs = _with_f_grams(runs, corpus, num_processes)
     sizes = {(run.data.max_n, run.data.ranking, run.data.min_freq, run.data.max_f_grams): run for run in runs}
     for run in [*_largest_of_each_ranking(runs), *sizes.values()]:
         run_vocabulary(run, corpus, _trunk_tokens(run, corpus), quiet=quiet)
 
 
-def shared_matcher(runs: Sequence[SconeOptions], corpus: Corpus) -> Matcher | None:
+def shared_matcher(runs: Sequence[SconeOptions], corpus: Corpus, *, num_processes: int | None = None) -> Matcher | None:
     """What groups the losses of all ``runs`` alike, whatever f-grams each has; None where no run has any.
 
     Of the longest f-grams among them, of these the most, and of as many those by frequency.
     """
-    runs = sorted(_largest_of_each_ranking(_with_f_grams(runs, corpus)), key=_reach)
+    runs = sorted(_largest_of_each_ranking(_with_f_grams(runs, corpus, num_processes)), key=_reach)
     return Matcher(run_vocabulary(runs[-1], corpus, _trunk_tokens(runs[-1], corpus))) if runs else None
 
 
@@ -48,10 +50,10 @@ def _trunk_tokens(options: SconeOptions, corpus: Corpus) -> int:
     return trunk_configuration(options.model).vocab_size if pretrained else vocabulary_size(corpus.tokenizer)
 
 
-def _with_f_grams(runs: Sequence[SconeOptions], corpus: Corpus) -> list[SconeOptions]:
+def _with_f_grams(runs: Sequence[SconeOptions], corpus: Corpus, num_processes: int | None) -> list[SconeOptions]:
     """Those of ``runs`` that have any, each with its ranking."""
     have = [run for run in runs if run.model.use_f_gram_embeddings and not run.model.over_encoding_rows]
-    return [ranked(run, corpus.train.num_tokens) for run in have]
+    return [ranked(run, corpus.train.num_tokens, num_processes) for run in have]
 
 
 def _largest_of_each_ranking(runs: Sequence[SconeOptions]) -> list[SconeOptions]:

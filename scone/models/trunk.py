@@ -76,7 +76,8 @@ def train_every_token(trunk: PreTrainedModel, *, fresh: bool = False) -> None:
     Tokenizers pad with the token that separates documents, and transformers takes that token's vector to be zero for
     ever. But here it is read, and a vector of zeros takes RMSNorm's gradient times 1,000 (1 / √eps) in every layer in
     which it sees itself alone, as at a window's start: float32 ends after 13 layers of them, and a step's gradients
-    are no numbers. What is padding, the mask says.
+    are no numbers. What is padding, the mask says. (RoBERTa and its kin go on to number that token's positions as
+    padding's.)
     """
     embedding: Any = trunk.get_input_embeddings()
     place = getattr(embedding, "padding_idx", None)
@@ -85,7 +86,7 @@ def train_every_token(trunk: PreTrainedModel, *, fresh: bool = False) -> None:
     embedding.padding_idx = None
     if fresh:
         with torch.no_grad():
-            nn.init.normal_(embedding.weight[place], std=getattr(trunk.config, "initializer_range", 0.02))
+            nn.init.normal_(embedding.weight[place], std=float(embedding.weight.std()))
 
 
 def alone(trunk: PreTrainedModel) -> PreTrainedModel:

@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for options in waiting:  # before anything is counted
             check_training(options.training)
             check_model(options)
-        count_once(waiting, prepare_run_corpus(waiting[0]))
+        count_once(waiting, prepare_run_corpus(waiting[0]), num_processes=processes)
     for position, (name, options) in enumerate(options_of.items(), start=1):
         print(f"[{position}/{len(options_of)}] scone-{name}", flush=True)
         if options in waiting:
@@ -96,7 +96,8 @@ def is_finished(name: str, options: SconeOptions) -> bool:
         before = load_options(folder / "options.yaml")
         for option in entries():
             old, new = get_option(before, option), get_option(options, option)
-            if old != new and option not in _MAY_CHANGE:
+            follows = option == "data.ranking" and new is None  # as `train` has it: what the run began with
+            if old != new and option not in _MAY_CHANGE and not follows:
                 raise SconeError(
                     f"found {folder}, begun with {option} {old}; expected {new}; "
                     f"choose another --output_dir, or remove the folder to train {name} again"

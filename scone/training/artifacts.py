@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 
 CACHE_VERSION = 2
+GAIN_VERSION = "-2"  # of what the candidates are, and their scores
 STATISTICS_FILE = "counting.json"
 
 
@@ -49,7 +50,7 @@ def prepare_vocabulary(
     max_n, min_freq, max_f_grams, ranking = data.max_n, data.min_freq, data.max_f_grams, data.ranking or DEFAULT_RANKING
     cache_dir = Path(data.cache_dir).expanduser() if data.cache_dir else default_cache_folder()
     key = fingerprint_of(
-        f"{CACHE_VERSION} {tokens.fingerprint} {vocab_size} {max_n} {ranking}",
+        f"{CACHE_VERSION} {tokens.fingerprint} {vocab_size} {max_n} {ranking}{GAIN_VERSION * (ranking == 'gain')}",
         " ".join(map(str, sorted(separator_ids))),
         tokenizer_fingerprint,
     )[:24]

@@ -27,7 +27,8 @@ ROWS_BESIDE_A_MODEL = 1_000_000
 """Learned rows beside an f-gram model, unless said: it gives the rarer f-grams theirs."""
 
 TOKENS_PER_F_GRAM = 10
-"""From so many tokens read for each f-gram on, f-grams by gain are the better ones: docs/decisions/0021-ranking.md."""
+"""With so many tokens read for each f-gram, those by gain are level; with more they are ahead, with fewer behind: see
+docs/decisions/0021-ranking.md."""
 
 
 def check_training(options: TrainingOptions) -> None:
@@ -70,11 +71,16 @@ def tokens_of_a_pass(options: SconeOptions, corpus_tokens: int, num_processes: i
     return min(training.max_steps * per_step, corpus_tokens)
 
 
-def ranked(options: SconeOptions, corpus_tokens: int) -> SconeOptions:
-    """The same options, with the ranking of f-grams that suits the run where they name none."""
-    if options.data.ranking is not None:
+def ranked(options: SconeOptions, corpus_tokens: int, num_processes: int | None = None) -> SconeOptions:
+    """The same options, with the ranking of f-grams that suits the run where it has some and they name none.
+
+    ``num_processes`` that train: of this launch, unless it is given.
+    """
+    model = options.model
+    if options.data.ranking is not None or not model.use_f_gram_embeddings or model.over_encoding_rows:
         return options
-    read = tokens_of_a_pass(options, corpus_tokens, int(os.environ.get("WORLD_SIZE", "1")))
+    num_processes = num_processes or int(os.environ.get("WORLD_SIZE", "1"))
+    read = tokens_of_a_pass(options, corpus_tokens, num_processes)
     ranking = "gain" if read >= TOKENS_PER_F_GRAM * options.data.max_f_grams else "frequency"
     return replace(options, data=replace(options.data, ranking=ranking))
 

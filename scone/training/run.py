@@ -113,7 +113,8 @@ def train(
     with one_run_at_a_time(output_dir) if is_first_process() else nullcontext():
         checkpoint = resume_point(output_dir, options.training.resume_from_checkpoint)
         corpus = corpus or prepare_run_corpus(options, quiet=quiet)
-        model = model or build_model(as_begun(options, checkpoint), corpus, trunk_config=trunk_config, quiet=quiet)
+        options = _with_ranking(options, corpus, checkpoint)
+        model = model or build_model(options, corpus, trunk_config=trunk_config, quiet=quiet)
         if checkpoint is not None:
             check_resume(checkpoint, model, _facts(corpus))
         trainer = build_trainer(options, model, corpus, quiet=quiet)
@@ -130,6 +131,19 @@ def train(
             if trainer.stop.received is not None:
                 raise KeyboardInterrupt
             return _save_result(options, trainer, corpus, time.perf_counter() - started)
+
+
+def _with_ranking(options: SconeOptions, corpus: Corpus, checkpoint: Path | None) -> SconeOptions:
+    """The same options, with the ranking of f-grams that the run began with, or else has."""
+    begun = as_begun(options, checkpoint)
+    found = ranked(begun, corpus.train.num_tokens)
+    if found is not begun and found.data.ranking == "frequency":
+        logger.info(
+            "the run reads fewer than %d tokens for each f-gram, so these are the most frequent (--ranking gain: those "
+            "that say most about the next token)",
+            TOKENS_PER_F_GRAM,
+        )
+    return found
 
 
 class _NotesOfTheRun(TrainerCallback):
@@ -204,12 +218,6 @@ def build_model(
                 f"{vocabulary.num_f_grams:,}",
                 options.data.min_freq,
                 f"{options.data.max_f_grams:,}",
-            )
-        elif options.data.ranking is None and vocabulary.ranking == "frequency":
-            logger.info(
-                "the run reads fewer than %d tokens for each f-gram, so these are the most frequent (--ranking gain: "
-                "those that say most about the next token)",
-                TOKENS_PER_F_GRAM,
             )
         f_gram_model = f_gram_model_settings(options.model, trunk.config)
         model = SconeForCausalLM.from_trunk(

@@ -71,10 +71,10 @@ def test_the_ladders_metrics_are_those_of_its_losses(records):
     assert found["compute_multiplier_92m"]["peer_name"] == "not run"
     worst = found["worst_text_vs_plain"]
     assert worst["ratio"] == pytest.approx(math.exp(law(32) + 0.1 - law(20)))
-    assert (worst["met"], worst["peer_name"]) == (False, "plain, c4, 7m at 20 tokens per weight")
+    assert (worst["met"], worst["peer_name"]) == (False, "plain, c4, 7m at 20 tokens per weight, rows")
     hashed = found["vs_over_encoding"]
     assert hashed["ratio"] == pytest.approx(math.exp(law(8) - law(7.5) + 0.25))
-    assert hashed["peer_name"] == "over-encoding, 7m at 5 tokens per weight"
+    assert hashed["peer_name"] == "over-encoding, 7m at 5 tokens per weight, rows"
     assert found["rows_overfit_4_epochs"]["ratio"] == pytest.approx(math.exp(-0.1))
     del runs["7m-40-plain"], runs["7m-5-over-encoding"], runs["7m-20-over-encoding"]
     epochs["epochs4-rows"]["finished"] = False

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, TrainerCallback
 
 from scone.cli import main
+from scone.configs.loading import load_options
 from scone.tests import tiny
 from scone.tests.training.runs import WORDS, command_line, free_port, options, run_command, run_ranks
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
@@ -92,6 +93,8 @@ def test_a_run_that_names_no_ranking_keeps_the_one_it_began_with(corpus, tokeniz
     for name, steps in (("long", {"training.max_steps": 4}), ("short", {}), ("short", GO_ON)):
         final_model = train(options(corpus, tmp_path / name, **(run | steps)), quiet=True)
         ranking[name] = FGramVocabulary.load(final_model).ranking
+        # so that the file repeats the run
+        assert load_options(tmp_path / name / "options.yaml").data.ranking == ranking[name]
     assert ranking == {"long": "gain", "short": "frequency"}
 
 
