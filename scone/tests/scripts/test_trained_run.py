@@ -24,7 +24,7 @@ TINY = shlex.split(
     "--tokenizer train --vocab_size 300 --hidden_size 16 --num_hidden_layers 1 --num_attention_heads 2 "
     "--intermediate_size 32 --f_gram_hidden_size 16 --f_gram_num_hidden_layers 1 --f_gram_num_attention_heads 2 "
     "--f_gram_intermediate_size 32 --max_length 32 --max_steps 4 --save_steps 2 --eval_steps 4 --num_workers 0 "
-    "--report_to none --device cpu --ranking frequency"
+    "--report_to none --device cpu"
 )
 
 
