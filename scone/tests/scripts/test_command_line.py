@@ -116,6 +116,15 @@ def test_a_mistake_is_one_line_and_status_2(command, tmp_path, monkeypatch, caps
     assert MISTAKES[command] in line
 
 
+def test_a_checkout_beside_a_script_is_not_taken_for_the_package(tmp_path):
+    (tmp_path / "scone" / "scone").mkdir(parents=True)
+    (tmp_path / "script.py").write_text("import scone\nprint(scone.__version__)\n")
+    outside = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "script.py"]
+    done = subprocess.run(command, cwd=tmp_path, env=outside, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, __version__, "")
+
+
 def test_libraries_say_nothing_at_the_start_of_a_command(tmp_path):
     """A process of its own, since each hears of kernels that a library lacks once."""
     command = [sys.executable, "-m", "scone.scripts.train", "--base_model_name", "./none", "--dataset_name", "none.txt"]
