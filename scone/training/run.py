@@ -41,7 +41,6 @@ from scone.training.artifacts import prepare_vocabulary, write_model_card
 from scone.training.distributed import compile_for_training, reinit_process_group, report_lost_ranks
 from scone.training.optimizer import learned_rows, rows_learning_rate
 from scone.training.options import (
-    TOKENS_PER_F_GRAM,
     all_are_used,
     check_model,
     check_training,
@@ -113,7 +112,7 @@ def train(
     with one_run_at_a_time(output_dir) if is_first_process() else nullcontext():
         checkpoint = resume_point(output_dir, options.training.resume_from_checkpoint)
         corpus = corpus or prepare_run_corpus(options, quiet=quiet)
-        options = _with_ranking(options, corpus, checkpoint)
+        options = ranked(as_begun(options, checkpoint), corpus.train.num_tokens)
         model = model or build_model(options, corpus, trunk_config=trunk_config, quiet=quiet)
         if checkpoint is not None:
             check_resume(checkpoint, model, _facts(corpus))
@@ -131,19 +130,6 @@ def train(
             if trainer.stop.received is not None:
                 raise KeyboardInterrupt
             return _save_result(options, trainer, corpus, time.perf_counter() - started)
-
-
-def _with_ranking(options: SconeOptions, corpus: Corpus, checkpoint: Path | None) -> SconeOptions:
-    """The same options, with the ranking of f-grams that the run began with, or else has."""
-    begun = as_begun(options, checkpoint)
-    found = ranked(begun, corpus.train.num_tokens)
-    if found is not begun and found.data.ranking == "frequency":
-        logger.info(
-            "the run reads fewer than %d tokens for each f-gram, so these are the most frequent (--ranking gain: those "
-            "that say most about the next token)",
-            TOKENS_PER_F_GRAM,
-        )
-    return found
 
 
 class _NotesOfTheRun(TrainerCallback):
