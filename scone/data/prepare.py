@@ -29,7 +29,7 @@ from scone.tokenization.tokenizers import (
 )
 from scone.utils.errors import SconeError, library_refusal
 from scone.utils.files import fingerprint_of, read_json, write_json
-from scone.utils.progress import map_in_order, progress
+from scone.utils.progress import available_cores, map_in_order, progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -141,7 +141,7 @@ def prepare_corpus(
     for group in plan(source, splits):
         found |= _Job(source, group, tokenizer, recipe, _cache_folder(cache_dir)).run(
             lambda: not source.is_local or open_source(dataset_name, dataset_config_name, text_column) == source,
-            num_threads or os.cpu_count() or 1,
+            num_threads or available_cores(),
             quiet,
         )
     for split in splits or ():

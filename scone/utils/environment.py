@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import scone
+from scone.utils.progress import available_cores
 
 _LIBRARIES = (
     *("torch", "transformers", "accelerate", "tokenizers", "safetensors", "datasets", "numpy", "numba"),
@@ -32,7 +33,7 @@ def environment() -> dict[str, Any]:
         "libraries": {name: version for name in _LIBRARIES if (version := _version(name)) is not None},
         "system": platform.platform(),
         "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": available_cores(),
         "threads": None if torch is None else torch.get_num_threads(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "accelerators": [torch.cuda.get_device_name(index) for index in range(gpus)] if torch is not None else [],
