@@ -30,7 +30,7 @@ def environment() -> dict[str, Any]:
         "scone": scone.__version__,
         "commit": _commit(),
         "python": platform.python_version(),
-        "libraries": {name: version for name in _LIBRARIES if (version := _version(name)) is not None},
+        "libraries": {name: version for name in _LIBRARIES if (version := version_of(name)) is not None},
         "system": platform.platform(),
         "processor": _processor(),
         "cores": available_cores(),
@@ -41,7 +41,8 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _version(name: str) -> str | None:
+def version_of(name: str) -> str | None:
+    """The version of an installed package, None where it is not installed."""
     with suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(name)
     return None
