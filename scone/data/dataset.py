@@ -33,7 +33,6 @@ class BlockDataset(Dataset):
             raise SconeError(f"found max_length {max_length}; expected at least 2; give a larger --max_length")
         self.token_file = token_file
         self.max_length = max_length
-        self.drop_last = drop_last
         self._available = min(token_file.num_tokens, token_file.num_tokens if max_tokens is None else max_tokens)
         whole, rest = divmod(self._available, max_length)
         self._length = whole + (0 if drop_last or rest < 2 else 1)

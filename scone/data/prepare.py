@@ -17,6 +17,7 @@ import filelock
 import numpy as np
 
 import scone
+from scone.configs.schema import SconeOptions
 from scone.data.sources import ALL, SPLITS, Source, SplitGroup, empty_split, open_documents, open_source, plan
 from scone.data.token_file import METADATA_NAME, TokenFile, TokenFileWriter, token_type
 from scone.tokenization.tokenizers import (
@@ -29,7 +30,7 @@ from scone.tokenization.tokenizers import (
 )
 from scone.utils.errors import SconeError, library_refusal
 from scone.utils.files import fingerprint_of, read_json, write_json
-from scone.utils.progress import map_in_order, progress
+from scone.utils.progress import available_cores, map_in_order, progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -141,7 +142,7 @@ def prepare_corpus(
     for group in plan(source, splits):
         found |= _Job(source, group, tokenizer, recipe, _cache_folder(cache_dir)).run(
             lambda: not source.is_local or open_source(dataset_name, dataset_config_name, text_column) == source,
-            num_threads or os.cpu_count() or 1,
+            num_threads or available_cores(),
             quiet,
         )
     for split in splits or ():
@@ -184,6 +185,25 @@ def prepare_tokenizer(
                 train_tokenizer(documents, vocab_size, unfinished)
                 unfinished.rename(folder)
     return load_tokenizer(folder)
+
+
+def prepare_training_corpus(
+    options: SconeOptions, *, quiet: bool = False
+) -> tuple[PreTrainedTokenizerBase, dict[str, TokenFile]]:
+    """The tokenizer that ``options`` name, and the token files of their corpus by split, a train split among them.
+
+    Raises SconeError as `prepare_corpus` and `prepare_tokenizer` do, and where nothing is for training.
+    """
+    data, model = options.data, options.model
+    source: dict[str, Any] = {name: getattr(data, name) for name in ("dataset_config_name", "text_column", "cache_dir")}
+    name = model.tokenizer or model.base_model_name
+    tokenizer = prepare_tokenizer(name, data.dataset_name, vocab_size=model.vocab_size, **source)
+    files = prepare_corpus(data.dataset_name, tokenizer, quiet=quiet, **source)
+    if "train" not in files:
+        raise SconeError(
+            f"{data.dataset_name!r} has only the splits {', '.join(files)}; expected a train split; give another corpus"
+        )
+    return tokenizer, files
 
 
 def splits_of_corpus(folder: Path) -> list[str]:

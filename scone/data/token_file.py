@@ -91,9 +91,6 @@ class TokenFile:
     def __reduce__(self) -> tuple[Any, ...]:
         return TokenFile.open, (self.folder, False)
 
-    def __len__(self) -> int:
-        return self.num_tokens
-
 
 class TokenFileWriter:
     """Writes a token file document by document; it appears under its name only when ``finish`` returns.

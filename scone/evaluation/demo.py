@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 import scone
@@ -112,8 +111,6 @@ def model_options(options: DemoOptions, name: str, key: str = "") -> SconeOption
         "training.device": "cpu",
         "training.report_to": "none",
     }
-    if not hasattr(torch.optim, "Muon"):
-        values["training.optimizer"] = "adamw"
     return merge([Layer("the demo", values)])[0]
 
 

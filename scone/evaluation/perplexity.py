@@ -78,8 +78,8 @@ class PerplexityResult:
     ``loss``: mean over ``num_predicted`` of ``num_tokens`` tokens: those that begin a window have no context and are
     not predicted. ``bits_per_byte`` and ``word_perplexity``, where the size of the text is known, count them at the
     mean loss, so that windows do not matter. ``num_documents``: those with a predicted token, where they are known.
-    Not in `to_dict`: ``loss_sum``, ``window_losses`` (the mean of each window, in order) and ``documents`` (sum of
-    losses and number of predicted tokens of each).
+    Not in `to_dict`: ``window_losses`` (the mean of each window, in order) and ``documents`` (sum of losses and number
+    of predicted tokens of each).
     """
 
     perplexity: float
@@ -97,7 +97,6 @@ class PerplexityResult:
     tokens_per_second: float
     by_match_length: Sequence[Group]
     by_rank: Sequence[Group]
-    loss_sum: float = field(repr=False)
     window_losses: Sequence[float] = field(repr=False)
     documents: tuple[np.ndarray, np.ndarray] | None = field(repr=False)
 
@@ -221,8 +220,7 @@ def perplexity(
         document = (np.cumsum(ends, dtype=np.int32) - ends)[targets]  # a separator belongs to what it ends
         documents = np.bincount(document, weights=losses[targets]), np.bincount(document)
         interval = mean_interval(*documents)
-    loss_sum, num_predicted = float(losses[targets].sum(dtype=np.float64)), int(targets.sum())
-    loss = loss_sum / num_predicted
+    loss, num_predicted = float(losses[targets].mean(dtype=np.float64)), int(targets.sum())
     return PerplexityResult(
         _exp(loss),
         None if interval is None else (_exp(interval[0]), _exp(interval[1])),
@@ -238,7 +236,6 @@ def perplexity(
         seconds,
         num_predicted / seconds if seconds else math.inf,
         *((), ()) if matcher is None else _groups(kinds[:, targets], losses[targets], matcher.vocabulary.num_f_grams),
-        loss_sum=loss_sum,
         window_losses=window_losses,
         documents=documents,
     )

@@ -23,7 +23,7 @@ import numpy as np
 from scone.inference.table_format import TableLayout
 from scone.utils.errors import SconeError
 from scone.utils.files import Closing, is_at, read_json, sync_folder, translate_disk_full, write_json
-from scone.utils.progress import map_in_order
+from scone.utils.progress import available_cores, map_in_order
 from scone.utils.text import human_bytes
 
 
@@ -201,7 +201,7 @@ class TableWriter(Closing):
 
     def _complete(self) -> None:
         layout = self.plan.layout
-        checksums = b"".join(map_in_order(self._checksum, range(layout.num_checksums), os.cpu_count() or 1))
+        checksums = b"".join(map_in_order(self._checksum, range(layout.num_checksums), available_cores()))
         complete = replace(layout, rows_checksum=hashlib.sha256(checksums).hexdigest())
         _write_all(self._rows, memoryview(checksums), layout.checksums_start)
         _write_all(self._rows, memoryview(complete.header()), 0)

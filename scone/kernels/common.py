@@ -16,22 +16,19 @@ from torch import Tensor
 
 def run_in_parts(
     kernel: Callable[..., Any], arguments: Sequence[Any], size: int, parts: int, pool: Executor | None = None
-) -> None:
-    """Call ``kernel(*arguments, first, last)`` on ``parts`` ranges that cover ``size`` places, side by side.
+) -> list[Any]:
+    """What ``kernel(*arguments, first, last)`` returns for ``parts`` ranges that cover ``size`` places, side by side.
 
     The kernel has to release the interpreter's lock; one part, or none, runs in the caller's thread. Threads are plain
     and, without a ``pool``, new: forked data loading workers survive them, unlike parallel loops.
     """
     parts = max(1, min(parts, size))
     if parts == 1:
-        kernel(*arguments, 0, size)
-        return
+        return [kernel(*arguments, 0, size)]
     cuts = [size * part // parts for part in range(parts + 1)]
     with nullcontext(pool) if pool is not None else ThreadPoolExecutor(parts - 1) as threads:
         others = [threads.submit(kernel, *arguments, cuts[part], cuts[part + 1]) for part in range(1, parts)]
-        kernel(*arguments, cuts[0], cuts[1])
-        for other in others:
-            other.result()
+        return [kernel(*arguments, cuts[0], cuts[1]), *(other.result() for other in others)]
 
 
 def launching_on(device: torch.device) -> AbstractContextManager[object]:

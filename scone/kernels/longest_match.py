@@ -124,7 +124,7 @@ def _match_block(index, vocab_size, longest, token, node, level, is_first, m, sc
 
 
 @njit(cache=True, nogil=True)
-def match_positions(index, vocab_size, longest, tokens, mask, length, start, stop, nodes):
+def match_positions(index, vocab_size, longest, tokens, mask, length, nodes, start, stop):
     """Match the flat positions ``start`` … ``stop`` of a batch of sequences, reading up to N − 1 tokens to their left.
 
     Args:

@@ -6,7 +6,6 @@ import copy
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
@@ -17,7 +16,6 @@ from transformers.utils import ModelOutput
 from scone.models.configuration import EmbeddedTrunkConfig
 from scone.models.learned_rows import LearnedRows
 from scone.models.row_files import ROWS_FOLDER, load_shares
-from scone.models.table_lookup import Find, looked_up
 from scone.models.token_history import CACHE, TokenHistory, extend_history, known_past, marked, starts_of_examples
 from scone.models.trunk import train_every_token
 from scone.utils.errors import SconeError
@@ -62,14 +60,14 @@ class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
     def vectors_of(
         self, input_ids: Tensor, tokens: Tensor, history: TokenHistory | None, trie: dict[str, Any] | None
     ) -> Tensor:
-        """Input vectors ``[B, T, D]``, not scaled yet, of ``input_ids`` that follow ``history``: here T of each token.
+        """Vectors ``[B, T, D]``, not `scaled` yet, of ``input_ids`` that follow ``history``: here T of each token.
 
         ``tokens`` are the same as `marked` writes them; ``trie`` is what the data loader has looked up already.
         """
         vectors: Tensor = self.get_input_embeddings()(input_ids)
         return vectors
 
-    def embed(
+    def input_vectors(
         self,
         input_ids: Tensor,
         mask: Tensor | None = None,
@@ -77,16 +75,13 @@ class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
         trie: dict[str, Any] | None = None,
         position_ids: Tensor | None = None,
     ) -> Tensor:
-        """Input vectors ``[B, T, D]``, not scaled yet, of tokens that follow what ``cache`` holds: see `forward`."""
+        """What the trunk gets, ``[B, T, D]``, of tokens that follow what ``cache`` holds: see `forward`."""
         history = known_past(cache)
-        return self.vectors_of(input_ids, _marked(input_ids, mask, history, position_ids), history, trie)
-
-    def input_vectors(self, *args: Any, **kwargs: Any) -> Tensor:
-        """What the trunk gets, ``[B, T, D]``: of `embed`, normalised and scaled as configured."""
-        return self.scaled(self.embed(*args, **kwargs))
+        tokens = _marked(input_ids, mask, history, position_ids)
+        return self.scaled(self.vectors_of(input_ids, tokens, history, trie))
 
     def scaled(self, vectors: Tensor) -> Tensor:
-        """Of `embed`, as the trunk gets them."""
+        """Of `vectors_of`, normalised and scaled as configured."""
         if self.input_norm is not None:
             # in the precision of its gain, which a trunk that was converted to fp16 does not share
             vectors = self.input_norm(vectors.to(self.input_norm.weight.dtype)).to(vectors.dtype)
@@ -301,14 +296,6 @@ class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
         """``output``, or the tuple of it, as the caller or else the configuration wants it."""
         as_dictionary = self.config.return_dict if return_dict is None else return_dict
         return output if as_dictionary else output.to_tuple()
-
-    def look_up(self, find: Find, tokens: Tensor, history: TokenHistory | None, context: int) -> np.ndarray:
-        """What ``find`` says of the new positions, ``[B, T, …]``, when it sees at most ``context`` tokens before them.
-
-        Raises ValueError for a cache without the history of its tokens.
-        """
-        past = (None, None, None) if history is None else (history.all(), history.places, history.count)
-        return looked_up(find, tokens, context, *past)
 
 
 class TrunkBody(nn.Module):

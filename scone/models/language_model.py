@@ -16,13 +16,12 @@ from scone.models.configuration import SconeConfig, weights_fingerprint
 from scone.models.embedded_trunk import EmbeddedTrunk
 from scone.models.input_embeddings import FGramBlock, FGramInputEmbedding, FGramModel
 from scone.models.learned_rows import LearnedRows
-from scone.models.table_lookup import RowSource, TableLookup, find_with
-from scone.models.token_history import TokenHistory, marked
+from scone.models.table_lookup import RowSource, TableLookup, find_with, looked_up
+from scone.models.token_history import TokenHistory, marked, tensors_of
+from scone.tokenization.f_gram_file import FILE_NAME
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 from scone.tokenization.matcher import Matcher
 from scone.utils.errors import SconeError
-
-VOCABULARY_FILE = "f_grams.safetensors"
 
 
 class SconeForCausalLM(EmbeddedTrunk):
@@ -107,10 +106,10 @@ class SconeForCausalLM(EmbeddedTrunk):
             if name in kwargs
         }
         try:
-            path = cached_file(str(pretrained_model_name_or_path), VOCABULARY_FILE, **where)
+            path = cached_file(str(pretrained_model_name_or_path), FILE_NAME, **where)
         except OSError as error:
             raise SconeError(
-                f"found no {VOCABULARY_FILE} in {pretrained_model_name_or_path}; expected the model's f-gram "
+                f"found no {FILE_NAME} in {pretrained_model_name_or_path}; expected the model's f-gram "
                 "vocabulary beside its weights; copy the whole final_model folder"
             ) from error
         loaded = model[0] if isinstance(model, tuple) else model  # output_loading_info=True gives a pair
@@ -225,7 +224,7 @@ class SconeForCausalLM(EmbeddedTrunk):
     def _nodes_of(self, tokens: Tensor, history: TokenHistory | None) -> np.ndarray:
         assert self.matcher is not None, "the model has no f-gram vocabulary: call set_vocabulary"
         # no f-gram is longer than N, so N - 1 tokens of context decide every match
-        return self.look_up(find_with(self.matcher), tokens, history, self.matcher.vocabulary.max_n - 1)
+        return looked_up(find_with(self.matcher), tokens, self.matcher.vocabulary.max_n - 1, *tensors_of(history))
 
     def trie_of(self, nodes: np.ndarray) -> dict[str, Any]:
         """The trie batch of ``nodes``; its arrays as tensors on the model's device."""

@@ -11,7 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from scone.models.configuration import OverEncodingConfig
 from scone.models.embedded_trunk import EmbeddedTrunk
 from scone.models.learned_rows import LearnedRows
-from scone.models.token_history import TokenHistory
+from scone.models.table_lookup import looked_up
+from scone.models.token_history import TokenHistory, tensors_of
 from scone.tokenization.matcher import CONTEXT, HashedGrams
 
 
@@ -42,7 +43,7 @@ class OverEncodingForCausalLM(EmbeddedTrunk):
         self, input_ids: Tensor, tokens: Tensor, history: TokenHistory | None, trie: dict[str, Any] | None
     ) -> Tensor:
         if trie is None:
-            rows = self.look_up(self.grams.rows, tokens, history, CONTEXT)
+            rows = looked_up(self.grams.rows, tokens, CONTEXT, *tensors_of(history))
             trie = self.grams.lookups(rows, lambda array: torch.from_numpy(array).to(input_ids.device))
         vectors = super().vectors_of(input_ids, tokens, history, trie)
         added = self.hashed_embedding.rows(trie["row_ids"], trie["row_chains"])

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from scone.kernels.common import GPUReadableRows, to_device, triton_is_installed
 from scone.kernels.longest_match import FIRST_BIT
-from scone.models.token_history import TokenHistory, check_count
+from scone.models.token_history import TokenHistory, check_count, tensors_of
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 from scone.tokenization.matcher import Matcher
 
@@ -74,8 +74,8 @@ class TableLookup(nn.Module):
 
     def forward(self, vectors: Tensor, tokens: Tensor, history: TokenHistory | None) -> Tensor:
         """Token embeddings ``[B, T, D]`` of ``tokens`` int64 ``[B, T]``, as `marked` writes them → input vectors."""
-        past = (None, None, None) if history is None else (history.all(), history.places, history.count)
-        output, _ = (BY_DEVICE if self.is_by_device else BY_HOST)(vectors, tokens, *past, self.handle)
+        by = BY_DEVICE if self.is_by_device else BY_HOST
+        output, _ = by(vectors, tokens, *tensors_of(history), self.handle)
         return output  # type: ignore[no-any-return]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TableLookup:

@@ -136,6 +136,11 @@ class StaticTokenHistory(TokenHistory):
             self.keys.fill_(-1)
 
 
+def tensors_of(history: TokenHistory | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """What lookups take of it (see `table_lookup.looked_up`): the past, its places and its count; None for none."""
+    return (None, None, None) if history is None else (history.all(), history.places, history.count)
+
+
 def token_history(cache: Cache | None) -> TokenHistory | None:
     """The history that ``cache`` carries, if any."""
     if cache is None:

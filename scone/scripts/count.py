@@ -63,18 +63,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _count(options: SconeOptions, quiet: bool) -> tuple[dict[str, Any], FGramVocabulary]:
-    from scone.data.prepare import default_cache_folder, prepare_corpus, prepare_tokenizer
+    from scone.data.prepare import default_cache_folder, prepare_training_corpus
     from scone.tokenization.counting import count_f_grams
     from scone.tokenization.matcher import Matcher, match_lengths
     from scone.tokenization.tokenizers import separator_ids, tokenizer_fingerprint, vocabulary_size
 
-    data, model = options.data, options.model
-    source: dict[str, Any] = {name: getattr(data, name) for name in ("dataset_config_name", "text_column", "cache_dir")}
-    name = model.tokenizer or model.base_model_name
-    tokenizer = prepare_tokenizer(name, data.dataset_name, vocab_size=model.vocab_size, **source)
-    files = prepare_corpus(data.dataset_name, tokenizer, quiet=quiet, **source)
-    if "train" not in files:
-        raise SconeError(f"{data.dataset_name!r} has only the splits {', '.join(files)}; expected a train split")
+    data = options.data
+    tokenizer, files = prepare_training_corpus(options, quiet=quiet)
     work_dir = Path(data.cache_dir).expanduser() if data.cache_dir else default_cache_folder()
     result = count_f_grams(
         [files["train"].tokens],

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from scone.kernels import longest_match
+from scone.kernels.common import run_in_parts
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 from scone.utils.errors import SconeError
+from scone.utils.progress import available_cores
 
 TOKENS_PER_THREAD = 1 << 17
 """Below this a further thread costs more than it saves; batches of this size stay on the caller's thread."""
@@ -24,7 +24,7 @@ _NO_KINDS = np.zeros(0, np.uint8)
 class Matcher:
     """Finds the longest f-gram that ends at each position.
 
-    Threads, not numba's parallel loops: those bring a thread pool that a forked data-loading worker may not inherit.
+    On plain threads (`run_in_parts`), which a forked data-loading worker survives.
     """
 
     def __init__(self, vocabulary: FGramVocabulary) -> None:
@@ -63,24 +63,10 @@ class Matcher:
         if array.ndim not in (1, 2):
             raise ValueError(f"tokens have shape {array.shape}; expected [B, T] or [T]")
         nodes = np.empty(array.shape, np.int64)
-        length = array.shape[-1]
-        kinds = _kinds_of(mask, starts, array.shape)
-        flat = array.reshape(-1)
-
-        def match_range(start: int, stop: int) -> int:
-            return longest_match.match_positions(
-                *(self._index, self.vocabulary.vocab_size, self._longest, flat, kinds),
-                *(length, start, stop, nodes.reshape(-1)),
-            )
-
-        num_threads = min(num_threads or _available_cores(), max(1, len(flat) // TOKENS_PER_THREAD))
-        if num_threads == 1:
-            wrong = [match_range(0, len(flat))]
-        else:
-            cuts = np.linspace(0, len(flat), num_threads + 1).astype(np.int64)
-            with ThreadPoolExecutor(num_threads) as threads:
-                wrong = list(threads.map(match_range, cuts[:-1], cuts[1:]))
-        for position in wrong:
+        flat, kinds = array.reshape(-1), _kinds_of(mask, starts, array.shape)
+        arguments = (self._index, self.vocabulary.vocab_size, self._longest, flat, kinds, array.shape[-1])
+        parts = min(num_threads or available_cores(), len(flat) // TOKENS_PER_THREAD)
+        for position in run_in_parts(longest_match.match_positions, (*arguments, nodes.reshape(-1)), len(flat), parts):
             if position >= 0:
                 raise self._foreign_token(flat[position])
         return nodes
@@ -149,10 +135,6 @@ def _kinds_of(mask: Any | None, starts: Any | None, shape: tuple[int, ...]) -> n
         return _NO_KINDS if mask is None else _mask_of(mask, shape).view(np.uint8)
     kinds = np.where(_mask_of(starts, shape), np.uint8(longest_match.FIRST), np.uint8(1))
     return kinds if mask is None else kinds * _mask_of(mask, shape)
-
-
-def _available_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 _PIECE = 1 << 22

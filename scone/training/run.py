@@ -27,7 +27,7 @@ from transformers import (
 from scone.configs.loading import save_options
 from scone.configs.schema import SconeOptions, TrainingOptions
 from scone.data.dataset import BlockDataset, Collator
-from scone.data.prepare import prepare_corpus, prepare_tokenizer
+from scone.data.prepare import prepare_training_corpus
 from scone.data.token_file import TokenFile
 from scone.models.accounting import parameter_counts
 from scone.models.embedded_trunk import EmbeddedTrunk
@@ -153,23 +153,7 @@ def _facts(corpus: Corpus) -> dict[str, str]:
 
 def prepare_run_corpus(options: SconeOptions, *, quiet: bool = False) -> Corpus:
     """Tokenizer and token files of the run; made once per corpus and tokenizer. Raises SconeError."""
-    data = options.data
-    source: dict[str, Any] = {
-        "dataset_config_name": data.dataset_config_name,
-        "text_column": data.text_column,
-        "cache_dir": data.cache_dir,
-    }
-    tokenizer = prepare_tokenizer(
-        options.model.tokenizer or options.model.base_model_name,
-        data.dataset_name,
-        vocab_size=options.model.vocab_size,
-        **source,
-    )
-    files = prepare_corpus(data.dataset_name, tokenizer, quiet=quiet, **source)
-    if "train" not in files:
-        raise SconeError(
-            f"{data.dataset_name!r} has only the splits {', '.join(files)}; expected a train split; give another corpus"
-        )
+    tokenizer, files = prepare_training_corpus(options, quiet=quiet)
     return Corpus(tokenizer, files["train"], files.get("validation"))
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import scone
+from scone.utils.progress import available_cores
 
 _LIBRARIES = (
     *("torch", "transformers", "accelerate", "tokenizers", "safetensors", "datasets", "numpy", "numba"),
@@ -29,10 +30,10 @@ def environment() -> dict[str, Any]:
         "scone": scone.__version__,
         "commit": _commit(),
         "python": platform.python_version(),
-        "libraries": {name: version for name in _LIBRARIES if (version := _version(name)) is not None},
+        "libraries": {name: version for name in _LIBRARIES if (version := version_of(name)) is not None},
         "system": platform.platform(),
         "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": available_cores(),
         "threads": None if torch is None else torch.get_num_threads(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "accelerators": [torch.cuda.get_device_name(index) for index in range(gpus)] if torch is not None else [],
@@ -40,7 +41,8 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _version(name: str) -> str | None:
+def version_of(name: str) -> str | None:
+    """The version of an installed package, None where it is not installed."""
     with suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(name)
     return None

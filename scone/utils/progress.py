@@ -48,6 +48,11 @@ def hide_library_bars(quiet: bool = False) -> None:
         logging.disable_progress_bar()
 
 
+def available_cores() -> int:
+    """How many cores this process may use: a container, or whoever started it, may leave it fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 

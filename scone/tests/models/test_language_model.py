@@ -16,7 +16,7 @@ from scone.utils.errors import SconeError
 def test_replacing_starts_at_the_scale_of_token_embeddings():
     model = tiny.scone(combination="replace", learned_rows=0, trained=False)
     with torch.no_grad():
-        vectors = model.embed(tokens(2, 40))
+        vectors = model.input_vectors(tokens(2, 40))
         plain = model.get_input_embeddings()(tokens(2, 40))
     matched = torch.from_numpy(model.match(tokens(2, 40)) >= tiny.VOCAB_SIZE)
     assert torch.equal(vectors[~matched], plain[~matched])

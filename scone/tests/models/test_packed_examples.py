@@ -70,7 +70,7 @@ def test_packing_without_positions_is_another_text():
     for kind in KINDS:
         model, examples = model_of(kind), examples_of([5, 6, 4], 0)
         tokens, positions = packed(examples)
-        difference = model.embed(tokens) - model.embed(tokens, position_ids=positions)
+        difference = model.input_vectors(tokens) - model.input_vectors(tokens, position_ids=positions)
         assert (difference.abs().amax(-1)[0, [5, 11]] > 0.01).any(), kind
         assert (difference[0, :5] == 0).all()
 
@@ -155,8 +155,8 @@ def test_packed_and_padded(data, kind, seed):
             for name, value in (("tokens", token), ("positions", position), ("mask", 1)):
                 padded[name].append(value)
     words, places, mask = (torch.tensor(values)[None] for values in padded.values())
-    found = model.embed(words, mask, position_ids=places)[mask.bool()]
-    same(found, torch.cat([model.embed(one[None])[0] for one in examples]))
+    found = model.input_vectors(words, mask, position_ids=places)[mask.bool()]
+    same(found, torch.cat([model.input_vectors(one[None])[0] for one in examples]))
 
 
 @pytest.mark.parametrize("kind", ["live", "over-encoding"])
@@ -170,8 +170,8 @@ def test_a_batch_of_the_loader_may_be_packed(kind):
     )(items)
     assert batch["position_ids"][1].tolist()[:4] == [0, 1, 2, 3]
     with torch.no_grad():
-        found = model.embed(batch["input_ids"], batch["attention_mask"], trie=batch["trie"])
-        same(found[0], torch.cat([model.embed(one[None])[0] for one in examples]))
+        found = model.input_vectors(batch["input_ids"], batch["attention_mask"], trie=batch["trie"])
+        same(found[0], torch.cat([model.input_vectors(one[None])[0] for one in examples]))
 
 
 @pytest.mark.parametrize("kind", ["live", "rows", "over-encoding"])

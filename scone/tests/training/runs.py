@@ -7,6 +7,7 @@ import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
@@ -71,6 +72,16 @@ def options(corpus: Path, output_dir: Path, **changes: object) -> SconeOptions:
 
 def weights(final_model: Path) -> dict[str, torch.Tensor]:
     return load_file(final_model / "model.safetensors")
+
+
+def log_of(run: Path) -> dict[str, Any]:
+    """What a finished run says of itself."""
+    return json.loads((run / "training_log.json").read_text())
+
+
+def logged(run: Path, name: str) -> list[float]:
+    """A figure of its log, from line to line that has it."""
+    return [line[name] for line in log_of(run)["log"] if name in line]
 
 
 def in_shards(folder: Path) -> None:

@@ -12,12 +12,6 @@ from scone.tests.training.runs import options
 from scone.training.run import train
 
 
-@pytest.fixture(scope="module")
-def whole(corpus, tmp_path_factory):
-    """The final model of the plainest run."""
-    return train(options(corpus, tmp_path_factory.mktemp("whole") / "run"), quiet=True)
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -12,7 +12,7 @@ from transformers import AutoConfig, TrainerCallback
 from scone.cli import main
 from scone.configs.loading import load_options
 from scone.tests import tiny
-from scone.tests.training.runs import WORDS, command_line, free_port, options, run_command, run_ranks
+from scone.tests.training.runs import WORDS, command_line, free_port, logged, options, run_command, run_ranks
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 from scone.training.run import train
 from scone.training.run_folder import check_kind
@@ -242,11 +242,7 @@ def test_a_resume_trains_at_the_rates_that_it_is_given(corpus, tmp_path, schedul
     begun = tmp_path / "begun"
     train(options(corpus, begun, **changes, **{"training.max_steps": 2}), quiet=True)
     train(options(corpus, begun, **changes, **rates, **GO_ON), quiet=True)
-    of_whole, of_resumed = (
-        [line["learning_rate"] for line in json.loads((run / "training_log.json").read_text())["log"] if "loss" in line]
-        for run in (whole.parent, begun)
-    )
-    assert of_resumed[2:] == of_whole[2:]
+    assert logged(begun, "learning_rate")[2:] == logged(whole.parent, "learning_rate")[2:]
     groups = [
         [
             {name: group[name] for name in ("lr", "initial_lr", "weight_decay")}

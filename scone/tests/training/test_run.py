@@ -22,7 +22,7 @@ from scone.inference.precompute import precompute_table
 from scone.scripts.train import main, read_arguments
 from scone.tests import tiny
 from scone.tests.processes import forked
-from scone.tests.training.runs import RARELY, STILL, assert_same_weights, command_line, options, weights
+from scone.tests.training.runs import RARELY, STILL, assert_same_weights, command_line, log_of, logged, options, weights
 from scone.training.optimizer import rows_learning_rate
 from scone.training.options import number_of_rows, tokens_of_a_pass
 from scone.training.run import build_model, build_trainer, prepare_run_corpus, train
@@ -32,23 +32,9 @@ from scone.utils.command_line import run_main
 
 
 @pytest.fixture(scope="module")
-def whole(corpus, tmp_path_factory):
-    """The final model of the plainest run."""
-    return train(options(corpus, tmp_path_factory.mktemp("whole") / "run"), quiet=True)
-
-
-@pytest.fixture(scope="module")
 def still(corpus, tmp_path_factory):
-    """The same without dropout."""
+    """The final model of the plainest run without dropout."""
     return train(options(corpus, tmp_path_factory.mktemp("still") / "run", **STILL), quiet=True)
-
-
-def log_of(run):
-    return json.loads((run / "training_log.json").read_text())
-
-
-def losses_of(run):
-    return [line["loss"] for line in log_of(run)["log"] if "loss" in line]
 
 
 def test_a_run_leaves_a_complete_model_and_learns(corpus, tmp_path):
@@ -56,7 +42,7 @@ def test_a_run_leaves_a_complete_model_and_learns(corpus, tmp_path):
     names = {path.name for path in final_model.iterdir()}
     assert {"config.json", "model.safetensors", "f_grams.safetensors", "options.yaml", "tokenizer.json"} <= names
     assert not [name for name in names if name.endswith((".bin", ".pt", ".pth", ".pkl"))], "code that loading would run"
-    log, losses = log_of(tmp_path / "run"), losses_of(tmp_path / "run")
+    log, losses = log_of(tmp_path / "run"), logged(tmp_path / "run", "loss")
     assert losses[-1] < losses[0] - 0.5
     assert log["final"]["eval_perplexity"] > 1
     assert 0 < log["log"][0]["match_rate"] <= 1
@@ -69,7 +55,7 @@ def test_the_plain_baseline_is_an_ordinary_model_on_the_same_batches(corpus, tmp
     for with_f_grams in (False, True):
         folder = tmp_path / str(with_f_grams)
         train(options(corpus, folder, **once, **{"model.use_f_gram_embeddings": with_f_grams}), quiet=True)
-        losses.append(losses_of(folder)[0])
+        losses.append(logged(folder, "loss")[0])
     assert losses[0] == losses[1]
     assert json.loads((tmp_path / "False/final_model/config.json").read_text())["model_type"] == "gpt2"
 
@@ -173,7 +159,7 @@ def test_evaluations_change_nothing_in_a_run(corpus, tmp_path, workers):
     never, always = ({"training.eval_steps": steps, "data.num_workers": workers} for steps in (1000, 1))
     unseen = train(options(corpus, tmp_path / "unseen", **never), quiet=True)
     seen = train(options(corpus, tmp_path / "seen", **always), quiet=True, callbacks=[Draws()])
-    assert sum("eval_loss" in line for line in log_of(tmp_path / "seen")["log"]) == 6
+    assert len(logged(tmp_path / "seen", "eval_loss")) == 6
     assert_same_weights(unseen, seen, atol=0.0, rtol=0.0)
     shutil.rmtree(seen)
     shutil.rmtree(tmp_path / "seen" / "checkpoint-6")
@@ -190,7 +176,7 @@ def test_tokens_a_second_are_those_of_training(corpus, tmp_path):
 
     run = options(corpus, tmp_path / "run", **{"training.eval_steps": 1, "training.max_steps": 4})
     train(run, quiet=True, callbacks=[Slow()])
-    last = [line["tokens_per_second"] for line in log_of(tmp_path / "run")["log"] if "tokens_per_second" in line][-1]
+    last = logged(tmp_path / "run", "tokens_per_second")[-1]
     assert last > 2 * 4 * 32 / 3, "the evaluation between its two steps counted"
 
 
@@ -385,7 +371,7 @@ def test_the_modern_trunk_starts_flat_learns_and_loads(corpus, tmp_path, kind):
         expected = model.trunk.lm_head(model.trunk.model.norm(vectors))
         torch.testing.assert_close(model(input_ids=ids).logits, expected)
     final_model = train(run, quiet=True)
-    losses = losses_of(tmp_path)
+    losses = logged(tmp_path, "loss")
     assert losses[-1] < losses[0]
     loaded = AutoModelForCausalLM.from_pretrained(final_model)
     assert loaded.input_norm.weight.ne(1).any()

@@ -179,12 +179,12 @@ FIRST = {"use_v2_model_runner": False}
 def test_engines_that_would_lose_f_grams(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, found: str, changes: dict[str, Any], says: str
 ) -> None:
-    monkeypatch.setattr(checks, "_version_of", lambda name: found)
+    monkeypatch.setattr(checks, "version_of", lambda name: found)
     monkeypatch.setattr(checks, "find_spec", lambda name: True)
     monkeypatch.setattr(checks, "_platform", lambda: changes.get("platform", "cpu"))
     assert says in tiny.refusal(checks.check_engine, vllm_config(folders["ours"], **changes))
     for sound in ("0.26.0", "0.32.0", "1.0.0rc1", "0.1.dev1+gabc"):
-        monkeypatch.setattr(checks, "_version_of", lambda name, sound=sound: sound)
+        monkeypatch.setattr(checks, "version_of", lambda name, sound=sound: sound)
         checks.check_engine(vllm_config(folders["ours"]))
 
 

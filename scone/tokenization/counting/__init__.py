@@ -51,7 +51,7 @@ cores and disk overlap. Results do not depend on the order in which threads fini
 ties and ranking are the code of this package, so the result is equal, statistics included.
 
 Files: ``count`` the function and its result · ``engine`` the passes · ``levels`` keys, floor, pool, ids and ranks ·
-``blocks`` blocks in memory or files · ``plan`` sizes · ``tokens`` the corpus · ``spark``.
+``blocks`` the corpus and its blocks in memory or files · ``plan`` sizes · ``spark``.
 Measurements, and what was tried and left: docs/decisions/0006-counting.md.
 """
 

@@ -11,6 +11,7 @@ from scone.configs.schema import DEFAULT_RANKING, RANKINGS
 from scone.tokenization.f_gram_file import MAX_F_GRAM_LENGTH, MAX_VOCAB_SIZE
 from scone.tokenization.ranking import num_candidates
 from scone.utils.errors import SconeError
+from scone.utils.progress import available_cores
 from scone.utils.text import human_bytes
 
 _MAX_PARTITION_BITS = 15  # a partition is named by 16 bits, of which one value means "none"
@@ -123,7 +124,7 @@ def plan_count(
     Counting and ranking follow each other: the budget is for the larger, and buffers are for counting alone. Raises
     SconeError when the budget cannot hold even the f-grams that were asked for; says how much would do.
     """
-    threads = num_threads or len(os.sched_getaffinity(0))
+    threads = num_threads or available_cores()
     vocab_size, longest = task.vocab_size, task.longest
     most_ids = num_positions // task.min_freq
     most_n_grams = most_ids if task.max_candidates is None else min(most_ids, task.max_candidates)
