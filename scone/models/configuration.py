@@ -82,6 +82,12 @@ class EmbeddedTrunkConfig(PreTrainedConfig):
         return self.text_config.hidden_size  # type: ignore[union-attr]
 
     @property
+    def reads_tokens_in_layers(self) -> bool:
+        """Whether the trunk's layers read tokens beside the input vectors: Gemma 3n's and those of small Gemma 4s."""
+        text = self.text_config.get_text_config()  # type: ignore[union-attr]
+        return bool(getattr(text, "hidden_size_per_layer_input", None))
+
+    @property
     def initial_token_scale(self) -> float:
         """Standard deviation of the trunk's token embeddings at its start."""
         return getattr(self.text_config, "initializer_range", 0.02)

@@ -169,7 +169,7 @@ class SconeForCausalLM(EmbeddedTrunk):
 
     def attach_table(self, table: RowSource) -> None:
         """Serve matched positions from ``table`` from now on. Raises SconeError when its shape does not fit."""
-        expected = (self.config.num_f_grams, self.config.hidden_size)
+        expected = (self.config.num_f_grams, self._token_weight().shape[1])
         if (table.num_rows, table.width) != expected:
             raise SconeError(
                 f"the embedding table does not fit the model: found {table.num_rows} rows of width {table.width}; "

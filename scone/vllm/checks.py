@@ -128,6 +128,11 @@ def check_files(vllm_config: Any) -> None:
     """Refuse a table or f-grams that are not the model's. Raises SconeError."""
     options = serving_options(vllm_config.additional_config)
     config, model = vllm_config.model_config.hf_config, vllm_config.model_config
+    if config.reads_tokens_in_layers:
+        raise SconeError(
+            f"found a trunk of type {config.text_config.model_type!r}, whose layers read tokens beside their vectors; "
+            "expected one that reads vectors alone; serve it with `scone serve`"
+        )
     if "gpu" in options.placement and _platform() == "cpu":
         raise SconeError(f"found placement {options.placement!r} without a GPU; expected ram, shared, mmap or direct")
     fingerprint = ""
