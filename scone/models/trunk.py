@@ -90,6 +90,22 @@ def train_every_token(trunk: PreTrainedModel, *, fresh: bool = False) -> None:
             nn.init.normal_(embedding.weight[place], std=float(embedding.weight.std()))
 
 
+def draw_if_zero(model: PreTrainedModel) -> None:
+    """Draw the embedding of the padding token as those of others are where it is trained and was zero until now.
+
+    As transformers leaves it: see `train_every_token`. Behind 8 layers its gradient is 5e18, to which all others are
+    clipped; behind 12 it is none. Any vector but zero is another function already, to which the first step would go.
+    """
+    embedding: Any = model.get_input_embeddings()
+    weight, place = embedding.weight, model.config.get_text_config().pad_token_id
+    if place is None or not weight.requires_grad or weight[place].any():
+        return
+    drawn = torch.randn(weight.shape[1], generator=torch.Generator().manual_seed(0))  # on every process the same
+    with torch.no_grad():
+        weight[place] = (drawn * float(weight.std())).to(weight)
+    logger.warning("the embedding of token %d, which was zero, begins as those of other tokens do", place)
+
+
 def alone(trunk: PreTrainedModel) -> PreTrainedModel:
     """The same trunk, told what it would guess and warn of when it is trained or run by itself.
 
