@@ -19,6 +19,7 @@ from scone.models.input_embeddings import FGramBlock, FGramInputEmbedding, FGram
 from scone.models.learned_rows import LearnedRows
 from scone.models.table_lookup import RowSource, TableLookup, find_with
 from scone.models.token_history import TokenHistory, marked
+from scone.models.trunk import evaluating
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 from scone.tokenization.matcher import Matcher
 from scone.utils.errors import SconeError
@@ -271,15 +272,13 @@ class SconeForCausalLM(EmbeddedTrunk):
         assert self.vocabulary is not None
         if self.f_gram_embedding is None:
             raise SconeError("found a model without f-gram model; expected the trained model; load it without a table")
-        was_training = self.training
-        self.eval()
         ids = nodes.cpu().numpy()
         size = self.config.vocab_size
         last = np.where(ids >= size, self.vocabulary.last_tokens[np.maximum(ids - size, 0)], ids).astype(np.int64)
         tokens = self.get_input_embeddings()
         token_ids = torch.from_numpy(last)[None].to(self._token_weight().device)
-        vectors = self.f_gram_embedding(token_ids, tokens, self.trie_of(ids[None]))
-        self.train(was_training)
+        with evaluating(self):
+            vectors = self.f_gram_embedding(token_ids, tokens, self.trie_of(ids[None]))
         return vectors[0].float()
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +206,18 @@ def trunk_sizes(config: PreTrainedConfig) -> dict[str, int]:
         "num_attention_heads": config.num_attention_heads,
         "intermediate_size": inner or 4 * width,
     }
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode, and afterwards each part in the mode that it was in."""
+    modes = {part: part.training for part in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
 
 
 def longest_sequence(config: PreTrainedConfig) -> int | None:

@@ -46,6 +46,15 @@ def test_exported_rows_equal_the_live_sum(parts):
             torch.testing.assert_close(rows[rank], expected, atol=1e-5, rtol=1e-5)
 
 
+def test_exporting_rows_leaves_each_part_in_its_mode():
+    """As a trunk that is tuned without its dropout, in evaluation mode within a model that trains."""
+    model = tiny.scone().train()
+    model.trunk.eval()
+    before = {name: part.training for name, part in model.named_modules()}
+    tiny.live_rows(model)
+    assert {name: part.training for name, part in model.named_modules()} == before
+
+
 def test_a_cache_by_a_name_that_generate_does_not_know_is_never_read_as_none():
     """It would make one of its own beside it."""
     (other,) = {"cache", "past_key_values"} - {CACHE}
