@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scone.models.trunk import longest_sequence
+from scone.models.trunk import evaluating, longest_sequence
 from scone.utils.errors import SconeError
 from scone.utils.progress import progress
 
@@ -188,8 +188,6 @@ def perplexity(
     step = max_length if stride is None else stride
     check_windows(model, tokens, max_length, step)
     where = model.device
-    was_training = model.training
-    model.eval()
     # of each token; a few bytes, for a text may have hundreds of millions
     losses, targets, window_losses = np.zeros(len(tokens), np.float32), np.zeros(len(tokens), bool), []
     kinds = np.zeros((2, 0 if matcher is None else len(tokens)), np.uint8)
@@ -200,7 +198,7 @@ def perplexity(
         for first in range(0, len(same), batch_size)
     ]
     started = time.perf_counter()
-    with progress(len(tokens), "token", "Evaluating", quiet) as bar:
+    with evaluating(model), progress(len(tokens), "token", "Evaluating", quiet) as bar:
         for batch in batches:
             for found, window in zip(token_losses(model, tokens, batch, where), batch, strict=True):
                 predicted = slice(window.first_target, window.end)
@@ -213,7 +211,6 @@ def perplexity(
                     kinds[:, predicted] = _kinds(matcher.vocabulary, matched[window.first_target - 1 - reach :])
             bar.update(sum(window.end - window.first_target for window in batch))
     seconds = time.perf_counter() - started
-    model.train(was_training)
     documents = interval = None
     if separator_id is not None:
         ends = np.asarray(tokens) == separator_id

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from scone.inference.loading import F_GRAM_WEIGHTS
 from scone.models.accounting import RunCost, without_memory
-from scone.models.configuration import SconeConfig
+from scone.models.configuration import F_GRAM_WEIGHTS, SconeConfig
 from scone.models.language_model import SconeForCausalLM
 
 if TYPE_CHECKING:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from scone.inference.quantization import QuantizationReport, check_quantization, quantize_trunk
-from scone.models.configuration import weights_fingerprint
 from scone.tokenization.gguf_files import load_arguments
 from scone.utils.errors import SconeError, library_refusal
 from scone.utils.files import read_json
@@ -22,8 +21,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from scone.inference.embedding_table import EmbeddingTable
-
-F_GRAM_WEIGHTS = "f_gram_embedding."
 
 
 @dataclass(frozen=True)
@@ -101,8 +98,6 @@ def load_model(
             advice,
             True,
         )
-        if table is not None:
-            check_table_weights(folder, model._token_weight(), table.path, table.fingerprints)
     elif table_path is not None:
         raise SconeError(
             f"found the table {table_path} given for {model_path}, a model without f-grams; "
@@ -148,32 +143,6 @@ def _no_loading_report() -> Iterator[None]:
         yield
     finally:
         log.removeFilter(speaks_of_else)
-
-
-def check_table_weights(
-    folder: Path, token_embedding: torch.Tensor, table: Path, fingerprints: Mapping[str, str]
-) -> None:
-    """Refuse a table whose rows were made from other weights than those in ``folder``.
-
-    The f-gram model's weights are read once to be compared, and not kept. A folder without them (a served model) has
-    nothing to compare. Raises SconeError.
-    """
-    from safetensors import safe_open
-
-    found = fingerprints.get("weights", "")
-    state: dict[str, torch.Tensor] = {}
-    for path in sorted(folder.glob("model*.safetensors")) if found else ():
-        with safe_open(path, framework="pt") as file:
-            names = [name for name in file.keys() if name.startswith(F_GRAM_WEIGHTS)]  # noqa: SIM118 (no mapping)
-            state |= {name.removeprefix(F_GRAM_WEIGHTS): file.get_tensor(name) for name in names}
-    if not state:
-        return
-    expected = weights_fingerprint(token_embedding, state)
-    if found != expected:
-        raise SconeError(
-            f"{table} is the table of another model: found weights {found[:12]}, expected {expected[:12]}; "
-            "make it again from this model with `scone precompute`"
-        )
 
 
 def _load_plain(where: dict[str, Any], model_path: str | Path) -> PreTrainedModel:

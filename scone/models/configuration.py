@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
 from scone.utils.errors import SconeError
 from scone.utils.files import fingerprint_of
+
+F_GRAM_WEIGHTS = "f_gram_embedding."
 
 
 @dataclass
@@ -80,6 +84,12 @@ class EmbeddedTrunkConfig(PreTrainedConfig):
     @property
     def hidden_size(self) -> int:
         return self.text_config.hidden_size  # type: ignore[union-attr]
+
+    @property
+    def reads_tokens_in_layers(self) -> bool:
+        """Whether the trunk's layers read tokens beside the input vectors: Gemma 3n's and those of small Gemma 4s."""
+        text = self.text_config.get_text_config()  # type: ignore[union-attr]
+        return bool(getattr(text, "hidden_size_per_layer_input", None))
 
     @property
     def initial_token_scale(self) -> float:
@@ -162,3 +172,33 @@ def weights_fingerprint(token_embedding: Tensor, f_gram_embedding: Mapping[str, 
         # as bytes, since NumPy has no bfloat16
         parts += [name, tensor.detach().cpu().contiguous().view(torch.uint8).numpy().reshape(-1)]
     return fingerprint_of(*parts)
+
+
+def check_table_weights(folder: Path, token_embedding: str, table: Path, fingerprints: Mapping[str, str]) -> None:
+    """Refuse a ``table`` whose rows were made from other weights than those in a model's ``folder``.
+
+    Those are read once, as they were saved, to be compared: of ``token_embedding``, the name of T's, and of the f-gram
+    embedding, which stay with nobody. A folder without the latter (a served model) has nothing to compare. Raises
+    SconeError.
+    """
+    found, tokens = fingerprints.get("weights", ""), None
+    state: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("model*.safetensors")) if found else ():
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (no mapping)
+                if name == token_embedding:
+                    tokens = file.get_tensor(name)
+                elif name.startswith(F_GRAM_WEIGHTS):
+                    state[name.removeprefix(F_GRAM_WEIGHTS)] = file.get_tensor(name)
+    if not state:
+        return
+    if tokens is None:
+        raise SconeError(
+            f"found no weights {token_embedding} in {folder}; expected the whole model; copy its folder again"
+        )
+    expected = weights_fingerprint(tokens, state)
+    if found != expected:
+        raise SconeError(
+            f"{table} is the table of another model: found weights {found[:12]}, expected {expected[:12]}; "
+            "make it again from this model with `scone precompute`"
+        )

@@ -17,7 +17,7 @@ from scone.models.configuration import EmbeddedTrunkConfig
 from scone.models.learned_rows import LearnedRows
 from scone.models.row_files import ROWS_FOLDER, load_shares
 from scone.models.token_history import CACHE, TokenHistory, extend_history, known_past, marked, starts_of_examples
-from scone.models.trunk import train_every_token
+from scone.models.trunk import check_positions, per_layer_inputs, routing_loss, train_every_token
 from scone.utils.errors import SconeError
 from scone.utils.files import give_umask_mode
 
@@ -41,8 +41,10 @@ class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
     def __init__(self, config: EmbeddedTrunkConfig, trunk: PreTrainedModel | None = None) -> None:
         super().__init__(config)
         self.trunk = AutoModelForCausalLM.from_config(config.text_config) if trunk is None else trunk
+        check_positions(self.trunk.config)
         self.trunk.config.return_dict = True  # tuples are made here
         train_every_token(self.trunk)
+        self._tokens_in_layers = config.reads_tokens_in_layers
         self._no_split_modules = list(self.trunk._no_split_modules or [])
         self._embedding_place: tuple[str, ...] = ()
         self.input_norm = nn.RMSNorm(self._token_weight().shape[1], eps=1e-6) if config.input_norm else None
@@ -248,7 +250,7 @@ class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
             loss = self.loss_function(
                 output.logits, labels, vocab_size=self.config.vocab_size, num_items_in_batch=num_items_in_batch
             )
-            output = type(output)(**{**output, "loss": loss})
+            output = type(output)(**{**output, "loss": loss + routing_loss(self.trunk, output)})
         return self._returned(output, return_dict)
 
     def _run(
@@ -279,6 +281,8 @@ class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
         tokens = _marked(input_ids, mask, history, position_ids, kwargs.get("cu_seq_lens_q"), kwargs.get("seq_idx"))
         if inputs_embeds is None:
             inputs_embeds = self.scaled(self.vectors_of(input_ids, tokens, history, trie))
+        if self._tokens_in_layers and kwargs.get("per_layer_inputs") is None:
+            kwargs["per_layer_inputs"] = per_layer_inputs(self.trunk, input_ids)
         output = part(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -12,12 +13,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import cached_file
 
 from scone.kernels.trie_batch import build_trie_batch
-from scone.models.configuration import SconeConfig, weights_fingerprint
+from scone.models.configuration import SconeConfig, check_table_weights, weights_fingerprint
 from scone.models.embedded_trunk import EmbeddedTrunk
 from scone.models.input_embeddings import FGramBlock, FGramInputEmbedding, FGramModel
 from scone.models.learned_rows import LearnedRows
 from scone.models.table_lookup import RowSource, TableLookup, find_with, looked_up
 from scone.models.token_history import TokenHistory, marked, tensors_of
+from scone.models.trunk import evaluating
 from scone.tokenization.f_gram_file import FILE_NAME
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 from scone.tokenization.matcher import Matcher
@@ -95,7 +97,8 @@ class SconeForCausalLM(EmbeddedTrunk):
     ) -> SconeForCausalLM:
         """As Hugging Face's, plus ``table``: serve from an embedding table, and load neither f-gram model nor rows.
 
-        Raises SconeError when the vocabulary is missing or is not the one the model was trained with.
+        Raises SconeError when the vocabulary is missing or is not the one the model was trained with, or the table is
+        not this model's: the weights in a folder are read once to be compared with those that the table says.
         """
         config = kwargs.pop("config", None) or SconeConfig.from_pretrained(pretrained_model_name_or_path)
         config.requires_table = config.requires_table or table is not None
@@ -116,6 +119,7 @@ class SconeForCausalLM(EmbeddedTrunk):
         loaded.set_vocabulary(FGramVocabulary.load(str(path)))
         if table is not None:
             loaded.attach_table(table)
+            loaded._check_weights_of(table, Path(pretrained_model_name_or_path) / kwargs.get("subfolder", ""))
         return model
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
@@ -167,15 +171,32 @@ class SconeForCausalLM(EmbeddedTrunk):
         return embeddings
 
     def attach_table(self, table: RowSource) -> None:
-        """Serve matched positions from ``table`` from now on. Raises SconeError when its shape does not fit."""
-        expected = (self.config.num_f_grams, self.config.hidden_size)
+        """Serve matched positions from ``table`` from now on.
+
+        Raises SconeError when its shape does not fit, or it says that it was made for other f-grams. Whether it was
+        made from the weights that the model has is not looked at.
+        """
+        expected = (self.config.num_f_grams, self._token_weight().shape[1])
         if (table.num_rows, table.width) != expected:
             raise SconeError(
                 f"the embedding table does not fit the model: found {table.num_rows} rows of width {table.width}; "
                 f"expected {expected[0]} rows of width {expected[1]}; precompute it again from this model"
             )
         assert self.matcher is not None, "a table belongs to a vocabulary: call set_vocabulary"
+        found, known = _said_of(table).get("vocabulary", ""), self.config.vocabulary_fingerprint
+        if found and found != known:
+            raise SconeError(
+                f"the embedding table does not fit the model: found rows of as many other f-grams ({found[:12]}); "
+                f"expected those of {known[:12]}; give the table that belongs to this model, or precompute it again"
+            )
         self.table_embedding = TableLookup(table, self.matcher)
+
+    def _check_weights_of(self, table: RowSource, folder: Path) -> None:
+        path = getattr(table, "path", None)
+        if path is not None and folder.is_dir():
+            embedding = self.get_input_embeddings()
+            name = next(name for name, part in self.named_modules() if part is embedding)
+            check_table_weights(folder, f"{name}.weight", path, _said_of(table))
 
     def table_fingerprints(self) -> dict[str, str]:
         """What a table made from this model must carry: the f-gram vocabulary, and the weights that rows depend on.
@@ -250,16 +271,20 @@ class SconeForCausalLM(EmbeddedTrunk):
         assert self.vocabulary is not None
         if self.f_gram_embedding is None:
             raise SconeError("found a model without f-gram model; expected the trained model; load it without a table")
-        was_training = self.training
-        self.eval()
         ids = nodes.cpu().numpy()
         size = self.config.vocab_size
         last = np.where(ids >= size, self.vocabulary.last_tokens[np.maximum(ids - size, 0)], ids).astype(np.int64)
         tokens = self.get_input_embeddings()
         token_ids = torch.from_numpy(last)[None].to(self._token_weight().device)
-        vectors = self.f_gram_embedding(token_ids, tokens, self.trie_of(ids[None]))
-        self.train(was_training)
+        with evaluating(self):
+            vectors = self.f_gram_embedding(token_ids, tokens, self.trie_of(ids[None]))
         return vectors[0].float()
+
+
+def _said_of(table: RowSource) -> Mapping[str, str]:
+    """Fingerprints of what a table was made from, where it is read from a file."""
+    found: Mapping[str, str] = getattr(table, "fingerprints", {})
+    return found
 
 
 AutoConfig.register("scone", SconeConfig, exist_ok=True)

@@ -82,6 +82,10 @@ class TableLookup(nn.Module):
         """A copy looks up by itself: this one holds compiled kernels, which cannot be copied."""
         return TableLookup(copy.deepcopy(self.table, memo), self.matcher)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """What is unpickled has a handle of its own: in another process this one's may be another lookup's."""
+        return TableLookup, (self.table, self.matcher)
+
     def look_up(self, vectors: Tensor, tokens: Tensor, *history: Tensor | None) -> tuple[Tensor, Tensor]:
         """As `table_lookup`."""
         if self.on_device is not None and vectors.device == self.device:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from scone.kernels.longest_match import FIRST_BIT
@@ -64,6 +64,12 @@ class TokenHistory(DynamicLayer):
     is_compileable = True
     places: Tensor | None = None
     count: Tensor | None = None
+    first: CacheLayerMixin | None = None
+
+    def prefetch(self) -> None:
+        """A cache that keeps its layers on the host asks for the one behind the last: to it, that is the ``first``."""
+        if self.first is not None:
+            self.first.prefetch()
 
     def append(self, tokens: Tensor) -> None:
         """Add int64 tokens ``[B, T]``, as `marked` writes them."""
@@ -185,5 +191,6 @@ def extend_history(cache: Cache, tokens: Tensor) -> None:
         # layers of a sliding window do not keep a place for every token
         static = next((layer for layer in cache.layers if type(layer) is StaticLayer), None)
         history = TokenHistory() if static is None else StaticTokenHistory(static)
+        history.first = next((layer for layer in cache.layers if isinstance(layer, DynamicLayer | StaticLayer)), None)
         cache.layers.append(history)
     history.append(tokens)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.activations import ACT2FN
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
@@ -43,6 +44,8 @@ TRUNK_SIZE_FIELDS: dict[str, tuple[str, ...]] = {
     "layer_norm_eps": ("layer_norm_eps", "layer_norm_epsilon", "rms_norm_eps"),
 }
 
+ROBERTA_KIN = ["roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert", "data2vec-text", "xmod"]
+
 
 def build_trunk(
     options: ModelOptions, tokenizer: PreTrainedTokenizerBase | None, config: PreTrainedConfig | None = None
@@ -76,8 +79,7 @@ def train_every_token(trunk: PreTrainedModel, *, fresh: bool = False) -> None:
     Tokenizers pad with the token that separates documents, and transformers takes that token's vector to be zero for
     ever. But here it is read, and a vector of zeros takes RMSNorm's gradient times 1,000 (1 / √eps) in every layer in
     which it sees itself alone, as at a window's start: float32 ends after 13 layers of them, and a step's gradients
-    are no numbers. What is padding, the mask says. (RoBERTa and its kin go on to number that token's positions as
-    padding's.)
+    are no numbers. What is padding, the mask says.
     """
     embedding: Any = trunk.get_input_embeddings()
     place = getattr(embedding, "padding_idx", None)
@@ -87,6 +89,22 @@ def train_every_token(trunk: PreTrainedModel, *, fresh: bool = False) -> None:
     if fresh:
         with torch.no_grad():
             nn.init.normal_(embedding.weight[place], std=float(embedding.weight.std()))
+
+
+def draw_if_zero(model: PreTrainedModel) -> None:
+    """Draw the embedding of the padding token as those of others are where it is trained and was zero until now.
+
+    As transformers leaves it: see `train_every_token`. Behind 8 layers its gradient is 5e18, to which all others are
+    clipped; behind 12 it is none. Any vector but zero is another function already, to which the first step would go.
+    """
+    embedding: Any = model.get_input_embeddings()
+    weight, place = embedding.weight, model.config.get_text_config().pad_token_id
+    if place is None or not weight.requires_grad or weight[place].any():
+        return
+    drawn = torch.randn(weight.shape[1], generator=torch.Generator().manual_seed(0))  # on every process the same
+    with torch.no_grad():
+        weight[place] = (drawn * float(weight.std())).to(weight)
+    logger.warning("the embedding of token %d, which was zero, begins as those of other tokens do", place)
 
 
 def alone(trunk: PreTrainedModel) -> PreTrainedModel:
@@ -107,7 +125,8 @@ def trunk_configuration(options: ModelOptions) -> PreTrainedConfig:
 
     Reads no weights, so that what is wrong with a trunk is said before anything long is begun. Raises SconeError when
     the architecture is unknown or no causal language model, the options do not fit it, pretrained weights are not
-    there, or the hub is out of reach and the name has no built-in configuration.
+    there, the hub is out of reach and the name has no built-in configuration, or transformers runs the architecture
+    otherwise than it trains it.
     """
     pretrained = options.init == "pretrained"
     config = (_pretrained_configuration if pretrained else _named_configuration)(options.base_model_name)
@@ -115,6 +134,13 @@ def trunk_configuration(options: ModelOptions) -> PreTrainedConfig:
         raise SconeError(
             f"found {options.base_model_name!r} of type {config.model_type!r}, which has no causal language model "
             "in transformers; expected one such as gpt2, bert-base-uncased, llama or qwen2; choose another"
+        )
+    check_positions(config)
+    if getattr(config, "is_encoder_decoder", False) or config.model_type == "trocr":
+        raise SconeError(
+            f"found {options.base_model_name!r} of type {config.model_type!r}, the decoder of an encoder-decoder, "
+            "which transformers trains to repeat each token and not to predict the next; expected one such as gpt2, "
+            "llama or qwen2; choose another"
         )
     causal(config)
     if pretrained:
@@ -126,6 +152,41 @@ def trunk_configuration(options: ModelOptions) -> PreTrainedConfig:
         _complete_sizes(config, options)
     _check_heads(config)
     return config
+
+
+def check_positions(config: PreTrainedConfig) -> None:
+    """Raise SconeError for a trunk that counts positions by token ids, which input vectors do not have.
+
+    Of tokens, RoBERTa and its kin count those that are not the padding token (which also separates documents), from
+    behind its id on; of vectors all, in every cached step from the first position again; and ``generate`` gives them
+    positions from 0 on. So training, evaluation and decoding would each see another text.
+    """
+    if config.model_type in ROBERTA_KIN:
+        raise SconeError(
+            f"found a trunk of type {config.model_type!r}, which counts positions by token ids, and in generation not "
+            "as in training; expected one that counts them from the first on, such as bert-base-uncased, gpt2 or "
+            "qwen2; choose another"
+        )
+
+
+def per_layer_inputs(trunk: PreTrainedModel, input_ids: Tensor) -> Tensor:
+    """What the layers of Gemma 3n and of small ones of Gemma 4 read of tokens int64 ``[B, T]``: ``[B, T, layers, P]``.
+
+    Of vectors alone the first leaves it out without a word, and the others look for the tokens that have these vectors.
+    """
+    decoder: Any = trunk.get_decoder()
+    vectors: Tensor = decoder.get_per_layer_inputs(input_ids)
+    return vectors
+
+
+def routing_loss(trunk: Any, output: Any) -> Tensor | float:
+    """What a mixture of experts adds to its loss, so that experts share the work: where it puts ``aux_loss`` out."""
+    found = getattr(output, "aux_loss", None)
+    if found is None:
+        return 0.0
+    named = next((name for name in ("router_aux_loss_coef", "aux_loss_coef") if hasattr(trunk, name)), None)
+    factor = trunk.config.get_text_config().router_aux_loss_coef if named is None else getattr(trunk, named)
+    return factor * found
 
 
 def causal(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -145,6 +206,18 @@ def trunk_sizes(config: PreTrainedConfig) -> dict[str, int]:
         "num_attention_heads": config.num_attention_heads,
         "intermediate_size": inner or 4 * width,
     }
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode, and afterwards each part in the mode that it was in."""
+    modes = {part: part.training for part in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
 
 
 def longest_sequence(config: PreTrainedConfig) -> int | None:

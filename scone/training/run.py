@@ -34,7 +34,7 @@ from scone.models.embedded_trunk import EmbeddedTrunk
 from scone.models.language_model import SconeForCausalLM
 from scone.models.over_encoding import OverEncodingForCausalLM
 from scone.models.scaled_trunk import ScaledTrunkForCausalLM
-from scone.models.trunk import alone, build_trunk
+from scone.models.trunk import alone, build_trunk, draw_if_zero
 from scone.tokenization.f_gram_vocabulary import FGramVocabulary
 from scone.tokenization.tokenizers import separator_ids, tokenizer_fingerprint
 from scone.training.artifacts import prepare_vocabulary, write_model_card
@@ -168,6 +168,7 @@ def build_model(
     trunk = build_trunk(options.model, corpus.tokenizer, trunk_config)
     if options.training.freeze_trunk:
         trunk.requires_grad_(False)
+    draw_if_zero(trunk)
     settings: dict[str, Any] = {
         "embedding_scale": options.model.embedding_scale,
         "input_norm": options.model.input_norm,

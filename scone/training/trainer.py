@@ -26,6 +26,7 @@ from scone.data.dataset import TrainingOrder
 from scone.models.accounting import RunCost
 from scone.models.learned_rows import LearnedRows
 from scone.models.row_files import ROWS_FOLDER, append_rows, load_shares, save_shares
+from scone.models.trunk import draw_if_zero
 from scone.training.distributed import (
     clip_sharded_gradients,
     load_schedule,
@@ -290,6 +291,7 @@ class SconeTrainer(Trainer):
         with _loading(resume_from_checkpoint):
             if not self.sharded:
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
+                draw_if_zero(self.accelerator.unwrap_model(self.model))
                 return
             assert self.model is not None
             load_whole_weights(self.model, Path(resume_from_checkpoint))

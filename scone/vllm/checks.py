@@ -18,11 +18,10 @@ import torch
 from safetensors import safe_open
 from transformers.utils import cached_file
 
-from scone.inference.loading import check_table_weights
 from scone.inference.stores import parse_placement
 from scone.inference.stores.memory import remove_unused
 from scone.inference.table_format import TableFile
-from scone.models.configuration import SconeConfig
+from scone.models.configuration import SconeConfig, check_table_weights
 from scone.tokenization.tokenizers import load_tokenizer, tokenizer_fingerprint
 from scone.utils.environment import version_of
 from scone.utils.errors import SconeError, library_refusal
@@ -128,6 +127,11 @@ def check_files(vllm_config: Any) -> None:
     """Refuse a table or f-grams that are not the model's. Raises SconeError."""
     options = serving_options(vllm_config.additional_config)
     config, model = vllm_config.model_config.hf_config, vllm_config.model_config
+    if config.reads_tokens_in_layers:
+        raise SconeError(
+            f"found a trunk of type {config.text_config.model_type!r}, whose layers read tokens beside their vectors; "
+            "expected one that reads vectors alone; serve it with `scone serve`"
+        )
     if "gpu" in options.placement and _platform() == "cpu":
         raise SconeError(f"found placement {options.placement!r} without a GPU; expected ram, shared, mmap or direct")
     fingerprint = ""
@@ -178,7 +182,7 @@ def check_model_files(config: SconeConfig, model: str, revision: str | None, opt
         folder = Path(model)
         if options.check_weights and table.layout.fingerprints.get("weights") and folder.is_dir():
             with library_refusal(f"cannot read the model's weights in {model}", "copy the whole model folder again"):
-                check_table_weights(folder, _token_embedding(config, folder), table.path, table.layout.fingerprints)
+                check_table_weights(folder, _token_embedding(config), table.path, table.layout.fingerprints)
 
 
 def _check_vocabulary(config: SconeConfig, path: Path) -> None:
@@ -193,20 +197,14 @@ def _check_vocabulary(config: SconeConfig, path: Path) -> None:
         )
 
 
-def _token_embedding(config: SconeConfig, folder: Path) -> torch.Tensor:
-    """T as the folder holds it, ``[V, D]``; whichever name the trunk gives it."""
+def _token_embedding(config: SconeConfig) -> str:
+    """The name of T in the model's weights, whichever the trunk gives it."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
         trunk = AutoModelForCausalLM.from_config(config.text_config)
     embedding = trunk.get_input_embeddings()
-    name = next(f"trunk.{name}.weight" for name, part in trunk.named_modules() if part is embedding)
-    for path in sorted(folder.glob("model*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            if name in file.keys():  # noqa: SIM118 (no mapping)
-                weight: torch.Tensor = file.get_tensor(name)
-                return weight
-    raise SconeError(f"found no weights {name} in {folder}; expected the whole model; copy its folder again")
+    return next(f"trunk.{name}.weight" for name, part in trunk.named_modules() if part is embedding)
 
 
 def _check_version() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import re
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from scone.inference.embedding_table import EmbeddingTable
 from scone.inference.engine import GenerationOptions, SconeInferenceEngine
 from scone.inference.loading import LoadedModel, choose_device, load_model
 from scone.inference.precompute import precompute_table
@@ -175,6 +178,34 @@ def test_table_of_another_model_is_refused(tmp_path, tokenizer):
     ]
     assert "the table of another model" in said[0]
     assert "cannot open the embedding table" in said[1]
+
+
+@pytest.mark.parametrize("how", ["from_pretrained", "load_model"])
+def test_a_table_of_other_f_grams_or_weights_is_refused_however_it_is_given(how, tmp_path):
+    """As many f-grams of another corpus, and the same of a model that was trained on: each table fits by its shape."""
+    for name, corpus, seed in (("ours", 0, 0), ("of other f-grams", 1, 0), ("of other weights", 0, 1)):
+        counts = reference.count_n_grams([tiny.corpus(seed=corpus)], 3, [tiny.SEPARATOR])
+        vocabulary = reference.vocabulary_of(
+            counts, max_n=3, max_f_grams=100, vocab_size=tiny.VOCAB_SIZE, separator_ids=(tiny.SEPARATOR,)
+        )
+        model = SconeForCausalLM.from_trunk(tiny.trunk("qwen2"), vocabulary, f_gram_model=None, learned_rows=100)
+        assert model.f_gram_embedding is not None
+        torch.manual_seed(seed)
+        torch.nn.init.normal_(model.f_gram_embedding.rows.weight)
+        model.save_pretrained(tmp_path / name)
+        precompute_table(model, tmp_path / name / "embeddings.cache", quiet=True)
+
+    def served(name: str) -> Any:
+        path = tmp_path / name / "embeddings.cache"
+        if how == "load_model":
+            return load_model(tmp_path / "ours", path, device="cpu").model
+        return SconeForCausalLM.from_pretrained(
+            tmp_path / "ours", table=EmbeddingTable.open(path), dtype=torch.bfloat16
+        )
+
+    assert served("ours") is not None
+    assert re.search("other f-grams|other vocabulary", tiny.refusal(served, "of other f-grams"))
+    assert "the table of another model" in tiny.refusal(served, "of other weights")
 
 
 def test_streamed_text_equals_generated_text(tmp_path, tokenizer):

@@ -94,3 +94,18 @@ def test_gradients_pass_by_the_rows(tmp_path: Path) -> None:
             gradients.append(model.get_input_embeddings().weight.grad.clone())
     assert torch.equal(*gradients)
     assert gradients[0].abs().sum() > 0
+
+
+@pytest.mark.parametrize("cache", ["offloaded", "offloaded_static"])
+@pytest.mark.parametrize("is_served", [False, True])
+def test_a_cache_that_waits_on_the_host_gives_what_others_do(tmp_path: Path, cache: str, is_served: bool) -> None:
+    model, text = tiny.scone("llama"), torch.randint(0, 6, (2, 9), generator=torch.Generator().manual_seed(0))
+    write_table(tmp_path / "embeddings.cache", tiny.live_rows(model), "fp32")
+    model = model.cuda()
+    with EmbeddingTable.open(tmp_path / "embeddings.cache", "gpu", device="cuda") as table:
+        if is_served:
+            model.attach_table(table)
+        greedy = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "disable_compile": True}
+        greedy |= {"attention_mask": torch.ones_like(text).cuda()}
+        expected = model.generate(text.cuda(), **greedy)
+        assert torch.equal(model.generate(text.cuda(), cache_implementation=cache, **greedy), expected)

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from scone.configs.schema import ModelOptions
-from scone.models.trunk import build_trunk
+from scone.models.trunk import build_trunk, draw_if_zero
 from scone.tests import tiny
 
 OTHER = 5
@@ -92,3 +92,21 @@ def test_a_deep_trunk_has_gradients_at_a_window_that_begins_with_it() -> None:
     ids[:, 0] = OTHER
     without = torch.stack([gradient.norm() for gradient in gradients(trunk, ids).values()]).norm()
     assert 0.1 < float(with_it / without) < 10
+
+
+def test_a_deep_trunk_of_before_whose_separator_is_zeros_has_gradients_from_its_first_step_on() -> None:
+    """And one that is not trained, or has a vector there, stays as it is, bit for bit."""
+    for begins_at, is_trained in ((0.0, True), (0.0, False), (0.1, True)):
+        trunk = built("llama", layers=16).requires_grad_(is_trained)
+        rows: Any = trunk.get_input_embeddings().weight.detach()  # type: ignore[union-attr, operator]
+        rows[tiny.SEPARATOR] = begins_at
+        before = rows.clone()
+        draw_if_zero(trunk)
+        if begins_at or not is_trained:
+            assert torch.equal(rows, before)
+            continue
+        assert torch.equal(rows[1:], before[1:])
+        ids = tiny.tokens(2, 12)
+        ids[:, 0] = tiny.SEPARATOR
+        norm = torch.stack([gradient.norm() for gradient in gradients(trunk, ids).values()]).norm()
+        assert 0 < float(norm) < 1e3

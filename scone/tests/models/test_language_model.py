@@ -9,6 +9,7 @@ from transformers import StaticCache
 from scone.models.language_model import SconeForCausalLM
 from scone.models.token_history import CACHE
 from scone.tests import tiny
+from scone.tests.processes import forked
 from scone.tests.tiny import tokens
 from scone.utils.errors import SconeError
 
@@ -43,6 +44,15 @@ def test_exported_rows_equal_the_live_sum(parts):
                 if suffix < model.config.learned_rows:
                     expected += embedding.rows.weight[suffix]
             torch.testing.assert_close(rows[rank], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_exporting_rows_leaves_each_part_in_its_mode():
+    """As a trunk that is tuned without its dropout, in evaluation mode within a model that trains."""
+    model = tiny.scone().train()
+    model.trunk.eval()
+    before = {name: part.training for name, part in model.named_modules()}
+    tiny.live_rows(model)
+    assert {name: part.training for name, part in model.named_modules()} == before
 
 
 def test_a_cache_by_a_name_that_generate_does_not_know_is_never_read_as_none():
@@ -95,3 +105,26 @@ def test_what_does_not_fit_is_refused_in_one_line(tmp_path):
 
 
 MODEL = tiny.scone()
+
+
+def runs_in_another_process(model: SconeForCausalLM, ids: torch.Tensor, expected: torch.Tensor) -> int:
+    """Beside one of that process's own, which looks up by the number that the other did where it comes from."""
+    own = tiny.scone(seed=3)
+    own.attach_table(tiny.RowsInMemory(own))
+    assert own.table_embedding is not None
+    assert model.table_embedding is not None
+    while own.table_embedding.handle < model.table_embedding.handle:
+        own.attach_table(tiny.RowsInMemory(own))
+    with torch.no_grad():
+        assert not torch.equal(own(ids).logits, expected)
+        return int(not torch.equal(model(ids).logits, expected))
+
+
+def test_a_served_model_reads_its_own_table_in_any_process():
+    """It is handed over as it is, by pickling."""
+    model, ids = tiny.scone(), tokens(2, 30)
+    model.attach_table(tiny.RowsInMemory(model))
+    with torch.no_grad():
+        process = forked(runs_in_another_process, model, ids, model(ids).logits)
+    process.join()
+    assert process.exitcode == 0

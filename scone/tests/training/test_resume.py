@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, TrainerCallback
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoTokenizer, TrainerCallback
 
 from scone.cli import main
 from scone.configs.loading import load_options
@@ -271,3 +272,26 @@ def test_a_run_that_is_lost_stops_and_keeps_the_checkpoints_before_it(corpus, tm
     assert "by step 6; expected numbers" in found
     assert "run/checkpoint-4" in found
     assert max(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == "checkpoint-4"
+
+
+@pytest.mark.parametrize("began", ["pretrained", "resumed"])
+def test_a_separator_of_zeros_goes_on_as_a_vector(corpus, tokenizer, tmp_path, began):
+    """Trunks of before have one; the gradients of a deep one ended there with the first step."""
+    trunk = {"model.base_model_name": "llama", "model.tokenizer": tokenizer, "training.learning_rate": 1e-5}
+    folder = tmp_path / "run"
+    train(options(corpus, folder, **BEGAN, **trunk, **{"model.use_f_gram_embeddings": False}), quiet=True)
+    at, name = folder / "checkpoint-2", "model.embed_tokens.weight"
+    weights = load_file(at / "model.safetensors")
+    separator = AutoTokenizer.from_pretrained(folder / "final_model").pad_token_id
+    weights[name][separator] = 0
+    save_file(weights, at / "model.safetensors", {"format": "pt"})
+    if began == "resumed":
+        changes = BEGAN | GO_ON | trunk
+    else:
+        at, folder = folder / "final_model", tmp_path / "second"
+        save_file(weights, at / "model.safetensors", {"format": "pt"})
+        sizes = {"model.hidden_size": None, "model.num_hidden_layers": None, "model.num_attention_heads": None}
+        changes = BEGAN | trunk | sizes | {"model.base_model_name": str(at), "model.init": "pretrained"}
+    train(options(corpus, folder, **changes, **{"model.use_f_gram_embeddings": False}), quiet=True)
+    rows = load_file(folder / "final_model" / "model.safetensors")[name]
+    assert 0.2 < float(rows[separator].std() / rows.std()) < 5

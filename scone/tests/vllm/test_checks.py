@@ -188,6 +188,13 @@ def test_engines_that_would_lose_f_grams(
         checks.check_engine(vllm_config(folders["ours"]))
 
 
+def test_a_trunk_that_reads_tokens_in_its_layers(folder: Path) -> None:
+    """vLLM would leave them out."""
+    config = vllm_config(folder)
+    config.model_config.hf_config.text_config.hidden_size_per_layer_input = 4
+    assert "whose layers read tokens beside their vectors" in tiny.refusal(checks.check_files, config)
+
+
 def test_the_command_line_gets_the_line_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "embeddings.cache").unlink()
     monkeypatch.setattr(checks, "check_engine", lambda config: None)
