@@ -75,7 +75,10 @@ MISTAKES = {
     "evaluate --model_path m --tasks piqa --limit 0": "--limit: found 0",
     "generate --model_path m": "--prompt",
     "generate --model_path m --prompt x --quantization int3": "found quantization 'int3'",
-    "benchmark --config none.json": "cannot read none.json as JSON",
+    "benchmark --config none.json": "cannot read none.json as JSON: No such file or directory; check the path",
+    "train --resume": "unknown option --resume; did you mean --resume_from_checkpoint?",
+    "evaluate --model_path m --dataset_name text.txt --output /dev/null": "found a device or pipe at /dev/null",
+    "precompute --model_path m --output_path /dev/null": "found a device or pipe at /dev/null",
     # said before the corpus is read, or the model, which is not there either
     "train-configurations --configs small-100k medium-100k --dataset_name none.txt --base_model_name ./m": "'./m'",
     "count --dataset_name none.txt --output text.txt/x": "/text.txt; check the path",
