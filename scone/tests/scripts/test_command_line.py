@@ -76,6 +76,7 @@ MISTAKES = {
     "generate --model_path m": "--prompt",
     "generate --model_path m --prompt x --quantization int3": "found quantization 'int3'",
     "benchmark --config none.json": "cannot read none.json as JSON: No such file or directory; check the path",
+    "generate --model_path m --prompt x --placement mmap": "--placement mmap without --embedding_cache_path",
     "train --resume": "unknown option --resume; did you mean --resume_from_checkpoint?",
     "evaluate --model_path m --dataset_name text.txt --output /dev/null": "found a device or pipe at /dev/null",
     "precompute --model_path m --output_path /dev/null": "found a device or pipe at /dev/null",
