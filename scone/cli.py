@@ -17,7 +17,7 @@ VERBS = {
     "hydra-train": ("hydra_train", "train with Hydra overrides and sweeps"),
     "count": ("count", "count the f-grams of a corpus and show their coverage"),
     "precompute": ("precompute_embeddings", "write a model's embedding table"),
-    "table": ("table", "change an embedding table's row type or length"),
+    "table": ("table", "change an embedding table's row type"),
     "evaluate": ("evaluate", "perplexity and zero-shot accuracy of a model"),
     "generate": ("generate", "continue a prompt"),
     "serve": ("serve", "serve a model over HTTP: an OpenAI-compatible API, metrics, and a page"),

@@ -345,7 +345,7 @@ def expectation(entry: Entry) -> str:
         return "one of " + ", ".join(info.choices)
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[entry.type]
     if info.minimum is not None and info.maximum is not None:
-        words += f" from {info.minimum:g} to {info.maximum:g}"
+        words += f" from {info.minimum:g} to {info.maximum:,.10g}"
     elif info.minimum is not None:
         words += f" of at least {info.minimum:g}"
     return words + (" or none" if entry.optional else "")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -118,20 +118,24 @@ def run_benchmark(
 ) -> list[RunResult]:
     """Measure every model of ``config``; write the report (`write_report`) to ``output_dir``; return the results.
 
+    The report is written after each model, and lists those to come as missing: one that is stopped keeps what it has.
     What is missing (a model, a data set) is named, listed in the report, and the rest goes on; a SCONE model whose
     table is missing is measured live.
     Raises SconeError when no model could be measured.
     """
     benchmark = Benchmark(config, settings, say)
-    results = benchmark.run()
     facts = {
         "machine": environment(),
         "config": asdict(config),
         "settings": asdict(settings),
         "notes": _notes(config, settings),
     }
-    write_report(results, output_dir, facts=facts, missing=benchmark.missing)
-    return results
+
+    def keep(results: list[RunResult], to_come: Sequence[str]) -> None:
+        left = [{"what": name, "why": "not measured yet"} for name in to_come]
+        write_report(results, output_dir, facts=facts, missing=benchmark.missing + left)
+
+    return benchmark.run(keep)
 
 
 def _notes(config: BenchmarkConfig, settings: BenchmarkSettings) -> list[str]:
@@ -164,15 +168,20 @@ class Benchmark:
     matcher: Matcher | None = None
     missing: list[dict[str, str]] = field(default_factory=list)
 
-    def run(self) -> list[RunResult]:
-        """A result for every model that can be measured. Raises SconeError when there is none."""
+    def run(self, keep: Callable[[list[RunResult], Sequence[str]], None] = lambda *_: None) -> list[RunResult]:
+        """A result for every model that can be measured; ``keep`` gets, after each, all so far and the names of models
+        to come. Raises SconeError when there is none.
+        """
         torch.manual_seed(self.settings.seed)
         results: list[RunResult] = []
-        for wanted in self.settings.quantizations:
-            check_quantization(wanted)
+        for form in self.settings.quantizations:
+            check_quantization(form)
         forms: tuple[str | None, ...] = (None, *self.settings.quantizations)
-        for found, quantization in product(self.config.entries, forms):
-            entry = found if quantization is None else replace(found, name=f"{found.name} {quantization}")
+        wanted = [
+            (entry if form is None else replace(entry, name=f"{entry.name} {form}"), form)
+            for entry, form in product(self.config.entries, forms)
+        ]
+        for place, (entry, quantization) in enumerate(wanted, start=1):
             self.say(f"{entry.name}")
             try:
                 results.append(self._measured(entry, quantization))
@@ -180,6 +189,8 @@ class Benchmark:
                 self._leave_out(entry.name, str(error))
             except torch.OutOfMemoryError:
                 self._leave_out(entry.name, "the accelerator's memory is too small for it")
+            if results:
+                keep(results, [later.name for later, _ in wanted[place:]])
         if not results:
             raise SconeError(
                 f"nothing could be measured: {len(self.missing)} of {len(self.missing)} models are missing "

@@ -27,6 +27,7 @@ TASKS = (
     *("boolq", "sciq", "social_iqa", "lambada_openai"),
 )
 """What ``--tasks all`` stands for; every other task of the harness that has an accuracy can be named too."""
+HEADING = f"{'task':<18}{'accuracy':>10}{'95 % over items':>20}{'normalised':>12}{'chance':>9}{'items':>9}"
 # files of these often have other columns than the data set of the hub that the harness reads
 _LOCAL_COLUMNS: dict[str, dict[str, Any]] = {
     "boolq": {"doc_to_target": "{{ label if label is defined else answer | int }}"},
@@ -65,6 +66,16 @@ class TaskResult:
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready mapping."""
         return vars(self) | {"accuracy_interval": self.accuracy_interval}
+
+    def __str__(self) -> str:
+        """A row of the table that `HEADING` is the first line of."""
+        interval = "{:.4f} to {:.4f}".format(*self.accuracy_interval)
+        optional = [self.normalized_accuracy, self.perplexity]
+        normalised, perplexity = ("" if value is None else f"{value:.4f}" for value in optional)
+        return (
+            f"{self.task:<18}{self.accuracy:>10.4f}{interval:>20}{normalised:>12}{self.chance:>9.3f}"
+            f"{self.num_items:>9,}" + (f"   perplexity {perplexity}" if perplexity else "")
+        )
 
 
 @dataclass(frozen=True)
@@ -106,8 +117,11 @@ def _outcomes(
     batch_size: int,
 ) -> Iterator[TaskResult | TaskRefusal]:
     with _quiet_harness():
-        from lm_eval import simple_evaluate
+        from lm_eval import evaluator
         from lm_eval.models.huggingface import HFLM
+
+        # it would ask git for the commit of the folder where we are, and git says "fatal" where there is none
+        evaluator.get_git_commit_hash = lambda: None
 
         class Adapter(HFLM):
             """Refuses a task whose answers do not fit before it computes anything of it."""
@@ -125,8 +139,8 @@ def _outcomes(
     for name, task in wanted.items():
         outcome: TaskResult | TaskRefusal
         try:
-            with _quiet_harness(), library_refusal("the harness fails on it", "--debug says where"):
-                found: Any = simple_evaluate(
+            with _quiet_harness(), library_refusal("the harness fails on it"):
+                found: Any = evaluator.simple_evaluate(
                     adapter, tasks=[task], num_fewshot=0, limit=limit, bootstrap_iters=0, task_manager=_task_manager()
                 )
                 outcome = _result(name, found)
@@ -141,7 +155,7 @@ def refuse_left_out(outcomes: Sequence[TaskResult | TaskRefusal]) -> None:
     if refusals:
         which = ", ".join(dict.fromkeys(f"{each.task} ({each.reason})" for each in refusals))
         kept = "every other result is kept; " if len(refusals) < len(outcomes) else ""
-        advice = "leave out what is named here, or take a model that can do it"
+        advice = "leave out what is named here, take a model that can do it, or see --debug"
         raise SconeError(f"--tasks: cannot evaluate this model on {which}; {kept}{advice}") from refusals[0].cause
 
 
@@ -156,7 +170,7 @@ def check_tasks(
     Raises SconeError: no lm-evaluation-harness here, an unknown task, no data for one.
     """
     names = [name.strip() for name in tasks.split(",")] if isinstance(tasks, str) else list(tasks)
-    names = list(TASKS) if names == ["all"] else [name for name in names if name]
+    names = list(TASKS) if names == ["all"] else list(dict.fromkeys(name for name in names if name))
     if not names:
         raise SconeError(f"--tasks: found no task; expected {', '.join(TASKS)}, or all")
     local = [] if task_data is None else [_from_file(name, Path(task_data)) for name in names]
@@ -226,17 +240,3 @@ def _result(name: str, found: Any) -> TaskResult:
         int(found["n-samples"][name]["effective"]),
         scores.get("perplexity,none"),
     )
-
-
-def describe_tasks(results: Sequence[TaskResult]) -> str:
-    """A table in text: task, accuracy with its interval, accuracy with normalised answers, chance, items."""
-    lines = [f"{'task':<18}{'accuracy':>10}{'95 % over items':>20}{'normalised':>12}{'chance':>9}{'items':>9}"]
-    for result in results:
-        interval = "{:.4f} to {:.4f}".format(*result.accuracy_interval)
-        optional = [result.normalized_accuracy, result.perplexity]
-        normalised, perplexity = ("" if value is None else f"{value:.4f}" for value in optional)
-        lines.append(
-            f"{result.task:<18}{result.accuracy:>10.4f}{interval:>20}{normalised:>12}{result.chance:>9.3f}"
-            f"{result.num_items:>9,}" + (f"   perplexity {perplexity}" if perplexity else "")
-        )
-    return "\n".join(lines)

@@ -57,7 +57,15 @@ def switch(text: str) -> dict[str, Any]:
 
 
 def load_engine(options: SconeOptions, extra: argparse.Namespace) -> SconeInferenceEngine:
-    """Model, table and tokenizer as the arguments name them that `evaluate`, `generate` and `serve` share."""
+    """Model, table and tokenizer as the arguments name them that `evaluate`, `generate` and `serve` share.
+
+    Raises SconeError: a placement of no table, and what `SconeInferenceEngine.from_pretrained` refuses.
+    """
+    if extra.embedding_cache_path is None and extra.placement != SHARED["placement"]["default"]:
+        raise SconeError(
+            f"found --placement {extra.placement} without --embedding_cache_path; expected a table to place; give it, "
+            "or leave --placement out"
+        )
     from scone.inference.engine import SconeInferenceEngine
 
     return SconeInferenceEngine.from_pretrained(

@@ -81,17 +81,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     loaded, tokenizer = engine.loaded, engine.tokenizer
     facts: dict[str, Any] = {"model_path": str(extra.model_path)}
     outcomes: Sequence[TaskResult | TaskRefusal] = ()
-    with redirect_stdout(io.StringIO()) if extra.json else nullcontext():
-        if measures_perplexity:
-            facts |= _measure_perplexity(options, extra, loaded.model, tokenizer)
-        if extra.tasks is not None:
-            outcomes = _measure_tasks(options, extra, loaded.model, tokenizer, facts)
-        if loaded.table is not None:
-            print(loaded.table.describe())
-        if loaded.quantization is not None:
-            print(loaded.quantization)
-    if extra.json:
-        print(json.dumps(facts, indent=2))
+    try:
+        with redirect_stdout(io.StringIO()) if extra.json else nullcontext():
+            if measures_perplexity:
+                facts |= _measure_perplexity(options, extra, loaded.model, tokenizer)
+            if extra.tasks is not None:
+                outcomes = _measure_tasks(options, extra, loaded.model, tokenizer, facts)
+            if loaded.table is not None:
+                print(loaded.table.describe())
+            if loaded.quantization is not None:
+                print(loaded.quantization)
+    finally:  # also where memory ends, or patience
+        if extra.json and len(facts) > 1:
+            print(json.dumps(facts, indent=2))
     if extra.output is not None:
         write_json(extra.output, facts)
     if extra.tasks is not None:
@@ -161,25 +163,32 @@ def _measure_tasks(
     tokenizer: PreTrainedTokenizerBase,
     facts: dict[str, Any],
 ) -> Sequence[TaskResult | TaskRefusal]:
-    """Print the accuracies and add them to ``facts``, which --output has after every task."""
-    from scone.evaluation.zero_shot import TaskResult, describe_tasks, evaluate_tasks
+    """Print each accuracy as soon as it is known and add it to ``facts``, which --output has before and after every
+    task, with those that are still to do.
+    """
+    from scone.evaluation.zero_shot import HEADING, TaskResult, check_tasks, evaluate_tasks
 
     outcomes: list[TaskResult | TaskRefusal] = []
-    facts["tasks"] = {}
-    try:
-        for outcome in evaluate_tasks(
-            model, tokenizer, extra.tasks, extra.task_data, extra.limit, options.inference.batch_size
-        ):
-            outcomes.append(outcome)
-            if isinstance(outcome, TaskResult):
-                facts["tasks"][outcome.task] = outcome.to_dict()
-            else:
-                facts.setdefault("tasks_left_out", {})[outcome.task] = outcome.reason
-            if extra.output is not None:
-                write_json(extra.output, facts)
-    finally:  # also where memory ends, or patience
-        if results := [outcome for outcome in outcomes if isinstance(outcome, TaskResult)]:
-            print(describe_tasks(results))
+    names, _ = check_tasks(extra.tasks, extra.task_data)
+    facts |= {"tasks": {}, "tasks_to_do": names}
+    if extra.output is not None:
+        write_json(extra.output, facts)
+    for outcome in evaluate_tasks(
+        model, tokenizer, extra.tasks, extra.task_data, extra.limit, options.inference.batch_size
+    ):
+        outcomes.append(outcome)
+        names.remove(outcome.task)
+        if isinstance(outcome, TaskResult):
+            if not facts["tasks"]:
+                print(HEADING)
+            print(outcome, flush=True)
+            facts["tasks"][outcome.task] = outcome.to_dict()
+        else:
+            facts.setdefault("tasks_left_out", {})[outcome.task] = outcome.reason
+        if not names:
+            del facts["tasks_to_do"]
+        if extra.output is not None:
+            write_json(extra.output, facts)
     return outcomes
 
 

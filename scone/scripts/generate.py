@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from scone.configs.loading import parse_options
+from scone.configs.loading import parse_options, print_notices
 from scone.configs.schema import SconeOptions
 from scone.scripts.arguments import arguments, load_engine, number, switch
 from scone.utils.command_line import run_main
@@ -19,6 +19,8 @@ EXAMPLES = (
 )
 
 
+SAMPLING = {"temperature": 1.0, "top_k": 50, "top_p": 1.0}
+"""What says how to sample, and its defaults."""
 ARGUMENTS = arguments(
     "model_path",
     "embedding_cache_path",
@@ -29,9 +31,9 @@ ARGUMENTS = arguments(
     max_length=number(1, "total length, prompt included, in tokens (default: 100, or the model's limit if lower)"),
     min_length=number(0, "minimum total length, prompt included", 0),
     num_beams=number(1, "number of beams; 1: no beam search", 1),
-    temperature=number(1e-6, "sampling temperature", 1.0, float),
-    top_k=number(0, "sample from the k most likely tokens; 0: all", 50),
-    top_p=number(0, "nucleus sampling probability", 1.0, float),
+    temperature=number(1e-6, "sampling temperature", SAMPLING["temperature"], float),
+    top_k=number(0, "sample from the k most likely tokens; 0: all", SAMPLING["top_k"]),
+    top_p=number(0, "nucleus sampling probability", SAMPLING["top_p"], float),
     repetition_penalty=number(1e-6, "penalty for repeated tokens; 1: none", 1.0, float),
     num_return_sequences=number(1, "continuations per prompt", 1),
     do_sample=switch("sample tokens (default: greedy decoding)"),
@@ -59,6 +61,10 @@ def read_arguments(argv: Sequence[str] | None) -> tuple[SconeOptions, argparse.N
             f"--num_return_sequences: found {extra.num_return_sequences} with {extra.num_beams} beam(s) and no "
             "sampling; expected at most as many as beams; add --do_sample or raise --num_beams"
         )
+    given = [f"--{name}" for name, default in SAMPLING.items() if getattr(extra, name) != default]
+    if given and not extra.do_sample:
+        found = f"found {', '.join(given)} without --do_sample"
+        print_notices([f"{found}: nothing is sampled, so it changes nothing; add --do_sample"])
     return options, extra
 
 

@@ -116,7 +116,7 @@ def _run_hydra(arguments: list[str], run: Callable[[SconeOptions], None], failur
     def job(config: DictConfig) -> None:
         settings = HydraConfig.get()
         overrides = list(settings.overrides.task)
-        jobs.append(", ".join(overrides))
+        jobs.append(job_folder(overrides, swept or {"training.output_dir"}))
         try:
             container = OmegaConf.to_container(config, resolve=True)
             assert isinstance(container, dict)

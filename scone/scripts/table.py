@@ -1,4 +1,4 @@
-"""Change the row type or the length of an embedding table: `scone table convert`."""
+"""Change the row type of an embedding table: `scone table convert`."""
 
 from __future__ import annotations
 
@@ -17,12 +17,8 @@ CONVERT = arguments(
     source={"positional": True, "metavar": "SOURCE", "help": "the table to read"},
     output={"positional": True, "metavar": "OUTPUT", "help": "the table to write"},
     row_type={"choices": ROW_TYPES, "help": "row type of the output (default: as the source)"},
-    num_rows={"type": int, "help": "keep only the first rows, those of the first f-grams"},
 )
-EXAMPLES = (
-    "scone table convert embeddings.cache embeddings.int4 --row_type int4 --group_size 32",
-    "scone table convert embeddings.cache head.cache --num_rows 100000",
-)
+EXAMPLES = ("scone table convert embeddings.cache embeddings.int4 --row_type int4 --group_size 32",)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     verb, *given = words
     if verb != "convert":
         raise SconeError(f"found scone table {verb}; expected scone table convert (see scone table --help)")
-    description = "Change a table's row type or cut it to its first rows; no model is needed."
+    description = "Change a table's row type; no model is needed."
     _, extra = parse_options(given, (), description, examples=EXAMPLES, add_arguments=CONVERT)
     from scone.inference.precompute import convert_table
     from scone.utils.text import human_bytes
@@ -45,7 +41,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         extra.output,
         row_type=extra.row_type,
         group_size=extra.group_size,
-        num_rows=extra.num_rows,
         quiet=is_quiet(),
     )
     print(

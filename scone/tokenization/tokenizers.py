@@ -91,7 +91,7 @@ def _from_folder(folder: Path) -> PreTrainedTokenizerBase:
         return BertTokenizer(vocab=str(folder / "vocab.txt"), do_lower_case=is_lower_case)
     raise SconeError(
         f"found no tokenizer in {str(folder)!r}; expected tokenizer.json, vocab.json with merges.txt, or vocab.txt; "
-        "give another folder or name by --tokenizer"
+        "give another folder or name by --tokenizer (--tokenizer_path)"
     )
 
 
@@ -111,7 +111,7 @@ def _from_hub(name: str) -> PreTrainedTokenizerBase:
         not_cached = error
     problem = why_hub_is_unreachable()
     if problem is None:
-        advice = "give another name or a folder by --tokenizer"
+        advice = "give another name or a folder by --tokenizer (--tokenizer_path)"
         with library_refusal(f"cannot load tokenizer {name!r} from the hub", advice):
             return _auto_tokenizer(name)
     is_gpt2 = name.removeprefix("openai-community/") in GPT2_NAMES
@@ -146,7 +146,8 @@ def _check_usable(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
             return
     raise SconeError(
         f"tokenizer {name!r} has {len(tokenizer)} entries and encodes neither 'Hello world' nor these as anything but "
-        "special tokens; expected one that encodes text; give its whole folder, or another one, by --tokenizer"
+        "special tokens; expected one that encodes text; give its whole folder, or another one, by --tokenizer "
+        "(--tokenizer_path)"
     )
 
 

@@ -136,10 +136,10 @@ def one_line(text: str) -> str:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """ "did you mean X?" for the known word nearest to ``word``; "" when none is near."""
-    names = list(known)
-    by_lower = {name.lower(): name for name in names}
+    """ "did you mean X?" for the known word nearest to ``word``, or that begins so; "" when none is near."""
+    by_lower = {name.lower(): name for name in known}
     nearest = difflib.get_close_matches(word.lower(), list(by_lower), n=1, cutoff=0.6)
+    nearest += [name for name in by_lower if len(word) > 2 and name.startswith(word.lower())]
     return f"did you mean {by_lower[nearest[0]]}?" if nearest else ""
 
 

@@ -15,8 +15,9 @@ class SconeError(Exception):
 
 
 @contextmanager
-def library_refusal(what: str, advice: str) -> Iterator[None]:
+def library_refusal(what: str, advice: str = "") -> Iterator[None]:
     """Around a library that reads somebody's files: what it raises for them becomes one line, ``what (why); advice``.
+    Without advice it is a clause, for a line that has its own.
 
     Libraries raise anything at all for damaged files, bare ``Exception`` included. Ours and want of memory pass.
     """
@@ -28,4 +29,4 @@ def library_refusal(what: str, advice: str) -> Iterator[None]:
         if type(error).__name__ == "OutOfMemoryError":
             raise
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise SconeError(f"{what} ({reason}); {advice}") from error
+        raise SconeError(f"{what} ({reason})" + (f"; {advice}" if advice else "")) from error

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     import numpy as np
 
 
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 class Closing:
     """What is closed at the end of a ``with`` block."""
 
@@ -39,9 +42,11 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success it is synced and renamed to ``path``, on error removed.
 
     A reader therefore sees the old file or the new one, never half of one. What a killed process of this machine, or
-    of this container, left of an earlier attempt is removed. Raises OSError (disk full, no permission).
+    of this container, left of an earlier attempt is removed. Raises OSError (disk full, no permission), and SconeError
+    where there is something that is no file: a rename would put one in the place of /dev/null.
     """
     path = Path(path)
+    _refuse_what_is_no_file(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     ours = f".{path.name}.{platform.node()}-{_process_namespace()}-"
     for left in path.parent.glob(f"{glob.escape(ours)}*.part"):
@@ -58,20 +63,30 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         temporary.chmod(0o666 & ~_umask())
         os.replace(temporary, path)
         sync_folder(path.parent)
+    except OSError as error:
+        if error.errno in _DISK_FULL:
+            error.filename = error.filename or str(path)  # writing names none, and there are several disks
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def check_writable(path: str | Path) -> None:
-    """Raise now the OSError that writing the file ``path`` would meet after long work; leaves nothing behind."""
+    """Raise now what writing the file ``path`` would meet after long work; leaves nothing behind."""
     path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    _refuse_what_is_no_file(path)
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     if not folder.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
     with tempfile.TemporaryFile(dir=folder):
         pass
+
+
+def _refuse_what_is_no_file(path: Path) -> None:
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if path.exists() and not path.is_file():
+        raise SconeError(f"found a device or pipe at {path}; expected a file, or nothing; choose another path")
 
 
 def _process_namespace() -> int:
@@ -98,7 +113,7 @@ def translate_disk_full(what: str, advice: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno not in _DISK_FULL:
             raise
         raise SconeError(
             f"found no room for {what} ({error.strerror}); expected space for all of it; free some and {advice}"
@@ -134,7 +149,8 @@ def read_json(path: str | Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise SconeError(f"cannot read {path} as JSON: {error}; check the path, or make the file again") from error
+        why = getattr(error, "strerror", None) or error
+        raise SconeError(f"cannot read {path} as JSON: {why}; check the path, or make the file again") from error
 
 
 def fingerprint_of(*parts: str | bytes | np.ndarray) -> str:

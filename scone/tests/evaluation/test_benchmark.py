@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from scone.models.accounting import RunCost
 from scone.models.language_model import SconeForCausalLM
 from scone.tests import tiny
 from scone.tests.evaluation.conftest import WORDS
+from scone.tests.processes import forked
 from scone.utils.environment import PeakMemory, process_bytes
 from scone.utils.errors import SconeError
 
@@ -90,6 +92,21 @@ def test_everything_is_measured_and_what_is_missing_is_named(
     assert "found no file or folder" in shown
     assert "report:" in shown
     assert (tmp_path / "out" / "benchmark.html").read_text().count("<svg") == 3
+
+
+def test_a_benchmark_that_is_stopped_keeps_the_models_that_are_done(config: dict, tmp_path: Path) -> None:
+    config |= {"num_runs": 1, "sequence_lengths": [32], "batch_sizes": [1]}
+    config["model_configs"] = [{**config["model_configs"][0], "name": f"model {place}"} for place in range(200)]
+    process, report = forked(run, config, tmp_path, said=tmp_path / "said"), tmp_path / "out" / "benchmark.json"
+    while process.is_alive() and not report.exists():
+        time.sleep(0.05)
+    process.kill()
+    process.join()
+    found = json.loads(report.read_text())
+    done = [record["name"] for record in found["records"]]
+    missing = [item["what"] for item in found["missing"] if item["why"] == "not measured yet"]
+    assert 1 <= len(done) < 200
+    assert [*done, *missing] == [*(entry["name"] for entry in config["model_configs"]), "plain"]
 
 
 def test_a_model_without_any_text_is_timed_and_nothing_at_all_fails(config: dict, tmp_path: Path, capsys) -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import os
+import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,10 +16,11 @@ import torch
 
 from scone.cli import main
 from scone.data.token_file import TokenFileWriter
-from scone.evaluation.zero_shot import TASKS, TaskResult, describe_tasks, evaluate_tasks, refuse_left_out
+from scone.evaluation.zero_shot import TASKS, TaskResult, evaluate_tasks, refuse_left_out
 from scone.inference.loading import load_model
 from scone.tests import tiny
 from scone.tests.evaluation import experiments
+from scone.tests.processes import forked
 from scone.tokenization.tokenizers import load_tokenizer
 from scone.utils.command_line import run_main
 from scone.utils.errors import SconeError
@@ -104,7 +108,7 @@ def test_every_task_runs_on_real_items(folder, shared_data):
     results = list(evaluate_tasks(model, load_tokenizer(folder), "all", shared_data / "evals", limit=2))
     assert [result.task for result in results] == list(TASKS)
     assert all(result.num_items == 2 for result in results)
-    assert "winogrande" in describe_tasks(results)
+    assert "winogrande" in str(results[4])
 
 
 def test_interval_stays_between_never_and_always():
@@ -194,6 +198,41 @@ def test_a_task_left_out_costs_a_pair_no_result(folder, live, mixed, tmp_path, c
     for kind in ("plain", "rows"):
         assert [result["task"] for result in pair["tasks"][kind]] == ["boolq", "lambada_openai"]
         assert pair["tasks_left_out"][kind].keys() == {"arc_easy"}
+
+
+def test_ctrl_c_keeps_the_tasks_that_are_done(folder, tmp_path):
+    write_items(tmp_path, "boolq", [{"question": "is the sun hot", "answer": True, "passage": "the sun is hot"}] * 4)
+    write_items(tmp_path, "arc_easy", arc_items(list("ABCA") * 5000))
+    output, said = tmp_path / "result.json", tmp_path / "said"
+    command = ["evaluate", "--model_path", str(folder), "--tasks", "boolq,arc_easy", "--task_data", str(tmp_path)]
+    process = forked(main, [*command, "--device", "cpu", "--json", "--output", str(output)], said=said)
+    while process.is_alive() and not (output.exists() and json.loads(output.read_text())["tasks"]):
+        time.sleep(0.05)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGINT)
+    process.join()
+    assert process.exitcode == 130
+    written = json.loads(output.read_text())
+    assert written["tasks"].keys() == {"boolq"}
+    assert written["tasks_to_do"] == ["arc_easy"]
+    printed, end = said.read_text().rsplit("\ninterrupted; ", 1)
+    assert json.loads(printed) == written
+    assert "\n" not in end.strip()
+
+
+@pytest.mark.parametrize("damage", [b"", b'{"question": 1}\n', b"\xff\xfe{"])
+def test_a_refusal_gives_its_advice_once(folder, damage, tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # no folder of git's
+    write_items(tmp_path, "boolq", [{"question": "is the sun hot", "answer": True, "passage": "the sun is hot"}] * 4)
+    (tmp_path / "arc_easy.jsonl").write_bytes(damage)
+    capfd.readouterr()
+    command = ["evaluate", "--model_path", str(folder), "--tasks", "arc_easy,boolq", "--task_data", str(tmp_path)]
+    assert main([*command, "--device", "cpu"]) == 2
+    shown = capfd.readouterr()
+    assert [line.split()[0] for line in shown.out.splitlines()] == ["task", "boolq"]
+    (line,) = shown.err.splitlines()
+    assert line.count("--debug") == 1
+    assert line.count("; ") == 2
 
 
 def test_a_task_without_an_accuracy_is_left_out(live, tmp_path):

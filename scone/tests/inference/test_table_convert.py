@@ -1,4 +1,4 @@
-"""Converting a table equals encoding the same rows anew; cutting it gives the smaller table."""
+"""Converting a table equals encoding the same rows anew."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from scone.inference.embedding_table import EmbeddingTable
-from scone.inference.precompute import convert_table, verify_table
+from scone.inference.precompute import convert_table
 from scone.inference.table_format import ROW_TYPES, TableFile
 from scone.scripts.table import main
 from scone.tests import tiny
@@ -39,22 +38,9 @@ def test_converted_table_equals_table_written_so(
     assert (tmp_path / "converted").read_bytes() == (tmp_path / "written").read_bytes()
 
 
-def test_cut_table_holds_the_first_rows(table: Path, rows: torch.Tensor, tmp_path: Path) -> None:
-    """A table of a smaller vocabulary, whose fingerprint is left open."""
-    path = tmp_path / "head"
-    convert_table(table, path, num_rows=5001, quiet=True)
-    with EmbeddingTable.open(path, expected_fingerprints={"weights": "aa" * 32, "vocabulary": "cc" * 32}) as head:
-        assert head.num_rows == 5001
-        assert torch.equal(head.rows(torch.arange(5001)), rows[:5001])
-    verify_table(path)
-    convert_table(table, path, num_rows=0, quiet=True)
-    with EmbeddingTable.open(path, "mmap") as empty:
-        assert empty.rows(torch.arange(0)).shape == (0, WIDTH)
-
-
 def test_converting_an_int8_table_keeps_its_groups(table: Path, tmp_path: Path) -> None:
     convert_table(table, tmp_path / "a", row_type="int8", group_size=50, quiet=True)
-    layout = convert_table(tmp_path / "a", tmp_path / "b", num_rows=10, quiet=True)
+    layout = convert_table(tmp_path / "a", tmp_path / "b", quiet=True)
     assert (layout.row_format.row_type, layout.row_format.group_size) == ("int8", 50)
 
 
@@ -70,7 +56,6 @@ def test_damage_in_the_source_is_found_on_the_way(table: Path, tmp_path: Path) -
 
 def test_bad_choices_are_one_line(table: Path, tmp_path: Path) -> None:
     for output, choice, message in [
-        (tmp_path / "output", {"num_rows": 9001}, "found 9,001 rows to keep; expected at most the table's 9,000"),
         (table, {"row_type": "fp16"}, "for both tables"),
         (tmp_path / "output", {"row_type": "int3"}, "found row type 'int3'"),
     ]:

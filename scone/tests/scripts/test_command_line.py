@@ -21,7 +21,7 @@ from scone import __version__
 from scone.cli import VERBS, main
 from scone.configs.loading import get_option
 from scone.configs.schema import entries
-from scone.scripts import hydra_train, train_configurations
+from scone.scripts import generate, hydra_train, train_configurations
 from scone.utils.command_line import describe_error, run_main
 from scone.utils.errors import SconeError
 from scone.utils.progress import bars_are_visible, is_quiet
@@ -75,7 +75,11 @@ MISTAKES = {
     "evaluate --model_path m --tasks piqa --limit 0": "--limit: found 0",
     "generate --model_path m": "--prompt",
     "generate --model_path m --prompt x --quantization int3": "found quantization 'int3'",
-    "benchmark --config none.json": "cannot read none.json as JSON",
+    "benchmark --config none.json": "cannot read none.json as JSON: No such file or directory; check the path",
+    "generate --model_path m --prompt x --placement mmap": "--placement mmap without --embedding_cache_path",
+    "train --resume": "unknown option --resume; did you mean --resume_from_checkpoint?",
+    "evaluate --model_path m --dataset_name text.txt --output /dev/null": "found a device or pipe at /dev/null",
+    "precompute --model_path m --output_path /dev/null": "found a device or pipe at /dev/null",
     # said before the corpus is read, or the model, which is not there either
     "train-configurations --configs small-100k medium-100k --dataset_name none.txt --base_model_name ./m": "'./m'",
     "count --dataset_name none.txt --output text.txt/x": "/text.txt; check the path",
@@ -114,6 +118,21 @@ def test_a_mistake_is_one_line_and_status_2(command, tmp_path, monkeypatch, caps
     assert line.startswith("error: ")
     assert line.isascii()
     assert MISTAKES[command] in line
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("--temperature 0.7", "--temperature"),
+        ("--top_k 5 --num_beams 2 --top_p 0.9", "--top_k, --top_p"),
+        ("--temperature 1 --top_k 50", None),
+        ("--temperature 0.7 --do_sample", None),
+    ],
+)
+def test_how_to_sample_is_not_ignored_without_a_word(words, named, capsys):
+    generate.read_arguments(shlex.split(f"--model_path m --prompt x {words}"))
+    said = f"notice: found {named} without --do_sample: nothing is sampled, so it changes nothing; add --do_sample\n"
+    assert capsys.readouterr().err == (said if named else "")
 
 
 def test_a_checkout_beside_a_script_is_not_taken_for_the_package(tmp_path):
@@ -380,7 +399,7 @@ def test_only_the_first_process_writes_hydras_files_and_a_failed_job_does_not_st
         done.append(Path(options.training.output_dir))
 
     with pytest.raises(SconeError, match=r"1 of 2 jobs failed: \[data.max_n=3\] no corpus"):
-        hydra_train.run_jobs(["--multirun", "data.max_n=3,4"], run)
+        hydra_train.run_jobs(["--multirun", "data.max_n=3,4", "training.output_dir=outputs/scone-model"], run)
     assert done == [Path("outputs/scone-model/data.max_n=4")]
     assert list(tmp_path.iterdir()) == []
 

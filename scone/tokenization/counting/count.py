@@ -155,7 +155,7 @@ def result_of_levels(
     counts = vocabulary.counts
     in_vocabulary = np.bincount(vocabulary.lengths, minlength=len(found) + 2)
     notes = []
-    if task.max_f_grams is not None and len(counts) < task.max_f_grams:
+    if task.max_f_grams is not None and 0 < len(counts) < task.max_f_grams:  # none at all is refused by who asks
         notes.append(
             f"found {len(counts):,} f-grams with at least {task.min_freq} occurrences; {task.max_f_grams:,} were asked "
             "for; a larger corpus, a lower min_freq or a larger max_n gives more"
