@@ -6,7 +6,7 @@ import io
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, redirect_stderr
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -120,9 +120,6 @@ def _outcomes(
         from lm_eval import evaluator
         from lm_eval.models.huggingface import HFLM
 
-        # it would ask git for the commit of the folder where we are, and git says "fatal" where there is none
-        evaluator.get_git_commit_hash = lambda: None
-
         class Adapter(HFLM):
             """Refuses a task whose answers do not fit before it computes anything of it."""
 
@@ -139,7 +136,7 @@ def _outcomes(
     for name, task in wanted.items():
         outcome: TaskResult | TaskRefusal
         try:
-            with _quiet_harness(), library_refusal("the harness fails on it"):
+            with _quiet_harness(), _without_git(evaluator), library_refusal("the harness fails on it"):
                 found: Any = evaluator.simple_evaluate(
                     adapter, tasks=[task], num_fewshot=0, limit=limit, bootstrap_iters=0, task_manager=_task_manager()
                 )
@@ -202,6 +199,16 @@ def _task_manager() -> Any:
 def _quiet_harness() -> AbstractContextManager[Any]:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     return nullcontext() if bars_are_visible() else redirect_stderr(io.StringIO())
+
+
+@contextmanager
+def _without_git(evaluator: Any) -> Iterator[None]:
+    """The harness asks git for the commit of the folder where we are, and git says "fatal" where there is none."""
+    asks, evaluator.get_git_commit_hash = evaluator.get_git_commit_hash, lambda: None
+    try:
+        yield
+    finally:
+        evaluator.get_git_commit_hash = asks
 
 
 def _from_file(name: str, folder: Path) -> dict[str, Any]:
