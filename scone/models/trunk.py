@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -175,7 +176,9 @@ def per_layer_inputs(trunk: PreTrainedModel, input_ids: Tensor) -> Tensor:
     Of vectors alone the first leaves it out without a word, and the others look for the tokens that have these vectors.
     """
     decoder: Any = trunk.get_decoder()
-    vectors: Tensor = decoder.get_per_layer_inputs(input_ids)
+    find = decoder.get_per_layer_inputs
+    # Gemma 4's also asks for vectors, in place of tokens; in transformers 5.17 it has to be told that there are none
+    vectors: Tensor = find(input_ids, None) if "inputs_embeds" in signature(find).parameters else find(input_ids)
     return vectors
 
 
