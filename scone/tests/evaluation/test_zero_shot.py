@@ -179,6 +179,7 @@ def test_a_task_left_out_costs_no_other_its_result(folder, live, mixed, tmp_path
     alone = [result for task in ("boolq", "lambada_openai") for result in evaluate_tasks(*live, task, mixed)]
     assert written["tasks"] == json.loads(json.dumps({result.task: result.to_dict() for result in alone}))
     assert written["tasks_left_out"] == {"arc_easy": reason}
+    assert "tasks_to_do" not in written
     assert main([*command, "--json"]) == 2
     assert json.loads(capsys.readouterr().out) == written
 
