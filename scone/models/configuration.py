@@ -174,31 +174,31 @@ def weights_fingerprint(token_embedding: Tensor, f_gram_embedding: Mapping[str, 
     return fingerprint_of(*parts)
 
 
-def check_table_weights(folder: Path, token_embedding: str, table: Path, fingerprints: Mapping[str, str]) -> None:
+def check_table_weights(folder: Path, token_embedding: Tensor, table: Path, fingerprints: Mapping[str, str]) -> None:
     """Refuse a ``table`` whose rows were made from other weights than those in a model's ``folder``.
 
-    Those are read once, as they were saved, to be compared: of ``token_embedding``, the name of T's, and of the f-gram
-    embedding, which stay with nobody. A folder without the latter (a served model) has nothing to compare. Raises
+    Those are read once, as they were saved, to be compared: those of the f-gram embedding, and all of the trunk's that
+    have the shape of ``token_embedding``, T ``[V, D]``, since the file may call it otherwise than the trunk does (and
+    its precision may be another). A folder without the former (a served model) has nothing to compare. Raises
     SconeError.
     """
-    found, tokens = fingerprints.get("weights", ""), None
+    found, tokens = fingerprints.get("weights", ""), []
     state: dict[str, Tensor] = {}
     for path in sorted(folder.glob("model*.safetensors")) if found else ():
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (no mapping)
-                if name == token_embedding:
-                    tokens = file.get_tensor(name)
-                elif name.startswith(F_GRAM_WEIGHTS):
+                if name.startswith(F_GRAM_WEIGHTS):
                     state[name.removeprefix(F_GRAM_WEIGHTS)] = file.get_tensor(name)
+                elif file.get_slice(name).get_shape() == list(token_embedding.shape):
+                    tokens.append(file.get_tensor(name))
     if not state:
         return
-    if tokens is None:
+    if not tokens:
+        shape = " × ".join(map(str, token_embedding.shape))
+        raise SconeError(f"found no token embeddings ({shape}) in {folder}; expected the whole model; copy it again")
+    expected = (weights_fingerprint(each, state) for each in tokens)
+    if found not in expected:
         raise SconeError(
-            f"found no weights {token_embedding} in {folder}; expected the whole model; copy its folder again"
-        )
-    expected = weights_fingerprint(tokens, state)
-    if found != expected:
-        raise SconeError(
-            f"{table} is the table of another model: found weights {found[:12]}, expected {expected[:12]}; "
-            "make it again from this model with `scone precompute`"
+            f"{table} is the table of another model: found weights {found[:12]}, which are not those in "
+            f"{folder}; make it again from this model with `scone precompute`"
         )

@@ -17,6 +17,7 @@ from scone.models.configuration import SconeConfig, check_table_weights, weights
 from scone.models.embedded_trunk import EmbeddedTrunk
 from scone.models.input_embeddings import FGramBlock, FGramInputEmbedding, FGramModel
 from scone.models.learned_rows import LearnedRows
+from scone.models.row_files import ROWS_FOLDER
 from scone.models.table_lookup import RowSource, TableLookup, find_with, looked_up
 from scone.models.token_history import TokenHistory, marked, tensors_of
 from scone.models.trunk import evaluating
@@ -98,7 +99,8 @@ class SconeForCausalLM(EmbeddedTrunk):
         """As Hugging Face's, plus ``table``: serve from an embedding table, and load neither f-gram model nor rows.
 
         Raises SconeError when the vocabulary is missing or is not the one the model was trained with, or the table is
-        not this model's: the weights in a folder are read once to be compared with those that the table says.
+        not this model's: its weights are read once to be compared with those that the table says, unless its rows lie
+        in shares.
         """
         config = kwargs.pop("config", None) or SconeConfig.from_pretrained(pretrained_model_name_or_path)
         config.requires_table = config.requires_table or table is not None
@@ -119,7 +121,7 @@ class SconeForCausalLM(EmbeddedTrunk):
         loaded.set_vocabulary(FGramVocabulary.load(str(path)))
         if table is not None:
             loaded.attach_table(table)
-            loaded._check_weights_of(table, Path(pretrained_model_name_or_path) / kwargs.get("subfolder", ""))
+            loaded._check_weights_of(table, Path(str(path)).parent)
         return model
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
@@ -147,8 +149,9 @@ class SconeForCausalLM(EmbeddedTrunk):
     ) -> nn.Embedding:
         """As Hugging Face's. No f-gram contains an added token; the f-grams' nodes move behind the last token.
 
-        Tables of before belong to the model of before: precompute them again. Raises SconeError, before anything
-        changes, when an f-gram would lose a token, or when the model has no weights to precompute a table from.
+        Tables of before belong to the model of before: precompute them again; one that is attached is let go. Raises
+        SconeError, before anything changes, when an f-gram would lose a token, or when the model has no weights to
+        precompute a table from.
         """
         if self.f_gram_embedding is None:
             raise SconeError(
@@ -160,14 +163,13 @@ class SconeForCausalLM(EmbeddedTrunk):
             wanted = len(self._token_weight()) if new_num_tokens is None else new_num_tokens
             multiple = pad_to_multiple_of or 1
             vocabulary = vocabulary.resized(-(-wanted // multiple) * multiple)
+        self.table_embedding = None
         embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
         if self.f_gram_embedding.f_gram_model is not None:
             self.f_gram_embedding.f_gram_model.resize_tokens(self.config.vocab_size)
         if vocabulary is not None:
             self.config.vocabulary_fingerprint = vocabulary.fingerprint
             self.set_vocabulary(vocabulary)
-        if self.table_embedding is not None:  # what looks up in it knows the nodes of before
-            self.attach_table(self.table_embedding.table)
         return embeddings
 
     def attach_table(self, table: RowSource) -> None:
@@ -193,10 +195,8 @@ class SconeForCausalLM(EmbeddedTrunk):
 
     def _check_weights_of(self, table: RowSource, folder: Path) -> None:
         path = getattr(table, "path", None)
-        if path is not None and folder.is_dir():
-            embedding = self.get_input_embeddings()
-            name = next(name for name, part in self.named_modules() if part is embedding)
-            check_table_weights(folder, f"{name}.weight", path, _said_of(table))
+        if path is not None and not (folder / ROWS_FOLDER).exists():
+            check_table_weights(folder, self._token_weight(), path, _said_of(table))
 
     def table_fingerprints(self) -> dict[str, str]:
         """What a table made from this model must carry: the f-gram vocabulary, and the weights that rows depend on.

@@ -100,7 +100,7 @@ def draw_if_zero(model: PreTrainedModel) -> None:
     """
     embedding: Any = model.get_input_embeddings()
     weight, place = embedding.weight, model.config.get_text_config().pad_token_id
-    if place is None or not weight.requires_grad or weight[place].any():
+    if place is None or not 0 <= place < len(weight) or not weight.requires_grad or weight[place].any():
         return
     drawn = torch.randn(weight.shape[1], generator=torch.Generator().manual_seed(0))  # on every process the same
     with torch.no_grad():
@@ -137,7 +137,9 @@ def trunk_configuration(options: ModelOptions) -> PreTrainedConfig:
             "in transformers; expected one such as gpt2, bert-base-uncased, llama or qwen2; choose another"
         )
     check_positions(config)
-    if getattr(config, "is_encoder_decoder", False) or config.model_type == "trocr":
+    # a decoder that was saved by itself says no more that it is one; its class does
+    of_two = any(getattr(each, "is_encoder_decoder", False) for each in (config, type(config)))
+    if of_two or config.model_type == "trocr":
         raise SconeError(
             f"found {options.base_model_name!r} of type {config.model_type!r}, the decoder of an encoder-decoder, "
             "which transformers trains to repeat each token and not to predict the next; expected one such as gpt2, "

@@ -85,7 +85,9 @@ def check_writable(path: str | Path) -> None:
 def _refuse_what_is_no_file(path: Path) -> None:
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    if path.exists() and not path.is_file():
+    # /dev/stdout, too, where it leads to a file: the rename would take the link's place
+    leads_out = path.is_symlink() and str(path.readlink()).startswith("/proc/")
+    if leads_out or (path.exists() and not path.is_file()):
         raise SconeError(f"found a device or pipe at {path}; expected a file, or nothing; choose another path")
 
 

@@ -22,6 +22,7 @@ from scone.inference.stores import parse_placement
 from scone.inference.stores.memory import remove_unused
 from scone.inference.table_format import TableFile
 from scone.models.configuration import SconeConfig, check_table_weights
+from scone.models.row_files import ROWS_FOLDER
 from scone.tokenization.tokenizers import load_tokenizer, tokenizer_fingerprint
 from scone.utils.environment import version_of
 from scone.utils.errors import SconeError, library_refusal
@@ -180,7 +181,8 @@ def check_model_files(config: SconeConfig, model: str, revision: str | None, opt
             )
         table.checksums()
         folder = Path(model)
-        if options.check_weights and table.layout.fingerprints.get("weights") and folder.is_dir():
+        comparable = folder.is_dir() and not (folder / ROWS_FOLDER).exists()
+        if options.check_weights and table.layout.fingerprints.get("weights") and comparable:
             with library_refusal(f"cannot read the model's weights in {model}", "copy the whole model folder again"):
                 check_table_weights(folder, _token_embedding(config), table.path, table.layout.fingerprints)
 
@@ -197,14 +199,14 @@ def _check_vocabulary(config: SconeConfig, path: Path) -> None:
         )
 
 
-def _token_embedding(config: SconeConfig) -> str:
-    """The name of T in the model's weights, whichever the trunk gives it."""
+def _token_embedding(config: SconeConfig) -> torch.Tensor:
+    """T ``[V, D]``, without its numbers."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
         trunk = AutoModelForCausalLM.from_config(config.text_config)
-    embedding = trunk.get_input_embeddings()
-    return next(f"trunk.{name}.weight" for name, part in trunk.named_modules() if part is embedding)
+    weight: torch.Tensor = trunk.get_input_embeddings().weight
+    return weight
 
 
 def _check_version() -> None:

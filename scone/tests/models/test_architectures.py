@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import model_type_to_module_name
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from scone.configs.schema import ModelOptions
+from scone.inference.embedding_table import EmbeddingTable
+from scone.inference.precompute import precompute_table
 from scone.models.language_model import SconeForCausalLM
 from scone.models.token_history import CACHE
 from scone.models.trunk import trunk_configuration
@@ -124,8 +127,28 @@ def test_trunks_that_count_positions_by_tokens_are_refused() -> None:
     assert "counts positions by token ids" in tiny.refusal(scone, AutoModelForCausalLM.from_config(config))
 
 
-def test_decoders_whose_loss_is_not_that_of_the_next_token_are_refused() -> None:
+def test_decoders_whose_loss_is_not_that_of_the_next_token_are_refused(tmp_path: Path) -> None:
     """Of a plain trunk, the baseline, the trainer takes the trunk's own loss; theirs wants labels that are shifted."""
-    for name in ("bart", "marian", "pegasus", "trocr"):
+    sizes = {"d_model": 16, "decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 16}
+    decoder = AutoModelForCausalLM.from_config(AutoConfig.for_model("bart", **sizes, vocab_size=tiny.VOCAB_SIZE))
+    decoder.save_pretrained(tmp_path)  # and says no more that it was one of two
+    for name in ("bart", "marian", "pegasus", "trocr", str(tmp_path)):
         said = tiny.refusal(trunk_configuration, ModelOptions(base_model_name=name))
         assert "trains to repeat each token" in said, said
+    assert "trains to repeat" in tiny.refusal(trunk_configuration, ModelOptions(str(tmp_path), init="pretrained"))
+
+
+def test_the_table_of_a_trunk_that_is_saved_under_other_names(tmp_path: Path) -> None:
+    """transformers calls its token embeddings otherwise in the file."""
+    sizes = tiny.SIZES | {"num_key_value_heads": 1, "head_dim": 8, "vocab_size": tiny.VOCAB_SIZE}
+    model = trained(scone(AutoModelForCausalLM.from_config(AutoConfig.for_model("nemotron_h", **sizes))))
+    model.save_pretrained(tmp_path)
+    name = next(f"{name}.weight" for name, part in model.named_modules() if part is model.get_input_embeddings())
+    assert name not in load_file(tmp_path / "model.safetensors")
+    for each, changed in (("ours", 0.0), ("other", 1.0)):
+        with torch.no_grad():
+            model.get_input_embeddings().weight.add_(changed)
+        precompute_table(model, tmp_path / each, quiet=True)
+    assert SconeForCausalLM.from_pretrained(tmp_path, table=EmbeddingTable.open(tmp_path / "ours")) is not None
+    other = EmbeddingTable.open(tmp_path / "other")
+    assert "table of another model" in tiny.refusal(SconeForCausalLM.from_pretrained, tmp_path, table=other)

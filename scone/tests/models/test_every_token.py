@@ -110,3 +110,8 @@ def test_a_deep_trunk_of_before_whose_separator_is_zeros_has_gradients_from_its_
         ids[:, 0] = tiny.SEPARATOR
         norm = torch.stack([gradient.norm() for gradient in gradients(trunk, ids).values()]).norm()
         assert 0 < float(norm) < 1e3
+    for beyond in (-1, tiny.VOCAB_SIZE):  # tokens without a vector, which some models pad with
+        trunk.config.pad_token_id = beyond
+        rows.zero_()
+        draw_if_zero(trunk)
+        assert not rows.any()

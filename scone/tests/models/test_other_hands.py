@@ -185,7 +185,9 @@ def test_a_table_is_precomputed_again_after_tokens_were_added(tmp_path):
     model, ids = tiny.scone("llama"), tokens(2, 30)
     precompute_table(model, tmp_path / "old.cache", quiet=True)
     old = EmbeddingTable.open(tmp_path / "old.cache", "ram")
+    model.attach_table(old)
     model.resize_token_embeddings(tiny.VOCAB_SIZE + 5)
+    assert model.table_embedding is None
     with pytest.raises(SconeError, match="made from other"):
         EmbeddingTable.open(tmp_path / "old.cache", "ram", expected_fingerprints=model.table_fingerprints())
     precompute_table(model, tmp_path / "new.cache", quiet=True)

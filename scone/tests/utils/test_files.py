@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -59,14 +60,17 @@ def test_a_full_disk_is_named_by_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("write", [check_writable, lambda path: write_json(path, 1)])
 def test_what_is_no_file_stays_what_it_is(write: Callable[[Path], None], tmp_path: Path) -> None:
     """A rename would put a file in the place of a device: for root, of /dev/null."""
-    pipe, link = tmp_path / "pipe", tmp_path / "link"
+    pipe, link, stdout = (tmp_path / name for name in ("pipe", "link", "stdout"))
     os.mkfifo(pipe)
     link.symlink_to(pipe)
-    for path in (pipe, link):
-        with pytest.raises(SconeError, match="found a device or pipe at"):
-            write(path)
+    with tempfile.TemporaryFile() as redirected:
+        stdout.symlink_to(f"/proc/self/fd/{redirected.fileno()}")  # as /dev/stdout is
+        for path in (pipe, link, stdout):
+            with pytest.raises(SconeError, match="found a device or pipe at"):
+                write(path)
     with pytest.raises(IsADirectoryError):
         write(tmp_path)
     assert pipe.is_fifo()
     assert link.is_symlink()
-    assert {path.name for path in tmp_path.iterdir()} == {"pipe", "link"}
+    assert stdout.is_symlink()
+    assert {path.name for path in tmp_path.iterdir()} == {"pipe", "link", "stdout"}
