@@ -121,6 +121,15 @@ class EmbeddedTrunk(PreTrainedModel, GenerationMixin):
             write_remote_code(Path(save_directory), *names.values())
             give_umask_mode(Path(save_directory), "*.safetensors")
 
+    def initialize_weights(self) -> None:
+        """As Hugging Face's, of the trunk first and as of a model by itself.
+
+        Below a class that is not transformers' own, a module without weights counts as loaded, and buffers that are
+        filled there stay as memory was: Falcon-H1's.
+        """
+        self.trunk.initialize_weights()
+        super().initialize_weights()
+
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, LearnedRows):
             module.reset()

@@ -34,6 +34,7 @@ OWN_WAYS: dict[str, dict[str, Any]] = {
     "jetmoe": EXPERTS | {"kv_channels": 8},
     "opt": {"word_embed_proj_dim": 8, "ffn_dim": 32},  # token embeddings that are narrower than the layers
     "electra": {"embedding_size": 8, "is_decoder": True},
+    "falcon_h1": {"num_key_value_heads": 1, "head_dim": 8},
 }
 NAMES = [name for name in OWN_WAYS if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES]  # older transformers lack some
 COUNT_BY_TOKENS = "create_position_ids_from_inputs_embeds"
@@ -106,6 +107,15 @@ def test_cached_decoding_equals_full_forward_and_table_model_equals_live_model(n
     assert torch.equal(model.generate(ids[:, :6], attention_mask=torch.ones_like(ids[:, :6]), **greedy), text)
     model.attach_table(tiny.RowsInMemory(model))
     same(model(ids, use_cache=False).logits, whole)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_what_is_loaded_is_what_was_saved(name: str, tmp_path: Path) -> None:
+    model, ids = trained(scone(trunk(name))), tiny.tokens(2, 16)
+    model.save_pretrained(tmp_path)
+    loaded = SconeForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(loaded(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
 
 
 def counts_by_tokens(name: str) -> bool:
